@@ -1,0 +1,173 @@
+"""Rows to batches. The position in the data is the step number: batch k is a function of the configuration
+and k.
+
+Each epoch is a permutation of the source, drawn from `data.seed`; what is random about a row (caption,
+skipped merges, crop) is drawn from its position in the stream. So a run resumes at its exact row, on any
+number of processes and threads, and training on codes sees the rows and captions that training on pictures
+sees. B rows of a batch, H W picture, N codes, T text positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from dalle_jax import config
+from dalle_jax.data.codes import CodesSource, load_codes
+from dalle_jax.data.sources import Captions, Source, open_source
+from dalle_jax.text import TextTokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+def open_train_source(data: config.DataConfig) -> Source:
+    """The rows to train on: those of `data.source`, with their codes if `data.codes` names a file."""
+    source = open_source(data.source, "train", languages=data.languages)
+    return source if data.codes is None else CodesSource(load_codes(data.codes), source)
+
+
+def train_batches(
+    data: config.DataConfig,
+    source: Source,
+    *,
+    start: int,
+    image_size: int | None,
+    text: TextTokenizer | None = None,
+    text_vocab: int = 0,
+    text_len: int = 0,
+    dropout: float = 0.0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainBatches:
+    """The batches of steps `start`, `start + 1`, ... without end.
+
+    source: what `open_train_source` returns; with codes the batches hold those and not the pictures.
+    image_size: side of the pictures, pixels; not used with codes.
+    text: encodes one caption for each row, chosen among its languages and then among its captions; None
+        leaves text out. text_vocab, text_len, dropout: see `TextTokenizer.encode`.
+    process_index, process_count: this process gets rows [p B, (p + 1) B) of the global batch of `data.batch`.
+
+    Each batch has `image` uint8 (B, H, W, 3) or `codes` int32 (B, N), and with text `text` int32 (B, T). A
+    source shorter than a batch repeats within it. Raises ValueError for a batch that does not divide.
+    """
+    if start < 0:
+        raise ValueError(f"start is step {start}; want 0 or more")
+    if data.batch % process_count:
+        raise ValueError(
+            f"data.batch {data.batch} is not divisible by the {process_count} processes; make it a multiple"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}; want 0 to {process_count - 1}")
+    if image_size is None and not isinstance(source, CodesSource):
+        raise ValueError("image_size is None, but the source has no codes; give the side of the pictures")
+    if text is not None and (text_vocab < 1 or text_len < 1):
+        raise ValueError(f"text needs text_vocab and text_len, got {text_vocab} and {text_len}")
+
+    def row(i: int, rng: np.random.Generator) -> Batch:
+        choice, merges = rng.random(2), int(rng.integers(2**32))  # first, so that crops do not move them
+        out: Batch = {}
+        if isinstance(source, CodesSource):
+            out["codes"] = source.codes(i)
+        else:
+            out["image"] = source.image(i, image_size, data.crop, rng)
+        if text is not None:
+            caption = _choose(source.captions(i), data.languages, *choice)
+            out["text"] = text.encode(
+                caption, text_vocab=text_vocab, text_len=text_len, dropout=dropout, seed=merges
+            )
+        return out
+
+    rows = (
+        grain.MapDataset.range(len(source)).shuffle(seed=data.seed).repeat().random_map(row, seed=data.seed)
+    )
+    share = _Share(rows, data.batch, process_index, process_count)
+    batches = share.batch(data.batch // process_count, drop_remainder=True)
+    return TrainBatches(batches, start=start, threads=data.threads, prefetch=data.prefetch)
+
+
+def eval_batch(
+    data: config.DataConfig,
+    source: Source,
+    rows: int | range,
+    *,
+    image_size: int,
+    text: TextTokenizer | None = None,
+    text_vocab: int = 0,
+    text_len: int = 0,
+) -> dict:
+    """The first `rows` rows of a source, or those of a range, the same every time.
+
+    At most as many as the source has. Pictures are cropped to the centre (or squashed, as `data.crop` says);
+    row i takes its first caption in the language whose turn it is (i modulo the languages).
+
+    Returns `image` uint8 (B, H, W, 3), `caption` list of B str ("" for a row without), and with text `text`
+    int32 (B, T).
+    """
+    wanted = range(rows) if isinstance(rows, int) else rows
+    wanted = [i for i in wanted if i < len(source)]
+    if not wanted:
+        raise ValueError(f"no rows to evaluate: asked for {rows} of a source of {len(source)}")
+    crop = "none" if data.crop == "none" else "center"
+    images, captions = [], []
+    for i in wanted:
+        images.append(source.image(i, image_size, crop))
+        said = source.captions(i)
+        names = [name for name in data.languages if name in said] or list(said)
+        captions.append(said[names[i % len(names)]][0] if names else "")
+    out = {"image": np.stack(images), "caption": captions}
+    if text is not None:
+        out["text"] = np.stack([text.encode(c, text_vocab=text_vocab, text_len=text_len) for c in captions])
+    return out
+
+
+class TrainBatches(Iterator[Batch]):
+    """An endless iterator over batches; holds the threads that read ahead. Close it, or use it in a
+    `with`."""
+
+    def __init__(self, batches: grain.MapDataset, *, start: int, threads: int, prefetch: int):
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        self._iterator = iter(batches.to_iter_dataset(options))
+        self._iterator.set_state({"next_index": start})
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """Stops reading ahead; threads end with the batch that they are at. Closing twice is fine."""
+        self._iterator.close()
+
+    def __enter__(self) -> TrainBatches:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class _Share(grain.MapDataset):
+    """The rows of one process: of each global batch, its own stretch. Positions stay those of the whole
+    stream."""
+
+    def __init__(self, rows: grain.MapDataset, batch: int, process_index: int, process_count: int):
+        super().__init__(rows)
+        self._batch, self._each = batch, batch // process_count
+        self._first = process_index * self._each
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch * self._each
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, row = divmod(index, self._each)
+        return self._parent[step * self._batch + self._first + row]
+
+
+def _choose(said: Captions, languages: Sequence[str], language: float, which: float) -> str:
+    """A caption by two shares in [0, 1): of the languages that there are, of the captions in that one."""
+    names = [name for name in languages if name in said] or list(said)
+    if not names:
+        raise ValueError("a row has no captions, but text is wanted; open the source with languages")
+    texts = said[names[int(language * len(names))]]
+    return texts[int(which * len(texts))]

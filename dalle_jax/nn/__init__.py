@@ -1,0 +1,1 @@
+"""Layers shared by the models, their attention masks, and how arrays are laid over devices."""

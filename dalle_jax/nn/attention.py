@@ -1,0 +1,105 @@
+"""A pre-norm Transformer block whose attention runs over the positions given or over a KV cache.
+
+B batch, T positions computed now, S positions seen, D width, H heads, K width of a head, F width of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.nn.sharding import constrain
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer, (B, S, H, K); positions not yet written hold zeros."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_TS: jax.Array) -> jax.Array:
+    """Softmax attention, scores and softmax in float32; a position sees where `mask_TS` is True.
+
+    Every row of the mask must see something. Returns (B, T, H, K) in the dtype of `v`.
+    """
+    scale = 1.0 / math.sqrt(q_BTHK.shape[-1])
+    att_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32)
+    att_BHTS = jnp.where(mask_TS[None, None], att_BHTS, jnp.finfo(jnp.float32).min)
+    att_BHTS = jax.nn.softmax(att_BHTS, axis=-1).astype(v_BSHK.dtype)
+    return jnp.einsum("bhts,bshk->bthk", att_BHTS, v_BSHK)
+
+
+def _rms_norm(x: jax.Array, scale_K: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
+    return (x32 * scale_K.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    heads: int
+    qk_norm: bool
+    out_std: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, mask_TS, cache: KVCache | None = None, position: jax.Array | int = 0):
+        dim = x_BTD.shape[-1]
+        shape = (3, self.heads, dim // self.heads)
+        init = nn.initializers.normal(0.02)
+        qkv = nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=init, name="qkv")(x_BTD)
+        q, k, v = (constrain(qkv[:, :, i], "batch", None, "heads", None) for i in range(3))
+        if self.qk_norm:
+            q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, shape[-1:]))
+            k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, shape[-1:]))
+        if cache is not None:
+            start = (0, position, 0, 0)
+            k = jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), start)
+            v = jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), start)
+            cache = KVCache(k, v)
+        with jax.named_scope("attend"):
+            y_BTHK = attend(q, k, v, mask_TS)
+        init = nn.initializers.normal(self.out_std)
+        y_BTD = nn.DenseGeneral(dim, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y_BTHK)
+        return y_BTD, cache
+
+
+class MLP(nn.Module):
+    ratio: int
+    out_std: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        dim = x_BTD.shape[-1]
+        up = nn.Dense(self.ratio * dim, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name="up")
+        down = nn.Dense(dim, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="down")
+        return down(constrain(nn.gelu(up(x_BTD)), "batch", None, "mlp"))
+
+
+class Block(nn.Module):
+    """Norm, attention, sum; norm, MLP, sum. Returns the new stream and the cache, if one was given.
+
+    With a cache the keys and values of `x_BTD` are written at `position` and attention runs over all of it:
+    `mask_TS` then has one row for each position of `x_BTD` and one column for each of the cache.
+    """
+
+    heads: int
+    mlp_ratio: int
+    qk_norm: bool
+    out_std: float  # of the kernels that write into the residual stream
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, mask_TS, cache: KVCache | None = None, position: jax.Array | int = 0):
+        attention = Attention(self.heads, self.qk_norm, self.out_std, self.dtype, name="attn")
+        norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm_attn")
+        y_BTD, cache = attention(norm(x_BTD).astype(self.dtype), mask_TS, cache, position)
+        x_BTD = constrain(x_BTD + y_BTD, "batch", None, "embed")
+        norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm_mlp")
+        y_BTD = MLP(self.mlp_ratio, self.out_std, self.dtype, name="mlp")(norm(x_BTD).astype(self.dtype))
+        return constrain(x_BTD + y_BTD, "batch", None, "embed"), cache

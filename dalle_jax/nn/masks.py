@@ -1,0 +1,50 @@
+"""Which positions of the stream each attention kind may see (Ramesh et al. 2021, 2102.12092, B.1).
+
+The stream is `text_len` text positions followed by a grid x grid raster of image tokens. Text sees text up
+to itself and never the image; an image token sees all text and, of the image, what its kind allows.
+T positions, S positions seen, G side of the grid; q and k are raster indices of image tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from dalle_jax.config import AttentionKind
+
+
+def _image_mask(kind: AttentionKind, grid: int, conv_kernel: int) -> np.ndarray:
+    """bool (G*G, G*G): may raster index q (first axis) see raster index k (second axis)?"""
+    q, k = np.arange(grid**2)[:, None], np.arange(grid**2)[None, :]
+    back = q - k
+    match kind:
+        case "full":
+            return back >= 0
+        case "row":  # the last `grid` tokens and itself, across row ends
+            return (back >= 0) & (back <= grid)
+        case "column":
+            return (back >= 0) & (back % grid == 0)
+        case "conv":  # the causal half of a window centred on q, wrapping at row ends as the raster does
+            half = conv_kernel // 2
+            seen = np.zeros((grid**2, grid**2), bool)
+            for up in range(half + 1):
+                for left in range(-half if up else 0, half + 1):
+                    seen |= back == up * grid + left
+            return seen & (back >= 0)
+    raise ValueError(f"attention kind is {kind!r}; want full, row, column or conv")
+
+
+@functools.lru_cache(maxsize=64)
+def attention_mask(kind: AttentionKind, text_len: int, grid: int, conv_kernel: int = 11) -> np.ndarray:
+    """bool (T, T) with T = text_len + grid**2; [q, k] is True where position q sees position k.
+
+    Raises ValueError for an unknown kind.
+    """
+    length = text_len + grid**2
+    mask = np.zeros((length, length), bool)
+    mask[:text_len, :text_len] = np.tril(np.ones((text_len, text_len), bool))
+    mask[text_len:, :text_len] = True
+    mask[text_len:, text_len:] = _image_mask(kind, grid, conv_kernel)
+    mask.setflags(write=False)  # shared by the cache above
+    return mask

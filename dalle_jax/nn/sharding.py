@@ -1,0 +1,131 @@
+"""How arrays lie over devices: one mesh, one table of parameters, one table of rules.
+
+A parameter's name gives its logical axes (`PARAM_AXES`), a logical axis gives its mesh axes (`RULES`).
+Model code never names a mesh axis: it calls `constrain(x_BTD, "batch", None, "embed")`, which does nothing
+when no mesh is in force. Mesh axes: `data` splits the batch, `fsdp` splits the batch and the parameters,
+`model` splits heads and channels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dalle_jax.config import MeshConfig
+
+Params = dict[str, Any]
+
+AXES = ("data", "fsdp", "model")
+
+# Logical axis -> mesh axes. An axis that does not divide is left whole (see `_fit`).
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": (),  # activations keep their channels whole between layers
+    "heads": ("model",),
+    "mlp": ("model",),
+    "vocab": ("model",),
+    "width": ("fsdp",),  # the embed axis of parameters: gathered when used
+    "layers": (),
+}
+
+# Parameter path (as "a/b/c") -> logical axis of each dimension. Exactly one pattern matches each parameter.
+PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # Transformer (dalle.py); `blocks` are stacked over layers.
+    (r"(text|image)_embed", ("vocab", "width")),
+    (r"(text_pos|image_row|image_col)", (None, "width")),
+    (r"blocks/(norm_attn|norm_mlp)/(scale|bias)", ("layers", None)),
+    (r"blocks/attn/(q_scale|k_scale)", ("layers", None)),
+    (r"blocks/attn/qkv/kernel", ("layers", "width", None, "heads", None)),
+    (r"blocks/attn/qkv/bias", ("layers", None, "heads", None)),
+    (r"blocks/attn/out/kernel", ("layers", "heads", None, "width")),
+    (r"blocks/mlp/up/kernel", ("layers", "width", "mlp")),
+    (r"blocks/mlp/up/bias", ("layers", "mlp")),
+    (r"blocks/mlp/down/kernel", ("layers", "mlp", "width")),
+    (r"blocks/(attn/out|mlp/down)/bias", ("layers", None)),
+    (r"norm_out/(scale|bias)", (None,)),
+    (r"(text|image)_head/kernel", ("width", "vocab")),
+    (r"(text|image)_head/bias", ("vocab",)),
+    # dVAE (tokenizer/dvae.py): convolutions split over input channels.
+    (r"(encoder|decoder)/.*(conv_\d|id_path|input|output)/kernel", (None, None, "width", None)),
+    (r"(encoder|decoder)/.*(conv_\d|id_path|input|output)/bias", (None,)),
+)
+
+
+def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh of `cfg` over `devices` (all devices by default), axes `data, fsdp, model`.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [cfg.data, cfg.fsdp, cfg.model]
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes:
+        if len(devices) % known:
+            raise ValueError(
+                f"mesh data={cfg.data} fsdp={cfg.fsdp} model={cfg.model} does not divide {len(devices)} devices; "
+                f"the named sizes multiply to {known}, want a divisor of {len(devices)}"
+            )
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh data={cfg.data} fsdp={cfg.fsdp} model={cfg.model} wants {math.prod(sizes)} devices, "
+            f"{len(devices)} are here; set one of them to -1 to take what is there"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _fit(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """Partition of `shape`: each logical axis over its mesh axes where they divide it, else whole."""
+    parts = []
+    for name, size in zip(axes, shape, strict=True):
+        mesh_axes = RULES[name] if name is not None else ()
+        ways = math.prod(mesh.shape[a] for a in mesh_axes)
+        parts.append(mesh_axes if mesh_axes and size % ways == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def param_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """Logical axes of the parameter called `path`. Raises ValueError unless exactly one pattern matches."""
+    found = [axes for pattern, axes in PARAM_AXES if re.fullmatch(pattern, path)]
+    if len(found) != 1:
+        raise ValueError(f"{path} {shape}: matched {len(found)} rules in PARAM_AXES, want exactly 1")
+    if len(found[0]) != len(shape):
+        raise ValueError(f"{path} {shape}: its rule has {len(found[0])} axes {found[0]}, want {len(shape)}")
+    return found[0]
+
+
+def path_name(path: tuple) -> str:
+    """`a/b/c` for a key path of nested dictionaries."""
+    return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def param_shardings(mesh: Mesh, params: Params) -> Params:
+    """A NamedSharding for each parameter; `params` holds arrays or ShapeDtypeStructs in nested dicts."""
+
+    def one(path, leaf):
+        name = path_name(path)
+        return NamedSharding(mesh, _fit(mesh, param_axes(name, leaf.shape), leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over `data` and `fsdp`, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out by its logical axes under the mesh set by `jax.set_mesh`; `x` itself without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fit(mesh, axes, x.shape))

@@ -1,0 +1,1 @@
+"""Image tokenizers: pictures to grids of discrete codes and back."""

@@ -1,0 +1,1 @@
+"""Training: one loop for every stage, exact resume, run directories that describe themselves."""

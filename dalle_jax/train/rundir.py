@@ -1,0 +1,279 @@
+"""The run directory: everything a run makes, and all that is needed to use what it made.
+
+    config.json      the configuration, every field
+    text.model       BPE vocabulary (stage dalle)
+    tokenizer/       config.json and params/ of the frozen tokenizer (stage dalle)
+    checkpoints/     one directory per saved step
+    metrics.jsonl    one JSON object per line
+    events/          the same figures for TensorBoard
+    samples/         step_XXXXXXXX.png
+
+A directory without config.json is not a run. config.json is written beside its place and renamed, so it is
+whole or missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import runpy
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dalle_jax.config import ModelConfig, TrainConfig, from_json, to_json
+from dalle_jax.nn.sharding import param_shardings, path_name
+from dalle_jax.train.checkpoint import Checkpoints, load_params, on_one_device, save_params
+
+Params = dict[str, Any]
+
+# Fields that may differ when a run goes on: none of them changes what a training step computes from its
+# state, but `steps`, which also stretches the learning rate's schedule where optim.decay_steps is None.
+FREE = (
+    "run", "steps", "log_every", "eval_every", "eval_rows", "sample_every", "save_every", "keep", "mesh",
+    "data.threads", "data.prefetch",
+)  # fmt: skip
+
+
+class Run(NamedTuple):
+    """A trained model: its configuration, the parameters to use, its directory, and the step they are of."""
+
+    config: TrainConfig
+    params: Params
+    path: Path
+    step: int
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """The `config` that the Python file `path` defines.
+
+    Raises FileNotFoundError, or ValueError for a file that fails or that defines no TrainConfig.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no configuration file {path}; want a Python file, e.g. configs/demo_dvae.py"
+        )
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:
+        inside = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = f":{inside[-1].lineno}" if inside else ""
+        raise ValueError(f"{path}{line}: {type(error).__name__}: {error}") from error
+    config = names.get("config")
+    if not isinstance(config, TrainConfig):
+        kind = type(config).__name__
+        found = "defines no `config`" if config is None else f"has a `config` of type {kind}"
+        raise ValueError(f"{path} {found}; want `config = TrainConfig(...)`")
+    return config
+
+
+def stage(config: TrainConfig) -> str:
+    """`dvae` or `dalle`: the type of `config.model`."""
+    return config.model.kind
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """The configuration of the run directory `path`.
+
+    Raises FileNotFoundError for a directory that is missing or has no config.json, ValueError for a broken
+    one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no run directory {path}")
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")
+    try:
+        return from_json(TrainConfig, file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a configuration of this version: {error}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside `path`, then renames: at every moment the old text or the new one is there, whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def open_run(config: TrainConfig) -> Path:
+    """The run directory of `config`, made or checked to be this run's.
+
+    A directory that is missing or empty becomes this run's. One that holds a run of the same configuration,
+    the fields FREE aside, goes on, and config.json takes the new values of those fields. Anything else
+    raises ValueError and is left as it is. On several processes the first one writes, after which all call.
+    """
+    if not config.run:
+        raise ValueError("no run directory: pass --run DIR, where everything that the run makes will be")
+    path = Path(config.run)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; want a run directory, new or begun: choose another --run")
+    file = path / "config.json"
+    if file.exists():
+        differing = _differences(read_config(path), config)
+        if differing:
+            lines = "\n  ".join(differing)
+            begun = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())
+            new = "" if begun else ", or delete that directory, which has no checkpoint yet"
+            raise ValueError(
+                f"{path} holds another run:\n  {lines}\n"
+                f"Choose another --run, or give the run's own values to go on with it{new}"
+            )
+    elif path.is_dir():
+        found = sorted(p.name for p in path.iterdir() if not p.name.startswith(".config.json."))
+        if found:
+            more = ", ..." if len(found) > 5 else ""
+            raise ValueError(
+                f"{path} is not empty and not a run: no config.json, but {', '.join(found[:5])}{more}; "
+                "choose another --run"
+            )
+    if jax.process_index() == 0:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot make the run directory {path}: {error.strerror or error}") from error
+        text = to_json(config)
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            write_atomically(file, text)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("open_run")
+    return path
+
+
+@contextlib.contextmanager
+def begun_run(config: TrainConfig) -> Iterator[Path]:
+    """`open_run(config)`, taken back if the block fails before it has put anything into a new directory.
+
+    So a data file that is missing, found out while the run is prepared, leaves no empty run behind.
+    """
+    path = Path(config.run)
+    new = not (path / "config.json").exists()
+    made = new and not path.exists()
+    open_run(config)
+    try:
+        yield path
+    except BaseException:
+        if new and jax.process_index() == 0 and [p.name for p in path.iterdir()] == ["config.json"]:
+            (path / "config.json").unlink()
+            if made:
+                path.rmdir()
+        raise
+
+
+def _differences(run: TrainConfig, command: TrainConfig) -> list[str]:
+    """`field: run has X, command gives Y` for each field that must not differ."""
+    if stage(run) != stage(command):
+        return [f"stage: run has {stage(run)}, command gives {stage(command)}"]
+    old, new = _flat(dataclasses.asdict(run)), _flat(dataclasses.asdict(command))
+    lines = []
+    for name in [*old, *(n for n in new if n not in old)]:
+        free = any(name == f or name.startswith(f + ".") for f in FREE)
+        if not free and old.get(name) != new.get(name):
+            lines.append(f"{name}: run has {old.get(name)!r}, command gives {new.get(name)!r}")
+    return lines
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def load_run(
+    path: str | Path,
+    stage: str | None = None,
+    which: Literal["best", "latest"] | int = "best",
+    ema: bool = True,
+    mesh: Mesh | None = None,
+) -> Run:
+    """The model of a run directory, ready for use; reads its parameters only, writes nothing.
+
+    Args:
+      stage: what the run must be (`dvae`, `dalle`); None takes any.
+      which: `best` is the checkpoint with the best evaluation measure, or the latest where none was measured;
+        or `latest`, or the number of a saved step.
+      ema: take the averaged parameters if the run has them.
+      mesh: where to put the parameters, by the sharding table; None is whole on the first device.
+
+    Raises FileNotFoundError for no directory, no config.json or no checkpoint yet; ValueError for another
+    stage or a checkpoint that does not fit; OSError for one that cannot be read.
+    """
+    path = Path(path)
+    config = read_config(path)
+    if stage is not None and config.model.kind != stage:
+        raise ValueError(f"{path} is a run of stage {config.model.kind}, want one of stage {stage}")
+    directory = path / "checkpoints"
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{path} has no checkpoint yet; train it first, or wait for its first save")
+    checkpoints = Checkpoints(directory)
+    try:
+        step = which if isinstance(which, int) else checkpoints.latest
+        if which == "best" and checkpoints.best is not None:
+            step = checkpoints.best
+        if step is None:
+            raise FileNotFoundError(
+                f"{path} has no checkpoint yet; train it first, or wait for its first save"
+            )
+        saved = checkpoints.shapes(step)
+        name = "ema" if ema and saved.get("ema") else "params"
+        shapes = saved[name]
+        if mesh is None:
+            abstract = on_one_device(shapes)
+        else:
+            abstract = jax.tree.map(
+                lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h),
+                shapes,
+                param_shardings(mesh, shapes),
+            )
+        params = checkpoints.load(step, {name: abstract}, partial=True)[name]
+    finally:
+        checkpoints.close()
+    return Run(config, params, path, step)
+
+
+def fingerprint(model: ModelConfig, params: Params) -> str:
+    """16 hex digits that change with any parameter or size of a model: codes tell by it who made them."""
+    digest = hashlib.sha256(to_json(model).encode())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        leaf = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{path_name(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_frozen(path: Path, run: Run) -> None:
+    """A copy of the model of `run` for another run to use: `path/params`, then `path/config.json`.
+
+    config.json comes last: a directory that has it is whole.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    save_params(path / "params", run.params)
+    write_atomically(path / "config.json", to_json(run.config))
+
+
+def load_frozen(path: Path) -> tuple[ModelConfig, Params, str]:
+    """Configuration, parameters (on the first device) and fingerprint of what `save_frozen` wrote."""
+    model = read_config(path).model
+    params = load_params(path / "params")
+    return model, params, fingerprint(model, params)

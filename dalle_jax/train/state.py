@@ -1,0 +1,164 @@
+"""What a training run carries from step to step, and the step itself.
+
+`State` is laid over the mesh by the one table of parameters (nn/sharding.py); the optimizer's moments and the
+averaged parameters lie exactly as their parameters do. The step is a pure function of the state, the frozen
+parameters and the batch: its random key is derived from the seed and the step number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle_jax.config import TrainConfig
+from dalle_jax.nn.sharding import batch_sharding, param_shardings, replicated
+from dalle_jax.train.optim import learning_rate, update_ema
+
+Params = dict[str, Any]
+
+# Training step s uses fold_in(key(seed), s); these numbers, out of reach of s, make the other keys.
+INIT, EVALUATE, PICTURES = 2**32 - 1, 2**32 - 2, 2**32 - 3
+
+
+class State(NamedTuple):
+    """step: int32 scalar, updates done. ema: averaged parameters, or {} where averaging is off."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params
+
+    @property
+    def weights(self) -> Params:
+        """The parameters to use the model with: averaged where they exist."""
+        return self.ema or self.params
+
+
+def run_key(seed: int, number: int | jax.Array) -> jax.Array:
+    """The key of training step `number`, or of one of INIT, EVALUATE, PICTURES."""
+    if isinstance(number, int):
+        number = np.uint32(number)
+    return jax.random.fold_in(jax.random.key(seed), number)
+
+
+def param_shapes(task) -> Params:
+    """ShapeDtypeStructs of the task's parameters, without allocation."""
+    return jax.eval_shape(task.init, jax.random.key(0))
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, shardings)
+
+
+def abstract_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state, without allocation."""
+    shapes = param_shapes(task)
+    shardings = param_shardings(mesh, shapes)
+    opt_shapes = jax.eval_shape(tx.init, shapes)
+    whole = replicated(mesh)
+    # jit(tx.init) would leave the moments whole on every device; they must lie as their parameters do.
+    opt_shardings = optax.tree.map_params(
+        tx, lambda _, h: h, opt_shapes, shardings, transform_non_params=lambda _: whole
+    )
+    params = _with_shardings(shapes, shardings)
+    return State(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        params=params,
+        opt_state=_with_shardings(opt_shapes, opt_shardings),
+        ema=params if task.config.optim.ema_decay else {},
+    )
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The tree of shardings in a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def init_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """The state before the first update, made in place on the mesh; equal bit for bit on every mesh."""
+
+    def make() -> State:
+        params = task.init(run_key(task.config.seed, INIT))
+        ema = params if task.config.optim.ema_decay else {}
+        return State(jnp.int32(0), params, tx.init(params), ema)
+
+    return jax.jit(make, out_shardings=shardings_of(abstract_state(task, tx, mesh)))()
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Devices that the rows of a batch are split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def make_step(
+    task, tx: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> Callable[[State, Params, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
+    """The jitted training step `(state, frozen, batch) -> (state, metrics)`.
+
+    The state is donated: its buffers are gone after the call. `batch` holds `config.data.batch` rows; with
+    `optim.accumulate` > 1 the gradient is the mean over that many microbatches, computed one after the other.
+    `metrics` holds float32 scalars: what the task reports, `loss`, `grad_norm` (before clipping) and
+    `learning_rate`; and `finite`, a bool. Where the loss or the gradient norm is not finite, `finite` is
+    False and the state comes back as it was, step number included.
+    """
+    pieces = config.optim.accumulate
+    rate = learning_rate(config.optim, config.steps)
+    shardings = shardings_of(abstract_state(task, tx, mesh))
+    rows = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
+
+    def grads_of(params, frozen, batch, key, step):
+        def loss(params):
+            value, measures = task.loss(params, frozen, batch, key, step)
+            return value, {**measures, "loss": value}
+
+        (_, measures), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.lax.with_sharding_constraint(grads, shardings.params), measures
+
+    def split(x):
+        # Microbatch i takes the rows i, i + pieces, ...: each device finds its part among its own rows.
+        x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    def mean_grads(params, frozen, batch, key, step):
+        if pieces == 1:
+            return grads_of(params, frozen, batch, key, step)
+        microbatches = jax.tree.map(split, batch)
+        keys = jax.random.split(key, pieces)
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        shapes = jax.eval_shape(grads_of, params, frozen, first, key, step)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def add(total, piece):
+            microbatch, key = piece
+            new = grads_of(params, frozen, microbatch, key, step)
+            return jax.tree.map(jnp.add, total, new), None
+
+        total, _ = jax.lax.scan(add, zeros, (microbatches, keys))
+        return jax.tree.map(lambda x: x / pieces, total)
+
+    def step_fn(state: State, frozen: Params, batch: dict[str, jax.Array]):
+        key = run_key(config.seed, state.step)
+        grads, measures = mean_grads(state.params, frozen, batch, key, state.step)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(measures["loss"]) & jnp.isfinite(norm)
+
+        with jax.named_scope("update"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            number = state.step + 1
+            ema = update_ema(state.ema, params, config.optim, number) if state.ema else {}
+            new = State(number, params, opt_state, ema)
+            # A select fuses into the update; a cond would make a GPU wait for the host.
+            new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+
+        measures = {k: v.astype(jnp.float32) for k, v in measures.items()}
+        measures |= {"grad_norm": norm, "learning_rate": rate(state.step), "finite": finite}
+        return new, measures
+
+    return jax.jit(step_fn, out_shardings=(shardings, replicated(mesh)), donate_argnums=0)

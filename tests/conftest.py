@@ -1,0 +1,125 @@
+"""Settings of the whole suite: 8 devices on the CPU, strict shapes, our own deprecation warnings are errors,
+no network. `FakeTask` is a stage small enough to test the training loop by itself.
+"""
+
+import getpass
+import itertools
+import re
+import socket
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax.config import DataConfig, DVAEConfig, MeshConfig, OptimConfig, TrainConfig
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Programs compiled by earlier runs of the suite; the key holds jax's version and every compile option.
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / f"dalle_jax_tests_{getpass.getuser()}")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", r"error::DeprecationWarning:(dalle_jax|test_|conftest)")
+    config.addinivalue_line("filterwarnings", r"error::FutureWarning:(dalle_jax|test_|conftest)")
+    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):  # `pytest -m gpu`
+        jax.config.update("jax_platforms", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def refuse(self, address, *rest):
+        if self.family == socket.AF_UNIX:
+            return connect(self, address, *rest)
+        raise OSError(f"a test wants the network: {address}")
+
+    connect = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+class FakeTask:
+    """A linear model on numbers drawn from the step number: every law of the loop, in milliseconds.
+
+    noise: size of a random term of the loss that depends on the step's key. nan_at: the batch of that step
+    has a NaN. at: functions to call when the batch of a step is asked for.
+    """
+
+    best = ("eval_loss", "min")
+    tokens_per_row = 4
+
+    def __init__(self, config, noise=0.1, nan_at=None, at=None):
+        self.config, self.noise, self.nan_at, self.at = config, noise, nan_at, at or {}
+        self.frozen = {"norm_out": {"scale": np.full((8,), 2.0, np.float32)}}
+        self.traces = 0
+
+    def prepare(self, run_dir):
+        (run_dir / "text.model").write_text("prepared")
+
+    def init(self, key):
+        kernel = jax.random.normal(key, (4, 8)) * 0.1
+        return {"text_head": {"kernel": kernel, "bias": jnp.zeros((8,))}}
+
+    def _error(self, params, frozen, batch):
+        head = params["text_head"]
+        out_BV = batch["x"] @ head["kernel"] + head["bias"][None]
+        return ((out_BV * frozen["norm_out"]["scale"][None] - batch["y"]) ** 2).mean()
+
+    def loss(self, params, frozen, batch, key, step):
+        self.traces += 1
+        error = self._error(params, frozen, batch)
+        kernel = params["text_head"]["kernel"]
+        jitter = self.noise * (kernel * jax.random.normal(key, kernel.shape)).sum()
+        return error + jitter, {"error": error, "jitter": jitter}
+
+    def _rows(self, *seed):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(self.config.data.batch, 4)).astype(np.float32)
+        return {"x": x, "y": np.concatenate([x, x**2], axis=1)}
+
+    def batches(self, start):
+        for step in itertools.count(start):
+            if step in self.at:
+                self.at[step]()
+            batch = self._rows(0, self.config.data.seed, step)
+            if step == self.nan_at:
+                batch["x"][0, 0] = np.nan
+            yield batch
+
+    def eval_batches(self):
+        return [self._rows(1, i) for i in range(2)]
+
+    def evaluate(self, params, frozen, batch, key):
+        return {"eval_loss": self._error(params, frozen, batch)}
+
+    def pictures(self, params, frozen, key):
+        gray = np.asarray(jax.nn.sigmoid(params["text_head"]["kernel"]) * 255).astype(np.uint8)
+        return Image.fromarray(gray)
+
+
+def tiny_config(run="", **changes) -> TrainConfig:
+    """Ten steps of FakeTask; a dict among `changes` changes fields inside `optim`, `data` or `mesh`."""
+    values = {
+        "model": DVAEConfig(image_size=8, groups=1, width=4, decoder_width=4, vocab=8),
+        "run": str(run),
+        "data": {"batch": 16},
+        "optim": {"learning_rate": 0.02, "warmup_steps": 2, "ema_every": 2, "clip_norm": 1.0},
+        "mesh": {"data": 2, "fsdp": 2, "model": 2},
+        "steps": 10,
+        "log_every": 1,
+        "eval_every": 4,
+        "sample_every": 5,
+        "save_every": 4,
+        "keep": 2,
+    }
+    for name, value in changes.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    kinds = {"data": DataConfig, "optim": OptimConfig, "mesh": MeshConfig}
+    return TrainConfig(**{n: kinds[n](**v) if n in kinds else v for n, v in values.items()})

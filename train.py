@@ -1,0 +1,8 @@
+"""Trains a configuration: python train.py configs/X.py [--field value ...]. See dalle_jax/train/loop.py."""
+
+import sys
+
+from dalle_jax.train.loop import main
+
+if __name__ == "__main__":
+    sys.exit(main())
