@@ -64,7 +64,8 @@ class TextTokenizer:
     def __init__(self, model: bytes):
         """model: the contents of a sentencepiece model file. Raises ValueError if they are not one."""
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.load_from_serialized_proto(model)  # the constructor takes b"" for no model
         except RuntimeError as error:
             raise ValueError(f"not a sentencepiece model ({len(model)} bytes): {error}") from None
 

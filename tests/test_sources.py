@@ -1,9 +1,10 @@
-"""Laws of pictures and sources: any picture file becomes a square or a named complaint, any tar rows or one."""
+"""Laws of pictures and sources: any file becomes squares and rows, or an error that says what is wrong."""
 
 import io
 import json
 import pickle
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -61,16 +62,13 @@ def good_records(n, split="train", first=0):
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "1"), ("JPEG", "RGB")]
-    + [("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("GIF", "P"), ("BMP", "RGB"), ("TIFF", "F"), ("TIFF", "LAB")]
-    + [("TIFF", "I"), ("PNG", "I;16"), ("TIFF", "I;16B"), ("TIFF", "CMYK"), ("PPM", "RGB")],
+    [
+        ("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "1"), ("PNG", "I;16"),
+        ("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("GIF", "P"), ("BMP", "RGB"),
+        ("TIFF", "F"), ("TIFF", "I"), ("TIFF", "I;16B"), ("TIFF", "CMYK"), ("PPM", "RGB"),
+    ],
 )  # fmt: skip
 def test_every_mode_becomes_rgb(kind, mode):
-    if mode == "LAB":
-        picture = Image.new("LAB", (20, 20))
-        with pytest.raises(BadImage, match="does not decode"):
-            decode(encoded(picture, kind), 8)
-        return
     if mode.startswith("I"):
         grey_HW = np.full(
             (20, 20), 128 * 257, ">u2" if mode == "I;16B" else np.uint16 if "16" in mode else np.int32
@@ -82,6 +80,8 @@ def test_every_mode_becomes_rgb(kind, mode):
     else:
         grey = mode in ("L", "LA")
         picture, want = plain((128, 128, 128) if grey else RED).convert(mode), (128 if grey else RED)
+        if mode == "P":
+            picture = plain().quantize(4)
         if mode == "1":
             picture, want = plain("white").convert("1"), 255
     got = decode(encoded(picture, kind), 8)
@@ -165,14 +165,12 @@ def bomb():
     data = bytearray(encoded(plain()))
     data[16:24] = (9000).to_bytes(4) * 2
     head, rest = bytes(data[:12]), bytes(data[12:29])
-    import zlib
-
     return head + rest + zlib.crc32(rest).to_bytes(4) + bytes(data[33:])
 
 
 def text_bomb():
     notes = PngImagePlugin.PngInfo()
-    notes.add_text("a", "x" * 80_000_000, zip=True)
+    notes.add_text("a", "x" * 3_000_000, zip=True)
     return encoded(plain(), pnginfo=notes)
 
 
@@ -186,6 +184,7 @@ def test_bad_pictures_say_why():
         (b"<svg/>", "not an image"),
         (encoded(noise, "JPEG")[:900], "truncated"),
         (encoded(noise)[:900], "truncated"),
+        (text_bomb(), "broken"),
         (bomb(), "bomb"),
     ]:
         with pytest.raises(BadImage) as error:
@@ -194,6 +193,7 @@ def test_bad_pictures_say_why():
     assert pickle.loads(pickle.dumps(error.value)).cause == "bomb"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow remarks on odd tags
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_damaged_pictures_never_surprise(kind):
     rng = np.random.default_rng(1)
@@ -410,12 +410,12 @@ def test_identity_tells_rows_apart(tmp_path):
 
 def test_scene_rows():
     rows = open_source(config.ScenesSource(count=50), "train")
-    assert len(rows) == 50 and rows.image(3, 16, "random").shape == (16, 16, 3)
+    assert len(rows) == 50 and rows.image(3, 32, "random").shape == (32, 32, 3)
     said = rows.captions(3)
     assert set(said) == {"en", "zh"} and all(len(texts) >= 1 and all(texts) for texts in said.values())
     assert set(open_source(config.ScenesSource(), "train", languages=("zh",)).captions(0)) == {"zh"}
     held = open_source(config.ScenesSource(count=50), "eval")
-    assert any((held.image(i, 16, "none") != rows.image(i, 16, "none")).any() for i in range(3))
+    assert any((held.image(i, 32, "none") != rows.image(i, 32, "none")).any() for i in range(3))
     other = open_source(config.ScenesSource(count=60, seed=1), "train")
     assert other.identity() != rows.identity()
     assert open_source(config.ScenesSource(count=60), "train").identity() == rows.identity()

@@ -61,6 +61,9 @@ class BadImage(ValueError):
         super().__init__(message)
         self.cause = cause
 
+    def __reduce__(self):
+        return BadImage, (self.cause, str(self))
+
 
 # --- in -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,359 @@
+"""Laws of the pipeline: batch k is a function of the configuration and k, on any threads and processes."""
+
+import io
+import json
+import tarfile
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax import config
+from dalle_jax.data.codes import CodesSource, load_codes, save_codes
+from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
+from dalle_jax.data.sources import FirstRows, open_source
+from dalle_jax.text import TextTokenizer, train
+
+ROWS, SIZE = 37, 16
+
+
+def write_tar(path, rows=ROWS, broken=()):
+    """Row i: a picture in the colour i, wider than high so that crops differ, and captions that name i."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i in range(rows):
+            picture = rng.integers(0, 256, (24, 40, 3), np.uint8)
+            picture[..., 0] = i
+            out = io.BytesIO()
+            Image.fromarray(picture).save(out, "PNG")
+            data = out.getvalue()[: 200 if i in broken else None]
+            said = {"captions": [f"row {i}", f"picture of {i}"], "captions_zh": [f"第{i}行", f"图{i}"]}
+            said["split"] = "train" if i < rows - 5 else "val"
+            for name, content in ((f"{i}.png", data), (f"{i}.json", json.dumps(said).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return config.TarSource(path=str(path), max_bad_share=0.2)
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory):
+    return write_tar(tmp_path_factory.mktemp("data") / "a.tar")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "bpe.model"
+    words = [f"{word} {i}" for word in ("row", "picture of") for i in range(ROWS)]
+    train(words + [f"第{i}行 图" for i in range(ROWS)], path, vocab=400)
+    return TextTokenizer.load(path)
+
+
+@pytest.fixture
+def data(tar):
+    return config.DataConfig(source=tar, batch=8, crop="random", threads=2, prefetch=3)
+
+
+def take(data, source, tokenizer, n, *, start=0, image_size=SIZE, **options):
+    text = dict(text=tokenizer, text_vocab=400, text_len=12, dropout=0.3) if tokenizer else {}
+    with train_batches(data, source, start=start, image_size=image_size, **text, **options) as batches:
+        return [next(batches) for _ in range(n)]
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def rows_of(batches):
+    return np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
+
+
+def test_shapes_and_types(data, tokenizer):
+    (batch,) = take(data, open_train_source(data), tokenizer, 1)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        "image": ((8, SIZE, SIZE, 3), np.uint8),
+        "text": ((8, 12), np.int32),
+    }
+    assert take(data, open_train_source(data), None, 1)[0].keys() == {"image"}
+
+
+def test_resume_is_the_straight_run(data, tokenizer):
+    source = open_train_source(data)
+    straight = take(data, source, tokenizer, 12)
+    for start in (1, 5, 11):
+        assert_same(take(data, source, tokenizer, 12 - start, start=start), straight[start:])
+    assert_same(take(data, open_train_source(data), tokenizer, 12), straight)
+
+
+def test_far_steps_are_as_near_as_the_first(data):
+    source = open_train_source(data)
+    began = time.monotonic()
+    (far,) = take(data, source, None, 1, start=10**9)
+    assert time.monotonic() - began < 5
+    assert_same(take(data, source, None, 2, start=10**9 - 1)[1:], [far])
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (5, 2), (3, 16)])
+def test_threads_do_not_matter(data, tokenizer, threads, prefetch):
+    source = open_train_source(data)
+    other = config.DataConfig(source=data.source, batch=8, crop="random", threads=threads, prefetch=prefetch)
+    assert_same(take(other, source, tokenizer, 10), take(data, source, tokenizer, 10))
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_processes_share_the_global_batch_in_order(data, tokenizer, processes):
+    source = open_train_source(data)
+    want = take(data, source, tokenizer, 6, start=2)
+    parts = [
+        take(data, source, tokenizer, 6, start=2, process_index=p, process_count=processes)
+        for p in range(processes)
+    ]
+    got = [{key: np.concatenate([part[k][key] for part in parts]) for key in want[k]} for k in range(6)]
+    assert_same(got, want)
+
+
+def test_an_epoch_is_a_permutation_and_the_next_another(data):
+    source = open_train_source(data)
+    n = len(source)
+    rows = rows_of(take(data, source, None, 3 * n // 8))
+    epochs = rows[: 3 * n].reshape(3, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs} | {tuple(range(n))}) == 4
+
+
+def test_the_seed_changes_order_and_choices(data, tokenizer):
+    source = open_train_source(data)
+    other = config.DataConfig(source=data.source, batch=8, crop="random", seed=1)
+    a, b = take(data, source, tokenizer, 3), take(other, source, tokenizer, 3)
+    assert (rows_of(a) != rows_of(b)).any()
+
+
+def test_captions_are_chosen_among_languages_and_captions(data, tokenizer):
+    options = dict(start=0, image_size=SIZE, text=tokenizer, text_vocab=400, text_len=32)
+    source, seen = open_train_source(data), Counter()
+    with train_batches(data, source, **options) as batches:
+        for _ in range(100):
+            batch = next(batches)
+            for row, ids in zip(batch["image"][:, 0, 0, 0], batch["text"], strict=True):
+                said = tokenizer.decode(ids)
+                assert str(row) in said
+                seen[said.replace(str(row), "#")] += 1
+    assert set(seen) == {"row #", "picture of #", "第#行", "图#"}
+    assert all(150 < count < 250 for count in seen.values())
+
+
+def test_one_language(tar, tokenizer):
+    data = config.DataConfig(source=tar, batch=8, languages=("zh",))
+    batches = take(data, open_train_source(data), tokenizer, 4)
+    assert all(any(c > "\u4e00" for c in tokenizer.decode(ids)) for batch in batches for ids in batch["text"])
+
+
+def test_a_source_shorter_than_a_batch_repeats(data, tokenizer):
+    source = FirstRows(open_train_source(data), 3)
+    batches = take(data, source, tokenizer, 3)
+    assert Counter(rows_of(batches).tolist()) == {0: 8, 1: 8, 2: 8}
+    assert_same(take(data, source, tokenizer, 1, start=2), batches[2:])
+
+
+def test_a_broken_picture_moves_no_other_row(tmp_path, data, tokenizer):
+    broken = write_tar(tmp_path / "a.tar", broken=(5, 6, 20))
+    hurt = config.DataConfig(source=broken, batch=8, crop="random")
+    source = open_train_source(hurt)
+    whole = take(data, open_train_source(data), tokenizer, 12)
+    got = take(hurt, source, tokenizer, 12)
+    rows = rows_of(whole).astype(int)
+    want = np.select([(rows == 5) | (rows == 6), rows == 20], [7, 21], rows)
+    np.testing.assert_array_equal(rows_of(got), want)
+    untouched = (rows == want).reshape(12, 8)
+    for k in range(12):
+        for key in ("image", "text"):
+            np.testing.assert_array_equal(got[k][key][untouched[k]], whole[k][key][untouched[k]])
+    for k in range(12):  # the caption follows the picture
+        for row, ids in zip(got[k]["image"][:, 0, 0, 0], got[k]["text"], strict=True):
+            assert str(row) in tokenizer.decode(ids)
+    assert_same(take(hurt, open_train_source(hurt), tokenizer, 4, start=8), got[8:])
+
+
+def test_errors_of_reading_reach_the_caller(tmp_path):
+    source = config.TarSource(path=write_tar(tmp_path / "a.tar", broken=range(20)).path)
+    data = config.DataConfig(source=source, batch=8)
+    with pytest.raises(ValueError, match=r"(?s)records of .*picture truncated"):
+        take(data, open_train_source(data), None, 20)
+
+
+def test_closing_ends_the_threads(data):
+    before = set(threading.enumerate())
+    batches = train_batches(data, open_train_source(data), start=0, image_size=SIZE)
+    next(batches)
+    mine = [t for t in threading.enumerate() if t not in before]
+    assert len(mine) == data.threads
+    batches.close()
+    batches.close()
+    for thread in mine:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+    with pytest.raises(ValueError, match="closed"):
+        next(batches)
+
+
+def test_scenes(tokenizer):
+    data = config.DataConfig(source=config.ScenesSource(count=100), batch=4)
+    source = open_train_source(data)
+    batches = take(data, source, tokenizer, 2, image_size=32)
+    assert_same(take(data, source, tokenizer, 1, start=1, image_size=32), batches[1:])
+    held = eval_batch(data, open_source(data.source, "eval"), 3, image_size=32)
+    assert held["image"].shape == (3, 32, 32, 3) and all(held["caption"])
+
+
+def test_bad_arguments(data, tokenizer):
+    source = open_train_source(data)
+    with pytest.raises(ValueError, match="8 is not divisible by the 3 processes"):
+        take(data, source, None, 1, process_count=3)
+    with pytest.raises(ValueError, match="process 2 of 2"):
+        take(data, source, None, 1, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="start is step -1"):
+        take(data, source, None, 1, start=-1)
+    with pytest.raises(ValueError, match="image_size is None"):
+        take(data, source, None, 1, image_size=None)
+    with pytest.raises(ValueError, match="text_vocab and text_len"):
+        train_batches(data, source, start=0, image_size=8, text=tokenizer)
+    bare = open_source(data.source, "train", languages=())
+    with pytest.raises(ValueError, match="no captions"):
+        take(data, bare, tokenizer, 1)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------
+
+
+def test_eval_batch_is_fixed(data, tokenizer):
+    source = open_source(data.source, "eval", languages=data.languages)
+    options = dict(image_size=SIZE, text=tokenizer, text_vocab=400, text_len=12)
+    batch = eval_batch(data, source, 100, **options)
+    assert batch["caption"] == ["row 32", "第33行", "row 34", "第35行", "row 36"]
+    assert batch["image"].shape == (5, SIZE, SIZE, 3) and batch["text"].shape == (5, 12)
+    assert [tokenizer.decode(ids) for ids in batch["text"]] == batch["caption"]
+    for rows in (3, range(2, 5)):
+        part = eval_batch(data, source, rows, **options)
+        which = slice(0, 3) if rows == 3 else slice(2, 5)
+        assert part["caption"] == batch["caption"][which]
+        np.testing.assert_array_equal(part["image"], batch["image"][which])
+        np.testing.assert_array_equal(part["text"], batch["text"][which])
+    with pytest.raises(ValueError, match="asked for 0 of a source of 5"):
+        eval_batch(data, source, 0, **options)
+
+
+def test_eval_batch_without_captions(data):
+    batch = eval_batch(data, open_source(data.source, "eval", languages=()), 2, image_size=SIZE)
+    assert batch["caption"] == ["", ""] and batch.keys() == {"image", "caption"}
+
+
+# --- codes encoded ahead --------------------------------------------------------------------------------
+
+
+def encode(source, path, rows=None, **changes):
+    """The red channel of the picture's rows stands for its codes."""
+    rows = len(source) if rows is None else rows
+    codes = np.stack([source.image(i, 4, "center")[..., 0].reshape(-1) for i in range(rows)]).astype(np.int32)
+    about = dict(
+        source_json=source.identity(), tokenizer="abc", image_size=4, vocab=256, complete=rows == len(source)
+    )
+    save_codes(path, codes, **(about | {"stand_ins": source.stand_ins} | changes))
+    return codes
+
+
+@pytest.mark.parametrize("rows", [None, 11])
+@pytest.mark.parametrize("broken", [(), (5, 6)])
+def test_codes_and_pictures_show_the_same_rows(tmp_path, tokenizer, rows, broken):
+    tar = write_tar(tmp_path / "a.tar", broken=broken)
+    path = str(tmp_path / "made" / "codes.npz")
+    encode(open_source(tar, "train"), path, rows)
+    pixels = config.DataConfig(source=tar, batch=8, crop="center")
+    coded = config.DataConfig(source=tar, batch=8, crop="center", codes=path)
+    source, codes = open_train_source(pixels), open_train_source(coded)
+    assert len(codes) == (rows or len(source)) and codes.num_codes == 16
+    if rows:
+        source = FirstRows(source, rows)
+    want = take(pixels, source, tokenizer, 8, image_size=4)
+    got = take(coded, codes, tokenizer, 8, image_size=None)
+    for a, b in zip(want, got, strict=True):
+        assert b.keys() == {"codes", "text"} and b["codes"].dtype == np.int32
+        np.testing.assert_array_equal(a["image"][..., 0].reshape(8, -1), b["codes"])
+        np.testing.assert_array_equal(a["text"], b["text"])
+
+
+def test_codes_file_round_trip(tmp_path, tar):
+    source, path = open_source(tar, "train"), tmp_path / "codes.npz"
+    codes = encode(source, path)
+    file = load_codes(path)
+    np.testing.assert_array_equal(file.codes_Nn, codes)
+    assert (file.tokenizer, file.image_size, file.vocab, file.complete) == ("abc", 4, 256, True)
+    assert json.loads(file.source_json) == json.loads(source.identity()) and len(file) == len(source)
+    assert [p.name for p in tmp_path.iterdir()] == ["codes.npz"]
+
+
+def test_codes_out_of_range_name_the_row(tmp_path, tar):
+    source = open_source(tar, "train")
+    with pytest.raises(ValueError, match=r"row 4 has codes from 4 to 4, want \[0, 4\)"):
+        encode(source, tmp_path / "codes.npz", vocab=4)
+    with pytest.raises(ValueError, match=r"integers \(N, n\).*float"):
+        save_codes(
+            tmp_path / "c",
+            np.zeros((2, 2)),
+            source_json="{}",
+            tokenizer="",
+            image_size=4,
+            vocab=4,
+            complete=True,
+        )
+    encode(source, tmp_path / "codes.npz")
+    with np.load(tmp_path / "codes.npz") as file:
+        arrays = dict(file)
+    arrays["codes"][7, 3] = 999
+    np.savez(tmp_path / "codes.npz", **arrays)
+    with pytest.raises(ValueError, match=r"codes\.npz: row 7 has codes from 7 to 999"):
+        load_codes(tmp_path / "codes.npz")
+
+
+def test_codes_of_other_rows_are_refused(tmp_path, tar):
+    source, path = open_source(tar, "train"), tmp_path / "codes.npz"
+    other = open_source(write_tar(tmp_path / "b.tar", rows=30), "train")
+    encode(other, path)
+    with pytest.raises(ValueError, match=r"another source.*rows 25 there, 32 here"):
+        CodesSource(load_codes(path), source)
+    encode(source, path, rows=10, complete=True)
+    with pytest.raises(ValueError, match=r"holds all 10 rows, data\.source has 32"):
+        CodesSource(load_codes(path), source)
+    few = open_source(config.ScenesSource(count=3), "train")
+    many = open_source(config.ScenesSource(count=9), "train")
+    encode_scenes = dict(source_json=many.identity(), tokenizer="", image_size=32, vocab=9, complete=False)
+    save_codes(path, np.ones((5, 4), int), **encode_scenes)
+    assert len(CodesSource(load_codes(path), many)) == 5
+    with pytest.raises(ValueError, match=r"holds the first 5 rows, data\.source has 3"):
+        CodesSource(load_codes(path), few)
+
+
+def test_broken_codes_files(tmp_path, tar):
+    path = tmp_path / "codes.npz"
+    with pytest.raises(ValueError, match=r"codes\.npz does not exist.*dalle-jax encode"):
+        load_codes(path)
+    encode(open_source(tar, "train"), path)
+    data = path.read_bytes()
+    hurt = bytearray(data)
+    hurt[300] ^= 255
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    np.save(tmp_path / "plain.npy", np.zeros(3))
+    for bad in (
+        b"", b"hello", data[: len(data) // 2], bytes(hurt),
+        (tmp_path / "other.npz").read_bytes(), (tmp_path / "plain.npy").read_bytes(),
+    ):  # fmt: skip
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"codes\.npz is not a whole file of codes"):
+            load_codes(path)
