@@ -19,6 +19,8 @@ from typing import Any, Literal, Union
 Dtype = Literal["float32", "bfloat16"]
 AttentionKind = Literal["full", "row", "column", "conv"]
 Language = Literal["en", "zh"]
+SceneSize = Literal["small", "medium", "large"]
+SceneFill = Literal["solid", "striped", "dotted"]
 
 
 def _require(holds: bool, message: str) -> None:
@@ -51,6 +53,8 @@ class DVAEConfig:
     vocab: int = 8192  # codes; A.1
     tau: Schedule = Schedule(start=1.0, end=1 / 16, steps=150_000)  # Gumbel temperature; A.2
     kl_weight: Schedule = Schedule(start=0.0, end=6.6, steps=5_000)  # beta; A.2
+    balance_weight: Schedule = Schedule(start=0.0, end=0.0, steps=0)  # of the KL divergence of a batch's mean
+    # code distribution from uniform; keeps the codebook alive in short trainings; not in the paper
     dtype: Dtype = "float32"  # of the convolutions; logits, softmax and loss stay float32
 
     def __post_init__(self):
@@ -155,6 +159,8 @@ class ScenesSource:
     count: int = 1_000_000  # scenes in the training split
     min_objects: int = 1
     max_objects: int = 4
+    sizes: tuple[SceneSize, ...] = ("small", "medium", "large")
+    fills: tuple[SceneFill, ...] = ("solid", "striped", "dotted")
     seed: int = 0
 
     def __post_init__(self):
@@ -162,6 +168,11 @@ class ScenesSource:
         _require(
             1 <= self.min_objects <= self.max_objects <= 4,
             f"objects per scene {self.min_objects}..{self.max_objects}; want 1 <= min <= max <= 4",
+        )
+        _require(
+            len(self.fills) > 0 and len(self.sizes) > 0 and (self.max_objects == 1 or set(self.sizes) != {"large"}),
+            f"scenes of sizes {self.sizes} and fills {self.fills}; want at least one of each, and not only large "
+            "ones where a scene holds two objects or more",
         )
 
 

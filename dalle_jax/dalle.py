@@ -142,8 +142,11 @@ def logits(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.A
     """Scores of every token given all tokens before it.
 
     text_BT: int32 (B, T). codes_BN: int32 (B, N). Returns float32 text logits (B, T-1, W), for the text
-    tokens 1 to T-1, and float32 image logits (B, N, V), for the codes 0 to N-1.
+    tokens 1 to T-1, and float32 image logits (B, N, V), for the codes 0 to N-1. Raises ValueError for other
+    shapes or dtypes.
     """
+    if codes_BN.shape[1:] != (cfg.num_codes,):
+        raise ValueError(f"codes have shape {codes_BN.shape}, want ({len(text_BT)}, {cfg.num_codes})")
     x_BSD = hidden(cfg, params, text_BT, codes_BN[:, :-1])
     text = _head(cfg, params, "text_head", x_BSD[:, : cfg.text_len - 1])
     return text, _head(cfg, params, "image_head", x_BSD[:, cfg.text_len - 1 :])

@@ -63,9 +63,9 @@ def good_records(n, split="train", first=0):
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        ("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "1"), ("PNG", "I;16"),
-        ("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("GIF", "P"), ("BMP", "RGB"),
-        ("TIFF", "F"), ("TIFF", "I"), ("TIFF", "I;16B"), ("TIFF", "CMYK"), ("PPM", "RGB"),
+        ("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "1"),
+        ("PNG", "I;16"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("GIF", "P"),
+        ("BMP", "RGB"), ("TIFF", "F"), ("TIFF", "I"), ("TIFF", "I;16B"), ("TIFF", "CMYK"), ("PPM", "RGB"),
     ],
 )  # fmt: skip
 def test_every_mode_becomes_rgb(kind, mode):

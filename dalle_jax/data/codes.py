@@ -149,6 +149,11 @@ class CodesSource:
         """Codes in each row."""
         return self._codes.codes_Nn.shape[1]
 
+    @property
+    def tokenizer(self) -> str:
+        """Fingerprint of the tokenizer that made the codes."""
+        return self._codes.tokenizer
+
     def codes(self, i: int) -> np.ndarray:
         """Codes of row i: int32 (n,)."""
         return self._codes.codes_Nn[i].astype(np.int32)

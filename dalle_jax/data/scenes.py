@@ -127,25 +127,26 @@ def _grid(stream: Stream, widths: list[float]) -> list[tuple[float, float]]:
     return places
 
 
-def _sizes(stream: Stream, count: int, layout: str) -> list[str]:
-    """Sizes that fit the layout; the first is large where it hosts another object."""
+def _sizes(stream: Stream, count: int, layout: str, sizes: tuple[str, ...]) -> list[str]:
+    """Sizes that fit the layout, out of those allowed; the first is large where it hosts another object."""
     if layout == "row":
         return ["small"] * 3
     if layout == "inside":
         return ["large"] + ["small"] * (count - 1)
     if count == 1:
-        return [stream.pick(SIZES)]
-    sizes = [stream.pick(SIZES[:2]) for _ in range(count)]
-    if count == 2 and not stream.below(3):  # a large one leaves room for a small one beside it
-        sizes = ["large", "small"] if stream.below(2) else ["small", "large"]
-    return sizes
+        return [stream.pick(sizes)]
+    many = tuple(size for size in sizes if size != "large")
+    chosen = [stream.pick(many) for _ in range(count)]
+    if count == 2 and not stream.below(3) and {"small", "large"} <= set(sizes):  # they fit beside each other
+        chosen = ["large", "small"] if stream.below(2) else ["small", "large"]
+    return chosen
 
 
-def _layout(stream: Stream, count: int) -> str:
+def _layout(stream: Stream, count: int, sizes: tuple[str, ...]) -> str:
     draw = stream.below(20)
-    if count in (2, 3) and draw < 4:
+    if count in (2, 3) and draw < 4 and {"small", "large"} <= set(sizes):
         return "inside"
-    if count == 3 and draw < 11:
+    if count == 3 and draw < 11 and "small" in sizes:
         return "row"
     return "free"
 
@@ -159,8 +160,8 @@ class _Spot:
         self.x, self.y, self.diameter, self.size = x, y, diameter, size
 
 
-def _place(stream: Stream, count: int, layout: str) -> list[_Spot]:
-    sizes = _sizes(stream, count, layout)
+def _place(stream: Stream, count: int, layout: str, allowed: tuple[str, ...]) -> list[_Spot]:
+    sizes = _sizes(stream, count, layout, allowed)
     most = 0.0 if layout == "row" else JITTER  # three in a row have no room to grow
     diameters = [DIAMETERS[size] * (1 - JITTER + (JITTER + most) * stream.unit()) for size in sizes]
     inner = layout == "inside"
@@ -211,8 +212,15 @@ def _held_out_choice(stream: Stream, spots: list[_Spot], relation: Relation | No
     return {position: (colour, shape)}
 
 
+def _fill(stream: Stream, fills: tuple[str, ...]) -> str:
+    """Half of the objects are solid where that is allowed."""
+    patterns = tuple(fill for fill in fills if fill != "solid")
+    plain = "solid" in fills and (not patterns or stream.below(2))
+    return "solid" if plain else stream.pick(patterns)
+
+
 def _people(
-    stream: Stream, spots: list[_Spot], relation: Relation | None, fixed: dict
+    stream: Stream, spots: list[_Spot], relation: Relation | None, fixed: dict, fills: tuple[str, ...]
 ) -> list[SceneObject] | None:
     """Objects for the spots, showing no held-out composition but the fixed ones; None if none was found."""
     host = relation.others[0] if relation is not None and relation.name == "inside" else None
@@ -225,7 +233,7 @@ def _people(
                 shape=shape or stream.pick(HOSTS if position == host else SHAPES),
                 colour=colour or stream.pick(COLOURS),
                 size=spot.size,
-                fill="solid" if position in (host, guest) or stream.below(2) else stream.pick(FILLS[1:]),
+                fill="solid" if position in (host, guest) else _fill(stream, fills),
                 x=spot.x,
                 y=spot.y,
                 diameter=spot.diameter,
@@ -268,14 +276,23 @@ def _background(stream: Stream) -> Background:
 
 
 def scene(
-    index: int, *, split: str = "train", seed: int = 0, min_objects: int = 1, max_objects: int = 4
+    index: int,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    min_objects: int = 1,
+    max_objects: int = 4,
+    sizes: tuple[str, ...] = SIZES,
+    fills: tuple[str, ...] = FILLS,
 ) -> Scene:
     """The scene of an index.
 
     index: 0 or more, without an upper end. split: a word of SPLITS; each has its own random stream. 'train',
     'val' and 'test' never show a held-out composition, every scene of 'held_out' shows one. seed: another
-    data set. min_objects, max_objects: 1..4, the number of objects is drawn evenly between them. Raises
-    ValueError for an unknown split, a negative index or an impossible number of objects."""
+    data set. min_objects, max_objects: 1..4, the number of objects is drawn evenly between them. sizes, fills:
+    the words to draw from; without both small and large no object stands inside another, and the ones that do
+    are solid in any case. Raises ValueError for an unknown split or word, a negative index or an impossible
+    number of objects."""
     if split not in SPLITS:
         raise ValueError(f"want a split of {SPLITS}, got {split!r}; use one of these words")
     if index < 0:
@@ -285,17 +302,27 @@ def scene(
             f"want 1 <= min_objects <= max_objects <= 4, got {min_objects} and {max_objects}; "
             "a scene holds 1 to 4 objects"
         )
+    check_words(sizes, fills, max_objects)
     for attempt in range(100):
         stream = Stream(seed, SPLITS.index(split), index, attempt)
         count = min_objects + stream.below(max_objects - min_objects + 1)
-        layout = _layout(stream, count)
-        spots = _place(stream, count, layout)
+        layout = _layout(stream, count, sizes)
+        spots = _place(stream, count, layout, sizes)
         relation = _relation(stream, spots, layout)
         fixed = _held_out_choice(stream, spots, relation) if split == "held_out" else {}
-        things = _people(stream, spots, relation, fixed)
+        things = _people(stream, spots, relation, fixed, fills)
         if things is not None:
             return Scene(objects=tuple(things), background=_background(stream), relation=relation)
     raise AssertionError(f"no scene for {split} {index} in 100 attempts")
+
+
+def check_words(sizes: tuple[str, ...], fills: tuple[str, ...], max_objects: int) -> None:
+    """Raises ValueError unless these are words of SIZES and FILLS that so many objects can be drawn with."""
+    for name, words, known in (("sizes", sizes, SIZES), ("fills", fills, FILLS)):
+        if isinstance(words, str) or not words or any(word not in known for word in words):
+            raise ValueError(f"want {name} out of {known}, got {words!r}; pass a tuple such as ({known[0]!r},)")
+    if max_objects > 1 and set(sizes) == {"large"}:
+        raise ValueError("want small or medium in sizes where a scene holds two objects or more, got only large")
 
 
 def evaluation_set(
@@ -305,6 +332,8 @@ def evaluation_set(
     seed: int = 0,
     languages: tuple[str, ...] = LANGUAGES,
     max_objects: int = 2,
+    sizes: tuple[str, ...] = SIZES,
+    fills: tuple[str, ...] = FILLS,
 ) -> tuple[tuple[Caption, Scene], ...]:
     """Captions to draw pictures for, none of them seen in training, each with a scene that it is true of.
 
@@ -328,7 +357,9 @@ def evaluation_set(
             )
     pairs = []
     for index in range(count):
-        one = scene(index, split=split, seed=seed, min_objects=fewest, max_objects=most)
+        one = scene(
+            index, split=split, seed=seed, min_objects=fewest, max_objects=most, sizes=sizes, fills=fills
+        )
         stream = Stream(seed, 201, SPLITS.index(split), index)
         pairs.append((caption(one, stream, languages[index % len(languages)], always=True), one))
     return tuple(pairs)

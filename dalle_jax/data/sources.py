@@ -140,7 +140,13 @@ class SceneRows:
         """The scene that row i shows."""
         c = self._config
         return scenes.scene(
-            i, split=self._stream, seed=c.seed, min_objects=c.min_objects, max_objects=c.max_objects
+            i,
+            split=self._stream,
+            seed=c.seed,
+            min_objects=c.min_objects,
+            max_objects=c.max_objects,
+            sizes=c.sizes,
+            fills=c.fills,
         )
 
     def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -164,6 +170,7 @@ class SceneRows:
     def identity(self) -> str:
         c = self._config
         fields = {"seed": c.seed, "min_objects": c.min_objects, "max_objects": c.max_objects}
+        fields |= {"sizes": list(c.sizes), "fills": list(c.fills)}
         return json.dumps({"kind": "scenes", "split": self._stream, **fields})
 
 

@@ -137,7 +137,8 @@ class CodeEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, z):
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        # By fan-in, as other convolutions, rows would shrink with the vocabulary: only one of them is used.
+        init = nn.initializers.normal(2.0 / math.sqrt(self.width))
         kernel = self.param("kernel", init, (1, 1, self.vocab, self.width))
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
         table_VC = kernel[0, 0] + bias[None]  # weights over the codebook sum to one, so the bias may move in
@@ -205,7 +206,14 @@ def decode(cfg: DVAEConfig, params: Params, codes_BN: jax.Array) -> jax.Array:
 
 
 def loss(
-    cfg: DVAEConfig, params: Params, images_BHWC: jax.Array, key: jax.Array, *, tau: jax.Array, kl_weight: jax.Array
+    cfg: DVAEConfig,
+    params: Params,
+    images_BHWC: jax.Array,
+    key: jax.Array,
+    *,
+    tau: jax.Array | float,
+    kl_weight: jax.Array | float,
+    balance_weight: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Negative evidence lower bound per pixel value, in nats, and what it is made of.
 
@@ -213,7 +221,8 @@ def loss(
     term is between softmax(logits) and the uniform distribution. Both terms are sums over a picture divided
     by its H*W*3 values (2102.12092, A.2).
 
-    images_BHWC: float in [0, 1]. tau: temperature above 0. kl_weight: beta of the KL term.
+    images_BHWC: float in [0, 1]. tau: temperature above 0. kl_weight: beta of the KL term. balance_weight: of
+    `losses.codebook_imbalance`, which is no part of the bound; 0 in the paper.
     Returns float32 scalar and metrics `reconstruction` (nats per value), `kl` (nats per code), `psnr` (dB, of
     the relaxed reconstruction), `codebook_use` (share, of the batch's argmax codes), `perplexity`.
     """
@@ -225,6 +234,7 @@ def loss(
     reconstruction = jnp.mean(losses.logit_laplace_nll(target, stats[..., :3], stats[..., 3:]))
     kl = jnp.mean(losses.kl_to_uniform(logits))
     total = reconstruction + kl_weight * kl * cfg.num_codes / math.prod(images_BHWC.shape[1:])
+    total += balance_weight * losses.codebook_imbalance(logits)
     use, perplexity = losses.codebook_use(jnp.argmax(logits, axis=-1), cfg.vocab)
     metrics = {
         "reconstruction": reconstruction,

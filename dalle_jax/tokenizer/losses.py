@@ -47,3 +47,13 @@ def codebook_use(codes: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
     p_V = counts_V / codes.size
     entropy = -jnp.sum(p_V * jnp.log(jnp.maximum(p_V, 1e-20)))
     return jnp.mean(counts_V > 0), jnp.exp(entropy)
+
+
+def codebook_imbalance(logits: jax.Array) -> jax.Array:
+    """KL divergence of the batch's mean code distribution from the uniform one, in nats; 0 is balanced.
+
+    The mean of softmax(logits) over everything but the last axis; low when the codes of a batch differ from
+    each other, whether or not each is certain.
+    """
+    p_V = jnp.mean(jax.nn.softmax(logits), axis=tuple(range(logits.ndim - 1)))
+    return math.log(logits.shape[-1]) + jnp.sum(p_V * jnp.log(jnp.maximum(p_V, 1e-20)))

@@ -72,18 +72,16 @@ class TokenizerTask:
         self.tokens_per_row = self.model.num_codes
 
     def prepare(self, run_dir: Path) -> None:
-        data = dataclasses.replace(self.config.data, languages=("en",))
-        self._source = open_source(data.source, "train", languages=())
-        self._eval = open_source(data.source, "eval", languages=())
+        self._source = open_source(self.config.data.source, "train", languages=())
+        self._eval = open_source(self.config.data.source, "eval", languages=())
 
     def init(self, key: jax.Array) -> Params:
         return dvae.init(self.model, key)
 
     def loss(self, params, frozen, batch, key, step):
-        tau, kl_weight = scheduled(self.model.tau, step), scheduled(self.model.kl_weight, step)
-        images_BHWC = to_floats(batch["image"])
-        value, metrics = dvae.loss(self.model, params, images_BHWC, key, tau=tau, kl_weight=kl_weight)
-        return value, {**metrics, "tau": tau, "kl_weight": kl_weight}
+        weights = {name: scheduled(getattr(self.model, name), step) for name in ("tau", "kl_weight", "balance_weight")}
+        value, metrics = dvae.loss(self.model, params, to_floats(batch["image"]), key, **weights)
+        return value, {**metrics, **weights}
 
     def batches(self, start: int) -> Iterator[Batch]:
         return train_batches(

@@ -1,0 +1,26 @@
+"""The paper's Transformer at full size: 64 layers, width 3968, 12 billion parameters, 256 text and 1024 image tokens.
+
+Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.2 to 2.4 and B. Hardware: the paper used 1024 V100, batch 1024,
+430,000 updates; parameters are sharded over `fsdp`, as the paper sharded them over the GPUs of a machine.
+Not trained here; shapes and the parameter count are tested. `dalle-jax info configs/dalle_12b.py` prints both.
+
+    python train.py configs/dalle_12b.py --tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
+"""
+
+from dalle_jax.config import DalleConfig, DataConfig, MeshConfig, OptimConfig, TarSource, TextConfig, TrainConfig
+
+config = TrainConfig(
+    run="runs/dalle_12b",
+    tokenizer="runs/dvae_openai",
+    model=DalleConfig(),  # the defaults are the paper's sizes; null_rate is ours, for guidance
+    data=DataConfig(source=TarSource(path=""), batch=1024, crop="random", languages=("en",), threads=16, prefetch=8),
+    text=TextConfig(train_captions=2_000_000, dropout=0.1),
+    optim=OptimConfig(),  # AdamW of B.2; the paper halved the rate on plateaus, ours follows a cosine to 1/32
+    mesh=MeshConfig(data=1, fsdp=-1),
+    steps=430_000,
+    log_every=100,
+    eval_every=5_000,
+    save_every=2_000,
+    sample_every=10_000,
+    eval_rows=4096,
+)

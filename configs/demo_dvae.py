@@ -1,0 +1,10 @@
+"""The demo's tokenizer: dVAE on procedural scenes of one or two objects, 32 x 32 pixels to 8 x 8 codes.
+
+The same configuration that `dalle-jax demo` trains; two CPU cores, minutes.
+
+    python train.py configs/demo_dvae.py
+"""
+
+from dalle_jax.demo import dvae_config
+
+config = dvae_config()

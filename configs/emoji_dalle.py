@@ -1,0 +1,26 @@
+"""Real pictures and captions, English and Chinese: the Transformer over the codes of configs/emoji_dvae.py.
+
+Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score: README, "What was measured".
+
+    python train.py configs/emoji_dalle.py --data.source.path emoji-64.tar
+"""
+
+import dataclasses
+
+from dalle_jax.config import DataConfig, TarSource, TextConfig
+from dalle_jax.demo import dalle_config
+
+_demo = dalle_config()
+
+config = dataclasses.replace(
+    _demo,
+    run="runs/emoji_dalle",
+    tokenizer="runs/emoji_dvae",
+    model=dataclasses.replace(_demo.model, text_vocab=4096),
+    data=DataConfig(source=TarSource(path=""), batch=_demo.data.batch),
+    text=TextConfig(train_captions=100_000, dropout=0.1),
+    steps=12_000,
+    eval_every=1_000,
+    save_every=1_000,
+    sample_every=2_000,
+)

@@ -1,0 +1,29 @@
+"""Real pictures: a tar of emoji (or any tar of pictures) at 32 x 32 pixels to 8 x 8 codes of 1024: the tokenizer.
+
+Paper: 2102.12092, 2.1, at a small size. Hardware: two CPU cores. Time and score: README, "What was measured".
+
+    python train.py configs/emoji_dvae.py --data.source.path emoji-64.tar
+"""
+
+import dataclasses
+
+from dalle_jax.config import DataConfig, Schedule, TarSource
+from dalle_jax.demo import dvae_config
+
+_demo = dvae_config()
+STEPS = 12_000
+
+config = dataclasses.replace(
+    _demo,
+    run="runs/emoji_dvae",
+    model=dataclasses.replace(
+        _demo.model,
+        tau=Schedule(start=1.0, end=1 / 16, steps=int(0.8 * STEPS)),
+        balance_weight=Schedule(start=0.1, end=0.02, steps=int(0.8 * STEPS)),
+    ),
+    data=DataConfig(source=TarSource(path=""), batch=_demo.data.batch),
+    steps=STEPS,
+    eval_every=1_000,
+    save_every=1_000,
+    sample_every=2_000,
+)

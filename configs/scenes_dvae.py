@@ -1,0 +1,43 @@
+"""Procedural scenes at 64 x 64 pixels, up to four objects, to 16 x 16 codes of 2048: the tokenizer.
+
+Paper: 2102.12092, 2.1, at a small size. Hardware: written for one GPU and about 15 minutes; not yet run on one.
+Time and score on a GPU: to be measured (README, "What was measured", says what a CPU reached).
+
+    python train.py configs/scenes_dvae.py
+"""
+
+from dalle_jax.config import DataConfig, DVAEConfig, OptimConfig, ScenesSource, Schedule, TrainConfig
+
+STEPS = 20_000
+
+config = TrainConfig(
+    run="runs/scenes_dvae",
+    model=DVAEConfig(
+        image_size=64,
+        groups=3,
+        blocks=2,
+        width=64,
+        decoder_width=128,
+        vocab=2048,
+        tau=Schedule(start=1.0, end=1 / 16, steps=int(0.8 * STEPS)),
+        kl_weight=Schedule(start=0.1, end=0.1, steps=0),
+        balance_weight=Schedule(start=0.1, end=0.01, steps=int(0.8 * STEPS)),
+        dtype="bfloat16",
+    ),
+    data=DataConfig(source=ScenesSource(), batch=64, threads=8, prefetch=16),
+    optim=OptimConfig(
+        learning_rate=2e-3,
+        warmup_steps=500,
+        end_factor=0.02,
+        b2=0.99,
+        weight_decay=1e-4,
+        clip_norm=1.0,
+        ema_decay=0.999,
+        ema_every=1,
+    ),
+    steps=STEPS,
+    eval_every=1_000,
+    save_every=1_000,
+    sample_every=2_000,
+    eval_rows=512,
+)

@@ -1,0 +1,8 @@
+"""`python -m dalle_jax.cli VERB ...`, where the command `dalle-jax` is not on the path."""
+
+import sys
+
+from dalle_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

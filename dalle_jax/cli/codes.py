@@ -1,0 +1,119 @@
+"""`dalle-jax encode` and `dalle-jax decode`: pictures to codes and back, by the tokenizer of a run."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dalle_jax.cli import output
+from dalle_jax.cli.verbs import Decode, Encode
+from dalle_jax.config import TrainConfig
+from dalle_jax.data import images
+from dalle_jax.evaluate.measures import to_bytes
+from dalle_jax.inference import (
+    PIXEL_BATCH,
+    Counter,
+    Tokenizer,
+    decode_codes,
+    encode_images,
+    encode_source,
+    load_tokenizer,
+)  # fmt: skip
+from dalle_jax.train.rundir import load_config, read_config
+
+
+def encode(args: Encode) -> dict[str, Any]:
+    """Pictures, or the training pictures of `args.data`, to a file of codes."""
+    if bool(args.images) == (args.data is not None):
+        raise ValueError(
+            "give pictures to encode, or --data CONFIG_OR_RUN for its training pictures: one of them"
+        )
+    if args.rows is not None and args.data is None:
+        raise ValueError("--rows is for --data; leave it out to encode every picture given")
+    config = None if args.data is None else config_of(args.data)
+    tokenizer = load_tokenizer(args.run)
+    out = output.file(args.out)
+    progress = Counter("rows")
+    if config is not None:
+        codes = encode_source(tokenizer, config.data, out, rows=args.rows, progress=progress)
+        used = f"--data.codes {out}"
+    else:
+        codes = _encode_files(tokenizer, args.images, progress)
+        made_by = np.array(tokenizer.fingerprint)
+        output.save_npz(out, codes=codes, names=np.array(args.images), tokenizer=made_by)
+        used = f"dalle-jax decode {args.run} {out} --out DIR"
+    print(f"{codes.shape[0]} x {codes.shape[1]} codes in {out}; next: {used}")
+    return {"codes": str(out), "rows": len(codes), "codes_per_picture": codes.shape[1], **_about(tokenizer)}
+
+
+def _encode_files(tokenizer: Tokenizer, paths: tuple[str, ...], progress: Counter) -> np.ndarray:
+    size, found = tokenizer.config.image_size, []
+    batch = min(PIXEL_BATCH, len(paths))
+    for start in range(0, len(paths), batch):
+        pictures = np.stack([images.load_picture(path, size) for path in paths[start : start + batch]])
+        found.append(encode_images(tokenizer, pictures))
+        progress(start + len(pictures), len(paths))
+    return np.concatenate(found)
+
+
+def decode(args: Decode) -> dict[str, Any]:
+    """A file of codes to pictures."""
+    codes, made_by = _read_codes(args.codes)
+    tokenizer = load_tokenizer(args.run)
+    to_file = args.out.endswith(".npz")
+    out = output.file(args.out) if to_file else output.directory(args.out)
+    if made_by is not None and made_by != tokenizer.fingerprint:
+        print(
+            f"warning: {args.codes} was made by tokenizer {made_by}, {args.run} has {tokenizer.fingerprint}: the "
+            "pictures will differ from those encoded",
+            file=sys.stderr,
+        )
+    try:
+        pictures = decode_codes(tokenizer, codes, progress=Counter("pictures"))
+    except ValueError as error:
+        raise ValueError(f"{args.codes}: {error}") from None
+    if to_file:
+        output.save_npz(out, images=pictures)
+    else:
+        for i, picture in enumerate(to_bytes(pictures)):
+            images.save_png(out / f"{i:05d}.png", picture)
+    print(f"{len(pictures)} pictures in {out}")
+    return {"images": str(out), "pictures": len(pictures), **_about(tokenizer)}
+
+
+def _about(tokenizer: Tokenizer) -> dict[str, Any]:
+    cfg = tokenizer.config
+    return {"image_size": cfg.image_size, "vocab": cfg.vocab, "tokenizer": tokenizer.fingerprint}
+
+
+def _read_codes(path: str) -> tuple[np.ndarray, str | None]:
+    """The array `codes` of an npz file, and the fingerprint of the tokenizer that made them if it is told."""
+    want = "want an npz file with an array `codes`, as `dalle-jax encode` writes it"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}; {want}")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not hasattr(arrays, "files"):
+                raise ValueError(f"{path} is a single array; {want}")
+            if "codes" not in arrays.files:
+                raise ValueError(
+                    f"{path} has no array `codes`, it has {', '.join(arrays.files) or 'none'}; {want}"
+                )
+            made_by = str(arrays["tokenizer"]) if "tokenizer" in arrays.files else None
+            return arrays["codes"], made_by
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole npz file ({error}); {want}") from None
+    except ValueError as error:
+        if str(error).startswith(path):
+            raise
+        raise ValueError(f"{path} is not an npz file of numbers ({error}); {want}") from None
+
+
+def config_of(path: str) -> TrainConfig:
+    """The configuration of a run directory, or of a Python file."""
+    return load_config(path) if path.endswith(".py") or Path(path).is_file() else read_config(path)

@@ -1,0 +1,50 @@
+"""Where verbs write: checked before the work begins, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def directory(path: str) -> Path:
+    """Makes the directory `path` if it is missing. Raises ValueError for a file, OSError if it is unwritable."""
+    out = Path(path)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {path} is a file; want a directory, new or existing")
+    _try(out, path)
+    return out
+
+
+def file(path: str) -> Path:
+    """Checks that the file `path` can be written. Raises ValueError for a directory, OSError if it cannot."""
+    out = Path(path)
+    if out.is_dir():
+        raise ValueError(f"--out {path} is a directory; want the name of a file, e.g. {out / 'codes.npz'}")
+    _try(out.parent, path)
+    return out
+
+
+def _try(folder: Path, path: str) -> None:
+    probe = folder / f".write-test.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"cannot write --out {path}: {error.strerror or error}; choose another --out"
+        ) from error
+
+
+def save_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Writes an npz file beside its place, then renames it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as out:
+            np.savez(out, **arrays)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error

@@ -1,0 +1,133 @@
+"""`dalle-jax sample`: pictures for captions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dalle_jax.cli import output
+from dalle_jax.cli.verbs import Sample
+from dalle_jax.data import images
+from dalle_jax.evaluate.measures import to_bytes
+from dalle_jax.inference import (
+    Counter,
+    Sampling,
+    TextToImage,
+    decode_codes,
+    draw_codes,
+    encode_images,
+    load_text_to_image,
+)  # fmt: skip
+
+NO_CAPTION = "(no caption)"
+
+
+def sample(args: Sample) -> dict[str, Any]:
+    """Draws, writes and lists the pictures."""
+    captions = _captions(args)
+    if args.n < 1:
+        raise ValueError(f"--n is {args.n}; want at least 1 picture per caption")
+    if args.prefix_rows is not None and args.prefix is None:
+        raise ValueError("--prefix-rows says how much of --prefix to keep; give --prefix PICTURE as well")
+    sampling = Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=args.guidance
+    )
+    model = load_text_to_image(args.run)
+    prefix = None if args.prefix is None else _prefix(model, args.prefix, args.prefix_rows)
+    cut = _tell_cut(model, captions)
+    out = output.directory(args.out)
+
+    rows = [(j, args.seed + i) for j in range(len(captions)) for i in range(args.n)]
+    codes = draw_codes(
+        model,
+        [captions[j] for j, _ in rows],
+        [seed for _, seed in rows],
+        sampling,
+        prefix=prefix,
+        batch=args.batch,
+        progress=Counter("pictures"),
+    )
+    pictures = to_bytes(decode_codes(model.tokenizer, codes, batch=args.batch))
+    names = [f"c{j:03d}_s{seed:04d}.png" for j, seed in rows]
+    for name, picture in zip(names, pictures, strict=True):
+        images.save_png(out / name, picture)
+    labels = [captions[j] or NO_CAPTION for j, _ in rows]
+    columns = args.n if len(captions) > 1 else min(args.n, 8)
+    scale = max(1, 128 // pictures.shape[1])
+    images.save_png(out / "grid.png", images.grid(pictures, columns, labels=labels, scale=scale))
+    made_by = np.array(model.tokenizer.fingerprint)
+    output.save_npz(out / "codes.npz", codes=codes, names=np.array(names), tokenizer=made_by)
+    print(f"{len(names)} pictures in {out}, all with their captions in {out / 'grid.png'}")
+    return {
+        "run": str(model.run.path),
+        "step": model.run.step,
+        "grid": str(out / "grid.png"),
+        "codes": str(out / "codes.npz"),
+        "pictures": [
+            {"file": str(out / name), "caption": captions[j], "seed": seed, "tokens_cut": cut[j]}
+            for name, (j, seed) in zip(names, rows, strict=True)
+        ],
+    }
+
+
+def _captions(args: Sample) -> list[str]:
+    captions = list(args.captions)
+    if args.captions_file is not None:
+        try:
+            text = Path(args.captions_file).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--captions-file {args.captions_file} is not UTF-8: {error}; convert it"
+            ) from None
+        except OSError as error:
+            raise OSError(f"cannot read --captions-file {args.captions_file}: {error.strerror}") from error
+        found = [line.strip() for line in text.splitlines() if line.strip()]
+        if not found:
+            raise ValueError(f"--captions-file {args.captions_file} has no captions; want one a line")
+        captions += found
+    if args.unconditional and captions:
+        raise ValueError("--unconditional draws without a caption; leave the captions out, or the flag")
+    if args.unconditional:
+        return [""]
+    if not captions:
+        raise ValueError(
+            'no captions; give one or more, e.g. "a red circle", or --unconditional to draw without'
+        )
+    return captions
+
+
+def _tell_cut(model: TextToImage, captions: list[str]) -> list[int]:
+    """Tokens of each caption that do not fit, told on standard error."""
+    most = model.config.text_len
+    cut = [max(0, model.text.count(caption) - most) for caption in captions]
+    for j, more in enumerate(cut):
+        if more:
+            print(
+                f"warning: caption {j} has {most + more} tokens, the model reads {most}: the last {more} are cut "
+                f"({captions[j]!r:.60})",
+                file=sys.stderr,
+            )
+    return cut
+
+
+def _prefix(model: TextToImage, path: str, rows: int | None) -> np.ndarray:
+    """Codes of the top rows of a picture, int32 (rows * grid,)."""
+    cfg = model.tokenizer.config
+    rows = cfg.grid // 2 if rows is None else rows
+    if not 1 <= rows < cfg.grid:
+        raise ValueError(
+            f"--prefix-rows is {rows}; the picture has {cfg.grid} rows of codes: want 1 to {cfg.grid - 1}"
+        )
+    picture = images.load_picture(path, cfg.image_size)
+    with Image.open(path) as header:
+        width, height = header.size
+    if (width, height) != (cfg.image_size, cfg.image_size):
+        raise ValueError(
+            f"--prefix {path} is {width} x {height} pixels; this model's pictures are {cfg.image_size} x "
+            f"{cfg.image_size}: crop and resize it to that"
+        )
+    return encode_images(model.tokenizer, picture[None])[0, : rows * cfg.grid]

@@ -1,0 +1,139 @@
+"""The flags of every verb, as dataclasses that tyro reads; their docstrings are the help. Imports no jax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+Runs = Annotated[str, arg(metavar="RUN")]
+Json = Annotated[bool, arg(help="print one JSON object to standard output, all else to standard error")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Trains a tokenizer and a Transformer on procedural scenes, draws pictures for captions that training
+    never showed, and measures how many are right. The same command again goes on where it stopped."""
+
+    out: str
+    """directory for the two runs, the pictures and results.json"""
+    seed: int = 0
+    """of the data's order, the parameters and the samples"""
+    count: int = 200
+    """captions of each kind that are drawn and verified"""
+    tokenizer_steps: int | None = None
+    """updates of the tokenizer; None is the demo's own number"""
+    transformer_steps: int | None = None
+    """updates of the Transformer; None is the demo's own number"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Draws pictures for captions: one PNG file each, and all of them with their captions in grid.png.
+
+    File c000_s0007.png is caption 0 with seed 7: it depends on that caption and that seed alone, whatever
+    else is drawn with it. codes.npz holds the codes of all pictures, for `decode`."""
+
+    run: Positional[Runs]
+    """directory of a trained Transformer"""
+    captions: Positional[Annotated[tuple[str, ...], arg(metavar="CAPTION ...")]] = ()
+    """what to draw; "" draws without a caption"""
+    out: str = "samples"
+    """directory for the pictures"""
+    n: int = 4
+    """pictures per caption, with the seeds SEED, SEED + 1, ..."""
+    seed: int = 0
+    """of the first picture of each caption"""
+    temperature: float = 1.0
+    """lower is safer and less varied; 0 takes the most probable code every time"""
+    top_k: int | None = None
+    """draw among this many most probable codes; None is all"""
+    top_p: float | None = None
+    """draw among the most probable codes that share this much of the probability; None is all"""
+    guidance: float = 1.0
+    """scale of classifier-free guidance: above 1 the caption counts for more; 1 is none"""
+    prefix: str | None = None
+    """picture whose top rows every drawn picture begins with; of the model's size"""
+    prefix_rows: int | None = None
+    """rows of codes taken from --prefix; None is half of them"""
+    captions_file: str | None = None
+    """more captions, one a line, UTF-8; empty lines are skipped"""
+    unconditional: bool = False
+    """draw without a caption"""
+    batch: int = 8
+    """pictures drawn at once"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode:
+    """Turns pictures into codes: `codes` int32 (pictures, codes) and `names` in one npz file. Pictures are
+    cropped to their middle square and resized.
+
+    With --data it encodes the training pictures of a configuration or run, for `--data.codes` of train.py."""
+
+    run: Positional[Runs]
+    """directory of a trained tokenizer, or of a Transformer, which keeps its own"""
+    images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ...")]] = ()
+    """picture files"""
+    out: str
+    """npz file to write"""
+    data: str | None = None
+    """configuration file or run whose training pictures are encoded"""
+    rows: int | None = None
+    """with --data: only the first rows"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode:
+    """Turns codes into pictures: `images` float32 (pictures, height, width, 3) in [0, 1] in an npz file, or a
+    directory of PNG files."""
+
+    run: Positional[Runs]
+    """directory of a trained tokenizer, or of a Transformer, which keeps its own"""
+    codes: Positional[Annotated[str, arg(metavar="CODES.npz")]]
+    """npz file with an array `codes`, as `encode` and `sample` write it"""
+    out: str
+    """where to write: a file that ends in .npz, or else a directory"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measures a run on rows and captions that it was not trained on.
+
+    psnr, mse, codebook_use, codebook_perplexity: of the tokenizer. loss, image_loss, text_loss: of the
+    Transformer, nats per token. right_one_object, right_two_objects, right_held_out: share of captions whose
+    drawn picture shows what the caption says, read back by image analysis; right_reconstruction: the same of
+    true pictures that went through the tokenizer. The right_ figures exist for procedural scenes only."""
+
+    run: Positional[Runs]
+    """directory of a trained tokenizer or Transformer"""
+    count: int = 256
+    """rows, and captions of each kind"""
+    seed: int = 0
+    """of the drawn pictures"""
+    guidance: tuple[float, ...] = (1.0,)
+    """scales of classifier-free guidance; several give a curve"""
+    temperature: float = 1.0
+    """of the drawn pictures"""
+    top_k: int | None = None
+    """draw among this many most probable codes; None is all"""
+    top_p: float | None = None
+    """draw among the most probable codes that share this much of the probability; None is all"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Tells the size of a model, without allocating it: parameters in all and by part, their shapes, and the
+    memory that training and drawing need for them."""
+
+    target: Positional[Annotated[str, arg(metavar="RUN_OR_CONFIG")]]
+    """run directory or configuration file"""
+    shapes: bool = False
+    """list the shape of every parameter (--json always does)"""
+    json: Json = False

@@ -1,0 +1,304 @@
+"""The whole job in minutes on two CPU cores: train a tokenizer, train a Transformer, draw, verify.
+
+`dalle-jax demo --out DIR` makes
+
+    DIR/dvae, DIR/dalle       the two runs, for `dalle-jax sample DIR/dalle "a red circle"`
+    DIR/reconstructions.png   pictures, and what is left of them after 64 codes
+    DIR/grid.png              pictures for captions that training never showed, each with the verdict
+    DIR/results.json          every figure
+
+Each stage goes on where an interrupted one stopped; a stage that is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dalle_jax.config import (
+    DalleConfig,
+    DataConfig,
+    DVAEConfig,
+    OptimConfig,
+    ScenesSource,
+    Schedule,
+    TextConfig,
+    TrainConfig,
+)
+from dalle_jax.data import images
+from dalle_jax.data.pipeline import eval_batch
+from dalle_jax.data.scene_captions import Caption
+from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate import measures
+from dalle_jax.inference import (
+    Counter,
+    Sampling,
+    TextToImage,
+    Tokenizer,
+    decode_codes,
+    encode_images,
+    encode_source,
+    load_text_to_image,
+    load_tokenizer,
+)
+from dalle_jax.train import loop
+from dalle_jax.train.rundir import write_atomically
+
+SAMPLING = Sampling(guidance=2.0)  # of the demo's pictures and figures
+SHOWN = 8  # pictures of each kind in grid.png
+ENCODE_ROWS = 50_000  # rows encoded ahead where the Transformer's config names a file of codes
+
+_SOURCE = ScenesSource(min_objects=1, max_objects=2, sizes=("medium", "large"), fills=("solid",))
+
+
+def dvae_config(out: str = "runs/demo") -> TrainConfig:
+    """The demo's tokenizer: 32 x 32 pixels to 8 x 8 codes."""
+    return TrainConfig(
+        run=f"{out}/dvae",
+        model=DVAEConfig(
+            image_size=32,
+            groups=3,
+            blocks=1,
+            width=32,
+            decoder_width=64,
+            vocab=512,
+            tau=Schedule(start=1.0, end=1 / 16, steps=1500),
+            kl_weight=Schedule(start=0.0, end=0.5, steps=500),
+        ),
+        data=DataConfig(batch=32, source=_SOURCE),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.0, ema_every=1, b2=0.99),
+        steps=2000,
+        eval_every=500,
+        save_every=500,
+        sample_every=1000,
+        eval_rows=256,
+        log_every=20,
+    )
+
+
+def dalle_config(out: str = "runs/demo") -> TrainConfig:
+    """The demo's Transformer over captions and the codes of `dvae_config`."""
+    return TrainConfig(
+        run=f"{out}/dalle",
+        tokenizer=f"{out}/dvae",
+        model=DalleConfig(
+            text_vocab=512,
+            text_len=32,
+            image_vocab=512,
+            grid=8,
+            dim=192,
+            layers=6,
+            heads=6,
+            dtype="float32",
+            remat="none",
+        ),
+        data=DataConfig(batch=32, source=_SOURCE),
+        text=TextConfig(train_captions=20_000, dropout=0.0),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=200, ema_every=1, b2=0.99),
+        steps=4000,
+        eval_every=1000,
+        save_every=500,
+        sample_every=1000,
+        eval_rows=256,
+        log_every=20,
+    )
+
+
+def configs(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    tokenizer_steps: int | None = None,
+    transformer_steps: int | None = None,
+) -> tuple[TrainConfig, TrainConfig]:
+    """The two configurations in `out`, with another seed or number of steps (None keeps the demo's own)."""
+    pair = []
+    for config, steps in (
+        (dvae_config(str(out)), tokenizer_steps),
+        (dalle_config(str(out)), transformer_steps),
+    ):
+        changes = {"seed": seed, "data": dataclasses.replace(config.data, seed=seed)}
+        changes |= {} if steps is None else {"steps": steps}
+        pair.append(dataclasses.replace(config, **changes))
+    return pair[0], pair[1]
+
+
+def run(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    count: int = 200,
+    tokenizer_steps: int | None = None,
+    transformer_steps: int | None = None,
+) -> dict[str, Any]:
+    """Does what is not done yet and returns results.json, with `finished`: False after an interruption.
+
+    count: captions of each kind that are drawn and verified. Raises what `train.loop.run` raises.
+    """
+    out = Path(out)
+    tokenizer_config, transformer_config = configs(
+        out, seed=seed, tokenizer_steps=tokenizer_steps, transformer_steps=transformer_steps
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    book = _Book(out / "results.json")
+
+    _say(f"1/4 tokenizer: {tokenizer_config.run}")
+    with book.timed("tokenizer"):
+        finished = _train(tokenizer_config, book, "tokenizer")
+    if finished:
+        with book.timed("encode"):
+            _encode(tokenizer_config.run, transformer_config.data)
+        _say(f"2/4 Transformer: {transformer_config.run}")
+        with book.timed("transformer"):
+            finished = _train(transformer_config, book, "transformer")
+    if not finished:
+        _say("stopped; the same command goes on from here")
+        return {**book.results, "finished": False}
+
+    asked = {
+        "count": count,
+        "seed": seed,
+        "steps": [tokenizer_config.steps, transformer_config.steps],
+        "sampling": dataclasses.asdict(SAMPLING),
+    }
+    pictures = [out / "reconstructions.png", out / "grid.png"]
+    if book.results.get("asked") == asked and all(p.exists() for p in pictures):
+        _say("3/4 and 4/4 are done already")
+    else:
+        with book.timed("measure", afresh=True):
+            figures = _measure(load_text_to_image(transformer_config.run), count, seed, *pictures)
+        book.put(asked=asked, figures=figures)
+    return {**book.results, "finished": True}
+
+
+def _encode(tokenizer_run: str, data: DataConfig) -> None:
+    """Encodes the training pictures where the configuration wants that and the file is not there yet."""
+    if data.codes is None or Path(data.codes).exists():
+        return
+    _say(f"    codes of the training pictures: {data.codes}")
+    rows = min(ENCODE_ROWS, data.source.count)
+    encode_source(load_tokenizer(tokenizer_run), data, data.codes, rows=rows, progress=Counter("rows"))
+
+
+def _measure(model: TextToImage, count: int, seed: int, rebuilt: Path, grid: Path) -> dict[str, float]:
+    """Every figure of the demo; writes its two pictures."""
+    data = model.run.config.data
+    _say("3/4 what the tokenizer keeps of a picture")
+    figures = measures.measure_tokenizer(model.tokenizer, data, count)
+    figures |= measures.measure_ceiling(model.tokenizer, data, count)
+    images.save_png(rebuilt, reconstructions(model.tokenizer, data))
+    _say("4/4 pictures for captions that training never showed")
+    figures |= measures.measure_likelihood(model, count)
+    shown = []
+    for kind in measures.scene_kinds(data, model.tokenizer.config.image_size):
+        progress = Counter(f"{kind} captions")
+        drawn = measures.draw_verified(model, kind, count, SAMPLING, seed=seed, progress=progress)
+        figures |= measures.right_shares(kind, drawn)
+        shown += drawn[:SHOWN]
+    images.save_png(grid, verdict_grid(shown))
+    return figures
+
+
+def _train(config: TrainConfig, book: _Book, stage: str) -> bool:
+    """Trains to the last step; True if it got there. A stage that is done is only looked at."""
+    done = book.results.get("done", {})
+    if done.get(stage) == config.steps and (Path(config.run) / "config.json").exists():
+        _say("    done already")
+        return True
+    finished = loop.run(config).finished
+    if finished:
+        book.put(done=done | {stage: config.steps})
+    return finished
+
+
+def reconstructions(tokenizer: Tokenizer, data: DataConfig, count: int = SHOWN) -> Image.Image:
+    """Pictures of the evaluation split, each above what its codes decode to."""
+    size = tokenizer.config.image_size
+    source = open_source(data.source, "eval", languages=())
+    true = eval_batch(data, source, count, image_size=size)["image"]
+    again = measures.to_bytes(decode_codes(tokenizer, encode_images(tokenizer, true)))
+    labels = ["picture"] * len(true) + [f"from {tokenizer.config.num_codes} codes"] * len(true)
+    scale = max(1, 128 // size)
+    return images.grid(np.concatenate([true, again]), len(true), labels=labels, scale=scale)
+
+
+def verdict_grid(drawn: list[measures.Drawn], columns: int = SHOWN) -> Image.Image:
+    """Captioned pictures; a green frame and a tick where the verifier finds all that the caption says, else a
+    red frame and a cross."""
+    scale = max(1, 128 // drawn[0].image.shape[0])
+    cells = np.stack(
+        [_marked(one.image.repeat(scale, axis=0).repeat(scale, axis=1), one.verdict.right) for one in drawn]
+    )
+    labels = [f"{'right' if one.verdict.right else 'wrong'}: {_caption(one.caption)}" for one in drawn]
+    return images.grid(cells, columns, labels=labels)
+
+
+def _caption(caption: Caption) -> str:
+    """The caption; one that is not English with its facts in English, for readers and systems without Chinese."""
+    if caption.language == "en":
+        return caption.text
+    names = [" ".join(filter(None, (o.size, o.fill, o.colour, o.shape))) for o in caption.facts.objects]
+    said = [
+        f"{names[r.subject]} {r.name} {' and '.join(names[i] for i in r.others)}"
+        for r in caption.facts.relations
+    ]
+    return f"{caption.text} [{caption.language}: {'; '.join(said or names)}]"
+
+
+def _marked(image: np.ndarray, right: bool, frame: int = 4, box: int = 20) -> np.ndarray:
+    """The picture in a frame, a tick or a cross in its lower right corner."""
+    colour = (24, 140, 60) if right else (200, 40, 40)
+    canvas = Image.new("RGB", (image.shape[1] + 2 * frame, image.shape[0] + 2 * frame), colour)
+    canvas.paste(Image.fromarray(image), (frame, frame))
+    draw = ImageDraw.Draw(canvas)
+    x, y = canvas.width - box, canvas.height - box
+    draw.rectangle((x, y, canvas.width, canvas.height), fill=colour)
+    strokes = [((4, 10), (8, 14), (15, 5))] if right else [((5, 5), (14, 14)), ((5, 14), (14, 5))]
+    for stroke in strokes:
+        draw.line([(x + a, y + b) for a, b in stroke], fill="white", width=2)
+    return np.asarray(canvas)
+
+
+class _Book:
+    """results.json: what is done, the figures, and the seconds of each stage over all calls."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError:
+            found = {}
+        self.results: dict[str, Any] = found if isinstance(found, dict) else {}
+
+    def put(self, **values: Any) -> None:
+        self.results |= values
+        write_atomically(self._path, json.dumps(self.results, indent=2, ensure_ascii=False) + "\n")
+
+    def timed(self, stage: str, afresh: bool = False) -> _Timed:
+        return _Timed(self, stage, afresh)
+
+
+class _Timed:
+    """Adds the seconds of a block to those of its stage, also when it is interrupted."""
+
+    def __init__(self, book: _Book, stage: str, afresh: bool):
+        self._book, self._stage = book, stage
+        self._before = 0.0 if afresh else book.results.get("seconds", {}).get(stage, 0.0)
+
+    def __enter__(self) -> None:
+        self._begin = time.monotonic()
+
+    def __exit__(self, *_) -> None:
+        spent = round(self._before + time.monotonic() - self._begin, 1)
+        self._book.put(seconds=self._book.results.get("seconds", {}) | {self._stage: spent})
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

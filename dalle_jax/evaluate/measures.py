@@ -1,0 +1,217 @@
+"""What a trained model is worth, in figures: reconstruction, likelihood, and captions verified in the picture.
+
+Every measure is a function that returns a flat dict of figures. Rows are those of the evaluation split, or
+captions that training never saw; a larger `count` extends the same rows, so figures stay comparable.
+R rows, N codes of a picture, H W picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax import dalle
+from dalle_jax.config import DataConfig, ScenesSource
+from dalle_jax.data import scenes
+from dalle_jax.data.pipeline import eval_batch
+from dalle_jax.data.scene_captions import Caption
+from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate import verifier
+from dalle_jax.inference import (
+    Progress,
+    Sampling,
+    TextToImage,
+    Tokenizer,
+    decode_codes,
+    draw_codes,
+    encode_images,
+)  # fmt: skip
+from dalle_jax.tokenizer import losses
+
+Figures = dict[str, float]
+
+BATCH = 64  # rows measured at once
+
+
+class Drawn(NamedTuple):
+    """One sampled picture with what was asked for and what the verifier says. image: uint8 (H, W, 3)."""
+
+    caption: Caption
+    image: np.ndarray
+    verdict: verifier.Verdict
+
+
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """Float pictures in [0, 1] to uint8, rounded."""
+    return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def measure_tokenizer(tokenizer: Tokenizer, data: DataConfig, count: int = 256) -> Figures:
+    """Reconstruction of the first `count` rows of the evaluation split from their codes.
+
+    Returns `psnr` (dB, mean over pictures), `mse` (of values in [0, 1]), `codebook_use` (share of the codebook
+    that these rows use) and `codebook_perplexity` (1 to vocab).
+    """
+    cfg = tokenizer.config
+    source = open_source(data.source, "eval", languages=())
+    psnr, mse, codes = [], [], []
+    for rows in _batches(min(count, len(source))):
+        images = eval_batch(data, source, rows, image_size=cfg.image_size)["image"]
+        codes.append(encode_images(tokenizer, images, batch=BATCH))
+        want, got = images / np.float32(255.0), decode_codes(tokenizer, codes[-1], batch=BATCH)
+        psnr.append(np.asarray(losses.psnr(want, got)))
+        mse.append(np.square(want - got).mean(axis=(1, 2, 3)))
+    use, perplexity = losses.codebook_use(jnp.asarray(np.concatenate(codes)), cfg.vocab)
+    return {
+        "psnr": float(np.concatenate(psnr).mean()),
+        "mse": float(np.concatenate(mse).mean()),
+        "codebook_use": float(use),
+        "codebook_perplexity": float(perplexity),
+    }
+
+
+def measure_likelihood(model: TextToImage, count: int = 256) -> Figures:
+    """Cross-entropy of the first `count` rows of the evaluation split, nats per token, no caption dropped.
+
+    Returns `loss` (weighted as in training), `image_loss`, `text_loss`.
+    """
+    cfg = dataclasses.replace(model.config, null_rate=0.0)
+    data, tokenizer = model.run.config.data, model.tokenizer
+    source = open_source(data.source, "eval", languages=data.languages)
+    options = {"text": model.text, "text_vocab": cfg.text_vocab, "text_len": cfg.text_len}
+
+    @jax.jit
+    def one(params, text_BT, codes_BN):
+        loss, parts = dalle.loss(cfg, params, text_BT, codes_BN, jax.random.key(0))
+        return {"loss": loss, **parts}
+
+    found, weights = [], []
+    for rows in _batches(min(count, len(source))):
+        batch = eval_batch(data, source, rows, image_size=tokenizer.config.image_size, **options)
+        codes = encode_images(tokenizer, batch["image"], batch=BATCH)
+        found.append(jax.device_get(one(model.run.params, jnp.asarray(batch["text"]), jnp.asarray(codes))))
+        weights.append(len(codes))
+    names = ("loss", "image_loss", "text_loss")
+    return {name: float(np.average([f[name] for f in found], weights=weights)) for name in names}
+
+
+# --- faithfulness on procedural scenes ----------------------------------------------------------------------
+
+
+def scene_kinds(data: DataConfig, image_size: int) -> tuple[str, ...]:
+    """Kinds of captions on which a model of this source can be verified; () where none can.
+
+    The verifier reads procedural scenes of 32 to 256 pixels; one or two objects are asked for, as far as the
+    source shows them.
+    """
+    source = data.source
+    if not isinstance(source, ScenesSource) or not 32 <= image_size <= 256:
+        return ()
+    one, two = source.min_objects == 1, source.min_objects <= 2 <= source.max_objects
+    return (*(("one_object",) if one else ()), *(("two_objects",) if two else ()),
+            *(("held_out",) if one else ()))  # fmt: skip
+
+
+def unseen_captions(data: DataConfig, kind: str, count: int) -> tuple[tuple[Caption, scenes.Scene], ...]:
+    """`count` captions of one of `scene_kinds`, none seen in training, each with a scene it is true of."""
+    return scenes.evaluation_set(
+        kind,
+        count,
+        seed=data.source.seed,
+        languages=data.languages,
+        max_objects=min(2, data.source.max_objects),
+        sizes=data.source.sizes,
+        fills=data.source.fills,
+    )
+
+
+def draw_verified(
+    model: TextToImage,
+    kind: str,
+    count: int = 256,
+    sampling: Sampling = Sampling(),  # noqa: B008, frozen
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Drawn]:
+    """One picture for each of `count` unseen captions of a kind, row i with seed `seed + i`, and its verdict."""
+    captions = [caption for caption, _ in unseen_captions(model.run.config.data, kind, count)]
+    texts, seeds = [c.text for c in captions], range(seed, seed + count)
+    codes = draw_codes(model, texts, seeds, sampling, batch=BATCH, progress=progress)
+    images = to_bytes(decode_codes(model.tokenizer, codes, batch=BATCH))
+    return [
+        Drawn(caption, image, verifier.check(image, caption.facts))
+        for caption, image in zip(captions, images, strict=True)
+    ]
+
+
+def right_shares(kind: str, drawn: list[Drawn]) -> Figures:
+    """`right_KIND`: share that the verifier accepts; with several languages also `right_KIND_en` and so on."""
+    languages = sorted({d.caption.language for d in drawn})
+    figures = {f"right_{kind}": _share(drawn)}
+    if len(languages) > 1:
+        for name in languages:
+            figures[f"right_{kind}_{name}"] = _share([d for d in drawn if d.caption.language == name])
+    return figures
+
+
+def measure_faithfulness(
+    model: TextToImage,
+    count: int = 256,
+    sampling: Sampling = Sampling(),  # noqa: B008, frozen
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Figures:
+    """Share of `count` captions of each kind whose sampled picture the verifier accepts.
+
+    Returns `right_one_object`, `right_two_objects`, `right_held_out` as far as `scene_kinds` allows, and the
+    same per language; {} for a source that is not of procedural scenes.
+    """
+    figures: Figures = {}
+    for kind in scene_kinds(model.run.config.data, model.tokenizer.config.image_size):
+        figures |= right_shares(
+            kind, draw_verified(model, kind, count, sampling, seed=seed, progress=progress)
+        )
+    return figures
+
+
+def measure_ceiling(tokenizer: Tokenizer, data: DataConfig, count: int = 256) -> Figures:
+    """What the tokenizer alone allows: the verifier on reconstructions of true pictures of the same captions.
+
+    Returns `right_reconstruction`, the share accepted of `count` captions of each kind together, and
+    `right_reconstruction_KIND`; {} for a source that is not of procedural scenes.
+    """
+    size = tokenizer.config.image_size
+    figures: Figures = {}
+    for kind in scene_kinds(data, size):
+        pairs = unseen_captions(data, kind, count)
+        images = np.stack([scenes.render(scene, size) for _, scene in pairs])
+        codes = encode_images(tokenizer, images, batch=BATCH)
+        again = to_bytes(decode_codes(tokenizer, codes, batch=BATCH))
+        right = [verifier.check(i, caption.facts).right for (caption, _), i in zip(pairs, again, strict=True)]
+        figures[f"right_reconstruction_{kind}"] = float(np.mean(right))
+    return {"right_reconstruction": float(np.mean(list(figures.values()))), **figures} if figures else {}
+
+
+def _share(drawn: list[Drawn]) -> float:
+    return float(np.mean([d.verdict.right for d in drawn]))
+
+
+def _batches(count: int) -> list[range]:
+    if count < 1:
+        raise ValueError(f"count is {count}; want at least 1 row")
+    return [range(a, min(a + BATCH, count)) for a in range(0, count, BATCH)]
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """A table of figures for people: one per line, shares as they are, four digits."""
+    width = max((len(name) for name in figures), default=0)
+    return "\n".join(
+        f"{name:<{width}}  {value:.4g}" if isinstance(value, float) else f"{name:<{width}}  {value}"
+        for name, value in figures.items()
+    )

@@ -1,0 +1,304 @@
+"""Trained models at work: captions to pictures, pictures to codes and back, each from a run directory.
+
+    model = load_text_to_image("runs/scenes_dalle")
+    images = decode_codes(model.tokenizer, draw_codes(model, ["a red circle"], seeds=[0]))
+
+Rows are computed in batches of one size, the last one padded, so that every call compiles once and a picture
+does not depend on what else is asked for. B batch, N codes of a picture, H W picture, R rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig
+from dalle_jax.data.codes import save_codes
+from dalle_jax.data.sources import Source, open_source
+from dalle_jax.sampling.generate import generate, row_keys
+from dalle_jax.text import TextTokenizer
+from dalle_jax.tokenizer import dvae
+from dalle_jax.train.rundir import Run, fingerprint, load_frozen, load_run, read_config
+
+Params = dict[str, Any]
+Progress = Callable[[int, int], None]  # rows done, rows in all
+
+DRAW_BATCH = 8  # pictures drawn at once where the caller does not say
+PIXEL_BATCH = 64  # pictures encoded or decoded at once
+
+
+class Tokenizer(NamedTuple):
+    """A frozen image tokenizer. fingerprint: changes with any of its parameters (`rundir.fingerprint`)."""
+
+    config: DVAEConfig
+    params: Params
+    fingerprint: str
+
+
+class TextToImage(NamedTuple):
+    """A trained Transformer with the vocabulary and the image tokenizer that it was trained on."""
+
+    run: Run
+    text: TextTokenizer
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> DalleConfig:
+        return self.run.config.model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How codes are drawn; checked when made. A guidance of 1 is no guidance."""
+
+    temperature: float = 1.0  # 0 takes the most probable code
+    top_k: int | None = None  # codes that stay in the draw; None is all
+    top_p: float | None = None  # share of the probability that stays in the draw, (0, 1]; None is all
+    guidance: float = 1.0  # scale of classifier-free guidance
+
+    def __post_init__(self):
+        for holds, message in (
+            (0 <= self.temperature < np.inf, f"temperature is {self.temperature}; want 0 (greedy) or more"),
+            (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}; want at least 1 code"),
+            (self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; want a share in (0, 1]"),
+            (0 <= self.guidance < np.inf, f"guidance is {self.guidance}; want 0 or more, 1 is none"),
+        ):
+            if not holds:
+                raise ValueError(message)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The image tokenizer of a run: a tokenizer run itself, or the copy that a Transformer run keeps.
+
+    Raises FileNotFoundError, ValueError or OSError as `load_run` does.
+    """
+    path = Path(path)
+    if read_config(path).model.kind == "dvae":
+        run = load_run(path)
+        return Tokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
+    if not (path / "tokenizer" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} has no tokenizer/ yet; train it first, or give the tokenizer's own run"
+        )
+    return Tokenizer(*load_frozen(path / "tokenizer"))
+
+
+def load_text_to_image(path: str | Path) -> TextToImage:
+    """The Transformer of a run directory, ready to draw.
+
+    Raises FileNotFoundError for a run that is missing or has no checkpoint, ValueError for a run of another
+    stage, OSError for files that cannot be read.
+    """
+    path = Path(path)
+    kind = read_config(path).model.kind
+    if kind != "dalle":
+        raise ValueError(
+            f"{path} is a tokenizer run (stage {kind}): it knows no captions. Give the run of a Transformer "
+            f"trained on it (--tokenizer {path}); `encode` and `decode` work with tokenizer runs"
+        )
+    run = load_run(path)
+    return TextToImage(run, TextTokenizer.load(path / "text.model"), load_tokenizer(path))
+
+
+class Counter:
+    """A `Progress` on standard error, `name 120/400`: at most one line in two seconds, and the last one."""
+
+    def __init__(self, name: str):
+        self._name, self._printed = name, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._printed > 2 or done == total:
+            self._printed = now
+            print(f"{self._name} {done}/{total}", file=sys.stderr, flush=True)
+
+
+# --- captions to codes ------------------------------------------------------------------------------------
+
+
+def text_rows(model: TextToImage, captions: Sequence[str]) -> np.ndarray:
+    """Token ids of captions, int32 (R, T). An empty caption is the null caption; a longer one is cut."""
+    cfg = model.config
+    one = partial(model.text.encode, text_vocab=cfg.text_vocab, text_len=cfg.text_len)
+    return np.stack([one(caption) for caption in captions])
+
+
+def draw_codes(
+    model: TextToImage,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling = Sampling(),
+    *,
+    prefix: np.ndarray | None = None,
+    batch: int = DRAW_BATCH,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """The codes of one picture per caption, int32 (R, N).
+
+    captions: R texts; "" draws without a caption. seeds: R integers in [0, 2**32). prefix: int32 (P,), the
+    first P < N codes of every picture. batch: rows at once; a row is the same in any company.
+
+    Raises ValueError for rows that do not match, seeds out of range, and for guidance or an empty caption
+    where the model was trained without null captions: it never learned what to draw for one.
+    """
+    cfg = model.config
+    if len(captions) != len(seeds) or not len(captions):
+        raise ValueError(
+            f"{len(captions)} captions and {len(seeds)} seeds; want one seed per caption, at least one"
+        )
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise ValueError(f"seeds from {min(seeds)} to {max(seeds)}; want integers in [0, 2**32)")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; want at least 1 picture at once")
+    text_RT = text_rows(model, captions)
+    guided = sampling.guidance != 1
+    null = bool((text_RT[:, 0] >= cfg.text_vocab).any())
+    if cfg.null_rate == 0 and (guided or null):
+        what = f"guidance {sampling.guidance:g}" if guided else "an empty caption"
+        raise ValueError(
+            f"{what} needs the null caption, which this model never saw: it was trained with model.null_rate 0. "
+            "Use guidance 1 and captions with text, or train with a null_rate of 0.1"
+        )
+    options = {
+        "temperature": jnp.float32(sampling.temperature),
+        "top_k": None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab),
+        "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
+        "guidance": jnp.float32(sampling.guidance) if guided else None,
+    }
+    if prefix is not None:
+        options["prime_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (batch, len(prefix)))
+
+    def one(text_BT, seeds_B):
+        return generate(cfg, model.run.params, jnp.asarray(text_BT), row_keys(seeds_B), **options)
+
+    return _in_batches(one, (text_RT, np.asarray(seeds, np.uint32)), batch, progress)
+
+
+# --- codes and pixels -------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(cfg: DVAEConfig, params: Params, image_u8: jax.Array) -> jax.Array:
+    return dvae.encode(cfg, params, image_u8.astype(jnp.float32) / 255.0)
+
+
+_decode = jax.jit(dvae.decode, static_argnums=0)
+
+
+def encode_images(tokenizer: Tokenizer, images: np.ndarray, *, batch: int = PIXEL_BATCH) -> np.ndarray:
+    """Codes of pictures: uint8 (R, H, W, 3) to int32 (R, N). Raises ValueError for another shape or dtype."""
+    if images.dtype != np.uint8:
+        raise ValueError(f"pictures are {images.dtype}, want uint8 (rows, height, width, 3)")
+    return _in_batches(
+        partial(_encode, tokenizer.config, tokenizer.params), (images,), min(batch, len(images))
+    )
+
+
+def decode_codes(
+    tokenizer: Tokenizer, codes: np.ndarray, *, batch: int = PIXEL_BATCH, progress: Progress | None = None
+) -> np.ndarray:
+    """Pictures of codes: integers (R, N) to float32 (R, H, W, 3) in [0, 1].
+
+    Raises ValueError for a shape, dtype or code that the tokenizer does not have.
+    """
+    cfg = tokenizer.config
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer) or not len(codes):
+        raise ValueError(f"codes are {codes.dtype} {codes.shape}; want integers (pictures, {cfg.num_codes})")
+    if codes.shape[1] != cfg.num_codes:
+        raise ValueError(
+            f"codes have {codes.shape[1]} columns; this tokenizer's pictures have {cfg.num_codes} codes "
+            f"({cfg.grid} x {cfg.grid}); use the tokenizer that encoded them"
+        )
+    if codes.min() < 0 or codes.max() >= cfg.vocab:
+        row = int(np.flatnonzero(((codes < 0) | (codes >= cfg.vocab)).any(axis=1))[0])
+        raise ValueError(
+            f"row {row} has codes from {codes[row].min()} to {codes[row].max()}; this tokenizer's are in "
+            f"[0, {cfg.vocab}); use the tokenizer that encoded them"
+        )
+    one = partial(_decode, cfg, tokenizer.params)
+    return _in_batches(one, (codes.astype(np.int32),), min(batch, len(codes)), progress)
+
+
+def encode_source(
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    path: str | Path,
+    *,
+    rows: int | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Encodes the first `rows` rows (all by default) of the train source into the file that `data.codes` names.
+
+    Pictures are cropped to the centre. Returns the codes, (R, N). Raises ValueError for more rows than there
+    are, and what the source raises.
+    """
+    source = open_source(data.source, "train", languages=data.languages)
+    count = len(source) if rows is None else rows
+    if not 1 <= count <= len(source):
+        raise ValueError(f"{count} rows of a source of {len(source)}; want 1 to {len(source)}")
+    codes = _encode_rows(tokenizer, source, count, data.threads, progress)
+    save_codes(
+        path,
+        codes,
+        source_json=source.identity(),
+        tokenizer=tokenizer.fingerprint,
+        image_size=tokenizer.config.image_size,
+        vocab=tokenizer.config.vocab,
+        complete=count == len(source),
+        stand_ins=source.stand_ins,
+    )
+    return codes
+
+
+def _encode_rows(
+    tokenizer: Tokenizer, source: Source, count: int, threads: int, progress: Progress | None
+) -> np.ndarray:
+    """The next batch is read while the device encodes this one."""
+    cfg, batch = tokenizer.config, min(PIXEL_BATCH, count)
+    out = np.empty((count, cfg.num_codes), np.uint16 if cfg.vocab <= 2**16 else np.int32)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def read(start: int) -> np.ndarray:
+            wanted = range(start, min(start + batch, count))
+            return np.stack(list(pool.map(lambda i: source.image(i, cfg.image_size, "center"), wanted)))
+
+        images = read(0)
+        for start in range(0, count, batch):
+            here = len(images)
+            codes = _encode(cfg, tokenizer.params, jnp.asarray(_padded(images, batch)))
+            if start + batch < count:
+                images = read(start + batch)
+            out[start : start + here] = np.asarray(codes)[:here]
+            if progress:
+                progress(start + here, count)
+    return out
+
+
+def _padded(rows: np.ndarray, batch: int) -> np.ndarray:
+    """`rows` up to `batch` of them, the last one repeated."""
+    missing = batch - len(rows)
+    return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
+
+
+def _in_batches(
+    fn: Callable[..., jax.Array], rows: tuple[np.ndarray, ...], batch: int, progress: Progress | None = None
+) -> np.ndarray:
+    """`fn` over the leading axis of `rows`, `batch` rows at a time, the last batch padded."""
+    count, found = len(rows[0]), []
+    for start in range(0, count, batch):
+        here = [r[start : start + batch] for r in rows]
+        found.append(np.asarray(fn(*(jnp.asarray(_padded(r, batch)) for r in here)))[: len(here[0])])
+        if progress:
+            progress(min(start + batch, count), count)
+    return np.concatenate(found)

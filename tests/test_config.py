@@ -1,0 +1,320 @@
+"""Laws of the configurations: JSON and back, clear refusals, and the full-size models by shape alone."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import jax
+import pytest
+
+from dalle_jax import dalle
+from dalle_jax.config import (
+    DalleConfig,
+    DataConfig,
+    DVAEConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    ScenesSource,
+    Schedule,
+    SourceConfig,
+    TarSource,
+    TextConfig,
+    TrainConfig,
+    from_json,
+    to_json,
+)
+from dalle_jax.nn.sharding import PARAM_AXES, param_axes, path_name
+from dalle_jax.tokenizer import dvae
+from dalle_jax.train.rundir import load_config
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+# Every class, with no field left at its default.
+EVERY = [
+    Schedule(start=0.3, end=-1e-7, steps=7),
+    DVAEConfig(
+        image_size=24, groups=3, blocks=1, width=12, decoder_width=5, vocab=9, dtype="bfloat16",
+        tau=Schedule(start=0.9, end=0.1, steps=3), kl_weight=Schedule(start=1.0, end=2.0, steps=4),
+    ),
+    DalleConfig(
+        text_vocab=5, text_len=3, image_vocab=7, grid=2, dim=12, layers=3, heads=3, mlp_ratio=2,
+        attention=("conv", "full"), last_attention=None, conv_kernel=3, qk_norm=True, text_loss_weight=0.1,
+        null_rate=0.0, dtype="float32", remat="dots", scan_unroll=2,
+    ),
+    ScenesSource(count=10, min_objects=2, max_objects=3, seed=4),
+    TarSource(
+        path="a.tar,b*.tar", train_split="t", eval_split="e", captions_field="c", captions_zh_field="z",
+        max_bad_share=0.1,
+    ),
+    DataConfig(
+        source=TarSource(path="圖/*.tar"), codes="x.npz", batch=8, crop="none", languages=("zh",), seed=3, threads=1,
+        prefetch=9,
+    ),
+    TextConfig(model="m", train_captions=5, dropout=0.0, lowercase=False),
+    OptimConfig(
+        learning_rate=1 / 3, warmup_steps=1, schedule="constant", decay_steps=9, end_factor=0.0, b1=0.1, b2=0.2,
+        eps=1e-30, weight_decay=0.0, clip_norm=0.0, accumulate=2, ema_decay=0.0, ema_every=1,
+    ),
+    MeshConfig(data=2, fsdp=-1, model=4),
+    TrainConfig(
+        model=DalleConfig(), run="r", data=DataConfig(batch=6), text=TextConfig(dropout=0.5), tokenizer="t",
+        optim=OptimConfig(accumulate=3), mesh=MeshConfig(model=2), steps=4, seed=5, log_every=6, eval_every=7,
+        eval_rows=8, sample_every=9, save_every=10, keep=11,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", EVERY, ids=lambda c: type(c).__name__)
+def test_round_trip(config):
+    for field in dataclasses.fields(config):  # else the round trip could lose a field and nobody would see
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name != "kind":
+            assert getattr(config, field.name) != default, f"{field.name} is at its default"
+    again = from_json(type(config), to_json(config))
+    assert again == config and type(again) is type(config)
+    assert hash(again) == hash(config)
+
+
+def test_round_trip_covers_every_class():
+    from dalle_jax import config as room
+
+    classes = {c for c in vars(room).values() if dataclasses.is_dataclass(c) and isinstance(c, type)}
+    assert classes == {type(c) for c in EVERY}
+
+
+@pytest.mark.parametrize(
+    ("union", "config"),
+    [
+        (ModelConfig, DVAEConfig(vocab=11)),
+        (ModelConfig, DalleConfig(layers=2)),
+        (SourceConfig, ScenesSource(count=3)),
+        (SourceConfig, TarSource(path="p")),
+    ],
+    ids=lambda v: getattr(v, "kind", ""),
+)
+def test_kind_chooses_the_class(union, config):
+    again = from_json(union, to_json(config))
+    assert again == config and type(again) is type(config)
+
+
+def test_fields_left_out_take_their_defaults():
+    config = from_json(TrainConfig, '{"model": {"kind": "dvae"}, "optim": {"learning_rate": 1}}')
+    assert config == TrainConfig(model=DVAEConfig(), optim=OptimConfig(learning_rate=1.0))
+    assert type(config.optim.learning_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("cls", "text", "match"),
+    [
+        (DVAEConfig, "{", "not JSON"),
+        (DVAEConfig, "[]", r"DVAEConfig: got \[\], want an object with the fields of DVAEConfig"),
+        (DVAEConfig, '{"wdth": 4}', "DVAEConfig has no field 'wdth'; perhaps you meant 'width'"),
+        (DVAEConfig, '{"zzz": 4}', "no field 'zzz'; it has kind, image_size"),
+        (DVAEConfig, '{"width": "4"}', r"DVAEConfig\.width: got '4', want a int"),
+        (DVAEConfig, '{"width": 4.0}', r"DVAEConfig\.width: got 4\.0, want a int"),
+        (DVAEConfig, '{"width": true}', r"DVAEConfig\.width: got True, want a int"),
+        (DVAEConfig, '{"width": null}', r"DVAEConfig\.width: got None"),
+        (DVAEConfig, '{"dtype": "float16"}', r"dtype: got 'float16', want one of 'float32', 'bfloat16'"),
+        (DVAEConfig, '{"tau": {"start": true, "end": 1, "steps": 1}}', r"tau\.start: got True, want a float"),
+        (DVAEConfig, '{"tau": {"start": 1}}', r"DVAEConfig\.tau: .*missing.*'end' and 'steps'"),
+        (DalleConfig, '{"attention": "row"}', r"attention: got 'row', want a list"),
+        (DalleConfig, '{"attention": ["row", "col"]}', r"attention\[1\]: got 'col', want one of 'full', 'row'"),
+        (DalleConfig, '{"last_attention": 3}', r"last_attention: got 3, want one of"),
+        (DalleConfig, '{"qk_norm": 1}', r"qk_norm: got 1, want a bool"),
+        (TrainConfig, "{}", r"TrainConfig: .*missing.*'model'"),
+        (TrainConfig, '{"model": {}}', r"TrainConfig\.model\.kind: got None, want one of 'dvae', 'dalle'"),
+        (TrainConfig, '{"model": null}', r"TrainConfig\.model: got null"),
+        (TrainConfig, '{"model": "dvae"}', r"TrainConfig\.model\.kind: got None"),
+        (
+            TrainConfig,
+            '{"model": {"kind": "dvae"}, "data": {"source": {"kind": "web"}}}',
+            r"TrainConfig\.data\.source\.kind: got 'web', want one of 'scenes', 'tar'",
+        ),
+        (TrainConfig, '{"model": {"kind": "dvae"}, "optim": {"warmup": 1}}', r"TrainConfig\.optim: .*meant 'warmup_steps'"),
+        (TrainConfig, '{"model": {"kind": "dvae", "vocab": 0}}', r"DVAEConfig\.vocab is 0"),
+        (ModelConfig, '{"kind": "vqgan"}', r"config\.kind: got 'vqgan'"),
+    ],
+)
+def test_from_json_refuses(cls, text, match):
+    with pytest.raises(ValueError, match=match):
+        from_json(cls, text)
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "match"),
+    [
+        (Schedule, {"start": 1.0, "end": 0.0, "steps": -1}, "Schedule.steps is -1"),
+        (DVAEConfig, {"image_size": 0}, "image_size is 0; want at least 1"),
+        (DVAEConfig, {"groups": 0}, "groups is 0"),
+        (DVAEConfig, {"blocks": 0}, "blocks is 0"),
+        (DVAEConfig, {"width": 0}, "width is 0"),
+        (DVAEConfig, {"decoder_width": 0}, "decoder_width is 0"),
+        (DVAEConfig, {"vocab": 0}, "vocab is 0"),
+        (DVAEConfig, {"image_size": 252}, "image_size 252 is not divisible by 8"),
+        (DVAEConfig, {"width": 6}, "width is 6; want a multiple of 4"),
+        (DVAEConfig, {"tau": Schedule(start=1.0, end=0.0, steps=1)}, "tau must stay positive"),
+        (DVAEConfig, {"tau": Schedule(start=-1.0, end=1.0, steps=1)}, "tau must stay positive"),
+        (DalleConfig, {"text_vocab": 0}, "text_vocab is 0"),
+        (DalleConfig, {"text_len": 0}, "text_len is 0"),
+        (DalleConfig, {"image_vocab": 0}, "image_vocab is 0"),
+        (DalleConfig, {"grid": 0}, "grid is 0"),
+        (DalleConfig, {"dim": 0}, "dim is 0"),
+        (DalleConfig, {"layers": 0}, "layers is 0"),
+        (DalleConfig, {"heads": 0}, "heads is 0"),
+        (DalleConfig, {"mlp_ratio": 0}, "mlp_ratio is 0"),
+        (DalleConfig, {"scan_unroll": 0}, "scan_unroll is 0"),
+        (DalleConfig, {"heads": 7}, "dim 3968 is not divisible by heads 7"),
+        (DalleConfig, {"attention": ()}, "attention is empty"),
+        (DalleConfig, {"conv_kernel": 4}, "conv_kernel is 4; want an odd number"),
+        (DalleConfig, {"conv_kernel": -1}, "conv_kernel is -1"),
+        (DalleConfig, {"text_loss_weight": 1.0}, "text_loss_weight is 1.0"),
+        (DalleConfig, {"text_loss_weight": -0.1}, "text_loss_weight is -0.1"),
+        (DalleConfig, {"null_rate": 1.1}, "null_rate is 1.1"),
+        (DalleConfig, {"null_rate": -0.1}, "null_rate is -0.1"),
+        (ScenesSource, {"count": 0}, "count is 0"),
+        (ScenesSource, {"min_objects": 0}, "objects per scene 0..4"),
+        (ScenesSource, {"min_objects": 3, "max_objects": 2}, r"objects per scene 3\.\.2"),
+        (ScenesSource, {"max_objects": 5}, r"objects per scene 1\.\.5"),
+        (TarSource, {"max_bad_share": 1.5}, "max_bad_share is 1.5"),
+        (DataConfig, {"batch": 0}, "data.batch is 0"),
+        (DataConfig, {"threads": 0}, "data.threads is 0"),
+        (DataConfig, {"prefetch": 0}, "data.prefetch is 0"),
+        (DataConfig, {"languages": ()}, r"data.languages is \(\)"),
+        (DataConfig, {"languages": ("en", "en")}, "one or more different languages"),
+        (TextConfig, {"dropout": 1.0}, "text.dropout is 1.0"),
+        (TextConfig, {"dropout": -0.1}, "text.dropout is -0.1"),
+        (TextConfig, {"train_captions": 0}, "text.train_captions is 0"),
+        (OptimConfig, {"learning_rate": 0.0}, "optim.learning_rate is 0.0"),
+        (OptimConfig, {"learning_rate": float("nan")}, "optim.learning_rate is nan"),
+        (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps is -1"),
+        (OptimConfig, {"accumulate": 0}, "optim.accumulate is 0"),
+        (OptimConfig, {"clip_norm": -1.0}, "optim.clip_norm is -1.0"),
+        (OptimConfig, {"ema_decay": 1.0}, "optim.ema_decay is 1.0"),
+        (OptimConfig, {"ema_every": 0}, "optim.ema_every is 0"),
+        (OptimConfig, {"end_factor": 1.5}, "optim.end_factor is 1.5"),
+        (MeshConfig, {"data": 0}, "mesh data=0"),
+        (MeshConfig, {"data": -2}, "mesh data=-2"),
+        (MeshConfig, {"data": -1, "fsdp": -1}, "at most one -1"),
+        (TrainConfig, {"model": DVAEConfig(), "steps": 0}, "steps is 0"),
+        (TrainConfig, {"model": DVAEConfig(), "log_every": 0}, "log_every is 0"),
+        (TrainConfig, {"model": DVAEConfig(), "eval_every": 0}, "eval_every is 0"),
+        (TrainConfig, {"model": DVAEConfig(), "eval_rows": 0}, "eval_rows is 0"),
+        (TrainConfig, {"model": DVAEConfig(), "sample_every": 0}, "sample_every is 0"),
+        (TrainConfig, {"model": DVAEConfig(), "save_every": 0}, "save_every is 0"),
+        (TrainConfig, {"model": DVAEConfig(), "keep": 0}, "keep is 0"),
+        (
+            TrainConfig,
+            {"model": DVAEConfig(), "data": DataConfig(batch=9), "optim": OptimConfig(accumulate=2)},
+            "data.batch 9 is not divisible by optim.accumulate 2",
+        ),
+        (TrainConfig, {"model": DVAEConfig(), "data": DataConfig(codes="c.npz")}, "data.codes is for the stage"),
+        (TrainConfig, {"model": DVAEConfig(), "tokenizer": "runs/x"}, "tokenizer is for the stage dalle"),
+    ],
+)
+def test_validation(make, values, match):
+    with pytest.raises(ValueError, match=match):
+        make(**values)
+
+
+def test_configs_are_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DalleConfig().dim = 3
+    with pytest.raises(TypeError):
+        DalleConfig("dalle")
+
+
+def test_layer_kinds_of_the_paper():
+    """2102.12092, B.1: of layers i = 1..64 the last is conv, column where (i-2) mod 4 = 0, else row."""
+    kinds = DalleConfig().layer_kinds
+    for i in range(1, 65):
+        want = "conv" if i == 64 else "column" if (i - 2) % 4 == 0 else "row"
+        assert kinds[i - 1] == want, f"layer {i}"
+    assert Counter(kinds) == {"row": 47, "column": 16, "conv": 1}
+    assert kinds[:4] == ("row", "column", "row", "row")
+
+
+def test_layer_kinds_without_a_special_last_layer():
+    config = DalleConfig(layers=5, attention=("full", "conv"), last_attention=None)
+    assert config.layer_kinds == ("full", "conv", "full", "conv", "full")
+
+
+def test_derived_sizes():
+    assert (DVAEConfig().grid, DVAEConfig().num_codes) == (32, 1024)
+    assert (DVAEConfig(groups=1).downsample, DVAEConfig(groups=3).downsample) == (1, 4)
+    config = DalleConfig()
+    assert (config.num_codes, config.length, config.head_dim) == (1024, 1280, 64)
+
+
+# --- full-size models, by shape alone --------------------------------------------------------------------
+
+
+def shapes(model):
+    init = dvae.init if isinstance(model, DVAEConfig) else dalle.init
+    return jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def assert_one_rule_each(tree):
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = path_name(path)
+        assert sum(bool(re.fullmatch(pattern, name)) for pattern, _ in PARAM_AXES) == 1, name
+        assert len(param_axes(name, leaf.shape)) == leaf.ndim
+        assert leaf.dtype == "float32", name
+
+
+def test_parameters_of_the_published_dvae():
+    """The published encoder.pkl and decoder.pkl hold 53,786,240 and 43,829,766 numbers."""
+    tree = shapes(DVAEConfig())
+    assert count(tree["encoder"]) == 53_786_240
+    assert count(tree["decoder"]) == 43_829_766
+    assert_one_rule_each(tree)
+
+
+def test_parameters_of_the_paper_transformer():
+    """12 billion: 64 layers, 62 heads of 64; 16,384 + 256 text ids, 8192 codes, 32 rows and columns."""
+    d, layers = 62 * 64, 64
+    embeddings = (16_384 + 256) * d + 256 * d + 8192 * d + (32 + 32) * d
+    qkv, out = d * 3 * d + 3 * d, d * d + d
+    up, down = d * 4 * d + 4 * d, 4 * d * d + d
+    norms = 2 * (d + d)
+    heads = d * (16_384 + 256) + d * 8192
+    want = embeddings + layers * (qkv + out + up + down + norms) + (d + d) + heads
+    tree = shapes(DalleConfig())
+    assert count(tree) == want
+    assert abs(want / 12.0e9 - 1) < 0.03
+    assert_one_rule_each(tree)
+
+
+def test_qk_norm_adds_two_gains_per_layer():
+    small = DalleConfig(dim=16, heads=2, layers=3, text_len=2, text_vocab=3, image_vocab=4, grid=2)
+    normed = dataclasses.replace(small, qk_norm=True)
+    assert count(shapes(normed)) - count(shapes(small)) == 3 * 2 * (16 // 2)
+    assert_one_rule_each(shapes(normed))
+
+
+def test_there_are_configs():
+    assert CONFIGS, "configs/ holds no Python file"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_files(path):
+    """Loads, says what it is, survives JSON, and every parameter of its model has its place."""
+    config = load_config(path)
+    assert path.read_text(encoding="utf-8").startswith('"""')
+    assert json.loads(to_json(config)) and from_json(TrainConfig, to_json(config)) == config
+    tree = shapes(config.model)
+    assert_one_rule_each(tree)
+    if path.stem == "dalle_12b":  # fields that do not change the function may differ
+        free = {"remat": "full", "scan_unroll": 1, "dtype": "bfloat16"}
+        assert dataclasses.replace(config.model, **free) == DalleConfig()
+    if path.stem == "dvae_openai":
+        assert dataclasses.replace(config.model, dtype="float32") == DVAEConfig()
+        assert (count(tree["encoder"]), count(tree["decoder"])) == (53_786_240, 43_829_766)

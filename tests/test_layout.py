@@ -1,0 +1,168 @@
+"""The rooms of the house: imports run one way, and what is heavy loads only where it is used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dalle_jax
+
+PACKAGE = Path(dalle_jax.__file__).parent
+
+# Room -> rooms that it may import (DESIGN.md, the table). A room may always import itself.
+MODELS = {"nn", "tokenizer", "dalle", "clip", "diffusion", "sampling"}
+ABOVE = {"config", "text", *MODELS, "data"}
+MAY_IMPORT = {
+    "__init__": set(),
+    "config": set(),
+    "text": {"config"},
+    "nn": {"config"},
+    "tokenizer": {"config", "nn"},
+    "dalle": {"config", "nn"},
+    "clip": {"config", "nn"},
+    "diffusion": {"config", "nn"},
+    "sampling": {"config", "nn", "tokenizer", "dalle", "clip", "diffusion"},
+    "data": {"config", "text"},
+    "train": ABOVE,
+    "inference": {*ABOVE, "train"},
+    "evaluate": {*ABOVE, "train", "inference"},
+    "importers": {"config"},
+    "demo": {*ABOVE, "train", "inference", "evaluate", "importers"},
+    "cli": {*ABOVE, "train", "inference", "evaluate", "importers", "demo"},
+    "__main__": {"cli"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path, package=PACKAGE):
+    """Dotted name of a file, `dalle_jax.nn.masks`; a package's own file ends in `.__init__`."""
+    return ".".join((package.name, *path.relative_to(package).with_suffix("").parts))
+
+
+def imported(source: str, name: str) -> list[tuple[int, str]]:
+    """(line, dotted module) of every import anywhere in a file, also inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:  # from . import x
+                parts = name.split(".")[: -node.level]
+                base = ".".join([*parts, *([node.module] if node.module else [])])
+            # `from dalle_jax import dvae` names a module by its alias; a function by it does no harm here
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return found
+
+
+def wrong_arrows(source: str, name: str) -> list[str]:
+    """A sentence for each import of `source` that runs against the table."""
+    room = name.split(".")[1]
+    if room not in MAY_IMPORT:
+        return [f"{name}: room {room!r} has no row in tests/test_layout.py; give it one"]
+    lines = []
+    for line, module in imported(source, name):
+        parts = module.split(".")
+        if parts[0] != "dalle_jax" or len(parts) < 2:
+            continue
+        if parts[1] != room and parts[1] not in MAY_IMPORT[room]:
+            allowed = ", ".join(sorted(MAY_IMPORT[room])) or "nothing"
+            lines.append(f"{name}:{line} imports {module}, but {room} may import only: {allowed}")
+    return lines
+
+
+def test_imports_run_one_way():
+    assert len(FILES) > 10
+    wrong = [line for path in FILES for line in wrong_arrows(path.read_text(encoding="utf-8"), name_of(path))]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_the_walk_sees_every_form_of_import():
+    """Else the law above could hold because nothing is looked at."""
+    forms = [
+        "import dalle_jax.dalle",
+        "import dalle_jax.dalle as d",
+        "from dalle_jax import dalle",
+        "from dalle_jax.dalle import init",
+        "def f():\n    from dalle_jax.dalle import init",
+        "from .. import dalle",
+        "from ..dalle import init",
+    ]
+    for form in forms:
+        assert wrong_arrows(form, "dalle_jax.nn.masks"), form
+        assert not wrong_arrows(form, "dalle_jax.sampling.generate"), form
+    assert wrong_arrows("x = 1", "dalle_jax.attic.x") == [
+        "dalle_jax.attic.x: room 'attic' has no row in tests/test_layout.py; give it one"
+    ]
+
+
+def test_the_table_has_no_circle():
+    below: set[str] = set()
+    left = dict(MAY_IMPORT)
+    while left:
+        ready = [room for room, uses in left.items() if uses <= below]
+        assert ready, f"rooms import each other in a circle: {sorted(left)}"
+        for room in ready:
+            below.add(room)
+            del left[room]
+
+
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [
+        ("orbax", {"dalle_jax.train.checkpoint"}),
+        ("grain", {"dalle_jax.data.pipeline"}),
+        ("sentencepiece", {"dalle_jax.text"}),
+        ("torch", set()),
+    ],
+)
+def test_library_has_one_home(library, homes):
+    found = {
+        name_of(path)
+        for path in FILES
+        for _, module in imported(path.read_text(encoding="utf-8"), name_of(path))
+        if module.split(".")[0] == library
+    }
+    assert found == homes
+
+
+def fresh(code: str) -> str:
+    """Standard output of `code` in a new interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+HEAVY = ("tensorflow_datasets", "tensorflow", "grain", "orbax", "PIL", "sentencepiece", "tyro", "tensorboardX")
+
+
+def test_import_is_light():
+    """`import dalle_jax` loads nothing but itself, and so touches no device."""
+    seconds, *loaded = fresh(
+        "import time, sys; t = time.perf_counter(); import dalle_jax; print(time.perf_counter() - t);"
+        f"print(*[m for m in {('jax', 'jaxlib', 'flax', 'numpy', *HEAVY)} if m in sys.modules])"
+    ).splitlines()
+    assert not "".join(loaded), f"import dalle_jax loads {loaded}"
+    assert float(seconds) < 1.5
+
+
+def test_model_rooms_load_no_data_libraries():
+    """The functions a researcher imports need jax and flax only, and importing them starts no backend."""
+    out = fresh(
+        "import sys, dalle_jax as dj; dj.dalle.init, dj.nn.__name__;"
+        "import dalle_jax.sampling.generate, dalle_jax.tokenizer.dvae, dalle_jax.nn.sharding, dalle_jax.nn.masks;"
+        f"print(*[m for m in {HEAVY} if m in sys.modules]);"
+        "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    )
+    assert out == "False", f"loaded, then whether a device was touched: {out}"
+
+
+def test_rooms_are_attributes():
+    assert dalle_jax.config.DalleConfig.__name__ == "DalleConfig"
+    assert set(dalle_jax.__all__) <= set(dir(dalle_jax))
+    with pytest.raises(AttributeError, match=r"no attribute 'dall'; it has config, text"):
+        _ = dalle_jax.dall
+    missing = [room for room in dalle_jax.__all__ if not list(PACKAGE.glob(f"{room}*"))]
+    assert not missing, f"dalle_jax names rooms that do not exist: {missing}"

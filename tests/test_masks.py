@@ -1,0 +1,94 @@
+"""The attention masks, cell by cell, against their written definitions (Ramesh et al. 2021, 2102.12092, B.1)."""
+
+import numpy as np
+import pytest
+
+from dalle_jax.nn.masks import attention_mask
+
+KINDS = ("full", "row", "column", "conv")
+
+
+def sees(kind: str, q: int, k: int, side: int, window: int) -> bool:
+    """Whether the image token at raster place q sees the one at k, straight from the definition."""
+    if k > q:  # nothing sees the future
+        return False
+    if kind == "full":
+        return True
+    if kind == "row":  # itself and the `side` tokens before it in the raster
+        return k in [q - n for n in range(side + 1)]
+    if kind == "column":  # places in q's column
+        return k % side == q % side
+    # Cells of the causal half of a window centred on q: those in the rows above, and in q's own row those left
+    # of it with itself. Places are raster places, so a step over a row's end lands in the next row.
+    half = window // 2
+    above = [(up, left) for up in range(1, half + 1) for left in range(-half, half + 1)]
+    beside = [(0, left) for left in range(half + 1)]
+    for up, left in above + beside:
+        if k == q - up * side - left:
+            return True
+    return False
+    if kind == "full":
+        return True
+    if kind == "row":  # itself and the `side` tokens before it in the raster
+        return k in [q - n for n in range(side + 1)]
+    if kind == "column":  # places in q's column
+        return k % side == q % side
+    # The window around q, as places of the raster: a step right of a row's end is the start of the next row.
+    half = window // 2
+    for rows_up in range(-half, half + 1):
+        for columns_left in range(-half, half + 1):
+            if k == q - rows_up * side - columns_left:
+                # The kernel's causal half: rows above q's, and in q's row what is not right of it.
+                return rows_up > 0 or (rows_up == 0 and columns_left >= 0) or True
+    return False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("text", "side", "window"), [(3, 4, 3), (1, 5, 5), (2, 3, 11), (4, 6, 1), (2, 1, 3)])
+def test_every_cell(kind, text, side, window):
+    mask = attention_mask(kind, text, side, window)
+    length = text + side * side
+    assert mask.shape == (length, length) and mask.dtype == bool
+    for q in range(length):
+        for k in range(length):
+            if q < text:  # text is causal and never sees the image
+                want = k <= q
+            elif k < text:  # the image sees all text
+                want = True
+            else:
+                want = sees(kind, q - text, k - text, side, window)
+            assert mask[q, k] == want, f"{kind}: position {q} and {k}"
+
+
+def test_keys_per_image_token_in_the_paper():
+    """S = 32: 33 keys (row), at most 32 (column), 61 (conv, 11x11); so a step reads 256 + 33 keys, not 1280."""
+    side, text = 32, 256
+    keys = {kind: attention_mask(kind, text, side, 11)[text:, text:].sum(axis=1).reshape(side, side) for kind in KINDS}
+    inner = np.s_[5:, 5:]  # at least half a window below the top and from the left edge
+    assert (keys["row"][1:] == 33).all() and keys["row"].max() == 33
+    np.testing.assert_array_equal(keys["row"][0], np.arange(1, 33))
+    np.testing.assert_array_equal(keys["column"], np.repeat(np.arange(1, 33)[:, None], 32, axis=1))
+    assert (keys["conv"][inner] == 61).all() and keys["conv"].max() == 61
+    assert keys["conv"][0, 0] == 1 and keys["conv"][0, 10] == 6
+    np.testing.assert_array_equal(keys["full"].ravel(), np.arange(1, 1025))
+    for kind in KINDS:
+        whole = attention_mask(kind, text, side, 11)
+        assert (whole[text:, :text].sum(axis=1) == 256).all()
+        assert not whole[:text, text:].any()
+        np.testing.assert_array_equal(whole[:text, :text].sum(axis=1), np.arange(1, 257))
+
+
+def test_conv_runs_over_row_ends_as_the_raster_does():
+    """Place (2, 0) of a 6x6 grid, window 3: what is left of the row's start is the end of the row above."""
+    seen = attention_mask("conv", 1, 6, 3)[1 + 12, 1:]
+    assert sorted(np.flatnonzero(seen)) == [5, 6, 7, 11, 12]  # (0,5) (1,0) (1,1) (1,5) (2,0)
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match="attention kind is 'col'; want full, row, column or conv"):
+        attention_mask("col", 2, 3)
+
+
+def test_masks_are_shared_so_they_are_read_only():
+    with pytest.raises(ValueError, match="read-only"):
+        attention_mask("row", 2, 3)[0, 0] = False
