@@ -8,7 +8,20 @@ Submodules load on first use, so `import dalle_jax` is fast and touches no devic
 
 import importlib
 
-_ROOMS = ("config", "text", "nn", "tokenizer", "dalle", "sampling", "data", "train", "inference", "evaluate", "demo", "cli")
+_ROOMS = (
+    "config",
+    "text",
+    "nn",
+    "tokenizer",
+    "dalle",
+    "sampling",
+    "data",
+    "train",
+    "inference",
+    "evaluate",
+    "demo",
+    "cli",
+)
 
 __all__ = list(_ROOMS)
 __version__ = "0.1.0"

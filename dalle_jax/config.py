@@ -21,6 +21,7 @@ AttentionKind = Literal["full", "row", "column", "conv"]
 Language = Literal["en", "zh"]
 SceneSize = Literal["small", "medium", "large"]
 SceneFill = Literal["solid", "striped", "dotted"]
+SceneBackground = Literal["plain", "gradient", "two-tone"]
 
 
 def _require(holds: bool, message: str) -> None:
@@ -110,7 +111,9 @@ class DalleConfig:
         for name in (
             "text_vocab", "text_len", "image_vocab", "grid", "dim", "layers", "heads", "mlp_ratio", "scan_unroll",
         ):  # fmt: skip
-            _require(getattr(self, name) >= 1, f"DalleConfig.{name} is {getattr(self, name)}; want at least 1")
+            _require(
+                getattr(self, name) >= 1, f"DalleConfig.{name} is {getattr(self, name)}; want at least 1"
+            )
         _require(
             self.dim % self.heads == 0,
             f"dim {self.dim} is not divisible by heads {self.heads}; change one of them",
@@ -161,6 +164,7 @@ class ScenesSource:
     max_objects: int = 4
     sizes: tuple[SceneSize, ...] = ("small", "medium", "large")
     fills: tuple[SceneFill, ...] = ("solid", "striped", "dotted")
+    backgrounds: tuple[SceneBackground, ...] = ("plain", "gradient", "two-tone")
     seed: int = 0
 
     def __post_init__(self):
@@ -170,8 +174,9 @@ class ScenesSource:
             f"objects per scene {self.min_objects}..{self.max_objects}; want 1 <= min <= max <= 4",
         )
         _require(
-            len(self.fills) > 0 and len(self.sizes) > 0 and (self.max_objects == 1 or set(self.sizes) != {"large"}),
-            f"scenes of sizes {self.sizes} and fills {self.fills}; want at least one of each, and not only large "
+            len(self.fills) * len(self.sizes) * len(self.backgrounds) > 0
+            and (self.max_objects == 1 or set(self.sizes) != {"large"}),
+            f"scenes of sizes {self.sizes}, fills {self.fills}, backgrounds {self.backgrounds}; want at least one of each, and not only large "
             "ones where a scene holds two objects or more",
         )
 
@@ -193,7 +198,9 @@ class TarSource:
     max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
 
     def __post_init__(self):
-        _require(0 <= self.max_bad_share <= 1, f"max_bad_share is {self.max_bad_share}; want a share in [0, 1]")
+        _require(
+            0 <= self.max_bad_share <= 1, f"max_bad_share is {self.max_bad_share}; want a share in [0, 1]"
+        )
 
 
 SourceConfig = Union[ScenesSource, TarSource]
@@ -271,6 +278,10 @@ class MeshConfig:
     data: int = -1  # batch is split; parameters are copied
     fsdp: int = 1  # batch is split; parameters and optimizer state are split too
     model: int = 1  # heads and channels are split
+    cpu_devices: int = (
+        0  # without an accelerator: devices to split the CPU into, 0 leaves it one; a core each is
+    )
+    # faster than one device of many cores
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.model)
@@ -278,6 +289,7 @@ class MeshConfig:
             all(s >= 1 or s == -1 for s in sizes) and sizes.count(-1) <= 1,
             f"mesh data={self.data} fsdp={self.fsdp} model={self.model}; want sizes of at least 1, at most one -1",
         )
+        _require(self.cpu_devices >= 0, f"mesh.cpu_devices is {self.cpu_devices}; want 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +321,9 @@ class TrainConfig:
             f"data.batch {self.data.batch} is not divisible by optim.accumulate {self.optim.accumulate}; change one",
         )
         if isinstance(self.model, DVAEConfig):
-            _require(self.data.codes is None, "data.codes is for the stage dalle; a tokenizer trains on pixels")
+            _require(
+                self.data.codes is None, "data.codes is for the stage dalle; a tokenizer trains on pixels"
+            )
             _require(self.tokenizer is None, "tokenizer is for the stage dalle; remove it from a dvae config")
 
 
@@ -369,7 +383,9 @@ def _build_union(options: tuple, data: Any, path: str) -> Any:
 
 
 def _build_dataclass(cls: type, data: Any, path: str) -> Any:
-    _require(isinstance(data, dict), f"{path}: got {data!r}, want an object with the fields of {cls.__name__}")
+    _require(
+        isinstance(data, dict), f"{path}: got {data!r}, want an object with the fields of {cls.__name__}"
+    )
     hints = typing.get_type_hints(cls)
     for name in data:
         if name not in hints:

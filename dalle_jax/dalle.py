@@ -63,7 +63,8 @@ def null_text(cfg: DalleConfig) -> jax.Array:
     return cfg.text_vocab + jnp.arange(cfg.text_len, dtype=jnp.int32)
 
 
-def _check(cfg: DalleConfig, text_BT: jax.Array, codes_BP: jax.Array) -> None:
+def check_ids(cfg: DalleConfig, text_BT: jax.Array, codes_BP: jax.Array) -> None:
+    """Raises ValueError unless these are captions and the first P <= N codes for each."""
     if text_BT.ndim != 2 or text_BT.shape[1] != cfg.text_len:
         raise ValueError(f"text has shape {text_BT.shape}, want (batch, {cfg.text_len}); pad or cut captions")
     if codes_BP.ndim != 2 or codes_BP.shape[1] > cfg.num_codes or len(codes_BP) != len(text_BT):
@@ -112,7 +113,7 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
     text_BT: int32 in [0, text_vocab + text_len). codes_BP: int32 in [0, image_vocab), the first P <= N codes.
     Returns float32 (B, T + P, D). Raises ValueError for other shapes or dtypes.
     """
-    _check(cfg, text_BT, codes_BP)
+    check_ids(cfg, text_BT, codes_BP)
     x_BSD = jnp.concatenate(
         [_embed_text(cfg, params, text_BT), _embed_codes(cfg, params, codes_BP, 0)], axis=1
     )
@@ -138,7 +139,9 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
     return _norm_out(params, x_BSD)
 
 
-def logits(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+def logits(
+    cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Scores of every token given all tokens before it.
 
     text_BT: int32 (B, T). codes_BN: int32 (B, N). Returns float32 text logits (B, T-1, W), for the text
@@ -212,7 +215,7 @@ def prefill(
     """
     if codes_BP is None:
         codes_BP = jnp.zeros((len(text_BT), 0), jnp.int32)
-    _check(cfg, text_BT, codes_BP)
+    check_ids(cfg, text_BT, codes_BP)
     if codes_BP.shape[1] >= cfg.num_codes:
         raise ValueError(f"{codes_BP.shape[1]} codes are given of {cfg.num_codes}; nothing is left to sample")
     parts = [_embed_text(cfg, params, text_BT), _embed_codes(cfg, params, codes_BP, 0)]

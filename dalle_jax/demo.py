@@ -55,7 +55,9 @@ SAMPLING = Sampling(guidance=2.0)  # of the demo's pictures and figures
 SHOWN = 8  # pictures of each kind in grid.png
 ENCODE_ROWS = 50_000  # rows encoded ahead where the Transformer's config names a file of codes
 
-_SOURCE = ScenesSource(min_objects=1, max_objects=2, sizes=("medium", "large"), fills=("solid",))
+_SOURCE = ScenesSource(
+    min_objects=1, max_objects=2, sizes=("medium", "large"), fills=("solid",), backgrounds=("plain",)
+)
 
 
 def dvae_config(out: str = "runs/demo") -> TrainConfig:
@@ -241,7 +243,7 @@ def verdict_grid(drawn: list[measures.Drawn], columns: int = SHOWN) -> Image.Ima
 
 
 def _caption(caption: Caption) -> str:
-    """The caption; one that is not English with its facts in English, for readers and systems without Chinese."""
+    """The caption; where it is not English with its facts in English: fonts may lack Chinese."""
     if caption.language == "en":
         return caption.text
     names = [" ".join(filter(None, (o.size, o.fill, o.colour, o.shape))) for o in caption.facts.objects]

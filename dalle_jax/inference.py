@@ -166,7 +166,7 @@ def draw_codes(
     if cfg.null_rate == 0 and (guided or null):
         what = f"guidance {sampling.guidance:g}" if guided else "an empty caption"
         raise ValueError(
-            f"{what} needs the null caption, which this model never saw: it was trained with model.null_rate 0. "
+            f"{what} needs the null caption, which this model never saw (trained with model.null_rate 0). "
             "Use guidance 1 and captions with text, or train with a null_rate of 0.1"
         )
     options = {
@@ -238,7 +238,7 @@ def encode_source(
     rows: int | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Encodes the first `rows` rows (all by default) of the train source into the file that `data.codes` names.
+    """Encodes the first `rows` rows (None: all) of the train source into a file for `data.codes`.
 
     Pictures are cropped to the centre. Returns the codes, (R, N). Raises ValueError for more rows than there
     are, and what the source raises.

@@ -1,4 +1,4 @@
-"""The attention masks, cell by cell, against their written definitions (Ramesh et al. 2021, 2102.12092, B.1)."""
+"""The attention masks, cell by cell, against their written definitions (Ramesh et al. 2021, B.1)."""
 
 import numpy as np
 import pytest
@@ -18,15 +18,12 @@ def sees(kind: str, q: int, k: int, side: int, window: int) -> bool:
         return k in [q - n for n in range(side + 1)]
     if kind == "column":  # places in q's column
         return k % side == q % side
-    # Cells of the causal half of a window centred on q: those in the rows above, and in q's own row those left
-    # of it with itself. Places are raster places, so a step over a row's end lands in the next row.
+    # Cells of the causal half of a window centred on q: those in the rows above, and in q's own row those
+    # left of it with itself. Places are raster places, so a step over a row's end lands in the next row.
     half = window // 2
     above = [(up, left) for up in range(1, half + 1) for left in range(-half, half + 1)]
     beside = [(0, left) for left in range(half + 1)]
-    for up, left in above + beside:
-        if k == q - up * side - left:
-            return True
-    return False
+    return any(k == q - up * side - left for up, left in above + beside)
     if kind == "full":
         return True
     if kind == "row":  # itself and the `side` tokens before it in the raster
@@ -61,9 +58,10 @@ def test_every_cell(kind, text, side, window):
 
 
 def test_keys_per_image_token_in_the_paper():
-    """S = 32: 33 keys (row), at most 32 (column), 61 (conv, 11x11); so a step reads 256 + 33 keys, not 1280."""
+    """S = 32: 33 keys (row), at most 32 (column), 61 (conv, 11x11); a step reads 256 + 33, not 1280."""
     side, text = 32, 256
-    keys = {kind: attention_mask(kind, text, side, 11)[text:, text:].sum(axis=1).reshape(side, side) for kind in KINDS}
+    masks = {kind: attention_mask(kind, text, side, 11) for kind in KINDS}
+    keys = {kind: mask[text:, text:].sum(axis=1).reshape(side, side) for kind, mask in masks.items()}
     inner = np.s_[5:, 5:]  # at least half a window below the top and from the left edge
     assert (keys["row"][1:] == 33).all() and keys["row"].max() == 33
     np.testing.assert_array_equal(keys["row"][0], np.arange(1, 33))
@@ -71,8 +69,7 @@ def test_keys_per_image_token_in_the_paper():
     assert (keys["conv"][inner] == 61).all() and keys["conv"].max() == 61
     assert keys["conv"][0, 0] == 1 and keys["conv"][0, 10] == 6
     np.testing.assert_array_equal(keys["full"].ravel(), np.arange(1, 1025))
-    for kind in KINDS:
-        whole = attention_mask(kind, text, side, 11)
+    for whole in masks.values():
         assert (whole[text:, :text].sum(axis=1) == 256).all()
         assert not whole[:text, text:].any()
         np.testing.assert_array_equal(whole[:text, :text].sum(axis=1), np.arange(1, 257))

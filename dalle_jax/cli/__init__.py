@@ -44,7 +44,7 @@ def usage() -> str:
             *lines,
             "",
             "`dalle-jax VERB --help` lists what a verb takes. A RUN is the directory that training made.",
-            "With --json a verb prints one JSON object to standard output, everything else goes to standard error.",
+            "With --json a verb prints one JSON object to standard output, all else to standard error.",
         ]
     )
 
@@ -61,9 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         print(usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] == "--version":
-        from dalle_jax import __version__
+        import dalle_jax
 
-        print(__version__)
+        print(dalle_jax.__version__)
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:

@@ -30,9 +30,7 @@ from dalle_jax.train.rundir import load_config, read_config
 def encode(args: Encode) -> dict[str, Any]:
     """Pictures, or the training pictures of `args.data`, to a file of codes."""
     if bool(args.images) == (args.data is not None):
-        raise ValueError(
-            "give pictures to encode, or --data CONFIG_OR_RUN for its training pictures: one of them"
-        )
+        raise ValueError("give pictures to encode, or --data CONFIG_OR_RUN for its training pictures")
     if args.rows is not None and args.data is None:
         raise ValueError("--rows is for --data; leave it out to encode every picture given")
     config = None if args.data is None else config_of(args.data)
@@ -69,8 +67,8 @@ def decode(args: Decode) -> dict[str, Any]:
     out = output.file(args.out) if to_file else output.directory(args.out)
     if made_by is not None and made_by != tokenizer.fingerprint:
         print(
-            f"warning: {args.codes} was made by tokenizer {made_by}, {args.run} has {tokenizer.fingerprint}: the "
-            "pictures will differ from those encoded",
+            f"warning: {args.codes} was made by tokenizer {made_by}, {args.run} has {tokenizer.fingerprint}: "
+            "the pictures will differ from those encoded",
             file=sys.stderr,
         )
     try:
@@ -97,9 +95,10 @@ def _read_codes(path: str) -> tuple[np.ndarray, str | None]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; {want}")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not hasattr(arrays, "files"):
-                raise ValueError(f"{path} is a single array; {want}")
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise ValueError(f"{path} is a single array; {want}")
+        with arrays:
             if "codes" not in arrays.files:
                 raise ValueError(
                     f"{path} has no array `codes`, it has {', '.join(arrays.files) or 'none'}; {want}"

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def directory(path: str) -> Path:
-    """Makes the directory `path` if it is missing. Raises ValueError for a file, OSError if it is unwritable."""
+    """Makes the directory `path` if it is missing. Raises ValueError for a file, OSError if unwritable."""
     out = Path(path)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {path} is a file; want a directory, new or existing")

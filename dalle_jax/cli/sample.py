@@ -107,8 +107,8 @@ def _tell_cut(model: TextToImage, captions: list[str]) -> list[int]:
     for j, more in enumerate(cut):
         if more:
             print(
-                f"warning: caption {j} has {most + more} tokens, the model reads {most}: the last {more} are cut "
-                f"({captions[j]!r:.60})",
+                f"warning: caption {j} has {most + more} tokens, the model reads {most}: the last {more} "
+                f"are cut ({captions[j]!r:.60})",
                 file=sys.stderr,
             )
     return cut

@@ -262,8 +262,8 @@ def _allowed(thing: SceneObject, position: int, things: list[SceneObject], guest
     return True
 
 
-def _background(stream: Stream) -> Background:
-    kind = stream.pick(BACKGROUNDS)
+def _background(stream: Stream, kinds: tuple[str, ...]) -> Background:
+    kind = stream.pick(kinds)
     axis = "x" if stream.below(2) else "y"
     first = stream.pick(PASTELS)
     if kind == "plain":
@@ -284,13 +284,14 @@ def scene(
     max_objects: int = 4,
     sizes: tuple[str, ...] = SIZES,
     fills: tuple[str, ...] = FILLS,
+    backgrounds: tuple[str, ...] = BACKGROUNDS,
 ) -> Scene:
     """The scene of an index.
 
     index: 0 or more, without an upper end. split: a word of SPLITS; each has its own random stream. 'train',
     'val' and 'test' never show a held-out composition, every scene of 'held_out' shows one. seed: another
-    data set. min_objects, max_objects: 1..4, the number of objects is drawn evenly between them. sizes, fills:
-    the words to draw from; without both small and large no object stands inside another, and the ones that do
+    data set. min_objects, max_objects: 1..4, the number of objects is drawn evenly between them. sizes, fills,
+    backgrounds: the words to draw from; without both small and large no object stands inside another, and the ones that do
     are solid in any case. Raises ValueError for an unknown split or word, a negative index or an impossible
     number of objects."""
     if split not in SPLITS:
@@ -302,7 +303,7 @@ def scene(
             f"want 1 <= min_objects <= max_objects <= 4, got {min_objects} and {max_objects}; "
             "a scene holds 1 to 4 objects"
         )
-    check_words(sizes, fills, max_objects)
+    check_words(sizes, fills, backgrounds, max_objects)
     for attempt in range(100):
         stream = Stream(seed, SPLITS.index(split), index, attempt)
         count = min_objects + stream.below(max_objects - min_objects + 1)
@@ -312,17 +313,29 @@ def scene(
         fixed = _held_out_choice(stream, spots, relation) if split == "held_out" else {}
         things = _people(stream, spots, relation, fixed, fills)
         if things is not None:
-            return Scene(objects=tuple(things), background=_background(stream), relation=relation)
+            return Scene(
+                objects=tuple(things), background=_background(stream, backgrounds), relation=relation
+            )
     raise AssertionError(f"no scene for {split} {index} in 100 attempts")
 
 
-def check_words(sizes: tuple[str, ...], fills: tuple[str, ...], max_objects: int) -> None:
-    """Raises ValueError unless these are words of SIZES and FILLS that so many objects can be drawn with."""
-    for name, words, known in (("sizes", sizes, SIZES), ("fills", fills, FILLS)):
+def check_words(
+    sizes: tuple[str, ...], fills: tuple[str, ...], backgrounds: tuple[str, ...], max_objects: int
+) -> None:
+    """Raises ValueError unless these are words of SIZES, FILLS and BACKGROUNDS that so many objects can be drawn with."""
+    for name, words, known in (
+        ("sizes", sizes, SIZES),
+        ("fills", fills, FILLS),
+        ("backgrounds", backgrounds, BACKGROUNDS),
+    ):
         if isinstance(words, str) or not words or any(word not in known for word in words):
-            raise ValueError(f"want {name} out of {known}, got {words!r}; pass a tuple such as ({known[0]!r},)")
+            raise ValueError(
+                f"want {name} out of {known}, got {words!r}; pass a tuple such as ({known[0]!r},)"
+            )
     if max_objects > 1 and set(sizes) == {"large"}:
-        raise ValueError("want small or medium in sizes where a scene holds two objects or more, got only large")
+        raise ValueError(
+            "want small or medium in sizes where a scene holds two objects or more, got only large"
+        )
 
 
 def evaluation_set(
@@ -334,6 +347,7 @@ def evaluation_set(
     max_objects: int = 2,
     sizes: tuple[str, ...] = SIZES,
     fills: tuple[str, ...] = FILLS,
+    backgrounds: tuple[str, ...] = BACKGROUNDS,
 ) -> tuple[tuple[Caption, Scene], ...]:
     """Captions to draw pictures for, none of them seen in training, each with a scene that it is true of.
 
@@ -358,7 +372,14 @@ def evaluation_set(
     pairs = []
     for index in range(count):
         one = scene(
-            index, split=split, seed=seed, min_objects=fewest, max_objects=most, sizes=sizes, fills=fills
+            index,
+            split=split,
+            seed=seed,
+            min_objects=fewest,
+            max_objects=most,
+            sizes=sizes,
+            fills=fills,
+            backgrounds=backgrounds,
         )
         stream = Stream(seed, 201, SPLITS.index(split), index)
         pairs.append((caption(one, stream, languages[index % len(languages)], always=True), one))

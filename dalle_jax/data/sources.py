@@ -147,6 +147,7 @@ class SceneRows:
             max_objects=c.max_objects,
             sizes=c.sizes,
             fills=c.fills,
+            backgrounds=c.backgrounds,
         )
 
     def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -170,7 +171,7 @@ class SceneRows:
     def identity(self) -> str:
         c = self._config
         fields = {"seed": c.seed, "min_objects": c.min_objects, "max_objects": c.max_objects}
-        fields |= {"sizes": list(c.sizes), "fills": list(c.fills)}
+        fields |= {"sizes": list(c.sizes), "fills": list(c.fills), "backgrounds": list(c.backgrounds)}
         return json.dumps({"kind": "scenes", "split": self._stream, **fields})
 
 

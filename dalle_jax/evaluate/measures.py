@@ -1,4 +1,4 @@
-"""What a trained model is worth, in figures: reconstruction, likelihood, and captions verified in the picture.
+"""What a trained model is worth, in figures: reconstruction, likelihood, captions verified in the picture.
 
 Every measure is a function that returns a flat dict of figures. Rows are those of the evaluation split, or
 captions that training never saw; a larger `count` extends the same rows, so figures stay comparable.
@@ -8,6 +8,7 @@ R rows, N codes of a picture, H W picture.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import dalle
-from dalle_jax.config import DataConfig, ScenesSource
+from dalle_jax.config import DalleConfig, DataConfig, ScenesSource
 from dalle_jax.data import scenes
 from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.scene_captions import Caption
@@ -33,6 +34,7 @@ from dalle_jax.inference import (
 from dalle_jax.tokenizer import losses
 
 Figures = dict[str, float]
+Params = dict[str, Any]
 
 BATCH = 64  # rows measured at once
 
@@ -53,8 +55,8 @@ def to_bytes(images: np.ndarray) -> np.ndarray:
 def measure_tokenizer(tokenizer: Tokenizer, data: DataConfig, count: int = 256) -> Figures:
     """Reconstruction of the first `count` rows of the evaluation split from their codes.
 
-    Returns `psnr` (dB, mean over pictures), `mse` (of values in [0, 1]), `codebook_use` (share of the codebook
-    that these rows use) and `codebook_perplexity` (1 to vocab).
+    Returns `psnr` (dB, mean over pictures), `mse` (of values in [0, 1]), `codebook_use` (share of the
+    codebook that these rows use) and `codebook_perplexity` (1 to vocab).
     """
     cfg = tokenizer.config
     source = open_source(data.source, "eval", languages=())
@@ -74,6 +76,12 @@ def measure_tokenizer(tokenizer: Tokenizer, data: DataConfig, count: int = 256) 
     }
 
 
+@partial(jax.jit, static_argnums=0)
+def _loss(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array) -> dict[str, jax.Array]:
+    loss, parts = dalle.loss(cfg, params, text_BT, codes_BN, jax.random.key(0))
+    return {"loss": loss, **parts}
+
+
 def measure_likelihood(model: TextToImage, count: int = 256) -> Figures:
     """Cross-entropy of the first `count` rows of the evaluation split, nats per token, no caption dropped.
 
@@ -83,17 +91,13 @@ def measure_likelihood(model: TextToImage, count: int = 256) -> Figures:
     data, tokenizer = model.run.config.data, model.tokenizer
     source = open_source(data.source, "eval", languages=data.languages)
     options = {"text": model.text, "text_vocab": cfg.text_vocab, "text_len": cfg.text_len}
-
-    @jax.jit
-    def one(params, text_BT, codes_BN):
-        loss, parts = dalle.loss(cfg, params, text_BT, codes_BN, jax.random.key(0))
-        return {"loss": loss, **parts}
-
     found, weights = [], []
     for rows in _batches(min(count, len(source))):
         batch = eval_batch(data, source, rows, image_size=tokenizer.config.image_size, **options)
         codes = encode_images(tokenizer, batch["image"], batch=BATCH)
-        found.append(jax.device_get(one(model.run.params, jnp.asarray(batch["text"]), jnp.asarray(codes))))
+        found.append(
+            jax.device_get(_loss(cfg, model.run.params, jnp.asarray(batch["text"]), jnp.asarray(codes)))
+        )
         weights.append(len(codes))
     names = ("loss", "image_loss", "text_loss")
     return {name: float(np.average([f[name] for f in found], weights=weights)) for name in names}
@@ -126,6 +130,7 @@ def unseen_captions(data: DataConfig, kind: str, count: int) -> tuple[tuple[Capt
         max_objects=min(2, data.source.max_objects),
         sizes=data.source.sizes,
         fills=data.source.fills,
+        backgrounds=data.source.backgrounds,
     )
 
 
@@ -138,7 +143,7 @@ def draw_verified(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Drawn]:
-    """One picture for each of `count` unseen captions of a kind, row i with seed `seed + i`, and its verdict."""
+    """A picture for each of `count` unseen captions of a kind, row i with seed `seed + i`; its verdict."""
     captions = [caption for caption, _ in unseen_captions(model.run.config.data, kind, count)]
     texts, seeds = [c.text for c in captions], range(seed, seed + count)
     codes = draw_codes(model, texts, seeds, sampling, batch=BATCH, progress=progress)
@@ -150,7 +155,7 @@ def draw_verified(
 
 
 def right_shares(kind: str, drawn: list[Drawn]) -> Figures:
-    """`right_KIND`: share that the verifier accepts; with several languages also `right_KIND_en` and so on."""
+    """`right_KIND`: share that the verifier accepts; with several languages `right_KIND_en` and so on too."""
     languages = sorted({d.caption.language for d in drawn})
     figures = {f"right_{kind}": _share(drawn)}
     if len(languages) > 1:

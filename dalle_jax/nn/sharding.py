@@ -60,6 +60,8 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
 
     Raises ValueError when the sizes do not multiply to the number of devices.
     """
+    if cfg.cpu_devices:
+        _split_cpu(cfg.cpu_devices)
     devices = jax.devices() if devices is None else devices
     sizes = [cfg.data, cfg.fsdp, cfg.model]
     known = math.prod(s for s in sizes if s != -1)
@@ -76,6 +78,15 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
             f"{len(devices)} are here; set one of them to -1 to take what is there"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _split_cpu(count: int) -> None:
+    """Makes the CPU `count` devices, if no device is in use yet; then the mesh takes what there is."""
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        if "initialized" not in str(error):
+            raise
 
 
 def _fit(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:

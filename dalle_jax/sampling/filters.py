@@ -27,7 +27,8 @@ def keep_top_p(logits_BV: jax.Array, p: jax.Array) -> jax.Array:
     probs_BV = jax.nn.softmax(logits_BV, axis=-1)
     ordered_BV = -jnp.sort(-probs_BV, axis=-1)
     before_BV = jnp.cumsum(ordered_BV, axis=-1) - ordered_BV
-    last_B = jnp.min(jnp.where(before_BV < p, ordered_BV, jnp.inf), axis=-1)
+    within_BV = (before_BV < p) | (jnp.asarray(p) >= 1)  # a float32 sum reaches 1 before its improbable tail
+    last_B = jnp.min(jnp.where(within_BV, ordered_BV, jnp.inf), axis=-1)
     last_B = jnp.minimum(last_B, ordered_BV[:, 0])
     return jnp.where(probs_BV >= last_B[:, None], logits_BV, -jnp.inf)
 

@@ -47,14 +47,19 @@ def generate(
     Returns int32 (B, N), the given codes included. Raises ValueError for wrong shapes or P >= N.
     """
     if keys_B.shape != (len(text_BT),):
-        raise ValueError(f"keys have shape {keys_B.shape}, want one per row: ({len(text_BT)},); use row_keys(seeds)")
+        raise ValueError(
+            f"keys have shape {keys_B.shape}, want one per row: ({len(text_BT)},); use row_keys(seeds)"
+        )
+    if prime_BP is None:
+        prime_BP = jnp.zeros((len(text_BT), 0), jnp.int32)
+    dalle.check_ids(cfg, text_BT, prime_BP)
     params = dalle.unstack(cfg, params)
-    given = 0 if prime_BP is None else prime_BP.shape[1]
+    given = prime_BP.shape[1]
     guided = guidance is not None
     batch = len(text_BT)
     if guided:
         text_BT = jnp.concatenate([text_BT, jnp.broadcast_to(dalle.null_text(cfg), text_BT.shape)])
-        prime_BP = None if prime_BP is None else jnp.concatenate([prime_BP, prime_BP])
+        prime_BP = jnp.concatenate([prime_BP, prime_BP])
 
     def pick(logits, place):
         if guided:
@@ -75,5 +80,4 @@ def generate(
 
     with jax.named_scope("decode"):
         _, rest = jax.lax.scan(step, (code_B, cache), jnp.arange(given, cfg.num_codes - 1))
-    parts = [] if prime_BP is None else [prime_BP[:batch]]
-    return jnp.concatenate([*parts, code_B[:, None], rest.T], axis=1).astype(jnp.int32)
+    return jnp.concatenate([prime_BP[:batch], code_B[:, None], rest.T], axis=1).astype(jnp.int32)

@@ -93,9 +93,17 @@ class Stack(nn.Module):
 
 
 def _halve(x_BHWC):
-    """2x2 max-pool, written as a reshape: its gradient is many times faster on CPU than reduce-window's."""
-    b, h, w, c = x_BHWC.shape
-    return x_BHWC.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+    """2x2 max-pool as three selections: on CPU many times faster backward than reduce-window.
+
+    The gradient of `max` divides by the number of places that equal it; that is 0 / 0 where XLA computes them
+    again with another rounding. A selection has one winner whatever the rounding.
+    """
+    top = _larger(x_BHWC[:, ::2, ::2], x_BHWC[:, ::2, 1::2])
+    return _larger(top, _larger(x_BHWC[:, 1::2, ::2], x_BHWC[:, 1::2, 1::2]))
+
+
+def _larger(x, y):
+    return jnp.where(x < y, y, x)
 
 
 def _double(x_BHWC):
@@ -159,7 +167,9 @@ def init(cfg: DVAEConfig, key: jax.Array) -> Params:
 def _check_images(cfg: DVAEConfig, images: jax.Array) -> None:
     want = (cfg.image_size, cfg.image_size, 3)
     if images.ndim != 4 or images.shape[1:] != want:
-        raise ValueError(f"images have shape {images.shape}, want (batch, {want[0]}, {want[1]}, 3); resize them")
+        raise ValueError(
+            f"images have shape {images.shape}, want (batch, {want[0]}, {want[1]}, 3); resize them"
+        )
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype}, want floats in [0, 1]; divide uint8 by 255")
 

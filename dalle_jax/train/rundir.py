@@ -89,7 +89,7 @@ def read_config(path: str | Path) -> TrainConfig:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no run directory {path}")
+        raise FileNotFoundError(f"no run directory {path}; give the directory that training made")
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")

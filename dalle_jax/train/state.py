@@ -88,7 +88,10 @@ def init_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
         ema = params if task.config.optim.ema_decay else {}
         return State(jnp.int32(0), params, tx.init(params), ema)
 
-    return jax.jit(make, out_shardings=shardings_of(abstract_state(task, tx, mesh)))()
+    # Random numbers for every shape are much code that runs once; on a CPU, optimizing it takes far longer.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    shardings = shardings_of(abstract_state(task, tx, mesh))
+    return jax.jit(make, out_shardings=shardings, compiler_options=options)()
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -79,7 +79,10 @@ class TokenizerTask:
         return dvae.init(self.model, key)
 
     def loss(self, params, frozen, batch, key, step):
-        weights = {name: scheduled(getattr(self.model, name), step) for name in ("tau", "kl_weight", "balance_weight")}
+        weights = {
+            name: scheduled(getattr(self.model, name), step)
+            for name in ("tau", "kl_weight", "balance_weight")
+        }
         value, metrics = dvae.loss(self.model, params, to_floats(batch["image"]), key, **weights)
         return value, {**metrics, **weights}
 
@@ -144,7 +147,9 @@ class DalleTask:
             ("grid", self.model.grid, tokenizer.grid),
         ):
             if ours != theirs:
-                raise ValueError(f"model.{name} is {ours}, but the tokenizer {where} has {theirs}; set them equal")
+                raise ValueError(
+                    f"model.{name} is {ours}, but the tokenizer {where} has {theirs}; set them equal"
+                )
 
     def prepare(self, run_dir: Path) -> None:
         config, first = self.config, jax.process_index() == 0
@@ -220,7 +225,11 @@ class DalleTask:
     def pictures(self, params, frozen, key) -> Image.Image:
         """Samples for captions of the evaluation split, guidance 1 (none), each under its caption."""
         batch = eval_batch(
-            self.config.data, self._eval, PICTURES, image_size=self.tokenizer.image_size, **self._text_options()
+            self.config.data,
+            self._eval,
+            PICTURES,
+            image_size=self.tokenizer.image_size,
+            **self._text_options(),
         )
         seeds = jax.random.bits(key, (len(batch["text"]),))
         codes = generate(self.model, params, jnp.asarray(batch["text"]), row_keys(seeds))
@@ -232,9 +241,7 @@ def _eval_batches(config: TrainConfig, source, **options) -> list[Batch]:
     """The evaluation rows in batches of at most EVAL_BATCH."""
     rows = min(config.eval_rows, len(source))
     starts = range(0, rows, EVAL_BATCH)
-    return [
-        eval_batch(config.data, source, range(a, min(a + EVAL_BATCH, rows)), **options) for a in starts
-    ]
+    return [eval_batch(config.data, source, range(a, min(a + EVAL_BATCH, rows)), **options) for a in starts]
 
 
 def _reconstruct(model: DVAEConfig, params: Params, image_u8: jax.Array) -> jax.Array:

@@ -1,0 +1,625 @@
+"""The command line: every verb on a tiny pair of trained runs, and every kind of bad input."""
+
+import dataclasses
+import io
+import json
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax import demo
+from dalle_jax.cli import VERBS, main
+from dalle_jax.config import (
+    DalleConfig,
+    DataConfig,
+    DVAEConfig,
+    OptimConfig,
+    ScenesSource,
+    Schedule,
+    TextConfig,
+    TrainConfig,
+)
+from dalle_jax.data import images
+from dalle_jax.data.codes import load_codes
+from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate import measures
+from dalle_jax.inference import load_text_to_image, load_tokenizer
+from dalle_jax.nn.sharding import make_mesh
+from dalle_jax.tokenizer import dvae
+from dalle_jax.train import loop
+from dalle_jax.train.tasks import make_task
+
+GRID, VOCAB, TEXT_LEN, SIZE = 8, 32, 24, 32
+GUIDED = ("--guidance", 100)  # so that a model of two updates tells captions apart
+
+
+def run(*argv) -> SimpleNamespace:
+    """One call of the command: `code`, `out`, `err`."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(a) for a in argv])
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def json_of(*argv) -> dict:
+    """What `--json` prints; standard output holds one line and nothing else."""
+    done = run(*argv, "--json")
+    assert done.code == 0, done.err
+    assert done.out.count("\n") == 1
+    return json.loads(done.out)
+
+
+def refused(*argv, code=1) -> str:
+    """The message of a call that must fail; standard output stays empty."""
+    done = run(*argv)
+    assert done.code == code and done.out == "" and "Traceback" not in done.err, (done.code, done.err)
+    return done.err
+
+
+def tiny_dvae(out="runs/demo") -> TrainConfig:
+    return TrainConfig(
+        run=f"{out}/dvae",
+        model=DVAEConfig(
+            image_size=SIZE, groups=3, blocks=1, width=8, decoder_width=8, vocab=VOCAB,
+            tau=Schedule(start=1.0, end=0.5, steps=2), kl_weight=Schedule(start=0.0, end=0.0, steps=0),
+        ),
+        data=DataConfig(batch=8, source=ScenesSource(count=40, max_objects=2)),
+        optim=OptimConfig(warmup_steps=1, ema_every=1),
+        steps=2, eval_every=2, save_every=2, sample_every=100, eval_rows=8,
+    )  # fmt: skip
+
+
+def tiny_dalle(out="runs/demo") -> TrainConfig:
+    return TrainConfig(
+        run=f"{out}/dalle",
+        tokenizer=f"{out}/dvae",
+        model=DalleConfig(
+            text_vocab=512, text_len=TEXT_LEN, image_vocab=VOCAB, grid=GRID, dim=16, layers=1, heads=2,
+            dtype="float32", remat="none",
+        ),
+        data=DataConfig(batch=8, source=ScenesSource(count=40, max_objects=2)),
+        text=TextConfig(train_captions=40),
+        optim=OptimConfig(learning_rate=0.05, warmup_steps=0, ema_every=1),
+        steps=2, eval_every=2, save_every=2, sample_every=100, eval_rows=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """What `dalle-jax demo` makes with the tiny configurations; `first` is what that call printed."""
+    out = tmp_path_factory.mktemp("cli") / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "dvae_config", tiny_dvae)
+        patch.setattr(demo, "dalle_config", tiny_dalle)
+        patch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))  # compiles faster
+        patch.setattr(measures, "BATCH", 8)
+        first = json_of("demo", "--out", out, "--count", 4)
+    return SimpleNamespace(out=out, dvae=out / "dvae", dalle=out / "dalle", first=first)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    monkeypatch.setattr(measures, "BATCH", 8)  # that of `sample`: one program for both
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three PNG files of the model's size."""
+    paths = []
+    for i in range(3):
+        paths.append(tmp_path / f"picture_{i}.png")
+        noise = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
+        images.save_png(paths[-1], noise.repeat(8, axis=0).repeat(8, axis=1))
+    return paths
+
+
+# --- the command itself -----------------------------------------------------------------------------------
+
+
+def test_help_names_every_verb_and_no_verb_is_an_error():
+    for argv in (("--help",), ("-h",)):
+        done = run(*argv)
+        assert done.code == 0 and all(verb in done.out for verb in VERBS)
+    assert "usage: dalle-jax VERB" in refused(code=2)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_explains_itself(verb):
+    done = run(verb, "--help")
+    assert done.code == 0 and f"dalle-jax {verb}" in done.out and done.err == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (("smaple", "x"), "perhaps you meant 'sample'"),
+        (("frobnicate",), "want one of demo, train, sample"),
+        (("sample", "runs/x", "a", "--temprature", "1"), "--temperature"),
+        (("info", "runs/x", "--jsn"), "--json"),
+        (("sample", "runs/x", "a", "--n", "many"), "many"),
+        (("decode", "runs/x", "codes.npz"), "--out"),
+        (("train",), "usage: dalle-jax train"),
+    ],
+)
+def test_a_command_that_is_not_understood(argv, told):
+    assert told in refused(*argv, code=2)
+
+
+# --- demo -------------------------------------------------------------------------------------------------
+
+
+def test_demo_makes_its_pictures_and_figures(made):
+    assert made.first["finished"]
+    figures = made.first["figures"]
+    for name in ("psnr", "codebook_use", "right_one_object", "right_two_objects", "right_held_out", "loss"):
+        assert np.isfinite(figures[name]), name
+    assert set(made.first["seconds"]) == {"tokenizer", "encode", "transformer", "measure"}
+    for name in ("grid.png", "reconstructions.png"):
+        assert Image.open(made.out / name).width > 500
+    saved = json.loads((made.out / "results.json").read_text())
+    assert saved["figures"] == figures
+
+
+def test_demo_again_trains_and_measures_nothing(made, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a finished stage was done again")
+
+    monkeypatch.setattr(demo, "dvae_config", tiny_dvae)
+    monkeypatch.setattr(demo, "dalle_config", tiny_dalle)
+    monkeypatch.setattr(demo.loop, "run", refuse)
+    monkeypatch.setattr(demo, "_measure", refuse)
+    assert json_of("demo", "--out", made.out, "--count", 4)["figures"] == made.first["figures"]
+    done = run("demo", "--out", made.out, "--count", 4)
+    assert "right_held_out" in done.out and "dalle-jax sample" in done.out
+
+
+def test_demo_stops_and_says_so_when_training_was_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "dvae_config", tiny_dvae)
+    monkeypatch.setattr(demo.loop, "run", lambda config: SimpleNamespace(finished=False))
+    done = run("demo", "--out", tmp_path, "--json")
+    assert done.code == 0 and json.loads(done.out)["finished"] is False
+    assert "the same command goes on" in done.err
+
+
+def test_the_demo_configurations_fit_together():
+    tokenizer, transformer = demo.configs("x", seed=3, transformer_steps=7)
+    assert (tokenizer.run, transformer.run, transformer.tokenizer) == ("x/dvae", "x/dalle", "x/dvae")
+    assert (transformer.seed, transformer.data.seed, transformer.steps) == (3, 3, 7)
+    assert (transformer.model.grid, transformer.model.image_vocab) == (
+        tokenizer.model.grid,
+        tokenizer.model.vocab,
+    )
+
+
+# --- sample -----------------------------------------------------------------------------------------------
+
+
+def codes_of(out) -> dict:
+    with np.load(out / "codes.npz") as file:
+        return dict(zip(file["names"].tolist(), file["codes"], strict=True))
+
+
+def test_sample_writes_each_picture_and_a_grid(made, tmp_path):
+    told = json_of(
+        "sample", made.dalle, "a red circle", "一个红色的圆", "--n", 2, "--seed", 5, "--out", tmp_path
+    )
+    assert [(p["caption"], p["seed"]) for p in told["pictures"]] == [
+        ("a red circle", 5), ("a red circle", 6), ("一个红色的圆", 5), ("一个红色的圆", 6),
+    ]  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "c000_s0005.png", "c000_s0006.png", "c001_s0005.png", "c001_s0006.png", "grid.png", "codes.npz",
+    }  # fmt: skip
+    assert Image.open(told["pictures"][3]["file"]).size == (SIZE, SIZE)
+    model = load_text_to_image(made.dalle)
+    codes = codes_of(tmp_path)["c001_s0006.png"]
+    want = dvae.decode(model.tokenizer.config, model.tokenizer.params, jnp.asarray(codes)[None])[0]
+    np.testing.assert_allclose(
+        np.asarray(Image.open(told["pictures"][3]["file"])) / 255, want, atol=0.51 / 255
+    )
+
+
+def test_a_picture_depends_on_its_caption_and_seed_alone(made, tmp_path):
+    """Alone, or among eleven others of other captions and seeds, in another place of another batch."""
+    json_of("sample", made.dalle, "a blue star", "--n", 1, "--seed", 2, *GUIDED, "--out", tmp_path / "alone")
+    many = ["", "a green heart", "一个红色的圆", "a blue star"]
+    json_of("sample", made.dalle, *many, "--n", 3, "--seed", 1, *GUIDED, "--out", tmp_path / "many")
+    alone, among = codes_of(tmp_path / "alone"), codes_of(tmp_path / "many")
+    np.testing.assert_array_equal(alone["c000_s0002.png"], among["c003_s0002.png"])
+    assert (tmp_path / "alone" / "c000_s0002.png").read_bytes() == (
+        tmp_path / "many" / "c003_s0002.png"
+    ).read_bytes()
+    assert len({codes.tobytes() for codes in among.values()}) == 12  # and on both of them
+
+
+def test_sampling_twice_gives_the_same_files(made, tmp_path):
+    for name in ("a", "b"):
+        json_of(
+            "sample",
+            made.dalle,
+            "a red cross",
+            "--n",
+            2,
+            *GUIDED,
+            "--out",
+            tmp_path / name,
+        )
+    for name in ("c000_s0000.png", "c000_s0001.png", "grid.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_guidance_one_is_none_and_top_k_one_is_greedy(made, tmp_path):
+    calls = {
+        "plain": (), "one": ("--guidance", 1), "two": GUIDED,
+        "greedy": ("--temperature", 0), "k": ("--top-k", 1), "p": ("--top-p", 1e-6),
+    }  # fmt: skip
+    found = {}
+    for name, flags in calls.items():
+        json_of("sample", made.dalle, "a red cross", "--n", 1, *flags, "--out", tmp_path / name)
+        found[name] = codes_of(tmp_path / name)["c000_s0000.png"]
+    np.testing.assert_array_equal(found["plain"], found["one"])
+    np.testing.assert_array_equal(found["greedy"], found["k"])
+    np.testing.assert_array_equal(found["greedy"], found["p"])
+    assert (found["plain"] != found["two"]).any() and (found["plain"] != found["greedy"]).any()
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_prefix_rows_are_kept_exactly(made, pictures, tmp_path, rows):
+    flags = () if rows is None else ("--prefix-rows", rows)
+    json_of("encode", made.dvae, pictures[0], "--out", tmp_path / "codes.npz")
+    want = np.load(tmp_path / "codes.npz")["codes"][0]
+    flags = (*GUIDED, "--prefix", pictures[0], *flags)
+    json_of("sample", made.dalle, "", "a star", "--n", 2, *flags, "--out", tmp_path / "s")
+    given = (rows or GRID // 2) * GRID
+    for codes in codes_of(tmp_path / "s").values():
+        np.testing.assert_array_equal(codes[:given], want[:given])
+    assert len({codes[given:].tobytes() for codes in codes_of(tmp_path / "s").values()}) > 2
+
+
+def test_captions_from_a_file_and_without_a_caption(made, tmp_path):
+    (tmp_path / "captions.txt").write_text("\ufeffa red circle\n\n  一个蓝色的星 \n", encoding="utf-8")
+    told = json_of(
+        "sample",
+        made.dalle,
+        "a cross",
+        "--captions-file",
+        tmp_path / "captions.txt",
+        "--n",
+        1,
+        "--out",
+        tmp_path,
+    )
+    assert [p["caption"] for p in told["pictures"]] == ["a cross", "a red circle", "一个蓝色的星"]
+    json_of("sample", made.dalle, "--unconditional", "--n", 1, "--out", tmp_path / "none")
+    json_of("sample", made.dalle, "", "--n", 1, "--out", tmp_path / "empty")
+    np.testing.assert_array_equal(
+        codes_of(tmp_path / "none")["c000_s0000.png"], codes_of(tmp_path / "empty")["c000_s0000.png"]
+    )
+
+
+def test_a_long_caption_is_cut_with_a_warning(made, tmp_path):
+    told = run("sample", made.dalle, "short", "word " * 200, "--n", 1, "--out", tmp_path, "--json")
+    cut = [p["tokens_cut"] for p in json.loads(told.out)["pictures"]]
+    assert told.code == 0 and cut[0] == 0 and cut[1] > 100
+    assert f"warning: caption 1 has {TEXT_LEN + cut[1]} tokens, the model reads {TEXT_LEN}" in told.err
+    assert f"the last {cut[1]} are cut" in told.err
+
+
+def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
+    json_of("sample", made.dalle, "🦩\x00\ud800 ſ", "--n", 1, "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--temperature", -1), "temperature is -1.0; want 0"),
+        (("--temperature", "nan"), "temperature is nan"),
+        (("--top-k", 0), "top_k is 0; want at least 1"),
+        (("--top-p", 0), r"top_p is 0.0; want a share in (0, 1]"),
+        (("--top-p", 1.5), "top_p is 1.5"),
+        (("--guidance", -2), "guidance is -2.0; want 0 or more"),
+        (("--n", 0), "--n is 0; want at least 1"),
+        (("--batch", 0), "batch is 0"),
+        (("--seed", -1), "want integers in [0, 2**32)"),
+        (("--seed", 2**32), "want integers in [0, 2**32)"),
+        (("--unconditional",), "leave the captions out"),
+        (("--prefix-rows", 2), "give --prefix"),
+        (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
+        (("--prefix", "missing.png"), "cannot read the picture missing.png"),
+    ],
+)
+def test_sampling_flags_that_cannot_be(made, tmp_path, flags, told):
+    message = refused("sample", made.dalle, "a", "--out", tmp_path / "s", *flags)
+    assert message.startswith("dalle-jax sample: error: ") and told in message
+    assert not list((tmp_path / "s").glob("*")) if (tmp_path / "s").exists() else True
+
+
+def test_sample_wants_a_caption(made):
+    assert "or --unconditional to draw without" in refused("sample", made.dalle)
+
+
+def test_bad_prefix_pictures(made, pictures, tmp_path):
+    images.save_png(tmp_path / "big.png", np.zeros((64, 48, 3), np.uint8))
+    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:60])
+    (tmp_path / "text.png").write_text("not a picture")
+    for name, told in (
+        ("big.png", f"is 48 x 64 pixels; this model's pictures are {SIZE} x {SIZE}: crop and resize"),
+        ("broken.png", "broken.png: the picture does not decode"),
+        ("text.png", "text.png: not a picture of a known format"),
+    ):
+        assert told in refused(
+            "sample", made.dalle, "a", "--prefix", tmp_path / name, "--out", tmp_path / "s"
+        )
+    for rows in (0, GRID):
+        message = refused("sample", made.dalle, "a", "--prefix", pictures[0], "--prefix-rows", rows)
+        assert (
+            f"--prefix-rows is {rows}; the picture has {GRID} rows of codes: want 1 to {GRID - 1}" in message
+        )
+
+
+def test_bad_captions_files(made, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "is not UTF-8" in refused("sample", made.dalle, "--captions-file", tmp_path / "latin.txt")
+    assert "has no captions" in refused("sample", made.dalle, "--captions-file", tmp_path / "empty.txt")
+
+
+def test_guidance_wants_a_model_that_saw_null_captions(made, tmp_path):
+    copy = tmp_path / "dalle"
+    shutil.copytree(made.dalle, copy)
+    text = (copy / "config.json").read_text().replace('"null_rate": 0.1', '"null_rate": 0.0')
+    (copy / "config.json").write_text(text)
+    assert "trained with model.null_rate 0" in refused(
+        "sample", copy, "a", "--guidance", 2, "--out", tmp_path / "s"
+    )
+    assert "an empty caption needs the null caption" in refused("sample", copy, "", "--out", tmp_path / "s")
+    json_of("sample", copy, "a", "--guidance", 1, "--n", 1, "--out", tmp_path / "s")
+
+
+# --- runs that cannot be used -----------------------------------------------------------------------------
+
+
+def test_runs_that_are_missing_half_written_or_of_another_stage(made, tmp_path):
+    """And none of these calls changes the directory."""
+    assert f"no run directory {tmp_path / 'none'}" in refused("sample", tmp_path / "none", "a")
+    (tmp_path / "empty").mkdir()
+    assert "it has no config.json" in refused("evaluate", tmp_path / "empty")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_bytes((made.dalle / "config.json").read_bytes())
+    assert "has no checkpoint yet; train it first" in refused("sample", tmp_path / "half", "a")
+    np.savez(tmp_path / "c.npz", codes=np.zeros((1, 64), np.int32))
+    message = refused("decode", tmp_path / "half", tmp_path / "c.npz", "--out", tmp_path / "x")
+    assert "has no tokenizer/ yet; train it first" in message
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert "is not a configuration of this version" in refused("info", tmp_path / "broken")
+    message = refused("sample", made.dvae, "a")
+    assert (
+        "is a tokenizer run (stage dvae): it knows no captions" in message
+        and "`encode` and `decode`" in message
+    )
+    assert {p.name for p in (tmp_path / "half").iterdir()} == {"config.json"}
+
+
+# --- encode and decode ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["dvae", "dalle"])
+def test_encode_then_decode_are_the_tokenizer_s_functions(made, pictures, tmp_path, stage):
+    model = load_tokenizer(made.dvae)
+    true = np.stack([np.asarray(Image.open(p)) for p in pictures])
+    told = json_of("encode", made.out / stage, *pictures, "--out", tmp_path / "codes.npz")
+    assert (told["rows"], told["codes_per_picture"]) == (3, GRID * GRID)
+    with np.load(tmp_path / "codes.npz") as file:
+        codes, names = file["codes"], file["names"].tolist()
+    assert names == [str(p) for p in pictures] and codes.dtype == np.int32
+    want = dvae.encode(model.config, model.params, jnp.asarray(true / np.float32(255)))
+    np.testing.assert_array_equal(codes, want)
+
+    json_of("decode", made.out / stage, tmp_path / "codes.npz", "--out", tmp_path / "images.npz")
+    back = np.load(tmp_path / "images.npz")["images"]
+    assert (
+        back.dtype == np.float32 and back.shape == (3, SIZE, SIZE, 3) and 0 <= back.min() <= back.max() <= 1
+    )
+    np.testing.assert_allclose(back, dvae.decode(model.config, model.params, want), atol=1e-6)
+
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "mine.txt").write_text("stays")
+    json_of("decode", made.out / stage, tmp_path / "codes.npz", "--out", tmp_path / "dir")
+    assert sorted(p.name for p in (tmp_path / "dir").iterdir()) == [
+        "00000.png", "00001.png", "00002.png", "mine.txt",
+    ]  # fmt: skip
+    np.testing.assert_allclose(
+        np.asarray(Image.open(tmp_path / "dir" / "00001.png")) / 255, back[1], atol=0.51 / 255
+    )
+
+
+@pytest.mark.parametrize("rows", [None, 10])
+def test_encode_ahead_is_what_training_reads(made, tmp_path, rows):
+    out = tmp_path / "train.npz"
+    flags = () if rows is None else ("--rows", rows)
+    json_of("encode", made.dvae, "--data", made.dalle, *flags, "--out", out)
+    file, model = load_codes(out), load_tokenizer(made.dvae)
+    assert (len(file), file.complete, file.tokenizer) == (rows or 40, rows is None, model.fingerprint)
+    source = open_source(tiny_dalle().data.source, "train")
+    true = np.stack([source.image(i, SIZE, "center") for i in range(len(file))])
+    want = dvae.encode(model.config, model.params, jnp.asarray(true / np.float32(255)))
+    np.testing.assert_array_equal(file.codes_Nn, want)
+    config = tiny_dalle(made.out)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, codes=str(out)))
+    make_task(config).prepare(made.dalle)  # takes them
+
+
+def test_codes_of_another_tokenizer_are_refused_by_training_and_told_by_decode(made, tmp_path):
+    out = tmp_path / "train.npz"
+    json_of("encode", made.dvae, "--data", made.dalle, "--rows", 8, "--out", out)
+    with np.load(out) as file:
+        about = json.loads(str(file["about"])) | {"tokenizer": "0123456789abcdef"}
+        np.savez(out, codes=file["codes"], about=np.array(json.dumps(about)))
+    config = tiny_dalle(made.out)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, codes=str(out)))
+    with pytest.raises(
+        ValueError, match="was encoded by tokenizer 0123456789abcdef, this run's tokenizer is"
+    ):
+        make_task(config).prepare(made.dalle)
+    np.savez(tmp_path / "c.npz", codes=np.zeros((1, 64), np.int32), tokenizer=np.array("0123456789abcdef"))
+    done = run("decode", made.dvae, tmp_path / "c.npz", "--out", tmp_path / "i.npz")
+    assert done.code == 0 and "warning" in done.err and "made by tokenizer 0123456789abcdef" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"codes": np.full((2, 64), VOCAB)}, "codes from 32 to 32; this tokenizer's are in [0, 32)"),
+        ({"codes": np.full((2, 64), -1)}, "row 0 has codes from -1 to -1"),
+        ({"codes": np.zeros((2, 63), int)}, "codes have 63 columns; this tokenizer's pictures"),
+        ({"codes": np.zeros((2, 64))}, "codes are float64 (2, 64); want integers"),
+        ({"codes": np.zeros((0, 64), int)}, "want integers (pictures, 64)"),
+        ({"codes": np.zeros(64, int)}, "codes are int64 (64,)"),
+        ({"tokens": np.zeros((2, 64), int)}, "has no array `codes`, it has tokens"),
+        ({"codes": np.array([[{}]])}, "is not an npz file of numbers"),
+        ("text", "is not an npz file of numbers"),
+        ("npy", "is a single array; want an npz file"),
+        ("cut", "is not a whole npz file"),
+        ("missing", "no file"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_decode(made, tmp_path, arrays, told):
+    path = tmp_path / "codes.npz"
+    if isinstance(arrays, dict):
+        np.savez(path, **arrays)
+    elif arrays == "npy":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros((2, 64), int))
+    elif arrays == "cut":
+        np.savez(path, codes=np.zeros((20, 64), int))
+        path.write_bytes(path.read_bytes()[:5000])
+    elif arrays == "text":
+        path.write_text("codes")
+    assert told in refused("decode", made.dvae, path, "--out", tmp_path / "out")
+
+
+def test_encode_refuses_what_it_cannot_use(made, pictures, tmp_path):
+    out = tmp_path / "codes.npz"
+    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:60])
+    message = refused("encode", made.dvae, pictures[0], tmp_path / "broken.png", "--out", out)
+    assert "broken.png: the picture does not decode" in message and not out.exists()
+    assert "cannot read the picture" in refused("encode", made.dvae, tmp_path / "none.png", "--out", out)
+    assert "give pictures to encode, or --data" in refused("encode", made.dvae, "--out", out)
+    assert "give pictures to encode, or --data" in refused(
+        "encode", made.dvae, pictures[0], "--data", made.dvae, "--out", out
+    )
+    assert "--rows is for --data" in refused("encode", made.dvae, pictures[0], "--rows", 2, "--out", out)
+    assert "41 rows of a source of 40" in refused(
+        "encode", made.dvae, "--data", made.dvae, "--rows", 41, "--out", out
+    )
+    assert "no configuration file none.py" in refused("encode", made.dvae, "--data", "none.py", "--out", out)
+
+
+def test_places_that_cannot_be_written(made, pictures, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    np.savez(tmp_path / "c.npz", codes=np.zeros((1, 64), np.int32))
+    assert "is a file; want a directory" in refused("sample", made.dalle, "a", "--out", tmp_path / "file")
+    assert "cannot write --out" in refused("sample", made.dalle, "a", "--out", tmp_path / "file" / "s")
+    assert "is a directory; want the name of a file" in refused(
+        "encode", made.dvae, pictures[0], "--out", tmp_path
+    )
+    assert "cannot write --out" in refused(
+        "encode", made.dvae, pictures[0], "--out", tmp_path / "file" / "c.npz"
+    )
+    assert "is a file; want a directory" in refused(
+        "decode", made.dvae, tmp_path / "c.npz", "--out", tmp_path / "file"
+    )
+    assert "is a file; want a directory" in refused("demo", "--out", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------
+
+
+def test_evaluate_a_tokenizer(made):
+    found = json_of("evaluate", made.dvae, "--count", 4)
+    assert {"psnr", "mse", "codebook_use", "codebook_perplexity", "right_reconstruction"} <= set(found)
+    assert (found["stage"], found["step"], found["count"]) == ("dvae", 2, 4)
+    assert "psnr" in run("evaluate", made.dvae, "--count", 4).out
+
+
+def test_evaluate_a_transformer_with_a_curve(made):
+    found = json_of("evaluate", made.dalle, "--count", 4, "--guidance", 1, 2.5)
+    names = {"loss", "image_loss", "text_loss", "psnr", "codebook_use", "right_reconstruction"}
+    right = {"right_one_object", "right_two_objects", "right_held_out", "right_held_out_zh"}
+    assert names | right <= set(found) and found["stage"] == "dalle"
+    assert [row["guidance"] for row in found["curve"]] == [1, 2.5] and right <= set(found["curve"][1])
+    assert found["guidance"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--count", 0), "--count is 0"),
+        (("--guidance", 1, -1), "guidance is -1.0"),
+        (("--guidance",), "no value"),
+    ],
+)
+def test_evaluate_refuses(made, flags, told):
+    assert told in refused("evaluate", made.dalle, *flags)
+
+
+# --- info -------------------------------------------------------------------------------------------------
+
+
+def write_config(path, text) -> str:
+    path.write_text(f"from dalle_jax.config import *\nconfig = TrainConfig(model={text})\n")
+    return str(path)
+
+
+def test_info_on_the_paper_s_transformer(tmp_path):
+    """Its parameters by hand: embeddings, 64 blocks of width D = 3968, heads without bias."""
+    D, text, N, V, side, L = 3968, 16_384 + 256, 1024, 8192, 32, 64
+    block = 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D)
+    want = text * D + 256 * D + V * D + 2 * side * D + L * block + 2 * D + text * D + V * D
+    found = json_of("info", write_config(tmp_path / "paper.py", "DalleConfig()"))
+    assert found["parameters"] == want == sum(found["parts"].values())
+    assert found["parts"]["blocks"] == L * block
+    assert found["shapes"]["blocks/attn/qkv/kernel"] == [64, 3968, 3, 62, 64]
+    assert found["memory"]["parameters"] == 4 * want and found["memory"]["ema"] == 4 * want
+    assert found["memory"]["optimizer"] - 8 * want < 100  # two moments and counters
+    assert found["memory"]["kv_cache_per_picture"] == L * 2 * (256 + N) * D * 2  # bfloat16
+    assert (found["length"], found["num_codes"], found["grid"]) == (1280, 1024, 32)
+
+
+def test_info_on_the_published_tokenizer(tmp_path):
+    found = json_of("info", write_config(tmp_path / "paper.py", "DVAEConfig()"))
+    assert found["parts"] == {"encoder": 53_786_240, "decoder": 43_829_766}
+    assert (found["image_size"], found["grid"], found["vocab"]) == (256, 32, 8192)
+
+
+def test_info_on_a_run(made):
+    found = json_of("info", made.dalle)
+    assert (found["stage"], found["step"], found["best_step"], found["saved_steps"]) == ("dalle", 2, 2, [2])
+    assert np.isfinite(found["measures"]["eval_loss"])
+    done = run("info", made.dvae, "--shapes")
+    assert all(word in done.out for word in ("encoder/input/kernel", "eval_psnr", "KiB"))
+
+
+def test_info_refuses(made, tmp_path):
+    assert "no run directory" in refused("info", tmp_path / "none")
+    assert "no configuration file" in refused("info", tmp_path / "none.py")
+    (tmp_path / "bad.py").write_text("config = 3\n")
+    assert "want `config = TrainConfig(...)`" in refused("info", tmp_path / "bad.py")
+    (tmp_path / "worse.py").write_text("from dalle_jax.config import *\nTrainConfig(modle=1)\n")
+    assert "worse.py:2: TypeError" in refused("info", tmp_path / "worse.py")
+    assert "is not divisible by heads" in refused(
+        "info", write_config(tmp_path / "odd.py", "DalleConfig(dim=10, heads=3)")
+    )
+
+
+def test_train_is_train_py(made, tmp_path):
+    config = write_config(tmp_path / "c.py", "DVAEConfig(image_size=8, groups=1)")
+    assert "no run directory: pass --run" in refused("train", config)
+    assert "Perhaps you meant" in refused("train", config, "--stepz", 3, code=2)

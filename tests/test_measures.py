@@ -1,0 +1,203 @@
+"""Measures: what direct computation gives, perfect on perfect pictures, low on wrong ones."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import dalle, text
+from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig, ScenesSource, TarSource, TrainConfig
+from dalle_jax.data import scenes
+from dalle_jax.data.pipeline import eval_batch
+from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate import measures
+from dalle_jax.inference import Sampling, TextToImage, Tokenizer, draw_codes
+from dalle_jax.text import TextTokenizer
+from dalle_jax.tokenizer import dvae
+from dalle_jax.train.rundir import Run
+
+SIZE = 32
+INIT = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
+DATA = DataConfig(source=ScenesSource(max_objects=2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    cfg = DVAEConfig(image_size=SIZE, groups=3, blocks=1, width=8, decoder_width=8, vocab=16)
+    params = INIT(dvae.init, static_argnums=0)(cfg, jax.random.key(0))
+    return Tokenizer(cfg, params, "untrained")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("measures") / "text.model"
+    captions = [c.text for c, _ in scenes.evaluation_set("two_objects", 200)]
+    text.train(captions, path, vocab=512)
+    cfg = DalleConfig(
+        text_vocab=512,
+        text_len=24,
+        image_vocab=16,
+        grid=8,
+        dim=16,
+        layers=1,
+        heads=2,
+        dtype="float32",
+        remat="none",
+    )
+    params = INIT(dalle.init, static_argnums=0)(cfg, jax.random.key(1))
+    run = Run(TrainConfig(model=cfg, data=DATA), params, Path("run"), 0)
+    return TextToImage(run, TextTokenizer.load(path), tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    monkeypatch.setattr(measures, "BATCH", 4)
+
+
+def show(monkeypatch, pictures_of_rows):
+    """Lets every model draw `pictures_of_rows(count)`, floats, instead of what its codes say."""
+
+    def draw(model, texts, seeds, sampling, **_):
+        return np.zeros((len(texts), 64), np.int32)
+
+    def decode(tokenizer, codes, **_):
+        return pictures_of_rows(len(codes))
+
+    monkeypatch.setattr(measures, "draw_codes", draw)
+    monkeypatch.setattr(measures, "decode_codes", decode)
+    monkeypatch.setattr(
+        measures, "encode_images", lambda tokenizer, images, **_: images[:, :8, :8, 0].reshape(-1, 64)
+    )
+
+
+def true_pictures(kind, count):
+    pairs = measures.unseen_captions(DATA, kind, count)
+    return np.stack([scenes.render(scene, SIZE) for _, scene in pairs]) / np.float32(255)
+
+
+def test_tokenizer_figures_are_means_over_all_rows(tokenizer):
+    """6 rows: a full batch and a part of one."""
+    found = measures.measure_tokenizer(tokenizer, DATA, 6)
+    rows = eval_batch(DATA, open_source(DATA.source, "eval"), 6, image_size=SIZE)["image"] / np.float32(255)
+    codes = np.asarray(dvae.encode(tokenizer.config, tokenizer.params, jnp.asarray(rows)))
+    back = np.asarray(dvae.decode(tokenizer.config, tokenizer.params, jnp.asarray(codes)))
+    mse = np.square(rows - back).mean(axis=(1, 2, 3))
+    share = np.bincount(codes.ravel(), minlength=16) / codes.size
+    used = share[share > 0]
+    assert found["mse"] == pytest.approx(mse.mean(), rel=1e-4)
+    assert found["psnr"] == pytest.approx((-10 * np.log10(mse)).mean(), rel=1e-4)
+    assert found["codebook_use"] == pytest.approx(len(used) / 16)
+    assert found["codebook_perplexity"] == pytest.approx(np.exp(-(used * np.log(used)).sum()), rel=1e-4)
+
+
+def test_likelihood_is_the_mean_over_rows_and_an_untrained_model_guesses(model):
+    found = measures.measure_likelihood(model, 6)
+    assert found["image_loss"] == pytest.approx(np.log(16), abs=0.05)
+    assert found["text_loss"] == pytest.approx(np.log(512 + 24), abs=0.05)
+    assert found["loss"] == pytest.approx(found["text_loss"] / 8 + found["image_loss"] * 7 / 8, rel=1e-5)
+    tokenizer, cfg = model.tokenizer, dataclasses.replace(model.config, null_rate=0.0)
+    batch = eval_batch(
+        DATA, open_source(DATA.source, "eval"), 6, image_size=SIZE,
+        text=model.text, text_vocab=cfg.text_vocab, text_len=cfg.text_len,
+    )  # fmt: skip
+    rows = jnp.asarray(batch["image"] / np.float32(255))
+    codes = dvae.encode(tokenizer.config, tokenizer.params, rows)
+    want, _ = dalle.loss(cfg, model.run.params, jnp.asarray(batch["text"]), codes, jax.random.key(7))
+    assert found["loss"] == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["one_object", "two_objects", "held_out"])
+def test_true_pictures_are_right_and_others_are_not(monkeypatch, model, kind):
+    count = 40
+    true = true_pictures(kind, count)
+    show(monkeypatch, lambda n: true)
+    drawn = measures.draw_verified(model, kind, count)
+    right = measures.right_shares(kind, drawn)
+    assert right[f"right_{kind}"] >= 0.97
+    assert np.mean([right[f"right_{kind}_en"], right[f"right_{kind}_zh"]]) == pytest.approx(
+        right[f"right_{kind}"]
+    )
+    show(monkeypatch, lambda n: np.roll(true, 2, axis=0))  # of other captions in the same language
+    assert measures.right_shares(kind, measures.draw_verified(model, kind, count))[f"right_{kind}"] <= 0.1
+
+
+def test_faithfulness_has_a_figure_for_each_kind_and_language(monkeypatch, model):
+    show(monkeypatch, lambda n: np.ones((n, SIZE, SIZE, 3), np.float32))
+    found = measures.measure_faithfulness(model, 4)
+    kinds = ("one_object", "two_objects", "held_out")
+    assert set(found) == {f"right_{kind}{end}" for kind in kinds for end in ("", "_en", "_zh")}
+    assert set(found.values()) == {0.0}
+
+
+def test_the_ceiling_of_a_perfect_tokenizer(monkeypatch, tokenizer):
+    pictures = {}
+
+    def encode(tokenizer, images, **_):
+        pictures["now"] = images / np.float32(255)
+        return np.zeros((len(images), 64), np.int32)
+
+    monkeypatch.setattr(measures, "encode_images", encode)
+    monkeypatch.setattr(measures, "decode_codes", lambda tokenizer, codes, **_: pictures["now"])
+    found = measures.measure_ceiling(tokenizer, DATA, 20)
+    assert found["right_reconstruction"] >= 0.98
+    parts = [v for name, v in found.items() if name != "right_reconstruction"]
+    assert len(parts) == 3 and found["right_reconstruction"] == pytest.approx(np.mean(parts))
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "kinds"),
+    [
+        (ScenesSource(max_objects=2), 32, ("one_object", "two_objects", "held_out")),
+        (ScenesSource(max_objects=4), 256, ("one_object", "two_objects", "held_out")),
+        (ScenesSource(max_objects=1), 32, ("one_object", "held_out")),
+        (ScenesSource(min_objects=2, max_objects=3), 64, ("two_objects",)),
+        (ScenesSource(min_objects=3), 64, ()),
+        (ScenesSource(), 16, ()),
+        (TarSource(path="x.tar"), 32, ()),
+    ],
+)
+def test_kinds_follow_what_the_source_shows(source, size, kinds):
+    assert measures.scene_kinds(DataConfig(source=source), size) == kinds
+
+
+def test_captions_stay_within_what_the_source_shows():
+    data = DataConfig(source=ScenesSource(max_objects=1), languages=("zh",))
+    for caption, scene in measures.unseen_captions(data, "held_out", 20):
+        assert caption.language == "zh" and len(scene.objects) == 1
+    assert max(len(s.objects) for _, s in measures.unseen_captions(DATA, "held_out", 20)) == 2
+
+
+def test_more_captions_extend_the_same_rows(model):
+    few, more = (measures.draw_verified(model, "two_objects", n, seed=3) for n in (3, 5))
+    for a, b in zip(few, more, strict=False):
+        assert a.caption == b.caption and a.verdict == b.verdict
+        np.testing.assert_array_equal(a.image, b.image)
+
+
+def test_rows_do_not_depend_on_their_batch(model):
+    texts, seeds = ["a red circle", "", "一个红色的圆"], [4, 4, 9]
+    together = draw_codes(model, texts, seeds, Sampling(guidance=1.5), batch=4)
+    for i in range(3):
+        alone = draw_codes(model, texts[i : i + 1], seeds[i : i + 1], Sampling(guidance=1.5), batch=4)
+        np.testing.assert_array_equal(together[i], alone[0])
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_rows_are_refused(tokenizer, count):
+    with pytest.raises(ValueError, match=f"count is {count}; want at least 1"):
+        measures.measure_tokenizer(tokenizer, DATA, count)
+
+
+def test_rows_that_do_not_match_are_refused(model):
+    with pytest.raises(ValueError, match="2 captions and 1 seeds"):
+        draw_codes(model, ["a", "b"], [0])
+    with pytest.raises(ValueError, match=r"want integers in \[0, 2\*\*32\)"):
+        draw_codes(model, ["a"], [2**32])
+
+
+def test_a_table_for_people():
+    assert measures.describe({"psnr": 27.123456, "step": 20}) == "psnr  27.12\nstep  20"
