@@ -56,6 +56,8 @@ class DVAEConfig:
     kl_weight: Schedule = Schedule(start=0.0, end=6.6, steps=5_000)  # beta; A.2
     balance_weight: Schedule = Schedule(start=0.0, end=0.0, steps=0)  # of the KL divergence of a batch's mean
     # code distribution from uniform; keeps the codebook alive in short trainings; not in the paper
+    min_scale: float = 0.0  # least scale b of the logit-Laplace density; above 0, flat pictures do not spend the
+    # likelihood on fractions of a grey level while their edges stay soft; 0 in the paper
     dtype: Dtype = "float32"  # of the convolutions; logits, softmax and loss stay float32
 
     def __post_init__(self):
@@ -67,6 +69,7 @@ class DVAEConfig:
             f"groups={self.groups}); change image_size or groups",
         )
         _require(self.width % 4 == 0, f"DVAEConfig.width is {self.width}; want a multiple of 4 (bottleneck)")
+        _require(self.min_scale >= 0, f"DVAEConfig.min_scale is {self.min_scale}; want 0 (none) or more")
         for s in (self.tau.start, self.tau.end):
             _require(s > 0, f"DVAEConfig.tau must stay positive, got {self.tau}")
 

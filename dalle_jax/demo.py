@@ -26,6 +26,7 @@ from dalle_jax.config import (
     DalleConfig,
     DataConfig,
     DVAEConfig,
+    MeshConfig,
     OptimConfig,
     ScenesSource,
     Schedule,
@@ -55,9 +56,14 @@ SAMPLING = Sampling(guidance=2.0)  # of the demo's pictures and figures
 SHOWN = 8  # pictures of each kind in grid.png
 ENCODE_ROWS = 50_000  # rows encoded ahead where the Transformer's config names a file of codes
 
+# One large plain shape per picture: what a tokenizer and a Transformer of this size learn in these minutes. The
+# whole data set, with up to four objects, fills and relations, is what configs/scenes_*.py train on.
 _SOURCE = ScenesSource(
-    min_objects=1, max_objects=2, sizes=("medium", "large"), fills=("solid",), backgrounds=("plain",)
+    min_objects=1, max_objects=1, sizes=("large",), fills=("solid",), backgrounds=("plain",)
 )
+_MESH = MeshConfig(cpu_devices=2)
+_TOKENIZER_STEPS = 4500
+_TRANSFORMER_STEPS = 3500
 
 
 def dvae_config(out: str = "runs/demo") -> TrainConfig:
@@ -71,17 +77,28 @@ def dvae_config(out: str = "runs/demo") -> TrainConfig:
             width=32,
             decoder_width=64,
             vocab=512,
-            tau=Schedule(start=1.0, end=1 / 16, steps=1500),
-            kl_weight=Schedule(start=0.0, end=0.5, steps=500),
+            tau=Schedule(start=1.0, end=0.3, steps=_TOKENIZER_STEPS),
+            kl_weight=Schedule(start=0.1, end=0.1, steps=0),
+            balance_weight=Schedule(start=0.05, end=0.05, steps=0),
+            min_scale=0.3,
         ),
-        data=DataConfig(batch=32, source=_SOURCE),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.0, ema_every=1, b2=0.99),
-        steps=2000,
-        eval_every=500,
-        save_every=500,
-        sample_every=1000,
+        data=DataConfig(batch=16, source=_SOURCE),
+        optim=OptimConfig(
+            learning_rate=4e-3,
+            warmup_steps=100,
+            end_factor=0.02,
+            b2=0.99,
+            weight_decay=0.0,
+            ema_decay=0.99,
+            ema_every=1,
+        ),
+        mesh=_MESH,
+        steps=_TOKENIZER_STEPS,
+        eval_every=900,
+        save_every=900,
+        sample_every=_TOKENIZER_STEPS,
         eval_rows=256,
-        log_every=20,
+        log_every=50,
     )
 
 
@@ -91,25 +108,36 @@ def dalle_config(out: str = "runs/demo") -> TrainConfig:
         run=f"{out}/dalle",
         tokenizer=f"{out}/dvae",
         model=DalleConfig(
-            text_vocab=512,
-            text_len=32,
+            text_vocab=768,
+            text_len=16,
             image_vocab=512,
             grid=8,
-            dim=192,
+            dim=128,
             layers=6,
-            heads=6,
+            heads=4,
+            qk_norm=True,
             dtype="float32",
             remat="none",
+            scan_unroll=6,
         ),
-        data=DataConfig(batch=32, source=_SOURCE),
+        data=DataConfig(batch=16, source=_SOURCE),
         text=TextConfig(train_captions=20_000, dropout=0.0),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=200, ema_every=1, b2=0.99),
-        steps=4000,
-        eval_every=1000,
-        save_every=500,
-        sample_every=1000,
+        optim=OptimConfig(
+            learning_rate=2e-3,
+            warmup_steps=100,
+            b2=0.99,
+            weight_decay=0.01,
+            clip_norm=1.0,
+            ema_decay=0.995,
+            ema_every=1,
+        ),
+        mesh=_MESH,
+        steps=_TRANSFORMER_STEPS,
+        eval_every=700,
+        save_every=700,
+        sample_every=_TRANSFORMER_STEPS,
         eval_rows=256,
-        log_every=20,
+        log_every=50,
     )
 
 

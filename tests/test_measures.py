@@ -1,7 +1,6 @@
 """Measures: what direct computation gives, perfect on perfect pictures, low on wrong ones."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,14 +20,18 @@ from dalle_jax.tokenizer import dvae
 from dalle_jax.train.rundir import Run
 
 SIZE = 32
-INIT = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 DATA = DataConfig(source=ScenesSource(max_objects=2))
+
+
+def jitted(fn):
+    """Without the compiler's optimizations, which take longer than they save here."""
+    return jax.jit(fn, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     cfg = DVAEConfig(image_size=SIZE, groups=3, blocks=1, width=8, decoder_width=8, vocab=16)
-    params = INIT(dvae.init, static_argnums=0)(cfg, jax.random.key(0))
+    params = jitted(dvae.init)(cfg, jax.random.key(0))
     return Tokenizer(cfg, params, "untrained")
 
 
@@ -48,7 +51,7 @@ def model(tokenizer, tmp_path_factory):
         dtype="float32",
         remat="none",
     )
-    params = INIT(dalle.init, static_argnums=0)(cfg, jax.random.key(1))
+    params = jitted(dalle.init)(cfg, jax.random.key(1))
     run = Run(TrainConfig(model=cfg, data=DATA), params, Path("run"), 0)
     return TextToImage(run, TextTokenizer.load(path), tokenizer)
 
@@ -83,8 +86,8 @@ def test_tokenizer_figures_are_means_over_all_rows(tokenizer):
     """6 rows: a full batch and a part of one."""
     found = measures.measure_tokenizer(tokenizer, DATA, 6)
     rows = eval_batch(DATA, open_source(DATA.source, "eval"), 6, image_size=SIZE)["image"] / np.float32(255)
-    codes = np.asarray(dvae.encode(tokenizer.config, tokenizer.params, jnp.asarray(rows)))
-    back = np.asarray(dvae.decode(tokenizer.config, tokenizer.params, jnp.asarray(codes)))
+    codes = np.asarray(jitted(dvae.encode)(tokenizer.config, tokenizer.params, jnp.asarray(rows)))
+    back = np.asarray(jitted(dvae.decode)(tokenizer.config, tokenizer.params, jnp.asarray(codes)))
     mse = np.square(rows - back).mean(axis=(1, 2, 3))
     share = np.bincount(codes.ravel(), minlength=16) / codes.size
     used = share[share > 0]
@@ -105,8 +108,8 @@ def test_likelihood_is_the_mean_over_rows_and_an_untrained_model_guesses(model):
         text=model.text, text_vocab=cfg.text_vocab, text_len=cfg.text_len,
     )  # fmt: skip
     rows = jnp.asarray(batch["image"] / np.float32(255))
-    codes = dvae.encode(tokenizer.config, tokenizer.params, rows)
-    want, _ = dalle.loss(cfg, model.run.params, jnp.asarray(batch["text"]), codes, jax.random.key(7))
+    codes = jitted(dvae.encode)(tokenizer.config, tokenizer.params, rows)
+    want, _ = jitted(dalle.loss)(cfg, model.run.params, jnp.asarray(batch["text"]), codes, jax.random.key(7))
     assert found["loss"] == pytest.approx(float(want), rel=1e-5)
 
 

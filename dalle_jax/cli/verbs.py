@@ -16,7 +16,7 @@ class Demo:
     """Trains a tokenizer and a Transformer on procedural scenes, draws pictures for captions that training
     never showed, and measures how many are right. The same command again goes on where it stopped."""
 
-    out: str
+    out: str = "runs/demo"
     """directory for the two runs, the pictures and results.json"""
     seed: int = 0
     """of the data's order, the parameters and the samples"""

@@ -241,7 +241,10 @@ def loss(
     soft_BhwV = jax.nn.softmax((logits + gumbel) / tau)
     stats = Decoder(cfg).apply({"params": params["decoder"]}, soft_BhwV)
     target = losses.map_pixels(images_BHWC.astype(jnp.float32))
-    reconstruction = jnp.mean(losses.logit_laplace_nll(target, stats[..., :3], stats[..., 3:]))
+    log_b = stats[..., 3:]
+    if cfg.min_scale > 0:
+        log_b = jnp.logaddexp(log_b, math.log(cfg.min_scale))  # b + min_scale: a floor that keeps its gradient
+    reconstruction = jnp.mean(losses.logit_laplace_nll(target, stats[..., :3], log_b))
     kl = jnp.mean(losses.kl_to_uniform(logits))
     total = reconstruction + kl_weight * kl * cfg.num_codes / math.prod(images_BHWC.shape[1:])
     total += balance_weight * losses.codebook_imbalance(logits)
