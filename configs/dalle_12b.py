@@ -7,13 +7,23 @@ Not trained here; shapes and the parameter count are tested. `dalle-jax info con
     python train.py configs/dalle_12b.py --tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
 """
 
-from dalle_jax.config import DalleConfig, DataConfig, MeshConfig, OptimConfig, TarSource, TextConfig, TrainConfig
+from dalle_jax.config import (
+    DalleConfig,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    TarSource,
+    TextConfig,
+    TrainConfig,
+)
 
 config = TrainConfig(
     run="runs/dalle_12b",
     tokenizer="runs/dvae_openai",
     model=DalleConfig(),  # the defaults are the paper's sizes; null_rate is ours, for guidance
-    data=DataConfig(source=TarSource(path=""), batch=1024, crop="random", languages=("en",), threads=16, prefetch=8),
+    data=DataConfig(
+        source=TarSource(path=""), batch=1024, crop="random", languages=("en",), threads=16, prefetch=8
+    ),
     text=TextConfig(train_captions=2_000_000, dropout=0.1),
     optim=OptimConfig(),  # AdamW of B.2; the paper halved the rate on plateaus, ours follows a cosine to 1/32
     mesh=MeshConfig(data=1, fsdp=-1),

@@ -11,7 +11,9 @@ from dalle_jax.config import DataConfig, DVAEConfig, MeshConfig, OptimConfig, Ta
 config = TrainConfig(
     run="runs/dvae_openai",
     model=DVAEConfig(dtype="bfloat16"),  # every other field has the paper's value by default
-    data=DataConfig(source=TarSource(path=""), batch=512, crop="random", languages=("en",), threads=16, prefetch=8),
+    data=DataConfig(
+        source=TarSource(path=""), batch=512, crop="random", languages=("en",), threads=16, prefetch=8
+    ),
     optim=OptimConfig(
         learning_rate=1e-4,
         warmup_steps=0,

@@ -56,7 +56,9 @@ class DVAEConfig:
     kl_weight: Schedule = Schedule(start=0.0, end=6.6, steps=5_000)  # beta; A.2
     balance_weight: Schedule = Schedule(start=0.0, end=0.0, steps=0)  # of the KL divergence of a batch's mean
     # code distribution from uniform; keeps the codebook alive in short trainings; not in the paper
-    min_scale: float = 0.0  # least scale b of the logit-Laplace density; above 0, flat pictures do not spend the
+    min_scale: float = (
+        0.0  # least scale b of the logit-Laplace density; above 0, flat pictures do not spend the
+    )
     # likelihood on fractions of a grey level while their edges stay soft; 0 in the paper
     dtype: Dtype = "float32"  # of the convolutions; logits, softmax and loss stay float32
 
@@ -154,7 +156,7 @@ class DalleConfig:
         return tuple(kinds)
 
 
-ModelConfig = Union[DVAEConfig, DalleConfig]
+ModelConfig = DVAEConfig | DalleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +181,8 @@ class ScenesSource:
         _require(
             len(self.fills) * len(self.sizes) * len(self.backgrounds) > 0
             and (self.max_objects == 1 or set(self.sizes) != {"large"}),
-            f"scenes of sizes {self.sizes}, fills {self.fills}, backgrounds {self.backgrounds}; want at least one of each, and not only large "
-            "ones where a scene holds two objects or more",
+            f"scenes of sizes {self.sizes}, fills {self.fills}, backgrounds {self.backgrounds}; want at least one "
+            "of each, and not only large ones where a scene holds two objects or more",
         )
 
 
@@ -206,7 +208,7 @@ class TarSource:
         )
 
 
-SourceConfig = Union[ScenesSource, TarSource]
+SourceConfig = ScenesSource | TarSource
 
 
 @dataclass(frozen=True, kw_only=True)

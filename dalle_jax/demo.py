@@ -62,8 +62,8 @@ _SOURCE = ScenesSource(
     min_objects=1, max_objects=1, sizes=("large",), fills=("solid",), backgrounds=("plain",)
 )
 _MESH = MeshConfig(cpu_devices=2)
-_TOKENIZER_STEPS = 4500
-_TRANSFORMER_STEPS = 3500
+_TOKENIZER_STEPS = 3000
+_TRANSFORMER_STEPS = 1500
 
 
 def dvae_config(out: str = "runs/demo") -> TrainConfig:
@@ -76,7 +76,7 @@ def dvae_config(out: str = "runs/demo") -> TrainConfig:
             blocks=1,
             width=32,
             decoder_width=64,
-            vocab=512,
+            vocab=128,
             tau=Schedule(start=1.0, end=0.3, steps=_TOKENIZER_STEPS),
             kl_weight=Schedule(start=0.1, end=0.1, steps=0),
             balance_weight=Schedule(start=0.05, end=0.05, steps=0),
@@ -94,8 +94,8 @@ def dvae_config(out: str = "runs/demo") -> TrainConfig:
         ),
         mesh=_MESH,
         steps=_TOKENIZER_STEPS,
-        eval_every=900,
-        save_every=900,
+        eval_every=1000,
+        save_every=1000,
         sample_every=_TOKENIZER_STEPS,
         eval_rows=256,
         log_every=50,
@@ -110,20 +110,22 @@ def dalle_config(out: str = "runs/demo") -> TrainConfig:
         model=DalleConfig(
             text_vocab=768,
             text_len=16,
-            image_vocab=512,
+            image_vocab=128,
             grid=8,
             dim=128,
-            layers=6,
+            layers=5,
             heads=4,
+            attention=("full",),
+            last_attention=None,
             qk_norm=True,
             dtype="float32",
             remat="none",
-            scan_unroll=6,
+            scan_unroll=5,
         ),
-        data=DataConfig(batch=16, source=_SOURCE),
+        data=DataConfig(batch=32, source=_SOURCE),
         text=TextConfig(train_captions=20_000, dropout=0.0),
         optim=OptimConfig(
-            learning_rate=2e-3,
+            learning_rate=3e-3,
             warmup_steps=100,
             b2=0.99,
             weight_decay=0.01,
@@ -133,8 +135,8 @@ def dalle_config(out: str = "runs/demo") -> TrainConfig:
         ),
         mesh=_MESH,
         steps=_TRANSFORMER_STEPS,
-        eval_every=700,
-        save_every=700,
+        eval_every=500,
+        save_every=500,
         sample_every=_TRANSFORMER_STEPS,
         eval_rows=256,
         log_every=50,

@@ -38,14 +38,17 @@ EVERY = [
     DVAEConfig(
         image_size=24, groups=3, blocks=1, width=12, decoder_width=5, vocab=9, dtype="bfloat16",
         tau=Schedule(start=0.9, end=0.1, steps=3), kl_weight=Schedule(start=1.0, end=2.0, steps=4),
-        balance_weight=Schedule(start=0.5, end=0.0, steps=5),
+        balance_weight=Schedule(start=0.5, end=0.0, steps=5), min_scale=0.01,
     ),
     DalleConfig(
         text_vocab=5, text_len=3, image_vocab=7, grid=2, dim=12, layers=3, heads=3, mlp_ratio=2,
         attention=("conv", "full"), last_attention=None, conv_kernel=3, qk_norm=True, text_loss_weight=0.1,
         null_rate=0.0, dtype="float32", remat="dots", scan_unroll=2,
     ),
-    ScenesSource(count=10, min_objects=2, max_objects=3, sizes=("small",), fills=("dotted", "solid"), seed=4),
+    ScenesSource(
+        count=10, min_objects=2, max_objects=3, sizes=("small",), fills=("dotted", "solid"),
+        backgrounds=("plain",), seed=4,
+    ),
     TarSource(
         path="a.tar,b*.tar", train_split="t", eval_split="e", captions_field="c", captions_zh_field="z",
         max_bad_share=0.1,
@@ -75,7 +78,7 @@ def test_round_trip(config):
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if field.name != "kind":
-            assert getattr(config, field.name) != default, f"{field.name} is at its default"
+            assert getattr(config, field.name) != default, f"give {field.name} another value in EVERY"
     again = from_json(type(config), to_json(config))
     assert again == config and type(again) is type(config)
     assert hash(again) == hash(config)
@@ -158,6 +161,7 @@ def test_from_json_refuses(cls, text, match):
         (DVAEConfig, {"vocab": 0}, "vocab is 0"),
         (DVAEConfig, {"image_size": 252}, "image_size 252 is not divisible by 8"),
         (DVAEConfig, {"width": 6}, "width is 6; want a multiple of 4"),
+        (DVAEConfig, {"min_scale": -0.1}, "min_scale is -0.1"),
         (DVAEConfig, {"tau": Schedule(start=1.0, end=0.0, steps=1)}, "tau must stay positive"),
         (DVAEConfig, {"tau": Schedule(start=-1.0, end=1.0, steps=1)}, "tau must stay positive"),
         (DalleConfig, {"text_vocab": 0}, "text_vocab is 0"),

@@ -399,3 +399,32 @@ def test_evaluation_sets():
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_scenes_use_only_the_words_allowed():
+    allowed = {"sizes": ("medium", "large"), "fills": ("solid",), "backgrounds": ("plain", "gradient")}
+    drawn = [scene(i, max_objects=3, **allowed) for i in range(400)]
+    things = [thing for one in drawn for thing in one.objects]
+    assert {thing.size for thing in things} == {"medium", "large"}
+    assert {thing.fill for thing in things} == {"solid"}
+    assert {one.background.kind for one in drawn} == {"plain", "gradient"}
+    assert not any(one.relation and one.relation.name == "inside" for one in drawn)  # needs a small one
+    striped = [scene(i, max_objects=1, fills=("striped",)) for i in range(50)]
+    assert {one.objects[0].fill for one in striped} == {"striped"}
+    asked = evaluation_set("one_object", 40, **allowed)
+    assert {one.background.kind for _, one in asked} == {"plain", "gradient"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ({"sizes": ()}, r"want sizes out of .*got \(\)"),
+        ({"sizes": ("huge",)}, "'huge'"),
+        ({"fills": "solid"}, r"pass a tuple such as \('solid',\)"),
+        ({"backgrounds": ("sky",)}, "want backgrounds out of"),
+        ({"sizes": ("large",), "max_objects": 2}, "want small or medium in sizes"),
+    ],
+)
+def test_scenes_refuse_other_words(words, message):
+    with pytest.raises(ValueError, match=message):
+        scene(0, **words)

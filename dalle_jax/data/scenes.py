@@ -291,9 +291,9 @@ def scene(
     index: 0 or more, without an upper end. split: a word of SPLITS; each has its own random stream. 'train',
     'val' and 'test' never show a held-out composition, every scene of 'held_out' shows one. seed: another
     data set. min_objects, max_objects: 1..4, the number of objects is drawn evenly between them. sizes, fills,
-    backgrounds: the words to draw from; without both small and large no object stands inside another, and the ones that do
-    are solid in any case. Raises ValueError for an unknown split or word, a negative index or an impossible
-    number of objects."""
+    backgrounds: the words to draw from; without both small and large no object stands inside another, and the
+    ones that do are solid in any case. Raises ValueError for an unknown split or word, a negative index or an
+    impossible number of objects."""
     if split not in SPLITS:
         raise ValueError(f"want a split of {SPLITS}, got {split!r}; use one of these words")
     if index < 0:
@@ -322,7 +322,7 @@ def scene(
 def check_words(
     sizes: tuple[str, ...], fills: tuple[str, ...], backgrounds: tuple[str, ...], max_objects: int
 ) -> None:
-    """Raises ValueError unless these are words of SIZES, FILLS and BACKGROUNDS that so many objects can be drawn with."""
+    """Raises ValueError unless these are words of the data set that so many objects can be drawn with."""
     for name, words, known in (
         ("sizes", sizes, SIZES),
         ("fills", fills, FILLS),

@@ -243,7 +243,9 @@ def loss(
     target = losses.map_pixels(images_BHWC.astype(jnp.float32))
     log_b = stats[..., 3:]
     if cfg.min_scale > 0:
-        log_b = jnp.logaddexp(log_b, math.log(cfg.min_scale))  # b + min_scale: a floor that keeps its gradient
+        log_b = jnp.logaddexp(
+            log_b, math.log(cfg.min_scale)
+        )  # b + min_scale: a floor that keeps its gradient
     reconstruction = jnp.mean(losses.logit_laplace_nll(target, stats[..., :3], log_b))
     kl = jnp.mean(losses.kl_to_uniform(logits))
     total = reconstruction + kl_weight * kl * cfg.num_codes / math.prod(images_BHWC.shape[1:])

@@ -65,10 +65,10 @@ class TokenizerTask:
     """A discrete image tokenizer learns to reconstruct pictures."""
 
     best = ("eval_psnr", "max")
-    frozen: Params = {}
 
     def __init__(self, config: TrainConfig):
         self.config, self.model = config, config.model
+        self.frozen: Params = {}
         self.tokens_per_row = self.model.num_codes
 
     def prepare(self, run_dir: Path) -> None:
