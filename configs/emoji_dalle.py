@@ -16,7 +16,7 @@ config = dataclasses.replace(
     _demo,
     run="runs/emoji_dalle",
     tokenizer="runs/emoji_dvae",
-    model=dataclasses.replace(_demo.model, text_vocab=4096),
+    model=dataclasses.replace(_demo.model, text_vocab=4096, text_len=24, image_vocab=512),
     data=DataConfig(source=TarSource(path=""), batch=_demo.data.batch),
     text=TextConfig(train_captions=100_000, dropout=0.1),
     steps=12_000,

@@ -1,4 +1,5 @@
-"""Real pictures: a tar of emoji (or any tar of pictures) at 32 x 32 pixels to 8 x 8 codes of 1024: the tokenizer.
+"""Real pictures: a tar of emoji (or any tar of pictures) at 32 x 32 pixels to 8 x 8
+codes of 512: the tokenizer.
 
 Paper: 2102.12092, 2.1, at a small size. Hardware: two CPU cores. Time and score: README, "What was measured".
 
@@ -18,8 +19,8 @@ config = dataclasses.replace(
     run="runs/emoji_dvae",
     model=dataclasses.replace(
         _demo.model,
-        tau=Schedule(start=1.0, end=1 / 16, steps=int(0.8 * STEPS)),
-        balance_weight=Schedule(start=0.1, end=0.02, steps=int(0.8 * STEPS)),
+        vocab=512,
+        tau=Schedule(start=1.0, end=0.3, steps=STEPS),
     ),
     data=DataConfig(source=TarSource(path=""), batch=_demo.data.batch),
     steps=STEPS,

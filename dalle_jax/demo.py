@@ -52,7 +52,7 @@ from dalle_jax.inference import (
 from dalle_jax.train import loop
 from dalle_jax.train.rundir import write_atomically
 
-SAMPLING = Sampling(guidance=2.0)  # of the demo's pictures and figures
+SAMPLING = Sampling(guidance=1.5, temperature=0.4)  # of the demo's pictures and figures
 SHOWN = 8  # pictures of each kind in grid.png
 ENCODE_ROWS = 50_000  # rows encoded ahead where the Transformer's config names a file of codes
 

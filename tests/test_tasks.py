@@ -210,6 +210,10 @@ def test_a_tokenizer_is_needed(room):
     room, _ = room
     with pytest.raises(ValueError, match="tokenizer is not set; the stage dalle needs the run directory"):
         make_task(dalle_config(room, tokenizer=None, run=str(room / "nowhere")))
+    half = room / "half"  # killed while it copied its tokenizer
+    (half / "tokenizer" / "params").mkdir(parents=True)
+    with pytest.raises(ValueError, match="tokenizer is not set"):
+        make_task(dalle_config(room, tokenizer=None, run=str(half)))
     with pytest.raises(FileNotFoundError, match=r"no run directory .*nowhere"):
         make_task(dalle_config(room, tokenizer=str(room / "nowhere")))
 
@@ -271,7 +275,8 @@ def test_tokenizer_loss_follows_the_schedules(room, tmp_path):
         if weights is None:
             np.testing.assert_allclose(metrics["balance_weight"], 0.5, rtol=1e-5)
             continue
-        np.testing.assert_allclose(value, by_hand(*weights), rtol=1e-5)
+        # Two programs sum the float32 terms in their own order; a wrong weight would differ by far more.
+        np.testing.assert_allclose(value, by_hand(*weights), rtol=1e-4)
         np.testing.assert_allclose(metrics["tau"], weights[0], rtol=1e-5)
     (shown,) = task.eval_batches()
     measures = jax.jit(task.evaluate)(tokenizer.params, {}, shown, key)

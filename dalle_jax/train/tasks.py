@@ -131,7 +131,7 @@ class DalleTask:
         self.config, self.model = config, config.model
         self.tokens_per_row = self.model.length
         self.frozen: Params = {}
-        if config.tokenizer is None and not (Path(config.run) / "tokenizer").is_dir():
+        if config.tokenizer is None and not (Path(config.run) / "tokenizer" / "config.json").exists():
             raise ValueError(
                 "tokenizer is not set; the stage dalle needs the run directory of a trained tokenizer: pass "
                 "--tokenizer runs/NAME"
