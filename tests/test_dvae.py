@@ -17,7 +17,7 @@ import pytest
 from dalle_jax.config import DVAEConfig, Schedule
 from dalle_jax.nn.sharding import path_name
 from dalle_jax.tokenizer import dvae, losses
-from dalle_jax.train.tasks import scheduled
+from dalle_jax.train.tasks.tokenizer import scheduled
 
 # Bottlenecks 4 and 8: at and above the width at which `Conv` gathers its inputs first.
 TINY = DVAEConfig(image_size=6, groups=2, blocks=2, width=16, decoder_width=5, vocab=11)

@@ -1,8 +1,4 @@
-"""What each stage trains: its parameters, loss, data, measures and pictures. The only place that tells stages apart.
-
-The loop (loop.py) asks a task for these and knows nothing else of it. A stage that is added to the library
-is one class here and one line in `make_task`.
-"""
+"""The stage of the Transformer: it learns captions and the codes that a frozen tokenizer gives their pictures."""
 
 from __future__ import annotations
 
@@ -14,112 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from PIL import Image
 
 from dalle_jax import dalle, text
-from dalle_jax.config import DalleConfig, DVAEConfig, Schedule, TrainConfig
-from dalle_jax.data import images
+from dalle_jax.config import DVAEConfig, TrainConfig
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source, sample_captions
 from dalle_jax.sampling.generate import generate, row_keys
-from dalle_jax.tokenizer import dvae, losses
+from dalle_jax.tokenizer import dvae
 from dalle_jax.train.rundir import load_frozen, load_run, read_config, save_frozen
+from dalle_jax.train.tasks.pictures import PICTURES, eval_batches, grid, to_bytes, to_floats
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
-
-EVAL_BATCH = 128  # rows measured at once
-PICTURES = 16  # cells of a grid made while training
-
-
-def make_task(config: TrainConfig) -> TokenizerTask | DalleTask:
-    """The task of the stage that `config.model` names."""
-    match config.model:
-        case DVAEConfig():
-            return TokenizerTask(config)
-        case DalleConfig():
-            return DalleTask(config)
-    raise ValueError(f"no stage trains a {type(config.model).__name__}")
-
-
-def scheduled(schedule: Schedule, step: jax.Array) -> jax.Array:
-    """Value of a half-cosine schedule after `step` updates, float32."""
-    if schedule.steps == 0:
-        return jnp.float32(schedule.end)
-    share = jnp.clip(step.astype(jnp.float32) / schedule.steps, 0.0, 1.0)
-    return schedule.end + (schedule.start - schedule.end) * 0.5 * (1 + jnp.cos(jnp.pi * share))
-
-
-def to_floats(image_u8: jax.Array) -> jax.Array:
-    """uint8 pictures to float32 in [0, 1]."""
-    return image_u8.astype(jnp.float32) / 255.0
-
-
-def to_bytes(image: Any) -> np.ndarray:
-    """Float pictures in [0, 1] to uint8, rounded."""
-    return np.round(np.clip(np.asarray(image, np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)
-
-
-class TokenizerTask:
-    """A discrete image tokenizer learns to reconstruct pictures."""
-
-    best = ("eval_psnr", "max")
-
-    def __init__(self, config: TrainConfig):
-        self.config, self.model = config, config.model
-        self.frozen: Params = {}
-        self.tokens_per_row = self.model.num_codes
-
-    def prepare(self, run_dir: Path) -> None:
-        self._source = open_source(self.config.data.source, "train", languages=())
-        self._eval = open_source(self.config.data.source, "eval", languages=())
-
-    def init(self, key: jax.Array) -> Params:
-        return dvae.init(self.model, key)
-
-    def loss(self, params, frozen, batch, key, step):
-        weights = {
-            name: scheduled(getattr(self.model, name), step)
-            for name in ("tau", "kl_weight", "balance_weight")
-        }
-        value, metrics = dvae.loss(self.model, params, to_floats(batch["image"]), key, **weights)
-        return value, {**metrics, **weights}
-
-    def batches(self, start: int) -> Iterator[Batch]:
-        return train_batches(
-            self.config.data,
-            self._source,
-            start=start,
-            image_size=self.model.image_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
-    def eval_batches(self) -> list[Batch]:
-        return [
-            {"image": batch["image"]}
-            for batch in _eval_batches(self.config, self._eval, image_size=self.model.image_size)
-        ]
-
-    def evaluate(self, params, frozen, batch, key):
-        images_BHWC = to_floats(batch["image"])
-        codes_BN = dvae.encode(self.model, params, images_BHWC)
-        decoded = dvae.decode(self.model, params, codes_BN)
-        use, perplexity = losses.codebook_use(codes_BN, self.model.vocab)
-        return {
-            "eval_psnr": jnp.mean(losses.psnr(images_BHWC, decoded)),
-            "eval_mse": jnp.mean(jnp.square(images_BHWC - decoded)),
-            "eval_codebook_use": use,
-            "eval_perplexity": perplexity,
-        }
-
-    def pictures(self, params, frozen, key) -> Image.Image:
-        """Pairs of a picture and, right of it, its reconstruction from codes."""
-        batch = eval_batch(self.config.data, self._eval, PICTURES, image_size=self.model.image_size)
-        decoded = _reconstruct(self.model, params, jnp.asarray(batch["image"]))
-        pairs = np.concatenate([batch["image"], to_bytes(decoded)], axis=2)
-        return _grid(pairs, 4, None)
 
 
 class DalleTask:
@@ -211,7 +114,7 @@ class DalleTask:
         return {"text": self.text, "text_vocab": self.model.text_vocab, "text_len": self.model.text_len}
 
     def eval_batches(self) -> list[Batch]:
-        batches = _eval_batches(
+        batches = eval_batches(
             self.config, self._eval, image_size=self.tokenizer.image_size, **self._text_options()
         )
         return [{"image": batch["image"], "text": batch["text"]} for batch in batches]
@@ -234,21 +137,4 @@ class DalleTask:
         seeds = jax.random.bits(key, (len(batch["text"]),))
         codes = generate(self.model, params, jnp.asarray(batch["text"]), row_keys(seeds))
         decoded = jax.jit(dvae.decode, static_argnums=0)(self.tokenizer, frozen, codes)
-        return _grid(to_bytes(decoded), 4, batch["caption"])
-
-
-def _eval_batches(config: TrainConfig, source, **options) -> list[Batch]:
-    """The evaluation rows in batches of at most EVAL_BATCH."""
-    rows = min(config.eval_rows, len(source))
-    starts = range(0, rows, EVAL_BATCH)
-    return [eval_batch(config.data, source, range(a, min(a + EVAL_BATCH, rows)), **options) for a in starts]
-
-
-def _reconstruct(model: DVAEConfig, params: Params, image_u8: jax.Array) -> jax.Array:
-    both = jax.jit(lambda p, x: dvae.decode(model, p, dvae.encode(model, p, to_floats(x))))
-    return both(params, image_u8)
-
-
-def _grid(pictures: np.ndarray, columns: int, labels: list[str] | None) -> Image.Image:
-    scale = max(1, 128 // pictures.shape[1])
-    return images.grid(pictures, columns, labels=labels, scale=scale)
+        return grid(to_bytes(decoded), 4, batch["caption"])

@@ -1,0 +1,46 @@
+"""Every configuration of the library: frozen, keyword-only, hashable, checked when made.
+
+A configuration is plain data: numbers, strings, Literals and other configurations. `to_json` writes one,
+`from_json` reads it back and refuses what it does not know. Anything that follows from other fields is a
+property, so two fields can never disagree. Numbers of the paper carry their section (Ramesh et al. 2021,
+arXiv 2102.12092).
+"""
+
+from dalle_jax.config.dalle import AttentionKind, DalleConfig
+from dalle_jax.config.data import (
+    DataConfig,
+    Language,
+    SceneBackground,
+    SceneFill,
+    SceneSize,
+    ScenesSource,
+    SourceConfig,
+    TarSource,
+    TextConfig,
+)
+from dalle_jax.config.json import from_json, to_json
+from dalle_jax.config.tokenizer import Dtype, DVAEConfig, Schedule
+from dalle_jax.config.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig
+
+__all__ = [
+    "AttentionKind",
+    "DVAEConfig",
+    "DalleConfig",
+    "DataConfig",
+    "Dtype",
+    "Language",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "SceneBackground",
+    "SceneFill",
+    "SceneSize",
+    "ScenesSource",
+    "Schedule",
+    "SourceConfig",
+    "TarSource",
+    "TextConfig",
+    "TrainConfig",
+    "from_json",
+    "to_json",
+]

@@ -1,0 +1,102 @@
+"""What a run reads: sources, rows of a step, captions as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dalle_jax.config.checks import require
+
+Language = Literal["en", "zh"]
+SceneSize = Literal["small", "medium", "large"]
+SceneFill = Literal["solid", "striped", "dotted"]
+SceneBackground = Literal["plain", "gradient", "two-tone"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesSource:
+    """Procedural captioned scenes, drawn on the fly (dalle_jax/data/scenes.py)."""
+
+    kind: Literal["scenes"] = "scenes"
+    count: int = 1_000_000  # scenes in the training split
+    min_objects: int = 1
+    max_objects: int = 4
+    sizes: tuple[SceneSize, ...] = ("small", "medium", "large")
+    fills: tuple[SceneFill, ...] = ("solid", "striped", "dotted")
+    backgrounds: tuple[SceneBackground, ...] = ("plain", "gradient", "two-tone")
+    seed: int = 0
+
+    def __post_init__(self):
+        require(self.count >= 1, f"ScenesSource.count is {self.count}; want at least 1")
+        require(
+            1 <= self.min_objects <= self.max_objects <= 4,
+            f"objects per scene {self.min_objects}..{self.max_objects}; want 1 <= min <= max <= 4",
+        )
+        require(
+            len(self.fills) * len(self.sizes) * len(self.backgrounds) > 0
+            and (self.max_objects == 1 or set(self.sizes) != {"large"}),
+            f"scenes of sizes {self.sizes}, fills {self.fills}, backgrounds {self.backgrounds}; want at least one "
+            "of each, and not only large ones where a scene holds two objects or more",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarSource:
+    """Tar files of `NAME.(webp|png|jpg)` beside `NAME.json`, indexed once and read by random access.
+
+    The JSON holds a list of English `captions` (or one string `caption`), optionally `captions_zh`, and a
+    `split` for each picture.
+    """
+
+    kind: Literal["tar"] = "tar"
+    path: str = ""  # one tar, or several separated by commas; globs allowed
+    train_split: str = "train"  # value of `split` in the JSON
+    eval_split: str = "val"
+    captions_field: str = "captions"
+    captions_zh_field: str = "captions_zh"
+    max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
+
+    def __post_init__(self):
+        require(
+            0 <= self.max_bad_share <= 1, f"max_bad_share is {self.max_bad_share}; want a share in [0, 1]"
+        )
+
+
+SourceConfig = ScenesSource | TarSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows a step sees."""
+
+    source: SourceConfig = field(default_factory=ScenesSource)
+    codes: str | None = None  # a file of `dalle-jax encode RUN --data`: train on codes encoded ahead
+    batch: int = 64  # global batch, rows per update over all devices and accumulation steps
+    crop: Literal["none", "center", "random"] = "center"  # none squashes a picture that is not square
+    languages: tuple[Language, ...] = ("en", "zh")  # of the captions
+    seed: int = 0  # of the shuffle and of every random choice per row
+    threads: int = 2  # that read and render ahead of the device
+    prefetch: int = 4  # batches held ready
+
+    def __post_init__(self):
+        require(self.batch >= 1, f"data.batch is {self.batch}; want at least 1")
+        require(self.threads >= 1, f"data.threads is {self.threads}; want at least 1")
+        require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; want at least 1")
+        require(
+            len(self.languages) > 0 and len(set(self.languages)) == len(self.languages),
+            f"data.languages is {self.languages}; want one or more different languages out of en, zh",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Byte-pair encoding of the captions (2102.12092, 2.2: 16,384 pieces, lower case, 10% dropout)."""
+
+    model: str | None = None  # a sentencepiece file to use; None trains one from the source's captions
+    train_captions: int = 200_000  # captions read when training the vocabulary
+    dropout: float = 0.1  # probability of skipping a merge while training
+    lowercase: bool = True
+
+    def __post_init__(self):
+        require(0.0 <= self.dropout < 1.0, f"text.dropout is {self.dropout}; want a probability in [0, 1)")
+        require(self.train_captions >= 1, f"text.train_captions is {self.train_captions}; want at least 1")

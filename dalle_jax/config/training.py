@@ -1,0 +1,97 @@
+"""One training run: optimizer, mesh, and how often what is done. The type of `model` is the stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dalle_jax.config.checks import require
+from dalle_jax.config.dalle import DalleConfig
+from dalle_jax.config.data import DataConfig, TextConfig
+from dalle_jax.config.tokenizer import DVAEConfig
+
+ModelConfig = DVAEConfig | DalleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with decay on matrices only, clipping, warm-up and a schedule; averaged parameters."""
+
+    learning_rate: float = 4.5e-4  # after warm-up; B.2
+    warmup_steps: int = 5_000  # linear from 0; B.2
+    schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
+    decay_steps: int | None = None  # updates from the start to the schedule's end; None is all of `steps`
+    end_factor: float = 1 / 32  # last learning rate over the highest; B.2
+    b1: float = 0.9
+    b2: float = 0.96  # B.2
+    eps: float = 1e-8
+    weight_decay: float = 4.5e-2  # B.2
+    clip_norm: float = 4.0  # of the global gradient norm; 0 turns it off; B.2
+    accumulate: int = 1  # microbatches per update; the gradient is their mean
+    ema_decay: float = 0.99  # of the averaged parameters used for sampling; 0 turns averaging off; B.2
+    ema_every: int = 25  # updates between averages; B.2
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; want more than 0")
+        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; want 0 or more")
+        require(self.accumulate >= 1, f"optim.accumulate is {self.accumulate}; want at least 1")
+        require(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}; want 0 (off) or more")
+        require(0 <= self.ema_decay < 1, f"optim.ema_decay is {self.ema_decay}; want [0, 1)")
+        require(self.ema_every >= 1, f"optim.ema_every is {self.ema_every}; want at least 1")
+        require(0 <= self.end_factor <= 1, f"optim.end_factor is {self.end_factor}; want [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one of them may be -1: all devices that are left."""
+
+    data: int = -1  # batch is split; parameters are copied
+    fsdp: int = 1  # batch is split; parameters and optimizer state are split too
+    model: int = 1  # heads and channels are split
+    cpu_devices: int = (
+        0  # without an accelerator: devices to split the CPU into, 0 leaves it one; a core each is
+    )
+    # faster than one device of many cores
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.model)
+        require(
+            all(s >= 1 or s == -1 for s in sizes) and sizes.count(-1) <= 1,
+            f"mesh data={self.data} fsdp={self.fsdp} model={self.model}; want sizes of at least 1, at most one -1",
+        )
+        require(self.cpu_devices >= 0, f"mesh.cpu_devices is {self.cpu_devices}; want 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. The type of `model` is the stage."""
+
+    model: ModelConfig
+    run: str = ""  # run directory; everything that a run makes is in it
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)  # stage dalle
+    tokenizer: str | None = None  # stage dalle: run directory of the trained tokenizer
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    steps: int = 100_000  # updates
+    seed: int = 0
+    log_every: int = 10  # updates between lines of metrics.jsonl
+    eval_every: int = 1_000  # updates between measurements on the evaluation split
+    eval_rows: int = 256  # rows per measurement
+    sample_every: int = 5_000  # updates between PNG grids
+    save_every: int = 1_000  # updates between checkpoints
+    keep: int = 3  # latest checkpoints kept; the best by the stage's measure is kept as well
+
+    def __post_init__(self):
+        require(self.steps >= 1, f"steps is {self.steps}; want at least 1")
+        for name in ("log_every", "eval_every", "eval_rows", "sample_every", "save_every", "keep"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; want at least 1")
+        require(
+            self.data.batch % self.optim.accumulate == 0,
+            f"data.batch {self.data.batch} is not divisible by optim.accumulate {self.optim.accumulate}; change one",
+        )
+        if isinstance(self.model, DVAEConfig):
+            require(
+                self.data.codes is None, "data.codes is for the stage dalle; a tokenizer trains on pixels"
+            )
+            require(self.tokenizer is None, "tokenizer is for the stage dalle; remove it from a dvae config")

@@ -1,0 +1,21 @@
+"""What each stage trains: its parameters, loss, data, measures and pictures, one file per stage.
+
+The loop (train/loop.py) asks a task for these and knows nothing else of it. A stage that is added to the library
+is one file here and one line in `make_task`, the only place that tells stages apart.
+"""
+
+from __future__ import annotations
+
+from dalle_jax.config import DalleConfig, DVAEConfig, TrainConfig
+from dalle_jax.train.tasks.dalle import DalleTask
+from dalle_jax.train.tasks.tokenizer import TokenizerTask
+
+
+def make_task(config: TrainConfig) -> TokenizerTask | DalleTask:
+    """The task of the stage that `config.model` names."""
+    match config.model:
+        case DVAEConfig():
+            return TokenizerTask(config)
+        case DalleConfig():
+            return DalleTask(config)
+    raise ValueError(f"no stage trains a {type(config.model).__name__}")
