@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -33,6 +36,7 @@ from dalle_jax.inference import load_text_to_image, load_tokenizer
 from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train import loop
+from dalle_jax.train.rundir import load_run
 from dalle_jax.train.tasks import make_task
 
 GRID, VOCAB, TEXT_LEN, SIZE = 8, 32, 24, 32
@@ -118,6 +122,65 @@ def pictures(tmp_path):
         noise = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
         images.save_png(paths[-1], noise.repeat(8, axis=0).repeat(8, axis=1))
     return paths
+
+
+# --- one's own pictures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures with a caption each, beside them."""
+    for i in range(12):
+        images.save_png(tmp_path / "mine" / f"{i}.png", np.full((40, 40, 3), 20 * i, np.uint8))
+        (tmp_path / "mine" / f"{i}.txt").write_text(f"grey of {i}")
+    return tmp_path / "mine"
+
+
+def finetune(made, folder, *more):
+    config = Path(__file__).parent.parent / "configs" / "finetune.py"
+    return run(
+        "train", config, "--init-from", made.dalle, "--data.path", folder, "--run", folder.parent / "run",
+        "--data.batch", 8, "--data.source.eval-share", 0.2, "--steps", 1, "--eval-rows", 8,
+        "--optim.learning-rate", 1e-9, *more,
+    )  # fmt: skip
+
+
+def test_finetuning_begins_with_the_weights_of_the_other_run(made, folder):
+    done = finetune(made, folder)
+    assert done.code == 0, done.err
+    old, new = load_run(made.dalle), load_run(folder.parent / "run", ema=False)
+    assert new.config.model == old.config.model and new.config.data.source.kind == "folder"
+    for a, b in zip(jax.tree.leaves(old.params), jax.tree.leaves(new.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    for name in ("text.model", "tokenizer/config.json"):
+        assert (new.path / name).read_bytes() == (made.dalle / name).read_bytes()
+    assert load_tokenizer(new.path).fingerprint == load_tokenizer(made.dalle).fingerprint
+    assert finetune(made, folder).code == 0  # has its step already
+
+
+def test_finetuning_from_what_does_not_fit(made, folder):
+    for more, message in (
+        (("--init-from", made.dvae), "is a run of stage dvae, this configuration of stage dalle"),
+        (("--init-from", "nowhere"), "no run directory nowhere"),
+        (("--model.dim", "32"), "parameter .* has shape .*leave the fields of `model`"),
+        (("--data.path", "no where"), "no data at 'no where'"),
+    ):
+        done = finetune(made, folder, *more)
+        assert done.code == 1 and re.search(message, done.err), done.err
+
+
+def test_data_tells_what_a_folder_holds_and_builds_a_tfds_set(folder, tmp_path):
+    (folder / "2.png").write_bytes(b"")
+    told = json_of("data", folder)
+    splits = told["splits"]
+    assert told["kind"] == "folder" and sum(s["rows"] for s in splits.values()) == 12
+    assert Counter(splits["train"]["unusable"]) + Counter(splits["eval"]["unusable"]) == {"picture empty": 1}
+    built = json_of("data", folder, "--to", "tfds", "--out", tmp_path / "sets", "--size", 16)["built"]
+    again = json_of("data", built)
+    assert again["kind"] == "tfds" and again["splits"]["train"]["unusable"] == {}
+    assert again["splits"]["train"]["rows"] in (10, 11)  # the empty picture is in one of the splits
+    assert "--to and --out go together" in refused("data", folder, "--to", "tfds")
+    assert "no data at" in refused("data", "no where")
 
 
 # --- the command itself -----------------------------------------------------------------------------------

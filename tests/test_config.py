@@ -11,9 +11,11 @@ import pytest
 
 from dalle_jax import dalle
 from dalle_jax.config import (
+    ArraysSource,
     DalleConfig,
     DataConfig,
     DVAEConfig,
+    FolderSource,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -22,6 +24,7 @@ from dalle_jax.config import (
     SourceConfig,
     TarSource,
     TextConfig,
+    TfdsSource,
     TrainConfig,
     from_json,
     to_json,
@@ -49,6 +52,15 @@ EVERY = [
         count=10, min_objects=2, max_objects=3, sizes=("small",), fills=("dotted", "solid"),
         backgrounds=("plain",), seed=4,
     ),
+    FolderSource(
+        path="d", train_split="a", eval_split="b", eval_share=0.1, captions_field="c", captions_zh_field="d",
+        templates=("a {}", "{}"), max_bad_share=0.1,
+    ),
+    TfdsSource(
+        path="cifar10", data_dir="d", train_split="train[5%:]", eval_split="b", image_field="i",
+        captions_field="c", captions_zh_field="d", label_field="l", templates=("{}",), max_bad_share=0.1,
+    ),
+    ArraysSource(path="a.npz", train_split="a", eval_split="b", templates=("{}",)),
     TarSource(
         path="a.tar,b*.tar", train_split="t", eval_split="e", captions_field="c", captions_zh_field="z",
         max_bad_share=0.1,
@@ -64,6 +76,7 @@ EVERY = [
     ),
     MeshConfig(data=2, fsdp=-1, model=4, cpu_devices=8),
     TrainConfig(
+        init_from="runs/a",
         model=DalleConfig(), run="r", data=DataConfig(batch=6), text=TextConfig(dropout=0.5), tokenizer="t",
         optim=OptimConfig(accumulate=3), mesh=MeshConfig(model=2), steps=4, seed=5, log_every=6, eval_every=7,
         eval_rows=8, sample_every=9, save_every=10, keep=11,
@@ -188,6 +201,9 @@ def test_from_json_refuses(cls, text, match):
         (ScenesSource, {"fills": ()}, "want at least one of each"),
         (ScenesSource, {"sizes": ("large",)}, "not only large ones where a scene holds two"),
         (TarSource, {"max_bad_share": 1.5}, "max_bad_share is 1.5"),
+        (FolderSource, {"eval_share": 1.0}, "eval_share is 1.0"),
+        (TfdsSource, {"max_bad_share": -1.0}, "max_bad_share is -1.0"),
+        (ArraysSource, {"templates": ("a photo",)}, "each with {} where the class name goes"),
         (DataConfig, {"batch": 0}, "data.batch is 0"),
         (DataConfig, {"threads": 0}, "data.threads is 0"),
         (DataConfig, {"prefetch": 0}, "data.prefetch is 0"),

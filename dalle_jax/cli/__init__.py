@@ -30,6 +30,11 @@ VERBS = {  # verb: (class in verbs.py, module with `run`, one line of help)
         "pictures to codes; with --data the training pictures of a run",
     ),
     "decode": ("Decode", "dalle_jax.cli.codes", "codes to pictures"),
+    "data": (
+        "Data",
+        "dalle_jax.cli.data",
+        "what a data set holds and what of it cannot be used; build a TFDS set",
+    ),
     "evaluate": ("Evaluate", "dalle_jax.cli.evaluate", "every measure that applies to a run"),
     "info": ("Info", "dalle_jax.cli.info", "parameters, shapes and memory of a run or a configuration"),
 }

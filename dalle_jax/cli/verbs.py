@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -26,6 +26,27 @@ class Demo:
     """updates of the tokenizer; None is the demo's own number"""
     transformer_steps: int | None = None
     """updates of the Transformer; None is the demo's own number"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Tells what a folder of pictures, tar files, an npz file or a TFDS directory holds: rows of each split,
+    captions, classes, and records that cannot be used, by cause. Every picture is decoded.
+
+    With --to tfds it also builds a TFDS data set in array_record format, the same rows in the same order,
+    without what cannot be used; no network and no TensorFlow."""
+
+    path: Positional[Annotated[str, arg(metavar="PATH")]]
+    """folder, tar files (commas, globs), npz file, TFDS directory or name"""
+    to: Literal["tfds"] | None = None
+    """format to build"""
+    out: str | None = None
+    """directory of the data set that is built, new or empty"""
+    size: int | None = None
+    """with --to: store squares of this side, cropped to the centre; None stores the files as they are"""
+    max_bad_share: float = 1.0
+    """share of unusable records above which to stop"""
     json: Json = False
 
 

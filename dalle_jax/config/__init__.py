@@ -8,7 +8,9 @@ arXiv 2102.12092).
 
 from dalle_jax.config.dalle import AttentionKind, DalleConfig
 from dalle_jax.config.data import (
+    ArraysSource,
     DataConfig,
+    FolderSource,
     Language,
     SceneBackground,
     SceneFill,
@@ -17,17 +19,20 @@ from dalle_jax.config.data import (
     SourceConfig,
     TarSource,
     TextConfig,
+    TfdsSource,
 )
 from dalle_jax.config.json import from_json, to_json
 from dalle_jax.config.tokenizer import Dtype, DVAEConfig, Schedule
 from dalle_jax.config.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 
 __all__ = [
+    "ArraysSource",
     "AttentionKind",
     "DVAEConfig",
     "DalleConfig",
     "DataConfig",
     "Dtype",
+    "FolderSource",
     "Language",
     "MeshConfig",
     "ModelConfig",
@@ -40,6 +45,7 @@ __all__ = [
     "SourceConfig",
     "TarSource",
     "TextConfig",
+    "TfdsSource",
     "TrainConfig",
     "from_json",
     "to_json",

@@ -62,7 +62,70 @@ class TarSource:
         )
 
 
-SourceConfig = ScenesSource | TarSource
+@dataclass(frozen=True, kw_only=True)
+class FolderSource:
+    """A folder of pictures: captions from captions.jsonl, metadata.csv/jsonl, NAME.txt or NAME.json beside each
+    picture, or the names of subfolders as classes (dalle_jax/data/sources/folder.py)."""
+
+    kind: Literal["folder"] = "folder"
+    path: str = ""
+    train_split: str = "train"
+    eval_split: str = "val"
+    eval_share: float = 0.05  # held out by a hash of the names, where nothing names a split
+    captions_field: str = "captions"  # or `caption` or `text`
+    captions_zh_field: str = "captions_zh"
+    templates: tuple[str, ...] = ("{}",)  # captions of a class; {} is its name
+    max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
+
+    def __post_init__(self):
+        _check_shares(self)
+        require(0 <= self.eval_share < 1, f"eval_share is {self.eval_share}; want a share in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TfdsSource:
+    """A prepared TensorFlow Datasets directory in array_record format: captioned, labelled or neither."""
+
+    kind: Literal["tfds"] = "tfds"
+    path: str = ""  # a directory, or a name as `coco_captions/2014:1.1.0` below data_dir
+    data_dir: str | None = None  # None is $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    train_split: str = "train"  # slices as `train[5%:]` are understood
+    eval_split: str = "test"
+    image_field: str = "image"
+    captions_field: str = "captions"
+    captions_zh_field: str = "captions_zh"
+    label_field: str = "label"
+    templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
+    max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
+
+    def __post_init__(self):
+        _check_shares(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraysSource:
+    """An npz file of small labelled pictures, `train_x`, `train_y`, `test_x`, `test_y`, `label_names`."""
+
+    kind: Literal["arrays"] = "arrays"
+    path: str = ""
+    train_split: str = "train"
+    eval_split: str = "test"
+    templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
+
+    def __post_init__(self):
+        _check_shares(self)
+
+
+def _check_shares(source) -> None:
+    share = getattr(source, "max_bad_share", 0)
+    require(0 <= share <= 1, f"max_bad_share is {share}; want a share in [0, 1]")
+    require(
+        all("{}" in t for t in source.templates) and len(source.templates) > 0,
+        f"templates are {source.templates}; want at least one, each with {{}} where the class name goes",
+    )
+
+
+SourceConfig = ScenesSource | TarSource | FolderSource | TfdsSource | ArraysSource
 
 
 @dataclass(frozen=True, kw_only=True)

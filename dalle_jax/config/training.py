@@ -71,6 +71,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)  # stage dalle
     tokenizer: str | None = None  # stage dalle: run directory of the trained tokenizer
+    init_from: str | None = None  # run directory whose weights a new run begins with
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 100_000  # updates

@@ -164,6 +164,16 @@ class CodesSource:
     def captions(self, i: int) -> Captions:
         return self._source.captions(self._codes.stand_ins.get(i, i))
 
+    def label(self, i: int) -> int | None:
+        return self._source.label(self._codes.stand_ins.get(i, i))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._source.classes
+
+    def log_to(self, path: Path) -> None:
+        self._source.log_to(path)
+
     @property
     def stand_ins(self) -> dict[int, int]:
         return dict(self._codes.stand_ins)

@@ -119,6 +119,20 @@ def decode(
         raise BadImage(cause, f"the picture does not decode: {error}") from None
 
 
+def fit(
+    image_HW3: np.ndarray, size: int, *, crop: Crop = "center", rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """A decoded picture, uint8 (H, W, 3), as a square: what `decode` does with the pixels of a file."""
+    if crop == "random" and rng is None:
+        raise ValueError("crop='random' draws the window from rng, got None; pass a np.random.Generator")
+    height, width = image_HW3.shape[:2]
+    box = _crop_box((width, height), size, crop, rng)
+    if box == (0, 0, size, size) and (width, height) == (size, size):
+        return np.array(image_HW3)
+    picture = Image.fromarray(np.ascontiguousarray(image_HW3))
+    return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
+
+
 def load_picture(path: str | os.PathLike, size: int, *, crop: Crop = "center") -> np.ndarray:
     """The picture in a file, uint8 (size, size, 3). Raises BadImage naming the path if it cannot be used."""
     try:

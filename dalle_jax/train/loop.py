@@ -32,6 +32,7 @@ from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.metrics import MetricsLog, Progress, Stopwatch
 from dalle_jax.train.optim import make_optimizer
 from dalle_jax.train.rundir import begun_run, load_config, stage
+from dalle_jax.train.start import apply_flags, begin_from
 from dalle_jax.train.state import (
     EVALUATE,
     PICTURES,
@@ -139,6 +140,8 @@ class _Training:
             start = self.checkpoints.latest
             if start is None:
                 state, start = init_state(task, self.tx, self.mesh), 0
+                if config.init_from is not None:
+                    state = begin_from(state, config, self.mesh)
             else:
                 state = self.checkpoints.load(start, abstract)
             self.progress = closing.add(
@@ -156,7 +159,8 @@ class _Training:
     def _greet(self, abstract: State, start: int) -> None:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
         devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
-        begin = f"goes on from step {start}" if start else "new run"
+        fresh = f"new run from {self.config.init_from}" if self.config.init_from else "new run"
+        begin = f"goes on from step {start}" if start else fresh
         self.progress.say(f"{self.run_dir}: {begin}; {count:,} parameters on {devices}")
 
     def _steps(self, state: State, abstract: State, start: int, closing: _Closing) -> Outcome:
@@ -373,7 +377,10 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     DALLE_JAX_TRACEBACK set, errors come with their traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
-    usage = f"usage: {prog} CONFIG.py [--field value ...]\n       {prog} CONFIG.py --help lists the fields"
+    usage = (
+        f"usage: {prog} CONFIG.py [--field value ...]\n       {prog} CONFIG.py --help lists the fields\n"
+        "       --data.path PATH reads a folder, tar files, an npz file or a TFDS data set"
+    )
     if not argv or argv[0].startswith("-"):
         helped = bool(argv) and argv[0] in ("-h", "--help")
         print(usage, file=sys.stdout if helped else sys.stderr)
@@ -400,7 +407,7 @@ def parse(argv: list[str], prog: str = "train.py") -> TrainConfig:
     Raises what `load_config` raises, ValueError for values that do not go together, SystemExit for flags that
     do not exist (the nearest ones are printed).
     """
-    config = load_config(argv[0])
+    config, flags = apply_flags(load_config(argv[0]), argv[1:])
     return tyro.cli(
-        tyro.conf.AvoidSubcommands[TrainConfig], default=config, args=argv[1:], prog=f"{prog} {argv[0]}"
+        tyro.conf.AvoidSubcommands[TrainConfig], default=config, args=flags, prog=f"{prog} {argv[0]}"
     )

@@ -7,6 +7,7 @@
     metrics.jsonl    one JSON object per line
     events/          the same figures for TensorBoard
     samples/         step_XXXXXXXX.png
+    unusable.jsonl   records of the data that cannot be used, with the cause
 
 A directory without config.json is not a run. config.json is written beside its place and renamed, so it is
 whole or missing.

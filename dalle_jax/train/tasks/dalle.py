@@ -19,7 +19,15 @@ from dalle_jax.data.sources import open_source, sample_captions
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train.rundir import load_frozen, load_run, read_config, save_frozen
-from dalle_jax.train.tasks.pictures import PICTURES, eval_batches, grid, to_bytes, to_floats
+from dalle_jax.train.start import copy_tokenizer, copy_vocabulary
+from dalle_jax.train.tasks.pictures import (
+    PICTURES,
+    eval_batches,
+    grid,
+    log_unusable,
+    to_bytes,
+    to_floats,
+)  # fmt: skip
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
@@ -34,7 +42,8 @@ class DalleTask:
         self.config, self.model = config, config.model
         self.tokens_per_row = self.model.length
         self.frozen: Params = {}
-        if config.tokenizer is None and not (Path(config.run) / "tokenizer" / "config.json").exists():
+        begun = [Path(run) / "tokenizer" / "config.json" for run in (config.run, config.init_from) if run]
+        if config.tokenizer is None and not any(file.exists() for file in begun):
             raise ValueError(
                 "tokenizer is not set; the stage dalle needs the run directory of a trained tokenizer: pass "
                 "--tokenizer runs/NAME"
@@ -58,16 +67,20 @@ class DalleTask:
         config, first = self.config, jax.process_index() == 0
         self._source = open_train_source(config.data)
         self._eval = open_source(config.data.source, "eval", languages=config.data.languages)
+        log_unusable(self._source, run_dir)
         vocabulary, frozen = run_dir / "text.model", run_dir / "tokenizer"
         if first and not vocabulary.exists():
-            if config.text.model is not None:
+            if config.text.model is None and copy_vocabulary(config, vocabulary):
+                pass  # the weights know that vocabulary
+            elif config.text.model is not None:
                 text.TextTokenizer.load(config.text.model).save(vocabulary)
             else:
                 captions = sample_captions(self._source, config.text.train_captions)
                 text.train(captions, vocabulary, vocab=self.model.text_vocab, lowercase=config.text.lowercase)
         if first and not (frozen / "config.json").exists():
             shutil.rmtree(frozen, ignore_errors=True)  # half-written
-            save_frozen(frozen, load_run(config.tokenizer))
+            if config.tokenizer is not None or not copy_tokenizer(config, frozen):
+                save_frozen(frozen, load_run(config.tokenizer))
         if jax.process_count() > 1:
             jax.experimental.multihost_utils.sync_global_devices("prepare")
         self.text = text.TextTokenizer.load(vocabulary)

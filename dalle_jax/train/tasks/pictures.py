@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from PIL import Image
 from dalle_jax.config import TrainConfig
 from dalle_jax.data import images
 from dalle_jax.data.pipeline import eval_batch
+from dalle_jax.data.sources import Source
 
 Batch = dict[str, Any]
 
@@ -34,6 +37,15 @@ def eval_batches(config: TrainConfig, source, **options) -> list[Batch]:
     rows = min(config.eval_rows, len(source))
     starts = range(0, rows, EVAL_BATCH)
     return [eval_batch(config.data, source, range(a, min(a + EVAL_BATCH, rows)), **options) for a in starts]
+
+
+def log_unusable(source: Source, run_dir: Path) -> None:
+    """Lists records that cannot be used in the run directory, now and as they are found; tells how many."""
+    process = jax.process_index()
+    source.log_to(run_dir / (f"unusable-{process}.jsonl" if process else "unusable.jsonl"))
+    if (causes := source.report()) and process == 0:
+        told = ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
+        print(f"{len(source)} rows; left out: {told} (unusable.jsonl lists them)", file=sys.stderr)
 
 
 def grid(pictures: np.ndarray, columns: int, labels: list[str] | None) -> Image.Image:

@@ -15,7 +15,14 @@ from dalle_jax.config import DVAEConfig, Schedule, TrainConfig
 from dalle_jax.data.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.tokenizer import dvae, losses
-from dalle_jax.train.tasks.pictures import PICTURES, eval_batches, grid, to_bytes, to_floats
+from dalle_jax.train.tasks.pictures import (
+    PICTURES,
+    eval_batches,
+    grid,
+    log_unusable,
+    to_bytes,
+    to_floats,
+)  # fmt: skip
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
@@ -42,6 +49,7 @@ class TokenizerTask:
     def prepare(self, run_dir: Path) -> None:
         self._source = open_source(self.config.data.source, "train", languages=())
         self._eval = open_source(self.config.data.source, "eval", languages=())
+        log_unusable(self._source, run_dir)
 
     def init(self, key: jax.Array) -> Params:
         return dvae.init(self.model, key)

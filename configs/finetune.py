@@ -1,0 +1,23 @@
+"""Fine-tuning a trained Transformer on one's own pictures: a folder, tar files, an npz file or a TFDS set.
+
+The model, its vocabulary and its tokenizer are those of RUN; a small learning rate without a long warm-up keeps
+what it knows. docs/finetune.md takes a folder to samples.
+
+    python train.py configs/finetune.py --init-from RUN --data.path FOLDER --run runs/mine
+    dalle-jax sample runs/mine "a caption" --n 4 --out samples
+"""
+
+from dalle_jax.config import DalleConfig, DataConfig, FolderSource, OptimConfig, TextConfig, TrainConfig
+
+config = TrainConfig(
+    run="runs/finetune",
+    model=DalleConfig(),  # replaced by the model of --init-from
+    data=DataConfig(source=FolderSource(), batch=32, crop="random"),
+    text=TextConfig(dropout=0.1),
+    optim=OptimConfig(learning_rate=1e-4, warmup_steps=50, clip_norm=1.0, ema_decay=0.99, ema_every=1),
+    steps=1_000,
+    eval_every=100,
+    save_every=100,
+    sample_every=250,
+    eval_rows=128,
+)

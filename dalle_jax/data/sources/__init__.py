@@ -1,0 +1,125 @@
+"""Where rows come from: a picture and its captions by index, one file for each kind of source.
+
+A source is random access and safe to read from many threads; the pipeline above decides the order. rows.py
+says what a source is and how broken pictures are replaced and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dalle_jax import config
+from dalle_jax.data.images import Crop
+from dalle_jax.data.sources.arrays import ArrayRows
+from dalle_jax.data.sources.folder import FolderRows
+from dalle_jax.data.sources.rows import Captions, Source, Split
+from dalle_jax.data.sources.scenes import EVAL_SCENES, SCENE_CAPTIONS, SceneRows
+from dalle_jax.data.sources.tar import TarRows
+from dalle_jax.data.sources.tfds import TfdsRows
+
+__all__ = [
+    "EVAL_SCENES", "SCENE_CAPTIONS", "ArrayRows", "Captions", "FirstRows", "FolderRows", "SceneRows", "Source",
+    "Split", "TarRows", "TfdsRows", "open_source", "sample_captions", "source_of",
+]  # fmt: skip
+
+
+def open_source(
+    source: config.SourceConfig, split: Split, *, languages: Sequence[str] = ("en", "zh")
+) -> Source:
+    """The rows of one split.
+
+    languages: of the captions wanted. A row that has some of them is used with what it has, a row with none
+        is unusable. None asked: every row with a picture is used, whether it has captions or not.
+
+    Raises FileNotFoundError or ValueError, saying what was wanted and what to do, for paths that are not
+    there, files that are not whole, splits without rows, and more unusable records than
+    `max_bad_share`.
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f"split is {split!r}; want 'train' or 'eval'")
+    match source:
+        case config.ScenesSource():
+            return SceneRows(source, split, languages=languages)
+        case config.TarSource():
+            return TarRows(source, split, languages=languages)
+        case config.FolderSource():
+            return FolderRows(source, split, languages=languages)
+        case config.TfdsSource():
+            return TfdsRows(source, split, languages=languages)
+        case config.ArraysSource():
+            return ArrayRows(source, split, languages=languages)
+    raise ValueError(f"no source for a {type(source).__name__}; want one of config.SourceConfig")
+
+
+def sample_captions(source: Source, count: int) -> Iterator[str]:
+    """About `count` captions from rows spread evenly over the source, every language of a row; for a
+    vocabulary."""
+    first = sum(len(texts) for texts in source.captions(0).values())
+    rows = min(len(source), -(-count // max(1, first)))
+    left = count
+    for row in range(rows):
+        for texts in source.captions(row * len(source) // rows).values():
+            yield from texts[:left]
+            left -= len(texts[:left])
+
+
+class FirstRows:
+    """The first `count` rows of another source: what codes encoded ahead hold when the file is not
+    complete."""
+
+    def __init__(self, source: Source, count: int):
+        if not 1 <= count <= len(source):
+            raise ValueError(f"the first {count} rows of a source of {len(source)}; want 1 to {len(source)}")
+        self._source, self._count = source, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
+        return self._source.image(i, size, crop, rng)
+
+    def captions(self, i: int) -> Captions:
+        return self._source.captions(i)
+
+    def label(self, i: int) -> int | None:
+        return self._source.label(i)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._source.classes
+
+    @property
+    def stand_ins(self) -> dict[int, int]:
+        return self._source.stand_ins
+
+    def log_to(self, path: Path) -> None:
+        self._source.log_to(path)
+
+    def report(self) -> dict[str, int]:
+        return self._source.report()
+
+    def identity(self) -> str:
+        return self._source.identity()
+
+
+def source_of(path: str) -> config.SourceConfig:
+    """How to read what is at `path`, by what it is: a folder of pictures, a TFDS directory or name, tar files,
+    an npz file. Raises FileNotFoundError if there is nothing and it is no TFDS name."""
+    here = Path(path).expanduser()
+    if here.is_dir():
+        prepared = (here / "dataset_info.json").is_file()
+        return config.TfdsSource(path=path) if prepared else config.FolderSource(path=path)
+    if path.endswith(".npz"):
+        return config.ArraysSource(path=path)
+    if ".tar" in path:
+        return config.TarSource(path=path)
+    if here.exists():
+        raise ValueError(f"{path} is no source of pictures; want a folder, .tar or .npz, or a TFDS directory")
+    if path and path.replace("_", "").replace("/", "").replace(":", "").replace(".", "").isalnum():
+        return config.TfdsSource(path=path)
+    raise FileNotFoundError(
+        f"no data at {path!r}; want a folder, tar files, an .npz, or a TFDS directory or name"
+    )

@@ -1,0 +1,228 @@
+"""What every source is (`Source`), and what sources of stored pictures share (`StoredRows`).
+
+A row index means the same row for as long as the files stay as they are, also when some of their pictures
+turn out broken: those are replaced, picture, captions and label, by the next row whose picture decodes, and
+are counted by cause. So no other row moves, in this run or after a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from dalle_jax.data.images import BadImage, Crop, decode, fit
+
+Split = Literal["train", "eval"]
+Captions = dict[str, tuple[str, ...]]  # language -> its captions, at least one each
+
+PICTURES = (".webp", ".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+_MOST_LISTED = 10_000  # names of unusable records written to the run directory; the counts have no limit
+
+
+class Source(Protocol):
+    """Rows by index, 0 to len - 1; safe to read from many threads."""
+
+    classes: tuple[str, ...]  # names of the labels; () for a source without labels
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Picture of row i, uint8 (size, size, 3). `rng` draws the random crop."""
+        ...
+
+    def captions(self, i: int) -> Captions:
+        """Captions of row i. Of a row whose picture was replaced, those of the replacement: read it first."""
+        ...
+
+    def label(self, i: int) -> int | None:
+        """Class of row i, an index into `classes`, or None. Follows a replaced picture, as captions do."""
+        ...
+
+    @property
+    def stand_ins(self) -> dict[int, int]:
+        """Rows whose picture did not decode, of those read so far, and the row that each one shows
+        instead."""
+        ...
+
+    def report(self) -> dict[str, int]:
+        """Records that cannot be used, cause -> count, found so far."""
+        ...
+
+    def log_to(self, path: Path) -> None:
+        """Lists unusable records, those known and those found later, as lines of the JSON file `path`."""
+        ...
+
+    def identity(self) -> str:
+        """JSON that is equal for two sources if their rows are."""
+        ...
+
+
+class StoredRows:
+    """Rows whose pictures are stored. A subclass finds its records when made, counts those that cannot be
+    used with `_reject`, then calls `_found` and answers `_picture`, `_said` and `_name_of` by row."""
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, max_bad_share: float, languages: Sequence[str]):
+        self._max_bad_share, self._languages = max_bad_share, tuple(languages)
+        self._causes: Counter[str] = Counter()
+        self._listed: list[tuple[str, str]] = []  # name and cause of unusable records
+        self._broken: dict[int, str] = {}  # row -> why its picture cannot be used
+        self._stand_ins: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._log: Path | None = None
+        self._count = 0
+
+    # --- what a subclass answers
+
+    def _picture(self, row: int) -> bytes | np.ndarray:
+        """The stored picture: a file's bytes, or uint8 (H, W, 3). Raises BadImage."""
+        raise NotImplementedError
+
+    def _said(self, row: int) -> Captions:
+        raise NotImplementedError
+
+    def _label_of(self, row: int) -> int | None:
+        return None
+
+    def _name_of(self, row: int) -> str:
+        raise NotImplementedError
+
+    def _name(self) -> str:
+        """The source, for messages."""
+        raise NotImplementedError
+
+    def _reject(self, name: str, cause: str) -> None:
+        self._causes[cause] += 1
+        if len(self._listed) < _MOST_LISTED:
+            self._listed.append((name, cause))
+
+    def _found(self, rows: int) -> None:
+        self._count = rows
+        self._check_share()
+
+    # --- what a subclass gets
+
+    def __len__(self) -> int:
+        return self._count
+
+    def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
+        n = len(self)
+        if not 0 <= i < n:
+            raise IndexError(f"row {i} of a source of {n}")
+        for row in (j % n for j in range(i, i + n)):
+            if row in self._broken:
+                continue
+            try:
+                data = self._picture(row)
+                whole = isinstance(data, np.ndarray)
+                picture = (fit if whole else decode)(data, size, crop=crop, rng=rng)
+            except BadImage as error:
+                self._count_broken(row, error.cause)
+                continue
+            if row != i:
+                self._stand_ins[i] = row
+            return picture
+        raise ValueError(f"no picture of {self._name()} decodes{self._table()}")
+
+    def stored(self, i: int) -> bytes | np.ndarray:
+        """The picture of row i as it is stored: a file's bytes, or uint8 (H, W, 3). Raises BadImage, also for
+        bytes that do not decode; nothing stands in."""
+        data = self._picture(i)
+        if not isinstance(data, np.ndarray):
+            decode(data, 8)
+        return data
+
+    def captions(self, i: int) -> Captions:
+        return self._said(self._stand_ins.get(i, i))
+
+    def label(self, i: int) -> int | None:
+        return self._label_of(self._stand_ins.get(i, i))
+
+    @property
+    def stand_ins(self) -> dict[int, int]:
+        return dict(self._stand_ins)
+
+    def report(self) -> dict[str, int]:
+        return dict(self._causes + Counter(f"picture {cause}" for cause in list(self._broken.values())))
+
+    def log_to(self, path: Path) -> None:
+        with self._lock:
+            self._log, known, self._listed = path, self._listed, []
+            self._write(known)
+
+    def _write(self, found: list[tuple[str, str]]) -> None:
+        """Adds records to the log that it does not list yet; it is small, so it is read whole."""
+        if not found:
+            return
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
+        have = set(lines)
+        new = [json.dumps({"name": name, "cause": cause}) for name, cause in found]
+        new = [line for line in dict.fromkeys(new) if line not in have][: max(0, _MOST_LISTED - len(lines))]
+        if new:
+            with open(self._log, "a", encoding="utf-8") as file:
+                file.write("\n".join(new) + "\n")
+
+    def _count_broken(self, row: int, cause: str) -> None:
+        with self._lock:
+            if row in self._broken:
+                return
+            self._broken[row] = cause
+            found = (self._name_of(row), f"picture {cause}")
+            if self._log is not None:
+                self._write([found])
+            elif len(self._listed) < _MOST_LISTED:
+                self._listed.append(found)
+        self._check_share()
+
+    def _check_share(self) -> None:
+        bad, total = self._causes.total() + len(self._broken), self._count + self._causes.total()
+        if bad > self._max_bad_share * total:
+            raise ValueError(
+                f"{bad} of {total} records of {self._name()} cannot be used, more than the share of "
+                f"{self._max_bad_share:g} that data.source.max_bad_share allows; mend the files or "
+                f"raise it{self._table()}"
+            )
+
+    def _table(self) -> str:
+        causes = sorted(self.report().items(), key=lambda item: (-item[1], item[0]))
+        return "".join(f"\n{count:9d}  {cause}" for cause, count in causes)
+
+
+def listed_captions(fields: dict, names: dict[str, Sequence[str]], languages: Sequence[str]) -> Captions:
+    """The captions that a record's fields hold. names: language -> field names, the first that is there
+    counts; a field is a text or a list of texts, what is empty or no text is left out."""
+    captions = {}
+    for language in languages:
+        texts = next((fields[n] for n in names.get(language, ()) if fields.get(n) is not None), None)
+        texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, list) else []
+        kept = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+        if kept:
+            captions[language] = kept
+    return captions
+
+
+def class_captions(name: str, templates: Sequence[str], languages: Sequence[str]) -> Captions:
+    """The captions of a class: its name in each template, in place of `{}`. English only."""
+    name = name.replace("_", " ").strip()
+    return {"en": tuple(t.replace("{}", name) for t in templates)} if "en" in languages and name else {}
+
+
+def parse_object(data: bytes | str) -> dict | None:
+    """The object that JSON text holds, or None."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def local_path(path: str) -> Path:
+    return Path(os.path.expanduser(path))
