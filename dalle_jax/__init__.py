@@ -14,6 +14,7 @@ _ROOMS = (
     "nn",
     "tokenizer",
     "dalle",
+    "diffusion",
     "sampling",
     "data",
     "train",

@@ -18,6 +18,7 @@ from dalle_jax.config import (
     FolderSource,
     MeshConfig,
     ModelConfig,
+    NoiseConfig,
     OptimConfig,
     ScenesSource,
     Schedule,
@@ -47,6 +48,10 @@ EVERY = [
         text_vocab=5, text_len=3, image_vocab=7, grid=2, dim=12, layers=3, heads=3, mlp_ratio=2,
         attention=("conv", "full"), last_attention=None, conv_kernel=3, qk_norm=True, text_loss_weight=0.1,
         null_rate=0.0, dtype="float32", remat="dots", scan_unroll=2,
+    ),
+    NoiseConfig(
+        kind="cosine", beta_min=0.2, beta_max=15.0, steps=500, sigma_min=0.02, sigma_max=40.0, rho=5.0,
+        zero_terminal_snr=True, t_min=1e-4,
     ),
     ScenesSource(
         count=10, min_objects=2, max_objects=3, sizes=("small",), fills=("dotted", "solid"),

@@ -21,6 +21,7 @@ from dalle_jax.config.data import (
     TextConfig,
     TfdsSource,
 )
+from dalle_jax.config.diffusion import NoiseConfig, NoiseKind, Prediction, Weighting
 from dalle_jax.config.json import from_json, to_json
 from dalle_jax.config.tokenizer import Dtype, DVAEConfig, Schedule
 from dalle_jax.config.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig
@@ -36,7 +37,10 @@ __all__ = [
     "Language",
     "MeshConfig",
     "ModelConfig",
+    "NoiseConfig",
+    "NoiseKind",
     "OptimConfig",
+    "Prediction",
     "SceneBackground",
     "SceneFill",
     "SceneSize",
@@ -47,6 +51,7 @@ __all__ = [
     "TextConfig",
     "TfdsSource",
     "TrainConfig",
+    "Weighting",
     "from_json",
     "to_json",
 ]
