@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,12 +24,19 @@ _COVERAGES = (0.9995, 0.98)  # share of characters with a piece of their own; th
 _LONGEST = 65_536  # bytes of a caption that the vocabulary is trained on; longer ones are skipped
 
 
-def train(captions: Iterable[str], path: str | os.PathLike, *, vocab: int, lowercase: bool = True) -> None:
+def train(
+    captions: Iterable[str],
+    path: str | os.PathLike,
+    *,
+    vocab: int,
+    lowercase: bool = True,
+    nfkc: bool = True,
+) -> None:
     """Trains a BPE vocabulary on `captions` and writes it to `path`; the same captions give the same file.
 
     vocab: most pieces wanted, among them 256 bytes and one `<unk>`. Captions that support fewer get the most
         they support, which is no error: the Transformer's `text_vocab` is an upper bound.
-    lowercase: fold case on top of NFKC.
+    lowercase: fold case. nfkc: fold compatible forms of a character into one. Both are written into the file.
 
     Raises ValueError if there is no caption with text in it, or if `vocab` cannot hold the bytes and the
     characters that make up 98% of the captions (the message says how many pieces can).
@@ -37,11 +45,11 @@ def train(captions: Iterable[str], path: str | os.PathLike, *, vocab: int, lower
     lines = [line for line in lines if line.strip()]
     if not lines:
         raise ValueError("no captions with text to train a vocabulary on; check the source and its languages")
-    error = ""
+    error, rule = "", _rule(lowercase, nfkc)
     for coverage in _COVERAGES:
-        model, error = _train(lines, vocab, coverage, lowercase)
+        model, error = _train(lines, vocab, coverage, rule)
         if model is None and (most := re.search(r"value <= (\d+)", error)):
-            model, error = _train(lines, int(most[1]), coverage, lowercase)
+            model, error = _train(lines, int(most[1]), coverage, rule)
         if model is not None:
             _write(Path(path), model)
             return
@@ -136,6 +144,18 @@ class TextTokenizer:
         return self._processor.normalize(_clean(caption)).replace(_SPACE, " ").removeprefix(" ")
 
 
+def statistics(tokenizer: TextTokenizer, captions: Iterable[str], *, text_len: int) -> dict[str, float]:
+    """What a vocabulary makes of captions: `captions`, `tokens` and `characters` of all, and `cut`, how many
+    are longer than `text_len` tokens."""
+    counts = [(tokenizer.count(caption), len(caption)) for caption in captions]
+    return {
+        "captions": len(counts),
+        "tokens": sum(n for n, _ in counts),
+        "characters": sum(n for _, n in counts),
+        "cut": sum(n > text_len for n, _ in counts),
+    }
+
+
 def _clean(caption: str) -> str:
     """The caption as text that UTF-8 can hold, in one line, without the mark that stands for a space."""
     if not isinstance(caption, str):
@@ -145,9 +165,35 @@ def _clean(caption: str) -> str:
     return caption.replace("\n", " ").replace("\r", " ")
 
 
-def _train(lines: list[str], vocab: int, coverage: float, lowercase: bool) -> tuple[bytes | None, str]:
+def _train(lines: list[str], vocab: int, coverage: float, rule: str | None) -> tuple[bytes | None, str]:
     """The model, or None and what sentencepiece said."""
     out = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        if rule is None:
+            own = Path(folder, "lower.tsv")
+            own.write_text(_lower_rules(), encoding="ascii")
+            normalization = {"normalization_rule_tsv": str(own)}
+        else:
+            normalization = {"normalization_rule_name": rule}
+        return _spm(lines, out, vocab, coverage, normalization)
+
+
+def _rule(lowercase: bool, nfkc: bool) -> str | None:
+    """Sentencepiece's name for a normalisation; None for lower case alone, which it has no name for."""
+    if nfkc:
+        return "nmt_nfkc_cf" if lowercase else "nmt_nfkc"
+    return None if lowercase else "identity"
+
+
+def _lower_rules() -> str:
+    """Lower case as rules for sentencepiece: a line for each character that has another, in hexadecimal."""
+    pairs = [(c, chr(c).lower()) for c in range(0x41, 0x1F000) if chr(c).lower() != chr(c)]
+    return "".join(f"{c:X}\t{' '.join(f'{ord(x):X}' for x in low)}\n" for c, low in pairs)
+
+
+def _spm(
+    lines: list[str], out: io.BytesIO, vocab: int, coverage: float, normalization: dict[str, str]
+) -> tuple[bytes | None, str]:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -156,7 +202,7 @@ def _train(lines: list[str], vocab: int, coverage: float, lowercase: bool) -> tu
             model_type="bpe",
             byte_fallback=True,
             character_coverage=coverage,
-            normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+            **normalization,
             max_sentence_length=_LONGEST,
             num_threads=1,
             unk_id=0,

@@ -34,6 +34,7 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import measures
 from dalle_jax.inference import load_text_to_image, load_tokenizer
 from dalle_jax.nn.sharding import make_mesh
+from dalle_jax.text import TextTokenizer
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train import loop
 from dalle_jax.train.rundir import load_run
@@ -181,6 +182,15 @@ def test_data_tells_what_a_folder_holds_and_builds_a_tfds_set(folder, tmp_path):
     assert again["splits"]["train"]["rows"] in (10, 11)  # the empty picture is in one of the splits
     assert "--to and --out go together" in refused("data", folder, "--to", "tfds")
     assert "no data at" in refused("data", "no where")
+
+
+def test_text_train_writes_a_vocabulary(folder, tmp_path):
+    told = json_of(
+        "text", "train", folder, "--out", tmp_path / "v" / "text.model", "--vocab", 300, "--text-len", 2
+    )
+    assert TextTokenizer.load(tmp_path / "v" / "text.model").size == told["pieces"] <= 300
+    assert set(told["languages"]) == {"en"} and told["languages"]["en"]["cut"] >= 1
+    assert "too small" in refused("text", "train", folder, "--out", tmp_path / "x", "--vocab", 20)
 
 
 # --- the command itself -----------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ EVERY = [
         source=TarSource(path="圖/*.tar"), codes="x.npz", batch=8, crop="none", languages=("zh",), seed=3,
         threads=1, prefetch=9,
     ),
-    TextConfig(model="m", train_captions=5, dropout=0.0, lowercase=False),
+    TextConfig(model="m", train_captions=5, dropout=0.0, lowercase=False, nfkc=False),
     OptimConfig(
         learning_rate=1 / 3, warmup_steps=1, schedule="constant", decay_steps=9, end_factor=0.0, b1=0.1,
         b2=0.2, eps=1e-30, weight_decay=0.0, clip_norm=0.0, accumulate=2, ema_decay=0.0, ema_every=1,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_jax.text import TextTokenizer, null_caption, train
+from dalle_jax.text import TextTokenizer, null_caption, statistics, train
 
 CAPTIONS = [
     f"a {size} {colour} {shape} left of a {other} circle"
@@ -63,6 +63,32 @@ def test_normalisation(tokenizer):
 def test_case_is_kept_when_asked(tmp_path):
     train(CAPTIONS, tmp_path / "m", vocab=400, lowercase=False)
     assert TextTokenizer.load(tmp_path / "m").normalize("A Cat") == "A Cat"
+
+
+@pytest.mark.parametrize(
+    ("lowercase", "nfkc", "want"),
+    [
+        (True, True, "a red ab"),
+        (False, True, "A Red AB"),
+        (True, False, "a red ａｂ"),
+        (False, False, "A Red ＡＢ"),
+    ],
+)
+def test_normalisation_is_chosen_and_kept_in_the_file(tmp_path, lowercase, nfkc, want):
+    train(CAPTIONS, tmp_path / "m", vocab=400, lowercase=lowercase, nfkc=nfkc)
+    tokenizer = TextTokenizer.load(tmp_path / "m")
+    assert tokenizer.normalize("A  Red ＡＢ") == want
+    assert tokenizer.decode(tokenizer.encode("A  Red ＡＢ", text_vocab=400, text_len=32)) == want
+
+
+def test_statistics(tokenizer):
+    counts = [tokenizer.count(c) for c in CAPTIONS[:3]]
+    got = statistics(tokenizer, CAPTIONS[:3], text_len=max(counts) - 1)
+    assert got == {
+        "captions": 3, "tokens": sum(counts), "characters": sum(map(len, CAPTIONS[:3])),
+        "cut": counts.count(max(counts)),
+    }  # fmt: skip
+    assert statistics(tokenizer, CAPTIONS[:3], text_len=max(counts))["cut"] == 0
 
 
 def test_unknown_characters_become_bytes(tokenizer):

@@ -35,6 +35,7 @@ VERBS = {  # verb: (class in verbs.py, module with `run`, one line of help)
         "dalle_jax.cli.data",
         "what a data set holds and what of it cannot be used; build a TFDS set",
     ),
+    "text": ("Text", "dalle_jax.cli.text", "train a vocabulary on the captions of a data set"),
     "evaluate": ("Evaluate", "dalle_jax.cli.evaluate", "every measure that applies to a run"),
     "info": ("Info", "dalle_jax.cli.info", "parameters, shapes and memory of a run or a configuration"),
 }

@@ -51,6 +51,32 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Text:
+    """Trains a byte-pair vocabulary on the captions of a data set, for --text.model of a Transformer.
+
+    Prints tokens per caption and per character in each language, on captions of the evaluation split where
+    there is one, and how many captions are longer than --text-len."""
+
+    action: Positional[Annotated[Literal["train"], arg(metavar="train")]]
+    """what to do"""
+    path: Positional[Annotated[str, arg(metavar="PATH")]]
+    """folder, tar files (commas, globs), npz file, TFDS directory or name"""
+    out: str
+    """file to write"""
+    vocab: int = 16_384
+    """most pieces, among them 256 bytes"""
+    captions: int = 200_000
+    """captions to read, from rows spread evenly over the data set"""
+    text_len: int = 256
+    """tokens that the Transformer will read of a caption"""
+    case: bool = False
+    """keep upper case"""
+    nfkc: bool = True
+    """fold compatible forms of a character into one"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """Draws pictures for captions: one PNG file each, and all of them with their captions in grid.png.
 

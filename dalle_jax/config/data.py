@@ -159,6 +159,7 @@ class TextConfig:
     train_captions: int = 200_000  # captions read when training the vocabulary
     dropout: float = 0.1  # probability of skipping a merge while training
     lowercase: bool = True
+    nfkc: bool = True  # fold compatible forms of a character, as full-width letters, into one
 
     def __post_init__(self):
         require(0.0 <= self.dropout < 1.0, f"text.dropout is {self.dropout}; want a probability in [0, 1)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ class DalleTask:
                 text.TextTokenizer.load(config.text.model).save(vocabulary)
             else:
                 captions = sample_captions(self._source, config.text.train_captions)
-                text.train(captions, vocabulary, vocab=self.model.text_vocab, lowercase=config.text.lowercase)
+                case = {"lowercase": config.text.lowercase, "nfkc": config.text.nfkc}
+                text.train(captions, vocabulary, vocab=self.model.text_vocab, **case)
         if first and not (frozen / "config.json").exists():
             shutil.rmtree(frozen, ignore_errors=True)  # half-written
             if config.tokenizer is not None or not copy_tokenizer(config, frozen):
@@ -88,9 +90,22 @@ class DalleTask:
             raise ValueError(
                 f"{vocabulary} has {self.text.size} pieces, model.text_vocab is {self.model.text_vocab}; raise it"
             )
+        if first:
+            self._tell_cut()
         self.tokenizer, self.frozen, fingerprint = load_frozen(frozen)
         self._fits(self.tokenizer, frozen)
         self._check_codes(fingerprint)
+
+    def _tell_cut(self) -> None:
+        """Says how many of a sample of captions are longer than the model reads; they are cut."""
+        sample = list(sample_captions(self._source, 2_000))
+        cut = text.statistics(self.text, sample, text_len=self.model.text_len)["cut"]
+        if cut:
+            print(
+                f"{cut} of {len(sample)} captions looked at are longer than model.text_len {self.model.text_len} "
+                "tokens and are cut there",
+                file=sys.stderr,
+            )
 
     def _check_codes(self, fingerprint: str) -> None:
         made = getattr(self._source, "tokenizer", fingerprint)

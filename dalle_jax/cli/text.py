@@ -1,0 +1,46 @@
+"""`dalle-jax text train`: a vocabulary from the captions of a data set, and what it makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from dalle_jax.cli import output
+from dalle_jax.cli.verbs import Text
+from dalle_jax.data.sources import open_source, sample_captions, source_of
+from dalle_jax.text import TextTokenizer, statistics, train
+
+_MEASURED = 10_000  # captions of each language
+
+
+def text(args: Text) -> dict[str, Any]:
+    """Trains, then measures on captions that the vocabulary was not trained on where there are some."""
+    if args.captions < 1 or args.text_len < 1:
+        raise ValueError(f"--captions {args.captions}, --text-len {args.text_len}; want at least 1 each")
+    source, out = source_of(args.path), output.file(args.out)
+    if hasattr(source, "max_bad_share"):
+        source = dataclasses.replace(
+            source, max_bad_share=1.0
+        )  # rows without a caption in one of the languages
+    captions = list(sample_captions(open_source(source, "train"), args.captions))
+    begin = time.monotonic()
+    train(captions, out, vocab=args.vocab, lowercase=not args.case, nfkc=args.nfkc)
+    seconds = time.monotonic() - begin
+    tokenizer, languages = TextTokenizer.load(out), {}
+    for language in ("en", "zh"):
+        try:
+            rows = open_source(source, "eval", languages=(language,))
+        except ValueError:  # no evaluation split, or not in that language
+            continue
+        found = statistics(tokenizer, sample_captions(rows, _MEASURED), text_len=args.text_len)
+        languages[language] = found
+        print(
+            f"{language}: {found['captions']} held-out captions, {found['tokens'] / found['captions']:.2f} tokens "
+            f"each, {found['tokens'] / found['characters']:.3f} per character; {found['cut']} longer than "
+            f"{args.text_len}"
+        )
+    print(
+        f"{tokenizer.size} pieces from {len(captions)} captions in {seconds:.1f} s; next: --text.model {out}"
+    )
+    return {"pieces": tokenizer.size, "captions": len(captions), "seconds": seconds, "languages": languages}
