@@ -22,7 +22,7 @@ config = TrainConfig(
     tokenizer="runs/dvae_openai",
     model=DalleConfig(),  # the defaults are the paper's sizes; null_rate is ours, for guidance
     data=DataConfig(
-        source=TarSource(path=""), batch=1024, crop="random", languages=("en",), threads=16, prefetch=8
+        source=TarSource(path=""), batch=1024, crop="narrow", languages=("en",), threads=16, prefetch=8
     ),
     text=TextConfig(train_captions=2_000_000, dropout=0.1),
     optim=OptimConfig(),  # AdamW of B.2; the paper halved the rate on plateaus, ours follows a cosine to 1/32

@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dalle_jax import config
-from dalle_jax.data.images import BadImage, decode, encode_png, grid, load_picture, save_png
+from dalle_jax.data.images import BadImage, decode, encode_png, fit, grid, load_picture, save_png
 from dalle_jax.data.sources import FirstRows, open_source, sample_captions
 
 RED = (220, 30, 40)
@@ -147,8 +149,31 @@ def test_crops():
         decode(data, 30, crop="random")
 
 
+def test_random_windows_are_those_of_the_paper():
+    """2102.12092, A.2 and B.1: where the square begins, and its side over the side of the window."""
+    wide = np.zeros((320, 960, 3), np.uint8)
+    wide[:, :, 0] = np.linspace(0, 255, 960).round()[None]  # the value tells the column
+    for crop, least, most, zooms in (("random", 0, 640, (9 / 8, 12 / 8)), ("narrow", 240, 400, (1.0, 9 / 8))):
+        left, right = [], []
+        for seed in range(300):
+            got = (
+                fit(wide, 64, crop=crop, rng=np.random.default_rng(seed))[32, :, 0].astype(float) * 959 / 255
+            )
+            left.append(got[0])
+            right.append(got[-1])
+        widths = (np.array(right) - left) * 64 / 63  # columns that the window spans
+        zoom = 320 / widths
+        assert (
+            zooms[0] - 0.05 < zoom.min() < zooms[0] + 0.04 and zooms[1] - 0.06 < zoom.max() < zooms[1] + 0.06
+        )
+        slack = 320 * (1 - 1 / zooms[1]) + 8
+        assert least - 8 <= min(left) < least + 40 and most + 320 - 60 - slack < max(right) <= most + 320 + 8
+    with pytest.raises(ValueError, match="crop='narrow' draws"):
+        fit(wide, 64, crop="narrow")
+
+
 @pytest.mark.parametrize(("kind", "side"), [("JPEG", 700), ("PNG", 333), ("WEBP", 16), ("JPEG", 1)])
-@pytest.mark.parametrize("crop", ["none", "center", "random"])
+@pytest.mark.parametrize("crop", ["none", "center", "random", "narrow"])
 def test_every_size_comes_out_square(kind, side, crop):
     data = encoded(plain(size=(side, side * 2)), kind)
     got = decode(data, 32, crop=crop, rng=np.random.default_rng(0))
@@ -206,6 +231,27 @@ def test_damaged_pictures_never_surprise(kind):
             assert decode(bytes(hurt), 8).shape == (8, 8, 3)
         except BadImage as error:
             assert error.cause in ("not an image", "truncated", "broken", "bomb")
+
+
+@pytest.mark.slow
+def test_memory_of_large_pictures_does_not_grow_with_the_threads(tmp_path):
+    """Six pictures of 60 million pixels at once take less than three would, 180 MB each once decoded."""
+    code = """
+import io, resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from PIL import Image
+from dalle_jax.data.images import BadImage, decode
+out = io.BytesIO(); Image.new("RGB", (10_000, 6_000), "red").save(out, "PNG"); data = out.getvalue()
+big = io.BytesIO(); Image.new("1", (10_000, 10_000)).save(big, "PNG")  # 100 million: refused by its header
+try: decode(big.getvalue(), 64)
+except BadImage as error: assert error.cause == "bomb"
+with ThreadPoolExecutor(6) as pool: list(pool.map(lambda _: decode(data, 64), range(6)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    peak = int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+    assert peak < 540, f"{peak} MiB"
 
 
 def test_load_picture_names_the_path(tmp_path):

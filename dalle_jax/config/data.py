@@ -135,7 +135,9 @@ class DataConfig:
     source: SourceConfig = field(default_factory=ScenesSource)
     codes: str | None = None  # a file of `dalle-jax encode RUN --data`: train on codes encoded ahead
     batch: int = 64  # global batch, rows per update over all devices and accumulation steps
-    crop: Literal["none", "center", "random"] = "center"  # none squashes a picture that is not square
+    # none squashes a picture that is not square; random is the paper's for the tokenizer (A.2), narrow that for the
+    # Transformer (B.1)
+    crop: Literal["none", "center", "random", "narrow"] = "center"
     languages: tuple[Language, ...] = ("en", "zh")  # of the captions
     seed: int = 0  # of the shuffle and of every random choice per row
     threads: int = 2  # that read and render ahead of the device

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import unicodedata
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -17,11 +19,15 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Crop = Literal["none", "center", "random"]
+Crop = Literal["none", "center", "random", "narrow"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that starts another program
 _MAX_PIXELS = 64_000_000  # a header that claims more is refused before anything is decoded
-_ZOOM = (9 / 8, 12 / 8)  # side of the picture over side of a random window, least and most
+# Side of the picture over side of a random window, least and most: for the tokenizer (2102.12092, A.2) and for the
+# Transformer (B.1).
+_ZOOM = {"random": (9 / 8, 12 / 8), "narrow": (1.0, 9 / 8)}
+_LARGE_PIXELS = 16_000_000  # pictures above are decoded in one thread of their own: memory
+_LARGE_THREAD = "large pictures"
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -77,15 +83,15 @@ def decode(
     size: side of the result, pixels; smaller pictures are enlarged.
     crop: "none" squashes the whole picture into the square; "center" takes the largest square in the middle;
         "random" a random large square and in it, where there are pixels to spare, a random window of 8/12 to
-        8/9 of its side (2102.12092, listing 1 of the appendix, without the flip, which would contradict
-        captions that say left and right).
-    rng: draws the random crop; needed for "random" and only used there.
+        8/9 of its side (2102.12092, A.2, without the flip, which would contradict captions that say left and
+        right); "narrow" stays near the middle: square from the middle quarter, window of 8/9 of its side to all
+        of it (B.1).
+    rng: draws the random crop; needed for "random" and "narrow" and only used there.
 
     Returns uint8 (size, size, 3). Raises BadImage for bytes that are not a whole picture of at most 64
     million pixels.
     """
-    if crop == "random" and rng is None:
-        raise ValueError("crop='random' draws the window from rng, got None; pass a np.random.Generator")
+    _check_rng(crop, rng)
     if not data:
         raise BadImage("empty", "the picture is empty (0 bytes)")
     try:
@@ -97,10 +103,13 @@ def decode(
                 )
             if width < 1 or height < 1:
                 raise BadImage("broken", f"the picture claims {width} x {height} pixels")
-            turn = _TURNS.get(_orientation(picture))
             if picture.mode in ("RGB", "L", "CMYK", "YCbCr"):
-                least = round(_ZOOM[1] * size) if crop == "random" else size
+                least = round(_ZOOM[crop][1] * size) if crop in _ZOOM else size
                 picture.draft(None, (least, least))  # JPEG: decode at 1/2, 1/4 or 1/8 where that is enough
+            large = picture.width * picture.height > _LARGE_PIXELS  # after draft has made a JPEG smaller
+            if large and not threading.current_thread().name.startswith(_LARGE_THREAD):
+                return _large_thread().submit(decode, data, size, crop=crop, rng=rng).result()
+            turn = _TURNS.get(_orientation(picture))  # of a PNG this loads the pixels
             picture.load()
             rgb = _to_rgb(picture)
             box = _crop_box(rgb.size, size, crop, rng)
@@ -123,8 +132,7 @@ def fit(
     image_HW3: np.ndarray, size: int, *, crop: Crop = "center", rng: np.random.Generator | None = None
 ) -> np.ndarray:
     """A decoded picture, uint8 (H, W, 3), as a square: what `decode` does with the pixels of a file."""
-    if crop == "random" and rng is None:
-        raise ValueError("crop='random' draws the window from rng, got None; pass a np.random.Generator")
+    _check_rng(crop, rng)
     height, width = image_HW3.shape[:2]
     box = _crop_box((width, height), size, crop, rng)
     if box == (0, 0, size, size) and (width, height) == (size, size):
@@ -186,11 +194,28 @@ def _crop_box(
     if crop == "center":
         x, y = (width - side) // 2, (height - side) // 2
         return x, y, x + side, y + side
-    x, y = rng.integers(0, width - side + 1), rng.integers(0, height - side + 1)
-    least, most = (min(side, round(zoom * size)) for zoom in _ZOOM)
+    x, y = (_offset(length - side, crop, rng) for length in (width, height))
+    least, most = (min(side, round(zoom * size)) for zoom in _ZOOM[crop])
     window = side * min(1.0, size / rng.integers(least, most + 1))
     x, y = x + rng.uniform(0, side - window), y + rng.uniform(0, side - window)
     return float(x), float(y), min(width, float(x + window)), min(height, float(y + window))
+
+
+@lru_cache(maxsize=1)
+def _large_thread() -> ThreadPoolExecutor:
+    """Decodes large pictures one after the other, so that memory does not grow with the threads that read."""
+    return ThreadPoolExecutor(1, thread_name_prefix=_LARGE_THREAD)
+
+
+def _offset(spare: int, crop: Crop, rng: np.random.Generator) -> int:
+    """Where the square begins: anywhere, or in the middle quarter of where it can."""
+    low, high = (0, spare) if crop == "random" else (3 * spare // 8, 5 * spare // 8)
+    return int(rng.integers(low, high + 1))
+
+
+def _check_rng(crop: Crop, rng: np.random.Generator | None) -> None:
+    if crop in _ZOOM and rng is None:
+        raise ValueError(f"crop={crop!r} draws the window from rng, got None; pass a np.random.Generator")
 
 
 # --- out ------------------------------------------------------------------------------------------------
