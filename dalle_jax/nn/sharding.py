@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.config import MeshConfig
@@ -58,7 +59,9 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh of `cfg` over `devices` (all devices by default), axes `data, fsdp, model`.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    Where the devices are slices of TPU joined by the data centre's network, `data` runs over the slices first:
+    parameters and heads are never split across that network, only gradients cross it. Raises ValueError when
+    the sizes do not multiply to the number of devices, or `data` is not a multiple of the slices.
     """
     if cfg.cpu_devices:
         _split_cpu(cfg.cpu_devices)
@@ -77,7 +80,20 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
             f"mesh data={cfg.data} fsdp={cfg.fsdp} model={cfg.model} wants {math.prod(sizes)} devices, "
             f"{len(devices)} are here; set one of them to -1 to take what is there"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh data={sizes[0]} is not a multiple of the {slices} slices; only `data` may cross from slice to "
+            f"slice: set mesh.data to {slices} or a multiple of it"
+        )
+    within = (sizes[0] // slices, *sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def _split_cpu(count: int) -> None:

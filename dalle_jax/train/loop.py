@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 
 from dalle_jax.config import TrainConfig
 from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from dalle_jax.train import compile_only
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.metrics import MetricsLog, Progress, Stopwatch
 from dalle_jax.train.optim import make_optimizer
@@ -39,6 +40,7 @@ from dalle_jax.train.state import (
     State,
     abstract_state,
     batch_ways,
+    check_batch,
     init_state,
     make_step,
     param_shapes,
@@ -90,7 +92,7 @@ def run(config: TrainConfig, task: Task | None = None) -> Outcome:
     gradient that is not finite. In each case the last good checkpoint stays the last one.
     """
     mesh = make_mesh(config.mesh)
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     if task is None:
         from dalle_jax.train.tasks import make_task
 
@@ -99,22 +101,6 @@ def run(config: TrainConfig, task: Task | None = None) -> Outcome:
         task.prepare(run_dir)
     with jax.set_mesh(mesh):
         return _Training(config, task, mesh, run_dir).run()
-
-
-def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    ways, pieces = batch_ways(mesh), config.optim.accumulate
-    rows = config.data.batch // pieces
-    if rows % ways:
-        split = f" in {pieces} microbatches of {rows} rows (optim.accumulate)" if pieces > 1 else ""
-        raise ValueError(
-            f"data.batch {config.data.batch}{split} is not divisible by the {ways} devices that share "
-            f"a batch (mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); "
-            f"want a multiple of {ways * pieces}"
-        )
-    if config.data.batch % jax.process_count():
-        raise ValueError(
-            f"data.batch {config.data.batch} is not divisible by {jax.process_count()} processes; change it"
-        )
 
 
 class _Training:
@@ -371,6 +357,9 @@ def _stop_signals():
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """`CONFIG.py [--field value ...]`: trains, and returns the exit code.
 
+    With `--compile-only TOPOLOGY [--slices N] [--json]` it compiles instead (train/compile_only.py): 0 where
+    the step fits, 2 for a mesh, batch or topology that do not go together, 3 where it does not fit.
+
     0: finished, or stopped by a signal with its state saved. 1: a configuration, file or disk that does not
     allow to go on, told in one message. 2: a command line that is not understood. 3: a loss or gradient
     that is not finite. 130: interrupted twice, or before the first step. With the environment variable
@@ -379,14 +368,18 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     argv = sys.argv[1:] if argv is None else argv
     usage = (
         f"usage: {prog} CONFIG.py [--field value ...]\n       {prog} CONFIG.py --help lists the fields\n"
-        "       --data.path PATH reads a folder, tar files, an npz file or a TFDS data set"
+        "       --data.path PATH reads a folder, tar files, an npz file or a TFDS data set\n"
+        f"       {prog} CONFIG.py --compile-only v5p:4x4x4 [--slices N] [--json] compiles for a topology, or local"
     )
     if not argv or argv[0].startswith("-"):
         helped = bool(argv) and argv[0] in ("-h", "--help")
         print(usage, file=sys.stdout if helped else sys.stderr)
         return 0 if helped else 2
     try:
+        argv, flags = compile_only.split_flags(argv)
         config = parse(argv, prog)
+        if flags.compile_only is not None:
+            return compile_only.main(config, flags, prog)
         run(config)
     except SystemExit as exit:  # tyro has told what it did not understand, or --help
         return exit.code if isinstance(exit.code, int) else 2
