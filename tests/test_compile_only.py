@@ -206,6 +206,11 @@ def test_what_does_not_go_together_exits_2(config_file, capsys, flags, want):
     assert want in capsys.readouterr().err
 
 
+def test_its_flags_are_refused_without_it(config_file, capsys):
+    assert loop.main([config_file, "--json"]) == 2
+    assert "--json" in capsys.readouterr().err
+
+
 def test_without_libtpu_the_package_is_named(config_file, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert loop.main([config_file, "--compile-only", "v5e:2x2"]) == 1

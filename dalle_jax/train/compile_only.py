@@ -231,6 +231,8 @@ def split_flags(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     flags, rest = parser.parse_known_args(argv)
+    if flags.compile_only is None:  # the others mean nothing then, and are refused with all unknown flags
+        return argv, flags
     return rest, flags
 
 
