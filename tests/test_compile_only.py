@@ -13,7 +13,7 @@ import pytest
 from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig, MeshConfig, TrainConfig
 from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.train import hlo, loop
-from dalle_jax.train.compile_only import compile_step, train_flops
+from dalle_jax.train.compile_only import compile_step, needed_gib, train_flops
 from dalle_jax.train.topology import parse_topology, tpu_devices
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +107,15 @@ def test_costs_by_hand():
 def test_bytes_of_types():
     assert hlo.shape_bytes("(bf16[2,3]{1,0}, f32[], pred[4], s64[2], u32[0])") == 12 + 4 + 4 + 16
     assert hlo.shape_bytes("f8e4m3fn[10]") == 10
+
+
+def test_the_gib_that_the_compiler_lacks():
+    """The form of XLA's allocator, and the one that libtpu 0.0.42.1 printed here."""
+    first = (
+        "Ran out of memory in memory space hbm. Used 16.25G of 15.75G hbm. Exceeded hbm capacity by 512.0M."
+    )
+    second = "the total memory required for HLO temporaries (1.5T) exceeds available HBM (15.75G)."
+    assert (needed_gib(first), needed_gib(second), needed_gib("no room")) == (16.25, 1536.0, None)
 
 
 def test_model_flops_by_hand():

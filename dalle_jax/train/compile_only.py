@@ -81,10 +81,11 @@ def compile_step(config: TrainConfig, target: str = "local", slices: int = 1) ->
     """Compiles the training step of `config` for `target` and describes it.
 
     target: a topology (see train/topology.py) or `local`. Returns `fits` (None where the memory of the device
-    is not known), `peak_gib_per_device`, `hbm_gib_per_device`, `memory_gib` by class, `collectives` (kind ->
-    runs and GiB per step and device), `model_flops`, `step_seconds` and `estimated_mfu` (the low end) with
-    `estimated_mfu_high` (None where there is no estimate), `compile_seconds`. Raises ValueError for a
-    mesh, batch or topology that does not go together.
+    is not known), `peak_gib_per_device` (where it does not fit, what the compiler says it needs),
+    `hbm_gib_per_device`, `memory_gib` by class, `collectives` (kind -> runs and GiB per step and device),
+    `model_flops`, `step_seconds` and `estimated_mfu` (the low end) with `estimated_mfu_high` (None where there
+    is no estimate), `compile_seconds`. Raises ValueError for a mesh, batch or topology that does not go
+    together.
     """
     local = target == "local"
     devices = jax.devices() if local else tpu_devices(target, slices)
@@ -122,12 +123,11 @@ def compile_step(config: TrainConfig, target: str = "local", slices: int = 1) ->
         with jax.set_mesh(mesh):
             compiled = step.lower(abstract, {}, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed_gib(str(error))
-        if needed is None:
+        if not _out_of_memory(str(error)):
             raise
         return report | {
             "fits": False,
-            "peak_gib_per_device": needed,
+            "peak_gib_per_device": needed_gib(str(error)),
             "memory_gib": memory,
             "collectives": {},
             "model_flops": train_flops(config),
@@ -182,13 +182,15 @@ def _local_gib(device: jax.Device) -> float | None:
     return stats["bytes_limit"] / GIB if stats and "bytes_limit" in stats else None
 
 
-def _needed_gib(message: str) -> float | None:
-    """The GiB that an out-of-memory message of the compiler says are needed; None for other messages."""
-    if "RESOURCE_EXHAUSTED" not in message and "Oom" not in message:
-        return None
+def _out_of_memory(message: str) -> bool:
+    return "RESOURCE_EXHAUSTED" in message or "CompileTimeHbmOom" in message
+
+
+def needed_gib(message: str) -> float | None:
+    """The GiB that an out-of-memory message of the compiler says are needed; None where it gives no number."""
     unit = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT])(?:iB)? of", message)
-    return float(used[1]) * unit[used[2]] if used else math.nan
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT])(?:iB)? of|\(([\d.]+)([KMGT])(?:iB)?\) exceeds", message)
+    return float(used[1] or used[3]) * unit[used[2] or used[4]] if used else None
 
 
 def text_of(report: dict[str, Any]) -> str:
@@ -196,7 +198,8 @@ def text_of(report: dict[str, Any]) -> str:
     mesh = " ".join(f"{name}={size}" for name, size in report["mesh"].items())
     slices = f" in {report['slices']} slices" if report["slices"] > 1 else ""
     peak, limit = report["peak_gib_per_device"], report["hbm_gib_per_device"]
-    room = f"{peak:.2f} GiB" + (f" of {limit:g} GiB" if limit else "")
+    room = "more" if peak is None else f"{peak:.2f} GiB"
+    room += f" of {limit:g} GiB" if limit else ""
     verdict = {True: "fits", False: "DOES NOT FIT", None: "memory of the device is not known"}[report["fits"]]
     lines = [
         f"target       {report['target']}: {report['devices']} x {report['device_kind']}{slices}, mesh {mesh}",
