@@ -62,8 +62,8 @@ _SOURCE = ScenesSource(
     min_objects=1, max_objects=1, sizes=("large",), fills=("solid",), backgrounds=("plain",)
 )
 _MESH = MeshConfig(cpu_devices=2)
-_TOKENIZER_STEPS = 3000
-_TRANSFORMER_STEPS = 1500
+_TOKENIZER_STEPS = 4000
+_TRANSFORMER_STEPS = 3000
 
 
 def dvae_config(out: str = "runs/demo") -> TrainConfig:
