@@ -265,6 +265,13 @@ def test_tpu_report(config_file):
 
 
 @pytest.mark.slow
+def test_an_axis_may_be_part_of_a_side(config_file):
+    """8 of 4 x 4 chips: a mesh that jax.make_mesh refuses."""
+    code, report = tpu(config_file, "v6e:4x4", "--mesh.data", "2", "--mesh.fsdp", "8")
+    assert code == 0 and report["mesh"] == {"data": 2, "fsdp": 8, "model": 1}
+
+
+@pytest.mark.slow
 def test_tpu_slices_send_gradients_only(config_file):
     """Between slices go the gradients' sums and no parameters."""
     code, report = tpu(config_file, "v5e:2x2", "--slices", "2", "--mesh.data", "2", "--mesh.fsdp", "4")

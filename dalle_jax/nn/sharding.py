@@ -83,7 +83,9 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
     types = (AxisType.Auto,) * 3
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+        # jax.make_mesh would refuse an axis that is part of a side of the torus: 128 of 16 x 16 chips.
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
     if sizes[0] % slices:
         raise ValueError(
             f"mesh data={sizes[0]} is not a multiple of the {slices} slices; only `data` may cross from slice to "
