@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.config import DalleConfig
-from dalle_jax.nn.attention import Block, KVCache
+from dalle_jax.nn import cache as kv
+from dalle_jax.nn.attention import Block
+from dalle_jax.nn.cache import KV, LayerCache
 from dalle_jax.nn.masks import attention_mask
 from dalle_jax.nn.sharding import constrain
 
 Params = dict[str, Any]
-Cache = tuple[KVCache, ...]  # one per layer
+Cache = tuple[LayerCache, ...]  # one per layer
 
 
 def _block(cfg: DalleConfig) -> Block:
@@ -182,50 +184,121 @@ def loss(
 
 
 def unstack(cfg: DalleConfig, params: Params) -> Params:
-    """The same parameters with `blocks` as a tuple of layers: sampling slices the stack once, not per token."""
-    layers = tuple(jax.tree.map(lambda a, i=i: a[i], params["blocks"]) for i in range(cfg.layers))
-    return {**params, "blocks": layers}
+    """The parameters as sampling wants them: `blocks` a tuple of layers, matrices in the compute dtype.
+
+    Both are done once here instead of once per token. Parameters in this form are returned as they are.
+    """
+    if isinstance(params["blocks"], tuple):
+        return params
+
+    def one(path, leaf):
+        return leaf.astype(cfg.dtype) if path[-1].key == "kernel" else leaf
+
+    cast = jax.tree_util.tree_map_with_path(one, {n: params[n] for n in ("blocks", "image_head")})
+    layers = tuple(jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
+    return {**params, **cast, "blocks": layers}
 
 
-def init_cache(cfg: DalleConfig, batch: int) -> Cache:
-    """Empty caches for `batch` rows: per layer keys and values (B, S, H, K) in the compute dtype."""
-    shape = (batch, cfg.length, cfg.heads, cfg.head_dim)
-    zeros = constrain(jnp.zeros(shape, cfg.dtype), "batch", None, "heads", None)
-    return tuple(KVCache(zeros, zeros) for _ in range(cfg.layers))
+def init_cache(cfg: DalleConfig, captions: int, copies: int = 1, *, guided: bool = False) -> Cache:
+    """Empty caches: per layer the text keys of `captions` and the image keys of `copies` rows for each.
+
+    guided: as many rows again on the null caption, whose text keys are held once.
+    """
+    rows = captions * copies * (2 if guided else 1)
+
+    def text(count):
+        zeros = jnp.zeros((count, cfg.text_len, cfg.heads, cfg.head_dim), cfg.dtype)
+        return KV(zeros, zeros)
+
+    groups = (text(captions), text(1)) if guided else (text(captions),)
+    return tuple(LayerCache(groups, kv.empty(cfg, kind, rows)) for kind in cfg.layer_kinds)
 
 
-def _through_layers(cfg, params, x_BTD, cache, position):
-    masks, which = _masks(cfg)
-    rows = jax.lax.dynamic_slice_in_dim(jnp.asarray(masks), position, x_BTD.shape[1], axis=1)
-    new_cache = []
-    for layer_params, layer_cache, index in zip(params["blocks"], cache, which, strict=True):
-        x_BTD, layer_cache = _block(cfg).apply(
-            {"params": layer_params}, x_BTD, rows[index], layer_cache, position
-        )
-        new_cache.append(layer_cache)
-    return _head(cfg, params, "image_head", _norm_out(params, x_BTD[:, -1:]))[:, 0], tuple(new_cache)
+def _image_logits(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """Of the last position given, float32 (B, V)."""
+    return _head(cfg, params, "image_head", _norm_out(params, x_BTD[:, -1:]))[:, 0]
 
 
 def prefill(
-    cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.Array | None = None
+    cfg: DalleConfig,
+    params: Params,
+    text_CT: jax.Array,
+    codes_BP: jax.Array | None = None,
+    *,
+    copies: int = 1,
+    guided: bool = False,
 ) -> tuple[jax.Array, Cache]:
-    """Run the caption, and the first P < N codes if given, in one pass.
+    """Run each caption once, then the first P < N codes of each row, if given.
 
-    `params` as `unstack` returns them. Returns float32 (B, V), the logits of code P, and the caches.
+    `params` as `unstack` returns them. copies: rows per caption, neighbours; B = C * copies. guided: B more
+    rows follow, with the same codes on the null caption, which is run once. Returns float32 (B or 2 B, V), the
+    logits of code P, and the caches.
     """
+    rows = len(text_CT) * copies
     if codes_BP is None:
-        codes_BP = jnp.zeros((len(text_BT), 0), jnp.int32)
-    check_ids(cfg, text_BT, codes_BP)
+        codes_BP = jnp.zeros((rows, 0), jnp.int32)
+    check_ids(cfg, text_CT, codes_BP[::copies])
+    if len(codes_BP) != rows:
+        raise ValueError(f"codes have shape {codes_BP.shape}, want {rows} rows: {copies} for each caption")
     if codes_BP.shape[1] >= cfg.num_codes:
         raise ValueError(f"{codes_BP.shape[1]} codes are given of {cfg.num_codes}; nothing is left to sample")
-    parts = [_embed_text(cfg, params, text_BT), _embed_codes(cfg, params, codes_BP, 0)]
-    x_BTD = jnp.concatenate(parts, axis=1)
-    return _through_layers(cfg, params, x_BTD, init_cache(cfg, len(text_BT)), 0)
+    captions = len(text_CT)
+    if guided:
+        text_CT = jnp.concatenate([text_CT, null_text(cfg)[None]])
+        codes_BP = jnp.concatenate([codes_BP, codes_BP])
+    block, texts, first = _block(cfg), [], []
+    x_CTD = _embed_text(cfg, params, text_CT)
+    for layer in params["blocks"]:
+        x_CTD, new = block.apply(
+            {"params": layer}, x_CTD, look=lambda q, k, v: (kv.attend_text(cfg, q, k, v), KV(k, v))
+        )
+        texts.append(tuple(KV(*(x[part] for x in new)) for part in _parts(captions, guided)))
+    if codes_BP.shape[1] == 0:
+        logits = _image_logits(cfg, params, x_CTD)
+        own = jnp.repeat(logits[:captions], copies, axis=0)
+        logits = jnp.concatenate([own, jnp.broadcast_to(logits[captions:], own.shape)]) if guided else own
+        images = [kv.empty(cfg, kind, len(codes_BP)) for kind in cfg.layer_kinds]
+        return logits, tuple(LayerCache(t, i) for t, i in zip(texts, images, strict=True))
+    x_BPD = _embed_codes(cfg, params, codes_BP, 0)
+    for layer, kind, text in zip(params["blocks"], cfg.layer_kinds, texts, strict=True):
+        x_BPD, new = block.apply(
+            {"params": layer},
+            x_BPD,
+            look=lambda q, k, v, kind=kind, text=text: (kv.attend_first(cfg, kind, text, q, k, v), KV(k, v)),
+        )
+        first.append(kv.fill(cfg, kind, new))
+    cache = tuple(LayerCache(t, i) for t, i in zip(texts, first, strict=True))
+    return _image_logits(cfg, params, x_BPD), cache
+
+
+def _parts(captions: int, guided: bool) -> tuple[slice, ...]:
+    return (slice(0, captions), slice(captions, None)) if guided else (slice(0, captions),)
 
 
 def decode_step(
-    cfg: DalleConfig, params: Params, cache: Cache, code_B: jax.Array, place: jax.Array
+    cfg: DalleConfig,
+    params: Params,
+    cache: Cache,
+    code_B: jax.Array,
+    place: jax.Array,
+    *,
+    limit: int | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Feed the code of raster place `place`; returns float32 (B, V), the logits of the next, and the caches."""
-    x_B1D = _embed_codes(cfg, params, code_B[:, None], place)
-    return _through_layers(cfg, params, x_B1D, cache, cfg.text_len + place)
+    """Feed the code of raster place `place`: one for all rows, or int32 (B,), each row its own.
+
+    limit: static; every place lies below it, and layers of full attention read no further. Returns float32
+    (B, V), the logits of the next code, and the caches.
+    """
+    place = jnp.asarray(place)
+    where_BD = jnp.atleast_2d(params["image_row"][place // cfg.grid] + params["image_col"][place % cfg.grid])
+    x_B1D = (params["image_embed"][code_B] + where_BD)[:, None]
+    x_B1D = constrain(x_B1D, "batch", None, "embed").astype(cfg.dtype)
+    after = []
+    for layer, kind, before in zip(params["blocks"], cfg.layer_kinds, cache, strict=True):
+        x_B1D, layer_cache = _block(cfg).apply(
+            {"params": layer},
+            x_B1D,
+            look=lambda *new, kind=kind, before=before: kv.attend_step(cfg, kind, before, new, place, limit),
+        )
+        after.append(layer_cache)
+    return _image_logits(cfg, params, x_B1D), tuple(after)

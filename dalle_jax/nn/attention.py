@@ -1,4 +1,4 @@
-"""A pre-norm Transformer block whose attention runs over the positions given or over a KV cache.
+"""A pre-norm Transformer block whose attention runs over the positions given, or as its caller says.
 
 B batch, T positions computed now, S positions seen, D width, H heads, K width of a head, F width of the MLP.
 """
@@ -6,7 +6,8 @@ B batch, T positions computed now, S positions seen, D width, H heads, K width o
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,12 +15,9 @@ import jax.numpy as jnp
 
 from dalle_jax.nn.sharding import constrain
 
-
-class KVCache(NamedTuple):
-    """Keys and values of one layer, (B, S, H, K); positions not yet written hold zeros."""
-
-    k: jax.Array
-    v: jax.Array
+# Queries, keys and values of the positions given, (B, T, H, K) each, to what they attend to, (B, T, H, K), and
+# whatever the caller wants back.
+Look = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_TS: jax.Array) -> jax.Array:
@@ -47,7 +45,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD, mask_TS, cache: KVCache | None = None, position: jax.Array | int = 0):
+    def __call__(self, x_BTD, mask_TS, look: Look | None = None):
         dim = x_BTD.shape[-1]
         shape = (3, self.heads, dim // self.heads)
         init = nn.initializers.normal(0.02)
@@ -56,13 +54,12 @@ class Attention(nn.Module):
         if self.qk_norm:
             q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, shape[-1:]))
             k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, shape[-1:]))
-        if cache is not None:
-            start = (0, position, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), start)
-            v = jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), start)
-            cache = KVCache(k, v)
+        cache = None
         with jax.named_scope("attend"):
-            y_BTHK = attend(q, k, v, mask_TS)
+            if look is None:
+                y_BTHK = attend(q, k, v, mask_TS)
+            else:
+                y_BTHK, cache = look(q, k, v)
         init = nn.initializers.normal(self.out_std)
         y_BTD = nn.DenseGeneral(dim, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y_BTHK)
         return y_BTD, cache
@@ -82,10 +79,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm, attention, sum; norm, MLP, sum. Returns the new stream and the cache, if one was given.
+    """Norm, attention, sum; norm, MLP, sum. Returns the new stream and what `look` gave besides, or None.
 
-    With a cache the keys and values of `x_BTD` are written at `position` and attention runs over all of it:
-    `mask_TS` then has one row for each position of `x_BTD` and one column for each of the cache.
+    look: attention instead of the dense one under `mask_TS`, as sampling has it over a cache (cache.py).
     """
 
     heads: int
@@ -95,10 +91,10 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD, mask_TS, cache: KVCache | None = None, position: jax.Array | int = 0):
+    def __call__(self, x_BTD, mask_TS=None, look: Look | None = None):
         attention = Attention(self.heads, self.qk_norm, self.out_std, self.dtype, name="attn")
         norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm_attn")
-        y_BTD, cache = attention(norm(x_BTD).astype(self.dtype), mask_TS, cache, position)
+        y_BTD, cache = attention(norm(x_BTD).astype(self.dtype), mask_TS, look)
         x_BTD = constrain(x_BTD + y_BTD, "batch", None, "embed")
         norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm_mlp")
         y_BTD = MLP(self.mlp_ratio, self.out_std, self.dtype, name="mlp")(norm(x_BTD).astype(self.dtype))

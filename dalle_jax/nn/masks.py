@@ -14,25 +14,37 @@ import numpy as np
 from dalle_jax.config import AttentionKind
 
 
-def _image_mask(kind: AttentionKind, grid: int, conv_kernel: int) -> np.ndarray:
-    """bool (G*G, G*G): may raster index q (first axis) see raster index k (second axis)?"""
-    q, k = np.arange(grid**2)[:, None], np.arange(grid**2)[None, :]
-    back = q - k
+@functools.lru_cache(maxsize=64)
+def distances(kind: AttentionKind, grid: int, conv_kernel: int = 11) -> np.ndarray:
+    """bool (G*G,): does an image token see the one that lies that many places back in the raster?
+
+    Every kind is a matter of the distance alone, since windows wrap at row ends as the raster does. Raises
+    ValueError for an unknown kind.
+    """
+    back = np.arange(grid**2)
     match kind:
         case "full":
-            return back >= 0
+            seen = back >= 0
         case "row":  # the last `grid` tokens and itself, across row ends
-            return (back >= 0) & (back <= grid)
+            seen = back <= grid
         case "column":
-            return (back >= 0) & (back % grid == 0)
-        case "conv":  # the causal half of a window centred on q, wrapping at row ends as the raster does
+            seen = back % grid == 0
+        case "conv":  # the causal half of a window centred on the token
             half = conv_kernel // 2
-            seen = np.zeros((grid**2, grid**2), bool)
+            seen = np.zeros(grid**2, bool)
             for up in range(half + 1):
                 for left in range(-half if up else 0, half + 1):
                     seen |= back == up * grid + left
-            return seen & (back >= 0)
-    raise ValueError(f"attention kind is {kind!r}; want full, row, column or conv")
+        case _:
+            raise ValueError(f"attention kind is {kind!r}; want full, row, column or conv")
+    seen.setflags(write=False)  # shared by the cache above
+    return seen
+
+
+def _image_mask(kind: AttentionKind, grid: int, conv_kernel: int) -> np.ndarray:
+    """bool (G*G, G*G): may raster index q (first axis) see raster index k (second axis)?"""
+    back = np.arange(grid**2)[:, None] - np.arange(grid**2)[None, :]
+    return (back >= 0) & distances(kind, grid, conv_kernel)[np.maximum(back, 0)]
 
 
 @functools.lru_cache(maxsize=64)

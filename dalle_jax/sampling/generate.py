@@ -1,15 +1,17 @@
-"""Codes from captions in one jitted program: a prefill, then one scan over the places that are left.
+"""Codes from captions in one jitted program: a prefill, then scans over the places that are left.
 
-B batch, T text positions, N codes, P codes given in advance, V image vocabulary.
+B rows, C captions, T text positions, N codes, P codes given in advance, V image vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle_jax import dalle
 from dalle_jax.config import DalleConfig
@@ -23,11 +25,70 @@ def row_keys(seeds) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
+def pick(logits: jax.Array, keys_B: jax.Array, place, *, guidance=None, **filters) -> jax.Array:
+    """The codes of raster place `place`, scalar or (B,): int32 (B,).
+
+    logits: (B, V), or with guidance (2 B, V), the rows on the null caption last. filters: as `draw` has them.
+    """
+    if guidance is not None:
+        logits = guide(*jnp.split(logits, 2), guidance)
+    place_B = jnp.broadcast_to(place, keys_B.shape)
+    return draw(logits, jax.vmap(jax.random.fold_in)(keys_B, place_B), **filters)
+
+
+def buckets(cfg: DalleConfig, given: int) -> list[tuple[int, int, int]]:
+    """(first, end, limit) of the scans that feed the places from `given` on, but the last, to the model.
+
+    Layers of full attention read `limit` image tokens in each. One scan where no layer is full: the others
+    read no more than they see in any case, and each scan is compiled by itself.
+    """
+    last = cfg.num_codes - 1
+    ways = BUCKETS if "full" in cfg.layer_kinds and cfg.num_codes >= 128 else 1
+    ends = [cfg.num_codes * (i + 1) // ways for i in range(ways)]
+    starts = [0, *ends[:-1]]
+    found = [(max(a, given), min(b, last), b) for a, b in zip(starts, ends, strict=True)]
+    return [(a, b, limit) for a, b, limit in found if a < b]
+
+
+BUCKETS = 4
+
+
+def _advance(cfg, params, cache, code_B, keys_B, first, count, limit, options):
+    """Feeds `count` codes, `code_B` at place `first` to begin with. Returns codes (count, B), and the caches."""
+    guided = options["guidance"] is not None
+
+    def step(carry, place):
+        code_B, cache = carry
+        fed = jnp.concatenate([code_B, code_B]) if guided else code_B
+        logits, cache = dalle.decode_step(cfg, params, cache, fed, place, limit=limit)
+        next_B = pick(logits, keys_B, place + 1, **options)
+        return (next_B, cache), next_B
+
+    (_, cache), codes = jax.lax.scan(step, (code_B, cache), first + jnp.arange(count))
+    return codes, cache
+
+
+def _begin(cfg, params, text_CT, keys_B, prime_BP, options):
+    """Returns the codes of place P, int32 (B,), and the caches."""
+    if keys_B.ndim != 1 or not len(keys_B) or len(keys_B) % len(text_CT):
+        raise ValueError(
+            f"keys have shape {keys_B.shape}, want one per row: ({len(text_CT)},); use row_keys(seeds), with as "
+            "many seeds for each caption"
+        )
+    copies = len(keys_B) // len(text_CT)
+    with jax.named_scope("prefill"):
+        logits, cache = dalle.prefill(
+            cfg, params, text_CT, prime_BP, copies=copies, guided=options["guidance"] is not None
+        )
+        given = 0 if prime_BP is None else prime_BP.shape[1]
+        return pick(logits, keys_B, given, **options), cache
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "top_k"))
 def generate(
     cfg: DalleConfig,
     params: Params,
-    text_BT: jax.Array,
+    text_CT: jax.Array,
     keys_B: jax.Array,
     *,
     temperature: jax.Array | float = 1.0,
@@ -38,46 +99,71 @@ def generate(
 ) -> jax.Array:
     """Draw the codes of one picture per row.
 
-    text_BT: int32 (B, T); the null caption (`dalle.null_text`) samples without a caption.
-    keys_B: one key per row (`row_keys`). temperature: 0 is greedy. top_k: static, None keeps all codes.
-    top_p: share in (0, 1], None keeps all. guidance: scale of classifier-free guidance, computed with the
-    null caption in a doubled batch; None samples the conditional model in a single batch. prime_BP: int32,
-    the first P < N codes of every picture. Temperature, top_p and guidance are traced: another value does
-    not compile again.
+    params: as `dalle.init` makes them, or as `dalle.unstack` does, which saves a copy in each call.
+    text_CT: int32 (C, T); the null caption (`dalle.null_text`) samples without a caption.
+    keys_B: one key per row (`row_keys`); B = n * C draws n pictures of each caption, neighbours in the result,
+    and runs each caption once. temperature: 0 is greedy. top_k: static, None keeps all codes. top_p: share in
+    (0, 1], None keeps all. guidance: scale of classifier-free guidance, computed with the null caption in a
+    doubled batch; None samples the conditional model in a single batch. prime_BP: int32, the first P < N codes
+    of every picture. Temperature, top_p and guidance are traced, scalars or (B,): another value does not
+    compile again.
     Returns int32 (B, N), the given codes included. Raises ValueError for wrong shapes or P >= N.
     """
-    if keys_B.shape != (len(text_BT),):
-        raise ValueError(
-            f"keys have shape {keys_B.shape}, want one per row: ({len(text_BT)},); use row_keys(seeds)"
-        )
-    if prime_BP is None:
-        prime_BP = jnp.zeros((len(text_BT), 0), jnp.int32)
-    dalle.check_ids(cfg, text_BT, prime_BP)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     params = dalle.unstack(cfg, params)
-    given = prime_BP.shape[1]
-    guided = guidance is not None
-    batch = len(text_BT)
-    if guided:
-        text_BT = jnp.concatenate([text_BT, jnp.broadcast_to(dalle.null_text(cfg), text_BT.shape)])
-        prime_BP = jnp.concatenate([prime_BP, prime_BP])
-
-    def pick(logits, place):
-        if guided:
-            logits = guide(logits[:batch], logits[batch:], guidance)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, place)
-        return draw(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    with jax.named_scope("prefill"):
-        logits, cache = dalle.prefill(cfg, params, text_BT, prime_BP)
-        code_B = pick(logits, given)
-
-    def step(carry, place):
-        code_B, cache = carry
-        fed = jnp.concatenate([code_B, code_B]) if guided else code_B
-        logits, cache = dalle.decode_step(cfg, params, cache, fed, place)
-        next_B = pick(logits, place + 1)
-        return (next_B, cache), next_B
-
+    code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, options)
+    given = 0 if prime_BP is None else prime_BP.shape[1]
+    codes = [] if prime_BP is None else [prime_BP]
+    codes.append(code_B[:, None])
     with jax.named_scope("decode"):
-        _, rest = jax.lax.scan(step, (code_B, cache), jnp.arange(given, cfg.num_codes - 1))
-    return jnp.concatenate([prime_BP[:batch], code_B[:, None], rest.T], axis=1).astype(jnp.int32)
+        for first, end, limit in buckets(cfg, given):
+            rest, cache = _advance(
+                cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, limit, options
+            )
+            codes.append(rest.T)
+    return jnp.concatenate(codes, axis=1).astype(jnp.int32)
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(cfg: DalleConfig, top_k: int | None):
+    """Prefill and steps as programs of their own; the caches of a call are taken over by the next."""
+
+    def begin(params, text_CT, keys_B, prime_BP, options):
+        return _begin(cfg, params, text_CT, keys_B, prime_BP, {**options, "top_k": top_k})
+
+    def advance(params, cache, code_B, keys_B, first, count, limit, options):
+        options = {**options, "top_k": top_k}
+        return _advance(cfg, params, cache, code_B, keys_B, first, count, limit, options)
+
+    return jax.jit(begin), jax.jit(advance, static_argnums=(5, 6), donate_argnums=1)
+
+
+def generate_rows(
+    cfg: DalleConfig, params: Params, text_CT: jax.Array, keys_B: jax.Array, *, rows: int = 1, **options
+) -> Iterator[np.ndarray]:
+    """The codes of `generate` as they come: int32 (B, M) after every `rows` rows of the raster, M to N.
+
+    Takes the options of `generate`. The next rows are under way while the caller looks at these.
+    Raises ValueError for `rows` below 1, and what `generate` does.
+    """
+    if rows < 1:
+        raise ValueError(f"rows is {rows}; want a picture every 1 or more rows of codes")
+    options = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None, **options}
+    prime_BP, top_k = options.pop("prime_BP", None), options.pop("top_k")
+    options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
+    params = dalle.unstack(cfg, params)
+    begin, advance = _programs(cfg, top_k)
+    code_B, cache = begin(params, text_CT, keys_B, prime_BP, options)
+    done = [] if prime_BP is None else [np.asarray(prime_BP)]
+    given = 0 if prime_BP is None else prime_BP.shape[1]
+    place, new = given, code_B[None]
+    while place < cfg.num_codes - 1:
+        rows_done = (place + 1) // cfg.grid  # `new` ends with the code of `place`
+        end = min((rows_done + rows) * cfg.grid, cfg.num_codes) - 1
+        limit = next(limit for _, upto, limit in buckets(cfg, 0) if end <= upto)
+        codes, cache = advance(params, cache, new[-1], keys_B, place, end - place, limit, options)
+        done.append(np.asarray(new).T)  # waits for the codes before, while the next are on their way
+        if place > given:
+            yield np.concatenate(done, axis=1)
+        place, new = end, codes
+    yield np.concatenate([*done, np.asarray(new).T], axis=1)
