@@ -169,10 +169,6 @@ def _groups(x: jax.Array, text: tuple[KV, ...]) -> list[jax.Array]:
 def _scores(q_BQHK: jax.Array, k_CSHK: jax.Array) -> jax.Array:
     """float32 (B, H, Q, S), B / C neighbouring rows on each of C."""
     rows, queries, heads, width = q_BQHK.shape
-    if queries == 1 and rows == len(k_CSHK):
-        # A product and a sum: one pass over the cache as it lies, where a batched matrix product copies it.
-        s_BSH = jnp.sum((q_BQHK * k_CSHK).astype(jnp.float32), axis=-1)
-        return jnp.swapaxes(s_BSH, 1, 2)[:, :, None]
     q = q_BQHK.reshape(len(k_CSHK), -1, queries, heads, width)
     s = jnp.einsum("cnqhk,cshk->cnhqs", q, k_CSHK, preferred_element_type=jnp.float32)
     return s.reshape(rows, heads, queries, -1)
@@ -181,9 +177,6 @@ def _scores(q_BQHK: jax.Array, k_CSHK: jax.Array) -> jax.Array:
 def _mix(att_BHQS: jax.Array, v_CSHK: jax.Array) -> jax.Array:
     """(B, Q, H, K): the values weighted."""
     rows, heads, queries, seen = att_BHQS.shape
-    if queries == 1 and rows == len(v_CSHK):
-        a_BSH1 = jnp.swapaxes(att_BHQS[:, :, 0], 1, 2)[..., None]
-        return jnp.sum(a_BSH1 * v_CSHK, axis=1, keepdims=True, dtype=jnp.float32).astype(v_CSHK.dtype)
     a = att_BHQS.reshape(len(v_CSHK), -1, heads, queries, seen)
     y = jnp.einsum("cnhqs,cshk->cnqhk", a, v_CSHK)
     return y.reshape(rows, queries, heads, -1)
