@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle_jax import dalle
 from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig
 from dalle_jax.data.codes import save_codes
 from dalle_jax.data.sources import Source, open_source
@@ -178,10 +179,15 @@ def draw_codes(
     if prefix is not None:
         options["prime_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (batch, len(prefix)))
 
+    params = _unstack(cfg, model.run.params)  # once, not in every batch
+
     def one(text_BT, seeds_B):
-        return generate(cfg, model.run.params, jnp.asarray(text_BT), row_keys(seeds_B), **options)
+        return generate(cfg, params, jnp.asarray(text_BT), row_keys(seeds_B), **options)
 
     return _in_batches(one, (text_RT, np.asarray(seeds, np.uint32)), batch, progress)
+
+
+_unstack = jax.jit(dalle.unstack, static_argnums=0)
 
 
 # --- codes and pixels -------------------------------------------------------------------------------------
