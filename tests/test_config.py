@@ -17,6 +17,7 @@ from dalle_jax.config import (
     DVAEConfig,
     FolderSource,
     MeshConfig,
+    MixtureSource,
     ModelConfig,
     NoiseConfig,
     OptimConfig,
@@ -70,6 +71,11 @@ EVERY = [
         path="a.tar,b*.tar", train_split="t", eval_split="e", captions_field="c", captions_zh_field="z",
         max_bad_share=0.1,
     ),
+    MixtureSource(
+        parts=(TarSource(path="a.tar"), ScenesSource(count=3), FolderSource(path="d"), TfdsSource(path="x"),
+               ArraysSource(path="a.npz")),
+        weights=(1.0, 2.5, 0.25, 4.0, 1 / 3),
+    ),
     DataConfig(
         source=TarSource(path="圖/*.tar"), codes="x.npz", batch=8, crop="none", languages=("zh",), seed=3,
         threads=1, prefetch=9,
@@ -116,6 +122,7 @@ def test_round_trip_covers_every_class():
         (ModelConfig, DalleConfig(layers=2)),
         (SourceConfig, ScenesSource(count=3)),
         (SourceConfig, TarSource(path="p")),
+        (SourceConfig, MixtureSource(parts=(ScenesSource(), FolderSource(path="f")), weights=(1.0, 2.0))),
     ],
     ids=lambda v: getattr(v, "kind", ""),
 )
@@ -159,6 +166,12 @@ def test_fields_left_out_take_their_defaults():
         ),
         (TrainConfig, '{"model": {"kind": "dvae"}, "optim": {"warmup": 1}}', r"\.optim: .*'warmup_steps'"),
         (TrainConfig, '{"model": {"kind": "dvae", "vocab": 0}}', r"DVAEConfig\.vocab is 0"),
+        (
+            SourceConfig,
+            '{"kind": "mixture", "parts": [{"kind": "folder"}, {"kind": "web"}], "weights": [1, 2]}',
+            r"parts\[1\]\.kind: got 'web', want one of 'scenes', 'tar', 'folder', 'tfds', 'arrays'$",
+        ),
+        (SourceConfig, '{"kind": "mixture"}', "missing.*'parts' and 'weights'"),
         (ModelConfig, '{"kind": "vqgan"}', r"config\.kind: got 'vqgan'"),
     ],
 )
@@ -208,6 +221,22 @@ def test_from_json_refuses(cls, text, match):
         (TarSource, {"max_bad_share": 1.5}, "max_bad_share is 1.5"),
         (FolderSource, {"eval_share": 1.0}, "eval_share is 1.0"),
         (TfdsSource, {"max_bad_share": -1.0}, "max_bad_share is -1.0"),
+        (MixtureSource, {"parts": (), "weights": ()}, "parts is empty"),
+        (MixtureSource, {"parts": (ScenesSource(),), "weights": (1.0, 2.0)}, "1 parts and 2 weights"),
+        (MixtureSource, {"parts": (ScenesSource(),) * 2, "weights": (1.0, 0.0)}, "finite numbers above 0"),
+        (MixtureSource, {"parts": (ScenesSource(),) * 2, "weights": (1.0, -1.0)}, "finite numbers above 0"),
+        (MixtureSource, {"parts": (ScenesSource(),), "weights": (float("nan"),)}, "finite numbers above 0"),
+        (MixtureSource, {"parts": (ScenesSource(),) * 2, "weights": (1.0, float("inf"))}, "finite numbers"),
+        (
+            MixtureSource,
+            {"parts": (ScenesSource(),) * 2, "weights": (1.0, 1e-5)},
+            r"weights\[1\] is 1e-05 of 1\.00001, less than a row in 10000",
+        ),
+        (
+            MixtureSource,
+            {"parts": (MixtureSource(parts=(ScenesSource(),), weights=(1.0,)),), "weights": (1.0,)},
+            r"parts\[0\] of a mixture are mixtures",
+        ),
         (ArraysSource, {"templates": ("a photo",)}, "each with {} where the class name goes"),
         (DataConfig, {"batch": 0}, "data.batch is 0"),
         (DataConfig, {"threads": 0}, "data.threads is 0"),

@@ -8,10 +8,12 @@ arXiv 2102.12092).
 
 from dalle_jax.config.dalle import AttentionKind, DalleConfig
 from dalle_jax.config.data import (
+    MIXTURE_PERIOD,
     ArraysSource,
     DataConfig,
     FolderSource,
     Language,
+    MixtureSource,
     SceneBackground,
     SceneFill,
     SceneSize,
@@ -27,6 +29,7 @@ from dalle_jax.config.tokenizer import Dtype, DVAEConfig, Schedule
 from dalle_jax.config.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 
 __all__ = [
+    "MIXTURE_PERIOD",
     "ArraysSource",
     "AttentionKind",
     "DVAEConfig",
@@ -36,6 +39,7 @@ __all__ = [
     "FolderSource",
     "Language",
     "MeshConfig",
+    "MixtureSource",
     "ModelConfig",
     "NoiseConfig",
     "NoiseKind",

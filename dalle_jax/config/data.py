@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 from dalle_jax.config.checks import require
@@ -11,6 +13,8 @@ Language = Literal["en", "zh"]
 SceneSize = Literal["small", "medium", "large"]
 SceneFill = Literal["solid", "striped", "dotted"]
 SceneBackground = Literal["plain", "gradient", "two-tone"]
+
+MIXTURE_PERIOD = 10_000  # rows after which the order of the parts of a mixture repeats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,53 @@ def _check_shares(source) -> None:
     )
 
 
-SourceConfig = ScenesSource | TarSource | FolderSource | TfdsSource | ArraysSource
+PartSource = ScenesSource | TarSource | FolderSource | TfdsSource | ArraysSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSource:
+    """Rows of several sources, each by its weight (dalle_jax/data/sources/mixture.py)."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: tuple[PartSource, ...]
+    weights: tuple[
+        float, ...
+    ]  # one for each part, in any unit: shares of the rows are weights over their sum
+
+    def __post_init__(self):
+        require(len(self.parts) > 0, "MixtureSource.parts is empty; want one source or more")
+        mixed = [i for i, part in enumerate(self.parts) if isinstance(part, MixtureSource)]
+        require(
+            not mixed, f"parts{mixed} of a mixture are mixtures; list their parts, with weights multiplied"
+        )
+        require(
+            len(self.weights) == len(self.parts),
+            f"MixtureSource has {len(self.parts)} parts and {len(self.weights)} weights; want one weight each",
+        )
+        require(
+            all(math.isfinite(w) and w > 0 for w in self.weights),
+            f"MixtureSource.weights are {self.weights}; want finite numbers above 0, and no part that is not used",
+        )
+        for i, count in enumerate(self.counts):
+            require(
+                count > 0,
+                f"MixtureSource.weights[{i}] is {self.weights[i]:g} of {math.fsum(self.weights):g}, less than a row "
+                f"in {MIXTURE_PERIOD}; raise it, or leave the part out",
+            )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each part in MIXTURE_PERIOD rows; largest remainders, so each is within 1 of its share."""
+        total = sum(map(Fraction, self.weights))
+        exact = [Fraction(w) * MIXTURE_PERIOD / total for w in self.weights]
+        counts = [math.floor(x) for x in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in by_remainder[: MIXTURE_PERIOD - sum(counts)]:
+            counts[i] += 1
+        return tuple(counts)
+
+
+SourceConfig = PartSource | MixtureSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,9 @@ def build_tfds(
     if (there := Path(out) / name / VERSION).exists():
         raise ValueError(f"{there} is there already; choose another --out or delete it")
     if size is None and not all(isinstance(s, StoredRows) for s in splits.values()):
-        raise ValueError("drawn scenes have no files to store; give the side of the pictures, --size 64")
+        raise ValueError(
+            "scenes and mixtures have no files to store; give the side of the pictures, --size 64"
+        )
     if size is not None and size < 1:
         raise ValueError(f"size is {size}; want a side of at least 1 pixel")
     left_out: dict[str, Counter[str]] = {split: Counter() for split in splits}
@@ -66,7 +68,8 @@ def build_tfds(
                 "captions": list(said.get("en", ())),
                 "captions_zh": list(said.get("zh", ())),
             }
-            yield i, example | ({"label": source.label(i)} if classes else {})
+            label = source.label(i)
+            yield i, example | ({"label": -1 if label is None else label} if classes else {})
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")

@@ -15,14 +15,15 @@ from dalle_jax import config
 from dalle_jax.data.images import Crop
 from dalle_jax.data.sources.arrays import ArrayRows
 from dalle_jax.data.sources.folder import FolderRows
+from dalle_jax.data.sources.mixture import MixtureRows
 from dalle_jax.data.sources.rows import Captions, Source, Split
 from dalle_jax.data.sources.scenes import EVAL_SCENES, SCENE_CAPTIONS, SceneRows
 from dalle_jax.data.sources.tar import TarRows
 from dalle_jax.data.sources.tfds import TfdsRows
 
 __all__ = [
-    "EVAL_SCENES", "SCENE_CAPTIONS", "ArrayRows", "Captions", "FirstRows", "FolderRows", "SceneRows", "Source",
-    "Split", "TarRows", "TfdsRows", "open_source", "sample_captions", "source_of",
+    "EVAL_SCENES", "SCENE_CAPTIONS", "ArrayRows", "Captions", "FirstRows", "FolderRows", "MixtureRows", "SceneRows",
+    "Source", "Split", "TarRows", "TfdsRows", "open_source", "sample_captions", "source_of",
 ]  # fmt: skip
 
 
@@ -51,7 +52,20 @@ def open_source(
             return TfdsRows(source, split, languages=languages)
         case config.ArraysSource():
             return ArrayRows(source, split, languages=languages)
+        case config.MixtureSource():
+            return MixtureRows(source, _parts(source, split, languages), split)
     raise ValueError(f"no source for a {type(source).__name__}; want one of config.SourceConfig")
+
+
+def _parts(mixture: config.MixtureSource, split: Split, languages: Sequence[str]) -> list[Source]:
+    parts = []
+    for i, part in enumerate(mixture.parts):
+        try:
+            parts.append(open_source(part, split, languages=languages))
+        except (ValueError, FileNotFoundError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"data.source.parts[{i}] ({part.kind}): {error}") from None
+    return parts
 
 
 def sample_captions(source: Source, count: int) -> Iterator[str]:

@@ -95,7 +95,8 @@ class TfdsRows(StoredRows):
         return class_captions(self.classes[label], c.templates, self._languages) if label >= 0 else {}
 
     def _label_of(self, row: int) -> int | None:
-        return int(self._example(row)[self._config.label_field]) if self.classes else None
+        label = int(self._example(row)[self._config.label_field]) if self.classes else -1
+        return label if label >= 0 else None  # TFDS writes -1 where there is none
 
     def _name_of(self, row: int) -> str:
         return f"row {row}"
