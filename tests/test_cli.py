@@ -663,7 +663,8 @@ def test_info_on_the_paper_s_transformer(tmp_path):
     assert found["shapes"]["blocks/attn/qkv/kernel"] == [64, 3968, 3, 62, 64]
     assert found["memory"]["parameters"] == 4 * want and found["memory"]["ema"] == 4 * want
     assert found["memory"]["optimizer"] - 8 * want < 100  # two moments and counters
-    assert found["memory"]["kv_cache_per_picture"] == L * 2 * (256 + N) * D * 2  # bfloat16
+    kept = 47 * (256 + 33) + 16 * (256 + N) + (256 + 5 * side + 5 + 1)  # row, column and conv layers; B.1
+    assert found["memory"]["kv_cache_per_picture"] == 2 * kept * D * 2  # keys and values, bfloat16
     assert (found["length"], found["num_codes"], found["grid"]) == (1280, 1024, 32)
 
 
