@@ -30,9 +30,10 @@ from dalle_jax.config import (
 )
 from dalle_jax.data import images
 from dalle_jax.data.codes import load_codes
+from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.sources import open_source
-from dalle_jax.evaluate import measures
-from dalle_jax.inference import load_text_to_image, load_tokenizer
+from dalle_jax.evaluate import fid, inception, measures
+from dalle_jax.inference import decode_codes, encode_images, load_text_to_image, load_tokenizer
 from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.text import TextTokenizer
 from dalle_jax.tokenizer import dvae
@@ -642,6 +643,63 @@ def test_evaluate_a_transformer_with_a_curve(made):
 )
 def test_evaluate_refuses(made, flags, told):
     assert told in refused("evaluate", made.dalle, *flags)
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    """In place of Inception-v3, whose weights are not here: the mean colour of a picture as its features."""
+    network = inception.Inception({}, "colours")
+    monkeypatch.setattr(inception, "load", lambda path: network)
+    monkeypatch.setattr(inception, "features", lambda _, rows: rows.mean(axis=(1, 2)).astype(np.float32))
+    return network
+
+
+def test_evaluate_a_tokenizer_by_fid(made, colours, tmp_path):
+    stats = tmp_path / "stats.npz"
+    first = json_of("evaluate", made.dvae, "--count", 16, "--fid-weights", "w.npz", "--fid-save", stats)
+    assert (first["rfid_count"], first["rfid_reference_count"]) == (16, 16)
+    tokenizer = load_tokenizer(made.dvae)
+    data = load_run(made.dvae).config.data
+    true = eval_batch(data, open_source(data.source, "eval"), 16, image_size=SIZE)["image"]
+    again = measures.to_bytes(decode_codes(tokenizer, encode_images(tokenizer, true, batch=8), batch=8))
+    (mean_a, cov_a), (mean_b, cov_b) = (
+        (x.mean(0), np.cov(x, rowvar=False)) for x in (rows.mean(axis=(1, 2)) for rows in (true, again))
+    )
+    want = fid.frechet_distance(mean_a, cov_a, mean_b, cov_b)
+    assert want > 1 and first["rfid"] == pytest.approx(want, rel=1e-3)
+    flags = ("--fid-weights", "w.npz", "--fid-reference", stats)
+    assert json_of("evaluate", made.dvae, "--count", 16, *flags)["rfid"] == pytest.approx(first["rfid"])
+
+
+def test_evaluate_a_transformer_by_fid(made, colours, monkeypatch):
+    flags = ("--count", 8, "--fid-weights", "w.npz")
+    found = json_of("evaluate", made.dalle, *flags, "--guidance", 1, 2.5)
+    assert found["fid"] > 0 and (found["fid_count"], found["fid_reference_count"]) == (8, 8)
+    assert [set(row) >= {"guidance", "fid", "right_one_object"} for row in found["curve"]] == [True, True]
+    # a source whose captions cannot be verified has a FID all the same
+    monkeypatch.setattr(measures, "scene_kinds", lambda *_: ())
+    other = json_of("evaluate", made.dalle, *flags)
+    assert other["fid"] == pytest.approx(found["fid"]) and "right_one_object" not in other
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--fid-weights", "absent.npz"), "no weights absent.npz"),
+        (("--fid-save", "x.npz"), "--fid-reference and --fid-save need --fid-weights"),
+        (("--fid-weights", "w", "--fid-save", "x", "--fid-reference", "y"), "want one"),
+        (("--fid-weights", "w.npz", "--count", 1), "want at least 2 pictures for a FID"),
+    ],
+)
+def test_evaluate_refuses_wrong_fid_flags(made, flags, told):
+    assert told in refused("evaluate", made.dvae, *flags)
+
+
+def test_evaluate_refuses_statistics_of_other_pictures(made, colours, tmp_path):
+    made_of = fid.Settings("colours", inception.PREPROCESSING, SIZE * 2)
+    fid.save_reference(tmp_path / "s.npz", fid.moments(np.eye(3)), made_of)
+    told = refused("evaluate", made.dvae, "--fid-weights", "w", "--fid-reference", tmp_path / "s.npz")
+    assert "was made with image_size 64, this measure has 32" in told
 
 
 # --- info -------------------------------------------------------------------------------------------------

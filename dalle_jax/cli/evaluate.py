@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from dalle_jax.cli.verbs import Evaluate
-from dalle_jax.evaluate import measures
+from dalle_jax.config import DataConfig
+from dalle_jax.evaluate import fid, inception, measures
 from dalle_jax.inference import Counter, Sampling, Tokenizer, load_text_to_image
 from dalle_jax.train.rundir import fingerprint, load_run, read_config
 
@@ -17,6 +18,12 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
         raise ValueError(f"--count is {args.count}; want at least 1 row")
     if not args.guidance:
         raise ValueError("--guidance has no value; want one scale or several, e.g. --guidance 1 2 4")
+    if not args.fid_weights and (args.fid_reference or args.fid_save):
+        raise ValueError("--fid-reference and --fid-save need --fid-weights, the npz file of Inception-v3")
+    if args.fid_reference and args.fid_save:
+        raise ValueError("--fid-save writes the statistics of rows, --fid-reference reads a file; want one")
+    if args.fid_weights and args.count < 2:
+        raise ValueError(f"--count is {args.count}; want at least 2 pictures for a FID")
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     samplings = [Sampling(guidance=scale, **options) for scale in args.guidance]
     tokenizer_run = read_config(args.run).model.kind == "dvae"
@@ -29,22 +36,54 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
     return result
 
 
+class _Truth(NamedTuple):
+    """What pictures are compared with."""
+
+    network: inception.Inception
+    true: fid.Moments
+
+
+def _truth(args: Evaluate, data: DataConfig, image_size: int, languages: tuple[str, ...]) -> _Truth | None:
+    """None without --fid-weights. Before all other work, so that a wrong file is told at once."""
+    if not args.fid_weights:
+        return None
+    network = inception.load(args.fid_weights)
+    settings = measures.fid_settings(network, image_size)
+    if args.fid_reference:
+        return _Truth(network, fid.load_reference(args.fid_reference, settings))
+    progress = Counter("features of true pictures")
+    true = measures.true_moments(
+        network, data, image_size, args.count, languages=languages, progress=progress
+    )
+    if args.fid_save:
+        fid.save_reference(args.fid_save, true, settings)
+        print(f"{args.fid_save}: statistics of {true.count} true pictures", file=sys.stderr)
+    return _Truth(network, true)
+
+
 def _tokenizer(args: Evaluate) -> dict[str, Any]:
     run = load_run(args.run, "dvae")
     tokenizer = Tokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
-    return {
+    truth = _truth(args, run.config.data, run.config.model.image_size, ())
+    result = {
         "stage": "dvae",
         "step": run.step,
         "count": args.count,
         **_told(measures.measure_tokenizer(tokenizer, run.config.data, args.count)),
         **_told(measures.measure_ceiling(tokenizer, run.config.data, args.count)),
     }
+    if truth:
+        progress = Counter("features of reconstructions")
+        rest = (tokenizer, run.config.data, truth.true, args.count)
+        result |= _told(measures.measure_rfid(truth.network, *rest, progress=progress))
+    return result
 
 
 def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
     model = load_text_to_image(args.run)
     data = model.run.config.data
     kinds = measures.scene_kinds(data, model.tokenizer.config.image_size)
+    truth = _truth(args, data, model.tokenizer.config.image_size, data.languages)
     if not kinds:
         print("the source is not of procedural scenes: captions cannot be verified", file=sys.stderr)
     result = {
@@ -55,12 +94,16 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
         **_told(measures.measure_tokenizer(model.tokenizer, data, args.count)),
         **_told(measures.measure_ceiling(model.tokenizer, data, args.count)),
     }
-    if not kinds:
+    if not kinds and not truth:
         return result
     curve = []
     for sampling in samplings:
         progress = Counter(f"guidance {sampling.guidance:g}: captions")
         found = measures.measure_faithfulness(model, args.count, sampling, seed=args.seed, progress=progress)
+        if truth:
+            progress = Counter(f"guidance {sampling.guidance:g}: features of drawn pictures")
+            rest = (model, truth.true, args.count, sampling)
+            found |= measures.measure_fid(truth.network, *rest, seed=args.seed, progress=progress)
         curve.append({"guidance": sampling.guidance, **found})
         _told(found)
     result |= {

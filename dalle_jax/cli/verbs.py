@@ -155,7 +155,9 @@ class Evaluate:
     psnr, mse, codebook_use, codebook_perplexity: of the tokenizer. loss, image_loss, text_loss: of the
     Transformer, nats per token. right_one_object, right_two_objects, right_held_out: share of captions whose
     drawn picture shows what the caption says, read back by image analysis; right_reconstruction: the same of
-    true pictures that went through the tokenizer. The right_ figures exist for procedural scenes only."""
+    true pictures that went through the tokenizer. The right_ figures exist for procedural scenes only. With
+    --fid-weights: rfid, distance of a tokenizer's reconstructions from true pictures; fid, of a Transformer's
+    drawn pictures."""
 
     run: Positional[Runs]
     """directory of a trained tokenizer or Transformer"""
@@ -171,6 +173,12 @@ class Evaluate:
     """draw among this many most probable codes; None is all"""
     top_p: float | None = None
     """draw among the most probable codes that share this much of the probability; None is all"""
+    fid_weights: str | None = None
+    """npz file of the Inception-v3 of FID; adds rfid or fid, which compare at the same count only"""
+    fid_reference: str | None = None
+    """statistics of true pictures that --fid-save wrote; without it, the rows measured are the reference"""
+    fid_save: str | None = None
+    """npz file to write, the statistics of the true pictures of the rows measured"""
     json: Json = False
 
 

@@ -1,0 +1,294 @@
+"""Inception-v3 as FID knows it: the network of December 2015 (Szegedy et al. 2015, 1512.00567) whose 2048 pooled
+features Heusel et al. 2017 (1706.08500) compare.
+
+It is not the Inception-v3 of today's model zoos: its mean pools do not count the padding, its last mixed block
+pools by maximum, and pictures are resized without antialiasing. Features of another resize or pool are other
+features, so figures compare only where all of these agree. The weights come from a file and hold no classifier,
+so there is no Inception score. B batch, H W picture, C channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Params = dict[str, Any]
+
+FEATURES = 2048
+SIDE = 299
+PREPROCESSING = "299 px, bilinear between pixel centres, no antialias, (x - 128) / 128"
+_EPSILON = 1e-3  # of the batch norms
+_PREFIX = "net.layers."
+_PARTS = ("weight", "beta", "mean", "var")
+
+
+class Inception(NamedTuple):
+    """params: convolution name -> {"kernel": float32 (h, w, in, out), "bias": float32 (out,)}, the batch norm
+    folded in. fingerprint: hex digits that change with any tensor of the file."""
+
+    params: Params
+    fingerprint: str
+
+
+# --- the network as data ------------------------------------------------------------------------------------
+
+
+class Conv(NamedTuple):
+    """A convolution without bias, batch norm, ReLU."""
+
+    name: str
+    width: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str = "SAME"
+
+
+class Pool(NamedTuple):
+    """A pool over 3 x 3 that keeps the side."""
+
+    kind: str  # "mean" of the pixels inside the picture, or "max"
+
+
+class Halve(NamedTuple):
+    """A max pool over 3 x 3 with stride 2, without padding."""
+
+
+class Branches(NamedTuple):
+    """Several chains of steps on the same input, their channels joined in this order."""
+
+    chains: tuple[tuple, ...]
+
+
+def _block_35(name: str, pooled: int) -> Branches:
+    return Branches((
+        (Conv(f"{name}.conv", 64),),
+        (Conv(f"{name}.tower.conv", 48), Conv(f"{name}.tower.conv_1", 64, (5, 5))),
+        (Conv(f"{name}.tower_1.conv", 64), Conv(f"{name}.tower_1.conv_1", 96, (3, 3)),
+         Conv(f"{name}.tower_1.conv_2", 96, (3, 3))),
+        (Pool("mean"), Conv(f"{name}.tower_2.conv", pooled)),
+    ))  # fmt: skip
+
+
+def _block_17(name: str, inner: int) -> Branches:
+    return Branches((
+        (Conv(f"{name}.conv", 192),),
+        (Conv(f"{name}.tower.conv", inner), Conv(f"{name}.tower.conv_1", inner, (1, 7)),
+         Conv(f"{name}.tower.conv_2", 192, (7, 1))),
+        (Conv(f"{name}.tower_1.conv", inner), Conv(f"{name}.tower_1.conv_1", inner, (7, 1)),
+         Conv(f"{name}.tower_1.conv_2", inner, (1, 7)), Conv(f"{name}.tower_1.conv_3", inner, (7, 1)),
+         Conv(f"{name}.tower_1.conv_4", 192, (1, 7))),
+        (Pool("mean"), Conv(f"{name}.tower_2.conv", 192)),
+    ))  # fmt: skip
+
+
+def _block_8(name: str, pool: str) -> Branches:
+    def spread(tower: str) -> Branches:
+        return Branches((
+            (Conv(f"{name}.{tower}_mixed_conv", 384, (1, 3)),),
+            (Conv(f"{name}.{tower}_mixed_conv_1", 384, (3, 1)),),
+        ))  # fmt: skip
+
+    return Branches((
+        (Conv(f"{name}.conv", 320),),
+        (Conv(f"{name}.tower_conv", 384), spread("tower")),
+        (Conv(f"{name}.tower_1_conv", 448), Conv(f"{name}.tower_1_conv_1", 384, (3, 3)), spread("tower_1")),
+        (Pool(pool), Conv(f"{name}.tower_2_conv", 192)),
+    ))  # fmt: skip
+
+
+NETWORK: tuple = (  # 1512.00567, table 1 and figures 5 to 7, 10
+    Conv("conv", 32, (3, 3), 2, "VALID"),
+    Conv("conv_1", 32, (3, 3), 1, "VALID"),
+    Conv("conv_2", 64, (3, 3)),
+    Halve(),
+    Conv("conv_3", 80),
+    Conv("conv_4", 192, (3, 3), 1, "VALID"),
+    Halve(),
+    _block_35("mixed", 32),
+    _block_35("mixed_1", 64),
+    _block_35("mixed_2", 64),
+    Branches((
+        (Conv("mixed_3.conv", 384, (3, 3), 2, "VALID"),),
+        (Conv("mixed_3.tower.conv", 64), Conv("mixed_3.tower.conv_1", 96, (3, 3)),
+         Conv("mixed_3.tower.conv_2", 96, (3, 3), 2, "VALID")),
+        (Halve(),),
+    )),
+    _block_17("mixed_4", 128),
+    _block_17("mixed_5", 160),
+    _block_17("mixed_6", 160),
+    _block_17("mixed_7", 192),
+    Branches((
+        (Conv("mixed_8.tower.conv", 192), Conv("mixed_8.tower.conv_1", 320, (3, 3), 2, "VALID")),
+        (Conv("mixed_8.tower_1.conv", 192), Conv("mixed_8.tower_1.conv_1", 192, (1, 7)),
+         Conv("mixed_8.tower_1.conv_2", 192, (7, 1)),
+         Conv("mixed_8.tower_1.conv_3", 192, (3, 3), 2, "VALID")),
+        (Halve(),),
+    )),
+    _block_8("mixed_9", "mean"),
+    _block_8("mixed_10", "max"),
+)  # fmt: skip
+
+
+def _walk(steps: tuple, x_BHWC: jax.Array, convolve: Callable[[Conv, jax.Array], jax.Array]) -> jax.Array:
+    for step in steps:
+        match step:
+            case Conv():
+                x_BHWC = convolve(step, x_BHWC)
+            case Pool(kind="mean"):
+                x_BHWC = mean_pool(x_BHWC)
+            case Pool(kind="max"):
+                x_BHWC = _max_pool(x_BHWC, 1, "SAME")
+            case Halve():
+                x_BHWC = _max_pool(x_BHWC, 2, "VALID")
+            case Branches(chains=chains):
+                x_BHWC = jnp.concatenate([_walk(chain, x_BHWC, convolve) for chain in chains], axis=-1)
+            case _:
+                raise AssertionError(step)
+    return x_BHWC
+
+
+# --- from pictures to features --------------------------------------------------------------------------------
+
+
+def _max_pool(x_BHWC: jax.Array, stride: int, padding: str) -> jax.Array:
+    return lax.reduce_window(x_BHWC, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+
+
+def mean_pool(x_BHWC: jax.Array) -> jax.Array:
+    """Mean over 3 x 3 around each pixel, of the pixels that lie inside the picture. Keeps shape and dtype."""
+
+    def total(values):
+        return lax.reduce_window(values, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+
+    return total(x_BHWC) / total(jnp.ones((1, *x_BHWC.shape[1:3], 1), x_BHWC.dtype))
+
+
+def resize(x_BHWC: jax.Array) -> jax.Array:
+    """Bilinear between pixel centres to 299 x 299; a larger picture is not smoothed before. Keeps the dtype."""
+    shape = (x_BHWC.shape[0], SIDE, SIDE, x_BHWC.shape[3])
+    return jax.image.resize(x_BHWC, shape, "bilinear", antialias=False, precision=lax.Precision.HIGHEST)
+
+
+def apply(params: Params, images_BHWC: jax.Array) -> jax.Array:
+    """The pooled features of pictures. images_BHWC: values in [0, 255], RGB, any side, any real dtype; float32
+    arithmetic throughout. Returns float32 (B, 2048)."""
+
+    def convolve(step: Conv, x_BHWC: jax.Array) -> jax.Array:
+        layer = params[step.name]
+        out = lax.conv_general_dilated(
+            x_BHWC,
+            layer["kernel"],
+            (step.stride, step.stride),
+            step.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=lax.Precision.HIGHEST,  # else a GPU or TPU rounds the factors to a dozen bits
+        )
+        return jax.nn.relu(out + layer["bias"][None, None, None])
+
+    x_BHWC = (resize(images_BHWC.astype(jnp.float32)) - 128.0) / 128.0
+    return _walk(NETWORK, x_BHWC, convolve).mean(axis=(1, 2))
+
+
+_apply = jax.jit(apply)
+
+
+def features(inception: Inception, images: np.ndarray, *, batch: int = 32) -> np.ndarray:
+    """Features of pictures, `batch` at a time: uint8 (R, H, W, 3) to float32 (R, 2048).
+
+    Raises ValueError for another shape or dtype, or no pictures.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise ValueError(f"pictures are {images.dtype} {images.shape}; want uint8 (rows, height, width, 3)")
+    found = []
+    for start in range(0, len(images), batch):
+        rows = images[start : start + batch]
+        fill = min(batch, len(images)) - len(rows)  # one shape, so that it compiles once
+        padded = np.concatenate([rows, np.zeros((fill, *rows.shape[1:]), np.uint8)])
+        found.append(np.asarray(_apply(inception.params, jnp.asarray(padded)))[: len(rows)])
+    return np.concatenate(found)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that a weight file holds; kernels are (out, in, h, w)."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def convolve(step: Conv, x_BHWC: jax.Array) -> jax.Array:
+        kernel = (*step.kernel, x_BHWC.shape[-1], step.width)
+        found[f"{_PREFIX}{step.name}.weight"] = (step.width, x_BHWC.shape[-1], *step.kernel)
+        found.update({f"{_PREFIX}{step.name}.{part}": (step.width,) for part in _PARTS[1:]})
+        return lax.conv_general_dilated(
+            x_BHWC, jnp.zeros(kernel), (step.stride, step.stride), step.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    jax.eval_shape(
+        lambda x: _walk(NETWORK, x, convolve), jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    )
+    return found
+
+
+def load(path: str | Path) -> Inception:
+    """The network with the weights of an npz file: `shapes()` says its names, any float dtype will do.
+
+    Raises FileNotFoundError, or ValueError naming the tensor for one that is missing, unknown, of another shape
+    or dtype, or holds what no trained network holds.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights {path}; give the npz file of the FID Inception-v3 of 2015")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tensors = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole npz file of weights ({error}); fetch it again") from None
+    return fold(tensors, str(path))
+
+
+def fold(tensors: dict[str, np.ndarray], told: str = "these weights") -> Inception:
+    """The network of named tensors, the batch norm of each convolution folded into kernel and bias.
+
+    told: what the messages call them. Raises ValueError as `load` does.
+    """
+    wanted = shapes()
+    for names, what in (
+        (wanted.keys() - tensors.keys(), "lack"),
+        (tensors.keys() - wanted.keys(), "hold unknown"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"{told}: the weights {what} {', '.join(sorted(names)[:3])}{more}; want the FID Inception-v3 of 2015"
+            )
+    digest = hashlib.sha256()
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        if tensor.shape != shape or not np.issubdtype(tensor.dtype, np.floating):
+            raise ValueError(f"{told}: {name} is {tensor.dtype} {tensor.shape}; want floats {shape}")
+        if not np.isfinite(tensor).all() or (name.endswith(".var") and tensor.min() < 0):
+            raise ValueError(f"{told}: {name} has values that are not finite, or a negative variance")
+        digest.update(f"{name} {tensor.dtype} {shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    params = {}
+    for name in (n.removesuffix(".weight") for n in wanted if n.endswith(".weight")):
+        kernel = tensors[f"{name}.weight"].astype(np.float32)
+        beta, mean, var = (tensors[f"{name}.{part}"].astype(np.float64) for part in _PARTS[1:])
+        scale = 1 / np.sqrt(var + _EPSILON)
+        params[name.removeprefix(_PREFIX)] = {
+            "kernel": jnp.asarray(kernel.transpose(2, 3, 1, 0) * scale.astype(np.float32)),
+            "bias": jnp.asarray(beta - mean * scale, jnp.float32),
+        }
+    return Inception(params, digest.hexdigest())
