@@ -2,9 +2,10 @@
 2.2).
 
 Captions are NFKC-normalised and lower-cased; a character that the vocabulary does not hold goes through as
-its UTF-8 bytes, so every caption can be written and read back. A caption of n pieces fills positions 0..n-1;
-each position i after it holds its own learned padding token, id `text_vocab + i`. So the Transformer's text
-embedding has `text_vocab + text_len` rows, and the null caption of guidance is a row of padding.
+its UTF-8 bytes, so every caption can be written and read back. Public vocabularies, with rules of their own,
+serve as well (byte_pairs.py). A caption of n pieces fills positions 0..n-1; each position i after it holds its
+own learned padding token, id `text_vocab + i`. So the Transformer's text embedding has `text_vocab + text_len`
+rows, and the null caption of guidance is a row of padding.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+
+from dalle_jax import byte_pairs
+from dalle_jax.byte_pairs import BytePairs
 
 _SPACE = "\u2581"  # sentencepiece writes a space so
 _COVERAGES = (0.9995, 0.98)  # share of characters with a piece of their own; the rest are written as bytes
@@ -67,40 +71,39 @@ def null_caption(text_vocab: int, text_len: int) -> np.ndarray:
 
 
 class TextTokenizer:
-    """A trained vocabulary. Holds a sentencepiece processor, which any number of threads may use at once."""
+    """A vocabulary, of sentencepiece or a public one; any number of threads may use it at once."""
 
-    def __init__(self, model: bytes):
-        """model: the contents of a sentencepiece model file. Raises ValueError if they are not one."""
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor()
-            self._processor.load_from_serialized_proto(model)  # the constructor takes b"" for no model
-        except RuntimeError as error:
-            raise ValueError(f"not a sentencepiece model ({len(model)} bytes): {error}") from None
+    def __init__(self, model: bytes | BytePairs):
+        """model: the contents of a file that `save` or sentencepiece wrote, or a public vocabulary. Raises
+        ValueError if they are neither."""
+        self._pieces = (
+            model if isinstance(model, BytePairs) else byte_pairs.parse(model) or _Sentencepiece(model)
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TextTokenizer:
-        """Reads a vocabulary that `train` (or sentencepiece) wrote. Raises ValueError for a bad or missing
-        file."""
+        """Reads a vocabulary that `train`, `save` or sentencepiece wrote, CLIP's bpe_simple_vocab_16e6.txt (or
+        .txt.gz), or vocab.json (or its folder) with merges.txt beside it. Raises ValueError for a bad or
+        missing file."""
         try:
-            model = Path(path).read_bytes()
+            return cls(byte_pairs.load(Path(path)) or Path(path).read_bytes())
         except OSError as error:
             raise ValueError(
-                f"cannot read the text vocabulary {path}: {error.strerror}; name a sentencepiece .model "
-                "file, or leave text.model unset to train one from the source's captions"
+                f"cannot read the text vocabulary {error.filename or path}: {error.strerror}; name a sentencepiece "
+                ".model file, CLIP's bpe_simple_vocab_16e6.txt.gz or vocab.json with merges.txt beside it, or "
+                "leave text.model unset to train one from the source's captions"
             ) from None
-        try:
-            return cls(model)
         except ValueError as error:
             raise ValueError(f"text vocabulary {path} is broken: {error}; copy or train it again") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the vocabulary to `path`, whole or not at all."""
-        _write(Path(path), self._processor.serialized_model_proto())
+        """Writes the vocabulary to `path` as one file, whole or not at all."""
+        _write(Path(path), self._pieces.serialized())
 
     @property
     def size(self) -> int:
         """Pieces in the vocabulary; ids are below it."""
-        return self._processor.vocab_size()
+        return self._pieces.size
 
     def encode(
         self, caption: str, *, text_vocab: int, text_len: int, dropout: float = 0.0, seed: int = 0
@@ -120,11 +123,7 @@ class TextTokenizer:
                 "or train a smaller vocabulary"
             )
         line = _clean(caption)
-        if dropout > 0:
-            sentencepiece.set_random_generator_seed(seed % 2**32)  # this thread's generator
-            pieces = self._processor.encode(line, enable_sampling=True, alpha=dropout, nbest_size=-1)
-        else:
-            pieces = self._processor.encode(line)
+        pieces = self._pieces.encode(line, dropout=dropout, seed=seed)
         ids = null_caption(text_vocab, text_len)
         n = min(len(pieces), text_len)
         ids[:n] = pieces[:n]
@@ -132,16 +131,43 @@ class TextTokenizer:
 
     def count(self, caption: str) -> int:
         """Pieces of a caption, before cutting and without dropout."""
-        return len(self._processor.encode(_clean(caption)))
+        return len(self._pieces.encode(_clean(caption)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The caption that `ids` spell; ids outside the vocabulary (padding) are left out."""
         size = self.size
-        return self._processor.decode([i for i in map(int, ids) if 0 <= i < size])
+        return self._pieces.decode([i for i in map(int, ids) if 0 <= i < size])
 
     def normalize(self, caption: str) -> str:
         """The caption as the vocabulary sees it: what decoding its encoding gives back."""
-        return self._processor.normalize(_clean(caption)).replace(_SPACE, " ").removeprefix(" ")
+        return self._pieces.normalize(_clean(caption))
+
+
+class _Sentencepiece:
+    """A sentencepiece model, with the methods of `BytePairs`."""
+
+    def __init__(self, model: bytes):
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.load_from_serialized_proto(model)  # the constructor takes b"" for no model
+        except RuntimeError as error:
+            raise ValueError(f"not a sentencepiece model ({len(model)} bytes): {error}") from None
+        self.size = self._processor.vocab_size()
+
+    def encode(self, line: str, *, dropout: float = 0.0, seed: int = 0) -> list[int]:
+        if dropout > 0:
+            sentencepiece.set_random_generator_seed(seed % 2**32)  # this thread's generator
+            return self._processor.encode(line, enable_sampling=True, alpha=dropout, nbest_size=-1)
+        return self._processor.encode(line)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def normalize(self, line: str) -> str:
+        return self._processor.normalize(line).replace(_SPACE, " ").removeprefix(" ")
+
+    def serialized(self) -> bytes:
+        return self._processor.serialized_model_proto()
 
 
 def statistics(tokenizer: TextTokenizer, captions: Iterable[str], *, text_len: int) -> dict[str, float]:

@@ -17,7 +17,8 @@ ABOVE = {"config", "text", *MODELS, "data"}
 MAY_IMPORT = {
     "__init__": set(),
     "config": set(),
-    "text": {"config"},
+    "byte_pairs": set(),
+    "text": {"config", "byte_pairs"},
     "nn": {"config"},
     "tokenizer": {"config", "nn"},
     "dalle": {"config", "nn"},

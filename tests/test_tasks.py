@@ -1,6 +1,8 @@
 """Laws of the stages: codes made ahead train as pictures do, and what does not fit together is refused."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -233,6 +235,24 @@ def test_a_run_with_its_own_copy_needs_no_tokenizer(room, pixels):
     np.testing.assert_array_equal(
         task.frozen["encoder"]["input"]["kernel"], pixels.frozen["encoder"]["input"]["kernel"]
     )
+
+
+def test_a_public_vocabulary(room):
+    """The run directory keeps it as one file, so the run needs the folder no more."""
+    room, tokenizer = room
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    pieces = [*map(chr, kept), *(chr(256 + i) for i in range(68)), "re", "red"]
+    (room / "gpt2").mkdir()
+    (room / "gpt2" / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (room / "gpt2" / "merges.txt").write_text("#version: 0.2\nr e\nre d\n")
+    config = dalle_config(room, text=TextConfig(model=str(room / "gpt2"), dropout=0.0))
+    prepared(config, tokenizer, room / "public")
+    shutil.rmtree(room / "gpt2")
+    again = DalleTask(config)
+    again.prepare(room / "public")
+    ids = again.text.encode("red", text_vocab=400, text_len=6)
+    assert ids.tolist() == [257, 401, 402, 403, 404, 405]
+    assert first(again, 1)[0]["text"].shape == (BATCH, 6)
 
 
 def test_a_vocabulary_too_large(room):

@@ -207,7 +207,7 @@ class DataConfig:
 class TextConfig:
     """Byte-pair encoding of the captions (2102.12092, 2.2: 16,384 pieces, lower case, 10% dropout)."""
 
-    model: str | None = None  # a sentencepiece file to use; None trains one from the source's captions
+    model: str | None = None  # a vocabulary to use (docs/data.md); None trains one from the source's captions
     train_captions: int = 200_000  # captions read when training the vocabulary
     dropout: float = 0.1  # probability of skipping a merge while training
     lowercase: bool = True
