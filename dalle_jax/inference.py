@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import dalle
-from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig
+from dalle_jax import tokenizer as tokenizers
+from dalle_jax.config import DalleConfig, DataConfig, TokenizerConfig
 from dalle_jax.data.codes import save_codes
 from dalle_jax.data.sources import Source, open_source
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.text import TextTokenizer
-from dalle_jax.tokenizer import dvae
 from dalle_jax.train.rundir import Run, fingerprint, load_frozen, load_run, read_config
 
 Params = dict[str, Any]
@@ -41,7 +41,7 @@ PIXEL_BATCH = 64  # pictures encoded or decoded at once
 class Tokenizer(NamedTuple):
     """A frozen image tokenizer. fingerprint: changes with any of its parameters (`rundir.fingerprint`)."""
 
-    config: DVAEConfig
+    config: TokenizerConfig
     params: Params
     fingerprint: str
 
@@ -84,7 +84,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises FileNotFoundError, ValueError or OSError as `load_run` does.
     """
     path = Path(path)
-    if read_config(path).model.kind == "dvae":
+    if isinstance(read_config(path).model, TokenizerConfig):
         run = load_run(path)
         return Tokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
     if not (path / "tokenizer" / "config.json").is_file():
@@ -194,11 +194,11 @@ _unstack = jax.jit(dalle.unstack, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(cfg: DVAEConfig, params: Params, image_u8: jax.Array) -> jax.Array:
-    return dvae.encode(cfg, params, image_u8.astype(jnp.float32) / 255.0)
+def _encode(cfg: TokenizerConfig, params: Params, image_u8: jax.Array) -> jax.Array:
+    return tokenizers.encode(cfg, params, image_u8.astype(jnp.float32) / 255.0)
 
 
-_decode = jax.jit(dvae.decode, static_argnums=0)
+_decode = jax.jit(tokenizers.decode, static_argnums=0)
 
 
 def encode_images(tokenizer: Tokenizer, images: np.ndarray, *, batch: int = PIXEL_BATCH) -> np.ndarray:

@@ -6,7 +6,7 @@ import sys
 from typing import Any, NamedTuple
 
 from dalle_jax.cli.verbs import Evaluate
-from dalle_jax.config import DataConfig
+from dalle_jax.config import DataConfig, TokenizerConfig
 from dalle_jax.evaluate import fid, inception, measures
 from dalle_jax.inference import Counter, Sampling, Tokenizer, load_text_to_image
 from dalle_jax.train.rundir import fingerprint, load_run, read_config
@@ -26,7 +26,7 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
         raise ValueError(f"--count is {args.count}; want at least 2 pictures for a FID")
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     samplings = [Sampling(guidance=scale, **options) for scale in args.guidance]
-    tokenizer_run = read_config(args.run).model.kind == "dvae"
+    tokenizer_run = isinstance(read_config(args.run).model, TokenizerConfig)
     result = _tokenizer(args) if tokenizer_run else _transformer(args, samplings)
     curve = result.pop("curve", None)
     print(measures.describe(result))
@@ -62,11 +62,11 @@ def _truth(args: Evaluate, data: DataConfig, image_size: int, languages: tuple[s
 
 
 def _tokenizer(args: Evaluate) -> dict[str, Any]:
-    run = load_run(args.run, "dvae")
+    run = load_run(args.run)
     tokenizer = Tokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
     truth = _truth(args, run.config.data, run.config.model.image_size, ())
     result = {
-        "stage": "dvae",
+        "stage": run.config.model.kind,
         "step": run.step,
         "count": args.count,
         **_told(measures.measure_tokenizer(tokenizer, run.config.data, args.count)),

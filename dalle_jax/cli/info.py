@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from dalle_jax import dalle
+from dalle_jax import dalle, tokenizer
 from dalle_jax.cli.codes import config_of
 from dalle_jax.cli.verbs import Info
-from dalle_jax.config import DalleConfig, DVAEConfig, TrainConfig
+from dalle_jax.config import DalleConfig, DVAEConfig, TrainConfig, VQGANConfig
 from dalle_jax.nn.sharding import path_name
-from dalle_jax.tokenizer import dvae
+from dalle_jax.tokenizer import adversarial
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.metrics import read_metrics
 from dalle_jax.train.optim import make_optimizer
@@ -37,8 +37,8 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
     """
     model = config.model
     match model:
-        case DVAEConfig():
-            shapes = jax.eval_shape(partial(dvae.init, model), jax.random.key(0))
+        case DVAEConfig() | VQGANConfig():
+            shapes = jax.eval_shape(partial(tokenizer.init, model), jax.random.key(0))
             about = {"image_size": model.image_size, "vocab": model.vocab}
         case DalleConfig():
             shapes = jax.eval_shape(partial(dalle.init, model), jax.random.key(0))
@@ -50,13 +50,18 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
                 "layers": model.layers,
                 "tokenizer": config.tokenizer,
             }
-    tx = make_optimizer(config.optim, config.steps, shapes)
-    size = _bytes(shapes)
+    trained, tx = shapes, make_optimizer(config.optim, config.steps, shapes)
+    if isinstance(model, VQGANConfig):  # trains with a discriminator beside it
+        trained = jax.eval_shape(partial(adversarial.init, model), jax.random.key(0))
+        own = make_optimizer(config.optim, config.steps, adversarial.tokenizer_part(trained))
+        tx = adversarial.optimizer(model, own)
+        about["discriminator_parameters"] = _count(trained.get("discriminator", {}))
+    size = _bytes(trained)
     averaged = config.optim.ema_decay > 0
     memory = {
         "parameters": size,
         "gradients": size,
-        "optimizer": _bytes(jax.eval_shape(tx.init, shapes)),
+        "optimizer": _bytes(jax.eval_shape(tx.init, trained)),
         "ema": size if averaged else 0,
     }
     memory["training_without_activations"] = sum(memory.values())

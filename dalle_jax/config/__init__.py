@@ -25,18 +25,32 @@ from dalle_jax.config.data import (
 )
 from dalle_jax.config.diffusion import NoiseConfig, NoiseKind, Prediction, Weighting
 from dalle_jax.config.json import from_json, to_json
-from dalle_jax.config.tokenizer import Dtype, DVAEConfig, Schedule
+from dalle_jax.config.tokenizer import (
+    AdversarialConfig,
+    Dtype,
+    DVAEConfig,
+    FiniteScalarQuantizer,
+    GumbelQuantizer,
+    Quantizer,
+    Schedule,
+    TokenizerConfig,
+    VectorQuantizer,
+    VQGANConfig,
+)
 from dalle_jax.config.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "MIXTURE_PERIOD",
+    "AdversarialConfig",
     "ArraysSource",
     "AttentionKind",
     "DVAEConfig",
     "DalleConfig",
     "DataConfig",
     "Dtype",
+    "FiniteScalarQuantizer",
     "FolderSource",
+    "GumbelQuantizer",
     "Language",
     "MeshConfig",
     "MixtureSource",
@@ -45,6 +59,7 @@ __all__ = [
     "NoiseKind",
     "OptimConfig",
     "Prediction",
+    "Quantizer",
     "SceneBackground",
     "SceneFill",
     "SceneSize",
@@ -54,7 +69,10 @@ __all__ = [
     "TarSource",
     "TextConfig",
     "TfdsSource",
+    "TokenizerConfig",
     "TrainConfig",
+    "VQGANConfig",
+    "VectorQuantizer",
     "Weighting",
     "from_json",
     "to_json",

@@ -58,6 +58,8 @@ def _build_union(options: tuple, data: Any, path: str) -> Any:
     classes = [o for o in options if dataclasses.is_dataclass(o)]
     if not classes:
         return _build(next(o for o in options if o is not type(None)), data, path)
+    if len(classes) == 1:  # a class or None: nothing to tell apart
+        return _build_dataclass(classes[0], data, path)
     kinds = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in classes}
     kind = data.get("kind") if isinstance(data, dict) else None
     require(kind in kinds, f"{path}.kind: got {kind!r}, want one of {', '.join(map(repr, kinds))}")

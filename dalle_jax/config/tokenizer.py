@@ -1,8 +1,9 @@
-"""Image tokenizers: sizes of the network and the schedules of its loss."""
+"""Image tokenizers: sizes of the networks, quantizers, and the weights and schedules of their losses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dalle_jax.config.checks import require
@@ -68,3 +69,155 @@ class DVAEConfig:
     @property
     def num_codes(self) -> int:
         return self.grid**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorQuantizer:
+    """Nearest code of a learned codebook (van den Oord et al. 2017, 1711.00937)."""
+
+    kind: Literal["vq"] = "vq"
+    vocab: int = 16_384  # codes
+    dim: int = 256  # width of a code; with `normalize` a small one, e.g. 8, keeps a large codebook alive
+    normalize: bool = False  # compare on the unit sphere (Yu et al. 2021, 2110.04627, 3.2)
+    codebook_weight: float = 1.0  # of the term that pulls codes to the encoder's output
+    commitment: float = 0.25  # of the term that pulls the encoder's output to its code
+
+    def __post_init__(self):
+        require(self.vocab >= 2, f"VectorQuantizer.vocab is {self.vocab}; want at least 2")
+        require(self.dim >= 1, f"VectorQuantizer.dim is {self.dim}; want at least 1")
+        require(
+            self.codebook_weight >= 0 and self.commitment >= 0,
+            f"VectorQuantizer weights {self.codebook_weight}, {self.commitment}; want 0 or more",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GumbelQuantizer:
+    """Gumbel-softmax over a learned codebook, straight-through (Jang et al. 2016, 1611.01144)."""
+
+    kind: Literal["gumbel"] = "gumbel"
+    vocab: int = 8192
+    dim: int = 256
+    tau: Schedule = Schedule(start=1.0, end=1 / 16, steps=150_000)  # temperature
+    kl_weight: float = 5e-4  # of the divergence from the uniform distribution, nats per code
+
+    def __post_init__(self):
+        require(self.vocab >= 2, f"GumbelQuantizer.vocab is {self.vocab}; want at least 2")
+        require(self.dim >= 1, f"GumbelQuantizer.dim is {self.dim}; want at least 1")
+        require(self.kl_weight >= 0, f"GumbelQuantizer.kl_weight is {self.kl_weight}; want 0 or more")
+        for tau in (self.tau.start, self.tau.end):
+            require(tau > 0, f"GumbelQuantizer.tau must stay positive, got {self.tau}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiniteScalarQuantizer:
+    """Every channel rounded to a few levels; no codebook to learn (Mentzer et al. 2023, 2309.15505)."""
+
+    kind: Literal["fsq"] = "fsq"
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)  # per channel; the product is the vocabulary; table 1
+
+    def __post_init__(self):
+        require(
+            len(self.levels) > 0 and min(self.levels) >= 2,
+            f"FiniteScalarQuantizer.levels is {self.levels}; want one or more numbers of at least 2",
+        )
+
+    @property
+    def vocab(self) -> int:
+        return math.prod(self.levels)
+
+    @property
+    def dim(self) -> int:
+        return len(self.levels)
+
+
+Quantizer = VectorQuantizer | GumbelQuantizer | FiniteScalarQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """A discriminator of patches that trains against the decoder (Esser et al. 2020, 2012.09841, 3.1)."""
+
+    loss: Literal["non-saturating", "hinge"] = "hinge"
+    weight: float = 0.8  # of the decoder's adversarial term, times the adaptive weight
+    start: int = 250_001  # updates before the discriminator begins to learn
+    ramp: int = 10_000  # updates after `start` over which `weight` rises from 0 in a line; 0 is at once
+    max_adaptive: float = 1e4  # the adaptive weight, a ratio of gradient norms, is clipped to this
+    r1_weight: float = (
+        10.0  # gamma of the gradient penalty on real pictures (Mescheder et al. 2018); 0 is off
+    )
+    r1_every: int = 16  # updates between penalties, each weighed by as much (Karras et al. 2019, 1912.04958)
+    width: int = 64  # channels of the discriminator's first layer
+    layers: int = 3  # halvings; 3 judges patches of 70 pixels
+    learning_rate: float = 1e-4  # of the discriminator; constant
+    b1: float = 0.5
+    b2: float = 0.9
+
+    def __post_init__(self):
+        for name in ("r1_every", "width", "layers"):
+            require(getattr(self, name) >= 1, f"adversarial.{name} is {getattr(self, name)}; want at least 1")
+        for name in ("weight", "start", "ramp", "r1_weight"):
+            require(getattr(self, name) >= 0, f"adversarial.{name} is {getattr(self, name)}; want 0 or more")
+        for name in ("max_adaptive", "learning_rate"):
+            require(getattr(self, name) > 0, f"adversarial.{name} is {getattr(self, name)}; want more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig:
+    """Convolutional tokenizer with a choice of quantizers, trained adversarially (2012.09841)."""
+
+    kind: Literal["vqgan"] = "vqgan"
+    image_size: int = 256  # side of the square picture, pixels
+    width: int = 128  # channels at full resolution
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of `width`, one per resolution
+    blocks: int = 2  # residual blocks per resolution; the decoder has one more
+    attention_levels: tuple[int, ...] = (4,)  # resolutions with attention after each block; 0 is the full one
+    latent_width: int = 256  # channels between the networks and the quantizer
+    quantizer: Quantizer = field(default_factory=VectorQuantizer)
+    pixels: Literal["symmetric", "unit"] = "symmetric"  # what the networks see: [-1, 1], or [0, 1] unchanged
+    pixel_weight: float = 1.0  # of the mean absolute error of the pixels, in the networks' range
+    perceptual_weight: float = 1.0  # of LPIPS, or without its weights of the Laplacian pyramid's distance
+    lpips: str | None = None  # npz with the weights of LPIPS (AlexNet or VGG16); None takes the pyramid
+    adversarial: AdversarialConfig | None = field(default_factory=AdversarialConfig)  # None trains without
+    dtype: Dtype = "float32"  # of the convolutions; norms, attention, quantizer and losses stay float32
+
+    def __post_init__(self):
+        for name in ("image_size", "width", "blocks", "latent_width"):
+            require(getattr(self, name) >= 1, f"VQGANConfig.{name} is {getattr(self, name)}; want at least 1")
+        require(
+            len(self.multipliers) > 0 and min(self.multipliers) >= 1,
+            f"VQGANConfig.multipliers is {self.multipliers}; want one or more numbers of at least 1",
+        )
+        require(
+            self.image_size % self.downsample == 0,
+            f"image_size {self.image_size} is not divisible by {self.downsample} (= 2**(resolutions-1) with "
+            f"{len(self.multipliers)} multipliers); change image_size or multipliers",
+        )
+        require(
+            all(0 <= level < len(self.multipliers) for level in self.attention_levels),
+            f"attention_levels is {self.attention_levels}; want numbers in [0, {len(self.multipliers)})",
+        )
+        require(
+            self.pixel_weight >= 0 and self.perceptual_weight >= 0,
+            f"pixel_weight {self.pixel_weight}, perceptual_weight {self.perceptual_weight}; want 0 or more",
+        )
+
+    @property
+    def vocab(self) -> int:
+        return self.quantizer.vocab
+
+    @property
+    def downsample(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Side of the square of codes."""
+        return self.image_size // self.downsample
+
+    @property
+    def num_codes(self) -> int:
+        return self.grid**2
+
+
+TokenizerConfig = DVAEConfig | VQGANConfig

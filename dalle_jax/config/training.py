@@ -8,9 +8,9 @@ from typing import Literal
 from dalle_jax.config.checks import require
 from dalle_jax.config.dalle import DalleConfig
 from dalle_jax.config.data import DataConfig, TextConfig
-from dalle_jax.config.tokenizer import DVAEConfig
+from dalle_jax.config.tokenizer import TokenizerConfig
 
-ModelConfig = DVAEConfig | DalleConfig
+ModelConfig = TokenizerConfig | DalleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,11 @@ class TrainConfig:
             self.data.batch % self.optim.accumulate == 0,
             f"data.batch {self.data.batch} is not divisible by optim.accumulate {self.optim.accumulate}; change one",
         )
-        if isinstance(self.model, DVAEConfig):
+        if isinstance(self.model, TokenizerConfig):
             require(
                 self.data.codes is None, "data.codes is for the stage dalle; a tokenizer trains on pixels"
             )
-            require(self.tokenizer is None, "tokenizer is for the stage dalle; remove it from a dvae config")
+            require(
+                self.tokenizer is None,
+                "tokenizer is for the stage dalle; remove it from a tokenizer's config",
+            )

@@ -53,6 +53,25 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # dVAE (tokenizer/dvae.py): convolutions split over input channels.
     (r"(encoder|decoder)/.*(conv_\d|id_path|input|output)/kernel", (None, None, "width", None)),
     (r"(encoder|decoder)/.*(conv_\d|id_path|input|output)/bias", (None,)),
+    # VQGAN (tokenizer/vqgan.py, quantize.py), alone and as part of a state with a discriminator.
+    (
+        r"(tokenizer/)?((encoder|decoder)/(.*/)?(conv_in|conv_out|conv\d|nin_shortcut|q|k|v|proj_out|"
+        r"(down|up)_\d_(down|up)sample)|(post_)?quant_conv)/kernel",
+        (None, None, "width", None),
+    ),
+    (
+        r"(tokenizer/)?((encoder|decoder)/(.*/)?(conv_in|conv_out|conv\d|nin_shortcut|q|k|v|proj_out|"
+        r"(down|up)_\d_(down|up)sample)|(post_)?quant_conv)/bias",
+        (None,),
+    ),
+    (r"(tokenizer/)?(encoder|decoder)/(.*/)?(norm\d?|norm_out)/(scale|bias)", (None,)),
+    (r"(tokenizer/)?quantize/embedding", ("vocab", None)),
+    (r"(tokenizer/)?quantize/proj/kernel", ("width", "vocab")),
+    (r"(tokenizer/)?quantize/proj/bias", ("vocab",)),
+    (r"discriminator/(conv_\d|score)/kernel", (None, None, "width", None)),
+    (r"discriminator/((conv_\d|score)/bias|norm_\d/(scale|bias))", (None,)),
+    (r"lpips/conv_\d+/kernel", (None, None, None, None)),
+    (r"lpips/(conv_\d+/bias|head_\d/kernel)", (None,)),
 )
 
 

@@ -164,23 +164,13 @@ def init(cfg: DVAEConfig, key: jax.Array) -> Params:
     }
 
 
-def _check_images(cfg: DVAEConfig, images: jax.Array) -> None:
-    want = (cfg.image_size, cfg.image_size, 3)
-    if images.ndim != 4 or images.shape[1:] != want:
-        raise ValueError(
-            f"images have shape {images.shape}, want (batch, {want[0]}, {want[1]}, 3); resize them"
-        )
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images are {images.dtype}, want floats in [0, 1]; divide uint8 by 255")
-
-
 def encode_logits(cfg: DVAEConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
     """Scores of every code at every place.
 
     images_BHWC: float in [0, 1], (B, image_size, image_size, 3). Returns float32 (B, h, w, V).
     Raises ValueError for another shape or an integer dtype.
     """
-    _check_images(cfg, images_BHWC)
+    losses.check_images(cfg, images_BHWC)
     x = losses.map_pixels(images_BHWC.astype(jnp.float32))
     logits = Encoder(cfg).apply({"params": params["encoder"]}, x)
     return constrain(logits, "batch", None, None, "vocab")
@@ -207,10 +197,7 @@ def decode(cfg: DVAEConfig, params: Params, codes_BN: jax.Array) -> jax.Array:
     Raises ValueError if N is not cfg.num_codes or codes are not integers. Codes outside the codebook can't
     be seen in a traced array; check them on the host.
     """
-    if codes_BN.ndim != 2 or codes_BN.shape[1] != cfg.num_codes:
-        raise ValueError(f"codes have shape {codes_BN.shape}, want (batch, {cfg.num_codes})")
-    if not jnp.issubdtype(codes_BN.dtype, jnp.integer):
-        raise ValueError(f"codes are {codes_BN.dtype}, want int32 in [0, {cfg.vocab})")
+    losses.check_codes(cfg, codes_BN)
     codes = codes_BN.reshape(len(codes_BN), cfg.grid, cfg.grid)
     return _pixels(Decoder(cfg).apply({"params": params["decoder"]}, codes))
 

@@ -7,7 +7,36 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dalle_jax.config import Schedule, TokenizerConfig
+
 LAPLACE_EPS = 0.1  # half of what the pixel map leaves free at either end; 2102.12092, A.3
+
+
+def scheduled(schedule: Schedule, step: jax.Array) -> jax.Array:
+    """Value of a half-cosine schedule after `step` updates, float32."""
+    if schedule.steps == 0:
+        return jnp.float32(schedule.end)
+    share = jnp.clip(step.astype(jnp.float32) / schedule.steps, 0.0, 1.0)
+    return schedule.end + (schedule.start - schedule.end) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+
+
+def check_images(cfg: TokenizerConfig, images: jax.Array) -> None:
+    """Raises ValueError unless `images` are floats of the shape that a tokenizer takes."""
+    want = (cfg.image_size, cfg.image_size, 3)
+    if images.ndim != 4 or images.shape[1:] != want:
+        raise ValueError(
+            f"images have shape {images.shape}, want (batch, {want[0]}, {want[1]}, 3); resize them"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}, want floats in [0, 1]; divide uint8 by 255")
+
+
+def check_codes(cfg: TokenizerConfig, codes_BN: jax.Array) -> None:
+    """Raises ValueError unless `codes_BN` are integers of the shape that a tokenizer decodes."""
+    if codes_BN.ndim != 2 or codes_BN.shape[1] != cfg.num_codes:
+        raise ValueError(f"codes have shape {codes_BN.shape}, want (batch, {cfg.num_codes})")
+    if not jnp.issubdtype(codes_BN.dtype, jnp.integer):
+        raise ValueError(f"codes are {codes_BN.dtype}, want int32 in [0, {cfg.vocab})")
 
 
 def map_pixels(x: jax.Array) -> jax.Array:

@@ -62,6 +62,10 @@ class Task(Protocol):
     def prepare(self, run_dir: Path) -> None: ...
     def init(self, key: jax.Array) -> Params: ...
     def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+    # A task whose networks do not all descend one loss has, in its place, `gradients` with the same arguments,
+    # which returns (gradients, measures with `loss`), and `optimizer(params)`.
+
     def batches(self, start: int) -> Iterator[Batch]: ...
     def eval_batches(self) -> list[Batch]: ...
     def evaluate(self, params, frozen, batch, key) -> dict[str, jax.Array]: ...
@@ -110,7 +114,9 @@ class _Training:
         self.config, self.task, self.mesh, self.run_dir = config, task, mesh, run_dir
         self.first_process = jax.process_index() == 0
         self.rows_sharding = batch_sharding(mesh)
-        self.tx = make_optimizer(config.optim, config.steps, param_shapes(task))
+        shapes = param_shapes(task)
+        own = getattr(task, "optimizer", None)
+        self.tx = own(shapes) if own else make_optimizer(config.optim, config.steps, shapes)
         self.frozen = jax.device_put(task.frozen, param_shardings(mesh, task.frozen)) if task.frozen else {}
         self.evaluate_fn = jax.jit(task.evaluate)
         self.eval_batches: list[dict[str, jax.Array]] | None = None

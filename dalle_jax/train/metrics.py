@@ -85,6 +85,8 @@ class MetricsLog:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
             for name, value in (values | (timing or {})).items():
+                if not math.isfinite(value):  # TensorBoard has no mark for it
+                    continue
                 event = Event(step=step, wall_time=time.time(), summary=summary.scalar(name, float(value)))
                 self._events.write_event(event)
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:

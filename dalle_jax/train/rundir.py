@@ -44,6 +44,10 @@ FREE = (
 )  # fmt: skip
 
 
+# Stages that train a helper beside their model: the part of the parameters that is the model.
+PARTS = {"vqgan": "tokenizer"}
+
+
 class Run(NamedTuple):
     """A trained model: its configuration, the parameters to use, its directory, and the step they are of."""
 
@@ -78,7 +82,7 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def stage(config: TrainConfig) -> str:
-    """`dvae` or `dalle`: the type of `config.model`."""
+    """`dvae`, `vqgan`, `dalle`: the type of `config.model`."""
     return config.model.kind
 
 
@@ -211,7 +215,7 @@ def load_run(
     """The model of a run directory, ready for use; reads its parameters only, writes nothing.
 
     Args:
-      stage: what the run must be (`dvae`, `dalle`); None takes any.
+      stage: what the run must be (`dvae`, `vqgan`, `dalle`); None takes any.
       which: `best` is the checkpoint with the best evaluation measure, or the latest where none was measured;
         or `latest`, or the number of a saved step.
       ema: take the averaged parameters if the run has them.
@@ -250,7 +254,8 @@ def load_run(
         params = checkpoints.load(step, {name: abstract}, partial=True)[name]
     finally:
         checkpoints.close()
-    return Run(config, params, path, step)
+    part = PARTS.get(config.model.kind)
+    return Run(config, params if part is None else params[part], path, step)
 
 
 def fingerprint(model: ModelConfig, params: Params) -> str:

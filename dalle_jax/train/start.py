@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dalle_jax.config import TrainConfig
 from dalle_jax.data.sources import source_of
 from dalle_jax.nn.sharding import path_name
-from dalle_jax.train.rundir import load_run, read_config
+from dalle_jax.train.rundir import PARTS, load_run, read_config
 from dalle_jax.train.state import State
 
 
@@ -67,6 +67,9 @@ def begin_from(state: State, config: TrainConfig, mesh: Mesh) -> State:
     Raises ValueError naming the parameter whose shape differs; what `load_run` raises.
     """
     loaded = load_run(config.init_from, config.model.kind, mesh=mesh).params
+    part = PARTS.get(config.model.kind)
+    if part is not None:  # what trains beside the model begins anew
+        loaded = {**state.params, part: loaded}
     want, have = _shapes(state.params), _shapes(loaded)
     for name in [*want, *have]:
         if want.get(name) != have.get(name):

@@ -61,6 +61,10 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, shardings)
 
 
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
 def abstract_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state, without allocation."""
     shapes = param_shapes(task)
@@ -69,7 +73,12 @@ def abstract_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
     whole = replicated(mesh)
     # jit(tx.init) would leave the moments whole on every device; they must lie as their parameters do.
     opt_shardings = optax.tree.map_params(
-        tx, lambda _, h: h, opt_shapes, shardings, transform_non_params=lambda _: whole
+        tx,
+        lambda s, h: s if _is_masked(s) else h,  # a part that this optimizer leaves to another one
+        opt_shapes,
+        shardings,
+        transform_non_params=lambda _: whole,
+        is_leaf=_is_masked,
     )
     params = _with_shardings(shapes, shardings)
     return State(
@@ -138,6 +147,10 @@ def make_step(
     rows = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
 
     def grads_of(params, frozen, batch, key, step):
+        if hasattr(task, "gradients"):  # a task whose networks do not descend one loss
+            grads, measures = task.gradients(params, frozen, batch, key, step)
+            return jax.lax.with_sharding_constraint(grads, shardings.params), measures
+
         def loss(params):
             value, measures = task.loss(params, frozen, batch, key, step)
             return value, {**measures, "loss": value}

@@ -6,9 +6,10 @@ is one file here and one line in `make_task`, the only place that tells stages a
 
 from __future__ import annotations
 
-from dalle_jax.config import DalleConfig, DVAEConfig, TrainConfig
+from dalle_jax.config import DalleConfig, DVAEConfig, TrainConfig, VQGANConfig
 from dalle_jax.train.tasks.dalle import DalleTask
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
+from dalle_jax.train.tasks.vqgan import VQGANTask
 
 
 def make_task(config: TrainConfig) -> TokenizerTask | DalleTask:
@@ -16,6 +17,8 @@ def make_task(config: TrainConfig) -> TokenizerTask | DalleTask:
     match config.model:
         case DVAEConfig():
             return TokenizerTask(config)
+        case VQGANConfig():
+            return VQGANTask(config)
         case DalleConfig():
             return DalleTask(config)
     raise ValueError(f"no stage trains a {type(config.model).__name__}")

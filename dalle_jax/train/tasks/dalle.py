@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from PIL import Image
 
-from dalle_jax import dalle, text
-from dalle_jax.config import DVAEConfig, TrainConfig
+from dalle_jax import dalle, text, tokenizer
+from dalle_jax.config import TokenizerConfig, TrainConfig
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source, sample_captions
 from dalle_jax.sampling.generate import generate, row_keys
-from dalle_jax.tokenizer import dvae
 from dalle_jax.train.rundir import load_frozen, load_run, read_config, save_frozen
 from dalle_jax.train.start import copy_tokenizer, copy_vocabulary
 from dalle_jax.train.tasks.pictures import (
@@ -52,12 +51,14 @@ class DalleTask:
         if config.tokenizer is not None:  # before the run directory is made
             self._fits(read_config(config.tokenizer).model, config.tokenizer)
 
-    def _fits(self, tokenizer: Any, where: Any) -> None:
-        if not isinstance(tokenizer, DVAEConfig):
-            raise ValueError(f"tokenizer {where} is a run of stage {tokenizer.kind}, want a tokenizer (dvae)")
+    def _fits(self, model: Any, where: Any) -> None:
+        if not isinstance(model, TokenizerConfig):
+            raise ValueError(
+                f"tokenizer {where} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)"
+            )
         for name, ours, theirs in (
-            ("image_vocab", self.model.image_vocab, tokenizer.vocab),
-            ("grid", self.model.grid, tokenizer.grid),
+            ("image_vocab", self.model.image_vocab, model.vocab),
+            ("grid", self.model.grid, model.grid),
         ):
             if ours != theirs:
                 raise ValueError(
@@ -121,7 +122,7 @@ class DalleTask:
     def _codes(self, frozen: Params, batch: Batch) -> jax.Array:
         if "codes" in batch:
             return batch["codes"]
-        return dvae.encode(self.tokenizer, frozen, to_floats(batch["image"]))
+        return tokenizer.encode(self.tokenizer, frozen, to_floats(batch["image"]))
 
     def loss(self, params, frozen, batch, key, step):
         return dalle.loss(self.model, params, batch["text"], self._codes(frozen, batch), key)
@@ -164,5 +165,5 @@ class DalleTask:
         )
         seeds = jax.random.bits(key, (len(batch["text"]),))
         codes = generate(self.model, params, jnp.asarray(batch["text"]), row_keys(seeds))
-        decoded = jax.jit(dvae.decode, static_argnums=0)(self.tokenizer, frozen, codes)
+        decoded = jax.jit(tokenizer.decode, static_argnums=0)(self.tokenizer, frozen, codes)
         return grid(to_bytes(decoded), 4, batch["caption"])

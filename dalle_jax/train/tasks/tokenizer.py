@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dalle_jax.config import DVAEConfig, Schedule, TrainConfig
+from dalle_jax import tokenizer
+from dalle_jax.config import TokenizerConfig, TrainConfig
 from dalle_jax.data.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.tokenizer import dvae, losses
+from dalle_jax.tokenizer.losses import scheduled
 from dalle_jax.train.tasks.pictures import (
     PICTURES,
     eval_batches,
@@ -26,14 +28,6 @@ from dalle_jax.train.tasks.pictures import (
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
-
-
-def scheduled(schedule: Schedule, step: jax.Array) -> jax.Array:
-    """Value of a half-cosine schedule after `step` updates, float32."""
-    if schedule.steps == 0:
-        return jnp.float32(schedule.end)
-    share = jnp.clip(step.astype(jnp.float32) / schedule.steps, 0.0, 1.0)
-    return schedule.end + (schedule.start - schedule.end) * 0.5 * (1 + jnp.cos(jnp.pi * share))
 
 
 class TokenizerTask:
@@ -52,7 +46,7 @@ class TokenizerTask:
         log_unusable(self._source, run_dir)
 
     def init(self, key: jax.Array) -> Params:
-        return dvae.init(self.model, key)
+        return tokenizer.init(self.model, key)
 
     def loss(self, params, frozen, batch, key, step):
         weights = {
@@ -80,8 +74,8 @@ class TokenizerTask:
 
     def evaluate(self, params, frozen, batch, key):
         images_BHWC = to_floats(batch["image"])
-        codes_BN = dvae.encode(self.model, params, images_BHWC)
-        decoded = dvae.decode(self.model, params, codes_BN)
+        codes_BN = tokenizer.encode(self.model, params, images_BHWC)
+        decoded = tokenizer.decode(self.model, params, codes_BN)
         use, perplexity = losses.codebook_use(codes_BN, self.model.vocab)
         return {
             "eval_psnr": jnp.mean(losses.psnr(images_BHWC, decoded)),
@@ -98,6 +92,6 @@ class TokenizerTask:
         return grid(pairs, 4, None)
 
 
-def _reconstruct(model: DVAEConfig, params: Params, image_u8: jax.Array) -> jax.Array:
-    both = jax.jit(lambda p, x: dvae.decode(model, p, dvae.encode(model, p, to_floats(x))))
+def _reconstruct(model: TokenizerConfig, params: Params, image_u8: jax.Array) -> jax.Array:
+    both = jax.jit(lambda p, x: tokenizer.decode(model, p, tokenizer.encode(model, p, to_floats(x))))
     return both(params, image_u8)

@@ -1,0 +1,55 @@
+"""The stage of VQGAN: a tokenizer and a discriminator learn against each other, in one state and one step."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from dalle_jax.config import TrainConfig
+from dalle_jax.tokenizer import adversarial, perceptual
+from dalle_jax.train.optim import make_optimizer
+from dalle_jax.train.tasks.pictures import to_floats
+from dalle_jax.train.tasks.tokenizer import TokenizerTask
+
+Params = dict[str, Any]
+
+
+class VQGANTask(TokenizerTask):
+    """Supplies its own gradients: each of the two networks descends another loss."""
+
+    def __init__(self, config: TrainConfig):
+        super().__init__(config)
+        if self.model.lpips is not None:  # before the run directory is made
+            self.frozen = {"lpips": perceptual.load_lpips(self.model.lpips)}
+
+    def prepare(self, run_dir: Path) -> None:
+        super().prepare(run_dir)
+        if not self.frozen and self.model.perceptual_weight and jax.process_index() == 0:
+            print(
+                "model.lpips is not set: without the weights of LPIPS the perceptual term is the distance of "
+                "Laplacian pyramids. It sharpens edges but knows no textures; for photos give an npz with LPIPS "
+                "weights (docs/tokenizers.md says of what form)",
+                file=sys.stderr,
+            )
+
+    def init(self, key: jax.Array) -> Params:
+        return adversarial.init(self.model, key)
+
+    def optimizer(self, params: Params) -> optax.GradientTransformation:
+        config = self.config
+        own = make_optimizer(config.optim, config.steps, adversarial.tokenizer_part(params))
+        return adversarial.optimizer(self.model, own)
+
+    def gradients(self, params, frozen, batch, key, step):
+        images = to_floats(batch["image"])
+        return adversarial.gradients(self.model, params, frozen.get("lpips"), images, key, step)
+
+    def evaluate(self, params, frozen, batch, key):
+        return super().evaluate(params["tokenizer"], frozen, batch, key)
+
+    def pictures(self, params, frozen, key):
+        return super().pictures(params["tokenizer"], frozen, key)
