@@ -20,6 +20,7 @@ _ROOMS = (
     "train",
     "inference",
     "evaluate",
+    "importers",
     "demo",
     "cli",
 )

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "diffusion": {"config", "nn"},
     "sampling": {"config", "nn", "tokenizer", "dalle", "clip", "diffusion"},
     "data": {"config", "text"},
-    "train": ABOVE,
+    "train": {*ABOVE, "importers"},
     "inference": {*ABOVE, "train"},
     "evaluate": {*ABOVE, "train", "inference"},
     "importers": {"config"},

@@ -379,3 +379,14 @@ def test_stop_at_the_switch_on_and_resume(tmp_path):
     parts = loop.run(run_config(tmp_path / "parts", 6))
     a, b = jax.device_get((whole.state.params, parts.state.params))
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.slow
+def test_another_run_begins_from_its_weights(tmp_path):
+    """`init_from` gives the tokenizer; the discriminator begins anew."""
+    before = loop.run(run_config(tmp_path / "first", 3)).state
+    config = dataclasses.replace(run_config(tmp_path / "second", 1), init_from=str(tmp_path / "first"))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1e-12))
+    after = loop.run(config).state
+    want, got = (jax.device_get(s) for s in (before.ema["tokenizer"], after.params["tokenizer"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), want, got)

@@ -37,6 +37,7 @@ VERBS = {  # verb: (class in verbs.py, module with `run`, one line of help)
     ),
     "text": ("Text", "dalle_jax.cli.text", "train a vocabulary on the captions of a data set"),
     "evaluate": ("Evaluate", "dalle_jax.cli.evaluate", "every measure that applies to a run"),
+    "export": ("Export", "dalle_jax.cli.export", "a run as safetensors and config.json, usable like a run"),
     "info": ("Info", "dalle_jax.cli.info", "parameters, shapes and memory of a run or a configuration"),
 }
 

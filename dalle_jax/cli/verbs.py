@@ -183,6 +183,19 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Writes the model of a run as model.safetensors beside its config.json, without the optimizer's state. Every
+    verb takes the directory like a run, and so does --init-from; the arrays have the names that `info` lists, with
+    dots."""
+
+    run: Positional[Runs]
+    """directory of a trained model"""
+    out: str
+    """directory to write, new or empty"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info:
     """Tells the size of a model, without allocating it: parameters in all and by part, their shapes, and the
     memory that training and drawing need for them."""

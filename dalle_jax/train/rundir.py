@@ -3,7 +3,7 @@
     config.json      the configuration, every field
     text.model       BPE vocabulary (stage dalle)
     tokenizer/       config.json and params/ of the frozen tokenizer (stage dalle)
-    checkpoints/     one directory per saved step
+    checkpoints/     one directory per saved step; an exported run has model.safetensors instead
     metrics.jsonl    one JSON object per line
     events/          the same figures for TensorBoard
     samples/         step_XXXXXXXX.png
@@ -22,6 +22,7 @@ import os
 import runpy
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +31,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dalle_jax.config import ModelConfig, TrainConfig, from_json, to_json
+from dalle_jax import dalle, tokenizer
+from dalle_jax.config import DalleConfig, ModelConfig, TokenizerConfig, TrainConfig, from_json, to_json
+from dalle_jax.importers import safetensors
 from dalle_jax.nn.sharding import param_shardings, path_name
 from dalle_jax.train.checkpoint import Checkpoints, load_params, on_one_device, save_params
 
@@ -43,6 +46,8 @@ FREE = (
     "data.threads", "data.prefetch",
 )  # fmt: skip
 
+
+WEIGHTS = "model.safetensors"  # of an exported run, in place of checkpoints/
 
 # Stages that train a helper beside their model: the part of the parameters that is the model.
 PARTS = {"vqgan": "tokenizer"}
@@ -229,6 +234,10 @@ def load_run(
     if stage is not None and config.model.kind != stage:
         raise ValueError(f"{path} is a run of stage {config.model.kind}, want one of stage {stage}")
     directory = path / "checkpoints"
+    if not directory.is_dir() and (path / WEIGHTS).is_file():
+        params, step = read_weights(path / WEIGHTS, config.model)
+        where = jax.devices()[0] if mesh is None else param_shardings(mesh, params)
+        return Run(config, jax.device_put(params, where), path, step)
     if not directory.is_dir():
         raise FileNotFoundError(f"{path} has no checkpoint yet; train it first, or wait for its first save")
     checkpoints = Checkpoints(directory)
@@ -256,6 +265,46 @@ def load_run(
         checkpoints.close()
     part = PARTS.get(config.model.kind)
     return Run(config, params if part is None else params[part], path, step)
+
+
+def write_weights(path: Path, params: Params, step: int) -> int:
+    """The parameters of a model as one safetensors file, names joined by dots; returns how many there are."""
+    pairs = jax.tree_util.tree_flatten_with_path(params)[0]
+    arrays = {path_name(keys).replace("/", "."): np.asarray(jax.device_get(leaf)) for keys, leaf in pairs}
+    safetensors.write(path, arrays, {"format": "dalle_jax", "step": str(step)})
+    return sum(array.size for array in arrays.values())
+
+
+def read_weights(path: Path, model: ModelConfig) -> tuple[Params, int]:
+    """Parameters and step of what `write_weights` wrote for `model`.
+
+    Raises ValueError naming the array that is missing, too many, of another shape or dtype, or not finite.
+    """
+    arrays, metadata = safetensors.read(path)
+    shapes = jax.eval_shape(_init(model), jax.random.key(0))
+    pairs, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    want = {path_name(keys).replace("/", "."): leaf for keys, leaf in pairs}
+    for name in [*want, *arrays]:
+        if name not in arrays or name not in want:
+            how = "is missing" if name in want else f"is not one of a {model.kind} of this configuration"
+            raise ValueError(f"{path}: array {name} {how}")
+        got, leaf = arrays[name], want[name]
+        if (got.shape, got.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(
+                f"{path}: array {name} is {got.dtype} {got.shape}, config.json wants {leaf.dtype} {leaf.shape}"
+            )
+        if not np.isfinite(got).all():
+            raise ValueError(f"{path}: array {name} has values that are not finite")
+    step = metadata.get("step", "0")
+    return jax.tree.unflatten(tree, [arrays[name] for name in want]), int(step) if step.isdigit() else 0
+
+
+def _init(model: ModelConfig):
+    if isinstance(model, TokenizerConfig):
+        return partial(tokenizer.init, model)
+    if isinstance(model, DalleConfig):
+        return partial(dalle.init, model)
+    raise ValueError(f"models of stage {model.kind} are not read from safetensors")
 
 
 def fingerprint(model: ModelConfig, params: Params) -> str:

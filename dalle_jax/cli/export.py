@@ -1,0 +1,31 @@
+"""`dalle-jax export`: the model of a run in safetensors, in a directory that is used like a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dalle_jax.cli.verbs import Export
+from dalle_jax.config import to_json
+from dalle_jax.train.rundir import WEIGHTS, load_run, write_atomically, write_weights
+
+
+def export(args: Export) -> dict[str, Any]:
+    """Writes model.safetensors, config.json, and what else the run needs to be used."""
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is there already; want a directory that is new or empty")
+    run = load_run(args.run)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (run.path / "text.model").is_file():
+            shutil.copyfile(run.path / "text.model", out / "text.model")
+        if (run.path / "tokenizer").is_dir():
+            shutil.copytree(run.path / "tokenizer", out / "tokenizer")
+    except OSError as error:
+        raise OSError(f"cannot write --out {out}: {error.strerror or error}; choose another --out") from error
+    count = write_weights(out / WEIGHTS, run.params, run.step)
+    write_atomically(out / "config.json", to_json(run.config))  # last: a directory that has it is whole
+    print(f"{count:,} parameters of step {run.step} in {out / WEIGHTS}; use {out} like a run")
+    return {"run": str(out), "weights": str(out / WEIGHTS), "parameters": count, "step": run.step}
