@@ -9,13 +9,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from dalle_jax import dalle
+from dalle_jax import dalle, tokenizer
 from dalle_jax.config import (
+    AdversarialConfig,
     ArraysSource,
     DalleConfig,
     DataConfig,
     DVAEConfig,
+    FiniteScalarQuantizer,
     FolderSource,
+    GumbelQuantizer,
     MeshConfig,
     MixtureSource,
     ModelConfig,
@@ -27,12 +30,14 @@ from dalle_jax.config import (
     TarSource,
     TextConfig,
     TfdsSource,
+    TokenizerConfig,
     TrainConfig,
+    VectorQuantizer,
+    VQGANConfig,
     from_json,
     to_json,
 )
 from dalle_jax.nn.sharding import PARAM_AXES, param_axes, path_name
-from dalle_jax.tokenizer import dvae
 from dalle_jax.train.rundir import load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -44,6 +49,18 @@ EVERY = [
         image_size=24, groups=3, blocks=1, width=12, decoder_width=5, vocab=9, dtype="bfloat16",
         tau=Schedule(start=0.9, end=0.1, steps=3), kl_weight=Schedule(start=1.0, end=2.0, steps=4),
         balance_weight=Schedule(start=0.5, end=0.0, steps=5), min_scale=0.01,
+    ),
+    VectorQuantizer(vocab=5, dim=3, normalize=True, codebook_weight=0.5, commitment=0.1),
+    GumbelQuantizer(vocab=5, dim=3, tau=Schedule(start=0.9, end=0.1, steps=3), kl_weight=0.1),
+    FiniteScalarQuantizer(levels=(5, 3)),
+    AdversarialConfig(
+        loss="non-saturating", weight=0.5, start=7, ramp=3, max_adaptive=10.0, r1_weight=0.0, r1_every=2, width=8,
+        layers=2, learning_rate=0.1, b1=0.2, b2=0.3,
+    ),
+    VQGANConfig(
+        image_size=24, width=12, multipliers=(1, 3), blocks=1, attention_levels=(), latent_width=5,
+        quantizer=FiniteScalarQuantizer(levels=(5, 3)), pixels="unit", pixel_weight=0.5, perceptual_weight=0.2,
+        lpips="w.npz", adversarial=None, dtype="bfloat16",
     ),
     DalleConfig(
         text_vocab=5, text_len=3, image_vocab=7, grid=2, dim=12, layers=3, heads=3, mlp_ratio=2,
@@ -119,6 +136,7 @@ def test_round_trip_covers_every_class():
     ("union", "config"),
     [
         (ModelConfig, DVAEConfig(vocab=11)),
+        (ModelConfig, VQGANConfig(width=64)),
         (ModelConfig, DalleConfig(layers=2)),
         (SourceConfig, ScenesSource(count=3)),
         (SourceConfig, TarSource(path="p")),
@@ -156,7 +174,11 @@ def test_fields_left_out_take_their_defaults():
         (DalleConfig, '{"last_attention": 3}', r"last_attention: got 3, want one of"),
         (DalleConfig, '{"qk_norm": 1}', r"qk_norm: got 1, want a bool"),
         (TrainConfig, "{}", r"TrainConfig: .*missing.*'model'"),
-        (TrainConfig, '{"model": {}}', r"TrainConfig\.model\.kind: got None, want one of 'dvae', 'dalle'"),
+        (
+            TrainConfig,
+            '{"model": {}}',
+            r"TrainConfig\.model\.kind: got None, want one of 'dvae', 'vqgan', 'dalle'",
+        ),
         (TrainConfig, '{"model": null}', r"TrainConfig\.model: got null"),
         (TrainConfig, '{"model": "dvae"}', r"TrainConfig\.model\.kind: got None"),
         (
@@ -172,7 +194,7 @@ def test_fields_left_out_take_their_defaults():
             r"parts\[1\]\.kind: got 'web', want one of 'scenes', 'tar', 'folder', 'tfds', 'arrays'$",
         ),
         (SourceConfig, '{"kind": "mixture"}', "missing.*'parts' and 'weights'"),
-        (ModelConfig, '{"kind": "vqgan"}', r"config\.kind: got 'vqgan'"),
+        (ModelConfig, '{"kind": "vq"}', r"config\.kind: got 'vq'"),
     ],
 )
 def test_from_json_refuses(cls, text, match):
@@ -311,7 +333,7 @@ def test_derived_sizes():
 
 
 def shapes(model):
-    init = dvae.init if isinstance(model, DVAEConfig) else dalle.init
+    init = tokenizer.init if isinstance(model, TokenizerConfig) else dalle.init
     return jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
 
 

@@ -224,7 +224,7 @@ def test_a_tokenizer_is_needed(room):
 def test_a_transformer_is_no_tokenizer(room, tmp_path):
     room, _ = room
     (tmp_path / "config.json").write_text(to_json(dalle_config(room)))
-    with pytest.raises(ValueError, match=r"is a run of stage dalle, want a tokenizer \(dvae\)"):
+    with pytest.raises(ValueError, match=r"is a run of stage dalle, want a tokenizer \(dvae, vqgan\)"):
         make_task(dalle_config(room, tokenizer=str(tmp_path)))
 
 
