@@ -26,8 +26,7 @@ from dalle_jax import dalle
 from dalle_jax.config import DalleConfig, DVAEConfig, TrainConfig
 from dalle_jax.nn.sharding import batch_sharding, make_mesh
 from dalle_jax.train import hlo
-from dalle_jax.train.optim import make_optimizer
-from dalle_jax.train.state import abstract_state, check_batch, make_step, param_shapes
+from dalle_jax.train.state import abstract_state, check_batch, make_step, task_optimizer
 from dalle_jax.train.topology import CHIPS, DCN, parse_topology, tpu_devices
 
 GIB = 2**30
@@ -95,7 +94,7 @@ def compile_step(config: TrainConfig, target: str = "local", slices: int = 1) ->
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     task = _task(config)
-    tx = make_optimizer(config.optim, config.steps, param_shapes(task))
+    tx = task_optimizer(task)
     abstract, rows = abstract_state(task, tx, mesh), batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=rows)

@@ -31,7 +31,6 @@ from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings, re
 from dalle_jax.train import compile_only
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.metrics import MetricsLog, Progress, Stopwatch
-from dalle_jax.train.optim import make_optimizer
 from dalle_jax.train.rundir import begun_run, load_config, stage
 from dalle_jax.train.start import apply_flags, begin_from
 from dalle_jax.train.state import (
@@ -43,8 +42,8 @@ from dalle_jax.train.state import (
     check_batch,
     init_state,
     make_step,
-    param_shapes,
     run_key,
+    task_optimizer,
 )  # fmt: skip
 
 Params = dict[str, Any]
@@ -114,9 +113,7 @@ class _Training:
         self.config, self.task, self.mesh, self.run_dir = config, task, mesh, run_dir
         self.first_process = jax.process_index() == 0
         self.rows_sharding = batch_sharding(mesh)
-        shapes = param_shapes(task)
-        own = getattr(task, "optimizer", None)
-        self.tx = own(shapes) if own else make_optimizer(config.optim, config.steps, shapes)
+        self.tx = task_optimizer(task)
         self.frozen = jax.device_put(task.frozen, param_shardings(mesh, task.frozen)) if task.frozen else {}
         self.evaluate_fn = jax.jit(task.evaluate)
         self.eval_batches: list[dict[str, jax.Array]] | None = None

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.config import TrainConfig
 from dalle_jax.nn.sharding import batch_sharding, param_shardings, replicated
-from dalle_jax.train.optim import learning_rate, update_ema
+from dalle_jax.train.optim import learning_rate, make_optimizer, update_ema
 
 Params = dict[str, Any]
 
@@ -55,6 +55,14 @@ def param_shapes(task) -> Params:
     """ShapeDtypeStructs of the task's parameters, without allocation."""
     # The key is made inside: with the devices of a machine that is not here in force, nothing may be computed.
     return jax.eval_shape(lambda: task.init(jax.random.key(0)))
+
+
+def task_optimizer(task) -> optax.GradientTransformation:
+    """The task's own optimizer where it brings one, else that of `config.optim` for all parameters."""
+    shapes = param_shapes(task)
+    if hasattr(task, "optimizer"):
+        return task.optimizer(shapes)
+    return make_optimizer(task.config.optim, task.config.steps, shapes)
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
