@@ -1,4 +1,4 @@
-"""The demo's tokenizer: dVAE on procedural scenes of one or two objects, 32 x 32 pixels to 8 x 8 codes.
+"""The demo's tokenizer: dVAE on procedural scenes of one large object, 32 x 32 pixels to 8 x 8 codes.
 
 The same configuration that `dalle-jax demo` trains; two CPU cores, minutes.
 

@@ -153,7 +153,15 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, straight, number):
     assert series(run) == series(straight[0])
 
 
-def test_a_second_signal_aborts(tmp_path):
+@pytest.fixture
+def python_s_own_interrupt():
+    """SIGINT raises KeyboardInterrupt, also where the suite is run in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_aborts(tmp_path, python_s_own_interrupt):
     config = tiny_config(tmp_path / "run")
 
     def twice():
