@@ -113,6 +113,17 @@ def test_fsq_codes_count_through_every_level():
     np.testing.assert_allclose(quantize.quantize(cfg, {}, jnp.asarray(raw), key()).z, z, atol=1e-6)
 
 
+def test_fsq_levels_of_an_even_number_begin_where_they_should():
+    """Four levels: 1.5015 tanh(z + atanh(1 / 3.003)) - 0.5, rounded to -2, -1, 0, 1 (2309.15505, A.1), by hand."""
+    cfg = FiniteScalarQuantizer(levels=(4, 5))
+    edges = [-1.1496, -0.3460, 0.4576]
+    z = [-9.0] + [edge + step for edge in edges for step in (-0.01, 0.01)] + [9.0]
+    raw = jnp.array([[[[x, 0.0] for x in z]]])
+    values = quantize.lookup(cfg, {}, quantize.codes(cfg, {}, raw))
+    np.testing.assert_allclose(values[0, 0, :, 0], np.array([-2, -2, -1, -1, 0, 0, 1, 1]) / 2)
+    np.testing.assert_allclose(values[0, 0, :, 1], 0)
+
+
 def test_gumbel_draws_by_its_logits_and_decides_by_the_largest():
     cfg = GumbelQuantizer(vocab=2, dim=1, kl_weight=1.0)
     params = {
