@@ -4,7 +4,7 @@
 
     DIR/dvae, DIR/dalle       the two runs, for `dalle-jax sample DIR/dalle "a red circle"`
     DIR/reconstructions.png   pictures, and what is left of them after 64 codes
-    DIR/grid.png              pictures for captions that training never showed, each with the verdict
+    DIR/grid.png              pictures for captions with their verdicts; the last ones of pairs never shown together
     DIR/results.json          every figure
 
 Each stage goes on where an interrupted one stopped; a stage that is finished is not done again.
@@ -226,7 +226,7 @@ def _measure(model: TextToImage, count: int, seed: int, rebuilt: Path, grid: Pat
     figures = measures.measure_tokenizer(model.tokenizer, data, count)
     figures |= measures.measure_ceiling(model.tokenizer, data, count)
     images.save_png(rebuilt, reconstructions(model.tokenizer, data))
-    _say("4/4 pictures for captions that training never showed")
+    _say("4/4 pictures for captions: colour-shape pairs of the training, then pairs it never showed")
     figures |= measures.measure_likelihood(model, count)
     shown = []
     for kind in measures.scene_kinds(data, model.tokenizer.config.image_size):

@@ -1,7 +1,8 @@
 """What a trained model is worth, in figures: reconstruction, likelihood, captions verified in the picture.
 
 Every measure is a function that returns a flat dict of figures. Rows are those of the evaluation split, or
-captions that training never saw; a larger `count` extends the same rows, so figures stay comparable.
+captions of scenes drawn for the purpose, of kinds seen in training or held out of it; a larger `count` extends the
+same rows, so figures stay comparable.
 R rows, N codes of a picture, H W picture.
 """
 
