@@ -14,7 +14,8 @@ Json = Annotated[bool, arg(help="print one JSON object to standard output, all e
 @dataclass(frozen=True, kw_only=True)
 class Demo:
     """Trains a tokenizer and a Transformer on procedural scenes, draws pictures for captions, of pairs of
-    colour and shape that training showed and that it never did, and measures how many are right. The same command again goes on where it stopped."""
+    colour and shape that training showed and that it never did, and measures how many are right. The same
+    command again goes on where it stopped."""
 
     out: str = "runs/demo"
     """directory for the two runs, the pictures and results.json"""
