@@ -255,7 +255,7 @@ def reconstructions(tokenizer: Tokenizer, data: DataConfig, count: int = SHOWN) 
     size = tokenizer.config.image_size
     source = open_source(data.source, "eval", languages=())
     true = eval_batch(data, source, count, image_size=size)["image"]
-    again = measures.to_bytes(decode_codes(tokenizer, encode_images(tokenizer, true)))
+    again = images.to_bytes(decode_codes(tokenizer, encode_images(tokenizer, true)))
     labels = ["picture"] * len(true) + [f"from {tokenizer.config.num_codes} codes"] * len(true)
     scale = max(1, 128 // size)
     return images.grid(np.concatenate([true, again]), len(true), labels=labels, scale=scale)

@@ -661,7 +661,7 @@ def test_evaluate_a_tokenizer_by_fid(made, colours, tmp_path):
     tokenizer = load_tokenizer(made.dvae)
     data = load_run(made.dvae).config.data
     true = eval_batch(data, open_source(data.source, "eval"), 16, image_size=SIZE)["image"]
-    again = measures.to_bytes(decode_codes(tokenizer, encode_images(tokenizer, true, batch=8), batch=8))
+    again = images.to_bytes(decode_codes(tokenizer, encode_images(tokenizer, true, batch=8), batch=8))
     (mean_a, cov_a), (mean_b, cov_b) = (
         (x.mean(0), np.cov(x, rowvar=False)) for x in (rows.mean(axis=(1, 2)) for rows in (true, again))
     )

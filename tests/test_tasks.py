@@ -22,12 +22,13 @@ from dalle_jax.config import (
     to_json,
 )
 from dalle_jax.data.codes import save_codes
+from dalle_jax.data.images import to_bytes
 from dalle_jax.data.sources import FirstRows, open_source
 from dalle_jax.text import train
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train.rundir import Run, fingerprint, save_frozen
 from dalle_jax.train.tasks import DalleTask, TokenizerTask, make_task
-from dalle_jax.train.tasks.pictures import to_bytes, to_floats
+from dalle_jax.train.tasks.pictures import to_floats
 
 ROWS, BATCH = 21, 4
 SCENES = ScenesSource(count=ROWS, max_objects=2)

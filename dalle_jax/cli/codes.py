@@ -14,7 +14,7 @@ from dalle_jax.cli import output
 from dalle_jax.cli.verbs import Decode, Encode
 from dalle_jax.config import TrainConfig
 from dalle_jax.data import images
-from dalle_jax.evaluate.measures import to_bytes
+from dalle_jax.data.images import to_bytes
 from dalle_jax.inference import (
     PIXEL_BATCH,
     Counter,

@@ -12,7 +12,7 @@ from PIL import Image
 from dalle_jax.cli import output
 from dalle_jax.cli.verbs import Sample
 from dalle_jax.data import images
-from dalle_jax.evaluate.measures import to_bytes
+from dalle_jax.data.images import to_bytes
 from dalle_jax.inference import (
     Counter,
     Sampling,

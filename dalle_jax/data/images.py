@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -338,3 +338,8 @@ def _fit(word: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
         pieces.append(word[:n])
         word = word[n:]
     return [*pieces, word]
+
+
+def to_bytes(image: Any) -> np.ndarray:
+    """Float pictures in [0, 1] to uint8, rounded."""
+    return np.round(np.clip(np.asarray(image, np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)

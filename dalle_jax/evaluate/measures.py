@@ -20,6 +20,7 @@ import numpy as np
 from dalle_jax import dalle
 from dalle_jax.config import DalleConfig, DataConfig, ScenesSource
 from dalle_jax.data import scenes
+from dalle_jax.data.images import to_bytes
 from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.scene_captions import Caption
 from dalle_jax.data.sources import open_source
@@ -47,11 +48,6 @@ class Drawn(NamedTuple):
     caption: Caption
     image: np.ndarray
     verdict: verifier.Verdict
-
-
-def to_bytes(images: np.ndarray) -> np.ndarray:
-    """Float pictures in [0, 1] to uint8, rounded."""
-    return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def measure_tokenizer(tokenizer: Tokenizer, data: DataConfig, count: int = 256) -> Figures:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dalle_jax import dalle, text, tokenizer
 from dalle_jax.config import TokenizerConfig, TrainConfig
+from dalle_jax.data.images import to_bytes
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source, sample_captions
 from dalle_jax.sampling.generate import generate, row_keys
@@ -25,7 +26,6 @@ from dalle_jax.train.tasks.pictures import (
     eval_batches,
     grid,
     log_unusable,
-    to_bytes,
     to_floats,
 )  # fmt: skip
 

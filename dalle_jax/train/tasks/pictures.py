@@ -27,11 +27,6 @@ def to_floats(image_u8: jax.Array) -> jax.Array:
     return image_u8.astype(jnp.float32) / 255.0
 
 
-def to_bytes(image: Any) -> np.ndarray:
-    """Float pictures in [0, 1] to uint8, rounded."""
-    return np.round(np.clip(np.asarray(image, np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)
-
-
 def eval_batches(config: TrainConfig, source, **options) -> list[Batch]:
     """The evaluation rows in batches of at most EVAL_BATCH."""
     rows = min(config.eval_rows, len(source))
