@@ -718,7 +718,7 @@ def test_info_on_the_paper_s_transformer(tmp_path):
     found = json_of("info", write_config(tmp_path / "paper.py", "DalleConfig()"))
     assert found["parameters"] == want == sum(found["parts"].values())
     assert found["parts"]["blocks"] == L * block
-    assert found["shapes"]["blocks/attn/qkv/kernel"] == [64, 3968, 3, 62, 64]
+    assert found["shapes"]["blocks/attn/q/kernel"] == [64, 3968, 3968]
     assert found["memory"]["parameters"] == 4 * want and found["memory"]["ema"] == 4 * want
     assert found["memory"]["optimizer"] - 8 * want < 100  # two moments and counters
     kept = 47 * (256 + 33) + 16 * (256 + N) + (256 + 5 * side + 5 + 1)  # row, column and conv layers; B.1

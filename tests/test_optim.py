@@ -48,20 +48,20 @@ def test_decay_pulls_kernels_only():
         "blocks": {
             "norm_attn": {"scale": jnp.ones((2, 3)), "bias": jnp.ones((2, 3))},
             "attn": {
-                "qkv": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))},
+                "q": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))},
                 "q_scale": jnp.ones((2, 3)),
             },
         },
     }
     mask = decay_mask(params)
-    assert jax.tree.leaves(mask).count(True) == 1 and mask["blocks"]["attn"]["qkv"]["kernel"]
+    assert jax.tree.leaves(mask).count(True) == 1 and mask["blocks"]["attn"]["q"]["kernel"]
 
     cfg = OptimConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5)
     tx = make_optimizer(cfg, 10, params)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
-    np.testing.assert_allclose(updates["blocks"]["attn"]["qkv"]["kernel"], -0.05, rtol=1e-6)
-    updates["blocks"]["attn"]["qkv"]["kernel"] = jnp.zeros(())
+    np.testing.assert_allclose(updates["blocks"]["attn"]["q"]["kernel"], -0.05, rtol=1e-6)
+    updates["blocks"]["attn"]["q"]["kernel"] = jnp.zeros(())
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
 
 

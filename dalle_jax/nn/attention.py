@@ -46,14 +46,19 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, mask_TS, look: Look | None = None):
-        dim = x_BTD.shape[-1]
-        shape = (3, self.heads, dim // self.heads)
-        init = nn.initializers.normal(0.02)
-        qkv = nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=init, name="qkv")(x_BTD)
-        q, k, v = (constrain(qkv[:, :, i], "batch", None, "heads", None) for i in range(3))
+        *lead, dim = x_BTD.shape
+        width = dim // self.heads
+
+        def project(name):
+            # Flat kernels (D, H * K): a stored axis of K = 64 would fill half of a TPU's lanes, and three of them
+            # split over heads where one of (D, 3 * H * K) would be cut across queries, keys and values.
+            dense = nn.Dense(dim, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+            return constrain(dense(x_BTD).reshape(*lead, self.heads, width), "batch", None, "heads", None)
+
+        q, k, v = project("q"), project("k"), project("v")
         if self.qk_norm:
-            q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, shape[-1:]))
-            k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, shape[-1:]))
+            q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, (width,)))
+            k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, (width,)))
         cache = None
         with jax.named_scope("attend"):
             if look is None:
@@ -61,8 +66,8 @@ class Attention(nn.Module):
             else:
                 y_BTHK, cache = look(q, k, v)
         init = nn.initializers.normal(self.out_std)
-        y_BTD = nn.DenseGeneral(dim, axis=(-2, -1), dtype=self.dtype, kernel_init=init, name="out")(y_BTHK)
-        return y_BTD, cache
+        out = nn.Dense(dim, dtype=self.dtype, kernel_init=init, name="out")
+        return out(y_BTHK.reshape(*lead, dim)), cache
 
 
 class MLP(nn.Module):
