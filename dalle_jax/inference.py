@@ -3,8 +3,9 @@
     model = load_text_to_image("runs/scenes_dalle")
     images = decode_codes(model.tokenizer, draw_codes(model, ["a red circle"], seeds=[0]))
 
-Rows are computed in batches of one size, the last one padded, so that every call compiles once and a picture
-does not depend on what else is asked for. B batch, N codes of a picture, H W picture, R rows.
+Rows are computed in batches of one size, the last one padded, so that every call compiles once. A picture
+follows from its caption and seed alone; batches of another size only round otherwise.
+B batch, N codes of a picture, H W picture, C captions, R rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from dalle_jax import dalle
 from dalle_jax import tokenizer as tokenizers
 from dalle_jax.config import DalleConfig, DataConfig, TokenizerConfig
 from dalle_jax.data.codes import save_codes
+from dalle_jax.data.images import to_bytes
 from dalle_jax.data.sources import Source, open_source
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.text import TextTokenizer
@@ -144,26 +146,70 @@ def draw_codes(
     batch: int = DRAW_BATCH,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """The codes of one picture per caption, int32 (R, N).
+    """The codes of R = n * C pictures, n of each caption, neighbours: int32 (R, N).
 
-    captions: R texts; "" draws without a caption. seeds: R integers in [0, 2**32). prefix: int32 (P,), the
-    first P < N codes of every picture. batch: rows at once; a row is the same in any company.
+    captions: C texts; "" draws without a caption. A caption is run once for all its pictures in a batch.
+    seeds: R integers in [0, 2**32), those of the first caption first. prefix: int32 (P,), the first P < N
+    codes of every picture. batch: rows at once, at most.
 
     Raises ValueError for rows that do not match, seeds out of range, and for guidance or an empty caption
     where the model was trained without null captions: it never learned what to draw for one.
     """
+    found = [codes for codes, _ in _drawn(model, captions, seeds, sampling, prefix, batch, progress)]
+    return np.concatenate(found)
+
+
+def draw_pictures(
+    model: TextToImage,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling = Sampling(),
+    *,
+    prefix: np.ndarray | None = None,
+    batch: int = DRAW_BATCH,
+    progress: Progress | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`draw_codes` and `decode_codes`, batch by batch as they are done: codes int32 (b, N) and pictures, uint8
+    (b, H, W, 3). Raises what `draw_codes` does."""
+    tokenizer = model.tokenizer
+    for codes, size in _drawn(model, captions, seeds, sampling, prefix, batch, progress):
+        pictures = decode_codes(tokenizer, _padded(codes, size), batch=size)[: len(codes)]
+        yield codes, to_bytes(pictures)
+
+
+def batch_shape(captions: int, copies: int, batch: int) -> tuple[int, int]:
+    """Captions in a batch and pictures of each, for `copies` pictures of each caption and at most `batch` at once.
+
+    More copies than a batch holds are spread evenly over the batches of one caption.
+    """
+    parts = -(-copies // batch)
+    per_caption = -(-copies // parts)
+    return min(captions, batch // per_caption), per_caption
+
+
+def _drawn(
+    model: TextToImage,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    prefix: np.ndarray | None,
+    batch: int,
+    progress: Progress | None,
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Codes of neighbouring rows, (b, N), in order, and the rows that were computed for them, b and padding."""
     cfg = model.config
-    if len(captions) != len(seeds) or not len(captions):
+    if not len(captions) or not len(seeds) or len(seeds) % len(captions):
         raise ValueError(
-            f"{len(captions)} captions and {len(seeds)} seeds; want one seed per caption, at least one"
+            f"{len(captions)} captions and {len(seeds)} seeds; want one seed per caption, or as many for each, "
+            "at least one"
         )
     if min(seeds) < 0 or max(seeds) >= 2**32:
         raise ValueError(f"seeds from {min(seeds)} to {max(seeds)}; want integers in [0, 2**32)")
     if batch < 1:
         raise ValueError(f"batch is {batch}; want at least 1 picture at once")
-    text_RT = text_rows(model, captions)
+    text_CT = text_rows(model, captions)
     guided = sampling.guidance != 1
-    null = bool((text_RT[:, 0] >= cfg.text_vocab).any())
+    null = bool((text_CT[:, 0] >= cfg.text_vocab).any())
     if cfg.null_rate == 0 and (guided or null):
         what = f"guidance {sampling.guidance:g}" if guided else "an empty caption"
         raise ValueError(
@@ -176,15 +222,25 @@ def draw_codes(
         "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
         "guidance": jnp.float32(sampling.guidance) if guided else None,
     }
+    seeds_CK = np.asarray(seeds, np.uint32).reshape(len(captions), -1)
+    at_once, copies = batch_shape(*seeds_CK.shape, batch)
+    size = at_once * copies
     if prefix is not None:
-        options["prime_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (batch, len(prefix)))
+        options["prime_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix)))
 
     params = _unstack(cfg, model.run.params)  # once, not in every batch
-
-    def one(text_BT, seeds_B):
-        return generate(cfg, params, jnp.asarray(text_BT), row_keys(seeds_B), **options)
-
-    return _in_batches(one, (text_RT, np.asarray(seeds, np.uint32)), batch, progress)
+    done = 0
+    for first in range(0, len(captions), at_once):
+        text = _padded(text_CT[first : first + at_once], at_once)
+        for start in range(0, seeds_CK.shape[1], copies):
+            here = seeds_CK[first : first + at_once, start : start + copies]
+            keys = row_keys(_padded(_padded(here.T, copies).T, at_once).ravel())
+            codes = np.asarray(generate(cfg, params, jnp.asarray(text), keys, **options))
+            codes = codes.reshape(at_once, copies, -1)[: len(here), : here.shape[1]]
+            done += here.size
+            if progress:
+                progress(done, seeds_CK.size)
+            yield codes.reshape(here.size, -1), size
 
 
 _unstack = jax.jit(dalle.unstack, static_argnums=0)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import dalle, text
+from dalle_jax import dalle, inference, text
 from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig, ScenesSource, TarSource, TrainConfig
 from dalle_jax.data import scenes
 from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import measures
 from dalle_jax.inference import Sampling, TextToImage, Tokenizer, draw_codes
+from dalle_jax.sampling.generate import generate
 from dalle_jax.text import TextTokenizer
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train.rundir import Run
@@ -187,6 +188,33 @@ def test_rows_do_not_depend_on_their_batch(model):
     for i in range(3):
         alone = draw_codes(model, texts[i : i + 1], seeds[i : i + 1], Sampling(guidance=1.5), batch=4)
         np.testing.assert_array_equal(together[i], alone[0])
+
+
+def test_a_caption_is_run_once_for_its_pictures(model, monkeypatch):
+    """Several seeds of each caption draw what each draws by itself; the captions are run once a batch."""
+    texts, seeds, calls = ["a red circle", "", "一个红色的圆"], [4, 5, 6, 7, 4, 5, 8, 9, 10], []
+    params = jax.tree.map(lambda p: 10 * p, model.run.params)
+    model = model._replace(run=model.run._replace(params=params))  # captions that are heard
+    alone = np.concatenate([draw_codes(model, [texts[i // 3]], [s], batch=1) for i, s in enumerate(seeds)])
+
+    def counted(cfg, params, text_CT, keys_B, **options):
+        calls.append((len(text_CT), len(keys_B)))
+        return generate(cfg, params, text_CT, keys_B, **options)
+
+    monkeypatch.setattr(inference, "generate", counted)
+    for batch, shapes in {7: [(2, 6)] * 2, 3: [(1, 3)] * 3, 2: [(1, 2)] * 6}.items():
+        np.testing.assert_array_equal(draw_codes(model, texts, seeds, batch=batch), alone)
+        assert calls == shapes
+        calls.clear()
+    assert len(np.unique(alone, axis=0)) == 9
+
+
+@pytest.mark.parametrize(
+    ("captions", "copies", "batch", "want"),
+    [(1, 1, 8, (1, 1)), (9, 1, 8, (8, 1)), (9, 3, 8, (2, 3)), (1, 16, 8, (1, 8)), (5, 9, 8, (1, 5))],
+)
+def test_batch_shape(captions, copies, batch, want):
+    assert inference.batch_shape(captions, copies, batch) == want
 
 
 @pytest.mark.parametrize("count", [0, -1])

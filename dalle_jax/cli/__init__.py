@@ -101,6 +101,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: list[str]) -> int:
+    from dalle_jax.cli import start
+
+    start.begin()  # before anything imports jax
     import tyro
 
     from dalle_jax.cli import verbs

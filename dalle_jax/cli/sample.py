@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dalle_jax.cli import output
+from dalle_jax.cli import output, start
 from dalle_jax.cli.verbs import Sample
 from dalle_jax.data import images
-from dalle_jax.data.images import to_bytes
 from dalle_jax.inference import (
     Counter,
     Sampling,
     TextToImage,
-    decode_codes,
-    draw_codes,
+    draw_pictures,
     encode_images,
     load_text_to_image,
 )  # fmt: skip
@@ -42,19 +40,19 @@ def sample(args: Sample) -> dict[str, Any]:
     out = output.directory(args.out)
 
     rows = [(j, args.seed + i) for j in range(len(captions)) for i in range(args.n)]
-    codes = draw_codes(
-        model,
-        [captions[j] for j, _ in rows],
-        [seed for _, seed in rows],
-        sampling,
-        prefix=prefix,
-        batch=args.batch,
-        progress=Counter("pictures"),
-    )
-    pictures = to_bytes(decode_codes(model.tokenizer, codes, batch=args.batch))
     names = [f"c{j:03d}_s{seed:04d}.png" for j, seed in rows]
-    for name, picture in zip(names, pictures, strict=True):
-        images.save_png(out / name, picture)
+    seeds = [seed for _, seed in rows]
+    parts = []
+    for part in draw_pictures(
+        model, captions, seeds, sampling, prefix=prefix, batch=args.batch, progress=Counter("pictures")
+    ):
+        if not parts:
+            _tell_first(len(part[0]))
+        done = sum(len(codes) for codes, _ in parts)
+        for name, picture in zip(names[done:], part[1], strict=False):
+            images.save_png(out / name, picture)
+        parts.append(part)
+    codes, pictures = (np.concatenate(kind) for kind in zip(*parts, strict=True))
     labels = [captions[j] or NO_CAPTION for j, _ in rows]
     columns = args.n if len(captions) > 1 else min(args.n, 8)
     scale = max(1, 128 // pictures.shape[1])
@@ -72,6 +70,11 @@ def sample(args: Sample) -> dict[str, Any]:
             for name, (j, seed) in zip(names, rows, strict=True)
         ],
     }
+
+
+def _tell_first(count: int) -> None:
+    told = "the first picture" if count == 1 else f"the first {count} pictures"
+    print(f"{told} after {start.seconds():.1f} s, starting up and compiling included", file=sys.stderr)
 
 
 def _captions(args: Sample) -> list[str]:
