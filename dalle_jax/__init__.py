@@ -14,6 +14,7 @@ _ROOMS = (
     "nn",
     "tokenizer",
     "dalle",
+    "clip",
     "diffusion",
     "sampling",
     "data",

@@ -6,6 +6,7 @@ property, so two fields can never disagree. Numbers of the paper carry their sec
 arXiv 2102.12092).
 """
 
+from dalle_jax.config.clip import ClipConfig, TowerConfig
 from dalle_jax.config.dalle import AttentionKind, DalleConfig
 from dalle_jax.config.data import (
     MIXTURE_PERIOD,
@@ -44,6 +45,7 @@ __all__ = [
     "AdversarialConfig",
     "ArraysSource",
     "AttentionKind",
+    "ClipConfig",
     "DVAEConfig",
     "DalleConfig",
     "DataConfig",
@@ -70,6 +72,7 @@ __all__ = [
     "TextConfig",
     "TfdsSource",
     "TokenizerConfig",
+    "TowerConfig",
     "TrainConfig",
     "VQGANConfig",
     "VectorQuantizer",

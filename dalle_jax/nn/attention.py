@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dalle_jax.nn.sharding import constrain
+
+Activation = Literal["gelu-tanh", "gelu", "quick-gelu"]  # between the layers of the MLP
 
 # Queries, keys and values of the positions given, (B, T, H, K) each, to what they attend to, (B, T, H, K), and
 # whatever the caller wants back.
@@ -70,17 +72,29 @@ class Attention(nn.Module):
         return out(y_BTHK.reshape(*lead, dim)), cache
 
 
+def _activate(name: Activation, x: jax.Array) -> jax.Array:
+    match name:
+        case "gelu-tanh":
+            return nn.gelu(x, approximate=True)
+        case "gelu":
+            return nn.gelu(x, approximate=False)
+        case "quick-gelu":  # of OpenAI's CLIP
+            return x * jax.nn.sigmoid(1.702 * x)
+    raise ValueError(f"activation is {name!r}; want one of {', '.join(get_args(Activation))}")
+
+
 class MLP(nn.Module):
     ratio: int
     out_std: float
     dtype: Any
+    activation: Activation = "gelu-tanh"
 
     @nn.compact
     def __call__(self, x_BTD):
         dim = x_BTD.shape[-1]
         up = nn.Dense(self.ratio * dim, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name="up")
         down = nn.Dense(dim, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="down")
-        return down(constrain(nn.gelu(up(x_BTD)), "batch", None, "mlp"))
+        return down(constrain(_activate(self.activation, up(x_BTD)), "batch", None, "mlp"))
 
 
 class Block(nn.Module):
@@ -94,6 +108,7 @@ class Block(nn.Module):
     qk_norm: bool
     out_std: float  # of the kernels that write into the residual stream
     dtype: Any
+    activation: Activation = "gelu-tanh"
 
     @nn.compact
     def __call__(self, x_BTD, mask_TS=None, look: Look | None = None):
@@ -102,5 +117,6 @@ class Block(nn.Module):
         y_BTD, cache = attention(norm(x_BTD).astype(self.dtype), mask_TS, look)
         x_BTD = constrain(x_BTD + y_BTD, "batch", None, "embed")
         norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm_mlp")
-        y_BTD = MLP(self.mlp_ratio, self.out_std, self.dtype, name="mlp")(norm(x_BTD).astype(self.dtype))
+        mlp = MLP(self.mlp_ratio, self.out_std, self.dtype, self.activation, name="mlp")
+        y_BTD = mlp(norm(x_BTD).astype(self.dtype))
         return constrain(x_BTD + y_BTD, "batch", None, "embed"), cache

@@ -72,6 +72,20 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"discriminator/((conv_\d|score)/bias|norm_\d/(scale|bias))", (None,)),
     (r"lpips/conv_\d+/kernel", (None, None, None, None)),
     (r"lpips/(conv_\d+/bias|head_\d/kernel)", (None,)),
+    # CLIP (clip.py).
+    (r"vision/patch/kernel", (None, None, None, "width")),
+    (r"vision/class_embed", (None,)),
+    (r"vision/norm_in/(scale|bias)", (None,)),
+    (r"(vision|text)/pos", (None, "width")),
+    (r"text/embed", ("vocab", "width")),
+    (r"(vision|text)/proj/kernel", ("width", None)),
+    (r"logit_scale", ()),
+)
+# Its two towers are of the Transformer's blocks.
+PARAM_AXES += tuple(
+    (f"(vision|text)/{pattern}", axes)
+    for pattern, axes in PARAM_AXES
+    if pattern.startswith(("blocks/", "norm_out/"))
 )
 
 
