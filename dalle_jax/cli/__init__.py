@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import json
+import keyword
 import math
 import os
 import sys
@@ -38,6 +39,7 @@ VERBS = {  # verb: (class in verbs.py, module with `run`, one line of help)
     "text": ("Text", "dalle_jax.cli.text", "train a vocabulary on the captions of a data set"),
     "evaluate": ("Evaluate", "dalle_jax.cli.evaluate", "every measure that applies to a run"),
     "export": ("Export", "dalle_jax.cli.export", "a run as safetensors and config.json, usable like a run"),
+    "import": ("Import", "dalle_jax.cli.import_", "a public checkpoint as a run, without torch"),
     "info": ("Info", "dalle_jax.cli.info", "parameters, shapes and memory of a run or a configuration"),
 }
 
@@ -115,7 +117,7 @@ def _run(verb: str, argv: list[str]) -> int:
         description=inspect.cleandoc(kind.__doc__ or about),
     )  # fmt: skip
     run = importlib.import_module(module)
-    run = getattr(run, verb)
+    run = getattr(run, f"{verb}_" if keyword.iskeyword(verb) else verb)
     if not args.json:
         run(args)
         return 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
+from dalle_jax.cli.output import new_directory
 from dalle_jax.cli.verbs import Export
 from dalle_jax.config import to_json
 from dalle_jax.train.rundir import WEIGHTS, load_run, write_atomically, write_weights
@@ -13,9 +13,7 @@ from dalle_jax.train.rundir import WEIGHTS, load_run, write_atomically, write_we
 
 def export(args: Export) -> dict[str, Any]:
     """Writes model.safetensors, config.json, and what else the run needs to be used."""
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is there already; want a directory that is new or empty")
+    out = new_directory(args.out)
     run = load_run(args.run)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,14 @@ def directory(path: str) -> Path:
     return out
 
 
+def new_directory(path: str) -> Path:
+    """Checks that the directory `path` is new or empty; makes nothing. Raises ValueError if it is not."""
+    out = Path(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is there already; want a directory that is new or empty")
+    return out
+
+
 def file(path: str) -> Path:
     """Checks that the file `path` can be written. Raises ValueError for a directory, OSError if it cannot."""
     out = Path(path)

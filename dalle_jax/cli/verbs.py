@@ -197,6 +197,23 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Import:
+    """Makes a run directory of a public checkpoint that is on this disk: `sample`, `encode`, `decode`, `info`,
+    `export` and --init-from take it like a run that was trained here. Files are read without torch, and nothing in
+    them is run; tensors are checked by name and shape, and nothing is written unless all of them fit."""
+
+    family: Positional[Annotated[str, arg(metavar="FAMILY")]]
+    """what the checkpoint is of; an unknown one lists them all"""
+    path: Positional[Annotated[str, arg(metavar="PATH")]]
+    """file or directory of the checkpoint, as it was published (docs/import.md)"""
+    out: str
+    """directory to write, new or empty"""
+    image_size: int | None = None
+    """side of the pictures of a tokenizer that can take any; None is the published one"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info:
     """Tells the size of a model, without allocating it: parameters in all and by part, their shapes, and the
     memory that training and drawing need for them."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from dalle_jax.importers.tensors import Tensor, Tensors
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -22,14 +25,34 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
-def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes beside `path`, then renames. Raises OSError with the name of the file."""
+    write_parts(
+        path,
+        {name: (array.dtype, array.shape) for name, array in arrays.items()},
+        lambda name: [arrays[name]],
+        metadata,
+    )
+
+
+def write_parts(
+    path: Path,
+    entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    parts: Callable[[str], Iterable[np.ndarray]],
+    metadata: dict[str, str],
+) -> None:
+    """The same for arrays that are made while they are written: `parts(name)` gives the array `name` of
+    `entries` in pieces, one after another along its first axis. No more than a piece is in memory.
+
+    Raises ValueError where the pieces are not what the entry says, and whatever `parts` raises; then nothing is
+    left of the file.
+    """
     table: dict[str, Any] = {"__metadata__": metadata}
     place = 0
-    for name, array in arrays.items():
-        end = place + array.nbytes
+    for name, (dtype, shape) in entries.items():
+        end = place + math.prod(shape) * np.dtype(dtype).itemsize
         table[name] = {
-            "dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [place, end],
+            "dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [place, end],
         }  # fmt: skip
         place = end
     header = json.dumps(table).encode()
@@ -38,16 +61,30 @@ def write(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -
     try:
         with open(beside, "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array).tobytes())
+            for name, (dtype, _) in entries.items():
+                for piece in parts(name):
+                    if piece.dtype != dtype:
+                        raise ValueError(f"array {name} is made of {piece.dtype}; want {np.dtype(dtype)}")
+                    file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+                if file.tell() != 8 + len(header) + table[name]["data_offsets"][1]:
+                    raise ValueError(f"array {name} is made of pieces that do not fill it")
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of a file, mapped and not yet read, and its metadata.
+    """The arrays of a file, mapped and not yet read, and its metadata. Raises what `tensors` raises."""
+    found, metadata = tensors(path)
+    return {name: tensor.read() for name, tensor in found.items()}, metadata
+
+
+def tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """The arrays of a file, each mapped when it is read, and its metadata.
 
     Raises ValueError that says what is wrong with a file that is cut off or is not of this format, and names the
     array whose entry does not hold.
@@ -75,8 +112,12 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise ValueError(f"{path}: array {name} of {dtype} {shape} cannot lie at bytes {start} to {end}")
         if 8 + length + end > size:
             raise ValueError(f"{path} is cut off: array {name} ends at byte {8 + length + end} of {size}")
-        if end == start:
-            arrays[name] = np.empty(shape, dtype)
-        else:
-            arrays[name] = np.memmap(path, dtype, "r", 8 + length + start, shape)
+        arrays[name] = _tensor(path, dtype, shape, 8 + length + start)
     return arrays, metadata
+
+
+def _tensor(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> Tensor:
+    def read() -> np.ndarray:
+        return np.memmap(path, dtype, "r", start, shape) if math.prod(shape) else np.empty(shape, dtype)
+
+    return Tensor(shape, dtype, read)

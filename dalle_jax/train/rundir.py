@@ -281,9 +281,9 @@ def read_weights(path: Path, model: ModelConfig) -> tuple[Params, int]:
     Raises ValueError naming the array that is missing, too many, of another shape or dtype, or not finite.
     """
     arrays, metadata = safetensors.read(path)
-    shapes = jax.eval_shape(_init(model), jax.random.key(0))
-    pairs, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    want = {path_name(keys).replace("/", "."): leaf for keys, leaf in pairs}
+    shapes = _shapes(model)
+    tree = jax.tree.structure(shapes)
+    want = {name.replace("/", "."): leaf for name, leaf in shapes_by_name(model).items()}
     for name in [*want, *arrays]:
         if name not in arrays or name not in want:
             how = "is missing" if name in want else f"is not one of a {model.kind} of this configuration"
@@ -297,6 +297,16 @@ def read_weights(path: Path, model: ModelConfig) -> tuple[Params, int]:
             raise ValueError(f"{path}: array {name} has values that are not finite")
     step = metadata.get("step", "0")
     return jax.tree.unflatten(tree, [arrays[name] for name in want]), int(step) if step.isdigit() else 0
+
+
+def shapes_by_name(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of a model, by its path `a/b/c`."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(_shapes(model))
+    return {path_name(keys): leaf for keys, leaf in pairs}
+
+
+def _shapes(model: ModelConfig) -> Params:
+    return jax.eval_shape(_init(model), jax.random.key(0))
 
 
 def _init(model: ModelConfig):
@@ -332,7 +342,13 @@ def save_frozen(path: Path, run: Run) -> None:
 
 
 def load_frozen(path: Path) -> tuple[ModelConfig, Params, str]:
-    """Configuration, parameters (on the first device) and fingerprint of what `save_frozen` wrote."""
+    """Configuration, parameters (on the first device) and fingerprint of what `save_frozen` wrote.
+
+    A tokenizer that came with an imported model has model.safetensors instead of params/.
+    """
     model = read_config(path).model
-    params = load_params(path / "params")
+    if (path / WEIGHTS).is_file():
+        params = jax.device_put(read_weights(path / WEIGHTS, model)[0], jax.devices()[0])
+    else:
+        params = load_params(path / "params")
     return model, params, fingerprint(model, params)

@@ -1,0 +1,33 @@
+"""The families of public checkpoints that can be imported."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dalle_jax.importers.tensors import Imported
+
+FAMILIES = {  # family: (module with `load(path, **options)`, one line of help)
+    "openai-dvae": ("openai_dvae", "OpenAI's dVAE: a directory with encoder.pkl and decoder.pkl"),
+}
+
+
+def load(family: str, path: Path, **options: Any) -> Imported:
+    """The model that `path` holds, its tensors not yet read.
+
+    options: those that are None are left to the family. Raises ValueError for a family that is not known, an option
+    that it does not have, and files that are not of it; FileNotFoundError.
+    """
+    if family not in FAMILIES:
+        near = difflib.get_close_matches(family, FAMILIES, n=1)
+        hint = f"perhaps you meant {near[0]!r}" if near else f"want one of {', '.join(FAMILIES)}"
+        raise ValueError(f"no family {family!r}; {hint}")
+    found: Callable[..., Imported] = importlib.import_module(f"{__package__}.{FAMILIES[family][0]}").load
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in found.__code__.co_varnames[: found.__code__.co_argcount]:
+            raise ValueError(f"--{name.replace('_', '-')} is not for the family {family}; leave it out")
+    return found(path, **given)

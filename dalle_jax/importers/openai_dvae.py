@@ -1,0 +1,72 @@
+"""OpenAI's dVAE (`encoder.pkl`, `decoder.pkl`; 2102.12092): whole modules, of which only the tensors are taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dalle_jax.config import DVAEConfig
+from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.tensors import (
+    Imported,
+    Model,
+    Rule,
+    Tensors,
+    check_names,
+    conv,
+    counted,
+    one,
+    same,
+    shape_of,
+)  # fmt: skip
+
+_ABOUT = "OpenAI's dVAE"
+
+
+def load(path: Path, image_size: int | None = None) -> Imported:
+    """The tokenizer in a directory that holds both files.
+
+    Raises FileNotFoundError, and ValueError for files of another model.
+    """
+    tensors: Tensors = {}
+    for part in ("encoder", "decoder"):
+        file = path / f"{part}.pkl"
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {file}; want a directory with encoder.pkl and decoder.pkl")
+        tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensors(file).items()}
+    config = _config(path, tensors, image_size)
+    rules = _rules(config)
+    check_names(rules, tensors, path, _ABOUT)
+    return Imported(Model(config, rules, tensors))
+
+
+def _config(path: Path, tensors: Tensors, image_size: int | None) -> DVAEConfig:
+    width = shape_of(tensors, "encoder.blocks.input.w", path, 4, _ABOUT)[0]
+    decoder_width, vocab = shape_of(tensors, "decoder.blocks.input.w", path, 4, _ABOUT)[:2]
+    groups = counted(tensors, "encoder.blocks.group_{}.block_1.res_path.conv_1.w", first=1)
+    blocks = counted(tensors, "encoder.blocks.group_1.block_{}.res_path.conv_1.w", first=1)
+    return DVAEConfig(
+        image_size=image_size or 256, groups=groups, blocks=blocks,
+        width=width, decoder_width=decoder_width, vocab=vocab,
+    )  # fmt: skip
+
+
+def _rules(cfg: DVAEConfig) -> dict[str, Rule]:
+    rules = {}
+
+    def add(to: str, source: str) -> None:
+        rules[f"{to}/kernel"] = one(f"{source}.w", conv)
+        rules[f"{to}/bias"] = one(f"{source}.b", same)
+
+    up = [cfg.width * 2**g for g in range(cfg.groups)]
+    for part, before, widths in (("encoder", cfg.width, up), ("decoder", cfg.decoder_width, up[::-1])):
+        add(f"{part}/input", f"{part}.blocks.input")
+        add(f"{part}/output", f"{part}.blocks.output.conv")
+        for g, width in enumerate(widths, 1):
+            for b in range(1, cfg.blocks + 1):
+                to, source = f"{part}/groups/group_{g}_block_{b}", f"{part}.blocks.group_{g}.block_{b}"
+                if before != width:
+                    add(f"{to}/id_path", f"{source}.id_path")
+                for i in range(1, 5):
+                    add(f"{to}/conv_{i}", f"{source}.res_path.conv_{i}")
+                before = width
+    return rules

@@ -1,0 +1,158 @@
+"""Arrays of a file that are not read yet, and how a model's parameters are made of them.
+
+    tensors = read_tensors(path)                          # {"encoder.conv_in.weight": Tensor((128, 3, 3, 3), ...)}
+    rules = {"encoder/conv_in/kernel": one("encoder.conv_in.weight", conv), ...}
+
+A rule makes one parameter of one tensor, or one slice after another along its first axis (`stack`: layers that the
+model keeps in one array). So a file of any size passes through memory a slice at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Tensor(NamedTuple):
+    """shape, dtype: what the file's table says, already checked against the size of the file. read: gives the
+    array, mapped from the file where its layout allows."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+Tensors = dict[str, Tensor]
+Transform = Callable[..., np.ndarray]
+
+
+class Part(NamedTuple):
+    """One slice of a parameter: `transform(*tensors named)`."""
+
+    names: tuple[str, ...]
+    transform: Transform
+
+
+class Rule(NamedTuple):
+    """How one parameter is made. stacked: each part is one index of its first axis; else there is one part."""
+
+    parts: tuple[Part, ...]
+    stacked: bool
+
+
+class Model(NamedTuple):
+    """A model found in foreign files. config: of the library's stage. rules: one for each parameter, by its path
+    `a/b/c`. tensors: what the rules name."""
+
+    config: Any
+    rules: dict[str, Rule]
+    tensors: Tensors
+
+
+class Imported(NamedTuple):
+    """What an importer makes of its files: a model, and what else its run directory holds. files: texts or files
+    to copy, by name. tokenizer: for the Transformer stages, a tokenizer to keep beside it."""
+
+    model: Model
+    files: Mapping[str, Any] = {}
+    tokenizer: Model | None = None
+
+
+def one(names: str | Iterable[str], transform: Transform) -> Rule:
+    """A parameter that is `transform` of one tensor, or of several."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return Rule((Part(names, transform),), False)
+
+
+def stack(names: Iterable[str | Iterable[str]], transform: Transform) -> Rule:
+    """A parameter with a leading axis: `transform` of the tensor or tensors of each index."""
+    rows = [(row,) if isinstance(row, str) else tuple(row) for row in names]
+    return Rule(tuple(Part(row, transform) for row in rows), True)
+
+
+def same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def linear(x: np.ndarray) -> np.ndarray:
+    """Torch's Linear (out, in) to (in, out)."""
+    return np.transpose(x)
+
+
+def conv(x: np.ndarray) -> np.ndarray:
+    """Torch's convolution (out, in, height, width) to (height, width, in, out)."""
+    return np.transpose(x, (2, 3, 1, 0))
+
+
+def conv_as_linear(x: np.ndarray) -> np.ndarray:
+    """Torch's 1x1 convolution (out, in, 1, 1) to (in, out)."""
+    return np.transpose(x[:, :, 0, 0])
+
+
+def check_names(rules: Mapping[str, Rule], tensors: Tensors, path: Any, about: str) -> None:
+    """Raises ValueError naming what `rules` want and `tensors` lack, or what no rule takes."""
+    wanted = {name: None for rule in rules.values() for part in rule.parts for name in part.names}
+    missing = [name for name in wanted if name not in tensors]
+    extra = [name for name in tensors if name not in wanted]
+    for names, what in ((missing, f"lacks, of {about}:"), (extra, f"has what is not of {about}:")):
+        if names:
+            more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
+            raise ValueError(f"{path} {what} {', '.join(names[:5])}{more}")
+
+
+def shape_of(tensors: Tensors, name: str, path: Any, ndim: int, about: str) -> tuple[int, ...]:
+    """The shape of a tensor that the configuration is read from.
+
+    Raises ValueError where it is missing or has another number of axes.
+    """
+    if name not in tensors:
+        raise ValueError(f"{path} is not {about}: it has no tensor {name}")
+    shape = tensors[name].shape
+    if len(shape) != ndim or 0 in shape:
+        raise ValueError(f"{path}: tensor {name} has shape {shape}; want {ndim} axes, none of them empty")
+    return shape
+
+
+def counted(tensors: Tensors, pattern: str, first: int = 0) -> int:
+    """How many of pattern.format(first), pattern.format(first + 1), ... are there, without a gap."""
+    count = 0
+    while pattern.format(first + count) in tensors:
+        count += 1
+    return count
+
+
+def parts_of(name: str, rule: Rule, model: Model, shape: tuple[int, ...], path: Any) -> Iterable[np.ndarray]:
+    """The parts of parameter `name` one after another, float32, checked.
+
+    Raises ValueError naming the tensor whose shape does not give `shape`, that is not of numbers, or that has a
+    value that is not finite.
+    """
+    if rule.stacked and len(rule.parts) != shape[0]:
+        first = rule.parts[0].names[0]
+        raise ValueError(f"{path}: {len(rule.parts)} tensors like {first}; want {shape[0]} for {name}")
+    want = shape[1:] if rule.stacked else shape
+    for part in rule.parts:
+        arrays = []
+        for source in part.names:
+            array = model.tensors[source].read()
+            if array.dtype.kind not in "fV" and array.dtype.name != "bfloat16":
+                raise ValueError(f"{path}: tensor {source} is {array.dtype}; want floating-point numbers")
+            arrays.append(array)
+        told = ", ".join(f"{n} {model.tensors[n].shape}" for n in part.names)
+        try:
+            made = part.transform(*arrays)
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}: tensor {told} cannot become {name} {want}") from None
+        if made.shape != want:
+            raise ValueError(f"{path}: tensor {told} becomes {name} {made.shape}; want {want}")
+        made = np.ascontiguousarray(made, np.float32)
+        if not np.isfinite(made).all():
+            bad = [n for n, a in zip(part.names, arrays, strict=True) if not _finite(a)]
+            raise ValueError(f"{path}: tensor {bad[0] if bad else told} has values that are not finite")
+        yield made
+
+
+def _finite(array: np.ndarray) -> bool:
+    return bool(np.isfinite(np.asarray(array, np.float32)).all())

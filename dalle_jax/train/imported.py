@@ -1,0 +1,67 @@
+"""A model of others as a run directory: config.json, model.safetensors, and what else it needs, all or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dalle_jax.config import TrainConfig, to_json
+from dalle_jax.importers import safetensors
+from dalle_jax.importers.tensors import Imported, Model, parts_of
+from dalle_jax.train.rundir import WEIGHTS, shapes_by_name, write_atomically
+
+
+def write_run(
+    imported: Imported, out: Path, source: str, progress: Callable[[str], None] | None = None
+) -> int:
+    """Writes the run directory `out`, which must be new or empty; returns the number of parameters.
+
+    Tensors pass through one part at a time (docs/import.md). source: what error messages call the files. Raises
+    ValueError naming the tensor that does not fit or is not finite; then, and for a disk that is full, nothing is
+    left at `out`.
+    """
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        count = _write_model(imported.model, beside, source, progress)
+        if imported.tokenizer is not None:
+            _write_model(imported.tokenizer, beside / "tokenizer", source, progress)
+        for name, content in imported.files.items():
+            if isinstance(content, Path):
+                (shutil.copytree if content.is_dir() else shutil.copyfile)(content, beside / name)
+            else:
+                (beside / name).write_text(content, encoding="utf-8")
+        if out.is_dir():
+            out.rmdir()
+        os.replace(beside, out)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"cannot write --out {out}: {error.strerror or error}; choose another --out") from error
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return count
+
+
+def _write_model(model: Model, out: Path, source: str, progress: Callable[[str], None] | None) -> int:
+    out.mkdir(parents=True)
+    shapes = shapes_by_name(model.config)
+    unmade, unknown = sorted(shapes.keys() - model.rules), sorted(model.rules.keys() - shapes)
+    if unmade or unknown:  # no file can cause it: the family's table is wrong
+        raise AssertionError(f"no rule for {unmade[:3]}, no parameter {unknown[:3]}")
+
+    def parts(name: str) -> Any:
+        name = name.replace(".", "/")
+        if progress:
+            progress(name)
+        return parts_of(name, model.rules[name], model, shapes[name].shape, source)
+
+    entries = {name.replace("/", "."): (np.dtype(np.float32), leaf.shape) for name, leaf in shapes.items()}
+    safetensors.write_parts(out / WEIGHTS, entries, parts, {"format": "dalle_jax", "step": "0"})
+    write_atomically(out / "config.json", to_json(TrainConfig(model=model.config)))
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
