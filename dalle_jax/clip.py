@@ -28,9 +28,8 @@ Params = dict[str, Any]
 
 def _block(cfg: ClipConfig, tower: TowerConfig) -> Block:
     out_std = 0.02 / math.sqrt(2 * tower.layers)
-    return Block(
-        tower.heads, tower.mlp_ratio, False, out_std, jnp.dtype(cfg.dtype), activation=cfg.activation
-    )
+    width = tower.mlp_ratio * tower.dim
+    return Block(tower.heads, width, False, out_std, jnp.dtype(cfg.dtype), activation=cfg.activation)
 
 
 def init(cfg: ClipConfig, key: jax.Array) -> Params:

@@ -1,10 +1,11 @@
 """The autoregressive Transformer of DALL-E over text and image tokens (Ramesh et al. 2021, 2102.12092, 2.2, B).
 
 One stream: `text_len` text tokens, then the codes of the picture in raster order; each position predicts the
-next. Text ids lie in [0, text_vocab) for pieces and at text_vocab + i for the learned pad token of position
-i. Training scans over the layers; sampling runs them one by one, each with its KV cache.
+next. Text ids lie in [0, text_vocab) for pieces and at text_vocab + i for the pad token of position i, which has
+a row of its own in the text embedding, or is `pad_piece`. Training scans over the layers; sampling runs them one
+by one, each with its KV cache. The choices of `DalleConfig` cover minDALL-E, ruDALL-E and LlamaGen too.
 B batch, T text positions, N codes, P codes given, S positions of the stream, D width, L layers,
-W text ids (pieces and pads), V image vocabulary.
+W rows of the text embedding, V image vocabulary.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn import cache as kv
-from dalle_jax.nn.attention import Block
+from dalle_jax.nn.attention import Block, norm
 from dalle_jax.nn.cache import KV, LayerCache
 from dalle_jax.nn.masks import attention_mask
+from dalle_jax.nn.rotary import raster_turns
 from dalle_jax.nn.sharding import constrain
 
 Params = dict[str, Any]
@@ -29,35 +30,50 @@ Cache = tuple[LayerCache, ...]  # one per layer
 
 
 def _block(cfg: DalleConfig) -> Block:
-    out_std = 0.02 / math.sqrt(2 * cfg.layers)
-    return Block(cfg.heads, cfg.mlp_ratio, cfg.qk_norm, out_std, jnp.dtype(cfg.dtype))
+    return Block(
+        heads=cfg.heads,
+        mlp_width=cfg.mlp_dim,
+        qk_norm=cfg.qk_norm,
+        out_std=0.02 / math.sqrt(2 * cfg.layers),
+        dtype=jnp.dtype(cfg.dtype),
+        activation=cfg.activation,
+        norm=cfg.norm,
+        sandwich=cfg.sandwich,
+        biases=cfg.biases,
+    )
 
 
 def init(cfg: DalleConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters; those of the blocks are stacked over a leading axis of layers."""
-    names = ("text_embed", "image_embed", "text_pos", "image_row", "image_col", "text_head", "image_head")
-    *keys, k_blocks = jax.random.split(key, len(names) + 1)
-    k = dict(zip(names, keys, strict=True))
+    shapes = {"text_embed": (cfg.text_ids, cfg.dim), "image_embed": (cfg.image_vocab, cfg.dim)}
+    match cfg.positions:
+        case "grid":
+            own = {"image_row": (cfg.grid, cfg.dim), "image_col": (cfg.grid, cfg.dim)}
+            shapes |= {"text_pos": (cfg.text_len, cfg.dim), **own}
+        case "raster":
+            shapes |= {"text_pos": (cfg.text_len, cfg.dim), "image_pos": (cfg.num_codes, cfg.dim)}
+    heads = {"image_head": cfg.image_vocab}
+    if cfg.text_loss_weight > 0:
+        heads["text_head"] = cfg.text_ids
+    *keys, k_blocks = jax.random.split(key, len(shapes) + len(heads) + 1)
+    k = dict(zip([*shapes, *heads], keys, strict=True))
 
-    def normal(name: str, *shape: int) -> jax.Array:
+    def normal(name: str, shape: tuple[int, ...]) -> jax.Array:
         return 0.02 * jax.random.normal(k[name], shape)
 
-    x_BTD, mask_TS = jnp.zeros((1, 1, cfg.dim)), jnp.ones((1, 1), bool)
-    blocks = jax.vmap(lambda key: _block(cfg).init(key, x_BTD, mask_TS)["params"])(
-        jax.random.split(k_blocks, cfg.layers)
-    )
-    text_ids = cfg.text_vocab + cfg.text_len
-    return {
-        "text_embed": normal("text_embed", text_ids, cfg.dim),
-        "text_pos": normal("text_pos", cfg.text_len, cfg.dim),
-        "image_embed": normal("image_embed", cfg.image_vocab, cfg.dim),
-        "image_row": normal("image_row", cfg.grid, cfg.dim),
-        "image_col": normal("image_col", cfg.grid, cfg.dim),
-        "blocks": blocks,
-        "norm_out": {"scale": jnp.ones(cfg.dim), "bias": jnp.zeros(cfg.dim)},
-        "text_head": {"kernel": normal("text_head", cfg.dim, text_ids)},
-        "image_head": {"kernel": normal("image_head", cfg.dim, cfg.image_vocab)},
-    }
+    params: Params = {name: normal(name, shape) for name, shape in shapes.items()}
+    for name, width in heads.items():
+        params[name] = {"kernel": normal(name, (cfg.dim, width))}
+        if cfg.head_bias:
+            params[name]["bias"] = jnp.zeros(width)
+    x_11D = jnp.zeros((1, 1, cfg.dim))
+    for name in ("norm_out", "norm_head")[: 2 if cfg.head_norm else 1]:
+        params[name] = norm(cfg.norm).init(key, x_11D)["params"]
+
+    def block(key: jax.Array) -> Params:
+        return _block(cfg).init(key, x_11D, jnp.ones((1, 1), bool))["params"]
+
+    return {**params, "blocks": jax.vmap(block)(jax.random.split(k_blocks, cfg.layers))}
 
 
 def null_text(cfg: DalleConfig) -> jax.Array:
@@ -78,34 +94,58 @@ def check_ids(cfg: DalleConfig, text_BT: jax.Array, codes_BP: jax.Array) -> None
             raise ValueError(f"{name} is {ids.dtype}, want int32 ids")
 
 
+def _known(cfg: DalleConfig, text_BT: jax.Array) -> jax.Array:
+    """The ids as rows of the text embedding: those of padding are `pad_piece` where there is one."""
+    if cfg.pad_piece is None:
+        return text_BT
+    return jnp.where(text_BT < cfg.text_vocab, text_BT, cfg.pad_piece)
+
+
 def _embed_text(cfg: DalleConfig, params: Params, text_BT: jax.Array) -> jax.Array:
-    x_BTD = params["text_embed"][text_BT] + params["text_pos"][None]
+    x_BTD = params["text_embed"][_known(cfg, text_BT)]
+    if cfg.positions != "rope":
+        x_BTD = x_BTD + params["text_pos"][None]
     return constrain(x_BTD, "batch", None, "embed").astype(cfg.dtype)
 
 
-def _embed_codes(cfg: DalleConfig, params: Params, codes_BP: jax.Array, start: jax.Array | int) -> jax.Array:
-    """Codes of the raster places start, start + 1, ..."""
-    place_P = start + jnp.arange(codes_BP.shape[1])
-    where_PD = params["image_row"][place_P // cfg.grid] + params["image_col"][place_P % cfg.grid]
-    x_BPD = params["image_embed"][codes_BP] + where_PD[None]
+def _embed_codes(cfg: DalleConfig, params: Params, codes_BP: jax.Array, place: jax.Array) -> jax.Array:
+    """place: raster places of the codes, (P,) for all rows or (B, P)."""
+    place = jnp.atleast_2d(place)
+    x_BPD = params["image_embed"][codes_BP]
+    match cfg.positions:
+        case "grid":
+            x_BPD = x_BPD + params["image_row"][place // cfg.grid] + params["image_col"][place % cfg.grid]
+        case "raster":
+            x_BPD = x_BPD + params["image_pos"][place]
     return constrain(x_BPD, "batch", None, "embed").astype(cfg.dtype)
 
 
-def _norm_out(params: Params, x_BTD: jax.Array) -> jax.Array:
-    return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32).apply({"params": params["norm_out"]}, x_BTD)
+def _turns(cfg: DalleConfig, position: jax.Array) -> jax.Array | None:
+    """Of queries and keys at positions of the stream, (T,) or (B, T): (1 or B, T, 2, R), or None."""
+    if cfg.positions != "rope":
+        return None
+    return jnp.asarray(raster_turns(cfg.text_len, cfg.grid, cfg.head_dim))[jnp.atleast_2d(position)]
+
+
+def _norm_out(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+    x_BTD = norm(cfg.norm).apply({"params": params["norm_out"]}, x_BTD)
+    return norm(cfg.norm).apply({"params": params["norm_head"]}, x_BTD) if cfg.head_norm else x_BTD
 
 
 def _head(cfg: DalleConfig, params: Params, name: str, x_BTD: jax.Array) -> jax.Array:
     """Products in the compute dtype, sums and result in float32."""
     kernel = params[name]["kernel"].astype(cfg.dtype)
     y = jnp.einsum("btd,dv->btv", x_BTD.astype(cfg.dtype), kernel, preferred_element_type=jnp.float32)
+    if cfg.head_bias:
+        y = y + params[name]["bias"][None, None].astype(jnp.float32)
     return constrain(y, "batch", None, "vocab")
 
 
 def _masks(cfg: DalleConfig) -> tuple[np.ndarray, np.ndarray]:
     """The different masks (M, S, S) and which of them each layer uses (L,)."""
     kinds = sorted(set(cfg.layer_kinds))
-    masks = [attention_mask(kind, cfg.text_len, cfg.grid, cfg.conv_kernel) for kind in kinds]
+    text = cfg.text_len - cfg.text_in_raster
+    masks = [attention_mask(kind, text, cfg.grid, cfg.conv_kernel) for kind in kinds]
     return np.stack(masks), np.array([kinds.index(kind) for kind in cfg.layer_kinds])
 
 
@@ -116,15 +156,16 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
     Returns float32 (B, T + P, D). Raises ValueError for other shapes or dtypes.
     """
     check_ids(cfg, text_BT, codes_BP)
+    place_P = jnp.arange(codes_BP.shape[1])
     x_BSD = jnp.concatenate(
-        [_embed_text(cfg, params, text_BT), _embed_codes(cfg, params, codes_BP, 0)], axis=1
+        [_embed_text(cfg, params, text_BT), _embed_codes(cfg, params, codes_BP, place_P)], axis=1
     )
     masks, which = _masks(cfg)
     masks = jnp.asarray(masks[:, : x_BSD.shape[1], : x_BSD.shape[1]])
-    block = _block(cfg)
+    turns = _turns(cfg, jnp.arange(x_BSD.shape[1]))
 
     def layer(x_BSD, layer_params, mask_SS):
-        return block.apply({"params": layer_params}, x_BSD, mask_SS)[0]
+        return _block(cfg).apply({"params": layer_params}, x_BSD, mask_SS, turns=turns)[0]
 
     match cfg.remat:
         case "full":
@@ -138,22 +179,24 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
         return layer(x_BSD, layer_params, masks[index]), None
 
     x_BSD, _ = jax.lax.scan(body, x_BSD, (params["blocks"], jnp.asarray(which)), unroll=cfg.scan_unroll)
-    return _norm_out(params, x_BSD)
+    return _norm_out(cfg, params, x_BSD)
 
 
 def logits(
     cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array]:
     """Scores of every token given all tokens before it.
 
     text_BT: int32 (B, T). codes_BN: int32 (B, N). Returns float32 text logits (B, T-1, W), for the text
-    tokens 1 to T-1, and float32 image logits (B, N, V), for the codes 0 to N-1. Raises ValueError for other
-    shapes or dtypes.
+    tokens 1 to T-1, None without a text head, and float32 image logits (B, N, V), for the codes 0 to N-1. Raises
+    ValueError for other shapes or dtypes.
     """
     if codes_BN.shape[1:] != (cfg.num_codes,):
         raise ValueError(f"codes have shape {codes_BN.shape}, want ({len(text_BT)}, {cfg.num_codes})")
     x_BSD = hidden(cfg, params, text_BT, codes_BN[:, :-1])
-    text = _head(cfg, params, "text_head", x_BSD[:, : cfg.text_len - 1])
+    text = None
+    if cfg.text_loss_weight > 0:
+        text = _head(cfg, params, "text_head", x_BSD[:, : cfg.text_len - 1])
     return text, _head(cfg, params, "image_head", x_BSD[:, cfg.text_len - 1 :])
 
 
@@ -174,7 +217,9 @@ def loss(
     drop_B = jax.random.bernoulli(key, cfg.null_rate, (len(text_BT),))
     text_BT = jnp.where(drop_B[:, None], null_text(cfg)[None], text_BT)
     text_logits, image_logits = logits(cfg, params, text_BT, codes_BN)
-    text_loss = _cross_entropy(text_logits, text_BT[:, 1:]) if cfg.text_len > 1 else jnp.float32(0)
+    text_loss = jnp.float32(0)
+    if text_logits is not None and cfg.text_len > 1:
+        text_loss = _cross_entropy(text_logits, _known(cfg, text_BT[:, 1:]))
     image_loss = _cross_entropy(image_logits, codes_BN)
     total = cfg.text_loss_weight * text_loss + (1 - cfg.text_loss_weight) * image_loss
     return total, {"text_loss": text_loss, "image_loss": image_loss}
@@ -207,7 +252,8 @@ def init_cache(cfg: DalleConfig, captions: int, copies: int = 1, *, guided: bool
     rows = captions * copies * (2 if guided else 1)
 
     def text(count):
-        zeros = jnp.zeros((count, cfg.text_len, cfg.heads, cfg.head_dim), cfg.dtype)
+        length = cfg.text_len - cfg.text_in_raster
+        zeros = jnp.zeros((count, length, cfg.heads, cfg.head_dim), cfg.dtype)
         return KV(zeros, zeros)
 
     groups = (text(captions), text(1)) if guided else (text(captions),)
@@ -216,7 +262,7 @@ def init_cache(cfg: DalleConfig, captions: int, copies: int = 1, *, guided: bool
 
 def _image_logits(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Of the last position given, float32 (B, V)."""
-    return _head(cfg, params, "image_head", _norm_out(params, x_BTD[:, -1:]))[:, 0]
+    return _head(cfg, params, "image_head", _norm_out(cfg, params, x_BTD[:, -1:]))[:, 0]
 
 
 def prefill(
@@ -248,27 +294,41 @@ def prefill(
         codes_BP = jnp.concatenate([codes_BP, codes_BP])
     block, texts, first = _block(cfg), [], []
     x_CTD = _embed_text(cfg, params, text_CT)
+    x_BPD = _embed_codes(cfg, params, codes_BP, jnp.arange(codes_BP.shape[1]))
+    if cfg.text_in_raster:
+        x_BPD = jnp.concatenate([_to_rows(x_CTD[:, -1:], captions, copies), x_BPD], axis=1)
+        x_CTD = x_CTD[:, :-1]
+    turns = _turns(cfg, jnp.arange(x_CTD.shape[1]))
     for layer in params["blocks"]:
         x_CTD, new = block.apply(
-            {"params": layer}, x_CTD, look=lambda q, k, v: (kv.attend_text(cfg, q, k, v), KV(k, v))
+            {"params": layer},
+            x_CTD,
+            look=lambda q, k, v: (kv.attend_text(cfg, q, k, v), KV(k, v)),
+            turns=turns,
         )
         texts.append(tuple(KV(*(x[part] for x in new)) for part in _parts(captions, guided)))
-    if codes_BP.shape[1] == 0:
-        logits = _image_logits(cfg, params, x_CTD)
-        own = jnp.repeat(logits[:captions], copies, axis=0)
-        logits = jnp.concatenate([own, jnp.broadcast_to(logits[captions:], own.shape)]) if guided else own
+    if x_BPD.shape[1] == 0:
+        logits = _to_rows(_image_logits(cfg, params, x_CTD), captions, copies)
         images = [kv.empty(cfg, kind, len(codes_BP)) for kind in cfg.layer_kinds]
         return logits, tuple(LayerCache(t, i) for t, i in zip(texts, images, strict=True))
-    x_BPD = _embed_codes(cfg, params, codes_BP, 0)
+    turns = _turns(cfg, x_CTD.shape[1] + jnp.arange(x_BPD.shape[1]))
     for layer, kind, text in zip(params["blocks"], cfg.layer_kinds, texts, strict=True):
         x_BPD, new = block.apply(
             {"params": layer},
             x_BPD,
             look=lambda q, k, v, kind=kind, text=text: (kv.attend_first(cfg, kind, text, q, k, v), KV(k, v)),
+            turns=turns,
         )
         first.append(kv.fill(cfg, kind, new))
     cache = tuple(LayerCache(t, i) for t, i in zip(texts, first, strict=True))
     return _image_logits(cfg, params, x_BPD), cache
+
+
+def _to_rows(x: jax.Array, captions: int, copies: int) -> jax.Array:
+    """What was computed once per caption, for each of its rows; then that of the null caption, if there, for each."""
+    own = jnp.repeat(x[:captions], copies, axis=0)
+    null = x[captions:]
+    return jnp.concatenate([own, jnp.broadcast_to(null, own.shape)]) if len(null) else own
 
 
 def _parts(captions: int, guided: bool) -> tuple[slice, ...]:
@@ -290,15 +350,17 @@ def decode_step(
     (B, V), the logits of the next code, and the caches.
     """
     place = jnp.asarray(place)
-    where_BD = jnp.atleast_2d(params["image_row"][place // cfg.grid] + params["image_col"][place % cfg.grid])
-    x_B1D = (params["image_embed"][code_B] + where_BD)[:, None]
-    x_B1D = constrain(x_B1D, "batch", None, "embed").astype(cfg.dtype)
+    place_B1 = place[..., None]  # (1,) for all rows, or (B, 1)
+    x_B1D, turns = _embed_codes(cfg, params, code_B[:, None], place_B1), _turns(cfg, cfg.text_len + place_B1)
+    if cfg.text_in_raster:
+        place, limit = place + 1, None if limit is None else limit + 1
     after = []
     for layer, kind, before in zip(params["blocks"], cfg.layer_kinds, cache, strict=True):
         x_B1D, layer_cache = _block(cfg).apply(
             {"params": layer},
             x_B1D,
             look=lambda *new, kind=kind, before=before: kv.attend_step(cfg, kind, before, new, place, limit),
+            turns=turns,
         )
         after.append(layer_cache)
     return _image_logits(cfg, params, x_B1D), tuple(after)

@@ -233,16 +233,18 @@ def test_scan_is_a_loop_over_the_layers(params):
     @jax.jit
     def embed(params):
         x = dalle._embed_text(TINY, params, caption)
-        return jnp.concatenate([x, dalle._embed_codes(TINY, params, codes[:, :-1], 0)], axis=1)
+        return jnp.concatenate(
+            [x, dalle._embed_codes(TINY, params, codes[:, :-1], jnp.arange(N - 1))], axis=1
+        )
 
     @jax.jit
     def head(params, x):
-        return dalle._head(TINY, params, "image_head", dalle._norm_out(params, x[:, T - 1 :]))
+        return dalle._head(TINY, params, "image_head", dalle._norm_out(TINY, params, x[:, T - 1 :]))
 
     x = embed(params)
     layers = jax.jit(dalle.unstack, static_argnums=0)(TINY, params)["blocks"]
     assert len(layers) == TINY.layers
-    block = Block(TINY.heads, TINY.mlp_ratio, TINY.qk_norm, 0.0, jnp.float32)
+    block = Block(TINY.heads, TINY.mlp_dim, TINY.qk_norm, 0.0, jnp.float32)
     apply = jax.jit(lambda layer, x, mask: block.apply({"params": layer}, x, mask)[0])
     size = x.shape[1]
     for kind, layer in zip(TINY.layer_kinds, layers, strict=True):

@@ -5,7 +5,7 @@ import pytest
 
 from dalle_jax.nn.masks import attention_mask
 
-KINDS = ("full", "row", "column", "conv")
+KINDS = ("full", "row", "column", "conv", "conv_clamped", "conv_torus")
 
 
 def sees(kind: str, q: int, k: int, side: int, window: int) -> bool:
@@ -18,26 +18,25 @@ def sees(kind: str, q: int, k: int, side: int, window: int) -> bool:
         return k in [q - n for n in range(side + 1)]
     if kind == "column":  # places in q's column
         return k % side == q % side
+    if kind in (
+        "conv_clamped",
+        "conv_torus",
+    ):  # ruDALL-E: the window round the seen token, its cells clamped or wrapped
+        row, column, half = *divmod(k, side), window // 2
+        cells = [
+            (row + up, column + left) for up in range(-half, half + 1) for left in range(-half, half + 1)
+        ]
+        if kind == "conv_torus":
+            cells = [(r % side, c % side) for r, c in cells]
+        else:
+            cells = [(max(min(r, side - 1), 0), max(min(c, side - 1), 0)) for r, c in cells]
+        return divmod(q, side) in cells
     # Cells of the causal half of a window centred on q: those in the rows above, and in q's own row those
     # left of it with itself. Places are raster places, so a step over a row's end lands in the next row.
     half = window // 2
     above = [(up, left) for up in range(1, half + 1) for left in range(-half, half + 1)]
     beside = [(0, left) for left in range(half + 1)]
     return any(k == q - up * side - left for up, left in above + beside)
-    if kind == "full":
-        return True
-    if kind == "row":  # itself and the `side` tokens before it in the raster
-        return k in [q - n for n in range(side + 1)]
-    if kind == "column":  # places in q's column
-        return k % side == q % side
-    # The window around q, as places of the raster: a step right of a row's end is the start of the next row.
-    half = window // 2
-    for rows_up in range(-half, half + 1):
-        for columns_left in range(-half, half + 1):
-            if k == q - rows_up * side - columns_left:
-                # The kernel's causal half: rows above q's, and in q's row what is not right of it.
-                return rows_up > 0 or (rows_up == 0 and columns_left >= 0) or True
-    return False
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +81,10 @@ def test_conv_runs_over_row_ends_as_the_raster_does():
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match="attention kind is 'col'; want full, row, column or conv"):
+    with pytest.raises(
+        ValueError,
+        match="attention kind is 'col'; want one of full, row, column, conv, conv_clamped, conv_torus",
+    ):
         attention_mask("col", 2, 3)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from dalle_jax.config.checks import require
 from dalle_jax.config.tokenizer import Dtype
 
-AttentionKind = Literal["full", "row", "column", "conv"]
+AttentionKind = Literal["full", "row", "column", "conv", "conv_clamped", "conv_torus"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,27 @@ class DalleConfig:
     layers: int = 64
     heads: int = 62
     mlp_ratio: int = 4
+    mlp_width: int | None = None  # channels inside the MLP; None is mlp_ratio * dim
+    # of the MLP; swiglu is gated (2002.05202)
+    activation: Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu"] = "gelu-tanh"
+    norm: Literal["layer", "rms"] = "layer"  # RMS norms have a scale alone (1910.07467)
+    sandwich: bool = False  # a norm of what attention and MLP give too, before the sum (2105.13290, 2.4)
+    biases: bool = True  # of the matrices of the blocks
+    # What marks an image place: embeddings of its row and column, one embedding of its own, or queries and keys turned
+    # by row and column (2104.09864). With "rope" text positions are not marked, and their queries and keys are zero,
+    # as LlamaGen has it (2406.06525).
+    positions: Literal["grid", "raster", "rope"] = "grid"
+    pad_piece: int | None = None  # piece at every position after a caption; None: each position has its own
+    head_norm: bool = False  # a second norm after the last
+    head_bias: bool = False
     attention: tuple[AttentionKind, ...] = ("row", "column", "row", "row")  # cycled over the layers; B.1
     last_attention: AttentionKind | None = "conv"  # kind of the last layer; None continues the cycle; B.1
+    # Masks take the last text token for the raster's first place, and so each code for the place after its own, as
+    # ruDALL-E Malevich v2 has it.
+    text_in_raster: bool = False
     conv_kernel: int = 11  # side of the conv mask's window, odd; B.1
     qk_norm: bool = False  # RMS-normalise queries and keys per head; not in the paper, allows larger steps
-    text_loss_weight: float = 1 / 8  # of the text cross-entropy; the image has the rest; 2.2
+    text_loss_weight: float = 1 / 8  # of the text cross-entropy; the image has the rest; 0: no text head; 2.2
     null_rate: float = 0.1  # share of training captions replaced by the null caption, for guidance
     dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, logits and losses stay float32
     remat: Literal["none", "full", "dots"] = "full"  # what the backward pass computes again
@@ -42,6 +58,18 @@ class DalleConfig:
         require(
             self.dim % self.heads == 0,
             f"dim {self.dim} is not divisible by heads {self.heads}; change one of them",
+        )
+        require(
+            self.mlp_width is None or self.mlp_width >= 1,
+            f"DalleConfig.mlp_width is {self.mlp_width}; want at least 1, or None for mlp_ratio * dim",
+        )
+        require(
+            self.pad_piece is None or 0 <= self.pad_piece < self.text_vocab,
+            f"pad_piece is {self.pad_piece}; want a piece in [0, {self.text_vocab}), or None",
+        )
+        require(
+            self.positions != "rope" or self.head_dim % 4 == 0,
+            f"heads are {self.head_dim} wide; positions='rope' turns pairs by row and by column: want a multiple of 4",
         )
         require(len(self.attention) > 0, "DalleConfig.attention is empty; name at least one kind, e.g. full")
         require(
@@ -57,6 +85,16 @@ class DalleConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Channels inside the MLP."""
+        return self.mlp_ratio * self.dim if self.mlp_width is None else self.mlp_width
+
+    @property
+    def text_ids(self) -> int:
+        """Rows of the text embedding: the pieces, and a pad token for each position or none."""
+        return self.text_vocab + (self.text_len if self.pad_piece is None else 0)
 
     @property
     def num_codes(self) -> int:

@@ -1,5 +1,7 @@
 """A pre-norm Transformer block whose attention runs over the positions given, or as its caller says.
 
+Its choices make it the block of the paper or of a public family: layer or RMS norms, before the branches only or
+after them too, kinds of MLP, with biases or without, turned queries and keys or none.
 B batch, T positions computed now, S positions seen, D width, H heads, K width of a head, F width of the MLP.
 """
 
@@ -13,9 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dalle_jax.nn.rotary import rotate
 from dalle_jax.nn.sharding import constrain
 
-Activation = Literal["gelu-tanh", "gelu", "quick-gelu"]  # between the layers of the MLP
+Activation = Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu"]  # of the MLP; swiglu is gated (2002.05202)
+Norm = Literal["layer", "rms"]
 
 # Queries, keys and values of the positions given, (B, T, H, K) each, to what they attend to, (B, T, H, K), and
 # whatever the caller wants back.
@@ -40,27 +44,37 @@ def _rms_norm(x: jax.Array, scale_K: jax.Array) -> jax.Array:
     return (x32 * scale_K.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+def norm(kind: Norm, name: str | None = None) -> nn.Module:
+    """A norm over the last axis, in float32."""
+    make = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind]
+    return make(epsilon=1e-5, dtype=jnp.float32, name=name)
+
+
 class Attention(nn.Module):
     heads: int
     qk_norm: bool
     out_std: float
     dtype: Any
+    biases: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD, mask_TS, look: Look | None = None):
+    def __call__(self, x_BTD, mask_TS, look: Look | None = None, turns=None):
         *lead, dim = x_BTD.shape
         width = dim // self.heads
 
         def project(name):
             # Flat kernels (D, H * K): a stored axis of K = 64 would fill half of a TPU's lanes, and three of them
             # split over heads where one of (D, 3 * H * K) would be cut across queries, keys and values.
-            dense = nn.Dense(dim, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+            init = nn.initializers.normal(0.02)
+            dense = nn.Dense(dim, self.biases, dtype=self.dtype, kernel_init=init, name=name)
             return constrain(dense(x_BTD).reshape(*lead, self.heads, width), "batch", None, "heads", None)
 
         q, k, v = project("q"), project("k"), project("v")
         if self.qk_norm:
             q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, (width,)))
             k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, (width,)))
+        if turns is not None:
+            q, k = rotate(q, turns), rotate(k, turns)
         cache = None
         with jax.named_scope("attend"):
             if look is None:
@@ -68,7 +82,7 @@ class Attention(nn.Module):
             else:
                 y_BTHK, cache = look(q, k, v)
         init = nn.initializers.normal(self.out_std)
-        out = nn.Dense(dim, dtype=self.dtype, kernel_init=init, name="out")
+        out = nn.Dense(dim, self.biases, dtype=self.dtype, kernel_init=init, name="out")
         return out(y_BTHK.reshape(*lead, dim)), cache
 
 
@@ -84,39 +98,56 @@ def _activate(name: Activation, x: jax.Array) -> jax.Array:
 
 
 class MLP(nn.Module):
-    ratio: int
+    width: int
     out_std: float
     dtype: Any
     activation: Activation = "gelu-tanh"
+    biases: bool = True
 
     @nn.compact
     def __call__(self, x_BTD):
-        dim = x_BTD.shape[-1]
-        up = nn.Dense(self.ratio * dim, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name="up")
-        down = nn.Dense(dim, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="down")
-        return down(constrain(_activate(self.activation, up(x_BTD)), "batch", None, "mlp"))
+        def dense(name, width, std=0.02):
+            init = nn.initializers.normal(std)
+            return nn.Dense(width, self.biases, dtype=self.dtype, kernel_init=init, name=name)
+
+        x_BTF = constrain(dense("up", self.width)(x_BTD), "batch", None, "mlp")
+        if self.activation == "swiglu":
+            gate_BTF = constrain(dense("gate", self.width)(x_BTD), "batch", None, "mlp")
+            x_BTF = nn.silu(gate_BTF) * x_BTF
+        else:
+            x_BTF = _activate(self.activation, x_BTF)
+        return dense("down", x_BTD.shape[-1], self.out_std)(x_BTF)
 
 
 class Block(nn.Module):
     """Norm, attention, sum; norm, MLP, sum. Returns the new stream and what `look` gave besides, or None.
 
     look: attention instead of the dense one under `mask_TS`, as sampling has it over a cache (cache.py).
+    turns: of queries and keys, where positions are rotary (rotary.py).
     """
 
     heads: int
-    mlp_ratio: int
+    mlp_width: int
     qk_norm: bool
     out_std: float  # of the kernels that write into the residual stream
     dtype: Any
     activation: Activation = "gelu-tanh"
+    norm: Norm = "layer"
+    sandwich: bool = False  # a norm of what attention and MLP give too, before each sum
+    biases: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD, mask_TS=None, look: Look | None = None):
-        attention = Attention(self.heads, self.qk_norm, self.out_std, self.dtype, name="attn")
-        norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm_attn")
-        y_BTD, cache = attention(norm(x_BTD).astype(self.dtype), mask_TS, look)
+    def __call__(self, x_BTD, mask_TS=None, look: Look | None = None, turns=None):
+        def normed(name, x_BTD):
+            return norm(self.norm, name)(x_BTD).astype(self.dtype)
+
+        attention = Attention(self.heads, self.qk_norm, self.out_std, self.dtype, self.biases, name="attn")
+        y_BTD, cache = attention(normed("norm_attn", x_BTD), mask_TS, look, turns)
+        if self.sandwich:
+            y_BTD = normed("norm_attn_out", y_BTD)
         x_BTD = constrain(x_BTD + y_BTD, "batch", None, "embed")
-        norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm_mlp")
-        mlp = MLP(self.mlp_ratio, self.out_std, self.dtype, self.activation, name="mlp")
-        y_BTD = mlp(norm(x_BTD).astype(self.dtype))
+        mlp = MLP(self.mlp_width, self.out_std, self.dtype, self.activation, self.biases, name="mlp")
+        y_BTD = mlp(normed("norm_mlp", x_BTD))
+        if self.sandwich:
+            y_BTD = normed("norm_mlp_out", y_BTD)
         return constrain(x_BTD + y_BTD, "batch", None, "embed"), cache

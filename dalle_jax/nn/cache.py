@@ -1,7 +1,7 @@
 """KV caches that keep and read only what an attention kind can see (Ramesh et al. 2021, 2102.12092, B.1).
 
-What an image token sees depends on the distance back alone (`masks.distances`), so a layer keeps no more than
-the farthest distance: a ring of G + 1 tokens for row, a ring of the window's span for conv. A column layer
+What an image token sees lies no farther back than its kind reaches (`masks.seen_back`), so a layer keeps no more
+than that: a ring of G + 1 tokens for row, a ring of the window's span for conv. A column layer
 keeps every token, column by column, and reads the G of one column. Full keeps and reads the whole raster.
 Text keys are held apart, once per caption: rows that draw the same caption share them.
 B rows, C captions, T text positions, G side of the grid, N = G * G image tokens, W tokens kept, R tokens read,
@@ -19,7 +19,7 @@ import numpy as np
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.config.dalle import AttentionKind
-from dalle_jax.nn.masks import attention_mask, distances
+from dalle_jax.nn.masks import attention_mask, seen_back
 from dalle_jax.nn.sharding import constrain
 
 
@@ -42,7 +42,7 @@ def kept(cfg: DalleConfig, kind: AttentionKind) -> int:
     """W: image tokens whose keys a layer of this kind keeps."""
     if kind in ("full", "column"):
         return cfg.num_codes
-    return 1 + int(np.flatnonzero(distances(kind, cfg.grid, cfg.conv_kernel))[-1])
+    return 1 + int(np.flatnonzero(seen_back(kind, cfg.grid, cfg.conv_kernel).any(axis=0))[-1])
 
 
 def read(cfg: DalleConfig, kind: AttentionKind) -> int:
@@ -105,13 +105,14 @@ def window(
         return KV(cache.k[:, :size], cache.v[:, :size]), jnp.arange(size)[None] <= places
     size = kept(cfg, kind)
     back = (places - jnp.arange(size)[None]) % size
-    table = jnp.asarray(distances(kind, cfg.grid, cfg.conv_kernel)[:size])
-    return cache, table[back] & (back <= places)
+    table = jnp.asarray(seen_back(kind, cfg.grid, cfg.conv_kernel)[:, :size])
+    return cache, table[places % len(table), back] & (back <= places)
 
 
 def attend_text(cfg: DalleConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Captions among themselves, (C, T, H, K) each: position t sees 0 to t."""
-    causal = jnp.asarray(attention_mask("full", cfg.text_len, 1)[: cfg.text_len, : cfg.text_len])
+    length = q.shape[1]
+    causal = jnp.asarray(attention_mask("full", length, 1)[:length, :length])
     return _attend(q, (), KV(k, v), causal[None])
 
 
