@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax import dalle
+from dalle_jax import autoregressive
 from dalle_jax import tokenizer as tokenizers
-from dalle_jax.config import DalleConfig, DataConfig, TokenizerConfig
+from dalle_jax.config import DataConfig, TokenizerConfig, TransformerConfig
 from dalle_jax.data.codes import save_codes
 from dalle_jax.data.images import to_bytes
 from dalle_jax.data.sources import Source, open_source
@@ -56,7 +56,7 @@ class TextToImage(NamedTuple):
     tokenizer: Tokenizer
 
     @property
-    def config(self) -> DalleConfig:
+    def config(self) -> TransformerConfig:
         return self.run.config.model
 
 
@@ -104,7 +104,7 @@ def load_text_to_image(path: str | Path) -> TextToImage:
     """
     path = Path(path)
     kind = read_config(path).model.kind
-    if kind != "dalle":
+    if kind not in ("dalle", "bart"):
         raise ValueError(
             f"{path} is a tokenizer run (stage {kind}): it knows no captions. Give the run of a Transformer "
             f"trained on it (--tokenizer {path}); `encode` and `decode` work with tokenizer runs"
@@ -243,7 +243,7 @@ def _drawn(
             yield codes.reshape(here.size, -1), size
 
 
-_unstack = jax.jit(dalle.unstack, static_argnums=0)
+_unstack = jax.jit(autoregressive.unstack, static_argnums=0)
 
 
 # --- codes and pixels -------------------------------------------------------------------------------------

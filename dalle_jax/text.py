@@ -3,9 +3,9 @@
 
 Captions are NFKC-normalised and lower-cased; a character that the vocabulary does not hold goes through as
 its UTF-8 bytes, so every caption can be written and read back. Public vocabularies, with rules of their own,
-serve as well (byte_pairs.py). A caption of n pieces fills positions 0..n-1; each position i after it holds its
-own learned padding token, id `text_vocab + i`. So the Transformer's text embedding has `text_vocab + text_len`
-rows, and the null caption of guidance is a row of padding.
+serve as well (byte_pairs.py, character_pairs.py, bart_text.py), and names of classes (labels.py). A caption of n
+pieces fills positions 0..n-1; each position i after it holds its own learned padding token, id `text_vocab + i`. So
+the Transformer's text embedding has `text_vocab + text_len` rows, and the null caption of guidance is a row of padding.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from dalle_jax import byte_pairs
+from dalle_jax import bart_text, byte_pairs, character_pairs, labels
+from dalle_jax.bart_text import BartCaptions
 from dalle_jax.byte_pairs import BytePairs
+from dalle_jax.character_pairs import CharacterPairs
+from dalle_jax.labels import Labels
 
 _SPACE = "\u2581"  # sentencepiece writes a space so
 _COVERAGES = (0.9995, 0.98)  # share of characters with a piece of their own; the rest are written as bytes
@@ -73,12 +76,16 @@ def null_caption(text_vocab: int, text_len: int) -> np.ndarray:
 class TextTokenizer:
     """A vocabulary, of sentencepiece or a public one; any number of threads may use it at once."""
 
-    def __init__(self, model: bytes | BytePairs):
+    def __init__(self, model: bytes | BytePairs | CharacterPairs | BartCaptions | Labels):
         """model: the contents of a file that `save` or sentencepiece wrote, or a public vocabulary. Raises
         ValueError if they are neither."""
-        self._pieces = (
-            model if isinstance(model, BytePairs) else byte_pairs.parse(model) or _Sentencepiece(model)
-        )
+        if isinstance(model, bytes):
+            kinds = (character_pairs, bart_text, labels, byte_pairs)
+            self._pieces = next(filter(None, (kind.parse(model) for kind in kinds)), None) or _Sentencepiece(
+                model
+            )
+        else:
+            self._pieces = model
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TextTokenizer:
@@ -86,7 +93,9 @@ class TextTokenizer:
         .txt.gz), or vocab.json (or its folder) with merges.txt beside it. Raises ValueError for a bad or
         missing file."""
         try:
-            return cls(byte_pairs.load(Path(path)) or Path(path).read_bytes())
+            data = Path(path).read_bytes() if Path(path).is_file() else b""
+            own = character_pairs.parse(data) or bart_text.parse(data) or labels.parse(data)
+            return cls(own or byte_pairs.load(Path(path)) or data)
         except OSError as error:
             raise ValueError(
                 f"cannot read the text vocabulary {error.filename or path}: {error.strerror}; name a sentencepiece "

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from dalle_jax import dalle, tokenizer
+from dalle_jax import autoregressive, tokenizer
 from dalle_jax.cli.codes import config_of
 from dalle_jax.cli.verbs import Info
-from dalle_jax.config import DalleConfig, DVAEConfig, TrainConfig, VQGANConfig
+from dalle_jax.config import BartConfig, DalleConfig, DVAEConfig, TrainConfig, TransformerConfig, VQGANConfig
 from dalle_jax.nn.sharding import path_name
 from dalle_jax.tokenizer import adversarial
 from dalle_jax.train.checkpoint import Checkpoints
@@ -40,8 +40,8 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
         case DVAEConfig() | VQGANConfig():
             shapes = jax.eval_shape(partial(tokenizer.init, model), jax.random.key(0))
             about = {"image_size": model.image_size, "vocab": model.vocab}
-        case DalleConfig():
-            shapes = jax.eval_shape(partial(dalle.init, model), jax.random.key(0))
+        case DalleConfig() | BartConfig():
+            shapes = jax.eval_shape(partial(autoregressive.init, model), jax.random.key(0))
             about = {
                 "text_vocab": model.text_vocab,
                 "text_len": model.text_len,
@@ -65,8 +65,8 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
         "ema": size if averaged else 0,
     }
     memory["training_without_activations"] = sum(memory.values())
-    if isinstance(model, DalleConfig):
-        memory["kv_cache_per_picture"] = _bytes(jax.eval_shape(partial(dalle.init_cache, model, 1)))
+    if isinstance(model, TransformerConfig):
+        memory["kv_cache_per_picture"] = _bytes(jax.eval_shape(partial(autoregressive.init_cache, model, 1)))
     return {
         "stage": model.kind,
         "parameters": _count(shapes),

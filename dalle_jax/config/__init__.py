@@ -6,6 +6,7 @@ property, so two fields can never disagree. Numbers of the paper carry their sec
 arXiv 2102.12092).
 """
 
+from dalle_jax.config.bart import BartConfig
 from dalle_jax.config.clip import ClipConfig, TowerConfig
 from dalle_jax.config.dalle import AttentionKind, DalleConfig
 from dalle_jax.config.data import (
@@ -38,13 +39,14 @@ from dalle_jax.config.tokenizer import (
     VectorQuantizer,
     VQGANConfig,
 )
-from dalle_jax.config.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dalle_jax.config.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, TransformerConfig
 
 __all__ = [
     "MIXTURE_PERIOD",
     "AdversarialConfig",
     "ArraysSource",
     "AttentionKind",
+    "BartConfig",
     "ClipConfig",
     "DVAEConfig",
     "DalleConfig",
@@ -74,6 +76,7 @@ __all__ = [
     "TokenizerConfig",
     "TowerConfig",
     "TrainConfig",
+    "TransformerConfig",
     "VQGANConfig",
     "VectorQuantizer",
     "Weighting",

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dalle_jax.config.bart import BartConfig
 from dalle_jax.config.checks import require
 from dalle_jax.config.dalle import DalleConfig
 from dalle_jax.config.data import DataConfig, TextConfig
 from dalle_jax.config.tokenizer import TokenizerConfig
 
-ModelConfig = TokenizerConfig | DalleConfig
+TransformerConfig = DalleConfig | BartConfig  # from text to codes
+ModelConfig = TokenizerConfig | TransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

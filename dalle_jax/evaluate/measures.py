@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax import dalle
-from dalle_jax.config import DalleConfig, DataConfig, ScenesSource
+from dalle_jax import autoregressive
+from dalle_jax.config import DataConfig, ScenesSource, TransformerConfig
 from dalle_jax.data import scenes
 from dalle_jax.data.images import to_bytes
 from dalle_jax.data.pipeline import eval_batch
@@ -75,8 +75,10 @@ def measure_tokenizer(tokenizer: Tokenizer, data: DataConfig, count: int = 256) 
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array) -> dict[str, jax.Array]:
-    loss, parts = dalle.loss(cfg, params, text_BT, codes_BN, jax.random.key(0))
+def _loss(
+    cfg: TransformerConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array
+) -> dict[str, jax.Array]:
+    loss, parts = autoregressive.loss(cfg, params, text_BT, codes_BN, jax.random.key(0))
     return {"loss": loss, **parts}
 
 

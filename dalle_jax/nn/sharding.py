@@ -37,17 +37,28 @@ RULES: dict[str, tuple[str, ...]] = {
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Transformer (dalle.py); `blocks` are stacked over layers.
     (r"(text|image)_embed", ("vocab", "width")),
-    (r"(text_pos|image_row|image_col)", (None, "width")),
-    (r"blocks/(norm_attn|norm_mlp)/(scale|bias)", ("layers", None)),
+    (r"(text_pos|image_pos|image_row|image_col)", (None, "width")),
+    (r"blocks/norm_(attn|mlp)(_out)?/(scale|bias)", ("layers", None)),
     (r"blocks/attn/(q_scale|k_scale)", ("layers", None)),
     (r"blocks/attn/(q|k|v)/kernel", ("layers", "width", "heads")),
     (r"blocks/attn/(q|k|v)/bias", ("layers", "heads")),
     (r"blocks/attn/out/kernel", ("layers", "heads", "width")),
-    (r"blocks/mlp/up/kernel", ("layers", "width", "mlp")),
-    (r"blocks/mlp/up/bias", ("layers", "mlp")),
+    (r"blocks/mlp/(up|gate)/kernel", ("layers", "width", "mlp")),
+    (r"blocks/mlp/(up|gate)/bias", ("layers", "mlp")),
     (r"blocks/mlp/down/kernel", ("layers", "mlp", "width")),
     (r"blocks/(attn/out|mlp/down)/bias", ("layers", None)),
-    (r"norm_out/(scale|bias)", (None,)),
+    (r"norm_(out|head)/(scale|bias)", (None,)),
+    # What an encoder-decoder Transformer (bart.py) has besides.
+    (r"(text|image)_norm/(scale|bias)|norm_text_out/bias", (None,)),
+    (
+        r"text_blocks/norm_(attn|mlp)(_out)?/(scale|bias)|blocks/norm_cross(_out)?/(scale|bias)",
+        ("layers", None),
+    ),
+    (r"(text_blocks/attn|blocks/cross)/(q|k|v)/kernel", ("layers", "width", "heads")),
+    (r"(text_blocks/attn|blocks/cross)/out/kernel", ("layers", "heads", "width")),
+    (r"text_blocks/mlp/(up|gate)/kernel", ("layers", "width", "mlp")),
+    (r"text_blocks/mlp/down/kernel", ("layers", "mlp", "width")),
+    (r"(text_)?blocks/mlp/norm/bias", ("layers", None)),
     (r"(text|image)_head/kernel", ("width", "vocab")),
     (r"(text|image)_head/bias", ("vocab",)),
     # dVAE (tokenizer/dvae.py): convolutions split over input channels.

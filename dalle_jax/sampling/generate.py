@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax import dalle
-from dalle_jax.config import DalleConfig
+from dalle_jax import autoregressive
+from dalle_jax.config import TransformerConfig
 from dalle_jax.sampling.filters import draw, guide
 
 Params = dict[str, Any]
@@ -36,7 +36,7 @@ def pick(logits: jax.Array, keys_B: jax.Array, place, *, guidance=None, **filter
     return draw(logits, jax.vmap(jax.random.fold_in)(keys_B, place_B), **filters)
 
 
-def buckets(cfg: DalleConfig, given: int) -> list[tuple[int, int, int]]:
+def buckets(cfg: TransformerConfig, given: int) -> list[tuple[int, int, int]]:
     """(first, end, limit) of the scans that feed the places from `given` on, but the last, to the model.
 
     Layers of full attention read `limit` image tokens in each. One scan where no layer is full: the others
@@ -60,7 +60,7 @@ def _advance(cfg, params, cache, code_B, keys_B, first, count, limit, options):
     def step(carry, place):
         code_B, cache = carry
         fed = jnp.concatenate([code_B, code_B]) if guided else code_B
-        logits, cache = dalle.decode_step(cfg, params, cache, fed, place, limit=limit)
+        logits, cache = autoregressive.decode_step(cfg, params, cache, fed, place, limit=limit)
         next_B = pick(logits, keys_B, place + 1, **options)
         return (next_B, cache), next_B
 
@@ -77,7 +77,7 @@ def _begin(cfg, params, text_CT, keys_B, prime_BP, options):
         )
     copies = len(keys_B) // len(text_CT)
     with jax.named_scope("prefill"):
-        logits, cache = dalle.prefill(
+        logits, cache = autoregressive.prefill(
             cfg, params, text_CT, prime_BP, copies=copies, guided=options["guidance"] is not None
         )
         given = 0 if prime_BP is None else prime_BP.shape[1]
@@ -86,7 +86,7 @@ def _begin(cfg, params, text_CT, keys_B, prime_BP, options):
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top_k"))
 def generate(
-    cfg: DalleConfig,
+    cfg: TransformerConfig,
     params: Params,
     text_CT: jax.Array,
     keys_B: jax.Array,
@@ -110,7 +110,7 @@ def generate(
     Returns int32 (B, N), the given codes included. Raises ValueError for wrong shapes or P >= N.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    params = dalle.unstack(cfg, params)
+    params = autoregressive.unstack(cfg, params)
     code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, options)
     given = 0 if prime_BP is None else prime_BP.shape[1]
     codes = [] if prime_BP is None else [prime_BP]
@@ -125,7 +125,7 @@ def generate(
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(cfg: DalleConfig, top_k: int | None):
+def _programs(cfg: TransformerConfig, top_k: int | None):
     """Prefill and steps as programs of their own; the caches of a call are taken over by the next."""
 
     def begin(params, text_CT, keys_B, prime_BP, options):
@@ -139,7 +139,7 @@ def _programs(cfg: DalleConfig, top_k: int | None):
 
 
 def generate_rows(
-    cfg: DalleConfig, params: Params, text_CT: jax.Array, keys_B: jax.Array, *, rows: int = 1, **options
+    cfg: TransformerConfig, params: Params, text_CT: jax.Array, keys_B: jax.Array, *, rows: int = 1, **options
 ) -> Iterator[np.ndarray]:
     """The codes of `generate` as they come: int32 (B, M) after every `rows` rows of the raster, M to N.
 
@@ -151,7 +151,7 @@ def generate_rows(
     options = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None, **options}
     prime_BP, top_k = options.pop("prime_BP", None), options.pop("top_k")
     options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
-    params = dalle.unstack(cfg, params)
+    params = autoregressive.unstack(cfg, params)
     begin, advance = _programs(cfg, top_k)
     code_B, cache = begin(params, text_CT, keys_B, prime_BP, options)
     done = [] if prime_BP is None else [np.asarray(prime_BP)]

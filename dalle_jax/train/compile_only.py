@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalle_jax import dalle
-from dalle_jax.config import DalleConfig, DVAEConfig, TrainConfig
+from dalle_jax import autoregressive
+from dalle_jax.config import BartConfig, DalleConfig, DVAEConfig, TrainConfig
 from dalle_jax.nn.sharding import batch_sharding, make_mesh
 from dalle_jax.train import hlo
 from dalle_jax.train.state import abstract_state, check_batch, make_step, task_optimizer
@@ -41,15 +41,15 @@ class _CodesTask:
         self.row_shapes = {"text": ((model.text_len,), jnp.int32), "codes": ((model.num_codes,), jnp.int32)}
 
     def init(self, key):
-        return dalle.init(self.config.model, key)
+        return autoregressive.init(self.config.model, key)
 
     def loss(self, params, frozen, batch, key, step):
-        return dalle.loss(self.config.model, params, batch["text"], batch["codes"], key)
+        return autoregressive.loss(self.config.model, params, batch["text"], batch["codes"], key)
 
 
 def _task(config: TrainConfig) -> Any:
     match config.model:
-        case DalleConfig():
+        case DalleConfig() | BartConfig():
             return _CodesTask(config)
         case DVAEConfig():
             from dalle_jax.train.tasks import make_task
@@ -58,7 +58,7 @@ def _task(config: TrainConfig) -> Any:
             size = config.model.image_size
             task.row_shapes = {"image": ((size, size, 3), jnp.uint8)}
             return task
-    raise ValueError(f"--compile-only knows the stages dvae and dalle, not {config.model.kind}")
+    raise ValueError(f"--compile-only knows the stages dvae, dalle and bart, not {config.model.kind}")
 
 
 def train_flops(config: TrainConfig) -> float | None:
@@ -69,10 +69,12 @@ def train_flops(config: TrainConfig) -> float | None:
     model = config.model
     if not isinstance(model, DalleConfig):
         return None
-    block = (4 + 2 * model.mlp_ratio) * model.dim**2
+    matrices = 3 if model.activation == "swiglu" else 2
+    block = 4 * model.dim**2 + matrices * model.dim * model.mlp_dim
     attention = 2 * model.length * model.dim  # scores and their use, for each position
     per_token = model.layers * (block + attention)
-    heads = model.text_len * (model.text_vocab + model.text_len) + model.num_codes * model.image_vocab
+    text = model.text_ids if model.text_loss_weight > 0 else 0
+    heads = model.text_len * text + model.num_codes * model.image_vocab
     return 6.0 * config.data.batch * (model.length * per_token + model.dim * heads)
 
 

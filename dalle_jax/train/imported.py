@@ -14,15 +14,20 @@ import numpy as np
 from dalle_jax.config import TrainConfig, to_json
 from dalle_jax.importers import safetensors
 from dalle_jax.importers.tensors import Imported, Model, parts_of
-from dalle_jax.train.rundir import WEIGHTS, shapes_by_name, write_atomically
+from dalle_jax.train.rundir import WEIGHTS, Run, save_frozen, shapes_by_name, write_atomically
 
 
 def write_run(
-    imported: Imported, out: Path, source: str, progress: Callable[[str], None] | None = None
+    imported: Imported,
+    out: Path,
+    source: str,
+    progress: Callable[[str], None] | None = None,
+    tokenizer: Run | None = None,
 ) -> int:
     """Writes the run directory `out`, which must be new or empty; returns the number of parameters.
 
-    Tensors pass through one part at a time (docs/import.md). source: what error messages call the files. Raises
+    Tensors pass through one part at a time (docs/import.md). source: what error messages call the files. tokenizer: a
+    run that is kept beside the model, for one that comes without. Raises
     ValueError naming the tensor that does not fit or is not finite; then, and for a disk that is full, nothing is
     left at `out`.
     """
@@ -31,6 +36,8 @@ def write_run(
         count = _write_model(imported.model, beside, source, progress)
         if imported.tokenizer is not None:
             _write_model(imported.tokenizer, beside / "tokenizer", source, progress)
+        if tokenizer is not None:
+            save_frozen(beside / "tokenizer", tokenizer)
         for name, content in imported.files.items():
             if isinstance(content, Path):
                 (shutil.copytree if content.is_dir() else shutil.copyfile)(content, beside / name)

@@ -31,8 +31,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dalle_jax import dalle, tokenizer
-from dalle_jax.config import DalleConfig, ModelConfig, TokenizerConfig, TrainConfig, from_json, to_json
+from dalle_jax import autoregressive, tokenizer
+from dalle_jax.config import ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig, from_json, to_json
 from dalle_jax.importers import safetensors
 from dalle_jax.nn.sharding import param_shardings, path_name
 from dalle_jax.train.checkpoint import Checkpoints, load_params, on_one_device, save_params
@@ -312,8 +312,8 @@ def _shapes(model: ModelConfig) -> Params:
 def _init(model: ModelConfig):
     if isinstance(model, TokenizerConfig):
         return partial(tokenizer.init, model)
-    if isinstance(model, DalleConfig):
-        return partial(dalle.init, model)
+    if isinstance(model, TransformerConfig):
+        return partial(autoregressive.init, model)
     raise ValueError(f"models of stage {model.kind} are not read from safetensors")
 
 

@@ -1,8 +1,9 @@
 """How a run begins from another: the weights of a trained run, its model, vocabulary and tokenizer.
 
 `--init-from RUN` begins a new run from the weights of RUN (its best checkpoint, averaged if it has averages)
-with fresh optimizer state; the model is that of RUN where flags do not change it. `--data.path PATH` reads what
-is at PATH, whatever kind of data that is. A run that has a checkpoint of its own goes on from that.
+with fresh optimizer state; the model is that of RUN where flags do not change it. So a configuration of any
+Transformer serves for every other, one stream or encoder and decoder. `--data.path PATH` reads what is at PATH,
+whatever kind of data that is. A run that has a checkpoint of its own goes on from that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from dalle_jax.config import TrainConfig
+from dalle_jax.config import TrainConfig, TransformerConfig
 from dalle_jax.data.sources import source_of
 from dalle_jax.nn.sharding import path_name
 from dalle_jax.train.rundir import PARTS, load_run, read_config
@@ -37,7 +38,8 @@ def apply_flags(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, 
     begun = begun or config.init_from
     if begun is not None:
         model = read_config(begun).model
-        if type(model) is not type(config.model):
+        both = isinstance(model, TransformerConfig) and isinstance(config.model, TransformerConfig)
+        if type(model) is not type(config.model) and not both:
             raise ValueError(
                 f"--init-from {begun} is a run of stage {model.kind}, this configuration of stage "
                 f"{config.model.kind}; use a configuration of the same stage"

@@ -6,7 +6,7 @@ is one file here and one line in `make_task`, the only place that tells stages a
 
 from __future__ import annotations
 
-from dalle_jax.config import DalleConfig, DVAEConfig, TrainConfig, VQGANConfig
+from dalle_jax.config import BartConfig, DalleConfig, DVAEConfig, TrainConfig, VQGANConfig
 from dalle_jax.train.tasks.dalle import DalleTask
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
 from dalle_jax.train.tasks.vqgan import VQGANTask
@@ -19,6 +19,6 @@ def make_task(config: TrainConfig) -> TokenizerTask | DalleTask:
             return TokenizerTask(config)
         case VQGANConfig():
             return VQGANTask(config)
-        case DalleConfig():
+        case DalleConfig() | BartConfig():
             return DalleTask(config)
     raise ValueError(f"no stage trains a {type(config.model).__name__}")

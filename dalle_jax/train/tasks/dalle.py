@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from PIL import Image
 
-from dalle_jax import dalle, text, tokenizer
-from dalle_jax.config import TokenizerConfig, TrainConfig
+from dalle_jax import autoregressive, text, tokenizer
+from dalle_jax.config import TokenizerConfig, TrainConfig, TransformerConfig
 from dalle_jax.data.images import to_bytes
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source, sample_captions
@@ -33,6 +33,20 @@ Params = dict[str, Any]
 Batch = dict[str, Any]
 
 
+def check_fits(transformer: TransformerConfig, model: Any, where: Any) -> None:
+    """Raises ValueError unless `model`, of the run `where`, is a tokenizer that gives the codes that are wanted."""
+    if not isinstance(model, TokenizerConfig):
+        raise ValueError(f"tokenizer {where} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)")
+    for name, ours, theirs in (
+        ("image_vocab", transformer.image_vocab, model.vocab),
+        ("grid", transformer.grid, model.grid),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"model.{name} is {ours}, but the tokenizer {where} has {theirs}; set them equal"
+            )
+
+
 class DalleTask:
     """The Transformer learns captions and the codes that a frozen tokenizer gives their pictures."""
 
@@ -49,21 +63,7 @@ class DalleTask:
                 "--tokenizer runs/NAME"
             )
         if config.tokenizer is not None:  # before the run directory is made
-            self._fits(read_config(config.tokenizer).model, config.tokenizer)
-
-    def _fits(self, model: Any, where: Any) -> None:
-        if not isinstance(model, TokenizerConfig):
-            raise ValueError(
-                f"tokenizer {where} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)"
-            )
-        for name, ours, theirs in (
-            ("image_vocab", self.model.image_vocab, model.vocab),
-            ("grid", self.model.grid, model.grid),
-        ):
-            if ours != theirs:
-                raise ValueError(
-                    f"model.{name} is {ours}, but the tokenizer {where} has {theirs}; set them equal"
-                )
+            check_fits(self.model, read_config(config.tokenizer).model, config.tokenizer)
 
     def prepare(self, run_dir: Path) -> None:
         config, first = self.config, jax.process_index() == 0
@@ -94,7 +94,7 @@ class DalleTask:
         if first:
             self._tell_cut()
         self.tokenizer, self.frozen, fingerprint = load_frozen(frozen)
-        self._fits(self.tokenizer, frozen)
+        check_fits(self.model, self.tokenizer, frozen)
         self._check_codes(fingerprint)
 
     def _tell_cut(self) -> None:
@@ -117,7 +117,7 @@ class DalleTask:
             )
 
     def init(self, key: jax.Array) -> Params:
-        return dalle.init(self.model, key)
+        return autoregressive.init(self.model, key)
 
     def _codes(self, frozen: Params, batch: Batch) -> jax.Array:
         if "codes" in batch:
@@ -125,7 +125,7 @@ class DalleTask:
         return tokenizer.encode(self.tokenizer, frozen, to_floats(batch["image"]))
 
     def loss(self, params, frozen, batch, key, step):
-        return dalle.loss(self.model, params, batch["text"], self._codes(frozen, batch), key)
+        return autoregressive.loss(self.model, params, batch["text"], self._codes(frozen, batch), key)
 
     def batches(self, start: int) -> Iterator[Batch]:
         return train_batches(
@@ -151,7 +151,7 @@ class DalleTask:
     def evaluate(self, params, frozen, batch, key):
         model = dataclasses.replace(self.model, null_rate=0.0)
         codes = self._codes(frozen, batch)
-        value, metrics = dalle.loss(model, params, batch["text"], codes, key)
+        value, metrics = autoregressive.loss(model, params, batch["text"], codes, key)
         return {"eval_loss": value, **{f"eval_{name}": v for name, v in metrics.items()}}
 
     def pictures(self, params, frozen, key) -> Image.Image:

@@ -1,0 +1,365 @@
+"""The Transformer of DALL-E Mini and Mega (Dayma et al. 2021): captions through an encoder, codes through a decoder.
+
+BART (Lewis et al. 2019, 1910.13461) with NormFormer's norms (Shleifer et al. 2021, 2110.09456): one before and one
+after each attention, one before and one inside each gated MLP; a norm that a matrix follows has no scale, and nothing
+but norms has biases. A file of its own beside dalle.py, because little is shared: two streams with embeddings of their
+own, attention that looks both ways, two softmaxes where the paper has one. The functions are those of dalle.py.
+Text ids are as there; padding is not seen. The null caption is an empty text: its begin and its end.
+B batch, C captions, T text positions, N codes, P codes given, Q positions computed, S positions seen, D width,
+H heads, K width of a head, V image vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.config import BartConfig
+from dalle_jax.nn.cache import KV
+from dalle_jax.nn.sharding import constrain
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """seen: which text positions of its captions each group of rows sees, (C, T) each. cross: per layer and group, keys
+    and values of those captions, (C, T, H, K). own: per layer those of the codes, (B, N, H, K). The rows are, in order,
+    those of each group, neighbours on one caption."""
+
+    seen: tuple[jax.Array, ...]
+    cross: tuple[tuple[KV, ...], ...]
+    own: tuple[KV, ...]
+
+
+def init(cfg: BartConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters; those of each stack's blocks are stacked over a leading axis of layers."""
+    tables = {
+        "text_embed": (cfg.text_vocab, cfg.dim), "text_pos": (cfg.text_len, cfg.dim),
+        "image_embed": (cfg.image_rows, cfg.dim), "image_pos": (cfg.num_codes, cfg.dim),
+    }  # fmt: skip
+    keys = iter(jax.random.split(key, len(tables) + 3))
+    params: Params = {name: 0.02 * jax.random.normal(next(keys), shape) for name, shape in tables.items()}
+    params["image_head"] = {"kernel": 0.02 * jax.random.normal(next(keys), (cfg.dim, cfg.image_rows))}
+    for name in ("text_norm", "image_norm"):
+        params[name] = {"scale": jnp.ones(cfg.dim), "bias": jnp.zeros(cfg.dim)}
+    for name in ("norm_text_out", "norm_out"):
+        params[name] = {"bias": jnp.zeros(cfg.dim)}
+    stacks = {"text_blocks": (cfg.encoder_layers, ("attn",)), "blocks": (cfg.layers, ("attn", "cross"))}
+    for name, (layers, attentions) in stacks.items():
+        params[name] = jax.vmap(partial(_init_block, cfg, layers, attentions))(
+            jax.random.split(next(keys), layers)
+        )
+    return params
+
+
+def _init_block(cfg: BartConfig, layers: int, attentions: tuple[str, ...], key: jax.Array) -> Params:
+    keys = iter(jax.random.split(key, 4 * len(attentions) + 3))
+
+    def dense(wide: int, out: int, std: float = 0.02) -> Params:
+        return {"kernel": std * jax.random.normal(next(keys), (wide, out))}
+
+    small = 0.02 / math.sqrt(2 * layers)  # of what writes into the residual stream
+    block: Params = {}
+    for name in attentions:
+        block[f"norm_{name}"] = {"bias": jnp.zeros(cfg.dim)}
+        block[name] = {n: dense(cfg.dim, cfg.dim) for n in "qkv"} | {"out": dense(cfg.dim, cfg.dim, small)}
+        block[f"norm_{name}_out"] = {"scale": jnp.ones(cfg.dim), "bias": jnp.zeros(cfg.dim)}
+    block["norm_mlp"] = {"bias": jnp.zeros(cfg.dim)}
+    gates = {name: dense(cfg.dim, cfg.mlp_width) for name in ("gate", "up")}
+    block["mlp"] = gates | {
+        "norm": {"bias": jnp.zeros(cfg.mlp_width)},
+        "down": dense(cfg.mlp_width, cfg.dim, small),
+    }
+    return block
+
+
+def null_text(cfg: BartConfig) -> jax.Array:
+    """The null caption: begin, end, padding. Returns int32 (T,)."""
+    ids = cfg.text_vocab + jnp.arange(cfg.text_len, dtype=jnp.int32)
+    return ids.at[:2].set(jnp.array([cfg.begin_piece, cfg.end_piece]))
+
+
+# --- layers -----------------------------------------------------------------------------------------------
+
+
+def _norm(p: Params, x: jax.Array) -> jax.Array:
+    """Layer norm in float32; without a scale where there is none."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
+    x = x * p["scale"][None, None] if "scale" in p else x
+    return x + p["bias"][None, None]
+
+
+def _dense(cfg: BartConfig, p: Params, x: jax.Array) -> jax.Array:
+    return x.astype(cfg.dtype) @ p["kernel"].astype(cfg.dtype)
+
+
+def _heads(cfg: BartConfig, p: Params, x_BTD: jax.Array) -> jax.Array:
+    x = _dense(cfg, p, x_BTD)
+    return constrain(x.reshape(*x.shape[:2], cfg.heads, cfg.head_dim), "batch", None, "heads", None)
+
+
+def _keys(cfg: BartConfig, p: Params, x_BSD: jax.Array) -> KV:
+    return KV(_heads(cfg, p["k"], x_BSD), _heads(cfg, p["v"], x_BSD))
+
+
+def _attend(q_BQHK: jax.Array, kv_CSHK: KV, seen_CQS: jax.Array) -> jax.Array:
+    """B / C neighbouring rows look at each of C; the softmax is in float32. seen: (C or 1, Q or 1, S)."""
+    rows, queries, heads, width = q_BQHK.shape
+    q = (q_BQHK / math.sqrt(width)).reshape(len(kv_CSHK.k), -1, queries, heads, width)
+    att = jnp.einsum("cnqhk,cshk->cnhqs", q, kv_CSHK.k, preferred_element_type=jnp.float32)
+    att = jnp.where(seen_CQS[:, None, None], att, jnp.finfo(jnp.float32).min)
+    att = jax.nn.softmax(att, axis=-1).astype(kv_CSHK.v.dtype)
+    return jnp.einsum("cnhqs,cshk->cnqhk", att, kv_CSHK.v).reshape(rows, queries, heads, width)
+
+
+def _attention(cfg: BartConfig, block: Params, name: str, x_BQD: jax.Array, look) -> jax.Array:
+    """The stream after one attention. look: normed input and queries to what they attend to, (B, Q, H, K)."""
+    y = _norm(block[f"norm_{name}"], x_BQD)
+    y = look(y, _heads(cfg, block[name]["q"], y))
+    y = _dense(cfg, block[name]["out"], y.reshape(*y.shape[:2], cfg.dim))
+    y = _norm(block[f"norm_{name}_out"], y)
+    return constrain(x_BQD + y.astype(x_BQD.dtype), "batch", None, "embed")
+
+
+def _mlp(cfg: BartConfig, block: Params, x_BQD: jax.Array) -> jax.Array:
+    """The stream after the gated MLP."""
+    p, y = block["mlp"], _norm(block["norm_mlp"], x_BQD)
+    gate, up = (constrain(_dense(cfg, p[name], y), "batch", None, "mlp") for name in ("gate", "up"))
+    y = _norm(p["norm"], jax.nn.gelu(gate, approximate=False) * up)
+    return constrain(x_BQD + _dense(cfg, p["down"], y), "batch", None, "embed")
+
+
+def _scan(cfg: BartConfig, layer, x: jax.Array, blocks: Params) -> jax.Array:
+    layer = jax.checkpoint(layer) if cfg.remat == "full" else layer
+    return jax.lax.scan(lambda x, block: (layer(x, block), None), x, blocks)[0]
+
+
+def _embed(cfg: BartConfig, params: Params, part: str, ids_BT: jax.Array, position: jax.Array) -> jax.Array:
+    """part: text or image. position: (T,) for all rows, or (B, T)."""
+    x_BTD = params[f"{part}_embed"][ids_BT] + params[f"{part}_pos"][jnp.atleast_2d(position)]
+    return constrain(_norm(params[f"{part}_norm"], x_BTD), "batch", None, "embed").astype(cfg.dtype)
+
+
+def encode(cfg: BartConfig, params: Params, text_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Captions as the decoder sees them, (B, T, D) in the compute dtype, and which positions it sees, bool (B, T)."""
+    ids_BT = jnp.where(text_BT < cfg.text_vocab, text_BT, cfg.pad_piece)
+    cut_B = (
+        ids_BT[:, -1] != cfg.pad_piece
+    )  # a caption that fills all positions was cut, and still has its end
+    ids_BT = ids_BT.at[:, -1].set(jnp.where(cut_B, cfg.end_piece, cfg.pad_piece))
+    seen_BT = ids_BT != cfg.pad_piece
+
+    def layer(x_BTD, block):
+        def look(y, q):
+            return _attend(q, _keys(cfg, block["attn"], y), seen_BT[:, None])
+
+        return _mlp(cfg, block, _attention(cfg, block, "attn", x_BTD, look))
+
+    x_BTD = _embed(cfg, params, "text", ids_BT, jnp.arange(cfg.text_len))
+    x_BTD = _scan(cfg, layer, x_BTD, params["text_blocks"])
+    return _norm(params["norm_text_out"], x_BTD).astype(cfg.dtype), seen_BT
+
+
+def _head(cfg: BartConfig, params: Params, x_BQD: jax.Array) -> jax.Array:
+    """Products in the compute dtype, sums and result in float32; the rows that are codes."""
+    kernel = params["image_head"]["kernel"][:, : cfg.image_vocab].astype(cfg.dtype)
+    x_BQD = _norm(params["norm_out"], x_BQD).astype(cfg.dtype)
+    return constrain(
+        jnp.einsum("bqd,dv->bqv", x_BQD, kernel, preferred_element_type=jnp.float32), "batch", None, "vocab"
+    )
+
+
+def check_ids(cfg: BartConfig, text_BT: jax.Array, codes_BP: jax.Array) -> None:
+    """Raises ValueError unless these are captions and the first P <= N codes for each."""
+    if text_BT.ndim != 2 or text_BT.shape[1] != cfg.text_len:
+        raise ValueError(f"text has shape {text_BT.shape}, want (batch, {cfg.text_len}); pad or cut captions")
+    if codes_BP.ndim != 2 or codes_BP.shape[1] > cfg.num_codes or len(codes_BP) != len(text_BT):
+        raise ValueError(
+            f"codes have shape {codes_BP.shape}, want ({len(text_BT)}, {cfg.num_codes}) or fewer columns"
+        )
+    for name, ids in (("text", text_BT), ("codes", codes_BP)):
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"{name} is {ids.dtype}, want int32 ids")
+
+
+def _started(cfg: BartConfig, codes_BP: jax.Array) -> jax.Array:
+    return jnp.pad(codes_BP, ((0, 0), (1, 0)), constant_values=cfg.start)
+
+
+def logits(
+    cfg: BartConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array
+) -> tuple[None, jax.Array]:
+    """Scores of every code given the caption and all codes before it.
+
+    text_BT: int32 (B, T). codes_BN: int32 (B, N). Returns None, as there are no scores of text, and float32 image
+    logits (B, N, V), for the codes 0 to N-1. Raises ValueError for other shapes or dtypes.
+    """
+    check_ids(cfg, text_BT, codes_BN)
+    if codes_BN.shape[1] != cfg.num_codes:
+        raise ValueError(f"codes have shape {codes_BN.shape}, want ({len(text_BT)}, {cfg.num_codes})")
+    text_BTD, seen_BT = encode(cfg, params, text_BT)
+    causal_1NN = jnp.tri(cfg.num_codes, dtype=bool)[None]
+
+    def layer(x_BND, block):
+        def own(y, q):
+            return _attend(q, _keys(cfg, block["attn"], y), causal_1NN)
+
+        def cross(_, q):
+            return _attend(q, _keys(cfg, block["cross"], text_BTD), seen_BT[:, None])
+
+        x_BND = _attention(cfg, block, "attn", x_BND, own)
+        return _mlp(cfg, block, _attention(cfg, block, "cross", x_BND, cross))
+
+    x_BND = _embed(cfg, params, "image", _started(cfg, codes_BN[:, :-1]), jnp.arange(cfg.num_codes))
+    return None, _head(cfg, params, _scan(cfg, layer, x_BND, params["blocks"]))
+
+
+def loss(
+    cfg: BartConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array, key: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of the codes, in nats per code.
+
+    A share `cfg.null_rate` of the rows, drawn with `key`, has the null caption instead of its own.
+    Returns float32 scalar and the metric `image_loss`.
+    """
+    drop_B = jax.random.bernoulli(key, cfg.null_rate, (len(text_BT),))
+    text_BT = jnp.where(drop_B[:, None], null_text(cfg)[None], text_BT)
+    scores_BNV = logits(cfg, params, text_BT, codes_BN)[1]
+    picked_BN = jnp.take_along_axis(scores_BNV, codes_BN[..., None], axis=-1)[..., 0]
+    image_loss = jnp.mean(jax.nn.logsumexp(scores_BNV, axis=-1) - picked_BN)
+    return image_loss, {"image_loss": image_loss}
+
+
+# --- sampling: one position at a time over a KV cache ----------------------------------------------------
+
+
+def unstack(cfg: BartConfig, params: Params) -> Params:
+    """The parameters as sampling wants them: the decoder's `blocks` a tuple of layers, its matrices in the compute
+    dtype. Parameters in this form are returned as they are."""
+    if isinstance(params["blocks"], tuple):
+        return params
+
+    def one(path, leaf):
+        return leaf.astype(cfg.dtype) if path[-1].key == "kernel" else leaf
+
+    cast = jax.tree_util.tree_map_with_path(one, {n: params[n] for n in ("blocks", "image_head")})
+    layers = tuple(jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
+    return {**params, **cast, "blocks": layers}
+
+
+def init_cache(cfg: BartConfig, captions: int, copies: int = 1, *, guided: bool = False) -> Cache:
+    """Empty caches: of `captions` captions with `copies` rows for each; guided: as many rows again on the null
+    caption, whose keys are held once."""
+    counts = (captions, 1) if guided else (captions,)
+
+    def zeros(rows: int, length: int) -> KV:
+        x = jnp.zeros((rows, length, cfg.heads, cfg.head_dim), cfg.dtype)
+        return KV(x, x)
+
+    cross = tuple(zeros(count, cfg.text_len) for count in counts)
+    own = zeros(captions * copies * len(counts), cfg.num_codes)
+    seen = tuple(jnp.ones((count, cfg.text_len), bool) for count in counts)
+    return Cache(seen, (cross,) * cfg.layers, (own,) * cfg.layers)
+
+
+def _look_across(cache: Cache, layer: int, q_BQHK: jax.Array) -> jax.Array:
+    parts = jnp.split(q_BQHK, len(cache.seen))
+    groups = zip(parts, cache.cross[layer], cache.seen, strict=True)
+    return jnp.concatenate([_attend(q, kv, seen[:, None]) for q, kv, seen in groups])
+
+
+def prefill(
+    cfg: BartConfig,
+    params: Params,
+    text_CT: jax.Array,
+    codes_BP: jax.Array | None = None,
+    *,
+    copies: int = 1,
+    guided: bool = False,
+) -> tuple[jax.Array, Cache]:
+    """Encode each caption once, then run the start and the first P < N codes of each row, if given.
+
+    As `dalle.prefill`: float32 (B or 2 B, V), the logits of code P, and the caches.
+    """
+    captions = len(text_CT)
+    rows = captions * copies
+    if codes_BP is None:
+        codes_BP = jnp.zeros((rows, 0), jnp.int32)
+    check_ids(cfg, text_CT, codes_BP[::copies])
+    if len(codes_BP) != rows:
+        raise ValueError(f"codes have shape {codes_BP.shape}, want {rows} rows: {copies} for each caption")
+    if codes_BP.shape[1] >= cfg.num_codes:
+        raise ValueError(f"{codes_BP.shape[1]} codes are given of {cfg.num_codes}; nothing is left to sample")
+    parts = [slice(0, captions)]
+    if guided:
+        text_CT = jnp.concatenate([text_CT, null_text(cfg)[None]])
+        codes_BP = jnp.concatenate([codes_BP, codes_BP])
+        parts.append(slice(captions, None))
+    text_CTD, seen_CT = encode(cfg, params, text_CT)
+    cross = [_keys(cfg, block["cross"], text_CTD) for block in params["blocks"]]
+    grouped = tuple(tuple(KV(kv.k[part], kv.v[part]) for part in parts) for kv in cross)
+    cache = Cache(tuple(seen_CT[part] for part in parts), grouped, ())
+    ids_BQ = _started(cfg, codes_BP)
+    causal_1QQ, own = jnp.tri(ids_BQ.shape[1], dtype=bool)[None], []
+    x_BQD = _embed(cfg, params, "image", ids_BQ, jnp.arange(ids_BQ.shape[1]))
+    for i, block in enumerate(params["blocks"]):
+
+        def look(y, q, block=block):
+            kv = _keys(cfg, block["attn"], y)
+            missing = ((0, 0), (0, cfg.num_codes - y.shape[1]), (0, 0), (0, 0))
+            own.append(KV(*(constrain(jnp.pad(x, missing), "batch", None, "heads", None) for x in kv)))
+            return _attend(q, kv, causal_1QQ)
+
+        x_BQD = _attention(cfg, block, "attn", x_BQD, look)
+        x_BQD = _attention(cfg, block, "cross", x_BQD, lambda _, q, i=i: _look_across(cache, i, q))
+        x_BQD = _mlp(cfg, block, x_BQD)
+    return _head(cfg, params, x_BQD[:, -1:])[:, 0], cache._replace(own=tuple(own))
+
+
+def decode_step(
+    cfg: BartConfig,
+    params: Params,
+    cache: Cache,
+    code_B: jax.Array,
+    place: jax.Array,
+    *,
+    limit: int | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Feed the code of raster place `place` < N - 1: one for all rows, or int32 (B,), each row its own.
+
+    limit: static; every place lies below it, and the decoder reads no further. Returns float32 (B, V), the logits of
+    the next code, and the caches.
+    """
+    position = jnp.asarray(place) + 1  # the start is at 0
+    read = cfg.num_codes if limit is None else min(limit + 1, cfg.num_codes)
+    seen = (jnp.arange(read)[None] <= jnp.atleast_1d(position)[:, None])[:, None]
+    own = []
+    x_B1D = _embed(cfg, params, "image", code_B[:, None], position[..., None])
+    for i, block in enumerate(params["blocks"]):
+
+        def look(y, q, i=i, block=block):
+            kv = KV(
+                *(
+                    _write(old, new, position)
+                    for old, new in zip(cache.own[i], _keys(cfg, block["attn"], y), strict=True)
+                )
+            )
+            own.append(kv)
+            return _attend(q, KV(kv.k[:, :read], kv.v[:, :read]), seen)
+
+        x_B1D = _attention(cfg, block, "attn", x_B1D, look)
+        x_B1D = _attention(cfg, block, "cross", x_B1D, lambda _, q, i=i: _look_across(cache, i, q))
+        x_B1D = _mlp(cfg, block, x_B1D)
+    return _head(cfg, params, x_B1D)[:, 0], cache._replace(own=tuple(own))
+
+
+def _write(old_BNHK: jax.Array, new_B1HK: jax.Array, position: jax.Array) -> jax.Array:
+    if position.ndim:
+        return old_BNHK.at[jnp.arange(len(position)), position].set(new_B1HK[:, 0])
+    return jax.lax.dynamic_update_slice(old_BNHK, new_B1HK, (0, position, 0, 0))

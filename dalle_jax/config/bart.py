@@ -1,0 +1,75 @@
+"""The encoder-decoder Transformer of DALL-E Mini and Mega."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dalle_jax.config.checks import require
+from dalle_jax.config.tokenizer import Dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class BartConfig:
+    """Captions through an encoder, codes through a decoder that looks at it (Dayma et al. 2021; BART, 1910.13461)."""
+
+    kind: Literal["bart"] = "bart"
+    text_vocab: int = 50_264  # pieces
+    text_len: int = 64  # text positions; a caption that is shorter is padded
+    image_vocab: int = 16_384  # the tokenizer's codes
+    image_rows: int = 16_385  # of the decoder's embedding and logits, which hold more than the codes
+    start: int = 16_384  # row of that embedding that stands before the first code
+    grid: int = 16  # image tokens form a grid x grid raster
+    dim: int = 1024
+    encoder_layers: int = 12
+    layers: int = 12  # of the decoder
+    heads: int = 16
+    mlp_width: int = 2730  # channels between the gated layers (2002.05202)
+    pad_piece: int = 1  # stands after a caption, and is not seen
+    begin_piece: int = 0  # before a caption
+    end_piece: int = 2  # after a caption
+    null_rate: float = 0.1  # share of training captions replaced by the null caption, for guidance
+    dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, logits and losses stay float32
+    remat: Literal["none", "full"] = "full"  # what the backward pass computes again
+
+    def __post_init__(self):
+        for name in (
+            "text_vocab", "image_vocab", "grid", "dim", "encoder_layers", "layers", "heads", "mlp_width",
+        ):  # fmt: skip
+            require(getattr(self, name) >= 1, f"BartConfig.{name} is {getattr(self, name)}; want at least 1")
+        require(
+            self.text_len >= 2,
+            f"text_len is {self.text_len}; want at least 2: a caption has a begin and an end",
+        )
+        require(
+            self.dim % self.heads == 0,
+            f"dim {self.dim} is not divisible by heads {self.heads}; change one of them",
+        )
+        require(
+            max(self.image_vocab, self.start + 1) <= self.image_rows,
+            f"image_rows is {self.image_rows}; want room for {self.image_vocab} codes and the start {self.start}",
+        )
+        for name in ("pad_piece", "begin_piece", "end_piece"):
+            require(
+                0 <= getattr(self, name) < self.text_vocab,
+                f"{name} is {getattr(self, name)}; want a piece in [0, {self.text_vocab})",
+            )
+        require(0.0 <= self.null_rate <= 1.0, f"null_rate is {self.null_rate}; want a share in [0, 1]")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def num_codes(self) -> int:
+        return self.grid**2
+
+    @property
+    def length(self) -> int:
+        """Positions of both streams, text and image."""
+        return self.text_len + self.num_codes
+
+    @property
+    def layer_kinds(self) -> tuple[Literal["full"], ...]:
+        """Attention kind of every layer of the decoder, as `DalleConfig` tells it."""
+        return ("full",) * self.layers
