@@ -8,19 +8,46 @@ from typing import Any
 
 from dalle_jax.cli.output import new_directory
 from dalle_jax.cli.verbs import Import
+from dalle_jax.config import TransformerConfig
 from dalle_jax.importers import families
+from dalle_jax.importers.tensors import Imported
 from dalle_jax.train.imported import write_run
+from dalle_jax.train.rundir import Run, load_run
+from dalle_jax.train.tasks.dalle import check_fits
 
 
 def import_(args: Import) -> dict[str, Any]:
     """Reads, checks and writes."""
     out = new_directory(args.out)
     begun = time.monotonic()
-    found = families.load(args.family, Path(args.path), image_size=args.image_size)
-    count = write_run(found, out, args.path)
+    names = ("image_size", "text", "version", "heads")
+    options = {name: getattr(args, name) for name in names}
+    found = families.load(args.family, Path(args.path), **options)
     model = found.model.config
+    count = write_run(found, out, args.path, tokenizer=_tokenizer(args, found))
     seconds = time.monotonic() - begun
     print(
         f"{count:,} parameters of {args.family} in {out} in {seconds:.0f} s; use it like a run of stage {model.kind}"
     )
     return {"run": str(out), "family": args.family, "stage": model.kind, "parameters": count}
+
+
+def _tokenizer(args: Import, found: Imported) -> Run | None:
+    """The tokenizer of --tokenizer, where the model wants one. Raises ValueError for none and for one too many."""
+    model = found.model.config
+    wanted = isinstance(model, TransformerConfig) and found.tokenizer is None
+    if args.tokenizer is None:
+        if wanted:
+            raise ValueError(
+                f"{args.family} reads the codes of an image tokenizer with {model.image_vocab} codes and pictures of "
+                f"{model.grid} x {model.grid} of them, which its files do not hold: import that first, then give "
+                "--tokenizer RUN (docs/import.md)"
+            )
+        return None
+    if not wanted:
+        raise ValueError(
+            f"--tokenizer is not for {args.family}, whose files hold all that it needs; leave it out"
+        )
+    run = load_run(args.tokenizer)
+    check_fits(model, run.config.model, args.tokenizer)
+    return run

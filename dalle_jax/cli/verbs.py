@@ -210,6 +210,15 @@ class Import:
     """directory to write, new or empty"""
     image_size: int | None = None
     """side of the pictures of a tokenizer that can take any; None is the published one"""
+    tokenizer: str | None = None
+    """run of the image tokenizer that a Transformer was trained on, imported before; where its files hold none"""
+    text: str | None = None
+    """file of its vocabulary, where that is apart from the checkpoint: bpe.model of rudalle; names of the classes of
+    llamagen, one a line"""
+    version: Literal["v2", "v3"] | None = None
+    """of rudalle, where the file's name does not tell"""
+    heads: int | None = None
+    """heads of attention, which no tensor tells; None is the published number for the width"""
     json: Json = False
 
 

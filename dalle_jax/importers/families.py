@@ -12,6 +12,9 @@ from dalle_jax.importers.tensors import Imported
 
 FAMILIES = {  # family: (module with `load(path, **options)`, one line of help)
     "openai-dvae": ("openai_dvae", "OpenAI's dVAE: a directory with encoder.pkl and decoder.pkl"),
+    "rudalle": ("rudalle", "ruDALL-E Malevich, Emojich, Surrealist, Kandinsky: pytorch_model*.bin"),
+    "llamagen": ("llamagen", "LlamaGen's class-conditional GPT, B to 3B: c2i_*.pt"),
+    "dalle-mini": ("dalle_mini", "DALL-E Mini and Mega: a directory with flax_model.msgpack"),
 }
 
 

@@ -1,0 +1,43 @@
+"""Rules for the Transformer's blocks, which foreign files keep layer by layer and ours in one array for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from dalle_jax.importers.tensors import Rule, Transform, linear, same, stack
+
+
+def block_rules(layers: int, table: Mapping[str, tuple[str, Transform]]) -> dict[str, Rule]:
+    """table: name below `blocks/` -> (name in the file with {} for the number of the layer, what is done to it)."""
+    return {
+        f"blocks/{name}": stack([source.format(i) for i in range(layers)], transform)
+        for name, (source, transform) in table.items()
+    }
+
+
+def dense(name: str, source: str, *, bias: bool = True) -> dict[str, tuple[str, Transform]]:
+    """Rows of a table for one of torch's Linear layers."""
+    rows = {f"{name}/kernel": (f"{source}.weight", linear)}
+    return rows | ({f"{name}/bias": (f"{source}.bias", same)} if bias else {})
+
+
+def norm(name: str, source: str) -> dict[str, tuple[str, Transform]]:
+    """Rows of a table for one of torch's LayerNorms."""
+    return {f"{name}/scale": (f"{source}.weight", same), f"{name}/bias": (f"{source}.bias", same)}
+
+
+def fused(source: str, *, bias: bool = True) -> dict[str, tuple[str, Transform]]:
+    """Rows of a table for queries, keys and values of one Linear layer, a third of its outputs each."""
+    rows: dict[str, tuple[str, Transform]] = {}
+    for i, name in enumerate("qkv"):
+        rows[f"attn/{name}/kernel"] = (f"{source}.weight", lambda x, i=i: linear(_third(x, i)))
+        if bias:
+            rows[f"attn/{name}/bias"] = (f"{source}.bias", lambda x, i=i: _third(x, i))
+    return rows
+
+
+def _third(x: np.ndarray, i: int) -> np.ndarray:
+    size = len(x) // 3
+    return x[i * size : (i + 1) * size]

@@ -1,0 +1,130 @@
+"""DALL-E Mini and Mega (github.com/borisdayma/dalle-mini): `flax_model.msgpack`, `config.json`, BART's vocabulary.
+
+The file's own layout is ours but for names: kernels are (in, out), and layers are stacked, as its program scans them.
+Published under Apache 2.0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dalle_jax import byte_pairs
+from dalle_jax.bart_text import BartCaptions
+from dalle_jax.config import BartConfig
+from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.tensors import Imported, Model, Rule, Tensors, check_names, one, same, shape_of
+
+_ABOUT = "DALL-E Mini or Mega"
+_FILES = ("flax_model.msgpack", "config.json", "vocab.json", "merges.txt")
+# What the architecture here is; another value in config.json is another model.
+_FIXED = {
+    "ln_positions": "normformer", "ln_type": "layernorm", "use_glu": True, "use_bias": False, "force_ln_scale": False,
+    "use_scan": True, "use_absolute_position_embeddings": True, "use_final_ln_encoder": True,
+    "use_final_ln_decoder": True, "use_cosine_attention": False, "use_deepnet_scaling": False, "use_head_scale": False,
+    "use_swin_position_embeddings": False, "tie_word_embeddings": False, "sinkhorn_iters": 1,
+    "activation_function": "gelu",
+}  # fmt: skip
+
+
+def load(path: Path) -> Imported:
+    """The directory of a published model.
+
+    Raises FileNotFoundError, and ValueError for files of another model.
+    """
+    for name in _FILES:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"no file {path / name}; want a directory with {', '.join(_FILES)}")
+    settings = _settings(path / "config.json")
+    file = path / "flax_model.msgpack"
+    tensors = read_tensors(file)
+    text = _vocabulary(path, settings)
+    config = _config(file, tensors, settings, text.size)
+    rules = _rules()
+    check_names(rules, tensors, file, _ABOUT)
+    return Imported(Model(config, rules, tensors), files={"text.model": text.serialized().decode()})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not the configuration of {_ABOUT}: it holds a {type(found).__name__}")
+    for name, want in _FIXED.items():
+        if found.get(name, want) != want:
+            raise ValueError(
+                f"{path}: {name} is {found[name]!r}; the models that can be imported have {want!r}"
+            )
+    return found
+
+
+def _vocabulary(path: Path, settings: dict[str, Any]) -> BartCaptions:
+    try:
+        pairs = byte_pairs.load(path / "vocab.json")
+        ends = [settings.get(name, i) for name, i in (("bos_token_id", 0), ("eos_token_id", 2))]
+        return BartCaptions(pairs, *ends, simplify=bool(settings.get("normalize_text", False)))
+    except ValueError as error:
+        raise ValueError(f"{path / 'vocab.json'} with merges.txt is no vocabulary of BART: {error}") from None
+
+
+def _config(path: Path, tensors: Tensors, settings: dict[str, Any], pieces: int) -> BartConfig:
+    def shape(name: str, ndim: int = 2) -> tuple[int, ...]:
+        return shape_of(tensors, name, path, ndim, _ABOUT)
+
+    text_vocab, dim = shape("model/encoder/embed_tokens/embedding")
+    if pieces > text_vocab:
+        raise ValueError(
+            f"{path}: vocab.json has ids up to {pieces - 1}; the model has {text_vocab} embeddings"
+        )
+    positions = shape("model/decoder/embed_positions/embedding")[0]
+    layer = "{}/layers/{}/FlaxBartAttention_0/q_proj/kernel"
+    start = settings.get("decoder_start_token_id", 16_384)
+    return BartConfig(
+        text_vocab=text_vocab,
+        text_len=shape("model/encoder/embed_positions/embedding")[0],
+        # Mega's table holds rows that are no codes; the tokenizer's codes end where the start token stands.
+        image_vocab=min(start, settings.get("image_vocab_size", start)),
+        image_rows=shape("model/decoder/embed_tokens/embedding")[0],
+        start=start,
+        grid=math.isqrt(positions),
+        dim=dim,
+        encoder_layers=shape(layer.format("model/encoder", "FlaxBartEncoderLayers"), 3)[0],
+        layers=shape(layer.format("model/decoder", "FlaxBartDecoderLayers"), 3)[0],
+        heads=settings.get("encoder_attention_heads", 16),
+        mlp_width=shape("model/encoder/layers/FlaxBartEncoderLayers/GLU_0/Dense_0/kernel", 3)[2],
+        pad_piece=settings.get("pad_token_id", 1),
+        begin_piece=settings.get("bos_token_id", 0),
+        end_piece=settings.get("eos_token_id", 2),
+    )
+
+
+def _rules() -> dict[str, Rule]:
+    rules: dict[str, Rule] = {"image_head/kernel": one("lm_head/kernel", same)}
+    for ours, part, norm in (("text", "encoder", "norm_text_out"), ("image", "decoder", "norm_out")):
+        rules[f"{ours}_embed"] = one(f"model/{part}/embed_tokens/embedding", same)
+        rules[f"{ours}_pos"] = one(f"model/{part}/embed_positions/embedding", same)
+        for kind in ("scale", "bias"):
+            rules[f"{ours}_norm/{kind}"] = one(f"model/{part}/layernorm_embedding/{kind}", same)
+        rules[f"{norm}/bias"] = one(f"model/{part}/final_ln/bias", same)
+    for ours, part, names in (
+        ("text_blocks", "encoder", ("attn",)),
+        ("blocks", "decoder", ("attn", "cross")),
+    ):
+        layer = f"model/{part}/layers/FlaxBart{part.title()}Layers"
+        for i, name in enumerate(names):
+            for k in ("q", "k", "v", "out"):
+                rules[f"{ours}/{name}/{k}/kernel"] = one(
+                    f"{layer}/FlaxBartAttention_{i}/{k}_proj/kernel", same
+                )
+            rules[f"{ours}/norm_{name}/bias"] = one(f"{layer}/LayerNorm_{2 * i}/bias", same)
+            for kind in ("scale", "bias"):
+                rules[f"{ours}/norm_{name}_out/{kind}"] = one(f"{layer}/LayerNorm_{2 * i + 1}/{kind}", same)
+        rules[f"{ours}/norm_mlp/bias"] = one(f"{layer}/GLU_0/LayerNorm_0/bias", same)
+        rules[f"{ours}/mlp/norm/bias"] = one(f"{layer}/GLU_0/LayerNorm_1/bias", same)
+        for i, name in enumerate(("gate", "up", "down")):
+            rules[f"{ours}/mlp/{name}/kernel"] = one(f"{layer}/GLU_0/Dense_{i}/kernel", same)
+    return rules

@@ -1,0 +1,139 @@
+"""ruDALL-E (github.com/ai-forever/ru-dalle): Malevich, Emojich, Surrealist and Kandinsky, of one architecture.
+
+The paper's Transformer with the paper's row, column and conv layers, norms before and after each branch (Ding et al.
+2021, 2105.13290), a second norm before the logits, and biases everywhere. Two versions of the weights differ in what
+the reference program does with them: v3 clamps the conv window at the border; v2 wraps it round both edges, puts
+another begin token before the caption, and leaves the masks where they were, so that they take the last text token for
+the first place of the raster. Published under Apache 2.0.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dalle_jax import character_pairs
+from dalle_jax.config import DalleConfig
+from dalle_jax.importers.blocks import block_rules, dense, fused, norm
+from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.tensors import (
+    Imported,
+    Model,
+    Rule,
+    Tensors,
+    check_names,
+    counted,
+    linear,
+    one,
+    same,
+    shape_of,
+)
+
+_ABOUT = "ruDALL-E"
+_BEGIN = 2  # the piece that v2 puts before captions once more
+_VERSIONS = ("v2", "v3")
+
+
+def load(
+    path: Path, text: str | None = None, version: str | None = None, heads: int | None = None
+) -> Imported:
+    """The Transformer of a published file, with a vocabulary.
+
+    text: the file bpe.model. version: v2 or v3, told by the published file names of Malevich. heads: of attention;
+    16 of 128 channels where the model is as wide as Malevich, else of 64.
+
+    Raises FileNotFoundError, and ValueError for files of another model and for a version that cannot be told.
+    """
+    if text is None:
+        raise ValueError("ruDALL-E needs its vocabulary: give --text bpe.model (of shonenkov/rudalle-utils)")
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"no file {text}; want the bpe.model of shonenkov/rudalle-utils")
+    version = version or next((v for v in _VERSIONS if v in path.name), None)
+    if version not in _VERSIONS:
+        raise ValueError(
+            f"{path.name} does not tell its version: give --version v3 (Malevich_v3, Surrealist, Kandinsky) or "
+            "--version v2 (Malevich_v2, Emojich)"
+        )
+    tensors = {
+        name.removeprefix("module."): tensor
+        for name, tensor in read_tensors(path).items()
+        if not name.endswith(("row_mask", "col_mask", "conv_mask"))
+    }
+    config = _config(path, tensors, version, heads)
+    rules = _rules(config)
+    check_names(rules, tensors, path, _ABOUT)
+    try:
+        model = Path(text).read_text(encoding="utf-8")
+        pieces = character_pairs.youtokentome(model, begins=2 if version == "v2" else 1)
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from None
+    return Imported(Model(config, rules, tensors), files={"text.model": pieces.serialized().decode()})
+
+
+def _config(path: Path, tensors: Tensors, version: str, heads: int | None) -> DalleConfig:
+    def shape(name: str) -> tuple[int, ...]:
+        return shape_of(tensors, name, path, 2, _ABOUT)
+
+    words, dim = shape("text_embeddings.weight")
+    positions = shape("text_pos_embeddings.weight")[0]  # one more than captions have tokens
+    return DalleConfig(
+        text_vocab=words - (positions - 1),
+        text_len=positions if version == "v2" else positions - 1,
+        image_vocab=shape("image_embeddings.weight")[0],
+        grid=shape("image_row_embeddings.weight")[0],
+        dim=dim,
+        layers=counted(tensors, "transformer.layers.{}.input_layernorm.weight"),
+        heads=heads or (16 if dim == 2048 else max(1, dim // 64)),
+        attention=("row", "column", "row", "row"),
+        last_attention="conv_torus" if version == "v2" else "conv_clamped",
+        text_in_raster=version == "v2",
+        sandwich=True,
+        head_norm=True,
+        head_bias=True,
+        null_rate=0.0,
+    )
+
+
+def _rules(cfg: DalleConfig) -> dict[str, Rule]:
+    layer = "transformer.layers.{}."
+    blocks = (
+        norm("norm_attn", f"{layer}input_layernorm")
+        | norm("norm_attn_out", f"{layer}before_first_addition_layernorm")
+        | norm("norm_mlp", f"{layer}post_attention_layernorm")
+        | norm("norm_mlp_out", f"{layer}before_second_addition_layernorm")
+        | fused(f"{layer}attention.query_key_value")
+        | dense("attn/out", f"{layer}attention.dense")
+        | dense("mlp/up", f"{layer}mlp.dense_h_to_4h")
+        | dense("mlp/down", f"{layer}mlp.dense_4h_to_h")
+    )
+    shifted = cfg.text_in_raster
+    words = cfg.text_ids - shifted  # rows of text in the file: its text logits, and the first of the image's
+    pads = partial(_pads_moved, vocab=cfg.text_vocab) if shifted else lambda x, fill=None: x
+    return {
+        "text_embed": one("text_embeddings.weight", pads),
+        "text_pos": one("text_pos_embeddings.weight", lambda x: x[: cfg.text_len]),
+        "image_embed": one("image_embeddings.weight", same),
+        "image_row": one("image_row_embeddings.weight", same),
+        "image_col": one("image_col_embeddings.weight", same),
+        "norm_out/scale": one("transformer.final_layernorm.weight", same),
+        "norm_out/bias": one("transformer.final_layernorm.bias", same),
+        "norm_head/scale": one("to_logits.0.weight", same),
+        "norm_head/bias": one("to_logits.0.bias", same),
+        "text_head/kernel": one("to_logits.1.weight", lambda x: linear(pads(x[:words], fill=0.0))),
+        "text_head/bias": one("to_logits.1.bias", lambda x: pads(x[:words], fill=-1e4)),
+        "image_head/kernel": one("to_logits.1.weight", lambda x: linear(x[words:])),
+        "image_head/bias": one("to_logits.1.bias", lambda x: x[words:]),
+        **block_rules(cfg.layers, blocks),
+    }
+
+
+def _pads_moved(x: np.ndarray, vocab: int, fill: float | None = None) -> np.ndarray:
+    """Rows of a text table of v2, whose captions move on by one and keep the pads that they had.
+
+    So the pad of position i is the file's of i - 1. The first position is never a pad: its row is `fill` for logits,
+    which rules it out, and without one the begin token, so that the null caption is what an empty text would be.
+    """
+    first = x[_BEGIN : _BEGIN + 1] if fill is None else np.full_like(x[:1], fill)
+    return np.concatenate([x[:vocab], first, x[vocab:]])

@@ -1,0 +1,270 @@
+"""Imported Transformers against their reference implementations: the same text ids, the same scores.
+
+Default: small golden files that the reference implementations wrote and answered (golden/*_reference.py have the
+commands). With `-m parity`, where the packages are installed: made anew.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import autoregressive, cli, tokenizer
+from dalle_jax.config import TrainConfig, VectorQuantizer, VQGANConfig, to_json
+from dalle_jax.inference import load_tokenizer
+from dalle_jax.sampling.generate import generate, row_keys
+from dalle_jax.text import TextTokenizer
+from dalle_jax.train.loop import main
+from dalle_jax.train.rundir import WEIGHTS, load_run, write_weights
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def relative(got, want):
+    """Largest difference over the largest number that is wanted."""
+    assert got.shape == want.shape
+    return float(np.max(np.abs(np.asarray(got) - want)) / np.max(np.abs(want)))
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Runs of image tokenizers with random weights, by the number of their codes and the side of their grid."""
+    made = {}
+
+    def run(vocab, grid):
+        if (vocab, grid) not in made:
+            config = VQGANConfig(
+                image_size=2 * grid, width=4, multipliers=(1, 1), blocks=1, attention_levels=(), latent_width=4,
+                quantizer=VectorQuantizer(vocab=vocab, dim=2), adversarial=None,
+            )  # fmt: skip
+            out = tmp_path_factory.mktemp(f"tokenizer_{vocab}_{grid}")
+            (out / "config.json").write_text(to_json(TrainConfig(model=config)))
+            write_weights(out / WEIGHTS, tokenizer.init(config, jax.random.key(0)), 0)
+            made[vocab, grid] = str(out)
+        return made[vocab, grid]
+
+    return run
+
+
+def imported(out, family, path, **flags):
+    """The run that the command makes, its vocabulary, and its model in float32."""
+    words = [w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+    assert cli.main(["import", family, str(path), "--out", str(out), *words]) == 0
+    run = load_run(out)
+    return run, TextTokenizer.load(out / "text.model"), dataclasses.replace(run.config.model, dtype="float32")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scores(cfg, params, text_BT, codes_BN):
+    return autoregressive.logits(
+        cfg, params, jnp.asarray(text_BT, jnp.int32), jnp.asarray(codes_BN, jnp.int32)
+    )
+
+
+def ids_of(text, cfg, captions):
+    one = functools.partial(text.encode, text_vocab=cfg.text_vocab, text_len=cfg.text_len)
+    return np.stack([one(str(caption)) for caption in captions])
+
+
+def check_rudalle(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    vocab = 44  # pieces; the file's zeros are pads, whose ids follow
+    for version in ("v2", "v3"):
+        run, text, cfg = imported(
+            out / version, "rudalle", files / f"pytorch_model_{version}.bin", text=files / "bpe.model", heads=2,
+            tokenizer=tokenizers(12, 12),
+        )  # fmt: skip
+        ids = ids_of(text, cfg, want["captions"])
+        own = ids[:, 1:] if version == "v2" else ids  # v2 puts another begin before them
+        place = np.arange(own.shape[1])[None]
+        np.testing.assert_array_equal(
+            own, np.where(want["text"] == 0, vocab + place + cfg.text_in_raster, want["text"])
+        )
+        words, codes = scores(cfg, run.params, ids[:1], want["codes"][:1])
+        if version == "v2":
+            assert (
+                np.all(ids[:, 0] == 2) and words[..., vocab].max() < -9e3
+            )  # the first position is never a pad
+            words = np.delete(words, vocab, axis=-1)
+        answer, first = want[version], cfg.text_len - 1
+        assert relative(words, answer[:, :first, : words.shape[-1]]) < 1e-5
+        assert relative(codes, answer[:, first:, words.shape[-1] :][:, : cfg.num_codes]) < 1e-5
+
+
+def check_llamagen(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    for name in ("c2i_tiny_64.pt", "c2i_odd_64.pt"):
+        flags = {"heads": 2, "image_size": 64, "tokenizer": tokenizers(24, 4)}
+        run, text, cfg = imported(out / name, "llamagen", files / name, **flags)
+        ids = ids_of(text, cfg, ["" if label == 10 else label for label in want["labels"]])
+        np.testing.assert_array_equal(ids[:, 0], want["labels"])
+        words, codes = scores(cfg, run.params, ids, want["codes"])
+        assert words is None
+        assert relative(codes, want[name]) < 1e-5
+
+
+def check_dalle_mini(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    run, text, cfg = imported(out / "run", "dalle-mini", files, tokenizer=tokenizers(20, 16))
+    ids = ids_of(text, cfg, want["captions"])
+    ids = np.where(ids < cfg.text_vocab, ids, cfg.pad_piece)
+    cut = ids[:, -1] != cfg.pad_piece
+    assert cut.any() and not cut.all()
+    ids[cut, -1] = cfg.end_piece  # as the model reads a caption that was cut
+    np.testing.assert_array_equal(ids, want["text"])
+    codes = scores(cfg, run.params, ids[:2], np.repeat(want["codes"], 2, axis=0))[1]
+    assert relative(codes, want["logits"][..., : cfg.image_vocab]) < 1e-5
+    null = autoregressive.null_text(cfg)
+    np.testing.assert_array_equal(np.where(null < cfg.text_vocab, null, cfg.pad_piece), want["text"][1])
+
+
+CHECKS = {
+    "rudalle": check_rudalle,
+    "llamagen": check_llamagen,
+    "dalle_mini": check_dalle_mini,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_golden(tmp_path, tokenizers, name):
+    CHECKS[name](GOLDEN / name, tmp_path, tokenizers)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", CHECKS)
+def test_reference(tmp_path, tokenizers, name):
+    reference = importlib.import_module(f"golden.{name}_reference")
+    if not reference.available():
+        pytest.skip(f"the reference is not installed: {reference.__doc__.splitlines()[2].strip()}")
+    reference.write(tmp_path / "files")
+    CHECKS[name](tmp_path / "files", tmp_path, tokenizers)
+
+
+def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
+    """`sample` draws with its vocabulary and tokenizer, guided too; `info` and `export` take it."""
+    files = GOLDEN / "llamagen" / "c2i_tiny_64.pt"
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["goldfish", *(f"thing {i}" for i in range(9))]))
+    flags = {"heads": 2, "image_size": 64, "tokenizer": tokenizers(24, 4), "text": names}
+    run, _, _ = imported(tmp_path / "run", "llamagen", files, **flags)
+    assert {p.name for p in run.path.iterdir()} == {"config.json", WEIGHTS, "text.model", "tokenizer"}
+    out = tmp_path / "pictures"
+    words = [
+        "sample",
+        str(run.path),
+        "Goldfish",
+        "3",
+        "--n",
+        "2",
+        "--guidance",
+        "2",
+        "--top-k",
+        "5",
+        "--out",
+        str(out),
+    ]
+    assert cli.main([*words, "--batch", "4"]) == 0
+    codes = np.load(out / "codes.npz")["codes"]
+    assert codes.shape == (4, 16) and len(np.unique(codes, axis=0)) == 4
+    assert cli.main(["sample", str(run.path), "cat", "--out", str(tmp_path / "none")]) == 1
+    assert "no class 'cat'; give the number of a class from 0 to 9" in capsys.readouterr().err
+    assert cli.main(["info", str(run.path)]) == 0
+    assert cli.main(["export", str(run.path), "--out", str(tmp_path / "again")]) == 0
+    again = load_run(tmp_path / "again").params
+    jax.tree.map(np.testing.assert_array_equal, again, run.params)
+
+
+def test_the_sampler_draws_from_an_encoder_and_decoder(tmp_path, tokenizers):
+    """Greedy drawing over the caches is the best code at every place without them, through the limits of `generate`."""
+    run, text, cfg = imported(
+        tmp_path / "run", "dalle-mini", GOLDEN / "dalle_mini", tokenizer=tokenizers(20, 16)
+    )
+    ids = ids_of(text, cfg, ["a red circle above", "a blue square"])
+    codes = np.asarray(generate(cfg, run.params, jnp.asarray(ids), row_keys([0, 1]), temperature=0.0))
+    best = np.asarray(scores(cfg, run.params, ids, codes)[1])
+    chosen = np.take_along_axis(best, codes[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen, best.max(axis=-1), rtol=1e-4, atol=1e-4)
+    assert len(np.unique(codes)) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dalle_mini"])
+def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
+    """One update too small to see, from a configuration of another Transformer: model, vocabulary and tokenizer are
+    those of the imported run."""
+    flags = {"tokenizer": tokenizers(20, 16)} if name == "dalle_mini" else {}
+    begun, _, _ = imported(tmp_path / "begun", name.replace("_", "-"), GOLDEN / name, **flags)
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from dalle_jax.config import *\n"
+        "config = TrainConfig(model=DalleConfig(), data=DataConfig(source=ScenesSource(), batch=8), "
+        "optim=OptimConfig(learning_rate=1e-9, warmup_steps=0), steps=1, eval_rows=8)\n"
+    )
+    words = [str(config), "--init-from", str(begun.path), "--run", str(tmp_path / "run")]
+    assert main(words) == 0
+    run = load_run(tmp_path / "run", ema=False)
+    assert run.config.model == begun.config.model and run.step == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, begun.params)
+    assert (run.path / "text.model").read_bytes() == (begun.path / "text.model").read_bytes()
+    assert load_tokenizer(run.path).fingerprint == load_tokenizer(begun.path).fingerprint
+
+
+def refused(capsys, *words):
+    assert cli.main(["import", *map(str, words)]) == 1
+    return capsys.readouterr().err
+
+
+def test_what_is_refused(tmp_path, tokenizers, capsys):
+    """Files that lack something, another model's, and flags that do not fit; nothing is written."""
+    out = tmp_path / "run"
+    to = ["--out", out]
+    malevich = GOLDEN / "rudalle" / "pytorch_model_v3.bin"
+    text, small = ["--text", GOLDEN / "rudalle" / "bpe.model"], ["--heads", 2]
+    fit = ["--tokenizer", tokenizers(12, 12)]
+    assert "give --text bpe.model" in refused(capsys, "rudalle", malevich, *to, *small, *fit)
+    assert "give --tokenizer RUN" in refused(capsys, "rudalle", malevich, *to, *text, *small)
+    wrong = refused(capsys, "rudalle", malevich, *to, *text, *small, "--tokenizer", tokenizers(24, 4))
+    assert "model.image_vocab is 12, but the tokenizer" in wrong
+    untold = shutil.copy(malevich, tmp_path / "pytorch_model.bin")
+    assert "does not tell its version: give --version v3" in refused(
+        capsys, "rudalle", untold, *to, *text, *small, *fit
+    )
+    assert "is not ruDALL-E: it has no tensor text_embeddings.weight" in refused(
+        capsys, "rudalle", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, *text, "--version", "v3", *fit
+    )
+    assert "--version is not for the family llamagen" in refused(
+        capsys, "llamagen", malevich, *to, "--version", "v2"
+    )
+    assert "heads 5" in refused(capsys, "rudalle", malevich, *to, *text, "--heads", 5, *fit)
+    broken = tmp_path / "bpe.model"
+    broken.write_text("1 2\n3")
+    assert f"{broken}: not a model of YouTokenToMe" in refused(
+        capsys, "rudalle", malevich, *to, "--text", broken, *small, *fit
+    )
+
+    mini = shutil.copytree(GOLDEN / "dalle_mini", tmp_path / "mini")
+    (mini / "vocab.json").unlink()
+    assert "want a directory with flax_model.msgpack, config.json, vocab.json" in refused(
+        capsys, "dalle-mini", mini, *to
+    )
+    shutil.copy(GOLDEN / "dalle_mini" / "vocab.json", mini)
+    settings = json.loads((mini / "config.json").read_text())
+    (mini / "config.json").write_text(json.dumps({**settings, "ln_positions": "swinv2"}))
+    assert "ln_positions is 'swinv2'; the models that can be imported have 'normformer'" in refused(
+        capsys, "dalle-mini", mini, *to
+    )
+    lines = tmp_path / "names.txt"
+    lines.write_text("one\ntwo")
+    tiny = ["llamagen", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, "--image-size", 64, "--heads", 2]
+    assert "has 2 lines; want the names of 10 classes" in refused(capsys, *tiny, "--text", lines)
+    assert not out.exists()
