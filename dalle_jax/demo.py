@@ -45,16 +45,13 @@ from dalle_jax.inference import (
     Tokenizer,
     decode_codes,
     encode_images,
-    encode_source,
     load_text_to_image,
-    load_tokenizer,
 )
 from dalle_jax.train import loop
 from dalle_jax.train.rundir import write_atomically
 
 SAMPLING = Sampling(guidance=1.5, temperature=0.4)  # of the demo's pictures and figures
 SHOWN = 8  # pictures of each kind in grid.png
-ENCODE_ROWS = 50_000  # rows encoded ahead where the Transformer's config names a file of codes
 
 # One large plain shape per picture: what a tokenizer and a Transformer of this size learn in these minutes. The
 # whole data set, with up to four objects, fills and relations, is what configs/scenes_*.py train on.
@@ -185,8 +182,6 @@ def run(
     with book.timed("tokenizer"):
         finished = _train(tokenizer_config, book, "tokenizer")
     if finished:
-        with book.timed("encode"):
-            _encode(tokenizer_config.run, transformer_config.data)
         _say(f"2/4 Transformer: {transformer_config.run}")
         with book.timed("transformer"):
             finished = _train(transformer_config, book, "transformer")
@@ -208,15 +203,6 @@ def run(
             figures = _measure(load_text_to_image(transformer_config.run), count, seed, *pictures)
         book.put(asked=asked, figures=figures)
     return {**book.results, "finished": True}
-
-
-def _encode(tokenizer_run: str, data: DataConfig) -> None:
-    """Encodes the training pictures where the configuration wants that and the file is not there yet."""
-    if data.codes is None or Path(data.codes).exists():
-        return
-    _say(f"    codes of the training pictures: {data.codes}")
-    rows = min(ENCODE_ROWS, data.source.count)
-    encode_source(load_tokenizer(tokenizer_run), data, data.codes, rows=rows, progress=Counter("rows"))
 
 
 def _measure(model: TextToImage, count: int, seed: int, rebuilt: Path, grid: Path) -> dict[str, float]:

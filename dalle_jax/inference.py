@@ -25,10 +25,11 @@ import numpy as np
 
 from dalle_jax import autoregressive
 from dalle_jax import tokenizer as tokenizers
-from dalle_jax.config import DataConfig, TokenizerConfig, TransformerConfig
-from dalle_jax.data.codes import save_codes
-from dalle_jax.data.images import to_bytes
-from dalle_jax.data.sources import Source, open_source
+from dalle_jax.config import DataConfig, MeshConfig, TokenizerConfig, TransformerConfig
+from dalle_jax.data.codes import CodesInfo, ShardWriter, begin, described, is_whole
+from dalle_jax.data.images import to_bytes, to_floats
+from dalle_jax.data.sources import open_source
+from dalle_jax.nn.sharding import batch_sharding, make_mesh, replicated
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.text import TextTokenizer
 from dalle_jax.train.rundir import Run, fingerprint, load_frozen, load_run, read_config
@@ -37,7 +38,8 @@ Params = dict[str, Any]
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
 DRAW_BATCH = 8  # pictures drawn at once where the caller does not say
-PIXEL_BATCH = 64  # pictures encoded or decoded at once
+PIXEL_BATCH = 64  # pictures encoded or decoded at once on a device
+SHARD_ROWS = 16_384  # rows of a shard of codes: what is encoded again, at most, after an interruption
 
 
 class Tokenizer(NamedTuple):
@@ -251,7 +253,7 @@ _unstack = jax.jit(autoregressive.unstack, static_argnums=0)
 
 @partial(jax.jit, static_argnums=0)
 def _encode(cfg: TokenizerConfig, params: Params, image_u8: jax.Array) -> jax.Array:
-    return tokenizers.encode(cfg, params, image_u8.astype(jnp.float32) / 255.0)
+    return tokenizers.encode(cfg, params, to_floats(image_u8))
 
 
 _decode = jax.jit(tokenizers.decode, static_argnums=0)
@@ -295,56 +297,75 @@ def decode_codes(
 def encode_source(
     tokenizer: Tokenizer,
     data: DataConfig,
-    path: str | Path,
+    directory: str | Path,
     *,
     rows: int | None = None,
+    shard_rows: int = SHARD_ROWS,
+    process: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
-) -> np.ndarray:
-    """Encodes the first `rows` rows (None: all) of the train source into a file for `data.codes`.
+) -> tuple[CodesInfo, int]:
+    """Encodes the first `rows` rows (None: all) of the train source into a directory for `data.codes`.
 
-    Pictures are cropped to the centre. Returns the codes, (R, N). Raises ValueError for more rows than there
-    are, and what the source raises.
+    Pictures are cropped to the centre, or squashed where `data.crop` is "none". All devices of this process share
+    each batch; memory does not grow with the rows.
+    shard_rows: rows of a shard. A shard that is there whole is not encoded again.
+    process: (p, P), number p of P processes, which need not know of each other: shards p, p + P, ... are its own.
+
+    Returns what the directory is of, and how many shards this call made. Raises ValueError for more rows than
+    there are, for a directory of other codes, and what the source raises.
     """
     source = open_source(data.source, "train", languages=data.languages)
     count = len(source) if rows is None else rows
     if not 1 <= count <= len(source):
         raise ValueError(f"{count} rows of a source of {len(source)}; want 1 to {len(source)}")
-    codes = _encode_rows(tokenizer, source, count, data.threads, progress)
-    save_codes(
-        path,
-        codes,
-        source_json=source.identity(),
-        tokenizer=tokenizer.fingerprint,
-        image_size=tokenizer.config.image_size,
-        vocab=tokenizer.config.vocab,
-        complete=count == len(source),
-        stand_ins=source.stand_ins,
-    )
-    return codes
+    if shard_rows < 1:
+        raise ValueError(f"{shard_rows} rows in a shard; want 1 or more")
+    first, processes = process
+    if not 0 <= first < processes:
+        raise ValueError(f"process {first} of {processes}; want 0 to {processes - 1}")
+    cfg = tokenizer.config
+    info = CodesInfo(
+        rows=count, shard_rows=shard_rows, num_codes=cfg.num_codes, vocab=cfg.vocab, image_size=cfg.image_size,
+        crop="none" if data.crop == "none" else "center", tokenizer=tokenizer.fingerprint,
+        languages=data.languages, classes=tuple(source.classes), source=described(data.source),
+        identity=source.identity(),
+    )  # fmt: skip
+    begin(directory, info)
+    source.log_to(Path(directory) / (f"unusable-{first}.jsonl" if first else "unusable.jsonl"))
+    mine = range(first, info.shards, processes)
+    left = [k for k in mine if not is_whole(directory, info, k)]
+    total = sum(len(info.shard(k)) for k in mine)
+    done = total - sum(len(info.shard(k)) for k in left)
+    encode, batch = _on_all_devices(tokenizer, most=min(shard_rows, count))
+    with ThreadPoolExecutor(data.threads) as pool:
+
+        def read(wanted: range) -> np.ndarray:
+            return np.stack(list(pool.map(lambda i: source.image(i, info.image_size, info.crop), wanted)))
+
+        for k in left:
+            shard = info.shard(k)
+            parts = [shard[at : at + batch] for at in range(0, len(shard), batch)]
+            with ShardWriter(directory, info, k) as writer:
+                images = read(parts[0])
+                for part, following in zip(parts, [*parts[1:], None], strict=True):
+                    codes = encode(_padded(images, batch))
+                    if following is not None:  # read while the devices work
+                        images = read(following)
+                    for i, row in zip(part, np.asarray(codes), strict=False):
+                        writer.add(row, source.captions(i), source.label(i))
+                    done += len(part)
+                    if progress:
+                        progress(done, total)
+    return info, len(left)
 
 
-def _encode_rows(
-    tokenizer: Tokenizer, source: Source, count: int, threads: int, progress: Progress | None
-) -> np.ndarray:
-    """The next batch is read while the device encodes this one."""
-    cfg, batch = tokenizer.config, min(PIXEL_BATCH, count)
-    out = np.empty((count, cfg.num_codes), np.uint16 if cfg.vocab <= 2**16 else np.int32)
-    with ThreadPoolExecutor(threads) as pool:
-
-        def read(start: int) -> np.ndarray:
-            wanted = range(start, min(start + batch, count))
-            return np.stack(list(pool.map(lambda i: source.image(i, cfg.image_size, "center"), wanted)))
-
-        images = read(0)
-        for start in range(0, count, batch):
-            here = len(images)
-            codes = _encode(cfg, tokenizer.params, jnp.asarray(_padded(images, batch)))
-            if start + batch < count:
-                images = read(start + batch)
-            out[start : start + here] = np.asarray(codes)[:here]
-            if progress:
-                progress(start + here, count)
-    return out
+def _on_all_devices(tokenizer: Tokenizer, most: int) -> tuple[Callable[[np.ndarray], jax.Array], int]:
+    """The encoder over all devices of this process, and the rows of a batch: PIXEL_BATCH on each of them, fewer
+    where there are at most `most` rows."""
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    batch = mesh.size * min(PIXEL_BATCH, -(-most // mesh.size))
+    params, rows = jax.device_put(tokenizer.params, replicated(mesh)), batch_sharding(mesh)
+    return lambda images: _encode(tokenizer.config, params, jax.device_put(images, rows)), batch
 
 
 def _padded(rows: np.ndarray, batch: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from dalle_jax.config import (
     TrainConfig,
 )
 from dalle_jax.data import images
-from dalle_jax.data.codes import load_codes
+from dalle_jax.data.codes import CodesRows
 from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import fid, inception, measures
@@ -234,7 +234,7 @@ def test_demo_makes_its_pictures_and_figures(made):
     figures = made.first["figures"]
     for name in ("psnr", "codebook_use", "right_one_object", "right_two_objects", "right_held_out", "loss"):
         assert np.isfinite(figures[name]), name
-    assert set(made.first["seconds"]) == {"tokenizer", "encode", "transformer", "measure"}
+    assert set(made.first["seconds"]) == {"tokenizer", "transformer", "measure"}
     for name in ("grid.png", "reconstructions.png"):
         assert Image.open(made.out / name).width > 500
     saved = json.loads((made.out / "results.json").read_text())
@@ -516,26 +516,32 @@ def test_encode_then_decode_are_the_tokenizer_s_functions(made, pictures, tmp_pa
 
 @pytest.mark.parametrize("rows", [None, 10])
 def test_encode_ahead_is_what_training_reads(made, tmp_path, rows):
-    out = tmp_path / "train.npz"
+    out = tmp_path / "codes"
     flags = () if rows is None else ("--rows", rows)
-    json_of("encode", made.dvae, "--data", made.dalle, *flags, "--out", out)
-    file, model = load_codes(out), load_tokenizer(made.dvae)
-    assert (len(file), file.complete, file.tokenizer) == (rows or 40, rows is None, model.fingerprint)
+    again = ("encode", made.dvae, "--data", made.dalle, *flags, "--shard-rows", 16, "--out", out)
+    told = [json_of(*again, "--process", p, "--processes", 2) for p in (1, 0)] + [json_of(*again)]
+    shards = 1 if rows else 3
+    assert [t["made"] for t in told] == [shards // 2, shards - shards // 2, 0]
+    assert [t["missing"] for t in told] == [shards - shards // 2, 0, 0]
+    coded, model = CodesRows(out), load_tokenizer(made.dvae)
+    assert (len(coded), coded.info.tokenizer, coded.info.shards) == (rows or 40, model.fingerprint, shards)
     source = open_source(tiny_dalle().data.source, "train")
-    true = np.stack([source.image(i, SIZE, "center") for i in range(3)])
+    true = np.stack([source.image(i, SIZE, "center") for i in range(len(coded))])
     want = ENCODE(model.config, model.params, jnp.asarray(true / np.float32(255)))
-    np.testing.assert_array_equal(file.codes_Nn[:3], want)
+    np.testing.assert_array_equal([coded.row(i)[0] for i in range(len(coded))], want)
+    assert [coded.captions(i) for i in range(10)] == [source.captions(i) for i in range(10)]
     config = tiny_dalle(made.out)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, codes=str(out)))
     make_task(config).prepare(made.dalle)  # takes them
 
 
 def test_codes_of_another_tokenizer_are_refused_by_training_and_told_by_decode(made, tmp_path):
-    out = tmp_path / "train.npz"
-    json_of("encode", made.dvae, "--data", made.dalle, "--rows", 8, "--out", out)
-    with np.load(out) as file:
-        about = json.loads(str(file["about"])) | {"tokenizer": "0123456789abcdef"}
-        np.savez(out, codes=file["codes"], about=np.array(json.dumps(about)))
+    out = tmp_path / "codes"
+    encode = ("encode", made.dvae, "--data", made.dalle, "--rows", 8, "--out", out)
+    json_of(*encode)
+    about = json.loads((out / "codes.json").read_text()) | {"tokenizer": "0123456789abcdef"}
+    (out / "codes.json").write_text(json.dumps(about))
+    assert "holds other codes (tokenizer '0123456789abcdef' there" in refused(*encode)
     config = tiny_dalle(made.out)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, codes=str(out)))
     with pytest.raises(
@@ -590,9 +596,11 @@ def test_encode_refuses_what_it_cannot_use(made, pictures, tmp_path):
         "encode", made.dvae, pictures[0], "--data", made.dvae, "--out", out
     )
     assert "--rows is for --data" in refused("encode", made.dvae, pictures[0], "--rows", 2, "--out", out)
-    assert "41 rows of a source of 40" in refused(
-        "encode", made.dvae, "--data", made.dvae, "--rows", 41, "--out", out
-    )
+    ahead = ("encode", made.dvae, "--data", made.dvae, "--out", tmp_path / "codes")
+    assert "41 rows of a source of 40" in refused(*ahead, "--rows", 41)
+    assert "process 2 of 2; want 0 to 1" in refused(*ahead, "--process", 2, "--processes", 2)
+    assert "--process and --processes go together" in refused(*ahead, "--process", 2)
+    assert "0 rows in a shard" in refused(*ahead, "--shard-rows", 0)
     assert "no configuration file none.py" in refused("encode", made.dvae, "--data", "none.py", "--out", out)
 
 

@@ -10,7 +10,6 @@ from PIL import Image
 
 from dalle_jax import config
 from dalle_jax.data.build import build_tfds
-from dalle_jax.data.codes import Codes, CodesSource
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.data.sources.mixture import pattern
@@ -182,14 +181,6 @@ def test_broken_pictures_are_replaced_within_their_part_and_reported(tmp_path):
     rows.log_to(tmp_path / "unusable.jsonl")
     listed = [json.loads(line) for line in (tmp_path / "unusable.jsonl").read_text().splitlines()]
     assert len(listed) == 2 and {"020.png", "110.png"} == {x["name"].rpartition("/")[2] for x in listed}
-
-    codes = Codes(  # captions from codes are those of the pictures that were encoded
-        path="x", codes_Nn=np.array(shown)[:, None], source_json=rows.identity(), tokenizer="t", image_size=SIZE,
-        vocab=256, complete=True, stand_ins=stand_ins,
-    )  # fmt: skip
-    fresh = CodesSource(codes, mixed(a, b, weights=(2, 1)))
-    for i in range(len(rows)):
-        assert fresh.captions(i)["en"] == (f"colour {fresh.codes(i)[0]}",)
 
 
 def test_identity_tells_weights_parts_and_their_order(parts):

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 
 from dalle_jax import config
-from dalle_jax.data.codes import CodesSource, load_codes, save_codes
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
-from dalle_jax.data.sources import FirstRows, open_source
+from dalle_jax.data.sources import open_source
 from dalle_jax.text import TextTokenizer, train
 
 ROWS, SIZE = 37, 16
@@ -156,8 +155,9 @@ def test_one_language(tar, tokenizer):
     assert all(any(c > "\u4e00" for c in tokenizer.decode(ids)) for batch in batches for ids in batch["text"])
 
 
-def test_a_source_shorter_than_a_batch_repeats(data, tokenizer):
-    source = FirstRows(open_train_source(data), 3)
+def test_a_source_shorter_than_a_batch_repeats(tmp_path, data, tokenizer):
+    source = open_source(write_tar(tmp_path / "a.tar", rows=8), "train")
+    assert len(source) == 3
     batches = take(data, source, tokenizer, 3)
     assert Counter(rows_of(batches).tolist()) == {0: 8, 1: 8, 2: 8}
     assert_same(take(data, source, tokenizer, 1, start=2), batches[2:])
@@ -253,107 +253,3 @@ def test_eval_batch_is_fixed(data, tokenizer):
 def test_eval_batch_without_captions(data):
     batch = eval_batch(data, open_source(data.source, "eval", languages=()), 2, image_size=SIZE)
     assert batch["caption"] == ["", ""] and batch.keys() == {"image", "caption"}
-
-
-# --- codes encoded ahead --------------------------------------------------------------------------------
-
-
-def encode(source, path, rows=None, **changes):
-    """The red channel of the picture's rows stands for its codes."""
-    rows = len(source) if rows is None else rows
-    codes = np.stack([source.image(i, 4, "center")[..., 0].reshape(-1) for i in range(rows)]).astype(np.int32)
-    about = dict(
-        source_json=source.identity(), tokenizer="abc", image_size=4, vocab=256, complete=rows == len(source)
-    )
-    save_codes(path, codes, **(about | {"stand_ins": source.stand_ins} | changes))
-    return codes
-
-
-@pytest.mark.parametrize("rows", [None, 11])
-@pytest.mark.parametrize("broken", [(), (5, 6)])
-def test_codes_and_pictures_show_the_same_rows(tmp_path, tokenizer, rows, broken):
-    tar = write_tar(tmp_path / "a.tar", broken=broken)
-    path = str(tmp_path / "made" / "codes.npz")
-    encode(open_source(tar, "train"), path, rows)
-    pixels = config.DataConfig(source=tar, batch=8, crop="center")
-    coded = config.DataConfig(source=tar, batch=8, crop="center", codes=path)
-    source, codes = open_train_source(pixels), open_train_source(coded)
-    assert len(codes) == (rows or len(source)) and codes.num_codes == 16
-    if rows:
-        source = FirstRows(source, rows)
-    want = take(pixels, source, tokenizer, 8, image_size=4)
-    got = take(coded, codes, tokenizer, 8, image_size=None)
-    for a, b in zip(want, got, strict=True):
-        assert b.keys() == {"codes", "text"} and b["codes"].dtype == np.int32
-        np.testing.assert_array_equal(a["image"][..., 0].reshape(8, -1), b["codes"])
-        np.testing.assert_array_equal(a["text"], b["text"])
-
-
-def test_codes_file_round_trip(tmp_path, tar):
-    source, path = open_source(tar, "train"), tmp_path / "codes.npz"
-    codes = encode(source, path)
-    file = load_codes(path)
-    np.testing.assert_array_equal(file.codes_Nn, codes)
-    assert (file.tokenizer, file.image_size, file.vocab, file.complete) == ("abc", 4, 256, True)
-    assert json.loads(file.source_json) == json.loads(source.identity()) and len(file) == len(source)
-    assert [p.name for p in tmp_path.iterdir()] == ["codes.npz"]
-
-
-def test_codes_out_of_range_name_the_row(tmp_path, tar):
-    source = open_source(tar, "train")
-    with pytest.raises(ValueError, match=r"row 4 has codes from 4 to 4, want \[0, 4\)"):
-        encode(source, tmp_path / "codes.npz", vocab=4)
-    with pytest.raises(ValueError, match=r"integers \(N, n\).*float"):
-        save_codes(
-            tmp_path / "c",
-            np.zeros((2, 2)),
-            source_json="{}",
-            tokenizer="",
-            image_size=4,
-            vocab=4,
-            complete=True,
-        )
-    encode(source, tmp_path / "codes.npz")
-    with np.load(tmp_path / "codes.npz") as file:
-        arrays = dict(file)
-    arrays["codes"][7, 3] = 999
-    np.savez(tmp_path / "codes.npz", **arrays)
-    with pytest.raises(ValueError, match=r"codes\.npz: row 7 has codes from 7 to 999"):
-        load_codes(tmp_path / "codes.npz")
-
-
-def test_codes_of_other_rows_are_refused(tmp_path, tar):
-    source, path = open_source(tar, "train"), tmp_path / "codes.npz"
-    other = open_source(write_tar(tmp_path / "b.tar", rows=30), "train")
-    encode(other, path)
-    with pytest.raises(ValueError, match=r"another source.*rows 25 there, 32 here"):
-        CodesSource(load_codes(path), source)
-    encode(source, path, rows=10, complete=True)
-    with pytest.raises(ValueError, match=r"holds all 10 rows, data\.source has 32"):
-        CodesSource(load_codes(path), source)
-    few = open_source(config.ScenesSource(count=3), "train")
-    many = open_source(config.ScenesSource(count=9), "train")
-    encode_scenes = dict(source_json=many.identity(), tokenizer="", image_size=32, vocab=9, complete=False)
-    save_codes(path, np.ones((5, 4), int), **encode_scenes)
-    assert len(CodesSource(load_codes(path), many)) == 5
-    with pytest.raises(ValueError, match=r"holds the first 5 rows, data\.source has 3"):
-        CodesSource(load_codes(path), few)
-
-
-def test_broken_codes_files(tmp_path, tar):
-    path = tmp_path / "codes.npz"
-    with pytest.raises(ValueError, match=r"codes\.npz does not exist.*dalle-jax encode"):
-        load_codes(path)
-    encode(open_source(tar, "train"), path)
-    data = path.read_bytes()
-    hurt = bytearray(data)
-    hurt[300] ^= 255
-    np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    np.save(tmp_path / "plain.npy", np.zeros(3))
-    for bad in (
-        b"", b"hello", data[: len(data) // 2], bytes(hurt),
-        (tmp_path / "other.npz").read_bytes(), (tmp_path / "plain.npy").read_bytes(),
-    ):  # fmt: skip
-        path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"codes\.npz is not a whole file of codes"):
-            load_codes(path)

@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from dalle_jax import config
 from dalle_jax.data.images import BadImage, decode, encode_png, fit, grid, load_picture, save_png
-from dalle_jax.data.sources import FirstRows, open_source, sample_captions
+from dalle_jax.data.sources import open_source, sample_captions
 
 RED = (220, 30, 40)
 
@@ -467,12 +467,8 @@ def test_scene_rows():
     assert open_source(config.ScenesSource(count=60), "train").identity() == rows.identity()
 
 
-def test_first_rows_and_sampled_captions():
+def test_sampled_captions():
     rows = open_source(config.ScenesSource(count=50), "train")
-    first = FirstRows(rows, 7)
-    assert len(first) == 7 and first.captions(6) == rows.captions(6) and first.identity() == rows.identity()
-    with pytest.raises(ValueError, match="first 51 rows of a source of 50"):
-        FirstRows(rows, 51)
     assert len(list(sample_captions(rows, 20))) == 20
     assert len(list(sample_captions(rows, 10_000))) == sum(
         len(texts) for i in range(50) for texts in rows.captions(i).values()

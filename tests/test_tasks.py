@@ -21,14 +21,13 @@ from dalle_jax.config import (
     TrainConfig,
     to_json,
 )
-from dalle_jax.data.codes import save_codes
-from dalle_jax.data.images import to_bytes
-from dalle_jax.data.sources import FirstRows, open_source
+from dalle_jax.data.images import to_bytes, to_floats
+from dalle_jax.data.sources import open_source
+from dalle_jax.inference import Tokenizer, encode_source
 from dalle_jax.text import train
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train.rundir import Run, fingerprint, save_frozen
 from dalle_jax.train.tasks import DalleTask, TokenizerTask, make_task
-from dalle_jax.train.tasks.pictures import to_floats
 
 ROWS, BATCH = 21, 4
 SCENES = ScenesSource(count=ROWS, max_objects=2)
@@ -89,21 +88,11 @@ def first(task, steps):
         batches.close()
 
 
-def write_codes(path, tokenizer, rows=ROWS, params=None, name=None):
-    """The codes of the first `rows` train rows, by encoding each picture."""
-    source = open_source(SCENES, "train")
+def write_codes(path, tokenizer, rows=ROWS, params=None):
+    """A directory of the codes of the first `rows` train rows, in shards of 8."""
     params = tokenizer.params if params is None else params
-    pictures = np.stack([source.image(i, TOKENIZER.image_size, "center") for i in range(rows)])
-    codes = encode(TOKENIZER, params, to_floats(jnp.asarray(pictures)))
-    save_codes(
-        path,
-        np.asarray(codes),
-        source_json=source.identity(),
-        tokenizer=name or fingerprint(TOKENIZER, params),
-        image_size=TOKENIZER.image_size,
-        vocab=TOKENIZER.vocab,
-        complete=rows == ROWS,
-    )
+    model = Tokenizer(TOKENIZER, params, fingerprint(TOKENIZER, params))
+    encode_source(model, DataConfig(source=SCENES), path, rows=rows, shard_rows=8)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +111,8 @@ def params():
 @pytest.fixture(scope="module")
 def ahead(room):
     room, tokenizer = room
-    write_codes(room / "codes.npz", tokenizer)
-    data = DataConfig(source=SCENES, batch=BATCH, threads=1, prefetch=1, codes=str(room / "codes.npz"))
+    write_codes(room / "codes", tokenizer)
+    data = DataConfig(source=SCENES, batch=BATCH, threads=1, prefetch=1, codes=str(room / "codes"))
     return prepared(dalle_config(room, data=data), tokenizer, room / "ahead")
 
 
@@ -176,20 +165,21 @@ def test_evaluation_keeps_every_caption(pixels, params):
 
 def test_codes_of_another_tokenizer_are_refused(room):
     room, tokenizer = room
-    write_codes(room / "other.npz", tokenizer, name="0123456789abcdef")
-    data = DataConfig(source=SCENES, batch=BATCH, codes=str(room / "other.npz"))
-    with pytest.raises(ValueError, match="encoded by tokenizer 0123456789abcdef, this run's tokenizer is"):
+    other = jax.tree.map(lambda x: x + 1, tokenizer.params)
+    write_codes(room / "other_codes", tokenizer, params=other)
+    data = DataConfig(source=SCENES, batch=BATCH, codes=str(room / "other_codes"))
+    with pytest.raises(ValueError, match=r"encoded by tokenizer [0-9a-f]{16}, this run's tokenizer is"):
         prepared(dalle_config(room, data=data), tokenizer, room / "stale")
 
 
 def test_codes_of_the_first_rows_only(room, pixels):
-    """A file of M rows trains on those M."""
+    """A directory of M rows trains on those M."""
     room, tokenizer = room
-    write_codes(room / "part.npz", tokenizer, rows=9)
-    data = DataConfig(source=SCENES, batch=BATCH, threads=1, prefetch=1, codes=str(room / "part.npz"))
+    write_codes(room / "part_codes", tokenizer, rows=9)
+    data = DataConfig(source=SCENES, batch=BATCH, threads=1, prefetch=1, codes=str(room / "part_codes"))
     task = prepared(dalle_config(room, data=data), tokenizer, room / "part")
     got = np.concatenate([batch["codes"] for batch in first(task, 9)])
-    source = FirstRows(open_source(SCENES, "train"), 9)
+    source = open_source(SCENES, "train")
     pictures = np.stack([source.image(i, 32, "center") for i in range(9)])
     codes = np.asarray(encode(TOKENIZER, tokenizer.params, to_floats(jnp.asarray(pictures))))
     want = np.sort(np.concatenate([codes] * 4), axis=0)

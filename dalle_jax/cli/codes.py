@@ -8,12 +8,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dalle_jax.cli import output
 from dalle_jax.cli.verbs import Decode, Encode
 from dalle_jax.config import TrainConfig
 from dalle_jax.data import images
+from dalle_jax.data.codes import is_whole
 from dalle_jax.data.images import to_bytes
 from dalle_jax.inference import (
     PIXEL_BATCH,
@@ -28,25 +30,50 @@ from dalle_jax.train.rundir import load_config, read_config
 
 
 def encode(args: Encode) -> dict[str, Any]:
-    """Pictures, or the training pictures of `args.data`, to a file of codes."""
+    """Pictures to a file of codes, or the training pictures of `args.data` to a directory of shards."""
     if bool(args.images) == (args.data is not None):
         raise ValueError("give pictures to encode, or --data CONFIG_OR_RUN for its training pictures")
-    if args.rows is not None and args.data is None:
-        raise ValueError("--rows is for --data; leave it out to encode every picture given")
-    config = None if args.data is None else config_of(args.data)
-    tokenizer = load_tokenizer(args.run)
-    out = output.file(args.out)
-    progress = Counter("rows")
-    if config is not None:
-        codes = encode_source(tokenizer, config.data, out, rows=args.rows, progress=progress)
-        used = f"--data.codes {out}"
-    else:
-        codes = _encode_files(tokenizer, args.images, progress)
-        made_by = np.array(tokenizer.fingerprint)
-        output.save_npz(out, codes=codes, names=np.array(args.images), tokenizer=made_by)
-        used = f"dalle-jax decode {args.run} {out} --out DIR"
-    print(f"{codes.shape[0]} x {codes.shape[1]} codes in {out}; next: {used}")
+    if args.data is not None:
+        return _encode_ahead(args)
+    given = [
+        f"--{n.replace('_', '-')}"
+        for n in _AHEAD
+        if getattr(args, n) != Encode.__dataclass_fields__[n].default
+    ]
+    if given:
+        raise ValueError(f"{', '.join(given)} is for --data; leave it out to encode every picture given")
+    tokenizer, out = load_tokenizer(args.run), output.file(args.out)
+    codes = _encode_files(tokenizer, args.images, Counter("rows"))
+    made_by = np.array(tokenizer.fingerprint)
+    output.save_npz(out, codes=codes, names=np.array(args.images), tokenizer=made_by)
+    print(
+        f"{codes.shape[0]} x {codes.shape[1]} codes in {out}; next: dalle-jax decode {args.run} {out} --out DIR"
+    )
     return {"codes": str(out), "rows": len(codes), "codes_per_picture": codes.shape[1], **_about(tokenizer)}
+
+
+_AHEAD = ("rows", "shard_rows", "process", "processes")
+
+
+def _encode_ahead(args: Encode) -> dict[str, Any]:
+    data = config_of(args.data).data
+    tokenizer, out = load_tokenizer(args.run), output.directory(args.out)
+    if (args.process is None) != (args.processes is None):
+        raise ValueError("--process and --processes go together: --process 0 --processes 4")
+    alone = args.process is None
+    process = (jax.process_index(), jax.process_count()) if alone else (args.process, args.processes)
+    options = {"rows": args.rows, "shard_rows": args.shard_rows, "process": process}
+    info, made = encode_source(tokenizer, data, out, progress=Counter("rows"), **options)
+    missing = [k for k in range(info.shards) if not is_whole(out, info, k)]
+    told = f"{len(missing)} of {info.shards} shards are still missing, of other processes"
+    print(
+        f"{info.rows} x {info.num_codes} codes in {out}: {made} of {info.shards} shards made now; "
+        + (told if missing else f"next: --data.codes {out}")
+    )
+    return {
+        "codes": str(out), "rows": info.rows, "codes_per_picture": info.num_codes, "shards": info.shards,
+        "made": made, "missing": len(missing), **_about(tokenizer),
+    }  # fmt: skip
 
 
 def _encode_files(tokenizer: Tokenizer, paths: tuple[str, ...], progress: Counter) -> np.ndarray:

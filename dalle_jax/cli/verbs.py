@@ -120,18 +120,26 @@ class Encode:
     """Turns pictures into codes: `codes` int32 (pictures, codes) and `names` in one npz file. Pictures are
     cropped to their middle square and resized.
 
-    With --data it encodes the training pictures of a configuration or run, for `--data.codes` of train.py."""
+    With --data it encodes the training pictures of a configuration or run, with their captions, into a directory
+    of array_record shards for `--data.codes` of train.py. The same command again goes on where it stopped. Several
+    processes, each with its own --process, share the work."""
 
     run: Positional[Runs]
     """directory of a trained tokenizer, or of a Transformer, which keeps its own"""
     images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ...")]] = ()
     """picture files"""
     out: str
-    """npz file to write"""
+    """npz file to write; with --data a directory"""
     data: str | None = None
     """configuration file or run whose training pictures are encoded"""
     rows: int | None = None
     """with --data: only the first rows"""
+    shard_rows: int = 16_384
+    """with --data: rows of a shard, of which an interruption costs at most one"""
+    process: int | None = None
+    """with --data: number of this process, from 0; None is its number in the job that jax knows"""
+    processes: int | None = None
+    """with --data: processes that encode, on one machine or several; process p makes the shards p, p + P, ..."""
     json: Json = False
 
 

@@ -1,195 +1,276 @@
 """Image codes encoded ahead of time by a trained tokenizer, so that the Transformer trains without pictures.
 
-One npz file: row i holds the codes of row i of the train source, its picture cropped to the centre. N rows,
-n codes in each.
+A directory that `dalle-jax encode RUN --data` writes. Shard k holds rows [k R, (k + 1) R) of the train source, each
+with its codes, captions and class; it is written beside its place and renamed when whole. `codes.json` says what
+the shards are of. N rows, n codes in each, R rows in a shard.
 """
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import json
 import os
-import zipfile
-import zlib
-from collections.abc import Mapping
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from dalle_jax.data.images import Crop
-from dalle_jax.data.sources import Captions, Source
+from dalle_jax import config
+from dalle_jax.data.sources import Captions
 
-_FORMAT = 1
+_FORMAT = 2
+_ABOUT = "codes.json"
+_MOST_OPEN = 256  # shards kept open: files and buffers of a reader are not free
+_PLACES = (
+    "path",
+    "data_dir",
+    "max_bad_share",
+    "eval_split",
+    "eval_share",
+)  # of a source; rows do not depend on them
+_AGAIN = "run the same `dalle-jax encode RUN --data` again"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Codes:
-    """What a file of codes holds."""
+@dataclass(frozen=True, kw_only=True)
+class CodesInfo:
+    """What a directory of codes is of."""
 
-    path: str
-    codes_Nn: np.ndarray  # uint16 or int32, each in [0, vocab)
-    source_json: str  # `identity()` of the source that was encoded
-    tokenizer: str  # fingerprint of the tokenizer that encoded it
-    image_size: int  # side of the pictures that were encoded, pixels
+    rows: int
+    shard_rows: int  # of every shard but the last
+    num_codes: int
     vocab: int  # codes of the tokenizer
-    complete: bool  # whether every row of the source is here; if not, the first rows are
-    stand_ins: dict[int, int]  # rows whose picture is broken -> the row encoded in their place
+    image_size: int  # side of the pictures that were encoded, pixels
+    crop: Literal["center", "none"]  # how those were cut out
+    tokenizer: str  # fingerprint of the tokenizer that encoded them
+    languages: tuple[config.Language, ...]  # of the captions
+    classes: tuple[str, ...]  # names of the labels
+    source: str  # `described()` of the source
+    identity: str  # `identity()` of the opened source
+    format: int = _FORMAT
 
-    def __len__(self) -> int:
-        return len(self.codes_Nn)
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def shard(self, k: int) -> range:
+        """The rows of shard k."""
+        return range(k * self.shard_rows, min((k + 1) * self.shard_rows, self.rows))
 
 
-def save_codes(
-    path: str | os.PathLike,
-    codes: np.ndarray,
-    *,
-    source_json: str,
-    tokenizer: str,
-    image_size: int,
-    vocab: int,
-    complete: bool,
-    stand_ins: Mapping[int, int] | None = None,
-) -> None:
-    """Writes the codes of the first N rows of a source, whole or not at all.
+def described(source: config.SourceConfig) -> str:
+    """JSON of a source's configuration that is equal for two sources if the same records become rows: without
+    where they lie and how they are held out for evaluation."""
 
-    codes: integers (N, n) in [0, vocab).
-    source_json: `source.identity()`.
-    complete: N is the length of the source.
-    stand_ins: `source.stand_ins` after encoding, so that captions follow a replaced picture.
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: bare(v) for name, v in value.items() if name not in _PLACES}
+        return [bare(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    Raises ValueError, naming the row, for a code outside [0, vocab).
+    return json.dumps(bare(dataclasses.asdict(source)), ensure_ascii=False, sort_keys=True)
+
+
+def begin(directory: str | os.PathLike, info: CodesInfo) -> None:
+    """Makes the directory, or checks that it was begun for the same codes. Any number of processes may call.
+
+    Raises ValueError, saying what differs, for a directory of other codes, and for one of something else.
     """
-    codes = np.asarray(codes)
-    if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer) or codes.size == 0:
+    directory = Path(directory)
+    if (directory / _ABOUT).exists():
+        have, want = _plain(read_info(directory)), _plain(info)
+        if differing := [f"{n} {have[n]!r} there, {want[n]!r} now" for n in want if have[n] != want[n]]:
+            raise ValueError(
+                f"{directory} holds other codes ({'; '.join(differing)}); choose another --out or delete it"
+            )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    if found := sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")):
         raise ValueError(
-            f"want codes as integers (N, n) with at least one row, got {codes.dtype} {codes.shape}"
+            f"{directory} is not empty and holds no codes, but {', '.join(found[:5])}; choose another --out"
         )
-    _check_range(codes, vocab, "these codes")
-    about = {
-        "format": _FORMAT,
-        "source": json.loads(source_json),
-        "tokenizer": tokenizer,
-        "image_size": int(image_size),
-        "vocab": int(vocab),
-        "complete": bool(complete),
-        "stand_ins": [[int(a), int(b)] for a, b in (stand_ins or {}).items() if a < len(codes)],
-    }
-    out = io.BytesIO()
-    small = np.uint16 if vocab <= 2**16 else np.int32
-    np.savez(out, codes=codes.astype(small), about=np.array(json.dumps(about, ensure_ascii=False)))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(out.getbuffer())
-    os.replace(part, path)
+    part = directory / f".{_ABOUT}.{os.getpid()}"
+    part.write_text(json.dumps(_plain(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, directory / _ABOUT)
 
 
-def load_codes(path: str | os.PathLike) -> Codes:
-    """Reads a file that `save_codes` wrote. Raises ValueError, naming the path, if it is missing or
-    broken."""
-    again = "write it again with `dalle-jax encode RUN --data`"
+def read_info(directory: str | os.PathLike) -> CodesInfo:
+    """What the directory is of. Raises ValueError, naming it, if it is missing, broken or no directory of codes."""
+    path = Path(directory) / _ABOUT
+    make = "want a directory that `dalle-jax encode RUN --data CONFIG --out DIR` wrote"
+    if Path(directory).is_file():
+        raise ValueError(f"data.codes: {directory} is a file; {make}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            codes_Nn, about = file["codes"], json.loads(str(file["about"]))
-        codes = Codes(
-            path=str(path),
-            codes_Nn=codes_Nn,
-            source_json=json.dumps(about["source"], ensure_ascii=False),
-            tokenizer=str(about["tokenizer"]),
-            image_size=int(about["image_size"]),
-            vocab=int(about["vocab"]),
-            complete=bool(about["complete"]),
-            stand_ins={int(a): int(b) for a, b in about["stand_ins"]},
-        )
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about.get("format") != _FORMAT:
+            raise ValueError(f"format {about.get('format')!r}, this version reads {_FORMAT}")
+        info = config.from_json(CodesInfo, json.dumps(about))
     except FileNotFoundError:
-        raise ValueError(f"data.codes: {path} does not exist; {again}") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"data.codes: {path} is not a whole file of codes ({error}); {again}") from None
-    if codes_Nn.ndim != 2 or not np.issubdtype(codes_Nn.dtype, np.integer) or codes_Nn.size == 0:
-        raise ValueError(
-            f"data.codes: {path} holds {codes_Nn.dtype} {codes_Nn.shape}, want integers (N, n); {again}"
-        )
-    _check_range(codes_Nn, codes.vocab, f"data.codes: {path}")
-    return codes
+        what = "does not exist" if not Path(directory).exists() else f"has no {_ABOUT}"
+        raise ValueError(f"data.codes: {directory} {what}; {make}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"data.codes: {path} is broken ({error}); encode again") from None
+    if min(info.rows, info.shard_rows, info.num_codes, info.vocab) < 1:
+        raise ValueError(f"data.codes: {path} tells of no rows or codes; encode again")
+    return info
 
 
-class CodesSource:
-    """The rows of a train source with codes for pictures: its captions, its length or, if the file holds
-    only the first M rows, M. The order in which training sees rows follows from the length, so it is the
-    order of `FirstRows(source, M)`. Cropping is that of the encoding, the centre."""
+def is_whole(directory: str | os.PathLike, info: CodesInfo, k: int) -> bool:
+    """Whether shard k is there with all its rows."""
+    path = _path(Path(directory), info, k)
+    try:
+        return path.is_file() and _open(path).num_records() == len(info.shard(k))
+    except Exception:  # array_record answers damage with errors of several kinds
+        return False
 
-    def __init__(self, codes: Codes, source: Source):
-        """Raises ValueError, saying what differs, if `codes` were made from other rows than those of
-        `source`."""
-        made, here = json.loads(codes.source_json), json.loads(source.identity())
-        differing = [
-            f"{name} {made.get(name)!r} there, {here.get(name)!r} here"
-            for name in sorted({*made, *here})
-            if made.get(name) != here.get(name)
-        ]
-        if differing:
+
+class ShardWriter:
+    """Writes one shard: `add` its rows in order, inside a `with`; it takes its place when all are there."""
+
+    def __init__(self, directory: str | os.PathLike, info: CodesInfo, k: int):
+        self._info, self._rows, self._added = info, info.shard(k), 0
+        self._path = _path(Path(directory), info, k)
+        for left in self._path.parent.glob(f".{self._path.name}.*"):  # of a process that was killed
+            left.unlink(missing_ok=True)
+        self._part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self._dtype = _dtype(info.vocab)
+
+    def __enter__(self) -> ShardWriter:
+        # A record for itself each, as random access wants it; codes hardly compress.
+        self._writer = ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
+        return self
+
+    def add(self, codes: np.ndarray, captions: Captions, label: int | None) -> None:
+        """One row: integers (n,) in [0, vocab), its captions by language, its class. Raises ValueError for other
+        codes."""
+        n, vocab, row = self._info.num_codes, self._info.vocab, self._rows.start + self._added
+        if codes.shape != (n,) or codes.min() < 0 or codes.max() >= vocab:
             raise ValueError(
-                f"data.codes: {codes.path} was encoded from another source than data.source "
-                f"({'; '.join(differing)}); use the source it was made from or encode this one"
+                f"row {row}: codes {codes.shape} from {codes.min()} to {codes.max()}; want ({n},) in [0, {vocab})"
             )
-        if len(codes) > len(source) or (codes.complete and len(codes) != len(source)):
-            kind = "all" if codes.complete else "the first"
+        said = json.dumps([label, captions], ensure_ascii=False, separators=(",", ":"))
+        self._writer.write(codes.astype(self._dtype).tobytes() + said.encode("utf-8", "replace"))
+        self._added += 1
+
+    def __exit__(self, kind, *_) -> None:
+        self._writer.close()
+        if kind is None and self._added == len(self._rows):
+            with open(self._part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(self._part, self._path)
+            return
+        self._part.unlink(missing_ok=True)
+        if kind is None:
+            raise ValueError(f"{self._added} rows for {self._path.name}; want {len(self._rows)}")
+
+
+class CodesRows:
+    """The rows of a directory of codes, in the order of the source that was encoded, so that training sees the
+    same rows and captions in the same order. Any number of threads may read."""
+
+    def __init__(self, directory: str | os.PathLike):
+        """Raises ValueError, saying what to do, unless every shard is there."""
+        self._directory, self.info = Path(directory), read_info(directory)
+        missing = [k for k in range(self.info.shards) if not _path(self._directory, self.info, k).is_file()]
+        if missing:
             raise ValueError(
-                f"data.codes: {codes.path} holds {kind} {len(codes)} rows, data.source has {len(source)}; "
-                f"encode again, or give the source {len(codes)} rows"
+                f"data.codes: {len(missing)} of {self.info.shards} shards are missing in {directory}, the first is "
+                f"{_path(self._directory, self.info, missing[0]).name}; {_AGAIN}, it goes on where it stopped"
             )
-        self._codes, self._source = codes, source
+        self._open: OrderedDict[int, ArrayRecordReader] = OrderedDict()
+        self._lock = threading.Lock()
+        self._dtype = _dtype(self.info.vocab)
 
     def __len__(self) -> int:
-        return len(self._codes)
-
-    @property
-    def num_codes(self) -> int:
-        """Codes in each row."""
-        return self._codes.codes_Nn.shape[1]
-
-    @property
-    def tokenizer(self) -> str:
-        """Fingerprint of the tokenizer that made the codes."""
-        return self._codes.tokenizer
-
-    def codes(self, i: int) -> np.ndarray:
-        """Codes of row i: int32 (n,)."""
-        return self._codes.codes_Nn[i].astype(np.int32)
-
-    def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
-        return self._source.image(i, size, crop, rng)
-
-    def captions(self, i: int) -> Captions:
-        return self._source.captions(self._codes.stand_ins.get(i, i))
-
-    def label(self, i: int) -> int | None:
-        return self._source.label(self._codes.stand_ins.get(i, i))
+        return self.info.rows
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self._source.classes
+        return self.info.classes
+
+    def row(self, i: int) -> tuple[np.ndarray, Captions, int | None]:
+        """Codes of row i, int32 (n,), its captions and its class. Raises ValueError for a damaged shard."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        k, at = divmod(i, self.info.shard_rows)
+        n, size = self.info.num_codes, self._dtype.itemsize
+        try:
+            (record,) = self._reader(k).read([at])
+            codes = np.frombuffer(record, self._dtype, n).astype(np.int32)
+            label, said = json.loads(record[n * size :])
+            if codes.min() < 0 or codes.max() >= self.info.vocab:
+                raise ValueError(f"codes from {codes.min()} to {codes.max()}, want [0, {self.info.vocab})")
+        except Exception as error:
+            name = _path(self._directory, self.info, k)
+            raise ValueError(
+                f"data.codes: row {i} in {name} cannot be read ({error}); {_mend(name)}"
+            ) from None
+        return codes, {language: tuple(texts) for language, texts in said.items()}, label
+
+    def captions(self, i: int) -> Captions:
+        return self.row(i)[1]
 
     def log_to(self, path: Path) -> None:
-        self._source.log_to(path)
-
-    @property
-    def stand_ins(self) -> dict[int, int]:
-        return dict(self._codes.stand_ins)
+        pass  # what could not be used was listed beside the codes when they were made
 
     def report(self) -> dict[str, int]:
-        return self._source.report()
+        return {}
 
-    def identity(self) -> str:
-        return self._source.identity()
+    def _reader(self, k: int) -> ArrayRecordReader:
+        with self._lock:
+            if (reader := self._open.get(k)) is None:
+                path = _path(self._directory, self.info, k)
+                reader = _open(path)
+                if (found := reader.num_records()) != len(self.info.shard(k)):
+                    raise ValueError(f"{found} rows, want {len(self.info.shard(k))}")
+                self._open[k] = reader
+                if len(self._open) > _MOST_OPEN:
+                    self._open.popitem(last=False)  # closes when the last thread that reads it is done
+            self._open.move_to_end(k)
+            return reader
 
 
-def _check_range(codes_Nn: np.ndarray, vocab: int, whose: str) -> None:
-    bad = np.flatnonzero(((codes_Nn < 0) | (codes_Nn >= vocab)).any(axis=1))
-    if bad.size:
-        row = int(bad[0])
+def check_codes(rows: CodesRows, data: config.DataConfig) -> None:
+    """Raises ValueError, saying what differs, if training on `data` without codes would see other rows, captions
+    or pictures than `rows` holds, as far as the configuration tells."""
+    info, want = rows.info, described(data.source)
+    made, here = json.loads(info.source), json.loads(want)
+    crop = "none" if data.crop == "none" else "center"
+    differing = [
+        f"data.source.{name} {made.get(name)!r} there, {here.get(name)!r} here"
+        for name in sorted({*made, *here})
+        if made.get(name) != here.get(name)
+    ]
+    if set(info.languages) != set(data.languages):
+        differing.append(f"captions in {', '.join(info.languages)} there, {', '.join(data.languages)} here")
+    if info.crop != crop:
+        differing.append(f"crop {info.crop!r} there, {crop!r} here")
+    if differing:
         raise ValueError(
-            f"{whose}: row {row} has codes from {codes_Nn[row].min()} to {codes_Nn[row].max()}, want [0, "
-            f"{vocab}); encode again with the tokenizer in use"
+            f"data.codes: {rows._directory} was encoded from other data ({'; '.join(differing)}); use the "
+            "configuration it was made with or encode this one"
         )
+
+
+def _mend(path: Path) -> str:
+    return f"delete that file and {_AGAIN}"
+
+
+def _path(directory: Path, info: CodesInfo, k: int) -> Path:
+    return directory / f"codes-{k:05d}-of-{info.shards:05d}.array_record"
+
+
+def _open(path: Path) -> ArrayRecordReader:
+    return ArrayRecordReader(
+        str(path), "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32_768
+    )
+
+
+def _dtype(vocab: int) -> np.dtype:
+    return np.dtype("<u2" if vocab <= 2**16 else "<i4")
+
+
+def _plain(info: CodesInfo) -> dict[str, Any]:
+    return json.loads(config.to_json(info))

@@ -340,6 +340,16 @@ def _fit(word: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     return [*pieces, word]
 
 
+# --- value range: uint8 in files and batches, float32 in [0, 1] in models ---------------------------------
+
+
+def to_floats(image_u8: Any) -> Any:
+    """uint8 pictures, arrays of NumPy or of jax, to float32 in [0, 1]."""
+    if image_u8.dtype != np.uint8:
+        raise ValueError(f"pictures are {image_u8.dtype}; want uint8, in [0, 255]")
+    return image_u8.astype(np.float32) / np.float32(255.0)
+
+
 def to_bytes(image: Any) -> np.ndarray:
     """Float pictures in [0, 1] to uint8, rounded."""
     return np.round(np.clip(np.asarray(image, np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)

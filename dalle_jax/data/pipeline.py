@@ -15,22 +15,26 @@ import grain
 import numpy as np
 
 from dalle_jax import config
-from dalle_jax.data.codes import CodesSource, load_codes
+from dalle_jax.data.codes import CodesRows, check_codes
 from dalle_jax.data.sources import Captions, Source, open_source
 from dalle_jax.text import TextTokenizer
 
 Batch = dict[str, np.ndarray]
 
 
-def open_train_source(data: config.DataConfig) -> Source:
-    """The rows to train on: those of `data.source`, with their codes if `data.codes` names a file."""
-    source = open_source(data.source, "train", languages=data.languages)
-    return source if data.codes is None else CodesSource(load_codes(data.codes), source)
+def open_train_source(data: config.DataConfig) -> Source | CodesRows:
+    """The rows to train on: those of `data.source`, or of the directory `data.codes` if that is set; then the
+    pictures need not be there. Raises what `open_source` raises; ValueError for codes of other data."""
+    if data.codes is None:
+        return open_source(data.source, "train", languages=data.languages)
+    rows = CodesRows(data.codes)
+    check_codes(rows, data)
+    return rows
 
 
 def train_batches(
     data: config.DataConfig,
-    source: Source,
+    source: Source | CodesRows,
     *,
     start: int,
     image_size: int | None,
@@ -60,7 +64,7 @@ def train_batches(
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count}; want 0 to {process_count - 1}")
-    if image_size is None and not isinstance(source, CodesSource):
+    if image_size is None and not isinstance(source, CodesRows):
         raise ValueError("image_size is None, but the source has no codes; give the side of the pictures")
     if text is not None and (text_vocab < 1 or text_len < 1):
         raise ValueError(f"text needs text_vocab and text_len, got {text_vocab} and {text_len}")
@@ -68,12 +72,13 @@ def train_batches(
     def row(i: int, rng: np.random.Generator) -> Batch:
         choice, merges = rng.random(2), int(rng.integers(2**32))  # first, so that crops do not move them
         out: Batch = {}
-        if isinstance(source, CodesSource):
-            out["codes"] = source.codes(i)
+        if isinstance(source, CodesRows):
+            out["codes"], said, _ = source.row(i)
         else:
             out["image"] = source.image(i, image_size, data.crop, rng)
+            said = source.captions(i) if text is not None else {}
         if text is not None:
-            caption = _choose(source.captions(i), data.languages, *choice)
+            caption = _choose(said, data.languages, *choice)
             out["text"] = text.encode(
                 caption, text_vocab=text_vocab, text_len=text_len, dropout=dropout, seed=merges
             )

@@ -20,7 +20,7 @@ import numpy as np
 from dalle_jax import autoregressive
 from dalle_jax.config import DataConfig, ScenesSource, TransformerConfig
 from dalle_jax.data import scenes
-from dalle_jax.data.images import to_bytes
+from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.scene_captions import Caption
 from dalle_jax.data.sources import open_source
@@ -62,7 +62,7 @@ def measure_tokenizer(tokenizer: Tokenizer, data: DataConfig, count: int = 256) 
     for rows in _batches(min(count, len(source))):
         images = eval_batch(data, source, rows, image_size=cfg.image_size)["image"]
         codes.append(encode_images(tokenizer, images, batch=BATCH))
-        want, got = images / np.float32(255.0), decode_codes(tokenizer, codes[-1], batch=BATCH)
+        want, got = to_floats(images), decode_codes(tokenizer, codes[-1], batch=BATCH)
         psnr.append(np.asarray(losses.psnr(want, got)))
         mse.append(np.square(want - got).mean(axis=(1, 2, 3)))
     use, perplexity = losses.codebook_use(jnp.asarray(np.concatenate(codes)), cfg.vocab)

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from dalle_jax import config
-from dalle_jax.data.images import Crop
 from dalle_jax.data.sources.arrays import ArrayRows
 from dalle_jax.data.sources.folder import FolderRows
 from dalle_jax.data.sources.mixture import MixtureRows
@@ -22,7 +19,7 @@ from dalle_jax.data.sources.tar import TarRows
 from dalle_jax.data.sources.tfds import TfdsRows
 
 __all__ = [
-    "EVAL_SCENES", "SCENE_CAPTIONS", "ArrayRows", "Captions", "FirstRows", "FolderRows", "MixtureRows", "SceneRows",
+    "EVAL_SCENES", "SCENE_CAPTIONS", "ArrayRows", "Captions", "FolderRows", "MixtureRows", "SceneRows",
     "Source", "Split", "TarRows", "TfdsRows", "open_source", "sample_captions", "source_of",
 ]  # fmt: skip
 
@@ -78,45 +75,6 @@ def sample_captions(source: Source, count: int) -> Iterator[str]:
         for texts in source.captions(row * len(source) // rows).values():
             yield from texts[:left]
             left -= len(texts[:left])
-
-
-class FirstRows:
-    """The first `count` rows of another source: what codes encoded ahead hold when the file is not
-    complete."""
-
-    def __init__(self, source: Source, count: int):
-        if not 1 <= count <= len(source):
-            raise ValueError(f"the first {count} rows of a source of {len(source)}; want 1 to {len(source)}")
-        self._source, self._count = source, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
-        return self._source.image(i, size, crop, rng)
-
-    def captions(self, i: int) -> Captions:
-        return self._source.captions(i)
-
-    def label(self, i: int) -> int | None:
-        return self._source.label(i)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._source.classes
-
-    @property
-    def stand_ins(self) -> dict[int, int]:
-        return self._source.stand_ins
-
-    def log_to(self, path: Path) -> None:
-        self._source.log_to(path)
-
-    def report(self) -> dict[str, int]:
-        return self._source.report()
-
-    def identity(self) -> str:
-        return self._source.identity()
 
 
 def source_of(path: str) -> config.SourceConfig:

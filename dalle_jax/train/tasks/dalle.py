@@ -15,7 +15,8 @@ from PIL import Image
 
 from dalle_jax import autoregressive, text, tokenizer
 from dalle_jax.config import TokenizerConfig, TrainConfig, TransformerConfig
-from dalle_jax.data.images import to_bytes
+from dalle_jax.data.codes import CodesRows
+from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source, sample_captions
 from dalle_jax.sampling.generate import generate, row_keys
@@ -26,7 +27,6 @@ from dalle_jax.train.tasks.pictures import (
     eval_batches,
     grid,
     log_unusable,
-    to_floats,
 )  # fmt: skip
 
 Params = dict[str, Any]
@@ -109,7 +109,7 @@ class DalleTask:
             )
 
     def _check_codes(self, fingerprint: str) -> None:
-        made = getattr(self._source, "tokenizer", fingerprint)
+        made = self._source.info.tokenizer if isinstance(self._source, CodesRows) else fingerprint
         if made != fingerprint:
             raise ValueError(
                 f"data.codes {self.config.data.codes} was encoded by tokenizer {made}, this run's tokenizer is "

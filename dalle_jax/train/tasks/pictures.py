@@ -1,4 +1,4 @@
-"""Pictures as tasks need them: bytes and floats, evaluation rows, grids made while training."""
+"""Pictures as tasks need them: evaluation rows, grids made while training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -20,11 +19,6 @@ Batch = dict[str, Any]
 
 EVAL_BATCH = 128  # rows measured at once
 PICTURES = 16  # cells of a grid made while training
-
-
-def to_floats(image_u8: jax.Array) -> jax.Array:
-    """uint8 pictures to float32 in [0, 1]."""
-    return image_u8.astype(jnp.float32) / 255.0
 
 
 def eval_batches(config: TrainConfig, source, **options) -> list[Batch]:

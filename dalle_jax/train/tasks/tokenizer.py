@@ -13,7 +13,7 @@ from PIL import Image
 
 from dalle_jax import tokenizer
 from dalle_jax.config import TokenizerConfig, TrainConfig
-from dalle_jax.data.images import to_bytes
+from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.tokenizer import dvae, losses
@@ -23,7 +23,6 @@ from dalle_jax.train.tasks.pictures import (
     eval_batches,
     grid,
     log_unusable,
-    to_floats,
 )  # fmt: skip
 
 Params = dict[str, Any]

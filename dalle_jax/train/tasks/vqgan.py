@@ -10,9 +10,9 @@ import jax
 import optax
 
 from dalle_jax.config import TrainConfig
+from dalle_jax.data.images import to_floats
 from dalle_jax.tokenizer import adversarial, perceptual
 from dalle_jax.train.optim import make_optimizer
-from dalle_jax.train.tasks.pictures import to_floats
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
 
 Params = dict[str, Any]
