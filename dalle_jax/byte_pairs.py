@@ -1,5 +1,5 @@
-"""Public byte-pair vocabularies: CLIP's `bpe_simple_vocab_16e6.txt` and `vocab.json` with `merges.txt` as Hugging
-Face writes them, for CLIP and for GPT-2. Standard library only.
+"""Public byte-pair vocabularies: CLIP's `bpe_simple_vocab_16e6.txt`, and what Hugging Face writes for CLIP, GPT-2 and
+models that split captions as one of them: `vocab.json` with `merges.txt`, or `tokenizer.json`. Standard library only.
 
 A caption is split into words; a word is its UTF-8 bytes, each written as a printable character (GPT-2's
 table), which merges join, the earliest merge of the list first (Sennrich et al. 2016, arXiv 1508.07909). A
@@ -117,11 +117,12 @@ class BytePairs:
 
 
 def load(path: Path) -> BytePairs | None:
-    """The vocabulary at `path`: CLIP's file (gzip or not), vocab.json or a folder of it with merges.txt beside
-    it, or a file of `BytePairs.serialized`. None for a file that is none of these. Raises OSError for files that
-    cannot be read, ValueError for those that are broken."""
+    """The vocabulary at `path`: CLIP's file (gzip or not), vocab.json with merges.txt beside it, tokenizer.json, a
+    folder of these, or a file of `BytePairs.serialized`. None for a file that is none of these. Raises OSError for
+    files that cannot be read, ValueError for those that are broken or of a kind that is not read here."""
     if path.is_dir():
-        path = path / "vocab.json"
+        there = path / "tokenizer.json"
+        path = there if there.is_file() and not (path / "merges.txt").is_file() else path / "vocab.json"
     if path.name == "merges.txt":
         path = path.with_name("vocab.json")
     data = path.read_bytes()
@@ -140,9 +141,19 @@ def parse(data: bytes) -> BytePairs | None:
             raise ValueError(f"the gzip file is broken ({error})") from None
     if data[:1] == b"{":
         about = _object(data)
-        if about.get("format") != _FORMAT:
-            raise ValueError("JSON of another kind; name vocab.json, with merges.txt beside it")
+        if isinstance(about.get("model"), dict):
+            _check_hugging_face(about)
+            about = about["model"]
+        elif about.get("format") != _FORMAT:
+            raise ValueError(
+                "JSON of another kind; name tokenizer.json, or vocab.json with merges.txt beside it"
+            )
         vocab, merges = about.get("vocab"), about.get("merges")
+        if isinstance(merges, list):  # newer files have pairs
+            merges = [
+                " ".join(m) if isinstance(m, list) and all(isinstance(x, str) for x in m) else m
+                for m in merges
+            ]
         if not (
             isinstance(vocab, dict) and isinstance(merges, list) and all(isinstance(m, str) for m in merges)
         ):
@@ -156,6 +167,44 @@ def parse(data: bytes) -> BytePairs | None:
     pieces = [*letters, *(letter + _END for letter in letters)]
     pieces += [merge.replace(" ", "", 1) for merge in merges]
     return BytePairs({piece: i for i, piece in enumerate([*pieces, *_SPECIALS])}, merges)
+
+
+def _check_hugging_face(about: dict) -> None:
+    """Raises ValueError unless this tokenizer.json is byte-level and splits captions as GPT-2's or CLIP's does."""
+    model = about["model"]
+
+    def refuse(what: str) -> None:
+        raise ValueError(
+            f"this tokenizer.json {what}; read are byte-level BPE files that split captions as GPT-2 or CLIP does. "
+            "Train a vocabulary instead (`dalle-jax text train`)"
+        )
+
+    if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        refuse(f"is of type {model.get('type')!r}")
+    for name in ("ignore_merges", "continuing_subword_prefix", "byte_fallback"):
+        if model.get(name):
+            refuse(f"sets {name}")
+    steps = _steps(about.get("pre_tokenizer"), "pretokenizers")
+    kinds = [step.get("type") for step in steps]
+    if model.get("end_of_word_suffix"):
+        if model["end_of_word_suffix"] != _END:
+            refuse(f"ends words with {model['end_of_word_suffix']!r}")
+        folds = {step.get("type") for step in _steps(about.get("normalizer"), "normalizers")}
+        if folds != {"NFC", "Replace", "Lowercase"}:
+            refuse("folds captions otherwise than CLIP's")
+        pattern = steps[0].get("pattern", {}).get("Regex", "") if kinds == ["Split", "ByteLevel"] else ""
+        if not all(part in pattern for part in (*_CONTRACTIONS, "[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+")):
+            refuse("splits captions by another pattern than CLIP's")
+    elif kinds != ["ByteLevel"] or not steps[0].get("use_regex", True) or about.get("normalizer"):
+        refuse("splits or folds captions otherwise than GPT-2's")
+    elif steps[0].get("add_prefix_space", True):
+        refuse("puts a space before captions (add_prefix_space)")
+
+
+def _steps(part: dict | None, inside: str) -> list[dict]:
+    """The steps of a normalizer or pre-tokenizer, which may be one, a sequence or none."""
+    steps = part.get(inside, []) if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
+    return [step for step in steps if isinstance(step, dict)]
 
 
 def _object(data: bytes) -> dict:

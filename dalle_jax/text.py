@@ -90,8 +90,8 @@ class TextTokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike) -> TextTokenizer:
         """Reads a vocabulary that `train`, `save` or sentencepiece wrote, CLIP's bpe_simple_vocab_16e6.txt (or
-        .txt.gz), or vocab.json (or its folder) with merges.txt beside it. Raises ValueError for a bad or
-        missing file."""
+        .txt.gz), vocab.json with merges.txt beside it, or a byte-level tokenizer.json (or the folder of these).
+        Raises ValueError for a bad or missing file."""
         try:
             data = Path(path).read_bytes() if Path(path).is_file() else b""
             own = character_pairs.parse(data) or bart_text.parse(data) or labels.parse(data)
@@ -99,8 +99,8 @@ class TextTokenizer:
         except OSError as error:
             raise ValueError(
                 f"cannot read the text vocabulary {error.filename or path}: {error.strerror}; name a sentencepiece "
-                ".model file, CLIP's bpe_simple_vocab_16e6.txt.gz or vocab.json with merges.txt beside it, or "
-                "leave text.model unset to train one from the source's captions"
+                ".model file, CLIP's bpe_simple_vocab_16e6.txt.gz, vocab.json with merges.txt beside it or "
+                "tokenizer.json, or leave text.model unset to train one from the source's captions"
             ) from None
         except ValueError as error:
             raise ValueError(f"text vocabulary {path} is broken: {error}; copy or train it again") from None

@@ -189,7 +189,7 @@ def test_files_that_are_no_vocabulary(clip, tmp_path):
         TextTokenizer.load(tmp_path / "hf")
     for name, data, match in (
         ("a.txt.gz", gzip.compress(clip_text(MERGES).encode())[:-12], "gzip file is broken"),
-        ("tokenizer.json", b'{"model": {}}', r"name vocab\.json, with merges\.txt"),
+        ("tokenizer.json", b'{"model": {}}', "is of type None"),
         ("text.model", b'{"format": "byte pairs", "vocab": {}, "merges": [1]}', "no vocab or no merges"),
         ("cut.json", b'{"format": ', "not JSON"),
     ):
@@ -198,3 +198,76 @@ def test_files_that_are_no_vocabulary(clip, tmp_path):
             TextTokenizer.load(tmp_path / name)
     with pytest.raises(ValueError, match="517 pieces, text_vocab is 516"):
         clip.encode("a", text_vocab=516, text_len=4)
+
+
+# --- tokenizer.json ---------------------------------------------------------------------------------------
+
+GPT2_MERGES = [f"{SPACE} c", f"{SPACE}c a", "a t", f"{SPACE}ca t"]
+GPT2_PIECES = [*LETTERS, *(m.replace(" ", "") for m in GPT2_MERGES), "<|endoftext|>"]
+CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def gpt2_file(**changes):
+    model = {"type": "BPE", "vocab": {p: i for i, p in enumerate(GPT2_PIECES)}, "merges": GPT2_MERGES}
+    model |= {"end_of_word_suffix": "", "continuing_subword_prefix": "", "unk_token": None}
+    about = {"version": "1.0", "normalizer": None, "added_tokens": [{"id": 260, "content": "<|endoftext|>"}]}
+    about |= {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}}
+    about |= {k: v for k, v in changes.items() if k in about}
+    return about | {"model": model | {k: v for k, v in changes.items() if k not in about}}
+
+
+def clip_file(split=CLIP_SPLIT, folds=("NFC", "Replace", "Lowercase")):
+    pieces = clip_pieces(MERGES)
+    model = {
+        "type": "BPE",
+        "vocab": {p: i for i, p in enumerate(pieces)},
+        "merges": MERGES,
+        "end_of_word_suffix": "</w>",
+    }
+    steps = [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Removed", "invert": True}]
+    steps += [{"type": "ByteLevel", "add_prefix_space": False}]
+    normal = {"type": "Sequence", "normalizers": [{"type": fold} for fold in folds]}
+    return {
+        "model": model,
+        "normalizer": normal,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+    }
+
+
+@pytest.mark.parametrize("pairs", [False, True])  # merges as "a b", and as ["a", "b"] in newer files
+def test_tokenizer_json_is_the_same_vocabulary(tmp_path, clip, gpt2, pairs):
+    for about, want in ((gpt2_file(), gpt2), (clip_file(), clip)):
+        if pairs:
+            about["model"]["merges"] = [merge.split(" ") for merge in about["model"]["merges"]]
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(about))
+        for where in (path, tmp_path):  # the file, or the folder it is in
+            tokenizer = TextTokenizer.load(where)
+            assert tokenizer.size == want.size
+            for caption in ("a cat, the cats' cat", "  two\tspaces  ", "\u732b \U0001f431 caf\xe9", "x's 12"):
+                assert ids(tokenizer, caption) == ids(want, caption)
+        tokenizer.save(tmp_path / "kept.model")
+        assert ids(TextTokenizer.load(tmp_path / "kept.model"), "a cat") == ids(want, "a cat")
+
+
+@pytest.mark.parametrize(
+    ("about", "told"),
+    [
+        (gpt2_file(type="Unigram"), "is of type 'Unigram'"),
+        (gpt2_file(ignore_merges=True), "sets ignore_merges"),
+        (gpt2_file(byte_fallback=True), "sets byte_fallback"),
+        (gpt2_file(normalizer={"type": "NFC"}), "otherwise than GPT-2's"),
+        (gpt2_file(pre_tokenizer={"type": "Metaspace"}), "otherwise than GPT-2's"),
+        (gpt2_file(pre_tokenizer=None), "otherwise than GPT-2's"),
+        (gpt2_file(pre_tokenizer={"type": "ByteLevel", "use_regex": False}), "otherwise than GPT-2's"),
+        (gpt2_file(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "puts a space before"),
+        (gpt2_file(end_of_word_suffix="@@"), "ends words with '@@'"),
+        (clip_file(split=r"\w+|\W"), "splits captions by another pattern than CLIP's"),
+        (clip_file(folds=("NFKC",)), "folds captions otherwise than CLIP's"),
+        (gpt2_file(vocab={"a": 0}), "no piece '.*' for a byte"),
+    ],
+)
+def test_tokenizer_json_of_another_kind_is_refused(tmp_path, about, told):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json is broken: .*{told}"):
+        TextTokenizer.load(tmp_path / "tokenizer.json")

@@ -2,16 +2,23 @@
 
 import io
 import json
+import shutil
+import struct
 import sys
+import tarfile
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from dalle_jax import config
 from dalle_jax.data.build import build_tfds
+from dalle_jax.data.codes import CodesInfo, ShardWriter, begin, described
 from dalle_jax.data.pipeline import open_train_source, train_batches
 from dalle_jax.data.sources import open_source, source_of
+from dalle_jax.data.sources.tfrecord import crc32c, masked_crc
+from dalle_jax.text import TextTokenizer, train
 
 
 def png(i, side=12, kind="PNG"):
@@ -250,27 +257,143 @@ def test_a_captioned_tfds_set_of_a_folder_leaves_out_what_is_broken(tmp_path):
         build_tfds("s", {"train": open_source(config.ScenesSource(count=2), "train")}, tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["folder", "arrays", "tfds"])
-def test_resume_and_processes_of_every_source(tmp_path, npz, labelled, kind):
+# --- TFDS as tfrecord -------------------------------------------------------------------------------------
+
+
+def as_tfrecord(directory, out):
+    """A copy of a TFDS directory as TensorFlow writes it: the same examples, framed as tfrecord."""
+    out.mkdir(parents=True)
+    for path in directory.iterdir():
+        if ".array_record-" not in path.name:
+            shutil.copyfile(path, out / path.name)
+            continue
+        reader = ArrayRecordReader(str(path))
+        with open(out / path.name.replace(".array_record-", ".tfrecord-"), "wb") as file:
+            for data in reader.read_all():
+                head = struct.pack("<Q", len(data))
+                file.write(
+                    head + struct.pack("<I", masked_crc(head)) + data + struct.pack("<I", masked_crc(data))
+                )
+    about = json.loads((out / "dataset_info.json").read_text())
+    (out / "dataset_info.json").write_text(json.dumps(about | {"fileFormat": "tfrecord"}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def tfrecord(labelled, tmp_path_factory):
+    return as_tfrecord(labelled, tmp_path_factory.mktemp("tfrecord") / "tiny" / "1.0.0")
+
+
+def test_the_checksum_is_castagnoli_s():
+    assert crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C
+    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+    assert masked_crc(b"") == 0xA282EAD8
+
+
+def test_a_tfds_set_of_tfrecord_has_the_same_rows(labelled, tfrecord):
+    for split in ("train", "eval"):
+        want, got = (open_source(config.TfdsSource(path=str(p)), split) for p in (labelled, tfrecord))
+        assert len(got) == len(want) > 0 and got.classes == want.classes
+        for i in range(len(want)):
+            assert got.stored(i) == want.stored(i) and got.captions(i) == want.captions(i)
+            assert got.label(i) == want.label(i)
+    sliced = config.TfdsSource(path=str(tfrecord), train_split="train[5:]", eval_split="train[:5]")
+    assert number(open_source(sliced, "train"), 0) == 5 and len(open_source(sliced, "eval")) == 5
+    assert "tensorflow" not in sys.modules
+
+
+def test_damaged_tfrecords(labelled, tmp_path):
+    copy = as_tfrecord(labelled, tmp_path / "tiny" / "1.0.0")
+    (file,) = copy.glob("*-train.tfrecord-*")
+    whole = file.read_bytes()
+    second = 16 + struct.unpack("<Q", whole[:8])[0]
+    for bad, at in [
+        (whole[:-1], r"record 14"), (whole[:100], r"byte 0, in record 0"), (whole + b"x", "record 15"),
+        (whole[:second] + b"\xff" * 8 + whole[second + 8 :], f"byte {second}, in record 1"),
+    ]:  # fmt: skip
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match=rf"train\.tfrecord.* is damaged or cut short at .*{at}"):
+            open_source(config.TfdsSource(path=str(copy)), "train")
+    file.write_bytes(whole[:second])
+    with pytest.raises(ValueError, match="has 1 records, want 15"):
+        open_source(config.TfdsSource(path=str(copy)), "train")
+    file.unlink()
+    with pytest.raises(ValueError, match="No such file"):
+        open_source(config.TfdsSource(path=str(copy)), "train")
+    about = json.loads((copy / "dataset_info.json").read_text())
+    (copy / "dataset_info.json").write_text(json.dumps(about | {"fileFormat": "riegeli"}))
+    with pytest.raises(ValueError, match=r"is in riegeli format; want array_record or tfrecord"):
+        open_source(config.TfdsSource(path=str(copy)), "train")
+
+
+# --- every source -----------------------------------------------------------------------------------------
+
+
+def write_tar(path, count):
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            said = json.dumps({"captions": [f"row {i}", f"again {i}"]}).encode()
+            for name, data in ((f"{i}.png", png(i)), (f"{i}.json", said)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, npz, labelled, tfrecord):
+    root = tmp_path_factory.mktemp("every")
     for i in range(15):
-        write(tmp_path, f"{i}.png", png(i))
-    source = {
-        "folder": config.FolderSource(path=str(tmp_path), eval_share=0.0),
-        "arrays": config.ArraysSource(path=str(npz)),
+        write(root, f"folder/{i}.png", png(i))
+        write(root, f"folder/{i}.txt", f"row {i}\nagain {i}")
+    write_tar(root / "a.tar", 15)
+    found = {
+        "folder": config.FolderSource(path=str(root / "folder"), eval_share=0.0),
+        "tar": config.TarSource(path=str(root / "a.tar")),
+        "arrays": config.ArraysSource(path=str(npz), templates=("a {}", "one {}")),
         "tfds": config.TfdsSource(path=str(labelled)),
-    }[kind]
-    data = config.DataConfig(source=source, batch=4, crop="random")
-    rows = open_source(source, "train", languages=())
+        "tfrecord": config.TfdsSource(path=str(tfrecord)),
+        "scenes": config.ScenesSource(count=15),
+    }
+    found["mixture"] = config.MixtureSource(parts=(found["folder"], found["scenes"]), weights=(2, 1))
+    rows = open_source(found["folder"], "train")
+    info = CodesInfo(
+        rows=15, shard_rows=4, num_codes=1, vocab=256, image_size=8, crop="center", tokenizer="",
+        languages=("en", "zh"), classes=(), source=described(found["folder"]), identity=rows.identity(),
+    )  # fmt: skip
+    begin(root / "codes", info)
+    for k in range(info.shards):
+        with ShardWriter(root / "codes", info, k) as writer:
+            for i in info.shard(k):
+                writer.add(rows.image(i, 8, "center")[0, 0, :1], rows.captions(i), None)
+    train([f"row {i} again a photo of one" for i in range(15)] * 3, root / "bpe.model", vocab=320)
+    return found | {"codes": found["folder"]}, root
+
+
+KINDS = ("folder", "tar", "arrays", "tfds", "tfrecord", "scenes", "mixture", "codes")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_killed_sees_the_same_rows_on_any_processes(sources, kind):
+    """Pictures or codes, crops, captions and skipped merges of every step, whoever reads them and whenever."""
+    found, root = sources
+    codes = str(root / "codes") if kind == "codes" else None
+    data = config.DataConfig(source=found[kind], batch=4, crop="random", codes=codes, prefetch=1)
+    text = {"text": TextTokenizer.load(root / "bpe.model"), "text_vocab": 400, "text_len": 24, "dropout": 0.3}
 
     def take(start, n, **process):
-        with train_batches(data, rows, start=start, image_size=6, **process) as batches:
-            return [next(batches)["image"] for _ in range(n)]
+        rows = open_train_source(data)  # a new process opens it anew
+        with train_batches(data, rows, start=start, image_size=32, **text, **process) as batches:
+            return [next(batches) for _ in range(n)]
 
     straight = take(0, 9)
-    np.testing.assert_array_equal(take(5, 4), straight[5:])
-    for count in (2, 4):
-        parts = [take(3, 2, process_index=p, process_count=count) for p in range(count)]
-        np.testing.assert_array_equal(np.concatenate(parts, axis=1), straight[3:5])
+    assert straight[0].keys() == {"codes" if kind == "codes" else "image", "text"}
+    for count in (1, 2, 4):
+        parts = [take(5, 4, process_index=p, process_count=count) for p in range(count)]
+        for step in range(4):
+            for key, want in straight[5 + step].items():
+                got = np.concatenate([part[step][key] for part in parts])
+                np.testing.assert_array_equal(got, want)
+    assert len({batch["text"].tobytes() for batch in straight}) == 9
 
 
 def test_the_kind_follows_from_the_path(tmp_path, labelled, npz):

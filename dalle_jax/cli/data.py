@@ -1,30 +1,39 @@
-"""`dalle-jax data`: what a data set holds, what of it cannot be used; building a TFDS data set."""
+"""`dalle-jax data`: what a data set holds, what of it cannot be used, what its splits share; building a TFDS set."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dalle_jax.cli import output
+from dalle_jax.cli.codes import config_of
 from dalle_jax.cli.verbs import Data
+from dalle_jax.config import MixtureSource, SourceConfig
+from dalle_jax.data import images
 from dalle_jax.data.build import build_tfds
+from dalle_jax.data.duplicates import Pictures, find_duplicates, small
 from dalle_jax.data.images import BadImage
 from dalle_jax.data.sources import Source, open_source, source_of
 from dalle_jax.data.sources.rows import StoredRows
 from dalle_jax.inference import Counter as Told
+
+DRAWN = 1_000  # scenes whose captions are counted
+PAIRS = 32  # pairs of pictures shown, those that differ most first
 
 
 def data(args: Data) -> dict[str, Any]:
     """Reads every row of both splits and prints what is there."""
     if (args.to is None) != (args.out is None):
         raise ValueError("--to and --out go together: dalle-jax data PATH --to tfds --out DIR")
-    source = source_of(args.path)
-    if hasattr(source, "max_bad_share"):
-        source = dataclasses.replace(source, max_bad_share=args.max_bad_share)
+    source = lenient(source_at(args.path), args.max_bad_share)
     opened: dict[str, Source] = {}
     for split in ("train", "eval"):
         try:
@@ -38,11 +47,13 @@ def data(args: Data) -> dict[str, Any]:
     for split, rows in captioned.items():  # building decodes them as well
         found = _decode_all(rows) if args.to is None else Counter()
         result["splits"][split] = _about(rows, found)
+    if args.duplicates is not None:
+        result["duplicates"] = _duplicates(opened, output.directory(args.duplicates))
     if args.to is not None:
         name = (
             re.sub(r"\W+", "_", Path(args.path.split(",")[0]).name.split(".")[0]).strip("_").lower() or "data"
         )
-        names = {"train": "train", "eval": source.eval_split if source.kind != "scenes" else "test"}
+        names = {"train": "train", "eval": getattr(source, "eval_split", "test")}
         splits = {_split_name(names[s], s): rows for s, rows in captioned.items()}
         out = output.directory(args.out)
         where, left_out = build_tfds(name, splits, out, size=args.size, progress=Told("rows"))
@@ -63,6 +74,20 @@ def data(args: Data) -> dict[str, Any]:
     return result
 
 
+def source_at(path: str) -> SourceConfig:
+    """The source of a configuration file or of a run, else of the data that is at `path`."""
+    if path.endswith(".py") or (Path(path) / "config.json").is_file():
+        return config_of(path).data.source
+    return source_of(path)
+
+
+def lenient(source: SourceConfig, share: float) -> SourceConfig:
+    """`source` that does not stop below this share of unusable records, so that they can be told."""
+    if isinstance(source, MixtureSource):
+        return dataclasses.replace(source, parts=tuple(lenient(part, share) for part in source.parts))
+    return dataclasses.replace(source, max_bad_share=share) if hasattr(source, "max_bad_share") else source
+
+
 def _split_name(name: str, default: str) -> str:
     return name if re.fullmatch(r"\w+", name) else default
 
@@ -75,29 +100,36 @@ def _captioned(source: Any, split: str) -> Source | None:
         return None
 
 
+def _parts(rows: Source) -> Sequence[Source]:
+    return getattr(rows, "parts", (rows,))
+
+
 def _decode_all(rows: Source) -> Counter[str]:
-    told = Told("rows")
-    found: Counter[str] = Counter()
+    told, found = Told("rows"), Counter()
+    pictures = Pictures([rows])
 
     def check(i: int) -> str | None:
         try:
-            rows.stored(i)
+            pictures.stored(i)
         except BadImage as error:
             return f"picture {error.cause}"
         return None
 
-    if isinstance(rows, StoredRows):
-        with ThreadPoolExecutor(2) as pool:
-            for i, cause in enumerate(pool.map(check, range(len(rows)))):
-                found.update([cause] if cause else [])
-                told(i + 1, len(rows))
+    with ThreadPoolExecutor(2) as pool:
+        for i, cause in enumerate(pool.map(check, range(len(pictures)))):
+            found.update([cause] if cause else [])
+            told(i + 1, len(pictures))
     return found
 
 
 def _about(rows: Source, broken: Counter[str]) -> dict[str, Any]:
     captions: Counter[str] = Counter()
-    for i in range(len(rows)):
-        captions.update({language: len(texts) for language, texts in rows.captions(i).items()})
+    for part in _parts(rows):
+        looked = range(len(part) if isinstance(part, StoredRows) else min(len(part), DRAWN))
+        for i in looked:  # of scenes, which are drawn, the first speak for all
+            captions.update(
+                {name: len(texts) * len(part) // len(looked) for name, texts in part.captions(i).items()}
+            )
     unusable = Counter(rows.report()) + broken
     return {
         "rows": len(rows),
@@ -105,3 +137,33 @@ def _about(rows: Source, broken: Counter[str]) -> dict[str, Any]:
         "classes": len(rows.classes),
         "unusable": dict(unusable),
     }
+
+
+def _duplicates(opened: dict[str, Source], out: Path) -> dict[str, Any]:
+    """Writes duplicates.jsonl and, if there are any, duplicates.png; tells how many there are."""
+    if "eval" not in opened:
+        raise ValueError("--duplicates compares the splits, but there is no evaluation split")
+    train, evaluation = Pictures([opened["train"]]), Pictures([opened["eval"]])
+    found = find_duplicates(train, evaluation, progress=Told("pictures"))
+    lines = [
+        {"eval": evaluation.name(d.eval), "train": train.name(d.train), "exact": d.exact, "bits": d.bits,
+         "difference": round(d.difference, 2)}
+        for d in found
+    ]  # fmt: skip
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (out / "duplicates.jsonl").write_text(text, encoding="utf-8")
+    if shown := sorted(found, key=lambda d: -d.difference)[:PAIRS]:
+        cells = [
+            np.concatenate(
+                [small(rows.stored(i), 96) for rows, i in ((evaluation, d.eval), (train, d.train))], axis=1
+            )
+            for d in shown
+        ]
+        labels = ["same file" if d.exact else f"{d.bits} bits, {d.difference:.1f}" for d in shown]
+        images.save_png(out / "duplicates.png", images.grid(np.stack(cells), 4, labels))
+    exact = sum(d.exact for d in found)
+    print(
+        f"{len(evaluation)} evaluation pictures: {exact} are in the training split as the same file, "
+        f"{len(found) - exact} as nearly the same picture; {out / 'duplicates.jsonl'}"
+    )
+    return {"exact": exact, "near": len(found) - exact, "evaluation": len(evaluation), "training": len(train)}

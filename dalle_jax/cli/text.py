@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
 from dalle_jax.cli import output
+from dalle_jax.cli.data import lenient, source_at
 from dalle_jax.cli.verbs import Text
-from dalle_jax.data.sources import open_source, sample_captions, source_of
+from dalle_jax.data.sources import open_source, sample_captions
 from dalle_jax.text import TextTokenizer, statistics, train
 
 _MEASURED = 10_000  # captions of each language
@@ -18,11 +18,10 @@ def text(args: Text) -> dict[str, Any]:
     """Trains, then measures on captions that the vocabulary was not trained on where there are some."""
     if args.captions < 1 or args.text_len < 1:
         raise ValueError(f"--captions {args.captions}, --text-len {args.text_len}; want at least 1 each")
-    source, out = source_of(args.path), output.file(args.out)
-    if hasattr(source, "max_bad_share"):
-        source = dataclasses.replace(
-            source, max_bad_share=1.0
-        )  # rows without a caption in one of the languages
+    source, out = (
+        lenient(source_at(args.path), 1.0),
+        output.file(args.out),
+    )  # rows may lack one of the languages
     captions = list(sample_captions(open_source(source, "train"), args.captions))
     begin = time.monotonic()
     train(captions, out, vocab=args.vocab, lowercase=not args.case, nfkc=args.nfkc)

@@ -33,19 +33,22 @@ class Demo:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Tells what a folder of pictures, tar files, an npz file or a TFDS directory holds: rows of each split,
-    captions, classes, and records that cannot be used, by cause. Every picture is decoded.
+    captions, classes, and records that cannot be used, by cause. Every picture is decoded. Of a configuration or a
+    run it is the data that it trains on, mixtures too.
 
     With --to tfds it also builds a TFDS data set in array_record format, the same rows in the same order,
     without what cannot be used; no network and no TensorFlow."""
 
     path: Positional[Annotated[str, arg(metavar="PATH")]]
-    """folder, tar files (commas, globs), npz file, TFDS directory or name"""
+    """folder, tar files (commas, globs), npz file, TFDS directory or name; or a configuration file or run"""
     to: Literal["tfds"] | None = None
     """format to build"""
     out: str | None = None
     """directory of the data set that is built, new or empty"""
     size: int | None = None
     """with --to: store squares of this side, cropped to the centre; None stores the files as they are"""
+    duplicates: str | None = None
+    """look for evaluation pictures that training has too; directory for duplicates.jsonl and a grid of pairs"""
     max_bad_share: float = 1.0
     """share of unusable records above which to stop"""
     json: Json = False
@@ -61,7 +64,7 @@ class Text:
     action: Positional[Annotated[Literal["train"], arg(metavar="train")]]
     """what to do"""
     path: Positional[Annotated[str, arg(metavar="PATH")]]
-    """folder, tar files (commas, globs), npz file, TFDS directory or name"""
+    """folder, tar files (commas, globs), npz file, TFDS directory or name; or a configuration file or run"""
     out: str
     """file to write"""
     vocab: int = 16_384

@@ -59,11 +59,11 @@ class TarSource:
     captions_field: str = "captions"
     captions_zh_field: str = "captions_zh"
     max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
+    min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
+    max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
 
     def __post_init__(self):
-        require(
-            0 <= self.max_bad_share <= 1, f"max_bad_share is {self.max_bad_share}; want a share in [0, 1]"
-        )
+        _check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +80,18 @@ class FolderSource:
     captions_zh_field: str = "captions_zh"
     templates: tuple[str, ...] = ("{}",)  # captions of a class; {} is its name
     max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
+    min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
+    max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
 
     def __post_init__(self):
-        _check_shares(self)
+        _check_limits(self)
+        _check_templates(self)
         require(0 <= self.eval_share < 1, f"eval_share is {self.eval_share}; want a share in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TfdsSource:
-    """A prepared TensorFlow Datasets directory in array_record format: captioned, labelled or neither."""
+    """A prepared TensorFlow Datasets directory in array_record or tfrecord format: captioned, labelled or neither."""
 
     kind: Literal["tfds"] = "tfds"
     path: str = ""  # a directory, or a name as `coco_captions/2014:1.1.0` below data_dir
@@ -101,9 +104,12 @@ class TfdsSource:
     label_field: str = "label"
     templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
     max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
+    min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
+    max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
 
     def __post_init__(self):
-        _check_shares(self)
+        _check_limits(self)
+        _check_templates(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +123,16 @@ class ArraysSource:
     templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
 
     def __post_init__(self):
-        _check_shares(self)
+        _check_templates(self)
 
 
-def _check_shares(source) -> None:
-    share = getattr(source, "max_bad_share", 0)
+def _check_limits(source) -> None:
+    share, side, aspect = source.max_bad_share, source.min_side, source.max_aspect
     require(0 <= share <= 1, f"max_bad_share is {share}; want a share in [0, 1]")
+    require(side >= 1 and aspect >= 1, f"min_side is {side}, max_aspect {aspect}; want at least 1 each")
+
+
+def _check_templates(source) -> None:
     require(
         all("{}" in t for t in source.templates) and len(source.templates) > 0,
         f"templates are {source.templates}; want at least one, each with {{}} where the class name goes",

@@ -5,7 +5,7 @@ Submodules load on first use: `dalle_jax.data.scenes` needs NumPy alone, `pipeli
 
 import importlib
 
-_ROOMS = ("build", "codes", "images", "pipeline", "scenes", "sources")
+_ROOMS = ("build", "codes", "duplicates", "images", "pipeline", "scenes", "sources")
 
 __all__ = list(_ROOMS)
 

@@ -7,6 +7,7 @@ it moves. H W picture, N pictures.
 from __future__ import annotations
 
 import io
+import math
 import os
 import threading
 import unicodedata
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -59,9 +60,19 @@ _CJK_FONTS = (
 )
 
 
+class Limits(NamedTuple):
+    """Which pictures are of use: those with sides and a shape that leave something after cropping."""
+
+    min_side: int = 1  # pixels of the shorter side
+    max_aspect: float = math.inf  # longer side over shorter
+
+
+ANY_SIZE = Limits()
+
+
 class BadImage(ValueError):
     """A picture that cannot be used. `cause` says why in a word or two: empty, not an image, truncated, bomb,
-    broken."""
+    broken, too small, too long."""
 
     def __init__(self, cause: str, message: str):
         super().__init__(message)
@@ -75,7 +86,12 @@ class BadImage(ValueError):
 
 
 def decode(
-    data: bytes, size: int, *, crop: Crop = "center", rng: np.random.Generator | None = None
+    data: bytes,
+    size: int,
+    *,
+    crop: Crop = "center",
+    rng: np.random.Generator | None = None,
+    limits: Limits = ANY_SIZE,
 ) -> np.ndarray:
     """One encoded picture as a square.
 
@@ -89,7 +105,7 @@ def decode(
     rng: draws the random crop; needed for "random" and "narrow" and only used there.
 
     Returns uint8 (size, size, 3). Raises BadImage for bytes that are not a whole picture of at most 64
-    million pixels.
+    million pixels and within `limits`.
     """
     _check_rng(crop, rng)
     if not data:
@@ -103,12 +119,13 @@ def decode(
                 )
             if width < 1 or height < 1:
                 raise BadImage("broken", f"the picture claims {width} x {height} pixels")
+            check_sides(width, height, limits)
             if picture.mode in ("RGB", "L", "CMYK", "YCbCr"):
                 least = round(_ZOOM[crop][1] * size) if crop in _ZOOM else size
                 picture.draft(None, (least, least))  # JPEG: decode at 1/2, 1/4 or 1/8 where that is enough
             large = picture.width * picture.height > _LARGE_PIXELS  # after draft has made a JPEG smaller
             if large and not threading.current_thread().name.startswith(_LARGE_THREAD):
-                return _large_thread().submit(decode, data, size, crop=crop, rng=rng).result()
+                return _large_thread().submit(decode, data, size, crop=crop, rng=rng, limits=limits).result()
             turn = _TURNS.get(_orientation(picture))  # of a PNG this loads the pixels
             picture.load()
             rgb = _to_rgb(picture)
@@ -126,6 +143,18 @@ def decode(
     except Exception as error:  # decoders meet hostile bytes and answer with exceptions of every kind
         cause = "truncated" if "truncated" in str(error).lower() else "broken"
         raise BadImage(cause, f"the picture does not decode: {error}") from None
+
+
+def check_sides(width: int, height: int, limits: Limits) -> None:
+    """Raises BadImage for a picture outside `limits`."""
+    short, long = sorted((width, height))
+    if short < limits.min_side:
+        raise BadImage(
+            "too small", f"the picture is {width} x {height}, want sides of {limits.min_side} pixels"
+        )
+    if long > short * limits.max_aspect:
+        told = f"the picture is {width} x {height}, want sides of at most {limits.max_aspect:g} to 1"
+        raise BadImage("too long", told)
 
 
 def fit(

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dalle_jax import config
-from dalle_jax.data.images import BadImage
+from dalle_jax.data.images import BadImage, Limits
 from dalle_jax.data.sources.rows import (
     PICTURES,
     Captions,
@@ -43,7 +43,7 @@ class FolderRows(StoredRows):
     """Rows in order of the pictures' paths. Holds names and captions in memory, no pictures."""
 
     def __init__(self, source: config.FolderSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
-        super().__init__(source.max_bad_share, languages)
+        super().__init__(source.max_bad_share, languages, Limits(source.min_side, source.max_aspect))
         self._config, self._root = source, local_path(source.path)
         if not source.path or not self._root.is_dir():
             raise FileNotFoundError(f"data.source.path: no folder {source.path!r}; want a folder of pictures")

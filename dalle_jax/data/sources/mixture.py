@@ -29,7 +29,7 @@ class MixtureRows:
     def __init__(self, mixture: config.MixtureSource, parts: Sequence[Source], split: Split):
         """parts: the opened sources of `mixture.parts`, in its order. Raises ValueError if an epoch would
         have 2^32 rows or more."""
-        self._parts, self._counts, self._split = tuple(parts), mixture.counts, split
+        self.parts, self._counts, self._split = tuple(parts), mixture.counts, split
         self._part_P = pattern(self._counts)
         self._places = [np.flatnonzero(self._part_P == k) for k in range(len(parts))]
         self._turn_P = np.zeros_like(self._part_P)  # how many rows of the same part the pattern has before
@@ -58,7 +58,7 @@ class MixtureRows:
             raise IndexError(f"row {i} of a source of {self._rows}")
         period, at = divmod(i, len(self._part_P))
         part = int(self._part_P[at])
-        return part, (period * self._counts[part] + int(self._turn_P[at])) % len(self._parts[part])
+        return part, (period * self._counts[part] + int(self._turn_P[at])) % len(self.parts[part])
 
     def _index(self, part: int, turn: int) -> int:
         """The row of the mixture that is number `turn` of those of a part."""
@@ -68,18 +68,18 @@ class MixtureRows:
     def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
         part, row = self.place(i)
         try:
-            return self._parts[part].image(row, size, crop, rng)
+            return self.parts[part].image(row, size, crop, rng)
         except ValueError as error:  # a share of unusable records, in words of a source by itself
             raise ValueError(f"data.source.parts[{part}]: {error}") from None
 
     def captions(self, i: int) -> Captions:
         part, row = self.place(i)
-        return self._parts[part].captions(row)
+        return self.parts[part].captions(row)
 
     def label(self, i: int) -> int | None:
         """An index into the classes of all parts; classes of one name are one class."""
         part, row = self.place(i)
-        label = self._parts[part].label(row)
+        label = self.parts[part].label(row)
         return None if label is None else self._labels[part][label]
 
     @property
@@ -87,7 +87,7 @@ class MixtureRows:
         """A broken picture of a part is replaced in each row that shows it, by a row of the same part; left
         out where a short evaluation split has no row of that one."""
         found = {}
-        for k, part in enumerate(self._parts):
+        for k, part in enumerate(self.parts):
             for broken, shown in part.stand_ins.items():
                 instead, turn = self._index(k, shown), broken
                 while instead < self._rows and (i := self._index(k, turn)) < self._rows:
@@ -96,14 +96,14 @@ class MixtureRows:
         return found
 
     def report(self) -> dict[str, int]:
-        return dict(sum((Counter(part.report()) for part in self._parts), Counter()))
+        return dict(sum((Counter(part.report()) for part in self.parts), Counter()))
 
     def log_to(self, path: Path) -> None:
-        for part in self._parts:
+        for part in self.parts:
             part.log_to(path)
 
     def identity(self) -> str:
-        parts = [{"rows": len(part), **json.loads(part.identity())} for part in self._parts]
+        parts = [{"rows": len(part), **json.loads(part.identity())} for part in self.parts]
         fields = {"counts": list(self._counts), "parts": parts}
         return json.dumps({"kind": "mixture", "split": self._split, **fields}, ensure_ascii=False)
 

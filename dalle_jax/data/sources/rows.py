@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from dalle_jax.data.images import BadImage, Crop, decode, fit
+from dalle_jax.data.images import ANY_SIZE, BadImage, Crop, Limits, check_sides, decode, fit
 
 Split = Literal["train", "eval"]
 Captions = dict[str, tuple[str, ...]]  # language -> its captions, at least one each
@@ -70,8 +70,8 @@ class StoredRows:
 
     classes: tuple[str, ...] = ()
 
-    def __init__(self, max_bad_share: float, languages: Sequence[str]):
-        self._max_bad_share, self._languages = max_bad_share, tuple(languages)
+    def __init__(self, max_bad_share: float, languages: Sequence[str], limits: Limits = ANY_SIZE):
+        self._max_bad_share, self._languages, self._limits = max_bad_share, tuple(languages), limits
         self._causes: Counter[str] = Counter()
         self._listed: list[tuple[str, str]] = []  # name and cause of unusable records
         self._broken: dict[int, str] = {}  # row -> why its picture cannot be used
@@ -121,9 +121,7 @@ class StoredRows:
             if row in self._broken:
                 continue
             try:
-                data = self._picture(row)
-                whole = isinstance(data, np.ndarray)
-                picture = (fit if whole else decode)(data, size, crop=crop, rng=rng)
+                picture = self._square(self._picture(row), size, crop, rng)
             except BadImage as error:
                 self._count_broken(row, error.cause)
                 continue
@@ -136,9 +134,20 @@ class StoredRows:
         """The picture of row i as it is stored: a file's bytes, or uint8 (H, W, 3). Raises BadImage, also for
         bytes that do not decode; nothing stands in."""
         data = self._picture(i)
-        if not isinstance(data, np.ndarray):
-            decode(data, 8)
+        self._square(data, 8, "center", None)
         return data
+
+    def _square(
+        self, data: bytes | np.ndarray, size: int, crop: Crop, rng: np.random.Generator | None
+    ) -> np.ndarray:
+        if not isinstance(data, np.ndarray):
+            return decode(data, size, crop=crop, rng=rng, limits=self._limits)
+        check_sides(data.shape[1], data.shape[0], self._limits)
+        return fit(data, size, crop=crop, rng=rng)
+
+    def name(self, i: int) -> str:
+        """What row i is called where it is stored."""
+        return self._name_of(i)
 
     def captions(self, i: int) -> Captions:
         return self._said(self._stand_ins.get(i, i))

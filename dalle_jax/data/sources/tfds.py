@@ -1,4 +1,4 @@
-"""Rows of a prepared TensorFlow Datasets directory in array_record format, read without TensorFlow.
+"""Rows of a prepared TensorFlow Datasets directory in array_record or tfrecord format, read without TensorFlow.
 
 A data set is captioned (a field of texts, as `captions/text` of coco_captions), labelled (`label`, whose class
 names become captions by templates) or neither, which serves models without captions.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dalle_jax import config
-from dalle_jax.data.images import BadImage
+from dalle_jax.data.images import BadImage, Limits
 from dalle_jax.data.sources.rows import (
     Captions,
     Split,
@@ -24,23 +25,25 @@ from dalle_jax.data.sources.rows import (
     listed_captions,
     local_path,
 )
+from dalle_jax.data.sources.tfrecord import TfRecords
 
 
 class TfdsRows(StoredRows):
     """The rows of one split, in the order of the data set."""
 
     def __init__(self, source: config.TfdsSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
-        super().__init__(source.max_bad_share, languages)
+        super().__init__(source.max_bad_share, languages, Limits(source.min_side, source.max_aspect))
         import tensorflow_datasets as tfds
 
         self._config, self._directory = source, _directory(source)
         self._split = source.train_split if split == "train" else source.eval_split
         builder = tfds.builder_from_directory(str(self._directory))
         info = builder.info
-        if info.file_format is None or info.file_format.value != "array_record":
+        form = info.file_format and info.file_format.value
+        if form not in ("array_record", "tfrecord"):
             raise ValueError(
-                f"data.source.path: {self._directory} is in {info.file_format and info.file_format.value} format, "
-                "which needs TensorFlow; prepare it with --file_format=array_record"
+                f"data.source.path: {self._directory} is in {form} format; want array_record or tfrecord: prepare it "
+                "again with --file_format=array_record"
             )
         if source.image_field not in info.features:
             raise ValueError(
@@ -61,8 +64,16 @@ class TfdsRows(StoredRows):
             )
         decoders = {source.image_field: tfds.decode.SkipDecoding()}
         try:
-            self._rows = builder.as_data_source(self._split, decoders=decoders)
+            if form == "tfrecord":
+                records = _records(info.splits[self._split])
+                self._rows = _Decoded(
+                    records, partial(info.features.deserialize_example_np, decoders=decoders)
+                )
+            else:
+                self._rows = builder.as_data_source(self._split, decoders=decoders)
             rows = len(self._rows)
+        except _Damaged as error:
+            raise ValueError(f"data.source.path: {error}") from None
         except (ValueError, KeyError, IndexError, AssertionError) as error:
             raise ValueError(
                 f"{self._directory} has no split {self._split!r}, it has {', '.join(info.splits) or 'none'}; set "
@@ -106,6 +117,30 @@ class TfdsRows(StoredRows):
 
     def identity(self) -> str:
         return json.dumps({"kind": "tfds", **self._about})
+
+
+class _Damaged(Exception):
+    """A tfrecord file that cannot be used."""
+
+
+class _Decoded:
+    """Examples out of records."""
+
+    def __init__(self, records: TfRecords, decode: Callable[[bytes], dict[str, Any]]):
+        self._records, self._decode = records, decode
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self._decode(self._records[row])
+
+
+def _records(split: Any) -> TfRecords:
+    try:
+        return TfRecords([(f.filename, f.skip, f.take) for f in split.file_instructions])
+    except (ValueError, OSError) as error:
+        raise _Damaged(error) from None
 
 
 def _texts(value: Any) -> list[str]:
