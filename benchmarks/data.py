@@ -1,42 +1,156 @@
-"""Pictures per second that the input pipeline delivers, by source and size.
+"""Pictures per second that the input pipeline delivers, where the time goes, and the same work by a plain loader.
 
-    python -m benchmarks.data PATH [--sizes 64 128 256] [--threads 2] [--seconds 5]
+    python -m benchmarks.data PATH [--sizes 64 128 256] [--seconds 3] [--threads 2] [--peer]
 
-PATH is anything that --data.path takes. Rows are read, decoded, cropped at random and batched, as in training.
-Prints one line for each size; `decode` is the rate of one thread that only decodes and crops the same files, so
-the distance between the two is what the pipeline adds.
+PATH is anything that --data.path takes; its pictures are stored anew as photographs of 640 x 480 (enlarged, with
+grain), as JPEG of quality 90 and as PNG, 256 of each. From these the pipeline reads, decodes, cuts out a random
+window and batches by 64, as in training of a tokenizer. Codes are drawn at random, 1,024 a row, with two captions.
+
+--peer runs, after each figure of ours, a PyTorch DataLoader with as many worker processes as we have threads, whose
+Dataset opens the same files with Pillow, cuts the same windows and resizes them to the same size (needs torch).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from dalle_jax.config import DataConfig
+from dalle_jax.config import DataConfig, FolderSource
+from dalle_jax.data.codes import CodesInfo, ShardWriter, begin, described
 from dalle_jax.data.images import decode
 from dalle_jax.data.pipeline import open_train_source, train_batches
-from dalle_jax.data.sources import source_of
+from dalle_jax.data.sources import open_source, source_of
+from dalle_jax.text import TextTokenizer, train
+
+FILES, BATCH, STORED = 256, 64, (640, 480)
+CODES, VOCAB, CAPTION = 1024, 8192, "a brown dog runs through the shallow water of a beach {}"
 
 
-def pipeline_rate(data: DataConfig, size: int, seconds: float) -> float:
-    """Rows per second of the whole pipeline, after a first batch."""
-    with train_batches(data, open_train_source(data), start=0, image_size=size) as batches:
+def rate(batches: Iterator, seconds: float) -> float:
+    """Rows per second of an iterator over batches, after two of them."""
+    for _ in range(2):
         next(batches)
-        rows, begin = 0, time.perf_counter()
-        while time.perf_counter() - begin < seconds:
-            rows += len(next(batches)["image"])
-        return rows / (time.perf_counter() - begin)
+    rows, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        rows += BATCH
+        next(batches)
+    return rows / (time.perf_counter() - begun)
 
 
-def decode_rate(files: list[bytes], size: int, seconds: float) -> float:
-    """Files per second that one thread decodes."""
-    rng, done, begin = np.random.default_rng(0), 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        decode(files[done % len(files)], size, crop="random", rng=rng)
-        done += 1
-    return done / (time.perf_counter() - begin)
+def each(work: Callable[[int], object], seconds: float) -> float:
+    """Microseconds of one call, on one thread."""
+    work(0)
+    calls, begun = 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        work(calls % FILES)
+        calls += 1
+    return 1e6 * (time.perf_counter() - begun) / calls
+
+
+def photographs(source, kind: str, folder: Path) -> list[Path]:
+    """FILES pictures of a source as files of a size that cameras and web sites have."""
+    rng, paths = np.random.default_rng(0), []
+    folder.mkdir(parents=True)
+    for i in range(FILES):
+        small = Image.fromarray(source.image(i % len(source), 128, "none"))
+        large = np.asarray(small.resize(STORED, Image.Resampling.BICUBIC), np.float32)
+        grain = rng.normal(0, 3, large.shape[:2])[..., None]
+        picture = Image.fromarray(np.clip(large + grain, 0, 255).astype(np.uint8))
+        paths.append(folder / f"{i:04d}.{kind.lower()}")
+        picture.save(paths[-1], **({"quality": 90} if kind == "JPEG" else {}))
+    return paths
+
+
+def plain_loader(paths: list[Path], size: int, workers: int) -> Iterator:
+    """What one writes with PyTorch and Pillow alone."""
+    import torch
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, i):
+            rng = np.random.default_rng()
+            picture = Image.open(paths[i]).convert("RGB")
+            side = min(picture.size)
+            x, y = (rng.integers(0, length - side + 1) for length in picture.size)
+            window = side * min(1.0, size / rng.integers(round(9 / 8 * size), round(12 / 8 * size) + 1))
+            x, y = x + rng.uniform(0, side - window), y + rng.uniform(0, side - window)
+            box = (x, y, x + window, y + window)
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            return torch.from_numpy(np.array(picture))
+
+    torch.set_num_threads(1)
+    loader = torch.utils.data.DataLoader(
+        Pictures(), batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=True, drop_last=True,
+    )  # fmt: skip
+    while True:
+        yield from loader
+
+
+def ours(folder: Path, size: int, threads: int, seconds: float) -> float:
+    source = FolderSource(path=str(folder), eval_share=0.0)
+    data = DataConfig(source=source, batch=BATCH, crop="random", threads=threads)
+    rows = open_source(source, "train", languages=())
+    with train_batches(data, rows, start=0, image_size=size) as batches:
+        return rate(batches, seconds)
+
+
+def parts(paths: list[Path], size: int, seconds: float) -> str:
+    """Microseconds of a picture on one thread: reading the file, decoding it, the rest of `decode`."""
+    files, rng = [path.read_bytes() for path in paths], np.random.default_rng(0)
+    read = each(lambda i: paths[i].read_bytes(), seconds / 4)
+
+    def load(i):
+        with Image.open(io.BytesIO(files[i])) as picture:
+            picture.draft(None, (round(1.5 * size), round(1.5 * size)))
+            picture.load()
+
+    loaded = each(load, seconds)
+    whole = each(lambda i: decode(files[i], size, crop="random", rng=rng), seconds)
+    return f"read {read:.0f}, decompress {loaded:.0f}, crop and resize {whole - loaded:.0f} us"
+
+
+def codes(work: Path, threads: int, seconds: float) -> None:
+    """Rows of codes and captions per second, without and with the captions encoded."""
+    rng, source = np.random.default_rng(0), FolderSource(path="none")
+    info = CodesInfo(
+        rows=16_384, shard_rows=4096, num_codes=CODES, vocab=VOCAB, image_size=256, crop="center", tokenizer="",
+        languages=("en", "zh"), classes=(), source=described(source), identity="{}",
+    )  # fmt: skip
+    begin(work / "codes", info)
+    for k in range(info.shards):
+        with ShardWriter(work / "codes", info, k) as writer:
+            for i in info.shard(k):
+                said = {"en": (CAPTION.format(i), CAPTION.format(-i))}
+                writer.add(rng.integers(0, VOCAB, CODES), said, None)
+    data = DataConfig(source=source, codes=str(work / "codes"), batch=BATCH, threads=threads)
+    rows = open_train_source(data)
+    train((CAPTION.format(i) for i in range(1000)), work / "text.model", vocab=400)
+    text = {
+        "text": TextTokenizer.load(work / "text.model"),
+        "text_vocab": 400,
+        "text_len": 256,
+        "dropout": 0.1,
+    }
+    read = each(lambda i: rows.row(i * 61 % len(rows)), seconds / 4)
+    merge = each(
+        lambda i: text["text"].encode(CAPTION, text_vocab=400, text_len=256, dropout=0.1, seed=i), seconds / 4
+    )
+    for name, options in (("codes", {}), ("codes and captions", text)):
+        with train_batches(data, rows, start=0, image_size=None, **options) as batches:
+            found = rate(batches, seconds)
+        print(
+            f"{name}: {found:.0f} rows/s on {threads} threads; one row: read {read:.0f}, caption {merge:.0f} us",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -44,16 +158,25 @@ def main() -> None:
     parser.add_argument("path")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--peer", action="store_true")
     args = parser.parse_args()
-    data = DataConfig(source=source_of(args.path), batch=64, crop="random", threads=args.threads)
-    source = open_train_source(data)
-    files = [source.stored(i) for i in range(min(256, len(source)))]
-    files = [file for file in files if isinstance(file, bytes)]
-    for size in args.sizes:
-        whole = pipeline_rate(data, size, args.seconds)
-        alone = f"decode alone {decode_rate(files, size, args.seconds):7.0f}/s on one" if files else ""
-        print(f"{size:4d} px: pipeline {whole:7.0f} pictures/s on {args.threads} threads; {alone}")
+    source = open_source(source_of(args.path), "train", languages=())
+    with tempfile.TemporaryDirectory() as work:
+        for kind in ("JPEG", "PNG"):
+            paths = photographs(source, kind, Path(work, kind))
+            mean = sum(path.stat().st_size for path in paths) / len(paths)
+            print(f"{kind}, {STORED[0]} x {STORED[1]}, {mean / 1000:.0f} kB each", flush=True)
+            for size in args.sizes:
+                found = ours(paths[0].parent, size, args.threads, args.seconds)
+                line = f"{size:4d} px: {found:6.0f} pictures/s on {args.threads} threads"
+                if args.peer:
+                    plain = rate(plain_loader(paths, size, args.threads), args.seconds)
+                    line += (
+                        f"; plain loader {plain:6.0f} on {args.threads} processes: {found / plain:.2f} times"
+                    )
+                print(f"{line}; one picture: {parts(paths, size, args.seconds / 3)}", flush=True)
+        codes(Path(work), args.threads, args.seconds)
 
 
 if __name__ == "__main__":

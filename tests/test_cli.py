@@ -185,6 +185,47 @@ def test_data_tells_what_a_folder_holds_and_builds_a_tfds_set(folder, tmp_path):
     assert "no data at" in refused("data", "no where")
 
 
+def test_data_and_text_take_a_configuration_with_a_mixture_and_a_run(made, folder, tmp_path):
+    (folder / "2.png").write_bytes(b"no picture")
+    config = tmp_path / "mix.py"
+    config.write_text(
+        "from dalle_jax.config import *\n"
+        f"parts = (FolderSource(path={str(folder)!r}, max_bad_share=0.0), ScenesSource(count=40, max_objects=1))\n"
+        "source = MixtureSource(parts=parts, weights=(1, 1))\n"
+        "config = TrainConfig(model=DVAEConfig(), data=DataConfig(source=source))\n"
+    )
+    told = json_of("data", config)
+    assert told["kind"] == "mixture" and told["splits"]["train"]["captions"]["zh"] == 80  # the scenes'
+    causes = Counter(told["splits"]["train"]["unusable"]) + Counter(told["splits"]["eval"]["unusable"])
+    assert causes == {"picture not an image": 1}
+    told = json_of("text", "train", config, "--out", tmp_path / "mix.model", "--vocab", 600)
+    assert set(told["languages"]) == {"en", "zh"}
+    told = json_of("data", made.dalle)
+    assert told["kind"] == "scenes" and told["splits"]["train"]["rows"] == 40
+    assert "no configuration file none.py" in refused("data", "none.py")
+
+
+def test_duplicates_between_the_splits_are_told_and_shown(folder, tmp_path):
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+    for i in range(12):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)
+        (folder / f"{i}.png").unlink()
+        images.save_png(folder / ("val" if i < 2 else "train") / f"{i}.png", noise)
+    (folder / "val" / "again.png").write_bytes((folder / "train" / "7.png").read_bytes())
+    Image.open(folder / "train" / "5.png").save(folder / "val" / "jpeg.jpg", quality=95)
+    told = json_of("data", folder, "--duplicates", tmp_path / "report")
+    assert told["duplicates"] == {"exact": 1, "near": 1, "evaluation": 4, "training": 10}
+    lines = [json.loads(line) for line in (tmp_path / "report" / "duplicates.jsonl").read_text().splitlines()]
+    assert {(x["eval"], x["train"], x["exact"]) for x in lines} == {
+        ("val/again.png", "train/7.png", True), ("val/jpeg.jpg", "train/5.png", False),
+    }  # fmt: skip
+    assert Image.open(tmp_path / "report" / "duplicates.png").width > 2 * 96
+    for picture in (folder / "val").iterdir():
+        picture.unlink()
+    assert "there is no evaluation split" in refused("data", folder, "--duplicates", tmp_path / "report")
+
+
 def test_text_train_writes_a_vocabulary(folder, tmp_path):
     told = json_of(
         "text", "train", folder, "--out", tmp_path / "v" / "text.model", "--vocab", 300, "--text-len", 2
