@@ -1,10 +1,12 @@
 """Pictures per second that the input pipeline delivers, where the time goes, and the same work by a plain loader.
 
-    python -m benchmarks.data PATH [--sizes 64 128 256] [--seconds 3] [--threads 2] [--peer]
+    python -m benchmarks.data PATH [--cases jpeg-640 jpeg-1280 png-640 jpeg-square codes] [--sizes 64 128 256]
+        [--seconds 3] [--threads 2] [--peer]
 
-PATH is anything that --data.path takes; its pictures are stored anew as photographs of 640 x 480 (enlarged, with
-grain), as JPEG of quality 90 and as PNG, 256 of each. From these the pipeline reads, decodes, cuts out a random
-window and batches by 64, as in training of a tokenizer. Codes are drawn at random, 1,024 a row, with two captions.
+PATH is anything that --data.path takes; 128 of its pictures are stored anew as photographs of 640 x 480 or 1280 x 960
+(enlarged, with grain), as JPEG of quality 90 or as PNG; jpeg-square are squares of 3/2 of the size asked for, as
+`dalle-jax data --to tfds --size` stores them. From these the pipeline reads, decodes, cuts out a random window and
+batches by 64, as in the training of a tokenizer. Codes are drawn at random, 1,024 a row, with two captions.
 
 --peer runs, after each figure of ours, a PyTorch DataLoader with as many worker processes as we have threads, whose
 Dataset opens the same files with Pillow, cuts the same windows and resizes them to the same size (needs torch).
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +32,12 @@ from dalle_jax.data.pipeline import open_train_source, train_batches
 from dalle_jax.data.sources import open_source, source_of
 from dalle_jax.text import TextTokenizer, train
 
-FILES, BATCH, STORED = 256, 64, (640, 480)
+FILES, LINKS, BATCH = (
+    128,
+    40,
+    64,
+)  # 40 names for each file: shuffling a set of 128 rows costs more than one of 5,120
+CASES = ("jpeg-640", "jpeg-1280", "png-640", "jpeg-square", "codes")
 CODES, VOCAB, CAPTION = 1024, 8192, "a brown dog runs through the shallow water of a beach {}"
 
 
@@ -49,23 +57,27 @@ def each(work: Callable[[int], object], seconds: float) -> float:
     work(0)
     calls, begun = 0, time.perf_counter()
     while time.perf_counter() - begun < seconds:
-        work(calls % FILES)
+        work(calls % (FILES * LINKS))
         calls += 1
     return 1e6 * (time.perf_counter() - begun) / calls
 
 
-def photographs(source, kind: str, folder: Path) -> list[Path]:
-    """FILES pictures of a source as files of a size that cameras and web sites have."""
+def photographs(source, case: str, size: int, folder: Path) -> list[Path]:
+    """FILES pictures of a source as files of a size that cameras and web sites have, or as squares of 3/2 `size`."""
+    kind, _, width = case.partition("-")
+    shape = (3 * size // 2,) * 2 if width == "square" else (int(width), int(width) * 3 // 4)
     rng, paths = np.random.default_rng(0), []
     folder.mkdir(parents=True)
     for i in range(FILES):
         small = Image.fromarray(source.image(i % len(source), 128, "none"))
-        large = np.asarray(small.resize(STORED, Image.Resampling.BICUBIC), np.float32)
+        large = np.asarray(small.resize(shape, Image.Resampling.BICUBIC), np.float32)
         grain = rng.normal(0, 3, large.shape[:2])[..., None]
         picture = Image.fromarray(np.clip(large + grain, 0, 255).astype(np.uint8))
-        paths.append(folder / f"{i:04d}.{kind.lower()}")
-        picture.save(paths[-1], **({"quality": 90} if kind == "JPEG" else {}))
-    return paths
+        paths.append(folder / f"{i:04d}.{kind}")
+        picture.save(paths[-1], **({"quality": 90} if kind == "jpeg" else {}))
+        for n in range(1, LINKS):
+            os.link(paths[-1], folder / f"{i:04d}-{n}.{kind}")
+    return sorted(folder.iterdir())
 
 
 def plain_loader(paths: list[Path], size: int, workers: int) -> Iterator:
@@ -105,7 +117,7 @@ def ours(folder: Path, size: int, threads: int, seconds: float) -> float:
 
 def parts(paths: list[Path], size: int, seconds: float) -> str:
     """Microseconds of a picture on one thread: reading the file, decoding it, the rest of `decode`."""
-    files, rng = [path.read_bytes() for path in paths], np.random.default_rng(0)
+    files, rng = [path.read_bytes() for path in paths[::LINKS]] * LINKS, np.random.default_rng(0)
     read = each(lambda i: paths[i].read_bytes(), seconds / 4)
 
     def load(i):
@@ -156,6 +168,7 @@ def codes(work: Path, threads: int, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0)
@@ -163,20 +176,22 @@ def main() -> None:
     args = parser.parse_args()
     source = open_source(source_of(args.path), "train", languages=())
     with tempfile.TemporaryDirectory() as work:
-        for kind in ("JPEG", "PNG"):
-            paths = photographs(source, kind, Path(work, kind))
-            mean = sum(path.stat().st_size for path in paths) / len(paths)
-            print(f"{kind}, {STORED[0]} x {STORED[1]}, {mean / 1000:.0f} kB each", flush=True)
+        for case in args.cases:
+            if case == "codes":
+                codes(Path(work), args.threads, args.seconds)
+                continue
             for size in args.sizes:
+                folder = Path(work, f"{case}-{size}" if case.endswith("square") else case)
+                paths = (
+                    sorted(folder.iterdir()) if folder.exists() else photographs(source, case, size, folder)
+                )
+                mean = sum(path.stat().st_size for path in paths) / len(paths)
                 found = ours(paths[0].parent, size, args.threads, args.seconds)
-                line = f"{size:4d} px: {found:6.0f} pictures/s on {args.threads} threads"
+                line = f"{case} ({mean / 1000:.0f} kB) to {size} px: {found:.0f}/s on {args.threads} threads"
                 if args.peer:
                     plain = rate(plain_loader(paths, size, args.threads), args.seconds)
-                    line += (
-                        f"; plain loader {plain:6.0f} on {args.threads} processes: {found / plain:.2f} times"
-                    )
+                    line += f", plain {plain:.0f}/s on {args.threads} processes, {found / plain:.2f} times"
                 print(f"{line}; one picture: {parts(paths, size, args.seconds / 3)}", flush=True)
-        codes(Path(work), args.threads, args.seconds)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def test_the_table_has_no_circle():
     [
         ("orbax", {"dalle_jax.train.checkpoint"}),
         ("grain", {"dalle_jax.data.pipeline"}),
+        ("array_record", {"dalle_jax.data.codes"}),
         ("sentencepiece", {"dalle_jax.text"}),
         ("torch", set()),
     ],
@@ -142,7 +143,7 @@ def fresh(code: str) -> str:
     return done.stdout.strip()
 
 
-HEAVY = ("tensorflow_datasets", "tensorflow", "grain", "orbax", "PIL", "sentencepiece", "tyro", "optax")
+HEAVY = ("tensorflow_datasets", "tensorflow", "grain", "array_record", "orbax", "PIL", "sentencepiece", "tyro", "optax")
 
 
 def test_import_is_light():
