@@ -22,6 +22,7 @@ from dalle_jax.config import (
     DalleConfig,
     DataConfig,
     DVAEConfig,
+    FolderSource,
     OptimConfig,
     ScenesSource,
     Schedule,
@@ -30,7 +31,7 @@ from dalle_jax.config import (
 )
 from dalle_jax.data import images
 from dalle_jax.data.codes import CodesRows
-from dalle_jax.data.pipeline import eval_batch
+from dalle_jax.data.pipeline import eval_batch, open_train_source
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import fid, inception, measures
 from dalle_jax.inference import decode_codes, encode_images, load_text_to_image, load_tokenizer
@@ -576,6 +577,14 @@ def test_encode_ahead_is_what_training_reads(made, tmp_path, rows):
     make_task(config).prepare(made.dalle)  # takes them
 
 
+def test_encode_takes_data_as_it_lies(made, folder, tmp_path):
+    told = json_of("encode", made.dvae, "--data", folder, "--out", tmp_path / "codes")
+    rows = open_source(FolderSource(path=str(folder)), "train")
+    assert told["rows"] == len(rows) and CodesRows(tmp_path / "codes").captions(0) == rows.captions(0)
+    data = DataConfig(source=FolderSource(path="moved"), codes=str(tmp_path / "codes"))
+    assert len(open_train_source(data)) == len(rows)
+
+
 def test_codes_of_another_tokenizer_are_refused_by_training_and_told_by_decode(made, tmp_path):
     out = tmp_path / "codes"
     encode = ("encode", made.dvae, "--data", made.dalle, "--rows", 8, "--out", out)
@@ -632,8 +641,8 @@ def test_encode_refuses_what_it_cannot_use(made, pictures, tmp_path):
     message = refused("encode", made.dvae, pictures[0], tmp_path / "broken.png", "--out", out)
     assert "broken.png: the picture does not decode" in message and not out.exists()
     assert "cannot read the picture" in refused("encode", made.dvae, tmp_path / "none.png", "--out", out)
-    assert "give pictures to encode, or --data" in refused("encode", made.dvae, "--out", out)
-    assert "give pictures to encode, or --data" in refused(
+    assert "give pictures to encode, or --data DATA" in refused("encode", made.dvae, "--out", out)
+    assert "give pictures to encode, or --data DATA" in refused(
         "encode", made.dvae, pictures[0], "--data", made.dvae, "--out", out
     )
     assert "--rows is for --data" in refused("encode", made.dvae, pictures[0], "--rows", 2, "--out", out)

@@ -143,7 +143,17 @@ def fresh(code: str) -> str:
     return done.stdout.strip()
 
 
-HEAVY = ("tensorflow_datasets", "tensorflow", "grain", "array_record", "orbax", "PIL", "sentencepiece", "tyro", "optax")
+HEAVY = (
+    "tensorflow_datasets",
+    "tensorflow",
+    "grain",
+    "array_record",
+    "orbax",
+    "PIL",
+    "sentencepiece",
+    "tyro",
+    "optax",
+)
 
 
 def test_import_is_light():

@@ -13,10 +13,11 @@ import numpy as np
 
 from dalle_jax.cli import output
 from dalle_jax.cli.verbs import Decode, Encode
-from dalle_jax.config import TrainConfig
+from dalle_jax.config import DataConfig, TrainConfig
 from dalle_jax.data import images
 from dalle_jax.data.codes import is_whole
 from dalle_jax.data.images import to_bytes
+from dalle_jax.data.sources import source_of
 from dalle_jax.inference import (
     PIXEL_BATCH,
     Counter,
@@ -32,7 +33,7 @@ from dalle_jax.train.rundir import load_config, read_config
 def encode(args: Encode) -> dict[str, Any]:
     """Pictures to a file of codes, or the training pictures of `args.data` to a directory of shards."""
     if bool(args.images) == (args.data is not None):
-        raise ValueError("give pictures to encode, or --data CONFIG_OR_RUN for its training pictures")
+        raise ValueError("give pictures to encode, or --data DATA for a training set")
     if args.data is not None:
         return _encode_ahead(args)
     given = [
@@ -56,7 +57,7 @@ _AHEAD = ("rows", "shard_rows", "process", "processes")
 
 
 def _encode_ahead(args: Encode) -> dict[str, Any]:
-    data = config_of(args.data).data
+    data = data_of(args.data)
     tokenizer, out = load_tokenizer(args.run), output.directory(args.out)
     if (args.process is None) != (args.processes is None):
         raise ValueError("--process and --processes go together: --process 0 --processes 4")
@@ -143,3 +144,10 @@ def _read_codes(path: str) -> tuple[np.ndarray, str | None]:
 def config_of(path: str) -> TrainConfig:
     """The configuration of a run directory, or of a Python file."""
     return load_config(path) if path.endswith(".py") or Path(path).is_file() else read_config(path)
+
+
+def data_of(path: str) -> DataConfig:
+    """The data of a configuration file or of a run, else what is at `path` in the usual way of reading it."""
+    if path.endswith(".py") or (Path(path) / "config.json").is_file():
+        return config_of(path).data
+    return DataConfig(source=source_of(path))

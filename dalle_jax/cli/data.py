@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from dalle_jax.cli import output
-from dalle_jax.cli.codes import config_of
+from dalle_jax.cli.codes import data_of
 from dalle_jax.cli.verbs import Data
 from dalle_jax.config import MixtureSource, SourceConfig
 from dalle_jax.data import images
 from dalle_jax.data.build import build_tfds
 from dalle_jax.data.duplicates import Pictures, find_duplicates, small
 from dalle_jax.data.images import BadImage
-from dalle_jax.data.sources import Source, open_source, source_of
+from dalle_jax.data.sources import Source, open_source
 from dalle_jax.data.sources.rows import StoredRows
 from dalle_jax.inference import Counter as Told
 
@@ -33,7 +33,7 @@ def data(args: Data) -> dict[str, Any]:
     """Reads every row of both splits and prints what is there."""
     if (args.to is None) != (args.out is None):
         raise ValueError("--to and --out go together: dalle-jax data PATH --to tfds --out DIR")
-    source = lenient(source_at(args.path), args.max_bad_share)
+    source = lenient(data_of(args.path).source, args.max_bad_share)
     opened: dict[str, Source] = {}
     for split in ("train", "eval"):
         try:
@@ -72,13 +72,6 @@ def data(args: Data) -> dict[str, Any]:
         eval_flag = next((n for n in splits if n != "train"), "train")
         print(f"built {where}; use it with --data.path {where} --data.source.eval-split {eval_flag}")
     return result
-
-
-def source_at(path: str) -> SourceConfig:
-    """The source of a configuration file or of a run, else of the data that is at `path`."""
-    if path.endswith(".py") or (Path(path) / "config.json").is_file():
-        return config_of(path).data.source
-    return source_of(path)
 
 
 def lenient(source: SourceConfig, share: float) -> SourceConfig:

@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from dalle_jax.cli import output
-from dalle_jax.cli.data import lenient, source_at
+from dalle_jax.cli.codes import data_of
+from dalle_jax.cli.data import lenient
 from dalle_jax.cli.verbs import Text
 from dalle_jax.data.sources import open_source, sample_captions
 from dalle_jax.text import TextTokenizer, statistics, train
@@ -19,7 +20,7 @@ def text(args: Text) -> dict[str, Any]:
     if args.captions < 1 or args.text_len < 1:
         raise ValueError(f"--captions {args.captions}, --text-len {args.text_len}; want at least 1 each")
     source, out = (
-        lenient(source_at(args.path), 1.0),
+        lenient(data_of(args.path).source, 1.0),
         output.file(args.out),
     )  # rows may lack one of the languages
     captions = list(sample_captions(open_source(source, "train"), args.captions))

@@ -123,8 +123,8 @@ class Encode:
     """Turns pictures into codes: `codes` int32 (pictures, codes) and `names` in one npz file. Pictures are
     cropped to their middle square and resized.
 
-    With --data it encodes the training pictures of a configuration or run, with their captions, into a directory
-    of array_record shards for `--data.codes` of train.py. The same command again goes on where it stopped. Several
+    With --data it encodes a training set with its captions into a directory of array_record shards, for
+    `--data.codes` of train.py. The same command again goes on where it stopped. Several
     processes, each with its own --process, share the work."""
 
     run: Positional[Runs]
@@ -134,7 +134,7 @@ class Encode:
     out: str
     """npz file to write; with --data a directory"""
     data: str | None = None
-    """configuration file or run whose training pictures are encoded"""
+    """configuration file, run, folder, tar files, npz file, TFDS directory or name: its training set is encoded"""
     rows: int | None = None
     """with --data: only the first rows"""
     shard_rows: int = 16_384

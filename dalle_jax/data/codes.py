@@ -78,22 +78,23 @@ def begin(directory: str | os.PathLike, info: CodesInfo) -> None:
 
     Raises ValueError, saying what differs, for a directory of other codes, and for one of something else.
     """
-    directory = Path(directory)
-    if (directory / _ABOUT).exists():
-        have, want = _plain(read_info(directory)), _plain(info)
-        if differing := [f"{n} {have[n]!r} there, {want[n]!r} now" for n in want if have[n] != want[n]]:
+    about = Path(directory) / _ABOUT
+    about.parent.mkdir(parents=True, exist_ok=True)
+    if not about.exists():
+        found = sorted(p.name for p in about.parent.iterdir() if not p.name.startswith("."))
+        if found and _ABOUT not in found:  # else another process began it just now
             raise ValueError(
-                f"{directory} holds other codes ({'; '.join(differing)}); choose another --out or delete it"
+                f"{directory} is not empty and holds no codes, but {', '.join(found[:5])}; choose another --out"
             )
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    if found := sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")):
+        if not found:
+            part = about.with_name(f".{_ABOUT}.{os.getpid()}")
+            part.write_text(json.dumps(_plain(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(part, about)
+    have, want = _plain(read_info(directory)), _plain(info)
+    if differing := [f"{n} {have[n]!r} there, {want[n]!r} now" for n in want if have[n] != want[n]]:
         raise ValueError(
-            f"{directory} is not empty and holds no codes, but {', '.join(found[:5])}; choose another --out"
+            f"{directory} holds other codes ({'; '.join(differing)}); choose another --out or delete it"
         )
-    part = directory / f".{_ABOUT}.{os.getpid()}"
-    part.write_text(json.dumps(_plain(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, directory / _ABOUT)
 
 
 def read_info(directory: str | os.PathLike) -> CodesInfo:
