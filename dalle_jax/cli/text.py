@@ -9,6 +9,7 @@ from dalle_jax.cli import output
 from dalle_jax.cli.codes import data_of
 from dalle_jax.cli.data import lenient
 from dalle_jax.cli.verbs import Text
+from dalle_jax.config import MixtureSource, SourceConfig
 from dalle_jax.data.sources import open_source, sample_captions
 from dalle_jax.text import TextTokenizer, statistics, train
 
@@ -29,11 +30,10 @@ def text(args: Text) -> dict[str, Any]:
     seconds = time.monotonic() - begin
     tokenizer, languages = TextTokenizer.load(out), {}
     for language in ("en", "zh"):
-        try:
-            rows = open_source(source, "eval", languages=(language,))
-        except ValueError:  # no evaluation split, or not in that language
+        held_out = _held_out(source, language)
+        if not held_out:
             continue
-        found = statistics(tokenizer, sample_captions(rows, _MEASURED), text_len=args.text_len)
+        found = statistics(tokenizer, held_out, text_len=args.text_len)
         languages[language] = found
         print(
             f"{language}: {found['captions']} held-out captions, {found['tokens'] / found['captions']:.2f} tokens "
@@ -44,3 +44,16 @@ def text(args: Text) -> dict[str, Any]:
         f"{tokenizer.size} pieces from {len(captions)} captions in {seconds:.1f} s; next: --text.model {out}"
     )
     return {"pieces": tokenizer.size, "captions": len(captions), "seconds": seconds, "languages": languages}
+
+
+def _held_out(source: SourceConfig, language: str) -> list[str]:
+    """Captions of the evaluation split in one language; of a mixture, from the parts that have some."""
+    parts = source.parts if isinstance(source, MixtureSource) else (source,)
+    captions: list[str] = []
+    for part in parts:
+        try:
+            rows = open_source(part, "eval", languages=(language,))
+        except ValueError:  # no evaluation split, or not in that language
+            continue
+        captions += sample_captions(rows, _MEASURED // len(parts))
+    return captions
