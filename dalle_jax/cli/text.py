@@ -20,10 +20,8 @@ def text(args: Text) -> dict[str, Any]:
     """Trains, then measures on captions that the vocabulary was not trained on where there are some."""
     if args.captions < 1 or args.text_len < 1:
         raise ValueError(f"--captions {args.captions}, --text-len {args.text_len}; want at least 1 each")
-    source, out = (
-        lenient(data_of(args.path).source, 1.0),
-        output.file(args.out),
-    )  # rows may lack one of the languages
+    out = output.file(args.out)
+    source = lenient(data_of(args.path).source, 1.0)  # rows may lack one of the languages
     captions = list(sample_captions(open_source(source, "train"), args.captions))
     begin = time.monotonic()
     train(captions, out, vocab=args.vocab, lowercase=not args.case, nfkc=args.nfkc)
