@@ -13,6 +13,7 @@ from dalle_jax import dalle, tokenizer
 from dalle_jax.config import (
     AdversarialConfig,
     ArraysSource,
+    BartConfig,
     ClipConfig,
     DalleConfig,
     DataConfig,
@@ -70,6 +71,10 @@ EVERY = [
         null_rate=0.0, dtype="float32", remat="dots", scan_unroll=2, mlp_width=20, activation="gelu", norm="rms",
         sandwich=True, biases=False, positions="raster", pad_piece=4, head_norm=True, head_bias=True,
         text_in_raster=True,
+    ),
+    BartConfig(
+        text_vocab=9, text_len=5, image_vocab=6, image_rows=8, start=7, grid=2, dim=12, encoder_layers=3, layers=4,
+        heads=3, mlp_width=10, pad_piece=3, begin_piece=4, end_piece=5, null_rate=0.0, dtype="float32", remat="none",
     ),
     TowerConfig(dim=12, layers=3, heads=3, mlp_ratio=2),
     ClipConfig(
