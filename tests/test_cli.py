@@ -224,7 +224,7 @@ def test_duplicates_between_the_splits_are_told_and_shown(folder, tmp_path):
     assert Image.open(tmp_path / "report" / "duplicates.png").width > 2 * 96
     for picture in (folder / "val").iterdir():
         picture.unlink()
-    assert "there is no evaluation split" in refused("data", folder, "--duplicates", tmp_path / "report")
+    assert "no rows of split 'val'" in refused("data", folder, "--duplicates", tmp_path / "report")
 
 
 def test_text_train_writes_a_vocabulary(folder, tmp_path):
