@@ -47,7 +47,8 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/mlp/(up|gate)/bias", ("layers", "mlp")),
     (r"blocks/mlp/down/kernel", ("layers", "mlp", "width")),
     (r"blocks/(attn/out|mlp/down)/bias", ("layers", None)),
-    (r"norm_(out|head)/(scale|bias)", (None,)),
+    (r"norm_out/(scale|bias)", (None,)),
+    (r"norm_head/(scale|bias)", (None,)),
     # What an encoder-decoder Transformer (bart.py) has besides.
     (r"(text|image)_norm/(scale|bias)|norm_text_out/bias", (None,)),
     (
