@@ -14,7 +14,7 @@ import pytest
 
 from dalle_jax import cli, tokenizer
 from dalle_jax.importers import families
-from dalle_jax.tokenizer import dvae, losses
+from dalle_jax.tokenizer import dvae, losses, quantize, vqgan
 from dalle_jax.train.rundir import load_run
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,14 +60,36 @@ def check_dvae(run, asked):
             assert relative(tokenizer.decode(cfg, run.params, codes), want["pixels"]) < 1e-5
 
 
-CHECKS = {"openai_dvae": ("openai-dvae", check_dvae, {})}
+def check_vqgan(run, asked):
+    for want in asked:
+        cfg, images = run.config.model, want["images"]
+        side, wide = images.shape[1:3]
+        z = vqgan.latents(cfg, run.params, jnp.asarray(images))
+        assert relative(z, want["latents"]) < 1e-5
+        codes = quantize.codes(cfg.quantizer, run.params["quantize"], z)
+        np.testing.assert_array_equal(codes, want["codes"])
+        found = quantize.lookup(cfg.quantizer, run.params["quantize"], jnp.asarray(want["codes"]))
+        assert relative(vqgan.from_range(cfg, vqgan._draw(cfg, run.params, found)[0]), want["pixels"]) < 1e-5
+        if side == wide:
+            cfg = dataclasses.replace(cfg, image_size=side)
+            codes = tokenizer.encode(cfg, run.params, images)
+            np.testing.assert_array_equal(codes, want["codes"].reshape(len(codes), -1))
+            assert relative(tokenizer.decode(cfg, run.params, codes), want["pixels"]) < 1e-5
+
+
+CHECKS = {  # golden directory: (family, check, name of the file in it)
+    "openai_dvae": ("openai-dvae", check_dvae, ""),
+    "taming_vqgan": ("taming-vqgan", check_vqgan, "model.ckpt"),
+    "taming_gumbel": ("taming-vqgan", check_vqgan, "model.ckpt"),
+    "flax_vqgan": ("flax-vqgan", check_vqgan, ""),
+    "llamagen_vq": ("llamagen-vq", check_vqgan, "vq.pt"),
+}
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_golden(tmp_path, name):
-    family, check, flags = CHECKS[name]
-    run = imported(tmp_path, family, GOLDEN / name, **flags)
-    check(run, answers(GOLDEN / name))
+    family, check, file = CHECKS[name]
+    check(imported(tmp_path, family, GOLDEN / name / file), answers(GOLDEN / name))
 
 
 def reference(package):
@@ -83,6 +105,27 @@ def test_openai_dvae_parity(tmp_path, zipped):
         tmp_path / "x", width=64, blocks=2, vocab=512, decoder_width=32, seed=1, zipped=zipped
     )
     check_dvae(imported(tmp_path, "openai-dvae", tmp_path / "x"), answers(tmp_path / "x"))
+
+
+# Three resolutions of two blocks, with the references' own 32 groups.
+WIDE = {"width": 32, "multipliers": (1, 2, 2), "latent": 32, "vocab": 64, "seed": 1}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("name", "package", "options"),
+    [
+        ("taming_vqgan", "taming", {"blocks": 2, "attention": (4,), **WIDE}),
+        ("taming_vqgan", "taming", {"blocks": 2, "attention": (16, 8), **WIDE}),
+        ("taming_gumbel", "taming", {"blocks": 2, "attention": (4,), **WIDE}),
+        ("flax_vqgan", "vqgan_jax", {"blocks": 2, "attention": (4,), **WIDE}),
+        ("llamagen_vq", "tokenizer.tokenizer_image", WIDE),
+    ],
+)
+def test_vqgan_parity(tmp_path, name, package, options):
+    family, check, file = CHECKS[name]
+    getattr(reference(package), name)(tmp_path / "x", **options)
+    check(imported(tmp_path, family, tmp_path / "x" / file), answers(tmp_path / "x"))
 
 
 def test_a_family_that_is_not_known_is_told(capsys, tmp_path):

@@ -221,6 +221,8 @@ class Import:
     """directory to write, new or empty"""
     image_size: int | None = None
     """side of the pictures of a tokenizer that can take any; None is the published one"""
+    pixels: Literal["symmetric", "unit"] | None = None
+    """of a VQGAN: what its networks see, [-1, 1] or [0, 1]; None is what the family's own code feeds them"""
     tokenizer: str | None = None
     """run of the image tokenizer that a Transformer was trained on, imported before; where its files hold none"""
     text: str | None = None

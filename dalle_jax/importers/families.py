@@ -10,8 +10,11 @@ from typing import Any
 
 from dalle_jax.importers.tensors import Imported
 
-FAMILIES = {  # family: (module with `load(path, **options)`, one line of help)
+FAMILIES = {  # family: (module, and its function where that is not `load`, of the path and options; one line of help)
     "openai-dvae": ("openai_dvae", "OpenAI's dVAE: a directory with encoder.pkl and decoder.pkl"),
+    "taming-vqgan": ("vqgan:taming", "taming-transformers' VQGAN: a Lightning checkpoint, codebook or Gumbel"),
+    "flax-vqgan": ("vqgan:flax", "DALL-E Mini's VQGAN: flax_model.msgpack or its directory"),
+    "llamagen-vq": ("vqgan:llamagen", "LlamaGen's tokenizers: vq_ds16_*.pt, vq_ds8_c2i.pt"),
     "rudalle": ("rudalle", "ruDALL-E Malevich, Emojich, Surrealist, Kandinsky: pytorch_model*.bin"),
     "llamagen": ("llamagen", "LlamaGen's class-conditional GPT, B to 3B: c2i_*.pt"),
     "dalle-mini": ("dalle_mini", "DALL-E Mini and Mega: a directory with flax_model.msgpack"),
@@ -28,7 +31,10 @@ def load(family: str, path: Path, **options: Any) -> Imported:
         near = difflib.get_close_matches(family, FAMILIES, n=1)
         hint = f"perhaps you meant {near[0]!r}" if near else f"want one of {', '.join(FAMILIES)}"
         raise ValueError(f"no family {family!r}; {hint}")
-    found: Callable[..., Imported] = importlib.import_module(f"{__package__}.{FAMILIES[family][0]}").load
+    module, _, function = FAMILIES[family][0].partition(":")
+    found: Callable[..., Imported] = getattr(
+        importlib.import_module(f"{__package__}.{module}"), function or "load"
+    )
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in found.__code__.co_varnames[: found.__code__.co_argcount]:

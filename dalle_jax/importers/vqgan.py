@@ -1,0 +1,181 @@
+"""Published VQGANs: taming-transformers' (2012.09841), its Flax port of DALL-E Mini, and LlamaGen's (2406.06525).
+
+One architecture under three ways of naming it. The sizes of the networks and the kind of quantizer are read from the
+tensors, so smaller or larger models of the same code are read too; only the range of the pixels is not in a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from dalle_jax.config import GumbelQuantizer, VectorQuantizer, VQGANConfig
+from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.tensors import (
+    Imported,
+    Model,
+    Rule,
+    Tensors,
+    check_names,
+    conv,
+    conv_as_linear,
+    counted,
+    one,
+    same,
+    shape_of,
+)
+
+Pixels = Literal["symmetric", "unit"]
+
+
+class Naming(NamedTuple):
+    """How a code base names the layers; `{}` is a number."""
+
+    about: str
+    join: str
+    levels: tuple[str, str]  # of the encoder and the decoder
+    deepest_first: bool  # the decoder's levels are numbered in the order in which they run
+    block: str
+    attention: str
+    middle: tuple[str, str, str]
+    weights: tuple[str, str, str]  # of a convolution, a norm, and a table
+    flax: bool  # arrays have the library's own layout
+
+
+TAMING = Naming(
+    "a taming VQGAN", ".", ("down.{}", "up.{}"), False, "block.{}", "attn.{}",
+    ("block_1", "attn_1", "block_2"), ("weight", "weight", "weight"), False,
+)  # fmt: skip
+FLAX = Naming(
+    "a Flax VQGAN", "/", ("down_{}", "up_{}"), False, "block_{}", "attn_{}",
+    ("block_1", "attn_1", "block_2"), ("kernel", "scale", "embedding"), True,
+)  # fmt: skip
+LLAMAGEN = Naming(
+    "a LlamaGen tokenizer", ".", ("conv_blocks.{}", "conv_blocks.{}"), True, "res.{}", "attn.{}",
+    ("0", "1", "2"), ("weight", "weight", "weight"), False,
+)  # fmt: skip
+
+
+def taming(path: Path, image_size: int | None = None, pixels: Pixels | None = None) -> Imported:
+    """A Lightning checkpoint; its discriminator and LPIPS network, under `loss`, are left behind."""
+    return Imported(model(path, without(read_tensors(path), "loss."), TAMING, image_size, pixels))
+
+
+def flax(path: Path, image_size: int | None = None, pixels: Pixels | None = None) -> Imported:
+    """`flax_model.msgpack` of `dalle-mini/vqgan_imagenet_f16_16384`.
+
+    DALL-E Mini feeds it pixels in [0, 1], although its weights were trained on [-1, 1]; so does this by default.
+    """
+    tensors = {name.removeprefix("params/"): tensor for name, tensor in read_tensors(path).items()}
+    return Imported(model(path, tensors, FLAX, image_size, pixels or "unit"))
+
+
+def llamagen(path: Path, image_size: int | None = None) -> Imported:
+    """`vq_ds16_c2i.pt`, `vq_ds16_t2i.pt` or `vq_ds8_c2i.pt`; codes are compared on the unit sphere."""
+    tensors = without(read_tensors(path), "quantize.codebook_used")
+    return Imported(model(path, tensors, LLAMAGEN, image_size, None))
+
+
+def without(tensors: Tensors, *prefixes: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+
+
+def model(
+    path: Path, tensors: Tensors, naming: Naming, image_size: int | None, pixels: Pixels | None
+) -> Model:
+    """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
+    cfg = _config(path, tensors, naming, image_size or 256, pixels or "symmetric")
+    rules = _rules(cfg, naming)
+    check_names(rules, tensors, path, naming.about)
+    return Model(cfg, rules, tensors)
+
+
+def _config(path, tensors, naming, image_size, pixels) -> VQGANConfig:
+    join, kernel, table = naming.join, naming.weights[0], naming.weights[2]
+
+    def shape(*words: str, ndim: int = 4) -> tuple[int, ...]:
+        return shape_of(tensors, join.join(words), path, ndim, naming.about)
+
+    out = 3 if naming.flax else 0  # axis of a convolution's outputs
+    width = shape("encoder", "conv_in", kernel)[out]
+    level = join.join(["encoder", naming.levels[0]])
+    levels = counted(tensors, join.join([level, naming.block.format(0), "conv1", kernel]))
+    blocks = counted(tensors, join.join([level.format(0), naming.block, "conv1", kernel]))
+    firsts = [shape(level.format(i), naming.block.format(0), "conv1", kernel)[out] for i in range(levels)]
+    if levels == 0 or any(first % width for first in firsts):
+        raise ValueError(
+            f"{path} is not {naming.about}: its levels have {firsts} channels, the first layer {width}"
+        )
+    attention = [
+        i for i in range(levels)
+        if join.join([level.format(i), naming.attention.format(0), "q", kernel]) in tensors
+    ]  # fmt: skip
+    if join.join(["quantize", "proj", kernel]) in tensors:
+        vocab, dim = shape("quantize", "embed", table, ndim=2)
+        quantizer = GumbelQuantizer(vocab=vocab, dim=dim)
+    else:
+        vocab, dim = shape("quantize", "embedding", table, ndim=2)
+        quantizer = VectorQuantizer(vocab=vocab, dim=dim, normalize=naming is LLAMAGEN)
+    return VQGANConfig(
+        image_size=image_size, width=width, multipliers=tuple(first // width for first in firsts), blocks=blocks,
+        attention_levels=tuple(attention), latent_width=shape("encoder", "conv_out", kernel)[out],
+        quantizer=quantizer, pixels=pixels,
+    )  # fmt: skip
+
+
+def _rules(cfg: VQGANConfig, naming: Naming) -> dict[str, Rule]:
+    rules = {}
+    for to, source, kind in _layers(cfg, naming):
+        of_conv = kind == "conv"
+        name = naming.weights[0 if of_conv else 1]
+        how = conv if of_conv and not naming.flax else same
+        rules[f"{to}/{'kernel' if of_conv else 'scale'}"] = one(naming.join.join([*source, name]), how)
+        rules[f"{to}/bias"] = one(naming.join.join([*source, "bias"]), same)
+    quantize, table = "quantize" + naming.join, naming.join + naming.weights[2]
+    if isinstance(cfg.quantizer, GumbelQuantizer):
+        proj = f"{quantize}proj{naming.join}"
+        rules["quantize/proj/kernel"] = one(proj + naming.weights[0], conv_as_linear)
+        rules["quantize/proj/bias"] = one(proj + "bias", same)
+        rules["quantize/embedding"] = one(f"{quantize}embed{table}", same)
+    else:
+        rules["quantize/embedding"] = one(f"{quantize}embedding{table}", same)
+    return rules
+
+
+def _layers(cfg: VQGANConfig, naming: Naming) -> Iterator[tuple[str, list[str], str]]:
+    """(path of the library, words of the source's name, `conv` or `norm`) of every layer with weights."""
+    for name in ("quant_conv", "post_quant_conv"):
+        yield name, [name], "conv"
+    deepest = len(cfg.multipliers) - 1
+    for part, way, resample in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        decoder = part == "decoder"
+        for name, kind in (("conv_in", "conv"), ("norm_out", "norm"), ("conv_out", "conv")):
+            yield f"{part}/{name}", [part, name], kind
+        for name, theirs in zip(("block_1", "attn_1", "block_2"), naming.middle, strict=True):
+            yield from _of_block(f"{part}/mid/{name}", [part, "mid", theirs], name.startswith("attn"), False)
+        # What enters the first block of each level; the decoder begins at the deepest.
+        before = cfg.multipliers[-1] if decoder else 1
+        for level in range(deepest, -1, -1) if decoder else range(deepest + 1):
+            number = deepest - level if decoder and naming.deepest_first else level
+            there = naming.levels[decoder].format(number)
+            for j in range(cfg.blocks + decoder):
+                to, source = f"{part}/{way}_{level}", [part, there]
+                widens = before != cfg.multipliers[level]
+                yield from _of_block(f"{to}_block_{j}", [*source, naming.block.format(j)], False, widens)
+                if level in cfg.attention_levels:
+                    yield from _of_block(f"{to}_attn_{j}", [*source, naming.attention.format(j)], True, False)
+                before = cfg.multipliers[level]
+            if level != (0 if decoder else deepest):
+                yield f"{part}/{way}_{level}_{resample}", [part, there, resample, "conv"], "conv"
+
+
+def _of_block(
+    to: str, source: list[str], attention: bool, widens: bool
+) -> Iterator[tuple[str, list[str], str]]:
+    if attention:
+        names = ["norm", "q", "k", "v", "proj_out"]
+    else:
+        names = ["norm1", "conv1", "norm2", "conv2"] + ["nin_shortcut"] * widens
+    for name in names:
+        yield f"{to}/{name}", [*source, name], "norm" if name.startswith("norm") else "conv"
