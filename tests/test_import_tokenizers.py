@@ -5,17 +5,34 @@ Default: small golden files that the reference implementations made (golden/refe
 """
 
 import dataclasses
+import gzip
 import importlib
+import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from dalle_jax import cli, tokenizer
-from dalle_jax.importers import families
+from dalle_jax.config import (
+    DVAEConfig,
+    GumbelQuantizer,
+    MeshConfig,
+    TrainConfig,
+    VectorQuantizer,
+    VQGANConfig,
+)
+from dalle_jax.importers import families, openai_dvae
+from dalle_jax.importers import vqgan as importer
+from dalle_jax.importers.tensors import Tensor
+from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.tokenizer import dvae, losses, quantize, vqgan
-from dalle_jax.train.rundir import load_run
+from dalle_jax.train.rundir import load_run, shapes_by_name
+from dalle_jax.train.start import begin_from
+from dalle_jax.train.state import State
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -126,6 +143,71 @@ def test_vqgan_parity(tmp_path, name, package, options):
     family, check, file = CHECKS[name]
     getattr(reference(package), name)(tmp_path / "x", **options)
     check(imported(tmp_path, family, tmp_path / "x" / file), answers(tmp_path / "x"))
+
+
+TAMING = importer.model, importer.TAMING, None, None
+LLAMAGEN = importer.model, importer.LLAMAGEN, None, None
+PUBLISHED = {  # model of golden/published.json.gz: ((its importer, options), parameters in all, what its tensors tell)
+    "openai-dvae": ((openai_dvae.model, None), 53_786_240 + 43_829_766, DVAEConfig()),
+    "taming-f16-1024": (TAMING, 72_141_699, VQGANConfig(quantizer=VectorQuantizer(vocab=1024))),
+    "taming-f16-16384": (TAMING, 76_073_859, VQGANConfig()),
+    "taming-f8-gumbel": (
+        TAMING, None,
+        VQGANConfig(multipliers=(1, 1, 2, 4), attention_levels=(3,), quantizer=GumbelQuantizer()),
+    ),
+    "llamagen-f16": (LLAMAGEN, 71_883_403, VQGANConfig(quantizer=VectorQuantizer(dim=8, normalize=True))),
+    "llamagen-f8": (
+        LLAMAGEN, 70_109_835,
+        VQGANConfig(
+            multipliers=(1, 2, 2, 4), attention_levels=(3,), quantizer=VectorQuantizer(dim=8, normalize=True)
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_known_by_their_tensors(name):
+    """The names and shapes that the reference gives its full-size models; nothing is allocated."""
+    (importer_of, *more), count, want = PUBLISHED[name]
+    shapes = json.loads(gzip.decompress((GOLDEN / "published.json.gz").read_bytes()))[name]
+    tensors = {k: Tensor(tuple(shape), np.dtype(np.float32), None) for k, shape in shapes.items()}
+    tensors.pop("quantize.codebook_used", None)
+    model = importer_of("x", tensors, *more)
+    assert model.config == want
+    ours = sum(int(np.prod(leaf.shape)) for leaf in shapes_by_name(model.config).values())
+    assert ours == sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+    assert count in (None, ours)
+
+
+@pytest.mark.parametrize("name", ["openai_dvae", "taming_gumbel"])
+def test_an_imported_run_is_used_like_any(tmp_path, name):
+    """Pictures to codes and back by the commands: what its own functions give."""
+    family, _, file = CHECKS[name]
+    imported(tmp_path, family, GOLDEN / name / file, **{"image-size": 16})
+    run, codes = str(tmp_path / "run"), str(tmp_path / "codes.npz")
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    assert cli.main(["encode", run, str(tmp_path / "picture.png"), "--out", codes]) == 0
+    assert cli.main(["decode", run, codes, "--out", str(tmp_path / "images.npz")]) == 0
+    loaded = load_run(run)
+    images = jnp.asarray(picture[None] / 255, jnp.float32)
+    want = tokenizer.encode(loaded.config.model, loaded.params, images)
+    with np.load(codes) as found, np.load(tmp_path / "images.npz") as drawn:
+        np.testing.assert_array_equal(found["codes"], want)
+        np.testing.assert_allclose(
+            drawn["images"], tokenizer.decode(loaded.config.model, loaded.params, want), atol=1e-5
+        )
+
+
+def test_a_training_begins_from_an_imported_run(tmp_path):
+    loaded = imported(tmp_path, "openai-dvae", GOLDEN / "openai_dvae", **{"image-size": 16})
+    config = TrainConfig(
+        model=loaded.config.model, run=str(tmp_path / "more"), init_from=str(tmp_path / "run")
+    )
+    blank = jax.tree.map(jnp.zeros_like, loaded.params)
+    state = State(step=jnp.int32(0), params=blank, opt_state=(), ema={})
+    begun = begin_from(state, config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, begun.params, loaded.params)
 
 
 def test_a_family_that_is_not_known_is_told(capsys, tmp_path):

@@ -11,6 +11,7 @@ from dalle_jax.cli.verbs import Import
 from dalle_jax.config import TransformerConfig
 from dalle_jax.importers import families
 from dalle_jax.importers.tensors import Imported
+from dalle_jax.inference import Counter
 from dalle_jax.train.imported import write_run
 from dalle_jax.train.rundir import Run, load_run
 from dalle_jax.train.tasks.dalle import check_fits
@@ -24,7 +25,7 @@ def import_(args: Import) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in names}
     found = families.load(args.family, Path(args.path), **options)
     model = found.model.config
-    count = write_run(found, out, args.path, tokenizer=_tokenizer(args, found))
+    count = write_run(found, out, args.path, Counter("parameters"), tokenizer=_tokenizer(args, found))
     seconds = time.monotonic() - begun
     print(
         f"{count:,} parameters of {args.family} in {out} in {seconds:.0f} s; use it like a run of stage {model.kind}"

@@ -12,7 +12,10 @@ from dalle_jax.importers.tensors import Imported
 
 FAMILIES = {  # family: (module, and its function where that is not `load`, of the path and options; one line of help)
     "openai-dvae": ("openai_dvae", "OpenAI's dVAE: a directory with encoder.pkl and decoder.pkl"),
-    "taming-vqgan": ("vqgan:taming", "taming-transformers' VQGAN: a Lightning checkpoint, codebook or Gumbel"),
+    "taming-vqgan": (
+        "vqgan:taming",
+        "taming-transformers' VQGAN: a Lightning checkpoint, codebook or Gumbel",
+    ),
     "flax-vqgan": ("vqgan:flax", "DALL-E Mini's VQGAN: flax_model.msgpack or its directory"),
     "llamagen-vq": ("vqgan:llamagen", "LlamaGen's tokenizers: vq_ds16_*.pt, vq_ds8_c2i.pt"),
     "rudalle": ("rudalle", "ruDALL-E Malevich, Emojich, Surrealist, Kandinsky: pytorch_model*.bin"),

@@ -33,10 +33,15 @@ def load(path: Path, image_size: int | None = None) -> Imported:
         if not file.is_file():
             raise FileNotFoundError(f"no file {file}; want a directory with encoder.pkl and decoder.pkl")
         tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensors(file).items()}
+    return Imported(model(path, tensors, image_size))
+
+
+def model(path: Path, tensors: Tensors, image_size: int | None) -> Model:
+    """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
     config = _config(path, tensors, image_size)
     rules = _rules(config)
     check_names(rules, tensors, path, _ABOUT)
-    return Imported(Model(config, rules, tensors))
+    return Model(config, rules, tensors)
 
 
 def _config(path: Path, tensors: Tensors, image_size: int | None) -> DVAEConfig:

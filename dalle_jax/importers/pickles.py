@@ -21,8 +21,8 @@ _OF_MODELS = re.compile(
 )
 _WITH_MODULES_BELOW = re.compile(r"(__torch__|torch\.nn|omegaconf|pytorch_lightning|lightning|dall_e)\.")
 _BUILTINS = frozenset((
-    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
-    "slice", "str", "tuple",
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "long", "object", "range",
+    "set", "slice", "str", "tuple",
 ))  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class Tensor(NamedTuple):
 
 
 Tensors = dict[str, Tensor]
+_PIECE = 1 << 24  # numbers in memory at once
 Transform = Callable[..., np.ndarray]
 
 
@@ -124,7 +125,7 @@ def counted(tensors: Tensors, pattern: str, first: int = 0) -> int:
 
 
 def parts_of(name: str, rule: Rule, model: Model, shape: tuple[int, ...], path: Any) -> Iterable[np.ndarray]:
-    """The parts of parameter `name` one after another, float32, checked.
+    """Parameter `name` some rows after others, float32, checked.
 
     Raises ValueError naming the tensor whose shape does not give `shape`, that is not of numbers, or that has a
     value that is not finite.
@@ -147,12 +148,21 @@ def parts_of(name: str, rule: Rule, model: Model, shape: tuple[int, ...], path: 
             raise ValueError(f"{path}: tensor {told} cannot become {name} {want}") from None
         if made.shape != want:
             raise ValueError(f"{path}: tensor {told} becomes {name} {made.shape}; want {want}")
-        made = np.ascontiguousarray(made, np.float32)
-        if not np.isfinite(made).all():
-            bad = [n for n, a in zip(part.names, arrays, strict=True) if not _finite(a)]
-            raise ValueError(f"{path}: tensor {bad[0] if bad else told} has values that are not finite")
-        yield made
+        for piece in _pieces(made):
+            if not np.isfinite(piece).all():
+                bad = [n for n, a in zip(part.names, arrays, strict=True) if not _finite(a)]
+                raise ValueError(f"{path}: tensor {bad[0] if bad else told} has values that are not finite")
+            yield piece
+
+
+def _pieces(array: np.ndarray) -> Iterable[np.ndarray]:
+    """`array` in float32, some rows at a time: a table of a gigabyte is never whole in memory."""
+    if array.ndim == 0:
+        array = array[None]
+    rows = max(1, _PIECE * len(array) // max(array.size, 1))
+    for start in range(0, len(array), rows):
+        yield np.ascontiguousarray(array[start : start + rows], np.float32)
 
 
 def _finite(array: np.ndarray) -> bool:
-    return bool(np.isfinite(np.asarray(array, np.float32)).all())
+    return all(np.isfinite(piece).all() for piece in _pieces(array))

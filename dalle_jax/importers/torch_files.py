@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import os
 import zipfile
 from pathlib import Path
@@ -54,12 +55,8 @@ def read(path: Path) -> Tensors:
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     tree, places = _read_zip(path) if zipped else _read_legacy(path)
-    for key in _WRAPPERS:
-        if isinstance(tree, dict) and isinstance(tree.get(key), (dict, Object)):
-            tree = tree[key]
-            break
     found: dict[str, _Tensor] = {}
-    _collect(tree, "", found, set())
+    _collect(_unwrapped(tree), "", found, set())
     if not found:
         raise ValueError(f"{path} holds no tensors; want a checkpoint of a model")
     return {name: _lazy(path, name, tensor, places) for name, tensor in found.items()}
@@ -81,7 +78,9 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
                 raise ValueError(f"{path}: data.pkl is too large for a table of tensors")
             table = archive.read(root + "data.pkl")
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path} is cut off or damaged: its zip archive cannot be read ({error})") from None
+        raise ValueError(
+            f"{path} is cut off or damaged{_where_cut(path)}: its zip archive cannot be read ({error})"
+        ) from None
     tree = pickles.load(io.BytesIO(table), str(path), _call, _storage)
     places = {}
     with open(path, "rb") as file:
@@ -98,6 +97,32 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
             start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             places[name[len(root + "data/") :]] = (start, entry.file_size)
     return tree, places
+
+
+def _where_cut(path: Path) -> str:
+    """` in tensor NAME`, of an archive without its table, which stands at the end; empty where it cannot be told.
+
+    torch.save writes data.pkl first, and the name of each storage before its bytes.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at, key = len(data), ""
+        while not key and (at := data.rfind(b"PK\x03\x04", 0, at)) > 0:
+            length = int.from_bytes(data[at + 26 : at + 28], "little")
+            name = data[at + 30 : at + 30 + length].decode("ascii", "replace")
+            key = name.partition("/data/")[2]
+            if not key and "/" in name:  # something small that follows the tensors
+                return ""
+        length = int.from_bytes(data[26:28], "little")
+        if not key or data.find(b"PK\x01\x02", at) > 0 or not data[30 : 30 + length].endswith(b"data.pkl"):
+            return ""
+        file.seek(30 + length + int.from_bytes(data[28:30], "little"))
+        tensors: dict[str, _Tensor] = {}
+        try:
+            _collect(_unwrapped(pickles.load(file, str(path), _call, _storage)), "", tensors, set())
+        except ValueError:
+            return ""
+    names = [name for name, tensor in tensors.items() if tensor.storage.key == key]
+    return f" in tensor {names[0]}" if names else ""
 
 
 def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
@@ -164,6 +189,14 @@ def _call(name: Name, args: tuple) -> Any:
         case "collections.OrderedDict", (list(pairs),):
             return {key: value for key, value in pairs}
     return Object(name, args)
+
+
+def _unwrapped(tree: Any) -> Any:
+    """The state dict that a trainer saved beside other things, or `tree` itself."""
+    for key in _WRAPPERS:
+        if isinstance(tree, dict) and isinstance(tree.get(key), (dict, Object)):
+            return tree[key]
+    return tree
 
 
 def _collect(tree: Any, prefix: str, found: dict[str, _Tensor], seen: set[int]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
 from dalle_jax.config import TrainConfig, to_json
@@ -21,15 +20,15 @@ def write_run(
     imported: Imported,
     out: Path,
     source: str,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     tokenizer: Run | None = None,
 ) -> int:
     """Writes the run directory `out`, which must be new or empty; returns the number of parameters.
 
-    Tensors pass through one part at a time (docs/import.md). source: what error messages call the files. tokenizer: a
-    run that is kept beside the model, for one that comes without. Raises
-    ValueError naming the tensor that does not fit or is not finite; then, and for a disk that is full, nothing is
-    left at `out`.
+    Tensors pass through one part at a time (docs/import.md). source: what error messages call the files. progress:
+    called with the parameters written and all of the model. tokenizer: a run that is kept beside the model, for one
+    that comes without. Raises ValueError naming the tensor that does not fit or is not finite; then, and for a disk
+    that is full, nothing is left at `out`.
     """
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -55,20 +54,24 @@ def write_run(
     return count
 
 
-def _write_model(model: Model, out: Path, source: str, progress: Callable[[str], None] | None) -> int:
+def _write_model(model: Model, out: Path, source: str, progress: Callable[[int, int], None] | None) -> int:
     out.mkdir(parents=True)
     shapes = shapes_by_name(model.config)
     unmade, unknown = sorted(shapes.keys() - model.rules), sorted(model.rules.keys() - shapes)
     if unmade or unknown:  # no file can cause it: the family's table is wrong
         raise AssertionError(f"no rule for {unmade[:3]}, no parameter {unknown[:3]}")
 
-    def parts(name: str) -> Any:
+    done, count = 0, sum(math.prod(leaf.shape) for leaf in shapes.values())
+
+    def parts(name: str) -> Iterator[np.ndarray]:
+        nonlocal done
         name = name.replace(".", "/")
+        yield from parts_of(name, model.rules[name], model, shapes[name].shape, source)
+        done += math.prod(shapes[name].shape)
         if progress:
-            progress(name)
-        return parts_of(name, model.rules[name], model, shapes[name].shape, source)
+            progress(done, count)
 
     entries = {name.replace("/", "."): (np.dtype(np.float32), leaf.shape) for name, leaf in shapes.items()}
     safetensors.write_parts(out / WEIGHTS, entries, parts, {"format": "dalle_jax", "step": "0"})
     write_atomically(out / "config.json", to_json(TrainConfig(model=model.config)))
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    return count

@@ -179,7 +179,6 @@ def llamagen_vq(out, *, width=4, multipliers=(1, 2), latent=6, vocab=32, seed=0)
 
 def flax_vqgan(out, *, width=4, multipliers=(1, 2), blocks=1, attention=(8,), latent=6, vocab=32, seed=0):
     """patil-suraj/vqgan-jax: flax_model.msgpack. Its base class left transformers in version 5 and is not used here."""
-    import math
     import types
 
     import flax.linen as nn
@@ -195,9 +194,8 @@ def flax_vqgan(out, *, width=4, multipliers=(1, 2), blocks=1, attention=(8,), la
 
     if width % 32:
         vj.nn = types.SimpleNamespace(**vars(nn))
-        vj.nn.GroupNorm = lambda num_groups, epsilon: nn.GroupNorm(
-            num_groups=math.gcd(32, width), epsilon=epsilon
-        )
+        # As _small_groups: these channels are powers of two below 32.
+        vj.nn.GroupNorm = lambda num_groups, epsilon: nn.GroupNorm(None, 1, epsilon=epsilon)
     cfg = VQGANConfig(
         ch=width, ch_mult=multipliers, num_res_blocks=blocks, resolution=16, attn_resolutions=attention,
         z_channels=latent, embed_dim=latent, n_embed=vocab,
@@ -331,8 +329,56 @@ def clip_hugging_face(
     _clip_answers(torch, out, image_size, text_len, vocab, embed)
 
 
+def published(out):
+    """Names and shapes of the published models, made without memory: `{model: {name: shape}}`, in one file."""
+    import gzip
+    import importlib.util
+    import json
+
+    import torch
+    from dall_e import Decoder, Encoder
+    from taming.modules.diffusionmodules import model
+    from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer
+    from tokenizer.tokenizer_image import vq_model
+    from transformers import CLIPConfig, CLIPModel
+
+    where = Path(importlib.util.find_spec("clip").submodule_search_locations[0]) / "model.py"
+    spec = importlib.util.spec_from_file_location("clip_model", where)
+    openai = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(openai)
+
+    def taming(multipliers, attention, quantize):
+        sizes = dict(
+            ch=128, out_ch=3, ch_mult=multipliers, num_res_blocks=2, attn_resolutions=attention, in_channels=3,
+            resolution=256, z_channels=256, double_z=False,
+        )  # fmt: skip
+        return torch.nn.ModuleDict(dict(
+            encoder=model.Encoder(**sizes), decoder=model.Decoder(**sizes), quantize=quantize,
+            quant_conv=torch.nn.Conv2d(256, 256, 1), post_quant_conv=torch.nn.Conv2d(256, 256, 1),
+        ))  # fmt: skip
+
+    with torch.device("meta"):
+        f16 = (1, 1, 2, 2, 4), (16,)
+        models = {
+            "openai-dvae": torch.nn.ModuleDict(
+                dict(encoder=Encoder(device="meta"), decoder=Decoder(device="meta"))
+            ),
+            "taming-f16-1024": taming(*f16, VectorQuantizer(1024, 256, 0.25)),
+            "taming-f16-16384": taming(*f16, VectorQuantizer(16384, 256, 0.25)),
+            "taming-f8-gumbel": taming((1, 1, 2, 4), (32,), GumbelQuantize(256, 256, 8192)),
+            "llamagen-f16": vq_model.VQ_16(),
+            "llamagen-f8": vq_model.VQ_8(),
+            "clip-openai": openai.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
+            "clip-hugging-face": CLIPModel(CLIPConfig()),
+        }
+    shapes = {name: {k: list(x.shape) for k, x in m.state_dict().items()} for name, m in models.items()}
+    data = json.dumps(shapes, separators=(",", ":")).encode()
+    out.with_suffix(".json.gz").write_bytes(gzip.compress(data, mtime=0))
+
+
 FAMILIES = (
     openai_dvae, taming_vqgan, taming_gumbel, llamagen_vq, flax_vqgan, clip_openai, clip_hugging_face,
+    published,
 )  # fmt: skip
 GOLDEN = {family.__name__: family for family in FAMILIES}
 
