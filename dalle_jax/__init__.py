@@ -20,6 +20,7 @@ _ROOMS = (
     "data",
     "train",
     "inference",
+    "ranking",
     "evaluate",
     "importers",
     "demo",

@@ -65,6 +65,7 @@ class BytePairs:
             self._spelled[joined] = self._spelled[left] + self._spelled[right]
             self._ranks.setdefault((left, right), rank)
         self._bytes_of = {vocab[piece]: spelled for piece, spelled in self._spelled.items()}
+        self.used = max(self._bytes_of) + 1  # ids of captions are below it
         self._letters = letters
         self._usual = functools.lru_cache(maxsize=65_536)(self._split)
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from dalle_jax import autoregressive
 from dalle_jax import tokenizer as tokenizers
-from dalle_jax.config import DataConfig, MeshConfig, TokenizerConfig, TransformerConfig
+from dalle_jax.config import ClipConfig, DataConfig, MeshConfig, TokenizerConfig, TransformerConfig
 from dalle_jax.data.codes import CodesInfo, ShardWriter, begin, described, is_whole
 from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.sources import open_source
@@ -88,7 +88,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises FileNotFoundError, ValueError or OSError as `load_run` does.
     """
     path = Path(path)
-    if isinstance(read_config(path).model, TokenizerConfig):
+    model = read_config(path).model
+    if isinstance(model, ClipConfig):
+        raise ValueError(f"{path} is a run of stage clip: it has no image tokenizer; give a run that has one")
+    if isinstance(model, TokenizerConfig):
         run = load_run(path)
         return Tokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
     if not (path / "tokenizer" / "config.json").is_file():
@@ -106,6 +109,11 @@ def load_text_to_image(path: str | Path) -> TextToImage:
     """
     path = Path(path)
     kind = read_config(path).model.kind
+    if kind == "clip":
+        raise ValueError(
+            f"{path} is a run of stage clip: it ranks pictures and draws none. Give the run of a Transformer, and this "
+            f"one as --clip {path}"
+        )
     if kind not in ("dalle", "bart"):
         raise ValueError(
             f"{path} is a tokenizer run (stage {kind}): it knows no captions. Give the run of a Transformer "
@@ -263,7 +271,7 @@ def encode_images(tokenizer: Tokenizer, images: np.ndarray, *, batch: int = PIXE
     """Codes of pictures: uint8 (R, H, W, 3) to int32 (R, N). Raises ValueError for another shape or dtype."""
     if images.dtype != np.uint8:
         raise ValueError(f"pictures are {images.dtype}, want uint8 (rows, height, width, 3)")
-    return _in_batches(
+    return in_batches(
         partial(_encode, tokenizer.config, tokenizer.params), (images,), min(batch, len(images))
     )
 
@@ -291,7 +299,7 @@ def decode_codes(
             f"[0, {cfg.vocab}); use the tokenizer that encoded them"
         )
     one = partial(_decode, cfg, tokenizer.params)
-    return _in_batches(one, (codes.astype(np.int32),), min(batch, len(codes)), progress)
+    return in_batches(one, (codes.astype(np.int32),), min(batch, len(codes)), progress)
 
 
 def encode_source(
@@ -374,7 +382,7 @@ def _padded(rows: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
 
-def _in_batches(
+def in_batches(
     fn: Callable[..., jax.Array], rows: tuple[np.ndarray, ...], batch: int, progress: Progress | None = None
 ) -> np.ndarray:
     """`fn` over the leading axis of `rows`, `batch` rows at a time, the last batch padded."""

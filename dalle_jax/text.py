@@ -114,6 +114,11 @@ class TextTokenizer:
         """Pieces in the vocabulary; ids are below it."""
         return self._pieces.size
 
+    @property
+    def pieces(self) -> int:
+        """Ids of captions are below it; what is above, as CLIP's start and end, no caption has."""
+        return getattr(self._pieces, "used", self.size)
+
     def encode(
         self, caption: str, *, text_vocab: int, text_len: int, dropout: float = 0.0, seed: int = 0
     ) -> np.ndarray:
@@ -131,8 +136,7 @@ class TextTokenizer:
                 f"the text vocabulary has {self.size} pieces, text_vocab is {text_vocab}; raise text_vocab "
                 "or train a smaller vocabulary"
             )
-        line = _clean(caption)
-        pieces = self._pieces.encode(line, dropout=dropout, seed=seed)
+        pieces = self._pieces.encode(_clean(caption), dropout=dropout, seed=seed)
         ids = null_caption(text_vocab, text_len)
         n = min(len(pieces), text_len)
         ids[:n] = pieces[:n]
@@ -150,6 +154,31 @@ class TextTokenizer:
     def normalize(self, caption: str) -> str:
         """The caption as the vocabulary sees it: what decoding its encoding gives back."""
         return self._pieces.normalize(_clean(caption))
+
+
+class FramedTokenizer(TextTokenizer):
+    """A vocabulary for CLIP, which reads a caption between a start and an end token.
+
+    The two are the last ids of `text_vocab`, as in CLIP's own vocabulary."""
+
+    def encode(
+        self, caption: str, *, text_vocab: int, text_len: int, dropout: float = 0.0, seed: int = 0
+    ) -> np.ndarray:
+        """Token ids of one caption: start (text_vocab - 2), its pieces, and ends (text_vocab - 1) to `text_len`.
+
+        A caption that is too long loses its last pieces, never its end. dropout, seed: see `TextTokenizer.encode`.
+        Returns int32 (text_len,) in [0, text_vocab). Raises ValueError if the caption is not a str or the
+        vocabulary has pieces where the two tokens are.
+        """
+        if self.pieces > text_vocab - 2:
+            raise ValueError(
+                f"the text vocabulary has {self.pieces} pieces, text_vocab is {text_vocab} with a start and an end; "
+                f"raise text_vocab to {self.pieces + 2} or train a smaller vocabulary"
+            )
+        pieces = self._pieces.encode(_clean(caption), dropout=dropout, seed=seed)[: text_len - 2]
+        ids = np.full(text_len, text_vocab - 1, np.int32)
+        ids[0], ids[1 : 1 + len(pieces)] = text_vocab - 2, pieces
+        return ids
 
 
 class _Sentencepiece:

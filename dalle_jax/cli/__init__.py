@@ -25,6 +25,7 @@ VERBS = {  # verb: (class in verbs.py, module with `run`, one line of help)
     ),
     "train": ("", "", "train a configuration file, or go on with its run (the same as train.py)"),
     "sample": ("Sample", "dalle_jax.cli.sample", "draw pictures for captions"),
+    "rerank": ("Rerank", "dalle_jax.cli.rerank", "pictures in order of how well they fit a caption"),
     "encode": (
         "Encode",
         "dalle_jax.cli.codes",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any, NamedTuple
 
 from dalle_jax.cli.verbs import Evaluate
-from dalle_jax.config import DataConfig, TokenizerConfig
-from dalle_jax.evaluate import fid, inception, measures
-from dalle_jax.inference import Counter, Sampling, Tokenizer, load_text_to_image
+from dalle_jax.config import ClipConfig, DalleConfig, DataConfig, ModelConfig
+from dalle_jax.data.sources import source_of
+from dalle_jax.evaluate import fid, inception, measures, reranking, retrieval
+from dalle_jax.inference import Counter, Sampling, TextToImage, Tokenizer, load_text_to_image
+from dalle_jax.ranking import Clip, load_clip
 from dalle_jax.train.rundir import fingerprint, load_run, read_config
 
 
@@ -26,14 +29,37 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
         raise ValueError(f"--count is {args.count}; want at least 2 pictures for a FID")
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     samplings = [Sampling(guidance=scale, **options) for scale in args.guidance]
-    tokenizer_run = isinstance(read_config(args.run).model, TokenizerConfig)
-    result = _tokenizer(args) if tokenizer_run else _transformer(args, samplings)
+    model = read_config(args.run).model
+    _check_clip(args, model)
+    match model:
+        case ClipConfig():
+            result = _clip(args)
+        case DalleConfig():
+            result = _transformer(args, samplings)
+        case _:
+            result = _tokenizer(args)
     curve = result.pop("curve", None)
     print(measures.describe(result))
     if curve:
         print("\n" + _table(curve))
         result["curve"] = curve
     return result
+
+
+def _check_clip(args: Evaluate, model: ModelConfig) -> None:
+    """Flags that are for other stages than that of the run, or for a flag that is missing."""
+    if args.clip is None and args.candidates is not None:
+        raise ValueError("--candidates needs --clip, the run of the CLIP that takes the best of them")
+    if args.candidates is not None and args.candidates < 1:
+        raise ValueError(f"--candidates is {args.candidates}; want at least 1 picture per caption")
+    if args.clip is not None and not isinstance(model, DalleConfig):
+        raise ValueError(f"--clip scores what a Transformer draws; {args.run} is a run of stage {model.kind}")
+    if (args.classes is not None or args.templates) and not isinstance(model, ClipConfig):
+        raise ValueError(
+            f"--classes and --templates are for a CLIP; {args.run} is a run of stage {model.kind}"
+        )
+    if args.fid_weights and isinstance(model, ClipConfig):
+        raise ValueError("--fid-weights compares drawn pictures with true ones; a CLIP draws none")
 
 
 class _Truth(NamedTuple):
@@ -79,8 +105,28 @@ def _tokenizer(args: Evaluate) -> dict[str, Any]:
     return result
 
 
+def _clip(args: Evaluate) -> dict[str, Any]:
+    clip = load_clip(args.run)
+    data, progress = clip.run.config.data, Counter("pictures")
+    labelled = data
+    if args.classes is not None:
+        labelled = dataclasses.replace(data, source=source_of(args.classes))
+    options = {"templates": args.templates, "progress": progress}
+    named = retrieval.measure_zero_shot(clip, labelled, args.count, **options)
+    if args.classes is not None and not named:
+        raise ValueError(f"--classes {args.classes} has no classes; want labelled pictures")
+    return {
+        "stage": "clip",
+        "step": clip.run.step,
+        "count": args.count,
+        **_told(named),
+        **_told(retrieval.measure_retrieval(clip, data, args.count, progress=progress)),
+    }
+
+
 def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
     model = load_text_to_image(args.run)
+    clip = None if args.clip is None else load_clip(args.clip)
     data = model.run.config.data
     kinds = measures.scene_kinds(data, model.tokenizer.config.image_size)
     truth = _truth(args, data, model.tokenizer.config.image_size, data.languages)
@@ -94,7 +140,7 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
         **_told(measures.measure_tokenizer(model.tokenizer, data, args.count)),
         **_told(measures.measure_ceiling(model.tokenizer, data, args.count)),
     }
-    if not kinds and not truth:
+    if not kinds and not truth and clip is None:
         return result
     curve = []
     for sampling in samplings:
@@ -104,6 +150,8 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
             progress = Counter(f"guidance {sampling.guidance:g}: features of drawn pictures")
             rest = (model, truth.true, args.count, sampling)
             found |= measures.measure_fid(truth.network, *rest, seed=args.seed, progress=progress)
+        if clip is not None:
+            found |= _ranked(args, model, clip, sampling)
         curve.append({"guidance": sampling.guidance, **found})
         _told(found)
     result |= {
@@ -111,6 +159,15 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
         **curve[0],
     }  # a single object stays as flat as without a curve
     return result | ({"curve": curve} if len(curve) > 1 else {})
+
+
+def _ranked(args: Evaluate, model: TextToImage, clip: Clip, sampling: Sampling) -> dict[str, float]:
+    progress = Counter(f"guidance {sampling.guidance:g}: pictures for the CLIP")
+    rest = {"seed": args.seed, "progress": progress}
+    found = reranking.measure_clip_score(model, clip, args.count, sampling, **rest)
+    if args.candidates is not None:
+        found |= reranking.measure_reranking(model, clip, args.count, args.candidates, sampling, **rest)
+    return found
 
 
 def _told(figures: dict[str, float]) -> dict[str, float]:

@@ -9,10 +9,18 @@ from typing import Any
 
 import jax
 
-from dalle_jax import autoregressive, tokenizer
+from dalle_jax import autoregressive, clip, tokenizer
 from dalle_jax.cli.codes import config_of
 from dalle_jax.cli.verbs import Info
-from dalle_jax.config import BartConfig, DalleConfig, DVAEConfig, TrainConfig, TransformerConfig, VQGANConfig
+from dalle_jax.config import (
+    BartConfig,
+    ClipConfig,
+    DalleConfig,
+    DVAEConfig,
+    TrainConfig,
+    TransformerConfig,
+    VQGANConfig,
+)
 from dalle_jax.nn.sharding import path_name
 from dalle_jax.tokenizer import adversarial
 from dalle_jax.train.checkpoint import Checkpoints
@@ -39,16 +47,32 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
     match model:
         case DVAEConfig() | VQGANConfig():
             shapes = jax.eval_shape(partial(tokenizer.init, model), jax.random.key(0))
-            about = {"image_size": model.image_size, "vocab": model.vocab}
+            about = {
+                "grid": model.grid,
+                "num_codes": model.num_codes,
+                "image_size": model.image_size,
+                "vocab": model.vocab,
+            }
         case DalleConfig() | BartConfig():
             shapes = jax.eval_shape(partial(autoregressive.init, model), jax.random.key(0))
             about = {
+                "grid": model.grid,
+                "num_codes": model.num_codes,
                 "text_vocab": model.text_vocab,
                 "text_len": model.text_len,
                 "image_vocab": model.image_vocab,
                 "length": model.length,
                 "layers": model.layers,
                 "tokenizer": config.tokenizer,
+            }
+        case ClipConfig():
+            shapes = jax.eval_shape(partial(clip.init, model), jax.random.key(0))
+            about = {
+                "image_size": model.image_size,
+                "patch": model.patch,
+                "text_vocab": model.text_vocab,
+                "text_len": model.text_len,
+                "embed_dim": model.embed_dim,
             }
     trained, tx = shapes, make_optimizer(config.optim, config.steps, shapes)
     if isinstance(model, VQGANConfig):  # trains with a discriminator beside it
@@ -71,8 +95,6 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
         "stage": model.kind,
         "parameters": _count(shapes),
         "parts": {name: _count(part) for name, part in shapes.items()},
-        "grid": model.grid,
-        "num_codes": model.num_codes,
         **about,
         "dtype": model.dtype,
         "batch": config.data.batch,

@@ -20,6 +20,7 @@ from dalle_jax.inference import (
     encode_images,
     load_text_to_image,
 )  # fmt: skip
+from dalle_jax.ranking import Clip, draw_best, load_clip
 
 NO_CAPTION = "(no caption)"
 
@@ -29,15 +30,24 @@ def sample(args: Sample) -> dict[str, Any]:
     captions = _captions(args)
     if args.n < 1:
         raise ValueError(f"--n is {args.n}; want at least 1 picture per caption")
+    if args.clip is None and (args.candidates is not None or args.keep is not None):
+        raise ValueError(
+            "--candidates and --keep need --clip, the run of the CLIP that ranks; --n draws without one"
+        )
+    if args.clip is not None and args.n != 4:
+        raise ValueError("--n is for drawing without --clip; with it, --keep says how many pictures stay")
     if args.prefix_rows is not None and args.prefix is None:
         raise ValueError("--prefix-rows says how much of --prefix to keep; give --prefix PICTURE as well")
     sampling = Sampling(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=args.guidance
     )
     model = load_text_to_image(args.run)
+    clip = None if args.clip is None else load_clip(args.clip)
     prefix = None if args.prefix is None else _prefix(model, args.prefix, args.prefix_rows)
     cut = _tell_cut(model, captions)
     out = output.directory(args.out)
+    if clip is not None:
+        return _best(args, model, clip, captions, sampling, prefix, cut, out)
 
     rows = [(j, args.seed + i) for j in range(len(captions)) for i in range(args.n)]
     names = [f"c{j:03d}_s{seed:04d}.png" for j, seed in rows]
@@ -55,21 +65,72 @@ def sample(args: Sample) -> dict[str, Any]:
     codes, pictures = (np.concatenate(kind) for kind in zip(*parts, strict=True))
     labels = [captions[j] or NO_CAPTION for j, _ in rows]
     columns = args.n if len(captions) > 1 else min(args.n, 8)
-    scale = max(1, 128 // pictures.shape[1])
-    images.save_png(out / "grid.png", images.grid(pictures, columns, labels=labels, scale=scale))
-    made_by = np.array(model.tokenizer.fingerprint)
-    output.save_npz(out / "codes.npz", codes=codes, names=np.array(names), tokenizer=made_by)
+    _save_all(model, out, names, codes, pictures, labels, columns)
     print(f"{len(names)} pictures in {out}, all with their captions in {out / 'grid.png'}")
     return {
-        "run": str(model.run.path),
-        "step": model.run.step,
-        "grid": str(out / "grid.png"),
-        "codes": str(out / "codes.npz"),
+        **_about(model, out),
         "pictures": [
             {"file": str(out / name), "caption": captions[j], "seed": seed, "tokens_cut": cut[j]}
             for name, (j, seed) in zip(names, rows, strict=True)
         ],
     }
+
+
+def _best(
+    args: Sample,
+    model: TextToImage,
+    clip: Clip,
+    captions: list[str],
+    sampling: Sampling,
+    prefix: np.ndarray | None,
+    cut: list[int],
+    out: Path,
+) -> dict[str, Any]:
+    """Draws the candidates of each caption, writes and lists the best of them."""
+    candidates = 64 if args.candidates is None else args.candidates
+    keep = min(4, candidates) if args.keep is None else args.keep
+    if candidates < 1:
+        raise ValueError(f"--candidates is {candidates}; want at least 1 picture per caption")
+    seeds = [args.seed + i for _ in captions for i in range(candidates)]
+    options = {"prefix": prefix, "batch": args.batch, "progress": Counter("pictures")}
+    listed, codes, pictures = [], [], []
+    for best in draw_best(model, clip, captions, seeds, keep, sampling, **options):
+        for place, which in enumerate(best.which):
+            seed = args.seed + int(which)
+            name = f"c{best.number:03d}_s{seed:04d}.png"
+            images.save_png(out / name, best.pictures[place])
+            row = {"file": str(out / name), "caption": captions[best.number], "seed": seed}
+            listed.append({**row, "score": float(best.score[place]), "tokens_cut": cut[best.number]})
+        codes.append(best.codes)
+        pictures.append(best.pictures)
+    names = [Path(row["file"]).name for row in listed]
+    labels = [f"{row['score']:.3f} {row['caption']}" for row in listed]
+    _save_all(model, out, names, np.concatenate(codes), np.concatenate(pictures), labels, min(keep, 8))
+    print(
+        f"the best {keep} of {candidates} pictures of each caption in {out}, best first in {out / 'grid.png'}"
+    )
+    return {**_about(model, out), "clip": str(clip.run.path), "candidates": candidates, "pictures": listed}
+
+
+def _save_all(
+    model: TextToImage,
+    out: Path,
+    names: list[str],
+    codes: np.ndarray,
+    pictures: np.ndarray,
+    labels: list[str],
+    columns: int,
+) -> None:
+    """grid.png and codes.npz."""
+    scale = max(1, 128 // pictures.shape[1])
+    images.save_png(out / "grid.png", images.grid(pictures, columns, labels=labels, scale=scale))
+    made_by = np.array(model.tokenizer.fingerprint)
+    output.save_npz(out / "codes.npz", codes=codes, names=np.array(names), tokenizer=made_by)
+
+
+def _about(model: TextToImage, out: Path) -> dict[str, Any]:
+    run = {"run": str(model.run.path), "step": model.run.step}
+    return {**run, "grid": str(out / "grid.png"), "codes": str(out / "codes.npz")}
 
 
 def _tell_first(count: int) -> None:

@@ -115,6 +115,29 @@ class Sample:
     """draw without a caption"""
     batch: int = 8
     """pictures drawn at once"""
+    clip: str | None = None
+    """directory of a trained CLIP: draw --candidates pictures of each caption and keep the --keep that fit it best,
+    in place of --n"""
+    candidates: int | None = None
+    """with --clip: pictures drawn for each caption; None is 64"""
+    keep: int | None = None
+    """with --clip: pictures kept of each caption, best first; None is 4"""
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rerank:
+    """Ranks pictures by how well they fit a caption, best first: the cosine of the vectors that a CLIP gives the
+    two. Pictures are cropped to their middle square and resized."""
+
+    run: Positional[Annotated[str, arg(metavar="CLIP_RUN")]]
+    """directory of a trained CLIP"""
+    caption: Positional[Annotated[str, arg(metavar="CAPTION")]]
+    """what the pictures should show"""
+    images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ...")]]
+    """picture files"""
+    keep: int | None = None
+    """list only the best; None lists all"""
     json: Json = False
 
 
@@ -169,10 +192,15 @@ class Evaluate:
     drawn picture shows what the caption says, read back by image analysis; right_reconstruction: the same of
     true pictures that went through the tokenizer. The right_ figures exist for procedural scenes only. With
     --fid-weights: rfid, distance of a tokenizer's reconstructions from true pictures; fid, of a Transformer's
-    drawn pictures."""
+    drawn pictures. Of a Transformer with --clip: clip_score, mean cosine of captions and drawn pictures,
+    clip_score_true of true ones; with --candidates also right_KIND_best_of_N, where the best of N pictures by that
+    CLIP is taken, and right_KIND_any_of_N.
+
+    Of a CLIP: image_to_text_recall_K and text_to_image_recall_K among the rows measured; zero_shot_top1 and
+    zero_shot_top5 where there are classes."""
 
     run: Positional[Runs]
-    """directory of a trained tokenizer or Transformer"""
+    """directory of a trained tokenizer, Transformer or CLIP"""
     count: int = 256
     """rows, and captions of each kind"""
     seed: int = 0
@@ -191,6 +219,15 @@ class Evaluate:
     """statistics of true pictures that --fid-save wrote; without it, the rows measured are the reference"""
     fid_save: str | None = None
     """npz file to write, the statistics of the true pictures of the rows measured"""
+    clip: str | None = None
+    """of a Transformer: directory of a trained CLIP that scores what is drawn"""
+    candidates: int | None = None
+    """with --clip: pictures drawn for each caption, of which the CLIP takes the best of 1, 4, 16, ..."""
+    classes: str | None = None
+    """of a CLIP: labelled pictures to name by class (folder with a subfolder for each class, npz file, TFDS
+    directory); None is the run's own source"""
+    templates: tuple[str, ...] = ()
+    """of a CLIP: texts for a class, {} is its name; none are those of the source"""
     json: Json = False
 
 

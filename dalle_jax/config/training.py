@@ -7,12 +7,13 @@ from typing import Literal
 
 from dalle_jax.config.bart import BartConfig
 from dalle_jax.config.checks import require
+from dalle_jax.config.clip import ClipConfig
 from dalle_jax.config.dalle import DalleConfig
 from dalle_jax.config.data import DataConfig, TextConfig
 from dalle_jax.config.tokenizer import TokenizerConfig
 
 TransformerConfig = DalleConfig | BartConfig  # from text to codes
-ModelConfig = TokenizerConfig | TransformerConfig
+ModelConfig = TokenizerConfig | TransformerConfig | ClipConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class TrainConfig:
     model: ModelConfig
     run: str = ""  # run directory; everything that a run makes is in it
     data: DataConfig = field(default_factory=DataConfig)
-    text: TextConfig = field(default_factory=TextConfig)  # stage dalle
+    text: TextConfig = field(default_factory=TextConfig)  # stages dalle and clip
     tokenizer: str | None = None  # stage dalle: run directory of the trained tokenizer
     init_from: str | None = None  # run directory whose weights a new run begins with
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -93,11 +94,25 @@ class TrainConfig:
             self.data.batch % self.optim.accumulate == 0,
             f"data.batch {self.data.batch} is not divisible by optim.accumulate {self.optim.accumulate}; change one",
         )
-        if isinstance(self.model, TokenizerConfig):
+        if not isinstance(self.model, TransformerConfig):
             require(
-                self.data.codes is None, "data.codes is for the stage dalle; a tokenizer trains on pixels"
+                self.data.codes is None,
+                f"data.codes is for the stage dalle; a {self.model.kind} trains on pixels",
             )
             require(
                 self.tokenizer is None,
-                "tokenizer is for the stage dalle; remove it from a tokenizer's config",
+                f"tokenizer is for the stage dalle; remove it from the configuration of a {self.model.kind}",
+            )
+        if isinstance(self.model, ClipConfig):
+            require(
+                self.optim.accumulate == 1,
+                f"optim.accumulate is {self.optim.accumulate}: a clip would compare the rows of a microbatch only; "
+                "set model.chunks to it instead, which saves the memory and compares all rows",
+            )
+            require(
+                self.data.batch % self.model.chunks == 0,
+                f"data.batch {self.data.batch} is not divisible by model.chunks {self.model.chunks}; change one",
+            )
+            require(
+                self.data.batch >= 2, "data.batch is 1; a clip compares rows with each other: want 2 or more"
             )

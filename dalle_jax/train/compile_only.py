@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import autoregressive
-from dalle_jax.config import BartConfig, DalleConfig, DVAEConfig, TrainConfig
+from dalle_jax.config import BartConfig, ClipConfig, DalleConfig, DVAEConfig, TrainConfig
 from dalle_jax.nn.sharding import batch_sharding, make_mesh
 from dalle_jax.train import hlo
 from dalle_jax.train.state import abstract_state, check_batch, make_step, task_optimizer
@@ -51,14 +51,16 @@ def _task(config: TrainConfig) -> Any:
     match config.model:
         case DalleConfig() | BartConfig():
             return _CodesTask(config)
-        case DVAEConfig():
+        case DVAEConfig() | ClipConfig():
             from dalle_jax.train.tasks import make_task
 
             task = make_task(config)
             size = config.model.image_size
             task.row_shapes = {"image": ((size, size, 3), jnp.uint8)}
+            if isinstance(config.model, ClipConfig):
+                task.row_shapes["text"] = ((config.model.text_len,), jnp.int32)
             return task
-    raise ValueError(f"--compile-only knows the stages dvae, dalle and bart, not {config.model.kind}")
+    raise ValueError(f"--compile-only knows the stages dvae, dalle, bart and clip, not {config.model.kind}")
 
 
 def train_flops(config: TrainConfig) -> float | None:

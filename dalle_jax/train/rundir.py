@@ -1,7 +1,7 @@
 """The run directory: everything a run makes, and all that is needed to use what it made.
 
     config.json      the configuration, every field
-    text.model       BPE vocabulary (stage dalle)
+    text.model       BPE vocabulary (stages dalle and clip)
     tokenizer/       config.json and params/ of the frozen tokenizer (stage dalle)
     checkpoints/     one directory per saved step; an exported run has model.safetensors instead
     metrics.jsonl    one JSON object per line
@@ -31,8 +31,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dalle_jax import autoregressive, tokenizer
-from dalle_jax.config import ModelConfig, TokenizerConfig, TrainConfig, TransformerConfig, from_json, to_json
+from dalle_jax import autoregressive, clip, tokenizer
+from dalle_jax.config import (
+    ClipConfig,
+    ModelConfig,
+    TokenizerConfig,
+    TrainConfig,
+    TransformerConfig,
+    from_json,
+    to_json,
+)
 from dalle_jax.importers import safetensors
 from dalle_jax.nn.sharding import param_shardings, path_name
 from dalle_jax.train.checkpoint import Checkpoints, load_params, on_one_device, save_params
@@ -87,7 +95,7 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def stage(config: TrainConfig) -> str:
-    """`dvae`, `vqgan`, `dalle`: the type of `config.model`."""
+    """`dvae`, `vqgan`, `dalle`, `clip`: the type of `config.model`."""
     return config.model.kind
 
 
@@ -220,7 +228,7 @@ def load_run(
     """The model of a run directory, ready for use; reads its parameters only, writes nothing.
 
     Args:
-      stage: what the run must be (`dvae`, `vqgan`, `dalle`); None takes any.
+      stage: what the run must be (`dvae`, `vqgan`, `dalle`, `clip`); None takes any.
       which: `best` is the checkpoint with the best evaluation measure, or the latest where none was measured;
         or `latest`, or the number of a saved step.
       ema: take the averaged parameters if the run has them.
@@ -314,6 +322,8 @@ def _init(model: ModelConfig):
         return partial(tokenizer.init, model)
     if isinstance(model, TransformerConfig):
         return partial(autoregressive.init, model)
+    if isinstance(model, ClipConfig):
+        return partial(clip.init, model)
     raise ValueError(f"models of stage {model.kind} are not read from safetensors")
 
 

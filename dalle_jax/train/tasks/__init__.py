@@ -6,13 +6,14 @@ is one file here and one line in `make_task`, the only place that tells stages a
 
 from __future__ import annotations
 
-from dalle_jax.config import BartConfig, DalleConfig, DVAEConfig, TrainConfig, VQGANConfig
+from dalle_jax.config import BartConfig, ClipConfig, DalleConfig, DVAEConfig, TrainConfig, VQGANConfig
+from dalle_jax.train.tasks.clip import ClipTask
 from dalle_jax.train.tasks.dalle import DalleTask
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
 from dalle_jax.train.tasks.vqgan import VQGANTask
 
 
-def make_task(config: TrainConfig) -> TokenizerTask | DalleTask:
+def make_task(config: TrainConfig) -> TokenizerTask | DalleTask | ClipTask:
     """The task of the stage that `config.model` names."""
     match config.model:
         case DVAEConfig():
@@ -21,4 +22,6 @@ def make_task(config: TrainConfig) -> TokenizerTask | DalleTask:
             return VQGANTask(config)
         case DalleConfig() | BartConfig():
             return DalleTask(config)
+        case ClipConfig():
+            return ClipTask(config)
     raise ValueError(f"no stage trains a {type(config.model).__name__}")

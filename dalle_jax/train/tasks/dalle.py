@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from dalle_jax.config import TokenizerConfig, TrainConfig, TransformerConfig
 from dalle_jax.data.codes import CodesRows
 from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
-from dalle_jax.data.sources import open_source, sample_captions
+from dalle_jax.data.sources import open_source
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.train.rundir import load_frozen, load_run, read_config, save_frozen
-from dalle_jax.train.start import copy_tokenizer, copy_vocabulary
+from dalle_jax.train.start import copy_tokenizer
+from dalle_jax.train.tasks.captions import make_vocabulary, tell_cut
 from dalle_jax.train.tasks.pictures import (
     PICTURES,
     eval_batches,
@@ -71,15 +71,8 @@ class DalleTask:
         self._eval = open_source(config.data.source, "eval", languages=config.data.languages)
         log_unusable(self._source, run_dir)
         vocabulary, frozen = run_dir / "text.model", run_dir / "tokenizer"
-        if first and not vocabulary.exists():
-            if config.text.model is None and copy_vocabulary(config, vocabulary):
-                pass  # the weights know that vocabulary
-            elif config.text.model is not None:
-                text.TextTokenizer.load(config.text.model).save(vocabulary)
-            else:
-                captions = sample_captions(self._source, config.text.train_captions)
-                case = {"lowercase": config.text.lowercase, "nfkc": config.text.nfkc}
-                text.train(captions, vocabulary, vocab=self.model.text_vocab, **case)
+        if first:
+            make_vocabulary(config, self._source, vocabulary, self.model.text_vocab)
         if first and not (frozen / "config.json").exists():
             shutil.rmtree(frozen, ignore_errors=True)  # half-written
             if config.tokenizer is not None or not copy_tokenizer(config, frozen):
@@ -92,21 +85,10 @@ class DalleTask:
                 f"{vocabulary} has {self.text.size} pieces, model.text_vocab is {self.model.text_vocab}; raise it"
             )
         if first:
-            self._tell_cut()
+            tell_cut(self.text, self._source, self.model.text_len)
         self.tokenizer, self.frozen, fingerprint = load_frozen(frozen)
         check_fits(self.model, self.tokenizer, frozen)
         self._check_codes(fingerprint)
-
-    def _tell_cut(self) -> None:
-        """Says how many of a sample of captions are longer than the model reads; they are cut."""
-        sample = list(sample_captions(self._source, 2_000))
-        cut = text.statistics(self.text, sample, text_len=self.model.text_len)["cut"]
-        if cut:
-            print(
-                f"{cut} of {len(sample)} captions looked at are longer than model.text_len {self.model.text_len} "
-                "tokens and are cut there",
-                file=sys.stderr,
-            )
 
     def _check_codes(self, fingerprint: str) -> None:
         made = self._source.info.tokenizer if isinstance(self._source, CodesRows) else fingerprint

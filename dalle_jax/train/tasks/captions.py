@@ -1,0 +1,37 @@
+"""The vocabulary of a stage that reads captions: given, taken over from another run, or trained on the source."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dalle_jax import text
+from dalle_jax.config import TrainConfig
+from dalle_jax.data.sources import Source, sample_captions
+from dalle_jax.train.start import copy_vocabulary
+
+
+def make_vocabulary(config: TrainConfig, source: Source, path: Path, most: int) -> None:
+    """Writes the vocabulary of `config` to `path`, with at most `most` pieces where it is trained; a file that is
+    there stays. Raises what `TextTokenizer.load` and `text.train` raise."""
+    if path.exists():
+        return
+    if config.text.model is not None:
+        text.TextTokenizer.load(config.text.model).save(path)
+    elif not copy_vocabulary(config, path):  # the weights of init_from know that one
+        captions = sample_captions(source, config.text.train_captions)
+        case = {"lowercase": config.text.lowercase, "nfkc": config.text.nfkc}
+        text.train(captions, path, vocab=most, **case)
+
+
+def tell_cut(tokenizer: text.TextTokenizer, source: Source, room: int) -> None:
+    """Says how many of a sample of captions are longer than the `room` pieces that the model reads; they are
+    cut."""
+    sample = list(sample_captions(source, 2_000))
+    cut = text.statistics(tokenizer, sample, text_len=room)["cut"]
+    if cut:
+        print(
+            f"{cut} of {len(sample)} captions looked at are longer than the {room} tokens that model.text_len has room "
+            "for, and are cut there",
+            file=sys.stderr,
+        )

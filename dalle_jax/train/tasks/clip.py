@@ -1,0 +1,112 @@
+"""The stage of CLIP: it learns which caption belongs to which picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from dalle_jax import clip
+from dalle_jax.config import TrainConfig
+from dalle_jax.data.pipeline import eval_batch, train_batches
+from dalle_jax.data.sources import open_source
+from dalle_jax.text import FramedTokenizer
+from dalle_jax.train.tasks.captions import make_vocabulary, tell_cut
+from dalle_jax.train.tasks.pictures import (
+    PICTURES,
+    eval_batches,
+    grid,
+    log_unusable,
+    to_floats,
+)  # fmt: skip
+
+Params = dict[str, Any]
+Batch = dict[str, Any]
+
+
+class ClipTask:
+    """A vision and a text tower learn to find each other's partner among the rows of a batch."""
+
+    best = ("eval_loss", "min")
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.model = config, config.model
+        self.frozen: Params = {}
+        self.tokens_per_row = self.model.num_patches + self.model.text_len
+
+    def prepare(self, run_dir: Path) -> None:
+        data = self.config.data
+        self._source = open_source(data.source, "train", languages=data.languages)
+        self._eval = open_source(data.source, "eval", languages=data.languages)
+        log_unusable(self._source, run_dir)
+        vocabulary = run_dir / "text.model"
+        if jax.process_index() == 0:
+            make_vocabulary(self.config, self._source, vocabulary, self.model.text_vocab - 2)
+        if jax.process_count() > 1:
+            jax.experimental.multihost_utils.sync_global_devices("prepare")
+        self.text = FramedTokenizer.load(vocabulary)
+        self.text.encode("", **self._sizes())  # a vocabulary that is too large is told now
+        if jax.process_index() == 0:
+            tell_cut(self.text, self._source, self.model.text_len - 2)
+
+    def init(self, key: jax.Array) -> Params:
+        return clip.init(self.model, key)
+
+    def loss(self, params, frozen, batch, key, step):
+        return clip.loss(self.model, params, to_floats(batch["image"]), batch["text"])
+
+    def _sizes(self) -> dict[str, int]:
+        return {"text_vocab": self.model.text_vocab, "text_len": self.model.text_len}
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        return train_batches(
+            self.config.data,
+            self._source,
+            start=start,
+            image_size=self.model.image_size,
+            text=self.text,
+            dropout=self.config.text.dropout,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **self._sizes(),
+        )
+
+    def eval_batches(self) -> list[Batch]:
+        options = {"image_size": self.model.image_size, "text": self.text, **self._sizes()}
+        batches = eval_batches(self.config, self._eval, **options)
+        return [{"image": batch["image"], "text": batch["text"]} for batch in batches]
+
+    def evaluate(self, params, frozen, batch, key):
+        """Among the rows of one evaluation batch, of which there are fewer than in training, or more."""
+        model = dataclasses.replace(self.model, chunks=1)
+        value, metrics = clip.loss(model, params, to_floats(batch["image"]), batch["text"])
+        shares = {f"eval_{name}": metrics[name] for name in ("image_to_text", "text_to_image")}
+        return {"eval_loss": value, **shares}
+
+    def pictures(self, params, frozen, key) -> Image.Image:
+        """Pictures of the evaluation split, each above the caption that fits it best of all that are shown, with
+        its cosine; `not` stands before one that is not its own."""
+        options = {"image_size": self.model.image_size, "text": self.text, **self._sizes()}
+        batch = eval_batch(self.config.data, self._eval, PICTURES, **options)
+        cosine = np.asarray(
+            _cosines(self.model, params, jnp.asarray(batch["image"]), jnp.asarray(batch["text"]))
+        )
+        labels = []
+        for row, best in enumerate(cosine.argmax(axis=1)):
+            right = batch["caption"][best] == batch["caption"][row]
+            labels.append(f"{'' if right else 'not: '}{batch['caption'][best]} ({cosine[row, best]:.2f})")
+        return grid(batch["image"], 4, labels)
+
+
+def _cosines(model, params: Params, image_u8: jax.Array, text_BT: jax.Array) -> jax.Array:
+    def both(params, image_u8, text_BT):
+        image_BE = clip.encode_image(model, params, to_floats(image_u8))
+        return image_BE @ clip.encode_text(model, params, text_BT).T
+
+    return jax.jit(both)(params, image_u8, text_BT)
