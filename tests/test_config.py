@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from dalle_jax import dalle, tokenizer
+from dalle_jax import clip, dalle, tokenizer
 from dalle_jax.config import (
     AdversarialConfig,
     ArraysSource,
@@ -154,6 +154,7 @@ def test_round_trip_covers_every_class():
         (ModelConfig, DVAEConfig(vocab=11)),
         (ModelConfig, VQGANConfig(width=64)),
         (ModelConfig, DalleConfig(layers=2)),
+        (ModelConfig, ClipConfig(text=TowerConfig(layers=2))),
         (SourceConfig, ScenesSource(count=3)),
         (SourceConfig, TarSource(path="p")),
         (SourceConfig, MixtureSource(parts=(ScenesSource(), FolderSource(path="f")), weights=(1.0, 2.0))),
@@ -319,6 +320,19 @@ def test_from_json_refuses(cls, text, match):
         ),
         (TrainConfig, {"model": DVAEConfig(), "data": DataConfig(codes="c")}, "data.codes is for the stage"),
         (TrainConfig, {"model": DVAEConfig(), "tokenizer": "runs/x"}, "tokenizer is for the stage dalle"),
+        (TrainConfig, {"model": ClipConfig(), "tokenizer": "runs/x"}, "tokenizer is for the stage dalle"),
+        (TrainConfig, {"model": ClipConfig(), "data": DataConfig(codes="c")}, "a clip trains on pixels"),
+        (TrainConfig, {"model": ClipConfig(), "data": DataConfig(batch=1)}, "compares rows with each other"),
+        (
+            TrainConfig,
+            {"model": ClipConfig(), "optim": OptimConfig(accumulate=2)},
+            "set model.chunks to it instead",
+        ),
+        (
+            TrainConfig,
+            {"model": ClipConfig(chunks=3)},
+            "data.batch 64 is not divisible by model.chunks 3; change one",
+        ),
     ],
 )
 def test_validation(make, values, match):
@@ -360,6 +374,7 @@ def test_derived_sizes():
 
 def shapes(model):
     init = tokenizer.init if isinstance(model, TokenizerConfig) else dalle.init
+    init = clip.init if isinstance(model, ClipConfig) else init
     return jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
 
 

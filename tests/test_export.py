@@ -1,5 +1,6 @@
 """Export to safetensors and back: the same numbers, and files that must not be believed."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from dalle_jax import cli, tokenizer
+from dalle_jax import cli, dalle, text, tokenizer
 from dalle_jax.config import DalleConfig, VectorQuantizer, VQGANConfig, to_json
 from dalle_jax.importers import safetensors
-from dalle_jax.inference import load_tokenizer
+from dalle_jax.inference import draw_codes, load_text_to_image, load_tokenizer
 from dalle_jax.train.checkpoint import Checkpoints
-from dalle_jax.train.rundir import load_run, read_weights
+from dalle_jax.train.rundir import load_run, read_weights, save_frozen
+from dalle_jax.train.start import apply_flags, copy_vocabulary
 
 VQGAN = VQGANConfig(
     image_size=8, width=4, multipliers=(1, 1), blocks=1, attention_levels=(), latent_width=4,
@@ -46,6 +48,44 @@ def test_an_exported_run_is_the_same_model(tmp_path, model):
     assert cli.main(["export", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
     files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_exported_transformer_is_the_same_model(tmp_path):
+    """With its vocabulary and the tokenizer that it was trained on; it draws the same codes, and can begin a run."""
+    model = DalleConfig(
+        text_vocab=400,
+        text_len=6,
+        image_vocab=8,
+        grid=8,
+        dim=8,
+        layers=1,
+        heads=1,
+        dtype="float32",
+        remat="none",
+    )
+    config = tiny_config(tmp_path / "run", model=model)
+    make_run(tmp_path / "dvae")
+    text.train(["a red circle", "a blue square", "红色的圆"], tmp_path / "run" / "text.model", vocab=400)
+    save_frozen(tmp_path / "run" / "tokenizer", load_run(tmp_path / "dvae"))
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    params = jax.tree.map(lambda x: 5 * x, dalle.init(model, jax.random.key(1)))
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1)
+    checkpoints.save(3, {"params": params})
+    checkpoints.wait()
+    checkpoints.close()
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    found = {p.name for p in (tmp_path / "out").iterdir()}
+    assert found == {"config.json", "model.safetensors", "text.model", "tokenizer"}
+    one, other = (load_text_to_image(tmp_path / name) for name in ("run", "out"))
+    jax.tree.map(np.testing.assert_array_equal, params, other.run.params)
+    assert other.run.step == 3 and other.tokenizer.fingerprint == one.tokenizer.fingerprint
+    assert (tmp_path / "out" / "text.model").read_bytes() == (tmp_path / "run" / "text.model").read_bytes()
+    codes = [draw_codes(m, ["a red circle"], [0], batch=1) for m in (one, other)]
+    np.testing.assert_array_equal(*codes)
+    assert len(np.unique(codes[0])) > 1
+    begun, _ = apply_flags(config, ["--init-from", str(tmp_path / "out")])
+    assert begun.model == model and copy_vocabulary(dataclasses.replace(begun, init_from=str(tmp_path / "out")),
+                                                    tmp_path / "copied")  # fmt: skip
 
 
 def test_the_file_is_what_the_format_says(tmp_path):

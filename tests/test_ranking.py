@@ -395,12 +395,11 @@ def test_evaluate_a_clip(room, tmp_path):
         assert 0 <= found[f"{way}_recall_1"] <= found[f"{way}_recall_5"] <= 1
     for i, picture in enumerate(noise(6)):
         images.save_png(tmp_path / "labelled" / "val" / ("cat", "dog")[i % 2] / f"{i}.png", picture)
-    options = ("--classes", tmp_path / "labelled", "--templates", "a {}", "{} there", "--count", 6)
+    options = ("--data", tmp_path / "labelled", "--templates", "a {}", "{} there", "--count", 6)
     found = json_of("evaluate", room / "clip", *options)
     assert found["classes"] == 2 and 0 <= found["zero_shot_top1"] <= 1
-    (tmp_path / "plain" / "val").mkdir(parents=True)
-    images.save_png(tmp_path / "plain" / "val" / "a.png", noise(1)[0])
-    assert "has no classes" in refused("evaluate", room / "clip", "--classes", tmp_path / "plain")
+    assert found["pictures"] == 6 and found["texts"] == 2
+    assert "no data at" in refused("evaluate", room / "clip", "--data", tmp_path / "no ne")
     assert "are for a CLIP" in refused("evaluate", room / "dalle", "--templates", "a {}")
     assert "--candidates needs --clip" in refused("evaluate", room / "dalle", "--candidates", 4)
     assert "--clip scores what a Transformer draws" in refused(

@@ -54,10 +54,8 @@ def _check_clip(args: Evaluate, model: ModelConfig) -> None:
         raise ValueError(f"--candidates is {args.candidates}; want at least 1 picture per caption")
     if args.clip is not None and not isinstance(model, DalleConfig):
         raise ValueError(f"--clip scores what a Transformer draws; {args.run} is a run of stage {model.kind}")
-    if (args.classes is not None or args.templates) and not isinstance(model, ClipConfig):
-        raise ValueError(
-            f"--classes and --templates are for a CLIP; {args.run} is a run of stage {model.kind}"
-        )
+    if (args.data is not None or args.templates) and not isinstance(model, ClipConfig):
+        raise ValueError(f"--data and --templates are for a CLIP; {args.run} is a run of stage {model.kind}")
     if args.fid_weights and isinstance(model, ClipConfig):
         raise ValueError("--fid-weights compares drawn pictures with true ones; a CLIP draws none")
 
@@ -108,19 +106,15 @@ def _tokenizer(args: Evaluate) -> dict[str, Any]:
 def _clip(args: Evaluate) -> dict[str, Any]:
     clip = load_clip(args.run)
     data, progress = clip.run.config.data, Counter("pictures")
-    labelled = data
-    if args.classes is not None:
-        labelled = dataclasses.replace(data, source=source_of(args.classes))
+    if args.data is not None:
+        data = dataclasses.replace(data, source=source_of(args.data))
     options = {"templates": args.templates, "progress": progress}
-    named = retrieval.measure_zero_shot(clip, labelled, args.count, **options)
-    if args.classes is not None and not named:
-        raise ValueError(f"--classes {args.classes} has no classes; want labelled pictures")
     return {
         "stage": "clip",
         "step": clip.run.step,
         "count": args.count,
-        **_told(named),
         **_told(retrieval.measure_retrieval(clip, data, args.count, progress=progress)),
+        **_told(retrieval.measure_zero_shot(clip, data, args.count, **options)),
     }
 
 

@@ -223,9 +223,9 @@ class Evaluate:
     """of a Transformer: directory of a trained CLIP that scores what is drawn"""
     candidates: int | None = None
     """with --clip: pictures drawn for each caption, of which the CLIP takes the best of 1, 4, 16, ..."""
-    classes: str | None = None
-    """of a CLIP: labelled pictures to name by class (folder with a subfolder for each class, npz file, TFDS
-    directory); None is the run's own source"""
+    data: str | None = None
+    """of a CLIP: captioned or labelled pictures to measure on (folder, tar files, npz file, TFDS directory); None is
+    the run's own source"""
     templates: tuple[str, ...] = ()
     """of a CLIP: texts for a class, {} is its name; none are those of the source"""
     json: Json = False

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dalle_jax import clip
 from dalle_jax.config import TrainConfig
+from dalle_jax.data.images import to_floats
 from dalle_jax.data.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.text import FramedTokenizer
@@ -23,7 +24,6 @@ from dalle_jax.train.tasks.pictures import (
     eval_batches,
     grid,
     log_unusable,
-    to_floats,
 )  # fmt: skip
 
 Params = dict[str, Any]
