@@ -7,7 +7,7 @@ import sys
 from typing import Any, NamedTuple
 
 from dalle_jax.cli.verbs import Evaluate
-from dalle_jax.config import ClipConfig, DalleConfig, DataConfig, ModelConfig
+from dalle_jax.config import BartConfig, ClipConfig, DalleConfig, DataConfig, ModelConfig, TransformerConfig
 from dalle_jax.data.sources import source_of
 from dalle_jax.evaluate import fid, inception, measures, reranking, retrieval
 from dalle_jax.inference import Counter, Sampling, TextToImage, Tokenizer, load_text_to_image
@@ -34,7 +34,7 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
     match model:
         case ClipConfig():
             result = _clip(args)
-        case DalleConfig():
+        case DalleConfig() | BartConfig():
             result = _transformer(args, samplings)
         case _:
             result = _tokenizer(args)
@@ -52,7 +52,7 @@ def _check_clip(args: Evaluate, model: ModelConfig) -> None:
         raise ValueError("--candidates needs --clip, the run of the CLIP that takes the best of them")
     if args.candidates is not None and args.candidates < 1:
         raise ValueError(f"--candidates is {args.candidates}; want at least 1 picture per caption")
-    if args.clip is not None and not isinstance(model, DalleConfig):
+    if args.clip is not None and not isinstance(model, TransformerConfig):
         raise ValueError(f"--clip scores what a Transformer draws; {args.run} is a run of stage {model.kind}")
     if (args.data is not None or args.templates) and not isinstance(model, ClipConfig):
         raise ValueError(f"--data and --templates are for a CLIP; {args.run} is a run of stage {model.kind}")
