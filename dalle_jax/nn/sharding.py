@@ -87,7 +87,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # CLIP (clip.py).
     (r"vision/patch/kernel", (None, None, None, "width")),
     (r"vision/class_embed", (None,)),
-    (r"vision/norm_in/(scale|bias)", (None,)),
+    (r"(vision/norm_in|(vision|text)/norm_out)/(scale|bias)", (None,)),
     (r"(vision|text)/pos", (None, "width")),
     (r"text/embed", ("vocab", "width")),
     (r"(vision|text)/proj/kernel", ("width", None)),
@@ -97,7 +97,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 PARAM_AXES += tuple(
     (f"(vision|text)/{pattern}", axes)
     for pattern, axes in PARAM_AXES
-    if pattern.startswith(("blocks/", "norm_out/"))
+    if pattern.startswith("blocks/")
 )
 
 
