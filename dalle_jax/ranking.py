@@ -18,6 +18,7 @@ import numpy as np
 
 from dalle_jax import clip as clips
 from dalle_jax.config import ClipConfig
+from dalle_jax.data.images import to_floats
 from dalle_jax.inference import (
     PIXEL_BATCH,
     Progress,
@@ -60,7 +61,7 @@ def load_clip(path: str | Path) -> Clip:
 
 @partial(jax.jit, static_argnums=0)
 def _image(cfg: ClipConfig, params: Params, image_u8: jax.Array) -> jax.Array:
-    return clips.encode_image(cfg, params, image_u8.astype("float32") / 255.0)
+    return clips.encode_image(cfg, params, to_floats(image_u8))
 
 
 _text = jax.jit(clips.encode_text, static_argnums=0)

@@ -95,9 +95,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 # Its two towers are of the Transformer's blocks.
 PARAM_AXES += tuple(
-    (f"(vision|text)/{pattern}", axes)
-    for pattern, axes in PARAM_AXES
-    if pattern.startswith("blocks/")
+    (f"(vision|text)/{pattern}", axes) for pattern, axes in PARAM_AXES if pattern.startswith("blocks/")
 )
 
 
