@@ -264,7 +264,7 @@ class Import:
     """run of the image tokenizer that a Transformer was trained on, imported before; where its files hold none"""
     text: str | None = None
     """file of its vocabulary, where that is apart from the checkpoint: bpe.model of rudalle; names of the classes of
-    llamagen, one a line"""
+    llamagen, one a line; bpe_simple_vocab_16e6.txt.gz of OpenAI's clip"""
     version: Literal["v2", "v3"] | None = None
     """of rudalle, where the file's name does not tell"""
     heads: int | None = None

@@ -9,10 +9,12 @@ import numpy as np
 from dalle_jax.importers.tensors import Rule, Transform, linear, same, stack
 
 
-def block_rules(layers: int, table: Mapping[str, tuple[str, Transform]]) -> dict[str, Rule]:
-    """table: name below `blocks/` -> (name in the file with {} for the number of the layer, what is done to it)."""
+def block_rules(
+    layers: int, table: Mapping[str, tuple[str, Transform]], to: str = "blocks"
+) -> dict[str, Rule]:
+    """table: name below `to` -> (name in the file with {} for the number of the layer, what is done to it)."""
     return {
-        f"blocks/{name}": stack([source.format(i) for i in range(layers)], transform)
+        f"{to}/{name}": stack([source.format(i) for i in range(layers)], transform)
         for name, (source, transform) in table.items()
     }
 
@@ -28,13 +30,16 @@ def norm(name: str, source: str) -> dict[str, tuple[str, Transform]]:
     return {f"{name}/scale": (f"{source}.weight", same), f"{name}/bias": (f"{source}.bias", same)}
 
 
-def fused(source: str, *, bias: bool = True) -> dict[str, tuple[str, Transform]]:
-    """Rows of a table for queries, keys and values of one Linear layer, a third of its outputs each."""
+def fused(source: str, *, bias: bool = True, join: str = ".") -> dict[str, tuple[str, Transform]]:
+    """Rows of a table for queries, keys and values of one Linear layer, a third of its outputs each.
+
+    join: what stands before `weight` and `bias`; torch's own attention has an underscore.
+    """
     rows: dict[str, tuple[str, Transform]] = {}
     for i, name in enumerate("qkv"):
-        rows[f"attn/{name}/kernel"] = (f"{source}.weight", lambda x, i=i: linear(_third(x, i)))
+        rows[f"attn/{name}/kernel"] = (f"{source}{join}weight", lambda x, i=i: linear(_third(x, i)))
         if bias:
-            rows[f"attn/{name}/bias"] = (f"{source}.bias", lambda x, i=i: _third(x, i))
+            rows[f"attn/{name}/bias"] = (f"{source}{join}bias", lambda x, i=i: _third(x, i))
     return rows
 
 

@@ -1,0 +1,219 @@
+"""CLIP (2103.00020): OpenAI's archives (`ViT-B-32.pt`: TorchScript or a state dict) and Hugging Face's models.
+
+The two name and lay out the same arrays differently: OpenAI keeps query, key and value in one matrix and multiplies
+its projections from the right; Hugging Face has a Linear for each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dalle_jax import byte_pairs
+from dalle_jax.config import ClipConfig, TowerConfig
+from dalle_jax.importers.blocks import block_rules, dense, fused, norm
+from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.tensors import (
+    Imported,
+    Model,
+    Rule,
+    Tensors,
+    check_names,
+    conv,
+    counted,
+    linear,
+    one,
+    same,
+    shape_of,
+)
+
+_HEAD = 64  # width of a head in every published model
+_ABOUT = "CLIP"
+
+# Not weights: sizes that OpenAI keeps as tensors, the causal mask and positions 0, 1, ... as buffers.
+_LEFT = ("input_resolution", "context_length", "vocab_size")
+_LEFT_ENDS = (".attn_mask", ".position_ids", ".causal_mask")
+_ACTIVATIONS = {"quick_gelu": "quick-gelu", "gelu": "gelu"}
+
+
+def load(path: Path, text: str | None = None) -> Imported:
+    """The model of a file or of a directory of Hugging Face, whose config.json tells heads and activation.
+
+    text: its vocabulary, `bpe_simple_vocab_16e6.txt.gz` or vocab.json with merges.txt, taken from the directory where
+    those are in it. Without one the run has none, and captions cannot be read.
+    """
+    found, files = model(path, read_tensors(path)), {}
+    if text is None and (path / "vocab.json").is_file():
+        text = str(path)
+    if text is not None:
+        pairs = byte_pairs.load(Path(text))
+        if pairs is None:
+            raise ValueError(
+                f"--text {text} is no vocabulary of CLIP; want bpe_simple_vocab_16e6.txt.gz or vocab.json"
+            )
+        if pairs.size > found.config.text_vocab:
+            raise ValueError(
+                f"--text {text} has {pairs.size} pieces, the model has {found.config.text_vocab}"
+            )
+        files["text.model"] = pairs.serialized().decode()
+    return Imported(found, files)
+
+
+def model(path: Path, tensors: Tensors) -> Model:
+    """The model that `tensors` make. Raises ValueError naming what is missing or too many."""
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in _LEFT and not name.endswith(_LEFT_ENDS)
+    }
+    if "visual.conv1.weight" in tensors:
+        config, rules = _openai(path, tensors)
+    elif "visual.layer1.0.conv1.weight" in tensors:
+        raise ValueError(f"{path} is a CLIP with a ResNet for its pictures; only those with a ViT are read")
+    else:
+        config, rules = _hugging_face(path, tensors)
+    check_names(rules, tensors, path, _ABOUT)
+    return Model(config, rules, tensors)
+
+
+def _config(
+    path: Path,
+    patch: tuple[int, ...],
+    positions: int,
+    towers: tuple[TowerConfig, TowerConfig],
+    text: tuple[int, int],
+    embed_dim: int,
+    activation: str = "quick-gelu",
+) -> ClipConfig:
+    side = math.isqrt(positions - 1)
+    if side * side != positions - 1 or patch[2] != patch[3]:
+        raise ValueError(
+            f"{path}: {positions} positions and patches of {patch[2:]}; want a square of square patches"
+        )
+    return ClipConfig(
+        image_size=side * patch[2], patch=patch[2], vision=towers[0], text=towers[1], text_vocab=text[0],
+        text_len=text[1], embed_dim=embed_dim, activation=activation, dtype="float32",
+    )  # fmt: skip
+
+
+# --- OpenAI ----------------------------------------------------------------------------------------------
+
+
+def _openai(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, Rule]]:
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        return shape_of(tensors, name, path, ndim, _ABOUT)
+
+    def tower(prefix: str, dim: int) -> TowerConfig:
+        blocks = prefix + "transformer.resblocks.{}."
+        wide = shape(blocks.format(0) + "mlp.c_fc.weight", 2)[0]
+        return _tower(path, dim, counted(tensors, blocks + "ln_1.weight"), None, wide)
+
+    patch, vocab = shape("visual.conv1.weight", 4), shape("token_embedding.weight", 2)
+    towers = tower("visual.", patch[0]), tower("", vocab[1])
+    config = _config(
+        path, patch, shape("visual.positional_embedding", 2)[0], towers,
+        (vocab[0], shape("positional_embedding", 2)[0]), shape("text_projection", 2)[1],
+    )  # fmt: skip
+    rules = {
+        "logit_scale": one("logit_scale", same),
+        "vision/patch/kernel": one("visual.conv1.weight", conv),
+        "vision/class_embed": one("visual.class_embedding", same),
+        "vision/pos": one("visual.positional_embedding", same),
+        "vision/proj/kernel": one("visual.proj", same),
+        **_norm("vision/norm_in", "visual.ln_pre"),
+        **_norm("vision/norm_out", "visual.ln_post"),
+        "text/embed": one("token_embedding.weight", same),
+        "text/pos": one("positional_embedding", same),
+        "text/proj/kernel": one("text_projection", same),
+        **_norm("text/norm_out", "ln_final"),
+    }
+    for to, prefix, tower in (("vision", "visual.", config.vision), ("text", "", config.text)):
+        block = prefix + "transformer.resblocks.{}."
+        table = fused(block + "attn.in_proj", join="_") | dense("attn/out", block + "attn.out_proj")
+        table |= dense("mlp/up", block + "mlp.c_fc") | dense("mlp/down", block + "mlp.c_proj")
+        table |= norm("norm_attn", block + "ln_1") | norm("norm_mlp", block + "ln_2")
+        rules |= block_rules(tower.layers, table, f"{to}/blocks")
+    return config, rules
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------
+
+
+def _hugging_face(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, Rule]]:
+    settings = _settings(path)
+
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        return shape_of(tensors, name, path, ndim, _ABOUT)
+
+    def tower(name: str, dim: int) -> TowerConfig:
+        layers = f"{name}_model.encoder.layers."
+        wide = shape(layers + "0.mlp.fc1.weight", 2)[0]
+        heads = settings.get(f"{name}_config", {}).get("num_attention_heads")
+        return _tower(path, dim, counted(tensors, layers + "{}.layer_norm1.weight"), heads, wide)
+
+    patch = shape("vision_model.embeddings.patch_embedding.weight", 4)
+    vocab = shape("text_model.embeddings.token_embedding.weight", 2)
+    acts = {settings.get(f"{name}_config", {}).get("hidden_act", "quick_gelu") for name in ("vision", "text")}
+    if len(acts) != 1 or not acts <= _ACTIVATIONS.keys():
+        raise ValueError(
+            f"{path}: hidden_act is {', '.join(map(str, acts))}; want one of {', '.join(_ACTIVATIONS)}"
+        )
+    config = _config(
+        path, patch, shape("vision_model.embeddings.position_embedding.weight", 2)[0],
+        (tower("vision", patch[0]), tower("text", vocab[1])),
+        (vocab[0], shape("text_model.embeddings.position_embedding.weight", 2)[0]),
+        shape("text_projection.weight", 2)[0], _ACTIVATIONS[acts.pop()],
+    )  # fmt: skip
+    rules = {
+        "logit_scale": one("logit_scale", same),
+        "vision/patch/kernel": one("vision_model.embeddings.patch_embedding.weight", conv),
+        "vision/class_embed": one("vision_model.embeddings.class_embedding", same),
+        "vision/pos": one("vision_model.embeddings.position_embedding.weight", same),
+        "vision/proj/kernel": one("visual_projection.weight", linear),
+        **_norm("vision/norm_in", "vision_model.pre_layrnorm"),  # so it is spelt there
+        **_norm("vision/norm_out", "vision_model.post_layernorm"),
+        "text/embed": one("text_model.embeddings.token_embedding.weight", same),
+        "text/pos": one("text_model.embeddings.position_embedding.weight", same),
+        "text/proj/kernel": one("text_projection.weight", linear),
+        **_norm("text/norm_out", "text_model.final_layer_norm"),
+    }
+    for to, tower in (("vision", config.vision), ("text", config.text)):
+        block, table = f"{to}_model.encoder.layers." + "{}.", {}
+        for name in ("q", "k", "v"):
+            table |= dense(f"attn/{name}", f"{block}self_attn.{name}_proj")
+        table |= dense("attn/out", block + "self_attn.out_proj")
+        table |= dense("mlp/up", block + "mlp.fc1") | dense("mlp/down", block + "mlp.fc2")
+        table |= norm("norm_attn", block + "layer_norm1") | norm("norm_mlp", block + "layer_norm2")
+        rules |= block_rules(tower.layers, table, f"{to}/blocks")
+    return config, rules
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """config.json beside the weights; {} if there is none."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is a {type(found).__name__}; want the configuration of a CLIP")
+    return {name: value for name, value in found.items() if isinstance(value, dict)}
+
+
+# --- both ------------------------------------------------------------------------------------------------
+
+
+def _tower(path: Path, dim: int, layers: int, heads: int | None, wide: int) -> TowerConfig:
+    if layers == 0 or wide % dim:
+        raise ValueError(
+            f"{path} is not {_ABOUT}: a tower of {dim} channels has {layers} layers and an MLP of {wide}"
+        )
+    return TowerConfig(dim=dim, layers=layers, heads=heads or max(dim // _HEAD, 1), mlp_ratio=wide // dim)
+
+
+def _norm(to: str, source: str) -> dict[str, Rule]:
+    return {f"{to}/scale": one(f"{source}.weight", same), f"{to}/bias": one(f"{source}.bias", same)}
