@@ -19,8 +19,10 @@ import numpy as np
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn import cache as kv
-from dalle_jax.nn.attention import Block, norm
+from dalle_jax.nn import flash
+from dalle_jax.nn.attention import ATTENDED, MIDDLE, QKV, Block, attend, norm
 from dalle_jax.nn.cache import KV, LayerCache
+from dalle_jax.nn.cross_entropy import cross_entropy, scores
 from dalle_jax.nn.masks import attention_mask
 from dalle_jax.nn.rotary import raster_turns
 from dalle_jax.nn.sharding import constrain
@@ -134,14 +136,11 @@ def _norm_out(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
 
 def _head(cfg: DalleConfig, params: Params, name: str, x_BTD: jax.Array) -> jax.Array:
     """Products in the compute dtype, sums and result in float32."""
-    kernel = params[name]["kernel"].astype(cfg.dtype)
-    y = jnp.einsum("btd,dv->btv", x_BTD.astype(cfg.dtype), kernel, preferred_element_type=jnp.float32)
-    if cfg.head_bias:
-        y = y + params[name]["bias"][None, None].astype(jnp.float32)
-    return constrain(y, "batch", None, "vocab")
+    bias = params[name]["bias"] if cfg.head_bias else None
+    return scores(x_BTD.astype(cfg.dtype), params[name]["kernel"].astype(cfg.dtype), bias)
 
 
-def _masks(cfg: DalleConfig) -> tuple[np.ndarray, np.ndarray]:
+def layer_masks(cfg: DalleConfig) -> tuple[np.ndarray, np.ndarray]:
     """The different masks (M, S, S) and which of them each layer uses (L,)."""
     kinds = sorted(set(cfg.layer_kinds))
     text = cfg.text_len - cfg.text_in_raster
@@ -160,23 +159,39 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
     x_BSD = jnp.concatenate(
         [_embed_text(cfg, params, text_BT), _embed_codes(cfg, params, codes_BP, place_P)], axis=1
     )
-    masks, which = _masks(cfg)
-    masks = jnp.asarray(masks[:, : x_BSD.shape[1], : x_BSD.shape[1]])
-    turns = _turns(cfg, jnp.arange(x_BSD.shape[1]))
+    length, block = x_BSD.shape[1], _block(cfg)
+    masks, which = layer_masks(cfg)
+    masks = masks[:, :length, :length]
+    kernel = flash.choose(cfg.attention_kernel, cfg.layer_kinds, length, cfg.dtype)
+    turns = _turns(cfg, jnp.arange(length))
 
-    def layer(x_BSD, layer_params, mask_SS):
-        return _block(cfg).apply({"params": layer_params}, x_BSD, mask_SS, turns=turns)[0]
+    def layer(x_BSD, layer_params, index):
+        def look(q, k, v):
+            match kernel:
+                case "dense":
+                    return attend(q, k, v, jnp.asarray(masks)[index]), None
+                case "splash":
+                    return flash.splash(q, k, v, masks, index), None
+                case "cudnn":
+                    return flash.cudnn(q, k, v), None
 
+        return block.apply({"params": layer_params}, x_BSD, look=look, turns=turns)[0]
+
+    policies = jax.checkpoint_policies
     match cfg.remat:
         case "full":
             layer = jax.checkpoint(layer)
+        case "matrices":
+            layer = jax.checkpoint(layer, policy=policies.save_only_these_names(ATTENDED))
+        case "mlp":
+            kept = policies.save_only_these_names(QKV, ATTENDED, MIDDLE)
+            layer = jax.checkpoint(layer, policy=kept)
         case "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            layer = jax.checkpoint(layer, policy=policy)
+            layer = jax.checkpoint(layer, policy=policies.dots_with_no_batch_dims_saveable)
 
     def body(x_BSD, xs):
         layer_params, index = xs
-        return layer(x_BSD, layer_params, masks[index]), None
+        return layer(x_BSD, layer_params, index), None
 
     x_BSD, _ = jax.lax.scan(body, x_BSD, (params["blocks"], jnp.asarray(which)), unroll=cfg.scan_unroll)
     return _norm_out(cfg, params, x_BSD)
@@ -191,19 +206,23 @@ def logits(
     tokens 1 to T-1, None without a text head, and float32 image logits (B, N, V), for the codes 0 to N-1. Raises
     ValueError for other shapes or dtypes.
     """
+    text_BTD, image_BND = _before_heads(cfg, params, text_BT, codes_BN)
+    text = _head(cfg, params, "text_head", text_BTD) if cfg.text_loss_weight > 0 else None
+    return text, _head(cfg, params, "image_head", image_BND)
+
+
+def _before_heads(
+    cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The stream where it predicts text (B, T-1, D) and where it predicts codes (B, N, D)."""
     if codes_BN.shape[1:] != (cfg.num_codes,):
         raise ValueError(f"codes have shape {codes_BN.shape}, want ({len(text_BT)}, {cfg.num_codes})")
-    x_BSD = hidden(cfg, params, text_BT, codes_BN[:, :-1])
-    text = None
-    if cfg.text_loss_weight > 0:
-        text = _head(cfg, params, "text_head", x_BSD[:, : cfg.text_len - 1])
-    return text, _head(cfg, params, "image_head", x_BSD[:, cfg.text_len - 1 :])
-
-
-def _cross_entropy(logits_BTV: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Mean over all tokens, in nats."""
-    picked = jnp.take_along_axis(logits_BTV, ids_BT[..., None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits_BTV, axis=-1) - picked)
+    # The last code predicts nothing, but with it the stream has its whole length: 1280 at the paper's sizes,
+    # which kernels and layouts like better than 1279. Masks that take the last text token into the raster end
+    # one place sooner.
+    x_BSD = hidden(cfg, params, text_BT, codes_BN[:, :-1] if cfg.text_in_raster else codes_BN)
+    first = cfg.text_len - 1
+    return x_BSD[:, :first], x_BSD[:, first : first + cfg.num_codes]
 
 
 def loss(
@@ -216,11 +235,18 @@ def loss(
     """
     drop_B = jax.random.bernoulli(key, cfg.null_rate, (len(text_BT),))
     text_BT = jnp.where(drop_B[:, None], null_text(cfg)[None], text_BT)
-    text_logits, image_logits = logits(cfg, params, text_BT, codes_BN)
+    text_BTD, image_BND = _before_heads(cfg, params, text_BT, codes_BN)
+
+    def nats(name, x_BTD, ids_BT):
+        head = params[name]
+        return cross_entropy(
+            x_BTD, head["kernel"], ids_BT, bias_V=head.get("bias"), dtype=cfg.dtype, chunk=cfg.vocab_chunk
+        )
+
     text_loss = jnp.float32(0)
-    if text_logits is not None and cfg.text_len > 1:
-        text_loss = _cross_entropy(text_logits, _known(cfg, text_BT[:, 1:]))
-    image_loss = _cross_entropy(image_logits, codes_BN)
+    if cfg.text_loss_weight > 0 and cfg.text_len > 1:
+        text_loss = nats("text_head", text_BTD, _known(cfg, text_BT[:, 1:]))
+    image_loss = nats("image_head", image_BND, codes_BN)
     total = cfg.text_loss_weight * text_loss + (1 - cfg.text_loss_weight) * image_loss
     return total, {"text_loss": text_loss, "image_loss": image_loss}
 

@@ -15,7 +15,9 @@ from dalle_jax.nn.sharding import (
     AXES,
     PARAM_AXES,
     RULES,
+    MeshError,
     batch_sharding,
+    check_model,
     constrain,
     make_mesh,
     param_shardings,
@@ -52,22 +54,23 @@ def lively(cfg):
 @pytest.mark.parametrize(
     ("sizes", "want"),
     [
-        ({}, (8, 1, 1)),
-        ({"data": 2, "fsdp": 2, "model": 2}, (2, 2, 2)),
-        ({"data": 1, "fsdp": -1, "model": 2}, (1, 4, 2)),
-        ({"data": 1, "fsdp": 1, "model": -1}, (1, 1, 8)),
+        ({}, (1, 8, 1, 1)),
+        ({"data": 2, "fsdp": 2, "model": 2}, (1, 2, 2, 2)),
+        ({"data": 1, "fsdp": -1, "model": 2}, (1, 1, 4, 2)),
+        ({"data": 1, "fsdp": 1, "model": -1}, (1, 1, 1, 8)),
+        ({"slices": 2, "data": 1, "fsdp": -1}, (2, 1, 4, 1)),  # one slice taken as two, as processes may be
     ],
 )
 def test_mesh_sizes(sizes, want):
     mesh = make_mesh(MeshConfig(**sizes))
-    assert mesh.axis_names == AXES == ("data", "fsdp", "model")
+    assert mesh.axis_names == AXES == ("slice", "data", "fsdp", "model")
     assert tuple(mesh.shape.values()) == want
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
 
 
 def test_mesh_over_some_devices():
     mesh = make_mesh(MeshConfig(data=-1, model=2), jax.devices()[4:8])
-    assert tuple(mesh.shape.values()) == (2, 1, 2)
+    assert tuple(mesh.shape.values()) == (1, 2, 1, 2)
     assert {d.id for d in mesh.devices.flat} == {4, 5, 6, 7}
 
 
@@ -76,12 +79,33 @@ def test_mesh_over_some_devices():
     [
         ({"data": 2, "fsdp": 2}, "data=2 fsdp=2 model=1 wants 4 devices, 8 are here; set one of them to -1"),
         ({"data": 16}, "wants 16 devices, 8 are here"),
+        ({"slices": 3}, "slices=3, and 8 devices in 1 slices are here; leave it at -1"),
+        ({"slices": 2, "fsdp": 3}, "does not divide 4 devices in each of 2 slices; .* a divisor of 4"),
         ({"data": -1, "model": 3}, "data=-1 fsdp=1 model=3 does not divide 8 devices; .* a divisor of 8"),
     ],
 )
 def test_mesh_refuses(sizes, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(MeshError, match=match):
         make_mesh(MeshConfig(**sizes))
+
+
+class Sliced:
+    """A device of a slice, as far as a mesh looks at it."""
+
+    platform, device_kind, process_index = "cpu", "fake", 0
+
+    def __init__(self, number):
+        self.id, self.slice_index = number, number // 4
+
+
+def test_slices_are_found():
+    """The first axis runs over slices, so that the others lie within one."""
+    devices = [Sliced(i) for i in range(8)]
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1), devices)
+    assert tuple(mesh.shape.values()) == (2, 1, 4, 1)
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(MeshError, match="slices=4, and 8 devices in 2 slices are here"):
+        make_mesh(MeshConfig(slices=4, data=1, fsdp=-1), devices)
 
 
 # --- where parameters lie --------------------------------------------------------------------------------
@@ -106,11 +130,11 @@ def test_dalle_parameters_on_the_mesh(mesh):
         "blocks/attn/q_scale": P(None, None),
         "blocks/attn/q/kernel": P(None, f, m),
         "blocks/attn/v/bias": P(None, m),
-        "blocks/attn/out/kernel": P(None, m, f),
+        "blocks/attn/out/kernel": P(None, m + f, None),
         "blocks/attn/out/bias": P(None, None),
         "blocks/mlp/up/kernel": P(None, f, m),
         "blocks/mlp/up/bias": P(None, m),
-        "blocks/mlp/down/kernel": P(None, m, f),
+        "blocks/mlp/down/kernel": P(None, m + f, None),
         "norm_out/bias": P(None),
         "text_head/kernel": P(f, m),
         "image_head/kernel": P(f, m),
@@ -118,6 +142,38 @@ def test_dalle_parameters_on_the_mesh(mesh):
     assert {name: got[name] for name in want} == want
     odd = specs(mesh, {"text_embed": jax.ShapeDtypeStruct((9, 16), jnp.float32)})
     assert odd == {"text_embed": P(None, f)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ({"heads": 31}, r"^model\.heads: 31 does not divide over mesh\.model 2; want one of 1$"),
+        ({"dim": 3 * 181, "heads": 1}, r"model\.heads: 1 does not divide over mesh\.model 2"),
+        ({"dim": 2 * 625, "heads": 2}, r"model\.dim: 1250 does not divide over mesh\.model 2 x mesh\.fsdp 2"),
+        (
+            {"image_vocab": 8191},
+            r"model\.image_vocab: 8191 does not divide over mesh\.model 2; want one of 1$",
+        ),
+        (
+            {"text_len": 255},
+            r"model\.text_vocab \+ model\.text_len: 16639 does not divide over mesh\.model 2",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_divide_names_the_field(mesh, sizes, match):
+    with pytest.raises(MeshError, match=match):
+        check_model(DalleConfig(**sizes), mesh)
+
+
+def test_large_parameters_are_split_or_refused(mesh):
+    """The paper's model divides; 1 MiB of a width that does not is refused, a little less may lie whole."""
+    check_model(DalleConfig(), mesh)
+    with pytest.raises(
+        MeshError, match=r"text_head/kernel \(1025, 512\): 1025 does not divide over mesh.fsdp 2"
+    ):
+        specs(mesh, {"text_head": {"kernel": jax.ShapeDtypeStruct((1025, 512), jnp.float32)}})
+    small = specs(mesh, {"text_head": {"kernel": jax.ShapeDtypeStruct((1023, 256), jnp.float32)}})
+    assert small == {"text_head/kernel": P(None, ("model",))}
 
 
 def test_dvae_parameters_on_the_mesh(mesh):
@@ -162,7 +218,9 @@ def test_constrain_lays_out_under_a_mesh(mesh):
 
     with jax.set_mesh(mesh):
         x, y = go(np.ones((4, 3, 2), np.float32), np.ones((3, 2), np.float32))
-    assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, P(("data", "fsdp"), None, "model")), 3)
+    assert x.sharding.is_equivalent_to(
+        jax.NamedSharding(mesh, P(("slice", "data", "fsdp"), None, "model")), 3
+    )
     assert y.sharding.is_equivalent_to(jax.NamedSharding(mesh, P(None, "model")), 2)  # 3 rows do not divide
 
 

@@ -9,6 +9,8 @@ from dalle_jax.config.checks import require
 from dalle_jax.config.tokenizer import Dtype
 
 AttentionKind = Literal["full", "row", "column", "conv", "conv_clamped", "conv_torus"]
+AttentionKernel = Literal["auto", "dense", "splash", "cudnn"]
+Remat = Literal["none", "full", "dots", "mlp", "matrices"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,13 @@ class DalleConfig:
     text_loss_weight: float = 1 / 8  # of the text cross-entropy; the image has the rest; 0: no text head; 2.2
     null_rate: float = 0.1  # share of training captions replaced by the null caption, for guidance
     dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, logits and losses stay float32
-    remat: Literal["none", "full", "dots"] = "full"  # what the backward pass computes again
+    # What computes attention in training: splash is for TPU, cudnn for full layers on NVIDIA GPUs, dense for
+    # anything; auto takes what suits the devices (nn/flash.py).
+    attention_kernel: AttentionKernel = "auto"
+    # What the backward pass computes again instead of keeping it, least memory first: full, everything of a layer;
+    # matrices, everything but attention itself; mlp, the MLP alone; dots, all but products with weights; none.
+    remat: Remat = "full"
+    vocab_chunk: int = 2048  # columns of a head whose scores the loss holds at once; 0 holds all
     scan_unroll: int = 1  # layers per iteration of the scan; more compiles longer and may run faster
 
     def __post_init__(self):
@@ -55,6 +63,7 @@ class DalleConfig:
             "text_vocab", "text_len", "image_vocab", "grid", "dim", "layers", "heads", "mlp_ratio", "scan_unroll",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"DalleConfig.{name} is {getattr(self, name)}; want at least 1")
+        require(self.vocab_chunk >= 0, f"vocab_chunk is {self.vocab_chunk}; want 0 (all at once) or more")
         require(
             self.dim % self.heads == 0,
             f"dim {self.dim} is not divisible by heads {self.heads}; change one of them",

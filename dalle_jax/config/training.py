@@ -12,14 +12,18 @@ from dalle_jax.config.dalle import DalleConfig
 from dalle_jax.config.data import DataConfig, TextConfig
 from dalle_jax.config.tokenizer import TokenizerConfig
 
+Optimizer = Literal["adamw", "adamw_bf16", "adafactor"]
 TransformerConfig = DalleConfig | BartConfig  # from text to codes
 ModelConfig = TokenizerConfig | TransformerConfig | ClipConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with decay on matrices only, clipping, warm-up and a schedule; averaged parameters."""
+    """Optimizer with decay on matrices only, clipping, warm-up and a schedule; averaged parameters."""
 
+    # Bytes of state for each parameter: adamw 8; adamw_bf16, moments in bfloat16, 4; adafactor next to none,
+    # without a first moment (train/optim.py).
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 4.5e-4  # after warm-up; B.2
     warmup_steps: int = 5_000  # linear from 0; B.2
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
@@ -35,6 +39,11 @@ class OptimConfig:
     ema_every: int = 25  # updates between averages; B.2
 
     def __post_init__(self):
+        require(
+            self.optimizer != "adamw_bf16" or max(self.b1, self.b2) <= 0.99,
+            f"optim.b1 {self.b1} and b2 {self.b2} with adamw_bf16; want at most 0.99: bfloat16 rounds smaller "
+            "steps of a mean away",
+        )
         require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; want more than 0")
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; want 0 or more")
         require(self.accumulate >= 1, f"optim.accumulate is {self.accumulate}; want at least 1")
@@ -48,6 +57,9 @@ class OptimConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; one of them may be -1: all devices that are left."""
 
+    slices: int = (
+        -1
+    )  # of TPU, joined by the data centre's network; -1 takes what is there; the others are within one
     data: int = -1  # batch is split; parameters are copied
     fsdp: int = 1  # batch is split; parameters and optimizer state are split too
     model: int = 1  # heads and channels are split
@@ -62,6 +74,7 @@ class MeshConfig:
             all(s >= 1 or s == -1 for s in sizes) and sizes.count(-1) <= 1,
             f"mesh data={self.data} fsdp={self.fsdp} model={self.model}; want sizes of at least 1, at most one -1",
         )
+        require(self.slices >= 1 or self.slices == -1, f"mesh.slices is {self.slices}; want -1 or at least 1")
         require(self.cpu_devices >= 0, f"mesh.cpu_devices is {self.cpu_devices}; want 0 or more")
 
 

@@ -14,12 +14,17 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.nn.rotary import rotate
 from dalle_jax.nn.sharding import constrain
 
 Activation = Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu"]  # of the MLP; swiglu is gated (2002.05202)
 Norm = Literal["layer", "rms"]
+
+# Names under which a remat policy finds queries, keys and values, what attention makes of them, and the stream
+# between attention and MLP; each has the size of the stream.
+QKV, ATTENDED, MIDDLE = "qkv", "attended", "middle"
 
 # Queries, keys and values of the positions given, (B, T, H, K) each, to what they attend to, (B, T, H, K), and
 # whatever the caller wants back.
@@ -67,7 +72,8 @@ class Attention(nn.Module):
             # split over heads where one of (D, 3 * H * K) would be cut across queries, keys and values.
             init = nn.initializers.normal(0.02)
             dense = nn.Dense(dim, self.biases, dtype=self.dtype, kernel_init=init, name=name)
-            return constrain(dense(x_BTD).reshape(*lead, self.heads, width), "batch", None, "heads", None)
+            y_BTD = checkpoint_name(dense(x_BTD), QKV)
+            return constrain(y_BTD.reshape(*lead, self.heads, width), "batch", None, "heads", None)
 
         q, k, v = project("q"), project("k"), project("v")
         if self.qk_norm:
@@ -83,7 +89,7 @@ class Attention(nn.Module):
                 y_BTHK, cache = look(q, k, v)
         init = nn.initializers.normal(self.out_std)
         out = nn.Dense(dim, self.biases, dtype=self.dtype, kernel_init=init, name="out")
-        return out(y_BTHK.reshape(*lead, dim)), cache
+        return out(checkpoint_name(y_BTHK.reshape(*lead, dim), ATTENDED)), cache
 
 
 def _activate(name: Activation, x: jax.Array) -> jax.Array:
@@ -145,7 +151,7 @@ class Block(nn.Module):
         y_BTD, cache = attention(normed("norm_attn", x_BTD), mask_TS, look, turns)
         if self.sandwich:
             y_BTD = normed("norm_attn_out", y_BTD)
-        x_BTD = constrain(x_BTD + y_BTD, "batch", None, "embed")
+        x_BTD = checkpoint_name(constrain(x_BTD + y_BTD, "batch", None, "embed"), MIDDLE)
         mlp = MLP(self.mlp_width, self.out_std, self.dtype, self.activation, self.biases, name="mlp")
         y_BTD = mlp(normed("norm_mlp", x_BTD))
         if self.sandwich:

@@ -2,8 +2,8 @@
 
 A parameter's name gives its logical axes (`PARAM_AXES`), a logical axis gives its mesh axes (`RULES`).
 Model code never names a mesh axis: it calls `constrain(x_BTD, "batch", None, "embed")`, which does nothing
-when no mesh is in force. Mesh axes: `data` splits the batch, `fsdp` splits the batch and the parameters,
-`model` splits heads and channels.
+when no mesh is in force. Mesh axes: `slice` and `data` split the batch, the first across the network between
+slices of a TPU pod; `fsdp` splits the batch and the parameters; `model` splits heads and channels.
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.config import MeshConfig
+from dalle_jax.config import DalleConfig, MeshConfig, ModelConfig
 
 Params = dict[str, Any]
 
-AXES = ("data", "fsdp", "model")
+AXES = ("slice", "data", "fsdp", "model")
+SMALL = 2**20  # bytes up to which a parameter may lie whole on every device although a rule would split it
 
-# Logical axis -> mesh axes. An axis that does not divide is left whole (see `_fit`).
+# Logical axis -> mesh axes.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("slice", "data", "fsdp"),
     "embed": (),  # activations keep their channels whole between layers
     "heads": ("model",),
     "mlp": ("model",),
     "vocab": ("model",),
     "width": ("fsdp",),  # the embed axis of parameters: gathered when used
+    # Rows of the matrices that lead back to the stream. `fsdp` splits rows and not columns, as in the others:
+    # gathered columns would have to be copied into place.
+    "heads_in": ("model", "fsdp"),
+    "mlp_in": ("model", "fsdp"),
     "layers": (),
 }
 
@@ -42,10 +47,10 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/attn/(q_scale|k_scale)", ("layers", None)),
     (r"blocks/attn/(q|k|v)/kernel", ("layers", "width", "heads")),
     (r"blocks/attn/(q|k|v)/bias", ("layers", "heads")),
-    (r"blocks/attn/out/kernel", ("layers", "heads", "width")),
+    (r"blocks/attn/out/kernel", ("layers", "heads_in", None)),
     (r"blocks/mlp/(up|gate)/kernel", ("layers", "width", "mlp")),
     (r"blocks/mlp/(up|gate)/bias", ("layers", "mlp")),
-    (r"blocks/mlp/down/kernel", ("layers", "mlp", "width")),
+    (r"blocks/mlp/down/kernel", ("layers", "mlp_in", None)),
     (r"blocks/(attn/out|mlp/down)/bias", ("layers", None)),
     (r"norm_out/(scale|bias)", (None,)),
     (r"norm_head/(scale|bias)", (None,)),
@@ -99,46 +104,51 @@ PARAM_AXES += tuple(
 )
 
 
-def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of `cfg` over `devices` (all devices by default), axes `data, fsdp, model`.
+class MeshError(ValueError):
+    """A mesh that the devices or the sizes of the model do not allow."""
 
-    Where the devices are slices of TPU joined by the data centre's network, `data` runs over the slices first:
-    parameters and heads are never split across that network, only gradients cross it. Raises ValueError when
-    the sizes do not multiply to the number of devices, or `data` is not a multiple of the slices.
+
+def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh of `cfg` over `devices` (all devices by default), axes `slice, data, fsdp, model`.
+
+    Slices of TPU joined by the data centre's network are found by themselves; the other sizes are those within
+    a slice, so parameters and heads are never split across that network and only gradients cross it. Devices
+    that are one slice are taken as several, in their order, where `cfg.slices` says so. Raises MeshError when
+    the sizes do not multiply to the number of devices, or `slices` is not what is there.
     """
     if cfg.cpu_devices:
         _split_cpu(cfg.cpu_devices)
     devices = jax.devices() if devices is None else devices
-    sizes = [cfg.data, cfg.fsdp, cfg.model]
+    found = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = found if cfg.slices == -1 else cfg.slices
+    if found not in (1, slices) or len(devices) % slices:
+        raise MeshError(
+            f"mesh slices={cfg.slices}, and {len(devices)} devices in {found} slices are here; leave it at -1 to "
+            "take what is there"
+        )
+    within, sizes = len(devices) // slices, [cfg.data, cfg.fsdp, cfg.model]
+    here = f"{within} devices" + (f" in each of {slices} slices" if slices > 1 else "")
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes:
-        if len(devices) % known:
-            raise ValueError(
-                f"mesh data={cfg.data} fsdp={cfg.fsdp} model={cfg.model} does not divide {len(devices)} devices; "
-                f"the named sizes multiply to {known}, want a divisor of {len(devices)}"
+        if within % known:
+            raise MeshError(
+                f"mesh data={cfg.data} fsdp={cfg.fsdp} model={cfg.model} does not divide {here}; "
+                f"the named sizes multiply to {known}, want a divisor of {within}"
             )
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
+        sizes[sizes.index(-1)] = within // known
+    if math.prod(sizes) != within:
+        raise MeshError(
             f"mesh data={cfg.data} fsdp={cfg.fsdp} model={cfg.model} wants {math.prod(sizes)} devices, "
-            f"{len(devices)} are here; set one of them to -1 to take what is there"
+            f"{here} are here; set one of them to -1 to take what is there"
         )
-    types = (AxisType.Auto,) * 3
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if slices == 1:
+    if found > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *sizes), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
         # jax.make_mesh would refuse an axis that is part of a side of the torus: 128 of 16 x 16 chips.
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=types)
-    if sizes[0] % slices:
-        raise ValueError(
-            f"mesh data={sizes[0]} is not a multiple of the {slices} slices; only `data` may cross from slice to "
-            f"slice: set mesh.data to {slices} or a multiple of it"
-        )
-    within = (sizes[0] // slices, *sizes[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(
-        within, (slices, 1, 1), devices, allow_split_physical_axes=True
-    )
-    return Mesh(grid, AXES, axis_types=types)
+        grid = mesh_utils.create_device_mesh((slices, *sizes), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _split_cpu(count: int) -> None:
@@ -150,14 +160,48 @@ def _split_cpu(count: int) -> None:
             raise
 
 
-def _fit(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
-    """Partition of `shape`: each logical axis over its mesh axes where they divide it, else whole."""
+def fit(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """Partition of `shape`: each logical axis over its mesh axes where they divide it, else whole.
+
+    Of an activation, whose sizes are checked in the configuration; `param_shardings` is stricter.
+    """
     parts = []
     for name, size in zip(axes, shape, strict=True):
         mesh_axes = RULES[name] if name is not None else ()
         ways = math.prod(mesh.shape[a] for a in mesh_axes)
         parts.append(mesh_axes if mesh_axes and size % ways == 0 else None)
     return PartitionSpec(*parts)
+
+
+def check_divides(mesh: Mesh, axis: str | None, size: int, what: str) -> None:
+    """Raises MeshError unless `size` of `what`, along a logical axis, divides over the devices of its rule."""
+    mesh_axes = RULES[axis] if axis is not None else ()
+    ways = math.prod(mesh.shape[a] for a in mesh_axes)
+    if size % ways:
+        devices = " x ".join(f"mesh.{a} {mesh.shape[a]}" for a in mesh_axes if mesh.shape[a] > 1)
+        divisors = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
+        raise MeshError(f"{what}: {size} does not divide over {devices}; want one of {divisors}")
+
+
+def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
+    """Raises MeshError naming the field of the configuration that `mesh` does not divide."""
+    if isinstance(cfg, DalleConfig):
+        check_divides(mesh, "heads", cfg.heads, "model.heads")
+        if 4 * cfg.dim**2 > SMALL:
+            for axis in ("width", "heads", "heads_in"):
+                check_divides(mesh, axis, cfg.dim, "model.dim")
+            check_divides(
+                mesh,
+                "mlp_in",
+                cfg.mlp_dim,
+                "model.mlp_width" if cfg.mlp_width else "model.dim * model.mlp_ratio",
+            )
+        for name, ids in (
+            ("model.image_vocab", cfg.image_vocab),
+            ("model.text_vocab + model.text_len", cfg.text_ids),
+        ):
+            if 4 * ids * cfg.dim > SMALL:
+                check_divides(mesh, "vocab", ids, name)
 
 
 def param_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
@@ -176,11 +220,18 @@ def path_name(path: tuple) -> str:
 
 
 def param_shardings(mesh: Mesh, params: Params) -> Params:
-    """A NamedSharding for each parameter; `params` holds arrays or ShapeDtypeStructs in nested dicts."""
+    """A NamedSharding for each parameter; `params` holds arrays or ShapeDtypeStructs in nested dicts.
+
+    Raises MeshError for a parameter above SMALL that the mesh does not divide as its rule says.
+    """
 
     def one(path, leaf):
         name = path_name(path)
-        return NamedSharding(mesh, _fit(mesh, param_axes(name, leaf.shape), leaf.shape))
+        axes = param_axes(name, leaf.shape)
+        if leaf.size * leaf.dtype.itemsize > SMALL:
+            for axis, size in zip(axes, leaf.shape, strict=True):
+                check_divides(mesh, axis, size, f"{name} {leaf.shape}")
+        return NamedSharding(mesh, fit(mesh, axes, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -200,4 +251,4 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _fit(mesh, axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, fit(mesh, axes, x.shape))

@@ -15,18 +15,19 @@ _BYTES = {"pred": 1, "bf16": 2, "token": 0}
 _SHAPE = re.compile(r"\b(pred|bf16|token|[sufc]\d+\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NAME = re.compile(r"\s+(?:ROOT )?%?([\w-]+)")  # of an instruction, without its number
 _CALLED = re.compile(r"(?:calls|to_apply|async_execution_thread_calls)=%?([\w.-]+)")
 
 
 class Costs(NamedTuple):
     """Of one run of a program on one device. cycles: the compiler's estimate, collectives not in it.
 
-    collectives: kind -> (runs, bytes of the results); kernels: runs of kernels that have no estimate.
+    collectives: kind -> (runs, bytes of the results); kernels: name -> runs of kernels that have no estimate.
     """
 
     cycles: float
     collectives: dict[str, tuple[int, int]]
-    kernels: int
+    kernels: dict[str, int]
 
 
 def shape_bytes(text: str) -> int:
@@ -84,12 +85,13 @@ def costs(text: str) -> Costs:
     def of(name: str) -> Costs:
         if name in done:
             return done[name]
-        cycles, kernels, sums = 0.0, 0, {}
+        cycles, kernels, sums = 0.0, {}, {}
 
         def add(other: Costs, times: int = 1, count_cycles: bool = True) -> None:
-            nonlocal cycles, kernels
+            nonlocal cycles
             cycles += times * other.cycles * count_cycles
-            kernels += times * other.kernels
+            for kernel, runs in other.kernels.items():
+                kernels[kernel] = kernels.get(kernel, 0) + times * runs
             for kind, (runs, size) in other.collectives.items():
                 before = sums.get(kind, (0, 0))
                 sums[kind] = (before[0] + times * runs, before[1] + times * size)
@@ -99,9 +101,9 @@ def costs(text: str) -> Costs:
             cycles += int(own[1]) if own else 0
             base = op.removesuffix("-start")
             if base in KINDS:
-                add(Costs(0, {base: (1, _result_bytes(op, kind, line))}, 0))
+                add(Costs(0, {base: (1, _result_bytes(op, kind, line))}, {}))
             elif op == "custom-call" and 'custom_call_target="tpu_custom_call"' in line:
-                add(Costs(0, {}, 1))
+                add(Costs(0, {}, {_NAME.match(line)[1]: 1}))
             if op == "while":
                 condition = re.search(r"condition=%?([\w.-]+)", line)[1]
                 add(of(re.search(r"body=%?([\w.-]+)", line)[1]), _trips(computations[condition]))

@@ -7,6 +7,7 @@ parameters and the batch: its random key is derived from the seed and the step n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.config import TrainConfig
-from dalle_jax.nn.sharding import batch_sharding, param_shardings, replicated
+from dalle_jax.nn.sharding import RULES, batch_sharding, check_model, param_shardings, replicated
 from dalle_jax.train.optim import learning_rate, make_optimizer, update_ema
 
 Params = dict[str, Any]
@@ -73,6 +74,20 @@ def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
+def _part_sharding(shape: tuple[int, ...], whole: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """How an array that the optimizer keeps for a parameter of shape `whole` lies: as the parameter does.
+
+    Adafactor's sums lack one axis of the parameter and lie as the others do; placeholders lie whole everywhere.
+    """
+    if shape == whole:
+        return sharding
+    spec = (*sharding.spec, *[None] * (len(whole) - len(sharding.spec)))
+    for axis in reversed(range(len(whole))):
+        if whole[:axis] + whole[axis + 1 :] == shape:
+            return NamedSharding(sharding.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+    return replicated(sharding.mesh)
+
+
 def abstract_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state, without allocation."""
     shapes = param_shapes(task)
@@ -82,8 +97,9 @@ def abstract_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
     # jit(tx.init) would leave the moments whole on every device; they must lie as their parameters do.
     opt_shardings = optax.tree.map_params(
         tx,
-        lambda s, h: s if _is_masked(s) else h,  # a part that this optimizer leaves to another one
+        lambda s, p, h: s if _is_masked(s) else _part_sharding(s.shape, p.shape, h),
         opt_shapes,
+        shapes,
         shardings,
         transform_non_params=lambda _: whole,
         is_leaf=_is_masked,
@@ -118,18 +134,19 @@ def init_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
 
 def batch_ways(mesh: Mesh) -> int:
     """Devices that the rows of a batch are split over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ValueError for a batch that the devices or the processes can not share evenly."""
+    """Raises ValueError for a model or batch that the devices or the processes can not share evenly."""
+    check_model(config.model, mesh)
     ways, pieces = batch_ways(mesh), config.optim.accumulate
     rows = config.data.batch // pieces
     if rows % ways:
         split = f" in {pieces} microbatches of {rows} rows (optim.accumulate)" if pieces > 1 else ""
         raise ValueError(
             f"data.batch {config.data.batch}{split} is not divisible by the {ways} devices that share "
-            f"a batch (mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); "
+            f"a batch (mesh {' x '.join(f'{a}={mesh.shape[a]}' for a in RULES['batch'])}); "
             f"want a multiple of {ways * pieces}"
         )
     if config.data.batch % jax.process_count():

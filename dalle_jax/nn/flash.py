@@ -1,0 +1,152 @@
+"""Attention kernels that never store the scores of all pairs, and the choice among them.
+
+`splash` is JAX's Pallas kernel for TPU: it walks the blocks of the mask that hold anything, so the paper's row,
+column and conv layers cost less than full ones. `cudnn` is the fused kernel of NVIDIA's library, for full causal
+attention. `dense` (attention.attend) is exact everywhere and what the others are tested against.
+FlashAttention: Dao et al. 2022, 2205.14135.
+B batch, T positions (queries and keys alike), H heads, K width of a head, M different masks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from dalle_jax.config.dalle import AttentionKernel, AttentionKind
+from dalle_jax.nn.sharding import fit
+
+LANES = 128  # of a TPU: what the sides of splash's blocks are multiples of
+SAVED = (
+    "attention"  # the name under which a remat policy finds what splash's backward pass needs of the forward
+)
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: of the mesh in force, which may be of devices that are not here; else of JAX."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def choose(
+    wanted: AttentionKernel, kinds: Sequence[AttentionKind], length: int, dtype: str
+) -> Literal["dense", "splash", "cudnn"]:
+    """The kernel for layers of these kinds over `length` positions on the platform in force.
+
+    `auto`: splash on a TPU from 128 positions on; cuDNN on a GPU where all layers are full and the dtype is
+    bfloat16; else dense. Raises ValueError for `cudnn` where it cannot compute what is asked.
+    """
+    full = set(kinds) == {"full"}
+    match wanted:
+        case "auto":
+            if platform() == "tpu" and length >= LANES:
+                return "splash"
+            return "cudnn" if platform() in ("gpu", "cuda") and full and dtype == "bfloat16" else "dense"
+        case "cudnn" if not full or dtype != "bfloat16":
+            raise ValueError(
+                f"attention_kernel cudnn computes full attention in bfloat16; these layers are "
+                f"{', '.join(sorted(set(kinds)))} in {dtype}; take auto or dense"
+            )
+    return wanted
+
+
+def block_size(length: int) -> int:
+    """Side of splash's blocks: 256 where it divides the padded length, else 128."""
+    return 256 if padded(length) % 256 == 0 else LANES
+
+
+def padded(length: int) -> int:
+    """Positions that splash computes for `length`."""
+    return -(-length // LANES) * LANES
+
+
+def _padded_mask(mask_TT: np.ndarray) -> np.ndarray:
+    """The mask over the padded positions, which see themselves and are seen by nobody else."""
+    length = len(mask_TT)
+    mask = np.eye(padded(length), dtype=bool)
+    mask[:length, :length] = mask_TT
+    return mask
+
+
+def computed_share(mask_TT: np.ndarray) -> float:
+    """Part of the (padded) square whose blocks hold anything: what splash computes of full attention."""
+    side = block_size(len(mask_TT))
+    mask = _padded_mask(mask_TT)
+    count = len(mask) // side
+    return float(mask.reshape(count, side, count, side).any(axis=(1, 3)).mean())
+
+
+def splash(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, masks_MTT: np.ndarray, which: jax.Array
+) -> jax.Array:
+    """Softmax attention under mask number `which`, an int32 scalar, traced or not.
+
+    Heads and rows lie over the mesh in force as everywhere; each device runs the kernel on its own. On a CPU the
+    kernel is interpreted, which is exact and slow. The backward pass runs the forward kernel again. Returns
+    (B, T, H, K) in the dtype of `v`.
+    """
+    length, width = q_BTHK.shape[1], q_BTHK.shape[3]
+    interpret = platform() == "cpu"
+    pads = ((0, 0), (0, padded(length) - length), (0, 0), (0, 0))
+
+    def switch(do, which, *x_BTHK):
+        """`do` with the kernel of mask `which` on arrays (B, H, T, K) of whole blocks; what it returns, cut again."""
+        # Built here, where they are constants of the traced program: one set of kernels per mask.
+        branches = [functools.partial(do, _kernel(m, x_BTHK[0].shape[2], interpret)) for m in masks_MTT]
+        x_BHTK = [jnp.pad(x, pads).swapaxes(1, 2) for x in x_BTHK]
+        y = branches[0](*x_BHTK) if len(branches) == 1 else jax.lax.switch(which, branches, *x_BHTK)
+        return jax.tree.map(lambda y_BHTK: y_BHTK.swapaxes(1, 2)[:, :length], y)
+
+    def over_mesh(do, outputs, which, *x_BTHK):
+        run, mesh = functools.partial(switch, do), jax.sharding.get_abstract_mesh()
+        if not mesh.empty:
+            spec = fit(mesh, ("batch", None, "heads", None), x_BTHK[0].shape)
+            # Pallas calls say nothing about which mesh axes their results vary over: that is not checked.
+            specs = (PartitionSpec(), *[spec] * len(x_BTHK))
+            out = spec if outputs == 1 else (spec,) * outputs
+            run = jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)
+        return run(which, *x_BTHK)
+
+    def forward(kernel, q, k, v):
+        return jax.vmap(kernel)(q, k, v)
+
+    def backward(kernel, q, k, v, gradient):
+        return jax.vjp(jax.vmap(kernel), q, k, v)[1](gradient)
+
+    # Were the switch differentiated as it stands, what each kernel keeps would leave it as its result: copies of
+    # queries, keys and values in another layout and back, dearer than the forward kernel.
+    @jax.custom_vjp
+    def attend(which, q, k, v):
+        return over_mesh(forward, 1, which, q, k, v)
+
+    def attend_backward(kept, gradient):
+        return (None, *over_mesh(backward, 3, *kept, gradient))
+
+    attend.defvjp(lambda *x: (attend(*x), x), attend_backward)
+    return attend(jnp.asarray(which), q_BTHK * (1.0 / math.sqrt(width)), k_BTHK, v_BTHK).astype(v_BTHK.dtype)
+
+
+def _kernel(mask_TT: np.ndarray, heads: int, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    side, minor = block_size(len(mask_TT)), library.QKVLayout.SEQ_MINOR
+    sizes = library.BlockSizes(
+        block_q=side, block_kv=side, block_kv_compute=side, block_q_dkv=side, block_kv_dkv=side,
+        block_kv_dkv_compute=side, block_q_dq=side, block_kv_dq=side,
+        # Positions along the lanes: heads of 64 would fill half of them, and the copy that puts them there
+        # costs as much as a projection.
+        q_layout=minor, k_layout=minor, v_layout=minor,
+    )  # fmt: skip
+    mask = library.MultiHeadMask([library.NumpyMask(_padded_mask(mask_TT))] * heads)
+    return library.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+
+
+def cudnn(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
+    """Full causal attention by cuDNN, bfloat16. Returns (B, T, H, K)."""
+    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")

@@ -1,0 +1,190 @@
+"""Attention kernels and the loss in groups against the dense path: they change no number, only what is stored."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import dalle
+from dalle_jax.config import DalleConfig, MeshConfig
+from dalle_jax.nn import flash
+from dalle_jax.nn.attention import attend
+from dalle_jax.nn.cross_entropy import cross_entropy
+from dalle_jax.nn.masks import attention_mask
+from dalle_jax.nn.sharding import make_mesh
+
+KINDS = ("full", "row", "column", "conv")
+TEXT, GRID = 5, 12  # 149 positions: two blocks of 128, the second mostly padding
+MASKS = np.stack([attention_mask(kind, TEXT, GRID, 5) for kind in KINDS])
+
+
+def qkv(rows=1, heads=1, width=8):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(k, (rows, TEXT + GRID**2, heads, width)) for k in keys]
+
+
+@pytest.mark.parametrize("number", range(4), ids=KINDS)
+def test_splash_is_dense(number):
+    """Output and the gradients of queries, keys and values; the kernel is interpreted here."""
+    weights = jax.random.normal(jax.random.key(1), qkv()[0].shape)
+
+    def run(look):
+        return jax.jit(jax.value_and_grad(lambda x: (look(*x) * weights).sum(), argnums=0, has_aux=False))(
+            tuple(qkv())
+        )
+
+    got = run(lambda q, k, v: flash.splash(q, k, v, MASKS[number : number + 1], 0))
+    want = run(lambda q, k, v: attend(q, k, v, jnp.asarray(MASKS[number])))
+    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-4)  # a sum of 1192 products
+    for a, b in zip(got[1], want[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+MODEL = DalleConfig(
+    text_vocab=20, text_len=6, image_vocab=37, grid=4, dim=16, layers=3, heads=2, mlp_ratio=2, conv_kernel=3,
+    attention=("row", "column"), dtype="float32", null_rate=0.0, vocab_chunk=0, attention_kernel="dense",
+    remat="none",
+)  # fmt: skip
+
+
+def loss_and_gradients(cfg, mesh=None):
+    params = jax.tree.map(lambda a: 8 * a, dalle.init(MODEL, jax.random.key(0)))
+    text = jax.random.randint(jax.random.key(1), (4, MODEL.text_len), 0, MODEL.text_vocab)
+    codes = jax.random.randint(jax.random.key(2), (4, MODEL.num_codes), 0, MODEL.image_vocab)
+    run = jax.jit(jax.value_and_grad(lambda p: dalle.loss(cfg, p, text, codes, jax.random.key(3))[0]))
+    if mesh is None:
+        return jax.device_get(run(params))
+    with jax.set_mesh(mesh):
+        return jax.device_get(run(params))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return loss_and_gradients(MODEL)
+
+
+def assert_same(got, want):
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(got[1])[0], jax.tree.leaves(want[1]), strict=True
+    ):
+        near = 2e-5 * np.abs(b).max() + 1e-6
+        np.testing.assert_allclose(a, b, rtol=0, atol=near, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("remat", ["full", "mlp", "matrices", "dots"])
+def test_what_is_kept_changes_nothing(plain, remat):
+    assert_same(loss_and_gradients(dataclasses.replace(MODEL, remat=remat)), plain)
+
+
+@pytest.mark.parametrize("remat", ["mlp", pytest.param("full", marks=pytest.mark.slow)])
+def test_splash_in_the_model_over_a_mesh(plain, remat):
+    """Three kinds by a switch inside the scan, rows over 2 x 2 devices, heads over 2."""
+    cfg = dataclasses.replace(MODEL, attention_kernel="splash", remat=remat)
+    assert_same(loss_and_gradients(cfg, make_mesh(MeshConfig(data=2, fsdp=2, model=2))), plain)
+
+
+def kept(cfg):
+    """Shapes of what the backward pass keeps of the blocks, stacked over layers."""
+    shapes = jax.eval_shape(lambda: dalle.init(cfg, jax.random.key(0)))
+    text, codes = jnp.zeros((4, cfg.text_len), jnp.int32), jnp.zeros((4, cfg.num_codes), jnp.int32)
+
+    def value(params):
+        return dalle.loss(cfg, params, text, codes, jax.random.key(0))[0]
+
+    found = jax.eval_shape(lambda p: jax.vjp(value, p)[1], shapes)
+    sizes = {leaf.size for leaf in jax.tree.leaves(shapes)}
+    stacked = [leaf for leaf in jax.tree.leaves(found) if leaf.shape[:1] == (cfg.layers,) and leaf.ndim > 3]
+    return sorted(leaf.size // cfg.layers for leaf in stacked if leaf.size not in sizes)
+
+
+def test_what_each_policy_keeps():
+    """In units of the stream: its input; for `mlp` queries, keys, values, what attention gives and the middle."""
+    unit = 4 * MODEL.length * MODEL.dim
+    assert kept(dataclasses.replace(MODEL, remat="full")) == [unit]
+    assert kept(dataclasses.replace(MODEL, remat="matrices")) == [unit] * 2
+    assert kept(dataclasses.replace(MODEL, remat="mlp")) == [unit] * 6
+
+
+# --- the choice ------------------------------------------------------------------------------------------
+
+
+def test_choice(monkeypatch):
+    sparse = ("row", "conv")
+    assert flash.choose("auto", sparse, 1280, "bfloat16") == "dense"  # this is a CPU
+    assert flash.choose("splash", sparse, 1280, "bfloat16") == "splash"
+    monkeypatch.setattr(flash, "platform", lambda: "tpu")
+    assert flash.choose("auto", sparse, 1280, "bfloat16") == "splash"
+    assert flash.choose("auto", sparse, 20, "bfloat16") == "dense"
+    monkeypatch.setattr(flash, "platform", lambda: "gpu")
+    assert flash.choose("auto", sparse, 1280, "bfloat16") == "dense"
+    assert flash.choose("auto", ("full",), 1280, "float32") == "dense"
+    assert flash.choose("auto", ("full", "full"), 1280, "bfloat16") == "cudnn"
+
+
+def test_cudnn_says_what_it_cannot_do():
+    with pytest.raises(
+        ValueError, match="cudnn computes full attention in bfloat16; these layers are conv, row"
+    ):
+        flash.choose("cudnn", ("row", "conv", "row"), 1280, "bfloat16")
+    with pytest.raises(ValueError, match="are full in float32; take auto or dense"):
+        flash.choose("cudnn", ("full",), 1280, "float32")
+
+
+def test_full_mask_is_causal():
+    """What lets cuDNN compute full layers: the caption comes first, so the mask is the triangle."""
+    np.testing.assert_array_equal(attention_mask("full", 3, 2), np.tril(np.ones((7, 7), bool)))
+
+
+def test_blocks_by_hand():
+    """384 positions make three blocks a side: causal, 6 of 9; a band of one block, 5 of 9."""
+    near = np.tril(np.ones((384, 384), bool))
+    assert flash.computed_share(near) == pytest.approx(6 / 9)
+    near &= np.arange(384)[:, None] - np.arange(384)[None] <= 1
+    assert flash.computed_share(near) == pytest.approx(5 / 9)
+    assert flash.padded(1280) == 1280 and flash.padded(1279) == 1280 and flash.padded(129) == 256
+    assert (flash.block_size(1280), flash.block_size(384), flash.block_size(20)) == (256, 128, 128)
+
+
+# --- the loss in groups of the vocabulary ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 36])
+def test_loss_in_groups_is_the_loss(plain, chunk):
+    """26 text ids and 37 codes: groups that do not come out even."""
+    assert_same(loss_and_gradients(dataclasses.replace(MODEL, vocab_chunk=chunk)), plain)
+
+
+def test_loss_in_groups_by_hand():
+    """Two tokens, three words: -log softmax of the right one."""
+    x = np.array([[[1.0, 0.0], [0.0, 2.0]]], np.float32)
+    kernel = np.array([[1.0, 2.0, 3.0], [0.0, 0.5, 1.0]], np.float32)
+    want = np.mean([np.log(np.exp([1, 2, 3]).sum()) - 1, np.log(np.exp([0, 1, 2]).sum()) - 2])
+    for chunk in (0, 1, 2):
+        got = cross_entropy(x, kernel, jnp.array([[0, 2]]), dtype="float32", chunk=chunk)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_scores_never_exist_whole():
+    """No array of the compiled gradient has the size of rows x tokens x vocabulary, or half of it."""
+    rows, tokens, width, vocab = 4, 8, 4, 96
+
+    def text_of(chunk):
+        def value(x, kernel):
+            return cross_entropy(x, kernel, ids, dtype="float32", chunk=chunk)
+
+        ids = jnp.zeros((rows, tokens), jnp.int32)
+        x, kernel = jnp.zeros((rows, tokens, width)), jnp.zeros((width, vocab))
+        return jax.jit(jax.grad(value, argnums=(0, 1))).lower(x, kernel).compile().as_text()
+
+    def largest(text):
+        import math
+        import re
+
+        shapes = re.findall(r"\w+\[([\d,]+)\]", text)
+        return max(math.prod(int(n) for n in shape.split(",")) for shape in shapes)
+
+    assert largest(text_of(0)) >= rows * tokens * vocab
+    assert largest(text_of(16)) < rows * tokens * vocab / 2
