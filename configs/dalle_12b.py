@@ -20,7 +20,9 @@ from dalle_jax.config import (
 config = TrainConfig(
     run="runs/dalle_12b",
     tokenizer="runs/dvae_openai",
-    model=DalleConfig(),  # the defaults are the paper's sizes; null_rate is ours, for guidance
+    # The defaults are the paper's sizes; null_rate is ours, for guidance. remat mlp is for 64 chips or GPUs of 80 GB
+    # and more; with less memory take full (docs/pods.md).
+    model=DalleConfig(remat="mlp"),
     data=DataConfig(
         source=TarSource(path=""), batch=1024, crop="narrow", languages=("en",), threads=16, prefetch=8
     ),

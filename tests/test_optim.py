@@ -90,3 +90,68 @@ def test_ema_by_hand():
     np.testing.assert_allclose(update_ema(ema, new, cfg, 2000)["a"][0], 1.1, rtol=1e-6)  # d = 0.9 at last
     traced = jax.jit(lambda s: update_ema(ema, new, cfg, s))(jnp.int32(4))
     np.testing.assert_allclose(traced["a"], update_ema(ema, new, cfg, 4)["a"], rtol=1e-6)
+
+
+# --- less state ------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_moments_follow_float32_ones():
+    """Half the bytes; after 40 noisy gradients the update is within a few percent of AdamW's."""
+    params = {"head": {"kernel": jnp.zeros((64, 64))}}
+    found = {}
+    for name in ("adamw", "adamw_bf16"):
+        cfg = OptimConfig(
+            optimizer=name, learning_rate=1.0, warmup_steps=0, schedule="constant", weight_decay=0.0
+        )
+        tx = make_optimizer(cfg, 100, params)
+        update, state = jax.jit(tx.update), tx.init(params)
+        for i in range(40):
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (64, 64))
+            updates, state = update({"head": {"kernel": 0.3 + noise}}, state, params)
+        moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 2]
+        found[name] = updates["head"]["kernel"], {m.dtype for m in moments}, sum(m.nbytes for m in moments)
+    want, kinds, size = found["adamw"]
+    got, own_kinds, own_size = found["adamw_bf16"]
+    assert kinds == {jnp.dtype("float32")} and own_kinds == {jnp.dtype("bfloat16")} and own_size * 2 == size
+    assert got.dtype == jnp.float32
+    error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
+    assert 1e-4 < error < 0.05
+
+
+def test_bfloat16_moments_need_a_short_memory():
+    with pytest.raises(ValueError, match=r"b2 0\.999 with adamw_bf16; want at most 0\.99"):
+        OptimConfig(optimizer="adamw_bf16", b2=0.999)
+
+
+def test_first_adafactor_update_by_hand():
+    """A gradient a_i b_j: its square is the product of its row and column means, so each entry moves by one rate.
+
+    Sums of 128 + 256 numbers are kept for a matrix of 128 x 256.
+    """
+    gradient = jnp.outer(1.0 + jnp.arange(128.0), jnp.where(jnp.arange(256) % 2, 3.0, -1.0))
+    params = {"head": {"kernel": jnp.zeros((128, 256))}}
+    cfg = OptimConfig(
+        optimizer="adafactor",
+        learning_rate=0.5,
+        warmup_steps=0,
+        schedule="constant",
+        weight_decay=0.0,
+        clip_norm=0,
+    )
+    tx = make_optimizer(cfg, 10, params)
+    state = tx.init(params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 128 + 256 + 10
+    updates, _ = tx.update({"head": {"kernel": gradient}}, state, params)
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.5 * jnp.sign(gradient), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adafactor"])
+def test_decay_pulls_kernels_only_in_each(name):
+    params = {"head": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+    cfg = OptimConfig(
+        optimizer=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5
+    )
+    tx = make_optimizer(cfg, 10, params)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.05, rtol=1e-6)
+    assert not np.any(updates["head"]["bias"])

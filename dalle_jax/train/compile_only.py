@@ -21,13 +21,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dalle_jax import autoregressive, dalle
 from dalle_jax.config import BartConfig, ClipConfig, DalleConfig, DVAEConfig, TrainConfig
 from dalle_jax.nn import flash
 from dalle_jax.nn.sharding import batch_sharding, make_mesh
 from dalle_jax.train import hlo
-from dalle_jax.train.state import abstract_state, check_batch, make_step, task_optimizer
+from dalle_jax.train.state import State, abstract_state, check_batch, make_step, task_optimizer
 from dalle_jax.train.topology import CHIPS, DCN, parse_topology, tpu_devices
 
 GIB = 2**30
@@ -84,6 +85,17 @@ def train_flops(config: TrainConfig) -> float | None:
     return 6.0 * config.data.batch * (model.length * per_token + model.dim * heads)
 
 
+def step_and_arguments(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[State, dict, dict]]:
+    """The training step of `config` and what it is lowered for: state, frozen parameters and batch, as shapes."""
+    task = _task(config)
+    tx, rows = task_optimizer(task), batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=rows)
+        for name, (shape, dtype) in task.row_shapes.items()
+    }
+    return make_step(task, tx, config, mesh), (abstract_state(task, tx, mesh), {}, batch)
+
+
 def compile_step(config: TrainConfig, target: str = "local", slices: int = 1) -> dict[str, Any]:
     """Compiles the training step of `config` for `target` and describes it.
 
@@ -101,14 +113,8 @@ def compile_step(config: TrainConfig, target: str = "local", slices: int = 1) ->
     chip = None if local else CHIPS[parse_topology(target)[0]]
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
-    task = _task(config)
-    tx = task_optimizer(task)
-    abstract, rows = abstract_state(task, tx, mesh), batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=rows)
-        for name, (shape, dtype) in task.row_shapes.items()
-    }
-    step = make_step(task, tx, config, mesh)
+    step, arguments = step_and_arguments(config, mesh)
+    abstract = arguments[0]
     limit = chip.hbm if chip else _local_gib(devices[0])
     memory = {
         "parameters": _gib(abstract.params),
@@ -128,7 +134,7 @@ def compile_step(config: TrainConfig, target: str = "local", slices: int = 1) ->
     begin = time.monotonic()
     try:
         with jax.set_mesh(mesh):
-            compiled = step.lower(abstract, {}, batch).compile()
+            compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if not _out_of_memory(str(error)):
             raise

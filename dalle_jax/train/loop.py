@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dalle_jax.config import TrainConfig
-from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from dalle_jax.nn.sharding import MeshError, batch_sharding, make_mesh, param_shardings, replicated
 from dalle_jax.train import compile_only
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.metrics import MetricsLog, Progress, Stopwatch
@@ -364,9 +364,9 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     the step fits, 2 for a mesh, batch or topology that do not go together, 3 where it does not fit.
 
     0: finished, or stopped by a signal with its state saved. 1: a configuration, file or disk that does not
-    allow to go on, told in one message. 2: a command line that is not understood. 3: a loss or gradient
-    that is not finite. 130: interrupted twice, or before the first step. With the environment variable
-    DALLE_JAX_TRACEBACK set, errors come with their traceback.
+    allow to go on, told in one message. 2: a command line that is not understood, or a mesh that does not go
+    with the devices or the model. 3: a loss or gradient that is not finite. 130: interrupted twice, or before
+    the first step. With the environment variable DALLE_JAX_TRACEBACK set, errors come with their traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     usage = (
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
         if os.environ.get("DALLE_JAX_TRACEBACK"):
             raise
         print(f"{prog}: error: {error}", file=sys.stderr)
-        return 3 if isinstance(error, NotFiniteError) else 1
+        return 3 if isinstance(error, NotFiniteError) else 2 if isinstance(error, MeshError) else 1
     return 0
 
 

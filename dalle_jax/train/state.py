@@ -30,6 +30,10 @@ INIT, EVALUATE, PICTURES = 2**32 - 1, 2**32 - 2, 2**32 - 3
 # its own cycles put at two to three times the time of gathering the weights.
 _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
+# Fast memory that one fused operation may fill, in KiB, by kind of device. With the default of 16 MiB the compiler
+# cuts products into pieces that it puts at 80% of the peak on v5p, with this at 99%.
+_VMEM_KIB = {"TPU v5": "65536", "TPU v5 lite": "65536", "TPU v6 lite": "65536"}
+
 
 class State(NamedTuple):
     """step: int32 scalar, updates done. ema: averaged parameters, or {} where averaging is off."""
@@ -224,7 +228,18 @@ def make_step(
         measures |= {"grad_norm": norm, "learning_rate": rate(state.step), "finite": finite}
         return new, measures
 
-    options = _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
     return jax.jit(
-        step_fn, out_shardings=(shardings, replicated(mesh)), donate_argnums=0, compiler_options=options
+        step_fn,
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What the compiler of the mesh's devices is told beyond its defaults; None where that is nothing."""
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu":
+        return None
+    vmem = _VMEM_KIB.get(device.device_kind)
+    return _TPU_OPTIONS | ({"xla_tpu_scoped_vmem_limit_kib": vmem} if vmem else {})
