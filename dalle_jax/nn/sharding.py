@@ -139,7 +139,7 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
     if math.prod(sizes) != within:
         raise MeshError(
             f"mesh data={cfg.data} fsdp={cfg.fsdp} model={cfg.model} wants {math.prod(sizes)} devices, "
-            f"{here} are here; set one of them to -1 to take what is there"
+            f"{here.replace(' devices', '')} are here; set one of them to -1 to take what is there"
         )
     if found > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
