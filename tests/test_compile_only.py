@@ -256,6 +256,34 @@ def test_what_does_not_go_together_exits_2(config_file, capsys, flags, want):
     assert want in capsys.readouterr().err
 
 
+def test_sampling_compiles_for_a_device(config_file, capsys):
+    """Parameters in the compute dtype: 2 bytes for matrices, 4 for the rest; the cache by hand."""
+    assert loop.main([config_file, "--compile-only", "local", "--sample", "3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["fits"] is None and report["rows"] == 3 and "3 pictures at once" in err
+    blocks = 3 * (12 * 16**2 * 2 + (9 + 4) * 16 * 4)
+    tables = (24 + 4 + 16 + 4 + 4 + 2) * 16 * 4  # text and image embeddings, places, the last norm
+    assert report["memory_gib"]["parameters"] == pytest.approx(
+        (blocks + tables + 16 * (24 * 4 + 16 * 2)) / 2**30
+    )
+    kept = [5, 16, 6]  # image tokens of row, column and conv
+    assert report["memory_gib"]["cache"] == pytest.approx(sum(4 + n for n in kept) * 3 * 2 * 16 * 2 / 2**30)
+    assert report["peak_gib_per_device"] > report["memory_gib"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        (["local", "--sample", "0"], "--sample is 0; want at least 1 row"),
+        (["local", "--sample", "1", "--slices", "2"], "--slices 2 is for a TPU topology"),
+    ],
+)
+def test_sampling_refuses(config_file, capsys, flags, want):
+    assert loop.main([config_file, "--compile-only", *flags]) == 2
+    assert want in capsys.readouterr().err
+
+
 def test_its_flags_are_refused_without_it(config_file, capsys):
     assert loop.main([config_file, "--json"]) == 2
     assert "--json" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from dalle_jax.nn import flash
 from dalle_jax.nn.sharding import batch_sharding, make_mesh
 from dalle_jax.train import hlo
 from dalle_jax.train.state import State, abstract_state, check_batch, make_step, task_optimizer
-from dalle_jax.train.topology import CHIPS, DCN, parse_topology, tpu_devices
+from dalle_jax.train.topology import CHIPS, DCN, Chip, parse_topology, tpu_devices
 
 GIB = 2**30
 KERNEL_SHARE = (
@@ -107,19 +107,17 @@ def compile_step(config: TrainConfig, target: str = "local", slices: int = 1) ->
     together.
     """
     local = target == "local"
-    devices = jax.devices() if local else tpu_devices(target, slices)
-    if local and slices != 1:
-        raise ValueError(f"--slices {slices} is for a TPU topology; local devices are what they are")
+    devices = devices_of(target, slices)
     chip = None if local else CHIPS[parse_topology(target)[0]]
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     step, arguments = step_and_arguments(config, mesh)
     abstract = arguments[0]
-    limit = chip.hbm if chip else _local_gib(devices[0])
+    limit = hbm_gib(chip, devices[0])
     memory = {
-        "parameters": _gib(abstract.params),
-        "optimizer": _gib(abstract.opt_state),
-        "ema": _gib(abstract.ema),
+        "parameters": gib(abstract.params),
+        "optimizer": gib(abstract.opt_state),
+        "ema": gib(abstract.ema),
     }
     report: dict[str, Any] = {
         "target": target,
@@ -136,7 +134,7 @@ def compile_step(config: TrainConfig, target: str = "local", slices: int = 1) ->
         with jax.set_mesh(mesh):
             compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        if not _out_of_memory(str(error)):
+        if not out_of_memory(str(error)):
             raise
         return report | {
             "fits": False,
@@ -211,18 +209,30 @@ def _estimate(
     }
 
 
-def _gib(tree: Any) -> float:
+def gib(tree: Any) -> float:
     """GiB of one device's part of `tree`, ShapeDtypeStructs with shardings."""
     shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards) / GIB
 
 
-def _local_gib(device: jax.Device) -> float | None:
+def devices_of(target: str, slices: int) -> list[jax.Device]:
+    """Those of a topology, or with `local` those that are here. Raises ValueError for what does not exist."""
+    if target != "local":
+        return tpu_devices(target, slices)
+    if slices != 1:
+        raise ValueError(f"--slices {slices} is for a TPU topology; local devices are what they are")
+    return jax.devices()
+
+
+def hbm_gib(chip: Chip | None, device: jax.Device) -> float | None:
+    """Memory of the chip by its data sheet, else of the device as it says; None for a CPU."""
+    if chip:
+        return chip.hbm
     stats = device.memory_stats() if device.platform != "cpu" else None
     return stats["bytes_limit"] / GIB if stats and "bytes_limit" in stats else None
 
 
-def _out_of_memory(message: str) -> bool:
+def out_of_memory(message: str) -> bool:
     return "RESOURCE_EXHAUSTED" in message or "CompileTimeHbmOom" in message
 
 
@@ -271,6 +281,7 @@ def split_flags(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     """The flags of this command taken out of a command line of train.py; the rest is the configuration's."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--compile-only")
+    parser.add_argument("--sample", type=int)
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     flags, rest = parser.parse_known_args(argv)
@@ -282,14 +293,21 @@ def split_flags(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
 def main(config: TrainConfig, flags: argparse.Namespace, prog: str) -> int:
     """Prints the report. 0: it fits. 2: mesh, batch or topology do not go together. 3: it does not fit."""
     try:
-        report = compile_step(config, flags.compile_only, flags.slices)
+        if flags.sample is not None:
+            from dalle_jax.train import compile_sample  # it takes helpers from here
+
+            report = compile_sample.compile_sample(config, flags.compile_only, flags.sample, flags.slices)
+            told = compile_sample.text_of(report)
+        else:
+            report = compile_step(config, flags.compile_only, flags.slices)
+            told = text_of(report)
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
-    print(text_of(report), file=sys.stderr if flags.json else sys.stdout)
+    print(told, file=sys.stderr if flags.json else sys.stdout)
     if flags.json:
         print(json.dumps(report))
     return 3 if report["fits"] is False else 0

@@ -372,7 +372,8 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     usage = (
         f"usage: {prog} CONFIG.py [--field value ...]\n       {prog} CONFIG.py --help lists the fields\n"
         "       --data.path PATH reads a folder, tar files, an npz file or a TFDS data set\n"
-        f"       {prog} CONFIG.py --compile-only v5p:4x4x4 [--slices N] [--json] compiles for a topology, or local"
+        f"       {prog} CONFIG.py --compile-only v5p:4x4x4 [--slices N | --sample ROWS] [--json]\n"
+        "       compiles the step, or the drawing of pictures, for a topology or the devices here (local)"
     )
     if not argv or argv[0].startswith("-"):
         helped = bool(argv) and argv[0] in ("-h", "--help")
