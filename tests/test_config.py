@@ -68,7 +68,7 @@ EVERY = [
     DalleConfig(
         text_vocab=5, text_len=3, image_vocab=7, grid=2, dim=12, layers=3, heads=3, mlp_ratio=2,
         attention=("conv", "full"), last_attention=None, conv_kernel=3, qk_norm=True, text_loss_weight=0.1,
-        null_rate=0.0, dtype="float32", remat="dots", scan_unroll=2, mlp_width=20, activation="gelu", norm="rms",
+        null_rate=0.0, dtype="float32", remat="dots", scan_unroll=2, attention_kernel="dense", vocab_chunk=64, mlp_width=20, activation="gelu", norm="rms",
         sandwich=True, biases=False, positions="raster", pad_piece=4, head_norm=True, head_bias=True,
         text_in_raster=True,
     ),
@@ -115,10 +115,11 @@ EVERY = [
     ),
     TextConfig(model="m", train_captions=5, dropout=0.0, lowercase=False, nfkc=False),
     OptimConfig(
+        optimizer="adafactor",
         learning_rate=1 / 3, warmup_steps=1, schedule="constant", decay_steps=9, end_factor=0.0, b1=0.1,
         b2=0.2, eps=1e-30, weight_decay=0.0, clip_norm=0.0, accumulate=2, ema_decay=0.0, ema_every=1,
     ),
-    MeshConfig(data=2, fsdp=-1, model=4, cpu_devices=8),
+    MeshConfig(slices=2, data=2, fsdp=-1, model=4, cpu_devices=8),
     TrainConfig(
         init_from="runs/a",
         model=DalleConfig(), run="r", data=DataConfig(batch=6), text=TextConfig(dropout=0.5), tokenizer="t",

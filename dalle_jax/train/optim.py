@@ -70,7 +70,8 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
         case "adafactor":
             direction = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask(params))
-    return optax.chain(*clip, *direction, decay, optax.scale_by_learning_rate(learning_rate(cfg, steps)))
+    rate = optax.scale_by_learning_rate(learning_rate(cfg, steps))
+    return optax.chain(*clip, optax.chain(*direction, decay, rate))
 
 
 def _kept_in_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransformation:
