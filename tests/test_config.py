@@ -68,7 +68,8 @@ EVERY = [
     DalleConfig(
         text_vocab=5, text_len=3, image_vocab=7, grid=2, dim=12, layers=3, heads=3, mlp_ratio=2,
         attention=("conv", "full"), last_attention=None, conv_kernel=3, qk_norm=True, text_loss_weight=0.1,
-        null_rate=0.0, dtype="float32", remat="dots", scan_unroll=2, attention_kernel="dense", vocab_chunk=64, mlp_width=20, activation="gelu", norm="rms",
+        null_rate=0.0, dtype="float32", remat="dots", scan_unroll=2, attention_kernel="dense", vocab_chunk=64,
+        mlp_width=20, activation="gelu", norm="rms",
         sandwich=True, biases=False, positions="raster", pad_piece=4, head_norm=True, head_bias=True,
         text_in_raster=True,
     ),
