@@ -6,6 +6,7 @@ commands). With `-m parity`, where the packages are installed: made anew.
 
 import dataclasses
 import functools
+import gzip
 import importlib
 import json
 import shutil
@@ -18,11 +19,13 @@ import pytest
 
 from dalle_jax import autoregressive, cli, tokenizer
 from dalle_jax.config import TrainConfig, VectorQuantizer, VQGANConfig, to_json
+from dalle_jax.importers import llamagen, mindalle, rudalle
+from dalle_jax.importers.tensors import Tensor
 from dalle_jax.inference import load_tokenizer
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.text import TextTokenizer
 from dalle_jax.train.loop import main
-from dalle_jax.train.rundir import WEIGHTS, load_run, write_weights
+from dalle_jax.train.rundir import WEIGHTS, load_run, shapes_by_name, write_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -40,9 +43,10 @@ def tokenizers(tmp_path_factory):
 
     def run(vocab, grid):
         if (vocab, grid) not in made:
+            levels = 2 if grid > 15 else 3  # scenes are drawn at 32 pixels and more
             config = VQGANConfig(
-                image_size=2 * grid, width=4, multipliers=(1, 1), blocks=1, attention_levels=(), latent_width=4,
-                quantizer=VectorQuantizer(vocab=vocab, dim=2), adversarial=None,
+                image_size=grid * 2 ** (levels - 1), width=4, multipliers=(1,) * levels, blocks=1,
+                attention_levels=(), latent_width=4, quantizer=VectorQuantizer(vocab=vocab, dim=2), adversarial=None,
             )  # fmt: skip
             out = tmp_path_factory.mktemp(f"tokenizer_{vocab}_{grid}")
             (out / "config.json").write_text(to_json(TrainConfig(model=config)))
@@ -128,7 +132,25 @@ def check_dalle_mini(files, out, tokenizers):
     np.testing.assert_array_equal(np.where(null < cfg.text_vocab, null, cfg.pad_piece), want["text"][1])
 
 
+def check_mindalle(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    run, text, cfg = imported(out / "run", "mindalle", files)
+    ids = ids_of(text, cfg, want["captions"])
+    np.testing.assert_array_equal(np.where(ids < cfg.text_vocab, ids, cfg.pad_piece), want["text"])
+    words, codes = scores(cfg, run.params, ids, want["codes"])
+    assert relative(words, want["text_logits"]) < 1e-5 and relative(codes, want["image_logits"]) < 1e-5
+    kept = load_tokenizer(run.path).config  # of 2 resolutions with attention in the second
+    assert (kept.vocab, kept.grid, kept.multipliers, kept.attention_levels) == (
+        cfg.image_vocab,
+        cfg.grid,
+        (1, 1),
+        (1,),
+    )
+
+
 CHECKS = {
+    "mindalle": check_mindalle,
     "rudalle": check_rudalle,
     "llamagen": check_llamagen,
     "dalle_mini": check_dalle_mini,
@@ -148,6 +170,37 @@ def test_reference(tmp_path, tokenizers, name):
         pytest.skip(f"the reference is not installed: {reference.__doc__.splitlines()[2].strip()}")
     reference.write(tmp_path / "files")
     CHECKS[name](tmp_path / "files", tmp_path, tokenizers)
+
+
+PUBLISHED = {  # model of golden/published_transformers.json.gz: (its importer, published parameters, left behind)
+    "mindalle": (lambda tensors: mindalle.model("x", tensors, "", 0), 1_291_081_728, 0),
+    "malevich": (lambda tensors: rudalle.model("x", tensors, "v3"), 1_310_410_880, 2048),  # a position of text
+    **{
+        f"llamagen-{name}": (lambda tensors: llamagen.model("x", tensors, 16), count, 0)
+        for name, count in (
+            ("B", 110_888_448), ("L", 342_910_976), ("XL", 774_699_520), ("XXL", 1_410_972_672), ("3B", 3_096_659_200)
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_known_by_their_tensors(name):
+    """The names and shapes that the reference gives its full-size models make every parameter; nothing is allocated."""
+    importer, count, left = PUBLISHED[name]
+    shapes = json.loads(gzip.decompress((GOLDEN / "published_transformers.json.gz").read_bytes()))[name]
+    zero = np.float32(0)
+    tensors = {k: Tensor(tuple(shape), zero.dtype, None) for k, shape in shapes.items()}
+    model = importer(tensors)
+    assert sum(int(np.prod(tensor.shape)) for tensor in tensors.values()) == count
+    ours = shapes_by_name(model.config)
+    assert sum(leaf.size for leaf in ours.values()) == count - left
+    assert model.config.head_dim == {"malevich": 128, "llamagen-3B": 100}.get(name, 64)
+    for parameter, rule in model.rules.items():
+        part = rule.parts[0]
+        made = part.transform(*(np.broadcast_to(zero, tensors[n].shape) for n in part.names)).shape
+        assert ((len(rule.parts), *made) if rule.stacked else made) == ours[parameter].shape, parameter
+    assert ours.keys() == model.rules.keys()
 
 
 def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
@@ -198,12 +251,16 @@ def test_the_sampler_draws_from_an_encoder_and_decoder(tmp_path, tokenizers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dalle_mini"])
+@pytest.mark.parametrize("name", ["dalle-mini", "rudalle"])
 def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
     """One update too small to see, from a configuration of another Transformer: model, vocabulary and tokenizer are
     those of the imported run."""
-    flags = {"tokenizer": tokenizers(20, 16)} if name == "dalle_mini" else {}
-    begun, _, _ = imported(tmp_path / "begun", name.replace("_", "-"), GOLDEN / name, **flags)
+    if name == "dalle-mini":
+        path, flags = GOLDEN / "dalle_mini", {"tokenizer": tokenizers(20, 16)}
+    else:
+        path = GOLDEN / "rudalle" / "pytorch_model_v2.bin"
+        flags = {"tokenizer": tokenizers(12, 12), "heads": 2, "text": GOLDEN / "rudalle" / "bpe.model"}
+    begun, _, _ = imported(tmp_path / "begun", name, path, **flags)
     config = tmp_path / "config.py"
     config.write_text(
         "from dalle_jax.config import *\n"

@@ -19,6 +19,7 @@ FAMILIES = {  # family: (module, and its function where that is not `load`, of t
     "flax-vqgan": ("vqgan:flax", "DALL-E Mini's VQGAN: flax_model.msgpack or its directory"),
     "llamagen-vq": ("vqgan:llamagen", "LlamaGen's tokenizers: vq_ds16_*.pt, vq_ds8_c2i.pt"),
     "clip": ("clip", "CLIP with a ViT: OpenAI's ViT-*.pt, or the directory or file of a Hugging Face model"),
+    "mindalle": ("mindalle", "minDALL-E 1.3B: the directory of the unpacked 1.3B.tar.gz"),
     "rudalle": ("rudalle", "ruDALL-E Malevich, Emojich, Surrealist, Kandinsky: pytorch_model*.bin"),
     "llamagen": ("llamagen", "LlamaGen's class-conditional GPT, B to 3B: c2i_*.pt"),
     "dalle-mini": ("dalle_mini", "DALL-E Mini and Mega: a directory with flax_model.msgpack"),

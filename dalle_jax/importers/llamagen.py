@@ -55,11 +55,17 @@ def load(
     size = image_size or (256 if "256" in path.name else 384)
     if size % 16:
         raise ValueError(f"--image-size is {size}; want a multiple of 16, e.g. 256 or 384")
-    config = _config(path, tensors, heads, size // 16)
+    found = model(path, tensors, size // 16, heads)
+    names = _names(text, found.config.text_vocab)
+    return Imported(found, files={"text.model": names.serialized().decode()})
+
+
+def model(path: Path, tensors: Tensors, grid: int, heads: int | None = None) -> Model:
+    """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
+    config = _config(path, tensors, heads, grid)
     rules = _rules(config)
     check_names(rules, tensors, path, _ABOUT)
-    names = _names(text, config.text_vocab)
-    return Imported(Model(config, rules, tensors), files={"text.model": names.serialized().decode()})
+    return Model(config, rules, tensors)
 
 
 def _names(text: str | None, classes: int) -> labels.Labels:

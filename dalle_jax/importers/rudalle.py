@@ -61,15 +61,21 @@ def load(
         for name, tensor in read_tensors(path).items()
         if not name.endswith(("row_mask", "col_mask", "conv_mask"))
     }
+    found = model(path, tensors, version, heads)
+    try:
+        lines = Path(text).read_text(encoding="utf-8")
+        pieces = character_pairs.youtokentome(lines, begins=2 if version == "v2" else 1)
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from None
+    return Imported(found, files={"text.model": pieces.serialized().decode()})
+
+
+def model(path: Path, tensors: Tensors, version: str, heads: int | None = None) -> Model:
+    """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
     config = _config(path, tensors, version, heads)
     rules = _rules(config)
     check_names(rules, tensors, path, _ABOUT)
-    try:
-        model = Path(text).read_text(encoding="utf-8")
-        pieces = character_pairs.youtokentome(model, begins=2 if version == "v2" else 1)
-    except ValueError as error:
-        raise ValueError(f"{text}: {error}") from None
-    return Imported(Model(config, rules, tensors), files={"text.model": pieces.serialized().decode()})
+    return Model(config, rules, tensors)
 
 
 def _config(path: Path, tensors: Tensors, version: str, heads: int | None) -> DalleConfig:

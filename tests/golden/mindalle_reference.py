@@ -83,6 +83,21 @@ def write(out: Path) -> None:
     )  # fmt: skip
 
 
+def published() -> dict[str, dict[str, list[int]]]:
+    """Names and shapes of the tensors of the full-size models; nothing is allocated."""
+    import torch
+    from omegaconf import OmegaConf
+
+    hparams = {
+        "embed_dim": 1536, "n_layers": 42, "n_heads": 24, "n_dense_layers": 42, "ctx_len_img": 256, "ctx_len_txt": 64,
+        "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "mlp_bias": True, "attn_bias": True,
+        "gelu_use_approx": False,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = _transformer()(16_384, 16_384, OmegaConf.create(hparams))
+    return {"mindalle": {name: list(tensor.shape) for name, tensor in model.state_dict().items()}}
+
+
 def _tokenizer(torch):
     """Random weights under the names of a VQGAN of two resolutions, 4 channels wide."""
     shapes = {"quantize.embedding.weight": (IMAGE_VOCAB, 4)}

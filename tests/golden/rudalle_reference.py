@@ -77,5 +77,18 @@ def write(out: Path) -> None:
     )
 
 
+def published() -> dict[str, dict[str, list[int]]]:
+    """Names and shapes of the tensors of the full-size models; nothing is allocated."""
+    import torch
+
+    with torch.device("meta"):
+        model = _model()(
+            device="meta", num_layers=24, vocab_size=16_384 + 128, hidden_size=2048, num_attention_heads=16,
+            embedding_dropout_prob=0.1, attention_dropout_prob=0.1, output_dropout_prob=0.1, text_seq_length=128,
+            image_tokens_per_dim=32, image_vocab_size=8192, cogview_sandwich_layernorm=True, cogview_pb_relax=True,
+        )  # fmt: skip
+    return {"malevich": {name: list(parameter.shape) for name, parameter in model.named_parameters()}}
+
+
 if __name__ == "__main__":
     write(Path(sys.argv[1]))
