@@ -50,7 +50,9 @@ def prefill(
     return _of(cfg).prefill(cfg, params, text_CT, codes_BP, **options)
 
 
-def decode_step(
-    cfg: TransformerConfig, params: Params, cache: Cache, code_B: jax.Array, place: jax.Array, **options
-):
-    return _of(cfg).decode_step(cfg, params, cache, code_B, place, **options)
+def resize_cache(cfg: TransformerConfig, cache: Cache, size: int) -> Cache:
+    return _of(cfg).resize_cache(cfg, cache, size)
+
+
+def decode_step(cfg: TransformerConfig, params: Params, cache: Cache, code_B: jax.Array, place: jax.Array):
+    return _of(cfg).decode_step(cfg, params, cache, code_B, place)

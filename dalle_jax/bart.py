@@ -322,22 +322,29 @@ def prefill(
     return _head(cfg, params, x_BQD[:, -1:])[:, 0], cache._replace(own=tuple(own))
 
 
+def resize_cache(cfg: BartConfig, cache: Cache, size: int) -> Cache:
+    """As `dalle.resize_cache`: room in the decoder's own keys for the start and the first `size` codes."""
+    size = min(size + 1, cfg.num_codes)
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.pad(x[:, :size], ((0, 0), (0, max(0, size - x.shape[1])), (0, 0), (0, 0)))
+
+    return cache._replace(own=tuple(KV(one(k), one(v)) for k, v in cache.own))
+
+
 def decode_step(
     cfg: BartConfig,
     params: Params,
     cache: Cache,
     code_B: jax.Array,
     place: jax.Array,
-    *,
-    limit: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Feed the code of raster place `place` < N - 1: one for all rows, or int32 (B,), each row its own.
 
-    limit: static; every place lies below it, and the decoder reads no further. Returns float32 (B, V), the logits of
-    the next code, and the caches.
+    Returns float32 (B, V), the logits of the next code, and the caches.
     """
     position = jnp.asarray(place) + 1  # the start is at 0
-    read = cfg.num_codes if limit is None else min(limit + 1, cfg.num_codes)
+    read = cache.own[0].k.shape[1]
     seen = (jnp.arange(read)[None] <= jnp.atleast_1d(position)[:, None])[:, None]
     own = []
     x_B1D = _embed(cfg, params, "image", code_B[:, None], position[..., None])
@@ -351,7 +358,7 @@ def decode_step(
                 )
             )
             own.append(kv)
-            return _attend(q, KV(kv.k[:, :read], kv.v[:, :read]), seen)
+            return _attend(q, kv, seen)
 
         x_B1D = _attention(cfg, block, "attn", x_B1D, look)
         x_B1D = _attention(cfg, block, "cross", x_B1D, lambda _, q, i=i: _look_across(cache, i, q))

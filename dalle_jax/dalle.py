@@ -279,7 +279,7 @@ def init_cache(cfg: DalleConfig, captions: int, copies: int = 1, *, guided: bool
 
     def text(count):
         length = cfg.text_len - cfg.text_in_raster
-        zeros = jnp.zeros((count, length, cfg.heads, cfg.head_dim), cfg.dtype)
+        zeros = jnp.zeros((count, cfg.heads, length, cfg.head_dim), cfg.dtype)
         return KV(zeros, zeros)
 
     groups = (text(captions), text(1)) if guided else (text(captions),)
@@ -329,7 +329,7 @@ def prefill(
         x_CTD, new = block.apply(
             {"params": layer},
             x_CTD,
-            look=lambda q, k, v: (kv.attend_text(cfg, q, k, v), KV(k, v)),
+            look=lambda q, k, v: (kv.attend_text(cfg, q, k, v), kv.stored(k, v)),
             turns=turns,
         )
         texts.append(tuple(KV(*(x[part] for x in new)) for part in _parts(captions, guided)))
@@ -342,7 +342,10 @@ def prefill(
         x_BPD, new = block.apply(
             {"params": layer},
             x_BPD,
-            look=lambda q, k, v, kind=kind, text=text: (kv.attend_first(cfg, kind, text, q, k, v), KV(k, v)),
+            look=lambda q, k, v, kind=kind, text=text: (
+                kv.attend_first(cfg, kind, text, q, k, v),
+                kv.stored(k, v),
+            ),
             turns=turns,
         )
         first.append(kv.fill(cfg, kind, new))
@@ -361,31 +364,40 @@ def _parts(captions: int, guided: bool) -> tuple[slice, ...]:
     return (slice(0, captions), slice(captions, None)) if guided else (slice(0, captions),)
 
 
+def resize_cache(cfg: DalleConfig, cache: Cache, size: int) -> Cache:
+    """The caches with room for the first `size` image tokens in layers of full attention, which read no further.
+
+    Every place fed from then on must lie below `size`.
+    """
+    size = min(size + cfg.text_in_raster, cfg.num_codes)
+    return tuple(
+        LayerCache(layer.text, kv.resized(cfg, kind, layer.image, size))
+        for layer, kind in zip(cache, cfg.layer_kinds, strict=True)
+    )
+
+
 def decode_step(
     cfg: DalleConfig,
     params: Params,
     cache: Cache,
     code_B: jax.Array,
     place: jax.Array,
-    *,
-    limit: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Feed the code of raster place `place`: one for all rows, or int32 (B,), each row its own.
 
-    limit: static; every place lies below it, and layers of full attention read no further. Returns float32
-    (B, V), the logits of the next code, and the caches.
+    Returns float32 (B, V), the logits of the next code, and the caches.
     """
     place = jnp.asarray(place)
     place_B1 = place[..., None]  # (1,) for all rows, or (B, 1)
     x_B1D, turns = _embed_codes(cfg, params, code_B[:, None], place_B1), _turns(cfg, cfg.text_len + place_B1)
     if cfg.text_in_raster:
-        place, limit = place + 1, None if limit is None else limit + 1
+        place = place + 1
     after = []
     for layer, kind, before in zip(params["blocks"], cfg.layer_kinds, cache, strict=True):
         x_B1D, layer_cache = _block(cfg).apply(
             {"params": layer},
             x_B1D,
-            look=lambda *new, kind=kind, before=before: kv.attend_step(cfg, kind, before, new, place, limit),
+            look=lambda *new, kind=kind, before=before: kv.attend_step(cfg, kind, before, new, place),
             turns=turns,
         )
         after.append(layer_cache)

@@ -30,7 +30,8 @@ from dalle_jax.data.codes import CodesInfo, ShardWriter, begin, described, is_wh
 from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.sources import open_source
 from dalle_jax.nn.sharding import batch_sharding, make_mesh, replicated
-from dalle_jax.sampling.generate import generate, row_keys
+from dalle_jax.sampling.generate import generate, generate_rows, row_keys
+from dalle_jax.sampling.queue import Queue
 from dalle_jax.text import TextTokenizer
 from dalle_jax.train.rundir import Run, fingerprint, load_frozen, load_run, read_config
 
@@ -146,6 +147,23 @@ def text_rows(model: TextToImage, captions: Sequence[str]) -> np.ndarray:
     return np.stack([one(caption) for caption in captions])
 
 
+def check_null(model: TextToImage, text_CT: np.ndarray, guidance: float) -> None:
+    """Raises ValueError where the null caption is wanted of a model that never saw it."""
+    guided, null = guidance != 1, bool((text_CT[:, 0] >= model.config.text_vocab).any())
+    if model.config.null_rate == 0 and (guided or null):
+        what = f"guidance {guidance:g}" if guided else "an empty caption"
+        raise ValueError(
+            f"{what} needs the null caption, which this model never saw (trained with model.null_rate 0). "
+            "Use guidance 1 and captions with text, or train with a null_rate of 0.1"
+        )
+
+
+def queue_of(model: TextToImage, slots: int, *, top_k: int | None = None) -> Queue:
+    """A queue that draws with the model; its requests have the ids of `text_rows`."""
+    top_k = None if top_k is None else min(top_k, model.config.image_vocab)
+    return Queue(model.config, _unstack(model.config, model.run.params), slots, top_k=top_k)
+
+
 def draw_codes(
     model: TextToImage,
     captions: Sequence[str],
@@ -178,13 +196,35 @@ def draw_pictures(
     prefix: np.ndarray | None = None,
     batch: int = DRAW_BATCH,
     progress: Progress | None = None,
+    rows: int | None = None,
+    shown: Callable[[np.ndarray], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`draw_codes` and `decode_codes`, batch by batch as they are done: codes int32 (b, N) and pictures, uint8
-    (b, H, W, 3). Raises what `draw_codes` does."""
+    (b, H, W, 3).
+
+    rows: after so many rows of codes of a batch, each time, `shown` is called with its unfinished pictures, uint8
+    (b, H, W, 3), grey where nothing is drawn yet; the device draws on meanwhile.
+    Raises what `draw_codes` does, and ValueError for `rows` below 1.
+    """
     tokenizer = model.tokenizer
-    for codes, size in _drawn(model, captions, seeds, sampling, prefix, batch, progress):
+
+    def show(codes: np.ndarray) -> None:
+        shown(_unfinished(tokenizer, codes))
+
+    for codes, size in _drawn(model, captions, seeds, sampling, prefix, batch, progress, rows, show):
         pictures = decode_codes(tokenizer, _padded(codes, size), batch=size)[: len(codes)]
         yield codes, to_bytes(pictures)
+
+
+def _unfinished(tokenizer: Tokenizer, codes: np.ndarray) -> np.ndarray:
+    """Pictures of the first codes of each, (b, M): the last whole row stands for those to come, under the grey."""
+    cfg = tokenizer.config
+    done = codes.shape[1] // cfg.grid
+    rows = codes[:, : done * cfg.grid].reshape(len(codes), done, cfg.grid)
+    rows = np.concatenate([rows, np.repeat(rows[:, -1:], cfg.grid - done, axis=1)], axis=1)
+    pictures = to_bytes(decode_codes(tokenizer, rows.reshape(len(codes), -1), batch=len(codes)))
+    pictures[:, done * (cfg.image_size // cfg.grid) :] = 128
+    return pictures
 
 
 def batch_shape(captions: int, copies: int, batch: int) -> tuple[int, int]:
@@ -205,6 +245,8 @@ def _drawn(
     prefix: np.ndarray | None,
     batch: int,
     progress: Progress | None,
+    rows: int | None = None,
+    shown: Callable[[np.ndarray], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Codes of neighbouring rows, (b, N), in order, and the rows that were computed for them, b and padding."""
     cfg = model.config
@@ -218,14 +260,8 @@ def _drawn(
     if batch < 1:
         raise ValueError(f"batch is {batch}; want at least 1 picture at once")
     text_CT = text_rows(model, captions)
+    check_null(model, text_CT, sampling.guidance)
     guided = sampling.guidance != 1
-    null = bool((text_CT[:, 0] >= cfg.text_vocab).any())
-    if cfg.null_rate == 0 and (guided or null):
-        what = f"guidance {sampling.guidance:g}" if guided else "an empty caption"
-        raise ValueError(
-            f"{what} needs the null caption, which this model never saw (trained with model.null_rate 0). "
-            "Use guidance 1 and captions with text, or train with a null_rate of 0.1"
-        )
     options = {
         "temperature": jnp.float32(sampling.temperature),
         "top_k": None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab),
@@ -245,12 +281,20 @@ def _drawn(
         for start in range(0, seeds_CK.shape[1], copies):
             here = seeds_CK[first : first + at_once, start : start + copies]
             keys = row_keys(_padded(_padded(here.T, copies).T, at_once).ravel())
-            codes = np.asarray(generate(cfg, params, jnp.asarray(text), keys, **options))
-            codes = codes.reshape(at_once, copies, -1)[: len(here), : here.shape[1]]
+
+            def asked(codes, here=here):  # without the padding
+                codes = np.asarray(codes).reshape(at_once, copies, -1)[: len(here), : here.shape[1]]
+                return codes.reshape(here.size, -1)
+
+            if rows is None:
+                codes = generate(cfg, params, jnp.asarray(text), keys, **options)
+            else:
+                for codes in generate_rows(cfg, params, jnp.asarray(text), keys, rows=rows, **options):
+                    shown(asked(codes))
             done += here.size
             if progress:
                 progress(done, seeds_CK.size)
-            yield codes.reshape(here.size, -1), size
+            yield asked(codes), size
 
 
 _unstack = jax.jit(autoregressive.unstack, static_argnums=0)

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax import demo
-from dalle_jax.cli import VERBS, main
+from dalle_jax.cli import VERBS, main, sample_file
 from dalle_jax.config import (
     DalleConfig,
     DataConfig,
@@ -36,6 +36,7 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import fid, inception, measures
 from dalle_jax.inference import decode_codes, encode_images, load_text_to_image, load_tokenizer
 from dalle_jax.nn.sharding import make_mesh
+from dalle_jax.sampling.queue import Request
 from dalle_jax.text import TextTokenizer
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train import loop
@@ -370,6 +371,31 @@ def test_sampling_twice_gives_the_same_files(made, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_pictures_are_shown_as_they_are_drawn(made, tmp_path, monkeypatch):
+    """Every three rows of codes a grid, its lower part grey; in the end the pictures are those of no showing."""
+    call = ("sample", made.dalle, "a red cross", "a star", "--n", 1, *GUIDED)
+    json_of(*call, "--out", tmp_path / "at_once")
+    grids, save = [], images.save_png
+
+    def kept(path, picture):
+        if path.name == "grid.png":
+            grids.append(np.asarray(picture))
+        save(path, picture)
+
+    monkeypatch.setattr(images, "save_png", kept)
+    json_of(*call, "--show-rows", 3, "--out", tmp_path / "shown")
+    for name in ("c000_s0000.png", "c001_s0000.png", "grid.png"):
+        assert (tmp_path / "at_once" / name).read_bytes() == (tmp_path / "shown" / name).read_bytes()
+    final = np.asarray(Image.open(tmp_path / "shown" / "grid.png").convert("RGB"))
+    scale, grey = 128 // SIZE, np.array([128, 128, 128])
+    assert len(grids) == 4  # after 3 and 6 rows, all 8, and the pictures as they are kept
+    for grid, rows in zip(grids, (3, 6), strict=False):
+        first = grid[grid.shape[0] - final.shape[0] :][4 : 4 + SIZE * scale, 8:100]
+        edge = rows * (SIZE // GRID) * scale
+        assert (first[edge + 4 :] == grey).all() and (first[: edge - 4] != grey).any()
+    np.testing.assert_array_equal(grids[-1], final)
+
+
 def test_guidance_one_is_none_and_top_k_one_is_greedy(made, tmp_path):
     calls = {
         "plain": (), "one": ("--guidance", 1), "two": GUIDED,
@@ -419,6 +445,96 @@ def test_captions_from_a_file_and_without_a_caption(made, tmp_path):
     )
 
 
+def job_file(path):
+    """Eleven captions with seeds, guidance and temperature of their own."""
+    rows = [
+        {"caption": f"a {c} {s}"} for c in ("red", "blue") for s in ("star", "ring", "cross", "heart", "disc")
+    ]
+    rows += [{"caption": "", "guidance": 1}]
+    for i, row in enumerate(rows):
+        row |= [{"seed": 7}, {"guidance": 90.0, "top_p": 0.9}, {"temperature": 0.5}, {}][i % 4]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path, rows
+
+
+def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypatch):
+    """Killed in the middle of a line: nothing is drawn twice, nothing is lost, and all is as if in one go."""
+    path, rows = job_file(tmp_path / "captions.jsonl")
+    call = ("sample", made.dalle, "--captions-file", path, "--n", 2, "--batch", 3, *GUIDED)
+    whole = json_of(*call, "--out", tmp_path / "whole")
+    assert [(p["caption"], p["seed"]) for p in whole["pictures"]] == [
+        (row["caption"], row.get("seed", 0) + i) for row in rows for i in range(2)
+    ]
+    add, asked = sample_file.Manifest.add, []
+
+    def killed(self, lines):
+        if len(self.done) >= 9:
+            self._file.write(b'{"file": "c00')
+            self._file.flush()
+            raise KeyboardInterrupt
+        add(self, lines)
+
+    monkeypatch.setattr(sample_file.Manifest, "add", killed)
+    assert run(*call, "--out", tmp_path / "s").code == 130
+    monkeypatch.setattr(sample_file.Manifest, "add", add)
+    done = [
+        json.loads(line)["file"] for line in (tmp_path / "s" / "manifest.jsonl").read_text().split("\n")[1:-1]
+    ]
+    assert 9 <= len(done) < 22
+    monkeypatch.setattr(sample_file, "Request", lambda *a: (asked.append(a), Request(*a))[1])
+    again = json_of(*call, "--out", tmp_path / "s")
+    assert len(asked) == 22 - len(done) and len(again["pictures"]) == 22
+    for name in [*(Path(p["file"]).name for p in whole["pictures"]), "grid.png"]:
+        assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name, codes in codes_of(tmp_path / "whole").items():
+        np.testing.assert_array_equal(codes_of(tmp_path / "s")[name], codes)
+    asked.clear()
+    assert json_of(*call, "--out", tmp_path / "s")["pictures"] == again["pictures"] and not asked
+    assert len((tmp_path / "s" / "manifest.jsonl").read_text().splitlines()) == 1 + 22
+    other = refused(*call, "--top-k", 3, "--out", tmp_path / "s")
+    assert "holds another job (top_k differ): give another --out" in other
+
+
+def test_a_picture_of_a_file_is_the_one_sampled_alone(made, tmp_path):
+    path, rows = job_file(tmp_path / "captions.jsonl")
+    json_of(
+        "sample",
+        made.dalle,
+        "--captions-file",
+        path,
+        "--n",
+        1,
+        *GUIDED,
+        "--batch",
+        4,
+        "--out",
+        tmp_path / "s",
+    )
+    for j in (0, 1, 2, 10):
+        own = {"guidance": 100, **rows[j]}
+        flags = [x for k, v in own.items() if k != "caption" for x in ("--" + k.replace("_", "-"), v)]
+        json_of("sample", made.dalle, own["caption"], *flags, "--n", 1, "--out", tmp_path / str(j))
+        (alone,) = codes_of(tmp_path / str(j)).values()
+        np.testing.assert_array_equal(list(codes_of(tmp_path / "s").values())[j], alone)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"text": "a"}', "line 2 has no caption"),
+        ('{"caption": "a", "gidance": 2}', "line 2 has 'gidance'; want caption, seed"),
+        ('{"caption": "a", "seed": 0.5}', "line 2: seed is 0.5; want a number"),
+        ('{"caption": "a", "top_p": 2}', "caption 1 ('a'): top_p is 2.0; want a share"),
+        ('{"caption": "a", "seed": -1}', "caption 1 has seeds from -1"),
+    ],
+)
+def test_bad_lines_of_a_captions_file(made, tmp_path, line, told):
+    (tmp_path / "c.jsonl").write_text('{"caption": "b"}\n' + line)
+    message = refused("sample", made.dalle, "--captions-file", tmp_path / "c.jsonl", "--out", tmp_path / "s")
+    assert told in message and not (tmp_path / "s").exists()
+
+
 def test_a_long_caption_is_cut_with_a_warning(made, tmp_path):
     told = run("sample", made.dalle, "short", "word " * 200, "--n", 1, "--out", tmp_path, "--json")
     cut = [p["tokens_cut"] for p in json.loads(told.out)["pictures"]]
@@ -446,6 +562,7 @@ def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
         (("--seed", 2**32), "want integers in [0, 2**32)"),
         (("--unconditional",), "leave the captions out"),
         (("--prefix-rows", 2), "give --prefix"),
+        (("--show-rows", 0), "--show-rows is 0; want at least 1"),
         (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
         (("--prefix", "missing.png"), "cannot read the picture missing.png"),
     ],
@@ -796,6 +913,27 @@ def test_info_on_a_run(made):
     assert np.isfinite(found["measures"]["eval_loss"])
     done = run("info", made.dvae, "--shapes")
     assert all(word in done.out for word in ("encoder/input/kernel", "eval_psnr", "KiB"))
+
+
+def test_info_says_what_drawing_takes(made):
+    """What the compiler lays out holds parameters and caches, grows with the batch, and the largest batch fits."""
+    few, many = (json_of("info", made.dalle, "--batch", n)["sampling"] for n in (2, 6))
+    model = load_text_to_image(made.dalle).config
+    per_picture = 2 * 4 * model.dim * (TEXT_LEN + 46)  # one conv layer, its ring 5 rows and 6; float32
+    assert few["caches"] == 2 * per_picture and many["caches"] == 6 * per_picture
+    for told in (few, many):
+        assert (
+            told["total"] > told["stored"] + told["parameters"] + told["caches"]
+            and told["fits"]
+            and told["device"] > 2**28
+        )
+    assert 4 * per_picture <= many["total"] - few["total"] < 40 * per_picture
+    room = few["device"] - few["total"]
+    assert 0 < few["largest_batch"] - 2 <= room / per_picture
+    guided = json_of("info", made.dalle, "--batch", 2, "--guided")["sampling"]
+    assert guided["total"] > few["total"]
+    assert "--batch is 0; want at least 1" in refused("info", made.dalle, "--batch", 0)
+    assert "is of stage dvae" in refused("info", made.dvae, "--batch", 1)
 
 
 def test_info_refuses(made, tmp_path):

@@ -164,18 +164,23 @@ def test_an_encoder_does_not_see_padding():
     assert np.abs(other[2:] - got[2:]).max() > 1e-2
 
 
-def test_a_decoder_reads_no_further_than_its_limit():
-    """What lies behind the limit cannot count, not even as NaN; each row may stand at a place of its own."""
+def test_a_decoder_reads_no_further_than_it_has_room():
+    """With room for the start and 8 codes the scores are those with room for all; each row may stand at a place of
+    its own."""
     cfg = FAMILIES["dalle_mini"]
     params = autoregressive.unstack(cfg, lively(cfg))
     text, codes = rows(cfg, 2)
     _, cache = jax.jit(autoregressive.prefill, static_argnums=0)(cfg, params, text, codes[:, :6])
-    step = jax.jit(autoregressive.decode_step, static_argnums=0, static_argnames="limit")
+    step = jax.jit(autoregressive.decode_step, static_argnums=0)
     want, _ = step(cfg, params, cache, codes[:, 6], jnp.int32(6))
-    spoilt = cache._replace(own=jax.tree.map(lambda x: x.at[:, 9:].set(jnp.nan), cache.own))
-    got, _ = step(cfg, params, spoilt, codes[:, 6], jnp.int32(6), limit=8)
+    small = autoregressive.resize_cache(cfg, cache, 8)
+    assert {x.shape[1] for x in jax.tree.leaves(small.own)} == {9}
+    got, small = step(cfg, params, small, codes[:, 6], jnp.int32(6))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    assert np.isnan(step(cfg, params, spoilt, codes[:, 6], jnp.int32(6), limit=9)[0]).any()
+    large = autoregressive.resize_cache(cfg, small, cfg.num_codes)
+    assert {x.shape[1] for x in jax.tree.leaves(large.own)} == {cfg.num_codes}
+    for grown, kept in zip(jax.tree.leaves(large.own), jax.tree.leaves(small.own), strict=True):
+        np.testing.assert_array_equal(grown[:, :9], kept)
     apart, _ = step(cfg, params, cache, codes[jnp.arange(2), jnp.array([6, 2])], jnp.array([6, 2]))
     np.testing.assert_allclose(apart[0], want[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(apart[1], scores(cfg, lively(cfg), text, codes)[1][1, 3], rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ import pytest
 from dalle_jax import dalle
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn.sharding import path_name
-from dalle_jax.sampling.filters import draw, guide, keep_top_k, keep_top_p
+from dalle_jax.sampling.filters import _kth_by_bits, draw, guide, keep_top_k, keep_top_p
 from dalle_jax.sampling.generate import generate, row_keys
 
 KINDS = ("full", "row", "column", "conv")
@@ -100,7 +100,7 @@ def test_cache_holds_the_compute_dtype():
     cache = jax.eval_shape(lambda: dalle.init_cache(cfg, 5))
     assert len(cache) == 2
     for leaf in jax.tree.leaves(cache):
-        assert leaf.shape[0] == 5 and leaf.shape[2:] == (2, 8) and leaf.dtype == jnp.bfloat16
+        assert leaf.shape[:2] == (5, 2) and leaf.shape[3] == 8 and leaf.dtype == jnp.bfloat16
 
 
 # --- generate --------------------------------------------------------------------------------------------
@@ -246,6 +246,17 @@ def test_top_k():
         np.testing.assert_array_equal(keep_top_k(logits, k), logits)
     out = np.asarray(keep_top_k(logits, 2))
     np.testing.assert_array_equal(out[np.isfinite(out)], np.asarray(logits)[np.isfinite(out)])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 40, 49, 50])
+def test_the_kth_is_found_bit_by_bit(k):
+    """What sorting finds, with numbers of every size and sign, ties, and minus infinity."""
+    rng = np.random.default_rng(k)
+    rows = rng.normal(size=(4, 50)).astype(np.float32)
+    rows[1] = np.round(rows[1])  # ties
+    rows[2] *= 10.0 ** rng.integers(-30, 30, 50)
+    rows[3, ::3], rows[3, 1] = -np.inf, np.inf
+    np.testing.assert_array_equal(_kth_by_bits(jnp.asarray(rows), k), np.sort(rows, axis=-1)[:, -k])
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dalle_jax import autoregressive, clip, tokenizer
 from dalle_jax.cli.codes import config_of
@@ -22,6 +24,7 @@ from dalle_jax.config import (
     VQGANConfig,
 )
 from dalle_jax.nn.sharding import path_name
+from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.tokenizer import adversarial
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.metrics import read_metrics
@@ -32,6 +35,12 @@ def info(args: Info) -> dict[str, Any]:
     """Counts and prints."""
     config = config_of(args.target)
     result = describe_model(config)
+    if args.batch is not None:
+        if not isinstance(config.model, TransformerConfig):
+            raise ValueError(
+                f"--batch asks what drawing takes; {args.target} is of stage {config.model.kind}"
+            )
+        result["sampling"] = describe_sampling(config.model, args.batch, guided=args.guided)
     if Path(args.target).is_dir():
         result |= describe_run(Path(args.target))
     _print(result, args.shapes)
@@ -107,6 +116,50 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def describe_sampling(cfg: TransformerConfig, batch: int, *, guided: bool = False) -> dict[str, Any]:
+    """What drawing `batch` pictures of as many captions takes, in bytes, as the compiler of the first device lays
+    `generate` out; nothing is allocated.
+
+    Parts of `total`: `stored`, the parameters of the run, `parameters`, their copy in the form that sampling wants,
+    and `caches`. The image tokenizer is not counted. `device` is the memory that the device has, `largest_batch` the
+    most pictures that fit there, from how `total` grows between one picture and `batch`.
+    Raises ValueError for a batch below 1.
+    """
+    if batch < 1:
+        raise ValueError(f"--batch is {batch}; want at least 1 picture")
+    shapes = jax.eval_shape(partial(autoregressive.init, cfg), jax.eval_shape(lambda: jax.random.key(0)))
+    params, stored = jax.eval_shape(partial(autoregressive.unstack, cfg), shapes), _bytes(shapes)
+
+    def total(rows: int) -> int:
+        text = jax.ShapeDtypeStruct((rows, cfg.text_len), jnp.int32)
+        keys = jax.eval_shape(lambda: row_keys(jnp.zeros(rows)))
+        program = generate.lower(cfg, params, text, keys, guidance=1.5 if guided else None).compile()
+        size = program.memory_analysis()
+        taken = size.output_size_in_bytes + size.temp_size_in_bytes + size.generated_code_size_in_bytes
+        return stored + _bytes(params) + text.size * 4 + taken
+
+    whole, device = total(batch), _device_memory()
+    one = total(1) if batch > 1 else total(2)
+    per_picture = abs(whole - one) / max(1, abs(batch - (1 if batch > 1 else 2)))
+    return {
+        "batch": batch,
+        "guided": guided,
+        "stored": stored,
+        "parameters": _bytes(params),
+        "caches": _bytes(jax.eval_shape(partial(autoregressive.init_cache, cfg, batch, guided=guided))),
+        "total": whole,
+        "device": device,
+        "fits": whole <= device,
+        "largest_batch": max(0, int(batch + (device - whole) // per_picture)),
+    }
+
+
+def _device_memory() -> int:
+    """Bytes of the first device; of a CPU, those of the machine."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def describe_run(path: Path) -> dict[str, Any]:
     """How far a run is: `step` (None without a checkpoint), `saved_steps`, `best_step` and its `measures`."""
     result: dict[str, Any] = {"run": str(path), "step": None, "saved_steps": [], "best_step": None}
@@ -144,7 +197,13 @@ def _print(result: dict[str, Any], shapes: bool) -> None:
         print(name)
         width = max((len(k) for k in value), default=0)
         for k, v in value.items():
-            print(f"  {k:<{width}}  {_size(v) if name == 'memory' else _number(v)}")
+            print(f"  {k:<{width}}  {_size(v) if _in_bytes(name, k) else _number(v)}")
+
+
+def _in_bytes(part: str, name: str) -> bool:
+    return part == "memory" or (
+        part == "sampling" and name in ("stored", "parameters", "caches", "total", "device")
+    )
 
 
 def _number(value: Any) -> str:

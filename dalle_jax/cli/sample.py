@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dalle_jax.cli import output, start
+from dalle_jax.cli import output, sample_file, start
+from dalle_jax.cli.sample_file import Asked
 from dalle_jax.cli.verbs import Sample
+from dalle_jax.config import DalleConfig
 from dalle_jax.data import images
 from dalle_jax.inference import (
     Counter,
@@ -27,7 +29,8 @@ NO_CAPTION = "(no caption)"
 
 def sample(args: Sample) -> dict[str, Any]:
     """Draws, writes and lists the pictures."""
-    captions = _captions(args)
+    asked = _captions(args)
+    captions = [caption for caption, _ in asked]
     if args.n < 1:
         raise ValueError(f"--n is {args.n}; want at least 1 picture per caption")
     if args.clip is None and (args.candidates is not None or args.keep is not None):
@@ -36,6 +39,10 @@ def sample(args: Sample) -> dict[str, Any]:
         )
     if args.clip is not None and args.n != 4:
         raise ValueError("--n is for drawing without --clip; with it, --keep says how many pictures stay")
+    if args.show_rows is not None and (args.show_rows < 1 or args.captions_file or args.clip):
+        raise ValueError(
+            f"--show-rows is {args.show_rows}; want at least 1, and neither --captions-file nor --clip"
+        )
     if args.prefix_rows is not None and args.prefix is None:
         raise ValueError("--prefix-rows says how much of --prefix to keep; give --prefix PICTURE as well")
     sampling = Sampling(
@@ -45,6 +52,13 @@ def sample(args: Sample) -> dict[str, Any]:
     clip = None if args.clip is None else load_clip(args.clip)
     prefix = None if args.prefix is None else _prefix(model, args.prefix, args.prefix_rows)
     cut = _tell_cut(model, captions)
+    if args.captions_file is not None and clip is None and isinstance(model.config, DalleConfig):
+        return sample_file.sample_file(args, asked, model, sampling, prefix, _tell_first)
+    if any(own for _, own in asked):
+        raise ValueError(
+            "lines of --captions-file with settings of their own go through the queue, which neither --clip nor a "
+            f"Transformer of stage {model.config.kind} has beyond dalle; give plain captions"
+        )
     out = output.directory(args.out)
     if clip is not None:
         return _best(args, model, clip, captions, sampling, prefix, cut, out)
@@ -53,9 +67,18 @@ def sample(args: Sample) -> dict[str, Any]:
     names = [f"c{j:03d}_s{seed:04d}.png" for j, seed in rows]
     seeds = [seed for _, seed in rows]
     parts = []
+
+    labels = [captions[j] or NO_CAPTION for j, _ in rows]
+    columns = args.n if len(captions) > 1 else min(args.n, 8)
+
+    def shown(unfinished: np.ndarray) -> None:
+        so_far = np.concatenate([*(pictures for _, pictures in parts), unfinished])
+        _save_grid(out, so_far, labels[: len(so_far)], columns)
+
     for part in draw_pictures(
-        model, captions, seeds, sampling, prefix=prefix, batch=args.batch, progress=Counter("pictures")
-    ):
+        model, captions, seeds, sampling, prefix=prefix, batch=args.batch, progress=Counter("pictures"),
+        rows=args.show_rows, shown=shown,
+    ):  # fmt: skip
         if not parts:
             _tell_first(len(part[0]))
         done = sum(len(codes) for codes, _ in parts)
@@ -63,8 +86,6 @@ def sample(args: Sample) -> dict[str, Any]:
             images.save_png(out / name, picture)
         parts.append(part)
     codes, pictures = (np.concatenate(kind) for kind in zip(*parts, strict=True))
-    labels = [captions[j] or NO_CAPTION for j, _ in rows]
-    columns = args.n if len(captions) > 1 else min(args.n, 8)
     _save_all(model, out, names, codes, pictures, labels, columns)
     print(f"{len(names)} pictures in {out}, all with their captions in {out / 'grid.png'}")
     return {
@@ -122,10 +143,14 @@ def _save_all(
     columns: int,
 ) -> None:
     """grid.png and codes.npz."""
-    scale = max(1, 128 // pictures.shape[1])
-    images.save_png(out / "grid.png", images.grid(pictures, columns, labels=labels, scale=scale))
+    _save_grid(out, pictures, labels, columns)
     made_by = np.array(model.tokenizer.fingerprint)
     output.save_npz(out / "codes.npz", codes=codes, names=np.array(names), tokenizer=made_by)
+
+
+def _save_grid(out: Path, pictures: np.ndarray, labels: list[str], columns: int) -> None:
+    scale = max(1, 128 // pictures.shape[1])
+    images.save_png(out / "grid.png", images.grid(pictures, columns, labels=labels, scale=scale))
 
 
 def _about(model: TextToImage, out: Path) -> dict[str, Any]:
@@ -138,25 +163,14 @@ def _tell_first(count: int) -> None:
     print(f"{told} after {start.seconds():.1f} s, starting up and compiling included", file=sys.stderr)
 
 
-def _captions(args: Sample) -> list[str]:
-    captions = list(args.captions)
+def _captions(args: Sample) -> list[Asked]:
+    captions = [Asked(caption, {}) for caption in args.captions]
     if args.captions_file is not None:
-        try:
-            text = Path(args.captions_file).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"--captions-file {args.captions_file} is not UTF-8: {error}; convert it"
-            ) from None
-        except OSError as error:
-            raise OSError(f"cannot read --captions-file {args.captions_file}: {error.strerror}") from error
-        found = [line.strip() for line in text.splitlines() if line.strip()]
-        if not found:
-            raise ValueError(f"--captions-file {args.captions_file} has no captions; want one a line")
-        captions += found
+        captions += sample_file.read(args.captions_file)
     if args.unconditional and captions:
         raise ValueError("--unconditional draws without a caption; leave the captions out, or the flag")
     if args.unconditional:
-        return [""]
+        return [Asked("", {})]
     if not captions:
         raise ValueError(
             'no captions; give one or more, e.g. "a red circle", or --unconditional to draw without'

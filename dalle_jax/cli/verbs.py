@@ -85,7 +85,10 @@ class Sample:
     """Draws pictures for captions: one PNG file each, and all of them with their captions in grid.png.
 
     File c000_s0007.png is caption 0 with seed 7: it depends on that caption and that seed alone, whatever
-    else is drawn with it. codes.npz holds the codes of all pictures, for `decode`."""
+    else is drawn with it. codes.npz holds the codes of all pictures, for `decode`.
+
+    With --captions-file the pictures go through a queue that keeps all of --batch busy, and manifest.jsonl lists
+    those that are done: the same command again, after it was killed, draws the rest."""
 
     run: Positional[Runs]
     """directory of a trained Transformer"""
@@ -110,11 +113,15 @@ class Sample:
     prefix_rows: int | None = None
     """rows of codes taken from --prefix; None is half of them"""
     captions_file: str | None = None
-    """more captions, one a line, UTF-8; empty lines are skipped"""
+    """more captions, one a line, UTF-8; empty lines are skipped. A file that ends in .jsonl has an object a line:
+    caption, and where it differs from the flags seed, temperature, top_p, guidance"""
     unconditional: bool = False
     """draw without a caption"""
     batch: int = 8
     """pictures drawn at once"""
+    show_rows: int | None = None
+    """write grid.png anew after every so many rows of codes, grey where nothing is drawn yet; neither with a captions
+    file nor with --clip"""
     clip: str | None = None
     """directory of a trained CLIP: draw --candidates pictures of each caption and keep the --keep that fit it best,
     in place of --n"""
@@ -281,4 +288,8 @@ class Info:
     """run directory or configuration file"""
     shapes: bool = False
     """list the shape of every parameter (--json always does)"""
+    batch: int | None = None
+    """pictures drawn at once: adds what that takes, by the compiler, and the largest batch that fits the device"""
+    guided: bool = False
+    """with --batch: drawn with classifier-free guidance"""
     json: Json = False

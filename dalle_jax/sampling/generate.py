@@ -39,8 +39,8 @@ def pick(logits: jax.Array, keys_B: jax.Array, place, *, guidance=None, **filter
 def buckets(cfg: TransformerConfig, given: int) -> list[tuple[int, int, int]]:
     """(first, end, limit) of the scans that feed the places from `given` on, but the last, to the model.
 
-    Layers of full attention read `limit` image tokens in each. One scan where no layer is full: the others
-    read no more than they see in any case, and each scan is compiled by itself.
+    The caches of full layers have room for `limit` image tokens in each, and a step reads no more. One scan where
+    no layer is full: the others read no more than they see in any case, and each scan is compiled by itself.
     """
     last = cfg.num_codes - 1
     ways = BUCKETS if "full" in cfg.layer_kinds and cfg.num_codes >= 128 else 1
@@ -53,14 +53,14 @@ def buckets(cfg: TransformerConfig, given: int) -> list[tuple[int, int, int]]:
 BUCKETS = 4
 
 
-def _advance(cfg, params, cache, code_B, keys_B, first, count, limit, options):
+def _advance(cfg, params, cache, code_B, keys_B, first, count, options):
     """Feeds `count` codes, `code_B` at place `first` to begin with. Returns codes (count, B), and the caches."""
     guided = options["guidance"] is not None
 
     def step(carry, place):
         code_B, cache = carry
         fed = jnp.concatenate([code_B, code_B]) if guided else code_B
-        logits, cache = autoregressive.decode_step(cfg, params, cache, fed, place, limit=limit)
+        logits, cache = autoregressive.decode_step(cfg, params, cache, fed, place)
         next_B = pick(logits, keys_B, place + 1, **options)
         return (next_B, cache), next_B
 
@@ -117,9 +117,8 @@ def generate(
     codes.append(code_B[:, None])
     with jax.named_scope("decode"):
         for first, end, limit in buckets(cfg, given):
-            rest, cache = _advance(
-                cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, limit, options
-            )
+            cache = autoregressive.resize_cache(cfg, cache, limit)
+            rest, cache = _advance(cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, options)
             codes.append(rest.T)
     return jnp.concatenate(codes, axis=1).astype(jnp.int32)
 
@@ -131,11 +130,12 @@ def _programs(cfg: TransformerConfig, top_k: int | None):
     def begin(params, text_CT, keys_B, prime_BP, options):
         return _begin(cfg, params, text_CT, keys_B, prime_BP, {**options, "top_k": top_k})
 
-    def advance(params, cache, code_B, keys_B, first, count, limit, options):
+    def advance(params, cache, code_B, keys_B, first, count, options):
         options = {**options, "top_k": top_k}
-        return _advance(cfg, params, cache, code_B, keys_B, first, count, limit, options)
+        return _advance(cfg, params, cache, code_B, keys_B, first, count, options)
 
-    return jax.jit(begin), jax.jit(advance, static_argnums=(5, 6), donate_argnums=1)
+    resize = jax.jit(autoregressive.resize_cache, static_argnums=(0, 2))
+    return jax.jit(begin), resize, jax.jit(advance, static_argnums=5, donate_argnums=1)
 
 
 def generate_rows(
@@ -152,16 +152,18 @@ def generate_rows(
     prime_BP, top_k = options.pop("prime_BP", None), options.pop("top_k")
     options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
     params = autoregressive.unstack(cfg, params)
-    begin, advance = _programs(cfg, top_k)
+    begin, resize, advance = _programs(cfg, top_k)
     code_B, cache = begin(params, text_CT, keys_B, prime_BP, options)
     done = [] if prime_BP is None else [np.asarray(prime_BP)]
     given = 0 if prime_BP is None else prime_BP.shape[1]
-    place, new = given, code_B[None]
+    place, new, room = given, code_B[None], None
     while place < cfg.num_codes - 1:
         rows_done = (place + 1) // cfg.grid  # `new` ends with the code of `place`
         end = min((rows_done + rows) * cfg.grid, cfg.num_codes) - 1
         limit = next(limit for _, upto, limit in buckets(cfg, 0) if end <= upto)
-        codes, cache = advance(params, cache, new[-1], keys_B, place, end - place, limit, options)
+        if limit != room:
+            cache, room = resize(cfg, cache, limit), limit
+        codes, cache = advance(params, cache, new[-1], keys_B, place, end - place, options)
         done.append(np.asarray(new).T)  # waits for the codes before, while the next are on their way
         if place > given:
             yield np.concatenate(done, axis=1)

@@ -1,0 +1,148 @@
+"""Codes per second of our sampler and of others, the same work for all, one after another in one run.
+
+    taskset -c 0 python -m benchmarks.sample --batch 1 8 --peers torch llama --peer-python PEERS/bin/python
+
+The work: a decoder of 8 layers, width 512, 8 heads and an MLP of four times the width, random weights, 256 text
+tokens of prefill, then 16 x 16 codes of 8,192, temperature 1, top-k. Each sampler runs in a process of its own, warm;
+the median of `--repeats` whole calls counts, prefill included. The bound is what reading the weights and the filled
+part of the cache once per code would take at the bandwidth that a sum over a large array reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES = {"dim": 512, "layers": 8, "heads": 8, "text_len": 256, "grid": 16, "codes": 8192}
+OURS = ("full", "sparse")
+
+
+def timed(call, repeats: int) -> list[float]:
+    """Seconds of calls after a first one."""
+    call(0)
+    found = []
+    for seed in range(1, repeats + 1):
+        begin = time.perf_counter()
+        call(seed)
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    """kind `full`: every layer reads the whole cache, as the peers do; `sparse`: the paper's layers."""
+    import jax
+    import jax.numpy as jnp
+
+    from dalle_jax import dalle
+    from dalle_jax.config import DalleConfig
+    from dalle_jax.sampling.generate import generate, row_keys
+
+    kinds = (
+        {"attention": ("row", "column", "row", "row"), "last_attention": "conv"}
+        if job["name"] == "sparse"
+        else {"attention": ("full",), "last_attention": None}
+    )
+    cfg = DalleConfig(
+        text_vocab=job["text_len"], text_len=job["text_len"], image_vocab=job["codes"], grid=job["grid"],
+        dim=job["dim"], layers=job["layers"], heads=job["heads"], dtype=job["dtype"], **kinds,
+    )  # fmt: skip
+    params = jax.jit(dalle.init, static_argnums=0)(cfg, jax.random.key(0))
+    params = jax.block_until_ready(jax.jit(dalle.unstack, static_argnums=0)(cfg, params))
+    text = jnp.zeros((job["batch"], job["text_len"]), jnp.int32)
+    begin = time.perf_counter()
+    args = (text, row_keys(range(job["batch"])))
+    program = generate.lower(cfg, params, *args, top_k=job["top_k"]).compile()
+    compiled = time.perf_counter() - begin
+
+    def call(seed):
+        jax.block_until_ready(program(params, text, row_keys(range(seed, seed + job["batch"]))))
+
+    return {"seconds": timed(call, job["repeats"]), "compile": compiled, "version": f"jax {jax.__version__}",
+            "device": jax.devices()[0].device_kind}  # fmt: skip
+
+
+def bandwidth() -> float:
+    """Bytes per second that a sum over 512 MB reads on the device, best of five."""
+    import jax
+    import jax.numpy as jnp
+
+    big = jnp.ones((128 * 2**20,), jnp.float32)
+    total = jax.jit(lambda x: jnp.dot(x, x))
+    return big.nbytes / min(timed(lambda seed: jax.block_until_ready(total(big)), 5))
+
+
+def bytes_per_code(job: dict[str, Any]) -> float:
+    """Weights once per step of a batch, and for each row the keys and values of half of the picture and the text."""
+    size = {"float32": 4, "bfloat16": 2}[job["dtype"]]
+    d = job["dim"]
+    weights = job["layers"] * 12 * d * d + d * job["codes"]
+    cache = job["batch"] * job["layers"] * 2 * d * (job["text_len"] + job["grid"] ** 2 / 2)
+    return size * (weights + cache) / job["batch"]
+
+
+def _child(python: str, module: str, job: dict[str, Any]) -> dict[str, Any] | str:
+    """Runs one sampler by itself. Returns what it printed last, or why it did not run."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [python, "-m", module, "--job", json.dumps(job)], env=env, capture_output=True, text=True
+    )
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
+    parser.add_argument("--peers", nargs="*", default=[], help="of benchmarks/peers.py")
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has torch")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--top-k", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    for name, value in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job is not None:
+        job = json.loads(args.job)
+        print(json.dumps({"bandwidth": bandwidth()} if job["name"] == "bandwidth" else ours(job)))
+        return
+    job = {n: getattr(args, n) for n in (*SIZES, "dtype", "top_k", "repeats")}
+    read = _child(sys.executable, "benchmarks.sample", {"name": "bandwidth"})["bandwidth"]
+    print(
+        f"a sum reads {read / 1e9:.1f} GB/s; {args.dtype}, cores {sorted(os.sched_getaffinity(0))}",
+        flush=True,
+    )
+    for batch in args.batch:
+        job["batch"] = batch
+        bound = read / bytes_per_code(job)
+        rates = {}
+        for name in [*args.peers, *args.ours]:
+            mine = name in args.ours
+            module = "benchmarks.sample" if mine else "benchmarks.peers"
+            found = _child(sys.executable if mine else args.peer_python, module, {**job, "name": name})
+            label = f"dalle_jax, {name}" if mine else name
+            if isinstance(found, str):
+                print(f"batch {batch:3d}  {label:24s} did not run: {found}", flush=True)
+                continue
+            rate = batch * job["grid"] ** 2 / statistics.median(found["seconds"])
+            if not mine:
+                rates[name] = rate
+            best = f"{rate / max(rates.values()):5.2f} x best peer" if mine and rates else ""
+            print(
+                f"batch {batch:3d}  {label:24s} {rate:9.1f} codes/s  {rate / bound:4.0%} of the bound  "
+                f"compiled in {found['compile']:5.1f} s  {found['version']} {best}",
+                flush=True,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
