@@ -310,6 +310,7 @@ def test_damaged_tfrecords(labelled, tmp_path):
     for bad, at in [
         (whole[:-1], r"record 14"), (whole[:100], r"byte 0, in record 0"), (whole + b"x", "record 15"),
         (whole[:second] + b"\xff" * 8 + whole[second + 8 :], f"byte {second}, in record 1"),
+        (struct.pack("<Q", second - 17) + whole[8:], "byte 0, in record 0"),  # a length that could be
     ]:  # fmt: skip
         file.write_bytes(bad)
         with pytest.raises(ValueError, match=rf"train\.tfrecord.* is damaged or cut short at .*{at}"):
