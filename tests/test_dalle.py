@@ -416,7 +416,7 @@ GOOD_TEXT, GOOD_CODES = jnp.zeros((2, T), jnp.int32), jnp.zeros((2, N), jnp.int3
     [
         (GOOD_TEXT[:, :2], GOOD_CODES, r"text has shape \(2, 2\), want \(batch, 3\); pad or cut captions"),
         (GOOD_TEXT[0], GOOD_CODES, r"text has shape \(3,\)"),
-        (GOOD_TEXT, GOOD_CODES[:1], r"codes have shape \(1, 8\), want \(2, 9\)"),
+        (GOOD_TEXT, GOOD_CODES[:1], r"codes have shape \(1, 9\), want \(2, 9\)"),
         (GOOD_TEXT, GOOD_CODES[:, 1:], r"codes have shape \(2, 8\), want \(2, 9\)"),  # not a shorter picture
         (GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32), r"codes have shape \(2, 10\), want \(2, 9\)"),
         (GOOD_TEXT, GOOD_CODES[0], r"codes have shape \(9,\), want \(2, 9\)"),

@@ -228,7 +228,7 @@ def param_shardings(mesh: Mesh, params: Params) -> Params:
     def one(path, leaf):
         name = path_name(path)
         axes = param_axes(name, leaf.shape)
-        if leaf.size * leaf.dtype.itemsize > SMALL:
+        if math.prod(leaf.shape) * leaf.dtype.itemsize > SMALL:
             for axis, size in zip(axes, leaf.shape, strict=True):
                 check_divides(mesh, axis, size, f"{name} {leaf.shape}")
         return NamedSharding(mesh, fit(mesh, axes, leaf.shape))
