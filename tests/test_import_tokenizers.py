@@ -7,6 +7,7 @@ Default: small golden files that the reference implementations made (golden/refe
 import dataclasses
 import gzip
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -111,7 +112,10 @@ def test_golden(tmp_path, name):
 
 def reference(package):
     pytest.importorskip("torch")
-    pytest.importorskip(package)
+    if (
+        importlib.util.find_spec(package) is None
+    ):  # not imported: clip itself wants torchvision, which is not used
+        pytest.skip(f"{package} is not installed")
     return importlib.import_module("golden.reference")
 
 
@@ -136,12 +140,13 @@ WIDE = {"width": 32, "multipliers": (1, 2, 2), "latent": 32, "vocab": 64, "seed"
         ("taming_vqgan", "taming", {"blocks": 2, "attention": (16, 8), **WIDE}),
         ("taming_gumbel", "taming", {"blocks": 2, "attention": (4,), **WIDE}),
         ("flax_vqgan", "vqgan_jax", {"blocks": 2, "attention": (4,), **WIDE}),
-        ("llamagen_vq", "tokenizer.tokenizer_image", WIDE),
+        ("llamagen_vq", "tokenizer", WIDE),
     ],
 )
 def test_vqgan_parity(tmp_path, name, package, options):
     family, check, file = CHECKS[name]
-    getattr(reference(package), name)(tmp_path / "x", **options)
+    with jax.numpy_rank_promotion("allow"):  # the reference in Flax adds arrays of different rank
+        getattr(reference(package), name)(tmp_path / "x", **options)
     check(imported(tmp_path, family, tmp_path / "x" / file), answers(tmp_path / "x"))
 
 
