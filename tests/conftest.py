@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.config import DataConfig, DVAEConfig, MeshConfig, OptimConfig, TrainConfig
+from dalle_jax.config import DataConfig, DVAEConfig, MeshConfig, OptimConfig, ProfileConfig, TrainConfig
+from dalle_jax.train.processes import fetch
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -84,14 +85,14 @@ class FakeTask:
         x = rng.normal(size=(self.config.data.batch, 4)).astype(np.float32)
         return {"x": x, "y": np.concatenate([x, x**2], axis=1)}
 
-    def batches(self, start):
+    def batches(self, start, rows=None):
         for step in itertools.count(start):
             if step in self.at:
                 self.at[step]()
             batch = self._rows(0, self.config.data.seed, step)
             if step == self.nan_at:
                 batch["x"][0, 0] = np.nan
-            yield batch
+            yield batch if rows is None else {name: x[rows] for name, x in batch.items()}
 
     def eval_batches(self):
         return [self._rows(1, i) for i in range(2)]
@@ -100,7 +101,7 @@ class FakeTask:
         return {"eval_loss": self._error(params, frozen, batch)}
 
     def pictures(self, params, frozen, key):
-        gray = np.asarray(jax.nn.sigmoid(params["text_head"]["kernel"]) * 255).astype(np.uint8)
+        gray = (fetch(jax.nn.sigmoid(params["text_head"]["kernel"])) * 255).astype(np.uint8)
         return Image.fromarray(gray)
 
 
@@ -112,6 +113,7 @@ def tiny_config(run="", **changes) -> TrainConfig:
         "data": {"batch": 16},
         "optim": {"learning_rate": 0.02, "warmup_steps": 2, "ema_every": 2, "clip_norm": 1.0},
         "mesh": {"data": 2, "fsdp": 2, "model": 2},
+        "profile": {},
         "steps": 10,
         "log_every": 1,
         "eval_every": 4,
@@ -121,5 +123,5 @@ def tiny_config(run="", **changes) -> TrainConfig:
     }
     for name, value in changes.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value
-    kinds = {"data": DataConfig, "optim": OptimConfig, "mesh": MeshConfig}
+    kinds = {"data": DataConfig, "optim": OptimConfig, "mesh": MeshConfig, "profile": ProfileConfig}
     return TrainConfig(**{n: kinds[n](**v) if n in kinds else v for n, v in values.items()})

@@ -161,20 +161,20 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from conftest import FakeTask, tiny_config
-from dalle_jax.train import loop
+from dalle_jax.train import command, loop
 rare = {"log_every": 100, "eval_every": 100, "sample_every": 100, "save_every": 2}
 config = tiny_config(sys.argv[2], steps=4, **rare)
 loop.run(config, FakeTask(config))
 
 class Big(FakeTask):
-    def batches(self, start):
+    def batches(self, start, rows=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-        return super().batches(start)
+        return super().batches(start, rows)
 
 sys.modules["dalle_jax.train.tasks"] = type(sys)("tasks")
 sys.modules["dalle_jax.train.tasks"].make_task = Big
-loop.parse = lambda argv, prog: tiny_config(sys.argv[2], steps=8, **rare)
-sys.exit(loop.main(["config.py"]))
+command.parse = lambda argv, prog: tiny_config(sys.argv[2], steps=8, **rare)
+sys.exit(command.main(["config.py"]))
 """
 
 

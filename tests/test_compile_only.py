@@ -14,7 +14,7 @@ import pytest
 
 from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig, MeshConfig, OptimConfig, TrainConfig
 from dalle_jax.nn.sharding import make_mesh
-from dalle_jax.train import hlo, loop
+from dalle_jax.train import command, hlo
 from dalle_jax.train.compile_only import compile_step, needed_gib, step_and_arguments, train_flops
 from dalle_jax.train.topology import parse_topology, tpu_devices
 
@@ -230,7 +230,9 @@ def config_file(tmp_path):
 
 def test_command_prints_json(config_file, capsys):
     assert (
-        loop.main([config_file, "--compile-only", "local", "--json", "--mesh.data", "2", "--mesh.fsdp", "4"])
+        command.main(
+            [config_file, "--compile-only", "local", "--json", "--mesh.data", "2", "--mesh.fsdp", "4"]
+        )
         == 0
     )
     out, err = capsys.readouterr()
@@ -252,13 +254,13 @@ def test_command_prints_json(config_file, capsys):
     ],
 )
 def test_what_does_not_go_together_exits_2(config_file, capsys, flags, want):
-    assert loop.main([config_file, "--compile-only", *flags]) == 2
+    assert command.main([config_file, "--compile-only", *flags]) == 2
     assert want in capsys.readouterr().err
 
 
 def test_sampling_compiles_for_a_device(config_file, capsys):
     """Parameters in the compute dtype: 2 bytes for matrices, 4 for the rest; the cache by hand."""
-    assert loop.main([config_file, "--compile-only", "local", "--sample", "3", "--json"]) == 0
+    assert command.main([config_file, "--compile-only", "local", "--sample", "3", "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report["fits"] is None and report["rows"] == 3 and "3 pictures at once" in err
@@ -280,18 +282,18 @@ def test_sampling_compiles_for_a_device(config_file, capsys):
     ],
 )
 def test_sampling_refuses(config_file, capsys, flags, want):
-    assert loop.main([config_file, "--compile-only", *flags]) == 2
+    assert command.main([config_file, "--compile-only", *flags]) == 2
     assert want in capsys.readouterr().err
 
 
 def test_its_flags_are_refused_without_it(config_file, capsys):
-    assert loop.main([config_file, "--json"]) == 2
+    assert command.main([config_file, "--json"]) == 2
     assert "--json" in capsys.readouterr().err
 
 
 def test_without_libtpu_the_package_is_named(config_file, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert loop.main([config_file, "--compile-only", "v5e:2x2"]) == 1
+    assert command.main([config_file, "--compile-only", "v5e:2x2"]) == 1
     assert "pip install 'dalle-jax[compile]'" in capsys.readouterr().err
 
 

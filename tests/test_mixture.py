@@ -14,7 +14,7 @@ from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.data.sources.mixture import pattern
 from dalle_jax.text import TextTokenizer, train
-from dalle_jax.train.loop import parse
+from dalle_jax.train.command import parse
 
 SIZE = 8
 
@@ -150,9 +150,10 @@ def test_the_stream_goes_on_where_it_stopped(parts, text, processes):
 
     def batches(start, n, index=0, count=1):
         source = open_train_source(data)
-        share = {"process_index": index, "process_count": count}
+        each = data.batch // count
+        share = range(index * each, (index + 1) * each)
         with train_batches(
-            data, source, start=start, image_size=SIZE, dropout=0.1, **text, **share
+            data, source, start=start, image_size=SIZE, dropout=0.1, **text, rows=share
         ) as stream:
             return [next(stream) for _ in range(n)]
 

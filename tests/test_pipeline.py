@@ -112,11 +112,19 @@ def test_processes_share_the_global_batch_in_order(data, tokenizer, processes):
     source = open_train_source(data)
     want = take(data, source, tokenizer, 6, start=2)
     parts = [
-        take(data, source, tokenizer, 6, start=2, process_index=p, process_count=processes)
+        take(data, source, tokenizer, 6, start=2, rows=range(p * 8 // processes, (p + 1) * 8 // processes))
         for p in range(processes)
     ]
     got = [{key: np.concatenate([part[k][key] for part in parts]) for key in want[k]} for k in range(6)]
     assert_same(got, want)
+
+
+def test_rows_need_not_be_neighbours(data, tokenizer):
+    """A mesh may give a process any rows: each comes as in the whole batch, captions included."""
+    source = open_train_source(data)
+    want = take(data, source, tokenizer, 3, start=4)
+    got = take(data, source, tokenizer, 3, start=4, rows=np.array([1, 2, 5]))
+    assert_same(got, [{key: batch[key][[1, 2, 5]] for key in batch} for batch in want])
 
 
 def test_an_epoch_is_a_permutation_and_the_next_another(data):
@@ -215,10 +223,9 @@ def test_scenes(tokenizer):
 
 def test_bad_arguments(data, tokenizer):
     source = open_train_source(data)
-    with pytest.raises(ValueError, match="8 is not divisible by the 3 processes"):
-        take(data, source, None, 1, process_count=3)
-    with pytest.raises(ValueError, match="process 2 of 2"):
-        take(data, source, None, 1, process_index=2, process_count=2)
+    for rows in ([], [3, 2], [2, 2], [6, 8], [-1, 0]):
+        with pytest.raises(ValueError, match=r"rows \[.*of a batch of 8; want at least one, ascending"):
+            take(data, source, None, 1, rows=rows)
     with pytest.raises(ValueError, match="start is step -1"):
         take(data, source, None, 1, start=-1)
     with pytest.raises(ValueError, match="image_size is None"):

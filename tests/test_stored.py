@@ -381,15 +381,15 @@ def test_a_run_that_was_killed_sees_the_same_rows_on_any_processes(sources, kind
     data = config.DataConfig(source=found[kind], batch=4, crop="random", codes=codes, prefetch=1)
     text = {"text": TextTokenizer.load(root / "bpe.model"), "text_vocab": 400, "text_len": 24, "dropout": 0.3}
 
-    def take(start, n, **process):
-        rows = open_train_source(data)  # a new process opens it anew
-        with train_batches(data, rows, start=start, image_size=32, **text, **process) as batches:
+    def take(start, n, **share):
+        source = open_train_source(data)  # a new process opens it anew
+        with train_batches(data, source, start=start, image_size=32, **text, **share) as batches:
             return [next(batches) for _ in range(n)]
 
     straight = take(0, 9)
     assert straight[0].keys() == {"codes" if kind == "codes" else "image", "text"}
     for count in (1, 2, 4):
-        parts = [take(5, 4, process_index=p, process_count=count) for p in range(count)]
+        parts = [take(5, 4, rows=range(p * 4 // count, (p + 1) * 4 // count)) for p in range(count)]
         for step in range(4):
             for key, want in straight[5 + step].items():
                 got = np.concatenate([part[step][key] for part in parts])

@@ -17,7 +17,7 @@ from conftest import FakeTask, tiny_config
 
 from dalle_jax.config import MeshConfig, TrainConfig
 from dalle_jax.nn.sharding import make_mesh
-from dalle_jax.train import loop, rundir
+from dalle_jax.train import command, loop, rundir
 from dalle_jax.train.metrics import MetricsLog, read_metrics
 from dalle_jax.train.optim import make_optimizer, update_ema
 from dalle_jax.train.state import INIT, abstract_state, init_state, make_step, param_shapes, run_key
@@ -203,17 +203,17 @@ COMMAND = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeTask
-from dalle_jax.train import loop
+from dalle_jax.train import command, loop
 
 class Slow(FakeTask):
-    def batches(self, start):
-        for batch in super().batches(start):
+    def batches(self, start, rows=None):
+        for batch in super().batches(start, rows):
             time.sleep(0.02)
             yield batch
 
 sys.modules["dalle_jax.train.tasks"] = type(sys)("tasks")
 sys.modules["dalle_jax.train.tasks"].make_task = Slow
-sys.exit(loop.main(sys.argv[2:]))
+sys.exit(command.main(sys.argv[2:]))
 """
 
 CONFIG = """
@@ -224,7 +224,7 @@ config = tiny_config(steps=60, save_every=5, log_every=2, eval_every=10, sample_
 """
 
 
-def command(tmp_path, *args):
+def start_command(tmp_path, *args):
     tests = Path(__file__).parent
     file = tmp_path / "config.py"
     file.write_text(CONFIG.format(tests=str(tests)))
@@ -248,18 +248,18 @@ def wait_for_rows(run, count, process):
 @pytest.fixture(scope="module")
 def straight_command(tmp_path_factory):
     path = tmp_path_factory.mktemp("command")
-    process = command(path, "--run", path / "run")
+    process = start_command(path, "--run", path / "run")
     assert process.wait(120) == 0, process.stderr.read()
     return path / "run"
 
 
 def test_kill_9_then_the_same_command_equals_an_undisturbed_run(tmp_path, straight_command):
     run = tmp_path / "run"
-    process = command(tmp_path, "--run", run)
+    process = start_command(tmp_path, "--run", run)
     wait_for_rows(run, random.randint(2, 24), process)
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
-    process = command(tmp_path, "--run", run)
+    process = start_command(tmp_path, "--run", run)
     assert process.wait(120) == 0, process.stderr.read()
     assert series(run) == series(straight_command)
     for which in (60, 55):
@@ -272,7 +272,7 @@ def test_kill_9_then_the_same_command_equals_an_undisturbed_run(tmp_path, straig
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_from_outside_exits_0_with_a_checkpoint(tmp_path, number):
     run = tmp_path / "run"
-    process = command(tmp_path, "--run", run)
+    process = start_command(tmp_path, "--run", run)
     wait_for_rows(run, 3, process)
     process.send_signal(number)
     assert process.wait(60) == 0, process.stderr.read()
@@ -491,17 +491,17 @@ SMALL = """
 
 def test_flags_change_the_file_s_config(tmp_path):
     file = config_file(tmp_path, SMALL)
-    config = loop.parse([file, "--run", "x", "--optim.learning-rate", "0.5", "--model.vocab", "16"])
+    config = command.parse([file, "--run", "x", "--optim.learning-rate", "0.5", "--model.vocab", "16"])
     assert (config.run, config.optim.learning_rate, config.model.vocab, config.steps) == ("x", 0.5, 16, 3)
-    assert loop.parse([file]) == rundir.load_config(file)
+    assert command.parse([file]) == rundir.load_config(file)
 
 
 def test_command_line_errors(tmp_path, capsys):
     file = config_file(tmp_path, SMALL)
-    assert loop.main([file, "--model.vocabb", "3"]) == 2
+    assert command.main([file, "--model.vocabb", "3"]) == 2
     assert "model.vocab" in capsys.readouterr().err
-    assert loop.main([]) == 2 and loop.main(["--run", "x"]) == 2
-    assert loop.main(["--help"]) == 0
+    assert command.main([]) == 2 and command.main(["--run", "x"]) == 2
+    assert command.main(["--help"]) == 0
     assert "usage: train.py CONFIG.py" in capsys.readouterr().out
 
 
@@ -529,7 +529,7 @@ def test_each_bad_input_is_one_message_and_exit_1(tmp_path, capsys, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "dalle_jax.train.tasks", types.SimpleNamespace(make_task=FakeTask))
     file = str(tmp_path / "missing.py") if text is None else config_file(tmp_path, text)
-    assert loop.main([file, *args]) in (1, 2)
+    assert command.main([file, *args]) in (1, 2)
     err = capsys.readouterr().err
     assert re.search(message, err.replace("\n", " ")), err
     assert "Traceback" not in err
@@ -539,8 +539,8 @@ def test_each_bad_input_is_one_message_and_exit_1(tmp_path, capsys, monkeypatch,
 def test_nan_exits_3(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "dalle_jax.train.tasks", type(sys)("tasks"))
     sys.modules["dalle_jax.train.tasks"].make_task = lambda config: FakeTask(config, nan_at=1)
-    monkeypatch.setattr(loop, "parse", lambda argv, prog: tiny_config(tmp_path / "run"))
-    assert loop.main(["config.py"]) == 3
+    monkeypatch.setattr(command, "parse", lambda argv, prog: tiny_config(tmp_path / "run"))
+    assert command.main(["config.py"]) == 3
     assert "error: step 2: loss nan" in capsys.readouterr().err
 
 

@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dalle-jax: no verb {verb!r}; {hint}", file=sys.stderr)
         return 2
     if verb == "train":
-        from dalle_jax.train import loop
+        from dalle_jax.train import command
 
-        return loop.main(rest, prog="dalle-jax train")
+        return command.main(rest, prog="dalle-jax train")
     try:
         return _run(verb, rest)
     except SystemExit as stop:  # tyro has told what it did not understand, or --help

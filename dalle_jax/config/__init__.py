@@ -39,7 +39,15 @@ from dalle_jax.config.tokenizer import (
     VectorQuantizer,
     VQGANConfig,
 )
-from dalle_jax.config.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, TransformerConfig
+from dalle_jax.config.training import (
+    DistributedConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    ProfileConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 
 __all__ = [
     "MIXTURE_PERIOD",
@@ -51,6 +59,7 @@ __all__ = [
     "DVAEConfig",
     "DalleConfig",
     "DataConfig",
+    "DistributedConfig",
     "Dtype",
     "FiniteScalarQuantizer",
     "FolderSource",
@@ -63,6 +72,7 @@ __all__ = [
     "NoiseKind",
     "OptimConfig",
     "Prediction",
+    "ProfileConfig",
     "Quantizer",
     "SceneBackground",
     "SceneFill",

@@ -79,6 +79,67 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How the processes of one training find each other, and when they give each other up (docs/pods.md).
+
+    On Cloud TPU, GKE, Slurm and Open MPI nothing is to be set. Elsewhere every process gets the same coordinator
+    and processes, and its own process. processes=1 trains alone whatever the surroundings say.
+    """
+
+    coordinator: str | None = None  # HOST:PORT of process 0; None asks the cluster
+    processes: int | None = None
+    process: int | None = None  # number of this process, from 0
+    start_seconds: int = 300  # wait for all processes to come up
+    heartbeat_seconds: int = 100  # a process not heard of for so long is lost, and the others end
+    stall_seconds: int = 1800  # no step, save or compilation may take longer, or all end; 0 turns it off
+
+    def __post_init__(self):
+        given = (self.coordinator, self.processes, self.process)
+        alone = self.processes == 1 and self.coordinator is None and self.process in (None, 0)
+        require(
+            alone or all(x is None for x in given) or None not in given,
+            f"distributed coordinator={self.coordinator} processes={self.processes} process={self.process}; "
+            "want all three, or none on a cluster that is found by itself",
+        )
+        if self.coordinator is not None:
+            port = self.coordinator.rpartition(":")[2]
+            require(
+                ":" in self.coordinator and port.isdecimal() and 0 < int(port) < 65536,
+                f"distributed.coordinator is {self.coordinator!r}; want HOST:PORT of process 0",
+            )
+            require(
+                self.processes >= 1 and 0 <= self.process < self.processes,
+                f"distributed.process is {self.process} of {self.processes}; want 0 to processes - 1",
+            )
+        for name, least in (("start_seconds", 1), ("heartbeat_seconds", 1), ("stall_seconds", 0)):
+            value = getattr(self, name)
+            require(value >= least, f"distributed.{name} is {value}; want at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A window of steps recorded for XProf or Perfetto, in `profile/` of the run directory."""
+
+    steps: str = ""  # FIRST:LAST, both recorded, e.g. 10:15; "" records nothing
+
+    def __post_init__(self):
+        if self.steps:
+            first, colon, last = self.steps.partition(":")
+            require(
+                bool(colon) and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last),
+                f"profile.steps is {self.steps!r}; want FIRST:LAST with 1 <= FIRST <= LAST, as in 10:15",
+            )
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """First and last step that are recorded; None where nothing is."""
+        if not self.steps:
+            return None
+        first, last = self.steps.split(":")
+        return int(first), int(last)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. The type of `model` is the stage."""
 
@@ -90,6 +151,9 @@ class TrainConfig:
     init_from: str | None = None  # run directory whose weights a new run begins with
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    compilation_cache: str | None = None  # directory that keeps compiled programs from run to run
     steps: int = 100_000  # updates
     seed: int = 0
     log_every: int = 10  # updates between lines of metrics.jsonl

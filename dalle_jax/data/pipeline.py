@@ -42,8 +42,7 @@ def train_batches(
     text_vocab: int = 0,
     text_len: int = 0,
     dropout: float = 0.0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> TrainBatches:
     """The batches of steps `start`, `start + 1`, ... without end.
 
@@ -51,19 +50,19 @@ def train_batches(
     image_size: side of the pictures, pixels; not used with codes.
     text: encodes one caption for each row, chosen among its languages and then among its captions; None
         leaves text out. text_vocab, text_len, dropout: see `TextTokenizer.encode`.
-    process_index, process_count: this process gets rows [p B, (p + 1) B) of the global batch of `data.batch`.
+    rows: which rows of each batch of `data.batch` to make, ascending: those that this process needs; None is all.
 
     Each batch has `image` uint8 (B, H, W, 3) or `codes` int32 (B, N), and with text `text` int32 (B, T). A
-    source shorter than a batch repeats within it. Raises ValueError for a batch that does not divide.
+    source shorter than a batch repeats within it. Raises ValueError for rows that a batch does not have.
     """
     if start < 0:
         raise ValueError(f"start is step {start}; want 0 or more")
-    if data.batch % process_count:
+    wanted = [int(r) for r in (range(data.batch) if rows is None else rows)]
+    if not wanted or wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1] < data.batch:
         raise ValueError(
-            f"data.batch {data.batch} is not divisible by the {process_count} processes; make it a multiple"
+            f"rows {wanted[:8]}{'...' * (len(wanted) > 8)} of a batch of {data.batch}; want at least one, ascending, "
+            f"from 0 to {data.batch - 1}"
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}; want 0 to {process_count - 1}")
     if image_size is None and not isinstance(source, CodesRows):
         raise ValueError("image_size is None, but the source has no codes; give the side of the pictures")
     if text is not None and (text_vocab < 1 or text_len < 1):
@@ -84,11 +83,10 @@ def train_batches(
             )
         return out
 
-    rows = (
+    stream = (
         grain.MapDataset.range(len(source)).shuffle(seed=data.seed).repeat().random_map(row, seed=data.seed)
     )
-    share = _Share(rows, data.batch, process_index, process_count)
-    batches = share.batch(data.batch // process_count, drop_remainder=True)
+    batches = _Share(stream, data.batch, wanted).batch(len(wanted), drop_remainder=True)
     return TrainBatches(batches, start=start, threads=data.threads, prefetch=data.prefetch)
 
 
@@ -151,22 +149,20 @@ class TrainBatches(Iterator[Batch]):
 
 
 class _Share(grain.MapDataset):
-    """The rows of one process: of each global batch, its own stretch. Positions stay those of the whole
-    stream."""
+    """Of each batch of a stream only some rows. Positions stay those of the whole stream."""
 
-    def __init__(self, rows: grain.MapDataset, batch: int, process_index: int, process_count: int):
-        super().__init__(rows)
-        self._batch, self._each = batch, batch // process_count
-        self._first = process_index * self._each
+    def __init__(self, stream: grain.MapDataset, batch: int, rows: list[int]):
+        super().__init__(stream)
+        self._batch, self._rows = batch, rows
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch * self._each
+        return len(self._parent) // self._batch * len(self._rows)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        step, row = divmod(index, self._each)
-        return self._parent[step * self._batch + self._first + row]
+        step, row = divmod(index, len(self._rows))
+        return self._parent[step * self._batch + self._rows[row]]
 
 
 def _choose(said: Captions, languages: Sequence[str], language: float, which: float) -> str:

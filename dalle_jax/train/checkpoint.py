@@ -32,19 +32,20 @@ class Checkpoints:
 
     path: the directory, made if missing. keep: how many of the latest survive; None opens the directory for
     reading only: nothing is deleted and nothing is made. best: name of a measure, and whether the smallest or
-    the largest is best. Every method is called from the main thread, on all processes.
+    the largest is best. alone: this process reads by itself. Else every method is called on all processes, from
+    the main thread: each writes what its devices hold, and the first one finishes the directory.
     """
 
-    def __init__(self, path: Path, keep: int | None = None, best: Best | None = None):
+    def __init__(self, path: Path, keep: int | None = None, best: Best | None = None, alone: bool = False):
         self.path = Path(path).absolute()
-        self.best_measure = best
+        self.best_measure, self.alone = best, alone
         self._pending: tuple[int, Any] | None = None
         if keep is None and not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not a directory; want the checkpoints/ of a run")
         try:
             self._orbax = ocp.training.Checkpointer(
                 self.path,
-                context=_context(),
+                context=_context(alone=alone),
                 preservation_policy=_LatestAndBest(keep),
                 cleanup_tmp_directories=keep is not None,
                 save_decision_policy=_Always(),
@@ -132,7 +133,7 @@ class Checkpoints:
             saved = {name: saved.get(name) for name in abstract}
         _compare(_leaves(abstract), _leaves(saved), self.path / str(step))
         try:
-            with _context(partial):
+            with _context(partial, self.alone):
                 return ocp.load(self.path / str(step), abstract)
         except Exception as error:
             raise self._read_error(step, error) from error
@@ -171,19 +172,23 @@ class Checkpoints:
 
 
 def save_params(path: Path, params: Params) -> None:
-    """Writes a tree of arrays to the directory `path`, atomically; what was there is replaced."""
+    """Writes a tree of arrays to the directory `path`, atomically; what was there is replaced.
+
+    Called by one process alone, with arrays that it holds whole.
+    """
     try:
-        with _context():
+        with _context(alone=True):
             ocp.save(Path(path).absolute(), params, overwrite=True)
     except Exception as error:
         raise OSError(f"cannot write parameters to {path}: {_first_line(error)}") from error
 
 
 def load_params(path: Path, abstract: Params | None = None) -> Params:
-    """The tree of arrays that `save_params` wrote.
+    """The tree of arrays that `save_params` wrote; each process that wants it calls by itself.
 
-    abstract: ShapeDtypeStructs with shardings; None puts every array whole on the first device. Raises
-    FileNotFoundError, ValueError for other names or shapes than `abstract` has, OSError for damaged files.
+    abstract: ShapeDtypeStructs with shardings on devices of this process; None puts every array whole on the
+    first one. Raises FileNotFoundError, ValueError for other names or shapes than `abstract` has, OSError for
+    damaged files.
     """
     path = Path(path).absolute()
     if not path.is_dir():
@@ -196,7 +201,8 @@ def load_params(path: Path, abstract: Params | None = None) -> Params:
         abstract = on_one_device(saved)
     _compare(_leaves(abstract), _leaves(saved), path)
     try:
-        return ocp.load(path, abstract)
+        with _context(alone=True):
+            return ocp.load(path, abstract)
     except Exception as error:
         raise OSError(f"the parameters at {path} cannot be read: {_first_line(error)}") from error
 
@@ -250,8 +256,13 @@ def _metrics_readable(path: Path) -> bool:
         return False
 
 
-def _context(partial: bool = False) -> ocp.Context:
+def _context(partial: bool = False, alone: bool = False) -> ocp.Context:
     context = ocp.Context()
+    if alone and jax.process_count() > 1:  # Orbax would wait for the others
+        me = jax.process_index()
+        context.multiprocessing.primary_host = me
+        context.multiprocessing.active_processes = {me}
+        context.multiprocessing.barrier_sync_key_prefix = f"alone_{me}"
     context.pytree.loading.partial_load = partial
     # Made in the background, a directory that cannot be made keeps the process from ending for 5 minutes.
     context.asynchronous.create_directories_asynchronously = False

@@ -1,38 +1,35 @@
-"""The training loop of every stage, and the command line around it.
+"""The training loop of every stage.
 
 One update is dispatched, then the next batch is fetched and sent to the devices while they work, then the
 figures of the update *before* are read: the devices never wait for the host. Row `step` of metrics.jsonl is
 what the update that made `step` updates complete has found; a checkpoint of `step` holds the state right
 after it. The data of update s, and every random choice in it, follow from s alone: a run that was stopped,
-in whatever way, goes on as if it had not been.
+in whatever way, goes on as if it had not been. On several processes each runs this loop; the first one writes what
+people read, all write the checkpoints.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
-import tyro
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dalle_jax.config import TrainConfig
-from dalle_jax.nn.sharding import MeshError, batch_sharding, make_mesh, param_shardings, replicated
-from dalle_jax.train import compile_only
+from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from dalle_jax.train.checkpoint import Checkpoints
+from dalle_jax.train.compile_only import train_flops
 from dalle_jax.train.metrics import MetricsLog, Progress, Stopwatch
-from dalle_jax.train.rundir import begun_run, load_config, stage
-from dalle_jax.train.start import apply_flags, begin_from
+from dalle_jax.train.processes import local_rows, place, place_rows
+from dalle_jax.train.profile import Profiler
+from dalle_jax.train.rundir import begun_run, stage
+from dalle_jax.train.start import begin_from
 from dalle_jax.train.state import (
     EVALUATE,
     PICTURES,
@@ -45,13 +42,20 @@ from dalle_jax.train.state import (
     run_key,
     task_optimizer,
 )  # fmt: skip
+from dalle_jax.train.stop import Watchdog, stop_signals
+from dalle_jax.train.topology import peak_flops
 
 Params = dict[str, Any]
 Batch = dict[str, np.ndarray]
 
 
 class Task(Protocol):
-    """What a stage brings to the loop; `tasks.py` holds the stages."""
+    """What a stage brings to the loop; `tasks/` holds the stages.
+
+    batches: the batches of steps `start`, `start + 1`, ..., of each only the given rows: those that this process
+    has to read. eval_batches: whole batches, the same on every process. pictures: called by every process; what
+    it draws from arrays that lie over all of them it gets with `processes.fetch`.
+    """
 
     config: TrainConfig
     best: tuple[str, Literal["min", "max"]]  # the evaluation measure that decides which checkpoint is best
@@ -65,7 +69,7 @@ class Task(Protocol):
     # A task whose networks do not all descend one loss has, in its place, `gradients` with the same arguments,
     # which returns (gradients, measures with `loss`), and `optimizer(params)`.
 
-    def batches(self, start: int) -> Iterator[Batch]: ...
+    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]: ...
     def eval_batches(self) -> list[Batch]: ...
     def evaluate(self, params, frozen, batch, key) -> dict[str, jax.Array]: ...
     def pictures(self, params, frozen, key) -> Any: ...
@@ -93,28 +97,44 @@ def run(config: TrainConfig, task: Task | None = None) -> Outcome:
     Raises ValueError for a configuration that the devices or the run directory do not allow (before anything
     is written), OSError when a save fails or a checkpoint cannot be read, NotFiniteError for a loss or
     gradient that is not finite. In each case the last good checkpoint stays the last one.
+
+    On several processes (joined before, see `train.processes.begin_processes`) all call with the same arguments.
     """
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     if task is None:
         from dalle_jax.train.tasks import make_task
 
         task = make_task(config)
-    with begun_run(config) as run_dir:
-        task.prepare(run_dir)
-    with jax.set_mesh(mesh):
-        return _Training(config, task, mesh, run_dir).run()
+    watchdog = Watchdog(config.distributed.stall_seconds)
+    try:
+        with begun_run(config) as run_dir:
+            watchdog.at("preparing data and vocabulary")
+            task.prepare(run_dir)
+        with jax.set_mesh(mesh):
+            return _Training(config, task, mesh, run_dir, watchdog).run()
+    finally:
+        watchdog.close()
 
 
 class _Training:
     """The open files and the moving parts of one call of `run`."""
 
-    def __init__(self, config: TrainConfig, task: Task, mesh: Mesh, run_dir: Path):
+    def __init__(self, config: TrainConfig, task: Task, mesh: Mesh, run_dir: Path, watchdog: Watchdog):
         self.config, self.task, self.mesh, self.run_dir = config, task, mesh, run_dir
+        self.at = watchdog.at
         self.first_process = jax.process_index() == 0
         self.rows_sharding = batch_sharding(mesh)
         self.tx = task_optimizer(task)
-        self.frozen = jax.device_put(task.frozen, param_shardings(mesh, task.frozen)) if task.frozen else {}
+        self.frozen = place(task.frozen, param_shardings(mesh, task.frozen)) if task.frozen else {}
+        self.rows = local_rows(self.rows_sharding, config.data.batch)
+        peak, flops = peak_flops(mesh.devices.flat[0].device_kind), train_flops(config)
+        # Seconds of an update at the peak of all devices; None where either is not known.
+        self.ideal = flops / (peak * mesh.size) if peak and flops else None
+        first, last = config.profile.window or (0, 0)
+        self.profiler = Profiler(first, last, run_dir / "profile" if self.first_process else None)
         self.evaluate_fn = jax.jit(task.evaluate)
         self.eval_batches: list[dict[str, jax.Array]] | None = None
         self.measures: dict[str, float] = {}
@@ -123,7 +143,8 @@ class _Training:
 
     def run(self) -> Outcome:
         config, task = self.config, self.task
-        with _Closing() as closing, _stop_signals() as stop:
+        with _Closing() as closing, stop_signals() as stop:
+            self.at("reading the checkpoint, or making the first state")
             self.checkpoints = closing.add(Checkpoints(self.run_dir / "checkpoints", config.keep, task.best))
             abstract = abstract_state(task, self.tx, self.mesh)
             start = self.checkpoints.latest
@@ -148,32 +169,49 @@ class _Training:
     def _greet(self, abstract: State, start: int) -> None:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
         devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+        if (count_ := jax.process_count()) > 1:
+            devices += f" of {count_} processes"
         fresh = f"new run from {self.config.init_from}" if self.config.init_from else "new run"
         begin = f"goes on from step {start}" if start else fresh
         self.progress.say(f"{self.run_dir}: {begin}; {count:,} parameters on {devices}")
 
     def _steps(self, state: State, abstract: State, start: int, closing: _Closing) -> Outcome:
         config = self.config
-        batches = self.task.batches(start)
+        self.at("reading the first batch")
+        batches = self.task.batches(start, self.rows)
         closing.add(batches)
         batch = self._put(next(batches))
+        self.at("compiling the training step")
         step_fn = self._compile(state, batch)
+        closing.add(self.profiler)
         self.watch = Stopwatch()
         self.since = start
         done = start
         while done < config.steps:
             if done == start and self.stop.asked():  # during start-up: what is on disk is as new as the state
                 break
-            state, metrics = step_fn(state, self.frozen, batch)
+            if self.profiler.begins(done + 1):
+                self._drain()
+                with self.watch.pause():
+                    self.profiler.start()
+            self.at(f"sending step {done + 1} to the devices")
+            with self.profiler.step(done + 1):
+                state, metrics = step_fn(state, self.frozen, batch)
             done += 1
             last = done == config.steps
             if not last:
+                self.at(f"reading the batch of step {done + 1}")
                 batch = self._put(next(batches))
             previous, self.pending = self.pending, (done, metrics)
+            self.at(f"waiting for the devices to end step {done - 1}")
             self._read(previous)
             self.progress.step(done)
+            if self.profiler.ends(done):
+                self._drain()
+                with self.watch.pause():
+                    self.progress.say(self.profiler.stop())
             self.checkpoints.check()
-            stop = self.stop.asked(done)
+            stop = self.stop.asked()
 
             evaluate = last or done % config.eval_every == 0
             sample = last or done % config.sample_every == 0
@@ -182,14 +220,18 @@ class _Training:
                 self._drain()
                 with self.watch.pause():
                     if evaluate:
+                        self.at(f"measuring after step {done}")
                         self._evaluate(state, done)
                     if sample:
+                        self.at(f"drawing samples after step {done}")
                         self._sample(state, done)
                     if save:  # after the rows, so that no checkpoint is newer than they are
+                        self.at(f"saving step {done}, or ending the save before it")
                         self._save(state, done)
             if stop:
                 break
         self._drain()
+        self.at("ending the last save")
         self.checkpoints.wait()
         finished = done == config.steps
         if not finished:
@@ -204,15 +246,18 @@ class _Training:
         return compiled
 
     def _put(self, batch: Batch) -> dict[str, jax.Array]:
-        """The local rows of a batch as one array over the mesh; rows that do not divide go whole to each."""
-        ways = batch_ways(self.mesh)
+        """The rows read by all processes as one batch over the mesh."""
+        count = self.config.data.batch
+        return {name: place_rows(x, self.rows, count, self.rows_sharding) for name, x in batch.items()}
+
+    def _put_whole(self, batch: Batch) -> dict[str, jax.Array]:
+        """A batch that every process has whole; one that does not divide goes whole to each device."""
 
         def put(x):
-            rows = len(x) * jax.process_count()
-            sharding = self.rows_sharding if rows % ways == 0 else replicated(self.mesh)
-            return jax.make_array_from_process_local_data(sharding, x)
+            divides = len(x) % batch_ways(self.mesh) == 0
+            return place(x, self.rows_sharding if divides else replicated(self.mesh))
 
-        return jax.tree.map(put, dict(batch))
+        return {name: put(x) for name, x in batch.items()}
 
     def _drain(self) -> None:
         """Reads what is still to be read: the state after it is known to be good."""
@@ -235,18 +280,25 @@ class _Training:
                 f"{self.checkpoints.latest}. "
                 "Look at the batch of that step, or lower optim.learning_rate"
             )
-        rows = (done - self.since) * self.config.data.batch / (seconds := self.watch.read())
-        left = (self.config.steps - done) * seconds / (done - self.since)
+        seconds = self.watch.read()
+        step_seconds = seconds / (done - self.since)
         self.since = done
-        tokens = rows * self.task.tokens_per_row
+        rows = self.config.data.batch / step_seconds
+        timing = {
+            "seconds": seconds,
+            "step_seconds": step_seconds,
+            "rows_per_s": rows,
+            "tokens_per_s": rows * self.task.tokens_per_row,
+        }
+        if self.ideal is not None:
+            timing["utilisation"] = self.ideal / step_seconds
         if self.first_process:
-            timing = {"seconds": seconds, "rows_per_s": rows, "tokens_per_s": tokens}
             self.log.write(done, _ordered(values), timing)
-        self.progress.report(done, values["loss"], rows, tokens, left)
+        self.progress.report(done, values["loss"], timing, (self.config.steps - done) * step_seconds)
 
     def _evaluate(self, state: State, done: int) -> None:
         if self.eval_batches is None:
-            self.eval_batches = [self._put(batch) for batch in self.task.eval_batches()]
+            self.eval_batches = [self._put_whole(batch) for batch in self.task.eval_batches()]
         key = run_key(self.config.seed, EVALUATE)
         found = [
             self.evaluate_fn(state.weights, self.frozen, batch, jax.random.fold_in(key, i))
@@ -313,98 +365,3 @@ class _Closing:
             except Exception:
                 if error is None:
                     raise
-
-
-class _Stop:
-    """Set by a signal; read between steps."""
-
-    def __init__(self):
-        self.signal: int | None = None
-
-    def asked(self, done: int = 0) -> bool:
-        if (
-            jax.process_count() > 1
-        ):  # every process must stop at the same step: jax tells them of a preemption
-            return multihost_utils.reached_preemption_sync_point(done)
-        return self.signal is not None
-
-
-@contextmanager
-def _stop_signals():
-    """Turns the first SIGINT or SIGTERM into a request to stop; the next one acts as it did before."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-        yield stop
-        return
-    before = {}
-
-    def restore():
-        while before:
-            signal.signal(*before.popitem())
-
-    def handle(number, frame):
-        stop.signal = number
-        restore()
-        name = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{name}: finishing the step, then saving; once more to abort\n".encode())
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        restore()
-
-
-def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
-    """`CONFIG.py [--field value ...]`: trains, and returns the exit code.
-
-    With `--compile-only TOPOLOGY [--slices N] [--json]` it compiles instead (train/compile_only.py): 0 where
-    the step fits, 2 for a mesh, batch or topology that do not go together, 3 where it does not fit.
-
-    0: finished, or stopped by a signal with its state saved. 1: a configuration, file or disk that does not
-    allow to go on, told in one message. 2: a command line that is not understood, or a mesh that does not go
-    with the devices or the model. 3: a loss or gradient that is not finite. 130: interrupted twice, or before
-    the first step. With the environment variable DALLE_JAX_TRACEBACK set, errors come with their traceback.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    usage = (
-        f"usage: {prog} CONFIG.py [--field value ...]\n       {prog} CONFIG.py --help lists the fields\n"
-        "       --data.path PATH reads a folder, tar files, an npz file or a TFDS data set\n"
-        f"       {prog} CONFIG.py --compile-only v5p:4x4x4 [--slices N | --sample ROWS] [--json]\n"
-        "       compiles the step, or the drawing of pictures, for a topology or the devices here (local)"
-    )
-    if not argv or argv[0].startswith("-"):
-        helped = bool(argv) and argv[0] in ("-h", "--help")
-        print(usage, file=sys.stdout if helped else sys.stderr)
-        return 0 if helped else 2
-    try:
-        argv, flags = compile_only.split_flags(argv)
-        config = parse(argv, prog)
-        if flags.compile_only is not None:
-            return compile_only.main(config, flags, prog)
-        run(config)
-    except SystemExit as exit:  # tyro has told what it did not understand, or --help
-        return exit.code if isinstance(exit.code, int) else 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, NotFiniteError) as error:
-        if os.environ.get("DALLE_JAX_TRACEBACK"):
-            raise
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 3 if isinstance(error, NotFiniteError) else 2 if isinstance(error, MeshError) else 1
-    return 0
-
-
-def parse(argv: list[str], prog: str = "train.py") -> TrainConfig:
-    """The configuration of the file `argv[0]` with the flags that follow it.
-
-    Raises what `load_config` raises, ValueError for values that do not go together, SystemExit for flags that
-    do not exist (the nearest ones are printed).
-    """
-    config, flags = apply_flags(load_config(argv[0]), argv[1:])
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[TrainConfig], default=config, args=flags, prog=f"{prog} {argv[0]}"
-    )

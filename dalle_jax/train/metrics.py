@@ -80,7 +80,7 @@ class MetricsLog:
         """One row of `values` after `step` updates; `timing` goes under its own name and to TensorBoard."""
         row = {"step": step} | {name: _plain(value) for name, value in values.items()}
         if timing:
-            row["timing"] = {name: _plain(round(value, 3)) for name, value in timing.items()}
+            row["timing"] = {name: _plain(round(value, 6)) for name, value in timing.items()}
         try:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
@@ -177,9 +177,14 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=done)
 
-    def report(self, done: int, loss: float, rows: float, tokens: float, seconds_left: float) -> None:
-        """Shows the loss, rows/s, tokens/s and time left after `done` updates."""
-        figures = f"loss {loss:.4f}  {_short(rows)} rows/s  {_short(tokens)} tokens/s"
+    def report(self, done: int, loss: float, timing: dict[str, float], seconds_left: float) -> None:
+        """Shows the loss, speed, use of the chip's peak where that is known, and time left after `done` updates."""
+        figures = (
+            f"loss {loss:.4f}  {timing['step_seconds']:.3g} s/step  {_short(timing['rows_per_s'])} rows/s  "
+            f"{_short(timing['tokens_per_s'])} tokens/s"
+        )
+        if "utilisation" in timing:
+            figures += f"  {timing['utilisation']:.1%} of peak"
         if self._bar:
             self._bar.update(self._task, completed=done, figures=figures)
         elif time.monotonic() - self._printed > _LINE_SECONDS or done == self._steps:

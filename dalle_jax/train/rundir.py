@@ -51,7 +51,7 @@ Params = dict[str, Any]
 # state, but `steps`, which also stretches the learning rate's schedule where optim.decay_steps is None.
 FREE = (
     "run", "steps", "log_every", "eval_every", "eval_rows", "sample_every", "save_every", "keep", "mesh",
-    "data.threads", "data.prefetch",
+    "distributed", "profile", "compilation_cache", "data.threads", "data.prefetch",
 )  # fmt: skip
 
 
@@ -167,11 +167,18 @@ def open_run(config: TrainConfig) -> Path:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot make the run directory {path}: {error.strerror or error}") from error
-        text = to_json(config)
+        # Where this process is among others is no part of the run.
+        alone = dataclasses.replace(config.distributed, coordinator=None, processes=None, process=None)
+        text = to_json(dataclasses.replace(config, distributed=alone))
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             write_atomically(file, text)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("open_run")
+        if not file.exists():
+            raise ValueError(
+                f"process {jax.process_index()} does not see {file}, which process 0 has written; want a run "
+                "directory on a disk that all processes share"
+            )
     return path
 
 
@@ -232,7 +239,8 @@ def load_run(
       which: `best` is the checkpoint with the best evaluation measure, or the latest where none was measured;
         or `latest`, or the number of a saved step.
       ema: take the averaged parameters if the run has them.
-      mesh: where to put the parameters, by the sharding table; None is whole on the first device.
+      mesh: where to put the parameters, by the sharding table, and then all processes must call; None is whole on
+        the first device of this process.
 
     Raises FileNotFoundError for no directory, no config.json or no checkpoint yet; ValueError for another
     stage or a checkpoint that does not fit; OSError for one that cannot be read.
@@ -244,11 +252,11 @@ def load_run(
     directory = path / "checkpoints"
     if not directory.is_dir() and (path / WEIGHTS).is_file():
         params, step = read_weights(path / WEIGHTS, config.model)
-        where = jax.devices()[0] if mesh is None else param_shardings(mesh, params)
+        where = jax.local_devices()[0] if mesh is None else param_shardings(mesh, params)
         return Run(config, jax.device_put(params, where), path, step)
     if not directory.is_dir():
         raise FileNotFoundError(f"{path} has no checkpoint yet; train it first, or wait for its first save")
-    checkpoints = Checkpoints(directory)
+    checkpoints = Checkpoints(directory, alone=mesh is None)
     try:
         step = which if isinstance(which, int) else checkpoints.latest
         if which == "best" and checkpoints.best is not None:

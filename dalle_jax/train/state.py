@@ -143,7 +143,7 @@ def batch_ways(mesh: Mesh) -> int:
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ValueError for a model or batch that the devices or the processes can not share evenly."""
+    """Raises ValueError for a model or batch that the devices cannot share evenly."""
     check_model(config.model, mesh)
     ways, pieces = batch_ways(mesh), config.optim.accumulate
     rows = config.data.batch // pieces
@@ -153,10 +153,6 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
             f"data.batch {config.data.batch}{split} is not divisible by the {ways} devices that share "
             f"a batch (mesh {' x '.join(f'{a}={mesh.shape[a]}' for a in RULES['batch'])}); "
             f"want a multiple of {ways * pieces}"
-        )
-    if config.data.batch % jax.process_count():
-        raise ValueError(
-            f"data.batch {config.data.batch} is not divisible by {jax.process_count()} processes; change it"
         )
 
 

@@ -34,6 +34,23 @@ CHIPS = {
     "v5p": Chip(459e12, 95, 600e9, 1.75e9),
     "v6e": Chip(918e12, 32, 448e9, 1.75e9),
 }
+# How jax calls a device (its `device_kind`) -> peak of dense bf16 products per second: TPUs as above, GPUs by the
+# data sheets of NVIDIA. The first name that the kind begins with counts.
+_PEAKS = (
+    ("TPU v4", CHIPS["v4"].flops),
+    ("TPU v5 lite", CHIPS["v5e"].flops),
+    ("TPU v5e", CHIPS["v5e"].flops),
+    ("TPU v5p", CHIPS["v5p"].flops),
+    ("TPU v5", CHIPS["v5p"].flops),
+    ("TPU v6 lite", CHIPS["v6e"].flops),
+    ("TPU v6e", CHIPS["v6e"].flops),
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA L4", 121e12),
+)
 DCN = 6.25e9  # bytes per second and chip between slices: 200 Gbit/s for a host of four
 
 _CLOUD = {"v4": ("v4", 2), "v5p": ("v5p", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1)}
@@ -42,6 +59,14 @@ _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
     1024: "8x8x16", 2048: "8x16x16",
 }  # fmt: skip
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 products per second of a device at its peak; None for one that is not known."""
+    for name, flops in _PEAKS:
+        if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-")):
+            return flops
+    return None
 
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:

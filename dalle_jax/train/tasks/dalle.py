@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from PIL import Image
 
 from dalle_jax import autoregressive, text, tokenizer
@@ -19,6 +20,7 @@ from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.sampling.generate import generate, row_keys
+from dalle_jax.train.processes import fetch
 from dalle_jax.train.rundir import load_frozen, load_run, read_config, save_frozen
 from dalle_jax.train.start import copy_tokenizer
 from dalle_jax.train.tasks.captions import make_vocabulary, tell_cut
@@ -109,15 +111,14 @@ class DalleTask:
     def loss(self, params, frozen, batch, key, step):
         return autoregressive.loss(self.model, params, batch["text"], self._codes(frozen, batch), key)
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         return train_batches(
             self.config.data,
             self._source,
             start=start,
             image_size=self.tokenizer.image_size,
             dropout=self.config.text.dropout,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
             **self._text_options(),
         )
 
@@ -148,4 +149,4 @@ class DalleTask:
         seeds = jax.random.bits(key, (len(batch["text"]),))
         codes = generate(self.model, params, jnp.asarray(batch["text"]), row_keys(seeds))
         decoded = jax.jit(tokenizer.decode, static_argnums=0)(self.tokenizer, frozen, codes)
-        return grid(to_bytes(decoded), 4, batch["caption"])
+        return grid(to_bytes(fetch(decoded)), 4, batch["caption"])

@@ -18,6 +18,7 @@ from dalle_jax.data.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.tokenizer import dvae, losses
 from dalle_jax.tokenizer.losses import scheduled
+from dalle_jax.train.processes import fetch
 from dalle_jax.train.tasks.pictures import (
     PICTURES,
     eval_batches,
@@ -55,14 +56,13 @@ class TokenizerTask:
         value, metrics = dvae.loss(self.model, params, to_floats(batch["image"]), key, **weights)
         return value, {**metrics, **weights}
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         return train_batches(
             self.config.data,
             self._source,
             start=start,
             image_size=self.model.image_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
         )
 
     def eval_batches(self) -> list[Batch]:
@@ -87,7 +87,7 @@ class TokenizerTask:
         """Pairs of a picture and, right of it, its reconstruction from codes."""
         batch = eval_batch(self.config.data, self._eval, PICTURES, image_size=self.model.image_size)
         decoded = _reconstruct(self.model, params, jnp.asarray(batch["image"]))
-        pairs = np.concatenate([batch["image"], to_bytes(decoded)], axis=2)
+        pairs = np.concatenate([batch["image"], to_bytes(fetch(decoded))], axis=2)
         return grid(pairs, 4, None)
 
 
