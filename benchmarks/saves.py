@@ -39,7 +39,9 @@ class _Task:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in (("dim", 256), ("layers", 6), ("batch", 8), ("every", 10), ("saves", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--json", action="store_true")
@@ -98,7 +100,9 @@ def main() -> int:
     if args.json:
         print(json.dumps(report))
     else:
-        print(f"state {report['state_mib']:.0f} MiB, {one:.3f} s/step without saves ({jax.device_count()} devices)")
+        print(
+            f"state {report['state_mib']:.0f} MiB, {one:.3f} s/step without saves ({jax.device_count()} devices)"
+        )
         print(f"pause per save {pause:.3f} s: {pause / one:.0%} of a step (of {len(pauses)}: {min(pauses):.3f} to "
               f"{max(pauses):.3f})")  # fmt: skip
         print(f"added to the {args.every} steps after a save by the writing: {added:.3f} s")

@@ -33,6 +33,7 @@ from dalle_jax.nn.sharding import batch_sharding, make_mesh, replicated
 from dalle_jax.sampling.generate import generate, generate_rows, row_keys
 from dalle_jax.sampling.queue import Queue
 from dalle_jax.text import TextTokenizer
+from dalle_jax.train.bucket import local_dir
 from dalle_jax.train.rundir import Run, fingerprint, load_frozen, load_run, read_config
 
 Params = dict[str, Any]
@@ -88,7 +89,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises FileNotFoundError, ValueError or OSError as `load_run` does.
     """
-    path = Path(path)
+    path = local_dir(path)
     model = read_config(path).model
     if isinstance(model, ClipConfig):
         raise ValueError(f"{path} is a run of stage clip: it has no image tokenizer; give a run that has one")
@@ -108,7 +109,7 @@ def load_text_to_image(path: str | Path) -> TextToImage:
     Raises FileNotFoundError for a run that is missing or has no checkpoint, ValueError for a run of another
     stage, OSError for files that cannot be read.
     """
-    path = Path(path)
+    path = local_dir(path)
     kind = read_config(path).model.kind
     if kind == "clip":
         raise ValueError(

@@ -30,14 +30,15 @@ Best = tuple[str, Literal["min", "max"]]
 class Checkpoints:
     """The checkpoints of one run: saved while training goes on, the last `keep` and the best one kept.
 
-    path: the directory, made if missing. keep: how many of the latest survive; None opens the directory for
-    reading only: nothing is deleted and nothing is made. best: name of a measure, and whether the smallest or
-    the largest is best. alone: this process reads by itself. Else every method is called on all processes, from
-    the main thread: each writes what its devices hold, and the first one finishes the directory.
+    path: the directory, made if missing: a Path, or what `bucket.remote` makes of a URL. keep: how many of the
+    latest survive; None opens the directory for reading only: nothing is deleted and nothing is made. best: name
+    of a measure, and whether the smallest or the largest is best. alone: this process reads by itself. Else every
+    method is called on all processes, from the main thread: each writes what its devices hold, and the first one
+    finishes the directory.
     """
 
-    def __init__(self, path: Path, keep: int | None = None, best: Best | None = None, alone: bool = False):
-        self.path = Path(path).absolute()
+    def __init__(self, path: Any, keep: int | None = None, best: Best | None = None, alone: bool = False):
+        self.path = path.absolute() if isinstance(path, Path) else path
         self.best_measure, self.alone = best, alone
         self._pending: tuple[int, Any] | None = None
         if keep is None and not self.path.is_dir():
@@ -242,12 +243,12 @@ def _best_index(checkpoints) -> int | None:
     return max(scored, key=lambda item: (sign * item[1]["value"], item[0]))[0]
 
 
-def _numbered(path: Path) -> list[int]:
+def _numbered(path: Any) -> list[int]:
     """Steps that have a directory in `path`, ascending."""
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal()) if path.is_dir() else []
 
 
-def _metrics_readable(path: Path) -> bool:
+def _metrics_readable(path: Any) -> bool:
     """Whether the measures of a checkpoint, if it has any, are whole; Orbax reads them when it opens."""
     file = path / "metrics" / "metrics"
     try:
@@ -275,7 +276,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
 
 
-def _compare(want: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
+def _compare(want: dict[str, Any], saved: dict[str, Any], path: Any) -> None:
     lines = [f"{name}: not in the checkpoint" for name in want if name not in saved]
     lines += [f"{name}: only in the checkpoint" for name in saved if name not in want]
     for name, leaf in want.items():

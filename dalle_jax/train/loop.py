@@ -23,12 +23,13 @@ from jax.sharding import Mesh
 
 from dalle_jax.config import TrainConfig
 from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from dalle_jax.train import bucket
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.compile_only import train_flops
 from dalle_jax.train.metrics import MetricsLog, Progress, Stopwatch
 from dalle_jax.train.processes import local_rows, place, place_rows
 from dalle_jax.train.profile import Profiler
-from dalle_jax.train.rundir import begun_run, stage
+from dalle_jax.train.rundir import begun_run, share, stage
 from dalle_jax.train.start import begin_from
 from dalle_jax.train.state import (
     EVALUATE,
@@ -113,6 +114,7 @@ def run(config: TrainConfig, task: Task | None = None) -> Outcome:
         with begun_run(config) as run_dir:
             watchdog.at("preparing data and vocabulary")
             task.prepare(run_dir)
+            share(run_dir)
         with jax.set_mesh(mesh):
             return _Training(config, task, mesh, run_dir, watchdog).run()
     finally:
@@ -145,7 +147,9 @@ class _Training:
         config, task = self.config, self.task
         with _Closing() as closing, stop_signals() as stop:
             self.at("reading the checkpoint, or making the first state")
-            self.checkpoints = closing.add(Checkpoints(self.run_dir / "checkpoints", config.keep, task.best))
+            self.checkpoints = closing.add(
+                Checkpoints(bucket.checkpoints_of(self.run_dir), config.keep, task.best)
+            )
             abstract = abstract_state(task, self.tx, self.mesh)
             start = self.checkpoints.latest
             if start is None:
@@ -160,7 +164,7 @@ class _Training:
             self.stop = stop
             self._greet(abstract, start)
             if start >= config.steps:
-                self.progress.say(f"{self.run_dir} has its {config.steps} steps already: nothing to do")
+                self.progress.say(f"{config.run} has its {config.steps} steps already: nothing to do")
                 return Outcome(state, start, True, {})
             if self.first_process:
                 self.log = closing.add(MetricsLog(self.run_dir, start))
@@ -173,7 +177,7 @@ class _Training:
             devices += f" of {count_} processes"
         fresh = f"new run from {self.config.init_from}" if self.config.init_from else "new run"
         begin = f"goes on from step {start}" if start else fresh
-        self.progress.say(f"{self.run_dir}: {begin}; {count:,} parameters on {devices}")
+        self.progress.say(f"{self.config.run}: {begin}; {count:,} parameters on {devices}")
 
     def _steps(self, state: State, abstract: State, start: int, closing: _Closing) -> Outcome:
         config = self.config
@@ -336,6 +340,7 @@ class _Training:
     def _save(self, state: State, done: int) -> None:
         if self.first_process:
             self.log.sync()
+            bucket.push(self.run_dir)
         self.checkpoints.save(done, state, self.measures if self.measured_at == done else None)
 
 

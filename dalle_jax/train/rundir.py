@@ -10,7 +10,7 @@
     unusable.jsonl   records of the data that cannot be used, with the cause
 
 A directory without config.json is not a run. config.json is written beside its place and renamed, so it is
-whole or missing.
+whole or missing. The directory may be a URL, `gs://BUCKET/RUN` (train/bucket.py).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from dalle_jax.config import (
 )
 from dalle_jax.importers import safetensors
 from dalle_jax.nn.sharding import param_shardings, path_name
+from dalle_jax.train import bucket
 from dalle_jax.train.checkpoint import Checkpoints, load_params, on_one_device, save_params
 
 Params = dict[str, Any]
@@ -105,10 +106,10 @@ def read_config(path: str | Path) -> TrainConfig:
     Raises FileNotFoundError for a directory that is missing or has no config.json, ValueError for a broken
     one.
     """
-    path = Path(path)
-    if not path.exists():
+    local = bucket.local_dir(path)
+    if not local.exists():
         raise FileNotFoundError(f"no run directory {path}; give the directory that training made")
-    file = path / "config.json"
+    file = local / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")
     try:
@@ -136,11 +137,12 @@ def open_run(config: TrainConfig) -> Path:
 
     A directory that is missing or empty becomes this run's. One that holds a run of the same configuration,
     the fields FREE aside, goes on, and config.json takes the new values of those fields. Anything else
-    raises ValueError and is left as it is. On several processes the first one writes, after which all call.
+    raises ValueError and is left as it is. On several processes all call, and the first one writes. For a URL
+    the directory is the mirror of it in this process.
     """
     if not config.run:
         raise ValueError("no run directory: pass --run DIR, where everything that the run makes will be")
-    path = Path(config.run)
+    path = bucket.local_dir(config.run)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; want a run directory, new or begun: choose another --run")
     file = path / "config.json"
@@ -148,7 +150,8 @@ def open_run(config: TrainConfig) -> Path:
         differing = _differences(read_config(path), config)
         if differing:
             lines = "\n  ".join(differing)
-            begun = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())
+            saves = bucket.checkpoints_of(path)
+            begun = saves.is_dir() and any(saves.iterdir())
             new = "" if begun else ", or delete that directory, which has no checkpoint yet"
             raise ValueError(
                 f"{path} holds another run:\n  {lines}\n"
@@ -174,10 +177,10 @@ def open_run(config: TrainConfig) -> Path:
             write_atomically(file, text)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("open_run")
-        if not file.exists():
+        if not bucket.is_url(config.run) and not file.exists():
             raise ValueError(
                 f"process {jax.process_index()} does not see {file}, which process 0 has written; want a run "
-                "directory on a disk that all processes share"
+                "directory on a disk that all processes share, or gs://BUCKET/RUN"
             )
     return path
 
@@ -188,7 +191,7 @@ def begun_run(config: TrainConfig) -> Iterator[Path]:
 
     So a data file that is missing, found out while the run is prepared, leaves no empty run behind.
     """
-    path = Path(config.run)
+    path = bucket.local_dir(config.run)
     new = not (path / "config.json").exists()
     made = new and not path.exists()
     open_run(config)
@@ -200,6 +203,19 @@ def begun_run(config: TrainConfig) -> Iterator[Path]:
             if made:
                 path.rmdir()
         raise
+
+
+def share(run_dir: Path) -> None:
+    """What the first process has written into the run directory is there for all; all call.
+
+    On a shared disk that takes waiting for it; through a bucket it is copied up, then down.
+    """
+    if jax.process_index() == 0:
+        bucket.push(run_dir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("share")
+        if jax.process_index() > 0:
+            bucket.pull(run_dir)
 
 
 def _differences(run: TrainConfig, command: TrainConfig) -> list[str]:
@@ -245,15 +261,15 @@ def load_run(
     Raises FileNotFoundError for no directory, no config.json or no checkpoint yet; ValueError for another
     stage or a checkpoint that does not fit; OSError for one that cannot be read.
     """
-    path = Path(path)
     config = read_config(path)
+    local = bucket.local_dir(path)
     if stage is not None and config.model.kind != stage:
         raise ValueError(f"{path} is a run of stage {config.model.kind}, want one of stage {stage}")
-    directory = path / "checkpoints"
-    if not directory.is_dir() and (path / WEIGHTS).is_file():
-        params, step = read_weights(path / WEIGHTS, config.model)
+    directory = bucket.checkpoints_of(local)
+    if not directory.is_dir() and (local / WEIGHTS).is_file():
+        params, step = read_weights(local / WEIGHTS, config.model)
         where = jax.local_devices()[0] if mesh is None else param_shardings(mesh, params)
-        return Run(config, jax.device_put(params, where), path, step)
+        return Run(config, jax.device_put(params, where), local, step)
     if not directory.is_dir():
         raise FileNotFoundError(f"{path} has no checkpoint yet; train it first, or wait for its first save")
     checkpoints = Checkpoints(directory, alone=mesh is None)
@@ -280,7 +296,7 @@ def load_run(
     finally:
         checkpoints.close()
     part = PARTS.get(config.model.kind)
-    return Run(config, params if part is None else params[part], path, step)
+    return Run(config, params if part is None else params[part], local, step)
 
 
 def write_weights(path: Path, params: Params, step: int) -> int:

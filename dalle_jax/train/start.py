@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from dalle_jax.config import TrainConfig, TransformerConfig
 from dalle_jax.data.sources import source_of
 from dalle_jax.nn.sharding import path_name
+from dalle_jax.train.bucket import local_dir
 from dalle_jax.train.rundir import PARTS, load_run, read_config
 from dalle_jax.train.state import State
 
@@ -87,7 +88,7 @@ def begin_from(state: State, config: TrainConfig, mesh: Mesh) -> State:
 
 def copy_vocabulary(config: TrainConfig, to: Path) -> bool:
     """Copies the vocabulary of `config.init_from` to `to`; False if it has none or no run is named."""
-    if config.init_from is None or not (there := Path(config.init_from) / "text.model").is_file():
+    if config.init_from is None or not (there := local_dir(config.init_from) / "text.model").is_file():
         return False
     part = to.with_name(f".{to.name}.part")
     shutil.copyfile(there, part)
@@ -99,7 +100,7 @@ def copy_tokenizer(config: TrainConfig, to: Path) -> bool:
     """Copies the frozen tokenizer of `config.init_from` to `to`, config.json last; False if it has none."""
     if (
         config.init_from is None
-        or not (there := Path(config.init_from) / "tokenizer" / "config.json").is_file()
+        or not (there := local_dir(config.init_from) / "tokenizer" / "config.json").is_file()
     ):
         return False
     shutil.copytree(there.parent, to, ignore=shutil.ignore_patterns("config.json"))

@@ -20,8 +20,9 @@ from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.sampling.generate import generate, row_keys
+from dalle_jax.train.bucket import local_dir
 from dalle_jax.train.processes import fetch
-from dalle_jax.train.rundir import load_frozen, load_run, read_config, save_frozen
+from dalle_jax.train.rundir import load_frozen, load_run, read_config, save_frozen, share
 from dalle_jax.train.start import copy_tokenizer
 from dalle_jax.train.tasks.captions import make_vocabulary, tell_cut
 from dalle_jax.train.tasks.pictures import (
@@ -58,7 +59,9 @@ class DalleTask:
         self.config, self.model = config, config.model
         self.tokens_per_row = self.model.length
         self.frozen: Params = {}
-        begun = [Path(run) / "tokenizer" / "config.json" for run in (config.run, config.init_from) if run]
+        begun = [
+            local_dir(run) / "tokenizer" / "config.json" for run in (config.run, config.init_from) if run
+        ]
         if config.tokenizer is None and not any(file.exists() for file in begun):
             raise ValueError(
                 "tokenizer is not set; the stage dalle needs the run directory of a trained tokenizer: pass "
@@ -79,8 +82,7 @@ class DalleTask:
             shutil.rmtree(frozen, ignore_errors=True)  # half-written
             if config.tokenizer is not None or not copy_tokenizer(config, frozen):
                 save_frozen(frozen, load_run(config.tokenizer))
-        if jax.process_count() > 1:
-            jax.experimental.multihost_utils.sync_global_devices("prepare")
+        share(run_dir)
         self.text = text.TextTokenizer.load(vocabulary)
         if self.text.size > self.model.text_vocab:
             raise ValueError(
