@@ -347,11 +347,15 @@ def test_two_processes_equal_one(tmp_path, straight):
 
 def test_a_lost_process_ends_the_others_and_fewer_go_on(tmp_path, straight):
     run = tmp_path / "run"
-    job = Job(run, 2, 4, "SIGKILL:1:15", SHORT)
-    first, second = job.codes()
-    assert second == -signal.SIGKILL and first not in (0, None), job.logs_text()
+    for _ in range(3):  # a machine that stands still for the heartbeat's ten seconds loses all before the kill
+        job = Job(run, 2, 4, "SIGKILL:1:15", SHORT)
+        first, second = job.codes()
+        assert first not in (0, None) and second not in (0, None), job.logs_text()
+        if second == -signal.SIGKILL:
+            break
+    assert second == -signal.SIGKILL, job.logs_text()
     steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
-    assert steps and steps[-1] >= 8  # that of 12 may have been on its way
+    assert steps[-1] in (8, 12)  # that of 12 may have been on its way
     config = tiny_config(run, **CHANGES)
     assert loop.run(config, FakeTask(config)).finished  # one process with eight devices
     assert_close(series(run), series(straight))

@@ -1,0 +1,119 @@
+"""Runs in a bucket: a directory stands in for it, and every process's mirror is forgotten between starts."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from conftest import FakeTask, tiny_config
+from etils import epath
+
+from dalle_jax.train import bucket, loop, rundir
+from dalle_jax.train.checkpoint import Checkpoints
+from dalle_jax.train.metrics import read_metrics
+
+RUN = "gs://my-bucket/runs/one"
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """The stand-in: gs://my-bucket is this directory."""
+    monkeypatch.setattr(
+        bucket, "remote", lambda url: epath.Path(url.replace("gs://my-bucket", str(tmp_path)))
+    )
+    forget()
+    yield tmp_path / "runs" / "one"
+    forget()
+
+
+def forget():
+    """What a new process knows."""
+    bucket._mirrors.clear()
+    bucket._known.clear()
+
+
+def series(run):
+    return [{k: v for k, v in row.items() if k != "timing"} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def test_a_run_in_a_bucket_equals_one_on_disk_and_goes_on_elsewhere(store, tmp_path):
+    straight = tiny_config(tmp_path / "straight")
+    want = loop.run(straight, FakeTask(straight))
+
+    config = tiny_config(RUN)
+    stop = {6: lambda: os.kill(os.getpid(), signal.SIGINT)}
+    assert not loop.run(config, FakeTask(config, at=stop)).finished
+    forget()  # another machine
+    got = loop.run(config, FakeTask(config))
+    assert got.finished
+    for x, y in zip(jax.tree.leaves(got.state), jax.tree.leaves(want.state), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert series(store) == series(tmp_path / "straight")
+    names = {p.name for p in store.iterdir()}
+    assert names == {"checkpoints", "config.json", "events", "metrics.jsonl", "samples", "text.model"}
+    assert sorted(p.name for p in (store / "checkpoints").iterdir()) == ["10", "8"]
+    assert {p.name for p in (store / "samples").iterdir()} == {"step_00000005.png", "step_00000010.png"}
+
+    forget()
+    assert rundir.read_config(RUN) == config
+    run = rundir.load_run(RUN, which="latest")
+    assert run.step == 10
+    want = rundir.load_run(tmp_path / "straight", which="latest")
+    for x, y in zip(jax.tree.leaves(run.params), jax.tree.leaves(want.params), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_no_checkpoint_is_newer_than_its_rows(store, monkeypatch):
+    """When a save begins, the bucket has the rows up to it: a kill at any moment leaves no gap."""
+    seen, save = [], Checkpoints.save
+
+    def looking(self, step, *rest):
+        seen.append((step, series(store)[-1]["step"]))
+        save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", looking)
+    config = tiny_config(RUN)
+    loop.run(config, FakeTask(config))
+    assert seen == [(4, 4), (8, 8), (10, 10)]
+
+
+def test_only_what_has_changed_is_copied(store, monkeypatch):
+    run = bucket.local_dir(RUN)
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "a").write_text("1")
+    (run / "config.json").write_text("{}")
+    (run / ".config.json.7.tmp").write_text("half")
+    bucket.push(run)
+    assert {str(p.relative_to(store)) for p in store.rglob("*") if p.is_file()} == {
+        "config.json",
+        "tokenizer/a",
+    }
+    (store / "config.json").unlink()
+    (run / "tokenizer" / "a").write_text("22")
+    bucket.push(run)
+    assert (store / "tokenizer" / "a").read_text() == "22" and not (store / "config.json").exists()
+    forget()
+    assert (bucket.local_dir(RUN) / "tokenizer" / "a").read_text() == "22"
+
+
+def test_what_is_not_there_is_named_by_its_url(store, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="gs://my-bucket/runs/one is not a run directory"):
+        rundir.read_config(RUN)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def no_gcsfs(url):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(epath, "Path", no_gcsfs)
+    with pytest.raises(ValueError, match=r"gs://b/r wants a package \(for gs://, pip install gcsfs\)"):
+        bucket.remote("gs://b/r")
+
+
+def test_a_store_that_refuses_is_told(store, monkeypatch):
+    run = bucket.local_dir(RUN)
+    (run / "config.json").write_text("{}")
+    store.parent.write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write .*config\.json: "):
+        bucket.push(run)
