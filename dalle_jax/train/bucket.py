@@ -35,9 +35,7 @@ def remote(url: str) -> Any:
         path = epath.Path(url)
         path.exists()
     except ImportError as error:
-        raise ValueError(
-            f"{url} wants a package that is not installed: {error}; for gs://, pip install gcsfs"
-        ) from error
+        raise ValueError(f"{url} wants a package (for gs://, pip install gcsfs): {error}") from error
     except Exception as error:
         raise OSError(f"cannot reach {url}: {type(error).__name__}: {error}") from error
     return path
