@@ -1,15 +1,16 @@
 """Several processes as one training: joining, whose rows are whose, the stop that all agree on, and loss of one."""
 
+import atexit
 import json
+import multiprocessing
 import os
 import random
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -200,20 +201,21 @@ def test_a_watchdog_ends_what_does_not_move_and_says_what_it_was_at(monkeypatch,
 
 # --- real processes -------------------------------------------------------------------------------------
 
-COMMAND = """
-import os, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-from conftest import FakeTask
-import jax
-from dalle_jax.train import command
-jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-what, who, when = sys.argv[3].split(":")
+# Processes come from a server that has imported everything: importing takes longer than the training.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["conftest", "dalle_jax.train.command"])
 
-class Slow(FakeTask):
+
+class SlowTask(FakeTask):
+    """EVENT (see Job) happens to the process when it reads the batch of the step."""
+
+    event = ("none", -1, -1)
+
     def batches(self, start, rows=None):
+        what, who, when = self.event
         for step, batch in enumerate(super().batches(start, rows), start):
             time.sleep(0.02)
-            if step == int(when) and jax.process_index() == int(who):
+            if (step, jax.process_index()) == (when, who):
                 match what:
                     case "hang":
                         time.sleep(10_000)
@@ -223,17 +225,23 @@ class Slow(FakeTask):
                         os.kill(os.getpid(), getattr(signal, what))
             yield batch
 
-sys.modules["dalle_jax.train.tasks"] = type(sys)("tasks")
-sys.modules["dalle_jax.train.tasks"].make_task = Slow
-sys.exit(command.main(sys.argv[4:]))
-"""
 
-CONFIG = """
-import sys
-sys.path.insert(0, {tests!r})
-from conftest import tiny_config
-config = tiny_config(**{changes!r})
-"""
+def train(log: Path, devices: int, event: tuple[str, int, int], changes: dict, argv: list[str]) -> None:
+    """What a process of a Job does: the command line, with FakeTask for the stage."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    from dalle_jax.train import command
+
+    jax.config.update("jax_num_cpu_devices", devices)
+    sys.modules["dalle_jax.train.tasks"] = types.ModuleType("tasks")
+    sys.modules["dalle_jax.train.tasks"].make_task = type("Task", (SlowTask,), {"event": event})
+    command.load_config = lambda path: tiny_config(**changes)
+    code = command.main(argv)
+    atexit._run_exitfuncs()  # as at the end of any process; those of multiprocessing end without
+    sys.stderr.flush()
+    os._exit(code)
+
 
 CHANGES = {"steps": 24, "save_every": 4, "log_every": 1, "eval_every": 8, "sample_every": 12}
 SHORT = ["--distributed.heartbeat-seconds", "10"]  # where a process is to be lost
@@ -254,33 +262,32 @@ class Job:
     """
 
     def __init__(self, run: Path, count: int, devices: int, event="none:-1:-1", flags=(), **changes):
-        self.run, tests = run, Path(__file__).parent
+        self.run = run
         run.parent.mkdir(exist_ok=True, parents=True)
-        file = run.with_name(f"{run.name}.config.py")
-        file.write_text(CONFIG.format(tests=str(tests), changes=CHANGES | changes))
-        port = free_port()
-        self.processes = []
+        what, who, when = event.split(":")
+        port, self.processes = free_port(), []
         self.logs = [run.with_name(f"{run.name}.{p}.log") for p in range(count)]
         for p, log in enumerate(self.logs):
-            where = [] if count == 1 else [
-                "--distributed.coordinator", f"localhost:{port}", "--distributed.processes", str(count),
-                "--distributed.process", str(p),
-            ]  # fmt: skip
-            with open(log, "w") as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", COMMAND, str(tests), str(devices), event, str(file), "--run",
-                         str(run), *where, *flags],
-                        stdout=out, stderr=out, cwd=tests.parent,
-                    )
-                )  # fmt: skip
+            argv = ["config.py", "--run", str(run), *flags]
+            if count > 1:
+                argv += [
+                    "--distributed.coordinator",
+                    f"localhost:{port}",
+                    "--distributed.processes",
+                    str(count),
+                ]
+                argv += ["--distributed.process", str(p)]
+            args = (log, devices, (what, int(who), int(when)), CHANGES | changes, argv)
+            self.processes.append(CONTEXT.Process(target=train, args=args, daemon=True))
+            self.processes[-1].start()
 
     def codes(self) -> list[int]:
-        """Exit codes, once all have ended."""
-        try:
-            return [p.wait(BOUND) for p in self.processes]
-        finally:
-            self.kill()
+        """Exit codes, once all have ended; None for one that has not in BOUND seconds."""
+        for p in self.processes:
+            p.join(BOUND)
+        codes = [p.exitcode for p in self.processes]
+        self.kill()
+        return codes
 
     def kill(self) -> None:
         for p in self.processes:
@@ -297,7 +304,7 @@ class Job:
         for _ in range(30_000):
             if file.exists() and f'"step": {step},' in file.read_text():
                 return
-            assert all(p.poll() is None for p in self.processes), self.logs_text()
+            assert all(p.is_alive() for p in self.processes), self.logs_text()
             time.sleep(0.01)
         raise AssertionError(f"no step {step}: {self.logs_text()}")
 
@@ -347,7 +354,9 @@ def test_two_processes_equal_one(tmp_path, straight):
 
 def test_a_lost_process_ends_the_others_and_fewer_go_on(tmp_path, straight):
     run = tmp_path / "run"
-    for _ in range(3):  # a machine that stands still for the heartbeat's ten seconds loses all before the kill
+    for _ in range(
+        3
+    ):  # a machine that stands still for the heartbeat's ten seconds loses all before the kill
         job = Job(run, 2, 4, "SIGKILL:1:15", SHORT)
         first, second = job.codes()
         assert first not in (0, None) and second not in (0, None), job.logs_text()
@@ -384,10 +393,10 @@ def test_a_process_that_hangs_ends_all_with_a_message(tmp_path):
 @pytest.mark.slow
 def test_a_process_that_is_halted_ends_the_others(tmp_path):
     job = Job(tmp_path / "run", 2, 4, "SIGSTOP:1:6", SHORT)
-    try:
-        assert job.processes[0].wait(BOUND) not in (0, None), job.logs_text()
-    finally:
-        job.kill()
+    job.processes[0].join(BOUND)
+    code = job.processes[0].exitcode
+    job.kill()
+    assert code not in (0, None), job.logs_text()
 
 
 @pytest.mark.slow
@@ -422,31 +431,38 @@ def test_four_processes_equal_one_and_two_go_on(tmp_path, straight):
 
 @pytest.mark.slow
 def test_twenty_random_kills(tmp_path):
-    """Whatever the moment: every checkpoint can be read, and none but a save that was on its way is lost."""
-    changes = {"steps": 2000, "save_every": 4, "eval_every": 1000, "sample_every": 1000}
-    run, lost = tmp_path / "run", []
+    """Whatever the moment: every checkpoint can be read, and no save is lost but one that was on its way."""
+    every = 4
+    changes = {"steps": 4000, "save_every": every, "eval_every": 1000, "sample_every": 1000}
+    run, lost, seconds = tmp_path / "run", [], []
     done = 0
-    for kill in range(20):
+    while len(lost) < 20:
         job = Job(run, 2, 4, flags=SHORT, **changes)
-        job.wait_for_step(done + random.randint(1, 20))
-        time.sleep(random.random() * 0.3)
+        try:
+            job.wait_for_step(done + random.randint(1, 3 * every))
+        except AssertionError:  # the machine stood still for the heartbeat's ten seconds: not our kill
+            job.codes()
+            continue
+        time.sleep(random.random() * 0.2)
         victim = random.randrange(2)
         job.processes[victim].kill()
-        assert all(code not in (0, None) for code in job.codes()), job.logs_text()
+        begin = time.monotonic()
+        codes = job.codes()
+        seconds.append(time.monotonic() - begin)
+        assert all(code not in (0, None) for code in codes), job.logs_text()
         steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
         for step in steps:
             rundir.load_run(run, which=step)
         last = series(run)[-1]["step"]
         done = steps[-1] if steps else 0
         lost.append(last - done)
-        assert done >= last // 4 * 4 - 4, (kill, last, steps)
-    print("steps lost per kill, saving every 4:", lost)
-    want = tmp_path / "want"
-    changes["steps"] = 2000  # the schedule's length
-    Job(run, 2, 4, f"SIGTERM:0:{done + 2}", **changes).codes()
-    got = series(run)
-    Job(want, 1, 8, f"SIGTERM:0:{got[-1]['step'] - 1}", **changes).codes()
-    both = min(len(got), len(series(want)))
-    assert both >= done
-    assert_close(got[:both], series(want)[:both])
-    shutil.rmtree(run)
+        assert done >= last // every * every - every, (last, steps)
+    print("steps lost per kill, saving every", every, ":", lost)
+    print("seconds until all had ended:", [round(s, 1) for s in seconds])
+    last = series(run)[-1]["step"]
+    Job(run, 2, 4, f"SIGTERM:0:{last + 2}", **changes).codes()
+    Job(tmp_path / "want", 1, 8, f"SIGTERM:0:{last}", **changes).codes()
+    got, want = series(run), series(tmp_path / "want")
+    rows = min(len(got), len(want))
+    assert rows >= last
+    assert_close(got[:rows], want[:rows])
