@@ -24,7 +24,7 @@ from dalle_jax.importers.tensors import Tensor
 from dalle_jax.inference import load_tokenizer
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.text import TextTokenizer
-from dalle_jax.train.loop import main
+from dalle_jax.train.command import main
 from dalle_jax.train.rundir import WEIGHTS, load_run, shapes_by_name, write_weights
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -382,7 +382,7 @@ def load_frozen(path: Path) -> tuple[ModelConfig, Params, str]:
     """
     model = read_config(path).model
     if (path / WEIGHTS).is_file():
-        params = jax.device_put(read_weights(path / WEIGHTS, model)[0], jax.devices()[0])
+        params = jax.device_put(read_weights(path / WEIGHTS, model)[0], jax.local_devices()[0])
     else:
         params = load_params(path / "params")
     return model, params, fingerprint(model, params)
