@@ -18,6 +18,8 @@ from dalle_jax.data.images import to_floats
 from dalle_jax.data.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.text import FramedTokenizer
+from dalle_jax.train.processes import fetch
+from dalle_jax.train.rundir import share
 from dalle_jax.train.tasks.captions import make_vocabulary, tell_cut
 from dalle_jax.train.tasks.pictures import (
     PICTURES,
@@ -48,8 +50,7 @@ class ClipTask:
         vocabulary = run_dir / "text.model"
         if jax.process_index() == 0:
             make_vocabulary(self.config, self._source, vocabulary, self.model.text_vocab - 2)
-        if jax.process_count() > 1:
-            jax.experimental.multihost_utils.sync_global_devices("prepare")
+        share(run_dir)
         self.text = FramedTokenizer.load(vocabulary)
         self.text.encode("", **self._sizes())  # a vocabulary that is too large is told now
         if jax.process_index() == 0:
@@ -64,7 +65,7 @@ class ClipTask:
     def _sizes(self) -> dict[str, int]:
         return {"text_vocab": self.model.text_vocab, "text_len": self.model.text_len}
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         return train_batches(
             self.config.data,
             self._source,
@@ -72,8 +73,7 @@ class ClipTask:
             image_size=self.model.image_size,
             text=self.text,
             dropout=self.config.text.dropout,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
             **self._sizes(),
         )
 
@@ -94,9 +94,7 @@ class ClipTask:
         its cosine; `not` stands before one that is not its own."""
         options = {"image_size": self.model.image_size, "text": self.text, **self._sizes()}
         batch = eval_batch(self.config.data, self._eval, PICTURES, **options)
-        cosine = np.asarray(
-            _cosines(self.model, params, jnp.asarray(batch["image"]), jnp.asarray(batch["text"]))
-        )
+        cosine = fetch(_cosines(self.model, params, jnp.asarray(batch["image"]), jnp.asarray(batch["text"])))
         labels = []
         for row, best in enumerate(cosine.argmax(axis=1)):
             right = batch["caption"][best] == batch["caption"][row]
