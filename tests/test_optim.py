@@ -105,9 +105,11 @@ def test_bfloat16_moments_follow_float32_ones():
         )
         tx = make_optimizer(cfg, 100, params)
         update, state = jax.jit(tx.update), tx.init(params)
+        first = jax.tree.map(lambda leaf: leaf.dtype, state)
         for i in range(40):
             noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (64, 64))
             updates, state = update({"head": {"kernel": 0.3 + noise}}, state, params)
+        assert jax.tree.map(lambda leaf: leaf.dtype, state) == first  # one state, from the first step on
         moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 2]
         found[name] = updates["head"]["kernel"], {m.dtype for m in moments}, sum(m.nbytes for m in moments)
     want, kinds, size = found["adamw"]
