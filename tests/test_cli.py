@@ -469,7 +469,7 @@ def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypa
 
     def killed(self, lines):
         if len(self.done) >= 9:
-            self._file.write(b'{"file": "c00')
+            self._file.write(b'{"file": "c00' + b"x" * 10_000)  # longer than all that is written after it
             self._file.flush()
             raise KeyboardInterrupt
         add(self, lines)
