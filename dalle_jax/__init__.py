@@ -21,6 +21,7 @@ _ROOMS = (
     "train",
     "inference",
     "ranking",
+    "inference_diffusion",
     "evaluate",
     "importers",
     "demo",

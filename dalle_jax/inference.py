@@ -116,6 +116,8 @@ def load_text_to_image(path: str | Path) -> TextToImage:
             f"{path} is a run of stage clip: it ranks pictures and draws none. Give the run of a Transformer, and this "
             f"one as --clip {path}"
         )
+    if kind not in ("dalle", "bart", "dvae", "vqgan"):
+        raise ValueError(f"{path} is a run of stage {kind}, want one of a Transformer")
     if kind not in ("dalle", "bart"):
         raise ValueError(
             f"{path} is a tokenizer run (stage {kind}): it knows no captions. Give the run of a Transformer "

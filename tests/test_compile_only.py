@@ -12,9 +12,19 @@ from pathlib import Path
 import jax
 import pytest
 
-from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig, MeshConfig, OptimConfig, TrainConfig
+from dalle_jax.config import (
+    CodesConfig,
+    DalleConfig,
+    DataConfig,
+    DiffusionConfig,
+    DVAEConfig,
+    MeshConfig,
+    OptimConfig,
+    TextEncoderConfig,
+    TrainConfig,
+)
 from dalle_jax.nn.sharding import make_mesh
-from dalle_jax.train import command, hlo
+from dalle_jax.train import command, compile_only, hlo
 from dalle_jax.train.compile_only import compile_step, needed_gib, step_and_arguments, train_flops
 from dalle_jax.train.topology import parse_topology, tpu_devices
 
@@ -339,3 +349,21 @@ def test_tpu_out_of_memory_exits_3(config_file):
     )
     assert code == 3 and report["fits"] is False
     assert report["peak_gib_per_device"] > report["hbm_gib_per_device"] == 16
+
+
+def test_diffusion_is_compiled_on_codes():
+    """Its step can be traced from shapes alone, with every condition, before a tokenizer is trained."""
+    model = DiffusionConfig(
+        image_size=16, patch=2, width=8, multipliers=(1, 2), blocks=1, attention_sizes=(4,), classes=3, low_size=8,
+        text=TextEncoderConfig(vocab=9, length=3, width=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=4),
+    )  # fmt: skip
+    task = compile_only._task(TrainConfig(model=model, tokenizer="none", data=DataConfig(batch=4)))
+    assert {name: shape for name, (shape, _) in task.row_shapes.items()} == {
+        "image": (16, 16, 3), "text": (3,), "label": (), "codes": (16,)
+    }  # fmt: skip
+    batch = {
+        name: jax.ShapeDtypeStruct((4, *shape), dtype) for name, (shape, dtype) in task.row_shapes.items()
+    }
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    value, metrics = jax.eval_shape(lambda p, b: task.loss(p, {}, b, jax.random.key(0), 0), params, batch)
+    assert value.shape == () and "band_4" in metrics

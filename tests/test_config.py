@@ -15,8 +15,10 @@ from dalle_jax.config import (
     ArraysSource,
     BartConfig,
     ClipConfig,
+    CodesConfig,
     DalleConfig,
     DataConfig,
+    DiffusionConfig,
     DistributedConfig,
     DVAEConfig,
     FiniteScalarQuantizer,
@@ -33,6 +35,7 @@ from dalle_jax.config import (
     SourceConfig,
     TarSource,
     TextConfig,
+    TextEncoderConfig,
     TfdsSource,
     TokenizerConfig,
     TowerConfig,
@@ -42,6 +45,7 @@ from dalle_jax.config import (
     from_json,
     to_json,
 )
+from dalle_jax.diffusion import unet
 from dalle_jax.nn.sharding import PARAM_AXES, param_axes, path_name
 from dalle_jax.train.rundir import load_config
 
@@ -88,6 +92,14 @@ EVERY = [
     NoiseConfig(
         kind="cosine", beta_min=0.2, beta_max=15.0, steps=500, sigma_min=0.02, sigma_max=40.0, rho=5.0,
         zero_terminal_snr=True, t_min=1e-4,
+    ),
+    TextEncoderConfig(vocab=9, length=3, width=12, layers=2, heads=3, mlp_ratio=2),
+    CodesConfig(vocab=7, grid=2, width=5),
+    DiffusionConfig(
+        image_size=24, patch=3, width=12, multipliers=(1, 3), blocks=1, attention_sizes=(4,), head_width=6,
+        groups=3, scale_shift=True, resample="block", dropout=0.0, text=TextEncoderConfig(vocab=5), classes=2,
+        codes=CodesConfig(vocab=3, grid=4), low_size=12, null_rate=0.2, noise=NoiseConfig(kind="cosine"),
+        prediction="v", weighting="min_snr", dtype="bfloat16", remat=True,
     ),
     ScenesSource(
         count=10, min_objects=2, max_objects=3, sizes=("small",), fills=("dotted", "solid"),
@@ -164,6 +176,7 @@ def test_round_trip_covers_every_class():
         (ModelConfig, VQGANConfig(width=64)),
         (ModelConfig, DalleConfig(layers=2)),
         (ModelConfig, ClipConfig(text=TowerConfig(layers=2))),
+        (ModelConfig, DiffusionConfig(text=TextEncoderConfig(vocab=3), codes=CodesConfig(grid=16))),
         (SourceConfig, ScenesSource(count=3)),
         (SourceConfig, TarSource(path="p")),
         (SourceConfig, MixtureSource(parts=(ScenesSource(), FolderSource(path="f")), weights=(1.0, 2.0))),
@@ -353,6 +366,43 @@ def test_from_json_refuses(cls, text, match):
             {"model": ClipConfig(chunks=3)},
             "data.batch 64 is not divisible by model.chunks 3; change one",
         ),
+        (
+            TrainConfig,
+            {"model": DiffusionConfig(), "tokenizer": "runs/x"},
+            "set model.codes, or leave tokenizer out",
+        ),
+        (
+            TrainConfig,
+            {"model": DiffusionConfig(), "data": DataConfig(codes="x")},
+            "a diffusion trains on pixels",
+        ),
+        (TextEncoderConfig, {"width": 10, "heads": 4}, "text width 10 is not divisible by heads 4"),
+        (TextEncoderConfig, {"layers": 0}, "TextEncoderConfig.layers is 0"),
+        (CodesConfig, {"grid": 0}, "CodesConfig.grid is 0; want at least 1"),
+        (DiffusionConfig, {"blocks": 0}, "DiffusionConfig.blocks is 0"),
+        (DiffusionConfig, {"multipliers": ()}, r"multipliers is \(\); want one whole number"),
+        (
+            DiffusionConfig,
+            {"image_size": 36, "patch": 3},
+            "36 is not divisible by 24, the patch 3 halved 3 times",
+        ),
+        (
+            DiffusionConfig,
+            {"attention_sizes": (12,)},
+            r"no level has side \[12\]; they have \(32, 16, 8, 4\)",
+        ),
+        (DiffusionConfig, {"head_width": 100}, r"head_width is 100; want a divisor .*, \[256, 256\]"),
+        (DiffusionConfig, {"groups": 0}, "DiffusionConfig.groups is 0"),
+        (DiffusionConfig, {"dropout": 1.0}, "dropout is 1.0; want a share"),
+        (DiffusionConfig, {"classes": -1}, "classes is -1; want 0"),
+        (DiffusionConfig, {"low_size": 12}, "low_size is 12; want 0 .none. or a divisor of image_size 32"),
+        (DiffusionConfig, {"codes": CodesConfig(grid=5)}, "codes.grid 5 does not divide the 32 places"),
+        (DiffusionConfig, {"null_rate": 2.0}, "null_rate is 2.0; want a share"),
+        (
+            DiffusionConfig,
+            {"noise": NoiseConfig(zero_terminal_snr=True)},
+            "prediction eps says nothing at a terminal SNR of zero; use v or x0",
+        ),
     ],
 )
 def test_validation(make, values, match):
@@ -395,6 +445,7 @@ def test_derived_sizes():
 def shapes(model):
     init = tokenizer.init if isinstance(model, TokenizerConfig) else dalle.init
     init = clip.init if isinstance(model, ClipConfig) else init
+    init = unet.init if isinstance(model, DiffusionConfig) else init
     return jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
 
 
@@ -440,6 +491,27 @@ def test_qk_norm_adds_two_gains_per_layer():
     assert_one_rule_each(shapes(normed))
 
 
+def test_parameters_of_published_diffusion_models():
+    """The CIFAR-10 network of 2006.11239 has 35.7 million, in its published form 35,746,307. The 64 x 64 network of
+    2105.05233 has 295,904,454 with six output channels and 1000 rows of classes; ours has three and 1001. GLIDE
+    (2112.10741, 3): about 2.3 and 1.2 billion; as published filtered, 385 million."""
+    assert count(shapes(DiffusionConfig())) == 35_746_307
+    adm = {
+        "image_size": 64, "width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention_sizes": (32, 16, 8),
+        "head_width": 64, "scale_shift": True, "resample": "block",
+    }  # fmt: skip
+    last_and_class = 3 * (9 * 192 + 1) - 4 * 192
+    tree = shapes(DiffusionConfig(**adm, classes=1000))
+    assert count(tree) == 295_904_454 - last_and_class
+    assert_one_rule_each(tree)
+    small = shapes(DiffusionConfig(**adm, text=TextEncoderConfig(vocab=50_257, width=512, layers=16)))
+    assert abs(count(small) / 385e6 - 1) < 0.002
+    glide = load_config(Path(__file__).parent.parent / "configs" / "glide_64.py").model
+    tree = shapes(glide)
+    assert abs(count(tree["unet"]) / 2.3e9 - 1) < 0.03
+    assert round(count(tree["text_encoder"]) / 1e9, 1) == 1.2
+
+
 def test_there_are_configs():
     assert CONFIGS, "configs/ holds no Python file"
 
@@ -455,6 +527,8 @@ def test_config_files(path):
     if path.stem == "dalle_12b":  # fields that do not change the function may differ
         free = {"remat": "full", "scan_unroll": 1, "dtype": "bfloat16"}
         assert dataclasses.replace(config.model, **free) == DalleConfig()
+    if path.stem == "ddpm_cifar10":
+        assert dataclasses.replace(config.model, dtype="float32") == DiffusionConfig()
     if path.stem == "dvae_openai":
         assert dataclasses.replace(config.model, dtype="float32") == DVAEConfig()
         assert (count(tree["encoder"]), count(tree["decoder"])) == (53_786_240, 43_829_766)

@@ -33,11 +33,12 @@ MAY_IMPORT = {
     "data": {"config", "text"},
     "train": {*ABOVE, "importers"},
     "inference": {*ABOVE, "train"},
+    "inference_diffusion": {*ABOVE, "train", "inference"},
     "ranking": {*ABOVE, "train", "inference"},
-    "evaluate": {*ABOVE, "train", "inference", "ranking"},
+    "evaluate": {*ABOVE, "train", "inference", "inference_diffusion", "ranking"},
     "importers": {"config", "byte_pairs", "character_pairs", "bart_text", "labels"},
     "demo": {*ABOVE, "train", "inference", "ranking", "evaluate", "importers"},
-    "cli": {*ABOVE, "train", "inference", "ranking", "evaluate", "importers", "demo"},
+    "cli": {*ABOVE, "train", "inference", "inference_diffusion", "ranking", "evaluate", "importers", "demo"},
     "__main__": {"cli"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -260,3 +260,22 @@ def test_eval_batch_is_fixed(data, tokenizer):
 def test_eval_batch_without_captions(data):
     batch = eval_batch(data, open_source(data.source, "eval", languages=()), 2, image_size=SIZE)
     assert batch["caption"] == ["", ""] and batch.keys() == {"image", "caption"}
+
+
+def test_labels_are_those_of_the_rows(tmp_path):
+    """Row i is a picture of the value i and of class i modulo 3; a source without classes has -1."""
+    pictures = np.repeat(np.arange(7, dtype=np.uint8), 12).reshape(7, 2, 2, 3)
+    arrays = {f"{split}_x": pictures for split in ("train", "test")}
+    np.savez(tmp_path / "a.npz", **arrays, train_y=np.arange(7) % 3, test_y=np.arange(7) % 3)
+    data = config.DataConfig(source=config.ArraysSource(path=str(tmp_path / "a.npz")), batch=4)
+    with train_batches(
+        data, open_source(data.source, "train", languages=()), start=0, image_size=2, labels=True
+    ) as rows:
+        batch = next(rows)
+    assert batch["label"].dtype == np.int32 and batch["label"].shape == (4,)
+    np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] % 3)
+    shown = eval_batch(data, open_source(data.source, "eval", languages=()), 7, image_size=2, labels=True)
+    np.testing.assert_array_equal(shown["label"], [0, 1, 2, 0, 1, 2, 0])
+    scenes = config.DataConfig(source=config.ScenesSource(count=3))
+    shown = eval_batch(scenes, open_source(scenes.source, "eval"), 2, image_size=32, labels=True)
+    assert shown["label"].tolist() == [-1, -1]

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code.
 
     0: done. 1: an input, file or disk that does not allow it, told in one message. 2: a command line that is
-    not understood. 3: training met a loss that is not finite. 130: interrupted. With the environment variable
+    not understood. 3: a loss or a drawn picture that is not finite. 130: interrupted. With the environment variable
     DALLE_JAX_TRACEBACK set, errors come with their traceback.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, so that closing it at exit is silent
         return 1
     except (ValueError, OSError, ArithmeticError) as error:
-        not_finite = type(error).__name__ == "NotFiniteError"
+        not_finite = type(error).__name__ in ("NotFiniteError", "NotFiniteSample")
         if os.environ.get("DALLE_JAX_TRACEBACK") or (isinstance(error, ArithmeticError) and not not_finite):
             raise
         print(f"dalle-jax {verb}: error: {_told(error)}", file=sys.stderr)

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from dalle_jax.cli import output
+from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
 from dalle_jax.cli.verbs import Decode, Encode
 from dalle_jax.config import DataConfig, TrainConfig
 from dalle_jax.data import images
 from dalle_jax.data.codes import is_whole
-from dalle_jax.data.images import to_bytes
+from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.sources import source_of
 from dalle_jax.inference import (
     PIXEL_BATCH,
@@ -27,6 +28,7 @@ from dalle_jax.inference import (
     encode_source,
     load_tokenizer,
 )  # fmt: skip
+from dalle_jax.inference_diffusion import DiffusionModel, draw, is_diffusion, load_diffusion
 from dalle_jax.train.rundir import load_config, read_config
 
 
@@ -90,7 +92,14 @@ def _encode_files(tokenizer: Tokenizer, paths: tuple[str, ...], progress: Counte
 def decode(args: Decode) -> dict[str, Any]:
     """A file of codes to pictures."""
     codes, made_by = _read_codes(args.codes)
-    tokenizer = load_tokenizer(args.run)
+    decoder = load_diffusion(args.run) if is_diffusion(args.run) else None
+    if decoder is None:
+        refuse_flags(
+            args,
+            ("seed", "steps", "sampler"),
+            "a diffusion model",
+        )
+    tokenizer = load_tokenizer(args.run) if decoder is None else _own_tokenizer(decoder, args.run)
     to_file = args.out.endswith(".npz")
     out = output.file(args.out) if to_file else output.directory(args.out)
     if made_by is not None and made_by != tokenizer.fingerprint:
@@ -100,7 +109,13 @@ def decode(args: Decode) -> dict[str, Any]:
             file=sys.stderr,
         )
     try:
-        pictures = decode_codes(tokenizer, codes, progress=Counter("pictures"))
+        if decoder is None:
+            pictures = decode_codes(tokenizer, codes, progress=Counter("pictures"))
+        else:
+            progress = Counter("denoising steps")
+            seeds = range(args.seed, args.seed + len(codes))
+            drawn = draw(decoder, seeds, denoising(args), codes=codes, batch=PIXEL_BATCH, progress=progress)
+            pictures = to_floats(drawn.images)
     except ValueError as error:
         raise ValueError(f"{args.codes}: {error}") from None
     if to_file:
@@ -110,6 +125,12 @@ def decode(args: Decode) -> dict[str, Any]:
             images.save_png(out / f"{i:05d}.png", picture)
     print(f"{len(pictures)} pictures in {out}")
     return {"images": str(out), "pictures": len(pictures), **_about(tokenizer)}
+
+
+def _own_tokenizer(decoder: DiffusionModel, run: str) -> Tokenizer:
+    if decoder.tokenizer is None:
+        raise ValueError(f"{run} is a diffusion model that reads no codes; give one with model.codes")
+    return decoder.tokenizer
 
 
 def _about(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -6,11 +6,22 @@ import dataclasses
 import sys
 from typing import Any, NamedTuple
 
+from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
 from dalle_jax.cli.verbs import Evaluate
-from dalle_jax.config import BartConfig, ClipConfig, DalleConfig, DataConfig, ModelConfig, TransformerConfig
+from dalle_jax.config import (
+    BartConfig,
+    ClipConfig,
+    DalleConfig,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    TransformerConfig,
+)
 from dalle_jax.data.sources import source_of
+from dalle_jax.evaluate import denoising as diffusion
 from dalle_jax.evaluate import fid, inception, measures, reranking, retrieval
 from dalle_jax.inference import Counter, Sampling, TextToImage, Tokenizer, load_text_to_image
+from dalle_jax.inference_diffusion import DiffusionModel, check_decoder, load_diffusion
 from dalle_jax.ranking import Clip, load_clip
 from dalle_jax.train.rundir import fingerprint, load_run, read_config
 
@@ -33,10 +44,18 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
     _check_clip(args, model)
     match model:
         case ClipConfig():
+            refuse_flags(args, ("steps", "sampler", "bits_per_dim", "decoder"), "models that draw")
             result = _clip(args)
+        case DiffusionConfig():
+            refuse_flags(args, ("temperature", "top_k", "top_p", "decoder"), "a Transformer")
+            result = _diffusion(args)
         case DalleConfig() | BartConfig():
+            refuse_flags(args, ("bits_per_dim",), "a diffusion model")
+            if not args.decoder:
+                refuse_flags(args, ("steps", "sampler"), "a diffusion model, or for --decoder")
             result = _transformer(args, samplings)
         case _:
+            refuse_flags(args, ("steps", "sampler", "bits_per_dim", "decoder"), "models that draw")
             result = _tokenizer(args)
     curve = result.pop("curve", None)
     print(measures.describe(result))
@@ -118,9 +137,61 @@ def _clip(args: Evaluate) -> dict[str, Any]:
     }
 
 
+def _diffusion(args: Evaluate) -> dict[str, Any]:
+    hows = [denoising(args, scale) for scale in args.guidance]
+    model = load_diffusion(args.run)
+    cfg, data = model.config, model.run.config.data
+    if args.bits_per_dim < 0:
+        raise ValueError(f"--bits-per-dim is {args.bits_per_dim}; want a number of rows, 0 for none")
+    truth = _truth(args, data, cfg.image_size, measures.languages(model))
+    result = {
+        "stage": cfg.kind,
+        "step": model.run.step,
+        "count": args.count,
+        "sampler": hows[0].sampler,
+        "steps": hows[0].steps,
+        **_told(diffusion.measure_error(model, args.count)),
+    }
+    if args.bits_per_dim:
+        progress = Counter("likelihood of rows")
+        result |= _told(diffusion.measure_likelihood(model, args.bits_per_dim, progress=progress))
+    if cfg.codes is not None:
+        progress = Counter("denoising steps")
+        return result | _told(
+            diffusion.measure_decoder(model, args.count, hows[0], seed=args.seed, progress=progress)
+        )
+    kinds = measures.scene_kinds(data, cfg.image_size) if model.text is not None else ()
+    if cfg.low_size or not (kinds or truth):  # one that makes pictures large draws from no caption alone
+        return result
+    return result | _curve(args, model, hows, truth, verify=bool(kinds))
+
+
+def _curve(
+    args, model: TextToImage | DiffusionModel, hows: list, truth, verify: bool, clip=None
+) -> dict[str, Any]:
+    """The figures of drawn pictures at the first guidance scale, and those of all under `curve`."""
+    curve = []
+    for how in hows:
+        progress, found = Counter(f"guidance {how.guidance:g}: drawing"), {}
+        if verify:
+            found = measures.measure_faithfulness(model, args.count, how, seed=args.seed, progress=progress)
+        if truth:
+            progress = Counter(f"guidance {how.guidance:g}: features of drawn pictures")
+            rest = (model, truth.true, args.count, how)
+            found |= measures.measure_fid(truth.network, *rest, seed=args.seed, progress=progress)
+        if clip is not None:
+            found |= _ranked(args, model, clip, how)
+        curve.append({"guidance": how.guidance, **found})
+        _told(found)
+    return curve[0] | ({"curve": curve} if len(curve) > 1 else {})  # one alone stays flat
+
+
 def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
     model = load_text_to_image(args.run)
     clip = None if args.clip is None else load_clip(args.clip)
+    decoder = None if args.decoder is None else load_diffusion(args.decoder)
+    if decoder is not None:
+        check_decoder(decoder, model.tokenizer)
     data = model.run.config.data
     kinds = measures.scene_kinds(data, model.tokenizer.config.image_size)
     truth = _truth(args, data, model.tokenizer.config.image_size, data.languages)
@@ -136,23 +207,15 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
     }
     if not kinds and not truth and clip is None:
         return result
-    curve = []
-    for sampling in samplings:
-        progress = Counter(f"guidance {sampling.guidance:g}: captions")
-        found = measures.measure_faithfulness(model, args.count, sampling, seed=args.seed, progress=progress)
-        if truth:
-            progress = Counter(f"guidance {sampling.guidance:g}: features of drawn pictures")
-            rest = (model, truth.true, args.count, sampling)
-            found |= measures.measure_fid(truth.network, *rest, seed=args.seed, progress=progress)
-        if clip is not None:
-            found |= _ranked(args, model, clip, sampling)
-        curve.append({"guidance": sampling.guidance, **found})
-        _told(found)
-    result |= {
-        "temperature": args.temperature,
-        **curve[0],
-    }  # a single object stays as flat as without a curve
-    return result | ({"curve": curve} if len(curve) > 1 else {})
+    result |= {"temperature": args.temperature, **_curve(args, model, samplings, truth, bool(kinds), clip)}
+    if decoder is not None:
+        progress = Counter("denoising steps")
+        result |= _told(
+            diffusion.measure_decoded(
+                model, decoder, args.count, samplings[0], denoising(args), seed=args.seed, progress=progress
+            )
+        )
+    return result
 
 
 def _ranked(args: Evaluate, model: TextToImage, clip: Clip, sampling: Sampling) -> dict[str, float]:

@@ -14,7 +14,7 @@ from dalle_jax.importers.tensors import Imported
 from dalle_jax.inference import Counter
 from dalle_jax.train.imported import write_run
 from dalle_jax.train.rundir import Run, load_run
-from dalle_jax.train.tasks.dalle import check_fits
+from dalle_jax.train.tasks.prepare import check_fits
 
 
 def import_(args: Import) -> dict[str, Any]:
@@ -50,5 +50,5 @@ def _tokenizer(args: Import, found: Imported) -> Run | None:
             f"--tokenizer is not for {args.family}, whose files hold all that it needs; leave it out"
         )
     run = load_run(args.tokenizer)
-    check_fits(model, run.config.model, args.tokenizer)
+    check_fits(run.config.model, args.tokenizer, model.image_vocab, model.grid)
     return run

@@ -18,11 +18,13 @@ from dalle_jax.config import (
     BartConfig,
     ClipConfig,
     DalleConfig,
+    DiffusionConfig,
     DVAEConfig,
     TrainConfig,
     TransformerConfig,
     VQGANConfig,
 )
+from dalle_jax.diffusion import unet
 from dalle_jax.nn.sharding import path_name
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.tokenizer import adversarial
@@ -82,6 +84,21 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
                 "text_vocab": model.text_vocab,
                 "text_len": model.text_len,
                 "embed_dim": model.embed_dim,
+            }
+        case DiffusionConfig():
+            shapes = jax.eval_shape(partial(unet.init, model), jax.random.key(0))
+            reads = {
+                "captions": model.text,
+                "labels": model.classes,
+                "codes": model.codes,
+                "low": model.low_size,
+            }
+            about = {
+                "image_size": model.image_size,
+                "sides": model.sizes,
+                "prediction": model.prediction,
+                "noise": model.noise.kind,
+                "reads": ", ".join(name for name, value in reads.items() if value) or "nothing",
             }
     trained, tx = shapes, make_optimizer(config.optim, config.steps, shapes)
     if isinstance(model, VQGANConfig):  # trains with a discriminator beside it

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dalle_jax.cli import output, sample_file, start
+from dalle_jax.cli import output, sample_diffusion, sample_file, start
+from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
 from dalle_jax.cli.sample_file import Asked
 from dalle_jax.cli.verbs import Sample
 from dalle_jax.config import DalleConfig
@@ -22,7 +23,9 @@ from dalle_jax.inference import (
     encode_images,
     load_text_to_image,
 )  # fmt: skip
+from dalle_jax.inference_diffusion import check_decoder, draw, is_diffusion, load_diffusion
 from dalle_jax.ranking import Clip, draw_best, load_clip
+from dalle_jax.text import TextTokenizer
 
 NO_CAPTION = "(no caption)"
 
@@ -43,6 +46,26 @@ def sample(args: Sample) -> dict[str, Any]:
         raise ValueError(
             f"--show-rows is {args.show_rows}; want at least 1, and neither --captions-file nor --clip"
         )
+    if is_diffusion(args.run):
+        refuse_flags(
+            args, ("decoder", "clip", "show_rows"), "a Transformer; this is the run of a diffusion model"
+        )
+        if any(own for _, own in asked):
+            raise ValueError("lines of --captions-file with settings of their own are for a Transformer")
+        return sample_diffusion.sample(args, captions, _exact_picture, _tell_cut)
+    if not captions:
+        raise ValueError(
+            'no captions; give one or more, e.g. "a red circle", or --unconditional to draw without'
+        )
+    if args.decoder is None:
+        flags = ("sampler", "steps", "spacing", "eta", "threshold")
+        refuse_flags(args, flags, "a diffusion model, or for --decoder")
+    elif args.clip is not None or args.captions_file is not None:
+        raise ValueError(
+            "--decoder goes with captions on the command line, without --clip; leave out the other"
+        )
+    flags = ("guidance_times", "image", "mask", "strength", "label", "low", "filmstrip")
+    refuse_flags(args, flags, "a diffusion model; this is the run of a Transformer")
     if args.prefix_rows is not None and args.prefix is None:
         raise ValueError("--prefix-rows says how much of --prefix to keep; give --prefix PICTURE as well")
     sampling = Sampling(
@@ -51,7 +74,10 @@ def sample(args: Sample) -> dict[str, Any]:
     model = load_text_to_image(args.run)
     clip = None if args.clip is None else load_clip(args.clip)
     prefix = None if args.prefix is None else _prefix(model, args.prefix, args.prefix_rows)
-    cut = _tell_cut(model, captions)
+    decoder = None if args.decoder is None else load_diffusion(args.decoder)
+    if decoder is not None:
+        check_decoder(decoder, model.tokenizer)
+    cut = _tell_cut(model.text, model.config.text_len, captions)
     if args.captions_file is not None and clip is None and isinstance(model.config, DalleConfig):
         return sample_file.sample_file(args, asked, model, sampling, prefix, _tell_first)
     if any(own for _, own in asked):
@@ -86,6 +112,13 @@ def sample(args: Sample) -> dict[str, Any]:
             images.save_png(out / name, picture)
         parts.append(part)
     codes, pictures = (np.concatenate(kind) for kind in zip(*parts, strict=True))
+    if decoder is not None:  # the same codes, seen by another
+        progress = Counter("denoising steps")
+        pictures = draw(
+            decoder, seeds, denoising(args), codes=codes, batch=args.batch, progress=progress
+        ).images
+        for name, picture in zip(names, pictures, strict=True):
+            images.save_png(out / name, picture)
     _save_all(model, out, names, codes, pictures, labels, columns)
     print(f"{len(names)} pictures in {out}, all with their captions in {out / 'grid.png'}")
     return {
@@ -171,17 +204,12 @@ def _captions(args: Sample) -> list[Asked]:
         raise ValueError("--unconditional draws without a caption; leave the captions out, or the flag")
     if args.unconditional:
         return [Asked("", {})]
-    if not captions:
-        raise ValueError(
-            'no captions; give one or more, e.g. "a red circle", or --unconditional to draw without'
-        )
     return captions
 
 
-def _tell_cut(model: TextToImage, captions: list[str]) -> list[int]:
-    """Tokens of each caption that do not fit, told on standard error."""
-    most = model.config.text_len
-    cut = [max(0, model.text.count(caption) - most) for caption in captions]
+def _tell_cut(text: TextTokenizer, most: int, captions: list[str]) -> list[int]:
+    """Tokens of each caption beyond `most`, told on standard error."""
+    cut = [max(0, text.count(caption) - most) for caption in captions]
     for j, more in enumerate(cut):
         if more:
             print(
@@ -200,12 +228,18 @@ def _prefix(model: TextToImage, path: str, rows: int | None) -> np.ndarray:
         raise ValueError(
             f"--prefix-rows is {rows}; the picture has {cfg.grid} rows of codes: want 1 to {cfg.grid - 1}"
         )
-    picture = images.load_picture(path, cfg.image_size)
+    picture = _exact_picture(path, cfg.image_size, "--prefix")
+    return encode_images(model.tokenizer, picture[None])[0, : rows * cfg.grid]
+
+
+def _exact_picture(path: str, side: int, flag: str) -> np.ndarray:
+    """The picture in a file, uint8 (side, side, 3). Raises ValueError for another size."""
+    picture = images.load_picture(path, side)
     with Image.open(path) as header:
         width, height = header.size
-    if (width, height) != (cfg.image_size, cfg.image_size):
+    if (width, height) != (side, side):
         raise ValueError(
-            f"--prefix {path} is {width} x {height} pixels; this model's pictures are {cfg.image_size} x "
-            f"{cfg.image_size}: crop and resize it to that"
+            f"{flag} {path} is {width} x {height} pixels; this model's pictures are {side} x {side}: crop and "
+            "resize it to that"
         )
-    return encode_images(model.tokenizer, picture[None])[0, : rows * cfg.grid]
+    return picture

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from dalle_jax.config import SamplerName, Spacing
+
 Runs = Annotated[str, arg(metavar="RUN")]
 Json = Annotated[bool, arg(help="print one JSON object to standard output, all else to standard error")]
 
@@ -82,7 +84,8 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Draws pictures for captions: one PNG file each, and all of them with their captions in grid.png.
+    """Draws pictures for captions: one PNG file each, and all of them with their captions in grid.png. RUN is a
+    Transformer or a diffusion model; flags that the other one has are refused.
 
     File c000_s0007.png is caption 0 with seed 7: it depends on that caption and that seed alone, whatever
     else is drawn with it. codes.npz holds the codes of all pictures, for `decode`.
@@ -91,7 +94,7 @@ class Sample:
     those that are done: the same command again, after it was killed, draws the rest."""
 
     run: Positional[Runs]
-    """directory of a trained Transformer"""
+    """directory of a trained Transformer or diffusion model"""
     captions: Positional[Annotated[tuple[str, ...], arg(metavar="CAPTION ...")]] = ()
     """what to draw; "" draws without a caption"""
     out: str = "samples"
@@ -129,6 +132,32 @@ class Sample:
     """with --clip: pictures drawn for each caption; None is 64"""
     keep: int | None = None
     """with --clip: pictures kept of each caption, best first; None is 4"""
+    steps: int | None = None
+    """diffusion: evaluations of the network (heun and pc take two a step); None is 50"""
+    sampler: SamplerName | None = None
+    """diffusion: how the noise is taken away; None is dpm++2m"""
+    spacing: Spacing | None = None
+    """diffusion: of the times between noise and picture; None is uniform"""
+    eta: float | None = None
+    """diffusion, ddim: noise put back in each step; 0 is none, 1 as much as the ancestral sampler"""
+    threshold: float | None = None
+    """diffusion: quantile that clean pictures are held in on the way, e.g. 0.995; None clips them"""
+    guidance_times: tuple[float, float] | None = None
+    """diffusion: guidance only where the time, 1 for noise and 0 for the picture, lies between these two"""
+    image: str | None = None
+    """diffusion: picture to begin from, with --strength or --mask; of the model's size"""
+    strength: float | None = None
+    """diffusion: share of the way from --image to pure noise that is gone back before drawing, (0, 1]"""
+    mask: str | None = None
+    """diffusion: picture of --image's size; what is white is drawn anew, what is black is kept"""
+    label: tuple[int, ...] = ()
+    """diffusion on classes: numbers of the classes to draw"""
+    low: str | None = None
+    """diffusion on small pictures: the one to make large"""
+    filmstrip: int | None = None
+    """diffusion: also write filmstrip.png, this many looks of each picture on its way"""
+    decoder: str | None = None
+    """Transformer: run of a diffusion model on its tokenizer's codes, which draws the pixels"""
     json: Json = False
 
 
@@ -182,11 +211,18 @@ class Decode:
     directory of PNG files."""
 
     run: Positional[Runs]
-    """directory of a trained tokenizer, or of a Transformer, which keeps its own"""
+    """directory of a trained tokenizer, of a Transformer, which keeps its own, or of a diffusion model on codes,
+    which draws them: picture i with seed SEED + i"""
     codes: Positional[Annotated[str, arg(metavar="CODES.npz")]]
     """npz file with an array `codes`, as `encode` and `sample` write it"""
     out: str
     """where to write: a file that ends in .npz, or else a directory"""
+    seed: int = 0
+    """diffusion: of the first picture"""
+    steps: int | None = None
+    """diffusion: steps of the sampler; None is 50"""
+    sampler: SamplerName | None = None
+    """diffusion: how the noise is taken away; None is dpm++2m"""
     json: Json = False
 
 
@@ -198,16 +234,20 @@ class Evaluate:
     Transformer, nats per token. right_one_object, right_two_objects, right_held_out: share of captions whose
     drawn picture shows what the caption says, read back by image analysis; right_reconstruction: the same of
     true pictures that went through the tokenizer. The right_ figures exist for procedural scenes only. With
-    --fid-weights: rfid, distance of a tokenizer's reconstructions from true pictures; fid, of a Transformer's
-    drawn pictures. Of a Transformer with --clip: clip_score, mean cosine of captions and drawn pictures,
-    clip_score_true of true ones; with --candidates also right_KIND_best_of_N, where the best of N pictures by that
-    CLIP is taken, and right_KIND_any_of_N.
+    --fid-weights: rfid, distance of a tokenizer's reconstructions from true pictures; fid, of the pictures that a
+    Transformer or diffusion model draws. Of a Transformer with --clip: clip_score, mean cosine of captions and drawn
+    pictures, clip_score_true of true ones; with --candidates also right_KIND_best_of_N, where the best of N pictures
+    by that CLIP is taken, and right_KIND_any_of_N.
 
     Of a CLIP: image_to_text_recall_K and text_to_image_recall_K among the rows measured; zero_shot_top1 and
-    zero_shot_top5 where there are classes."""
+    zero_shot_top5 where there are classes.
+
+    Of a diffusion model: loss, eps_mse, band_1 (least noise) to band_4, squared errors. One on codes is set beside
+    its tokenizer: psnr and right_reconstruction are of what it draws from the codes of true pictures,
+    tokenizer_psnr and tokenizer_right_reconstruction of what the tokenizer makes of the same codes."""
 
     run: Positional[Runs]
-    """directory of a trained tokenizer, Transformer or CLIP"""
+    """directory of a trained tokenizer, Transformer, diffusion model or CLIP"""
     count: int = 256
     """rows, and captions of each kind"""
     seed: int = 0
@@ -220,6 +260,15 @@ class Evaluate:
     """draw among this many most probable codes; None is all"""
     top_p: float | None = None
     """draw among the most probable codes that share this much of the probability; None is all"""
+    steps: int | None = None
+    """diffusion: steps of the sampler; None is 50"""
+    sampler: SamplerName | None = None
+    """diffusion: how the noise is taken away; None is dpm++2m"""
+    bits_per_dim: int = 0
+    """diffusion: also measure bits_per_dim, the likelihood by the ODE, of this many rows; slow"""
+    decoder: str | None = None
+    """Transformer: run of a diffusion model on its tokenizer's codes; adds right_KIND_decoder, the share of the same
+    codes when it draws the pixels"""
     fid_weights: str | None = None
     """npz file of the Inception-v3 of FID; adds rfid or fid, which compare at the same count only"""
     fid_reference: str | None = None

@@ -25,7 +25,17 @@ from dalle_jax.config.data import (
     TextConfig,
     TfdsSource,
 )
-from dalle_jax.config.diffusion import NoiseConfig, NoiseKind, Prediction, Weighting
+from dalle_jax.config.diffusion import (
+    CodesConfig,
+    DiffusionConfig,
+    NoiseConfig,
+    NoiseKind,
+    Prediction,
+    SamplerName,
+    Spacing,
+    TextEncoderConfig,
+    Weighting,
+)
 from dalle_jax.config.json import from_json, to_json
 from dalle_jax.config.tokenizer import (
     AdversarialConfig,
@@ -56,9 +66,11 @@ __all__ = [
     "AttentionKind",
     "BartConfig",
     "ClipConfig",
+    "CodesConfig",
     "DVAEConfig",
     "DalleConfig",
     "DataConfig",
+    "DiffusionConfig",
     "DistributedConfig",
     "Dtype",
     "FiniteScalarQuantizer",
@@ -74,14 +86,17 @@ __all__ = [
     "Prediction",
     "ProfileConfig",
     "Quantizer",
+    "SamplerName",
     "SceneBackground",
     "SceneFill",
     "SceneSize",
     "ScenesSource",
     "Schedule",
     "SourceConfig",
+    "Spacing",
     "TarSource",
     "TextConfig",
+    "TextEncoderConfig",
     "TfdsSource",
     "TokenizerConfig",
     "TowerConfig",

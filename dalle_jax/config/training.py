@@ -10,11 +10,12 @@ from dalle_jax.config.checks import require
 from dalle_jax.config.clip import ClipConfig
 from dalle_jax.config.dalle import DalleConfig
 from dalle_jax.config.data import DataConfig, TextConfig
+from dalle_jax.config.diffusion import DiffusionConfig
 from dalle_jax.config.tokenizer import TokenizerConfig
 
 Optimizer = Literal["adamw", "adamw_bf16", "adafactor"]
 TransformerConfig = DalleConfig | BartConfig  # from text to codes
-ModelConfig = TokenizerConfig | TransformerConfig | ClipConfig
+ModelConfig = TokenizerConfig | TransformerConfig | ClipConfig | DiffusionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +147,8 @@ class TrainConfig:
     model: ModelConfig
     run: str = ""  # run directory; everything that a run makes is in it
     data: DataConfig = field(default_factory=DataConfig)
-    text: TextConfig = field(default_factory=TextConfig)  # stages dalle and clip
-    tokenizer: str | None = None  # stage dalle: run directory of the trained tokenizer
+    text: TextConfig = field(default_factory=TextConfig)  # stages that read captions
+    tokenizer: str | None = None  # stages that read image tokens: run directory of the trained tokenizer
     init_from: str | None = None  # run directory whose weights a new run begins with
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -171,11 +172,16 @@ class TrainConfig:
             self.data.batch % self.optim.accumulate == 0,
             f"data.batch {self.data.batch} is not divisible by optim.accumulate {self.optim.accumulate}; change one",
         )
-        if not isinstance(self.model, TransformerConfig):
+        require(
+            self.data.codes is None or isinstance(self.model, TransformerConfig),
+            f"data.codes is for the stage dalle; a {self.model.kind} trains on pixels",
+        )
+        if isinstance(self.model, DiffusionConfig):
             require(
-                self.data.codes is None,
-                f"data.codes is for the stage dalle; a {self.model.kind} trains on pixels",
+                self.model.codes is not None or self.tokenizer is None,
+                "tokenizer is for a model that reads image tokens; set model.codes, or leave tokenizer out",
             )
+        elif not isinstance(self.model, TransformerConfig):
             require(
                 self.tokenizer is None,
                 f"tokenizer is for the stage dalle; remove it from the configuration of a {self.model.kind}",

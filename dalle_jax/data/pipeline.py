@@ -42,6 +42,7 @@ def train_batches(
     text_vocab: int = 0,
     text_len: int = 0,
     dropout: float = 0.0,
+    labels: bool = False,
     rows: Sequence[int] | None = None,
 ) -> TrainBatches:
     """The batches of steps `start`, `start + 1`, ... without end.
@@ -50,10 +51,12 @@ def train_batches(
     image_size: side of the pictures, pixels; not used with codes.
     text: encodes one caption for each row, chosen among its languages and then among its captions; None
         leaves text out. text_vocab, text_len, dropout: see `TextTokenizer.encode`.
+    labels: the class of each row, too, -1 where it has none.
     rows: which rows of each batch of `data.batch` to make, ascending: those that this process needs; None is all.
 
-    Each batch has `image` uint8 (B, H, W, 3) or `codes` int32 (B, N), and with text `text` int32 (B, T). A
-    source shorter than a batch repeats within it. Raises ValueError for rows that a batch does not have.
+    Each batch has `image` uint8 (B, H, W, 3) or `codes` int32 (B, N), with text `text` int32 (B, T), with labels
+    `label` int32 (B,). A source shorter than a batch repeats within it. Raises ValueError for rows that a batch
+    does not have.
     """
     if start < 0:
         raise ValueError(f"start is step {start}; want 0 or more")
@@ -81,6 +84,8 @@ def train_batches(
             out["text"] = text.encode(
                 caption, text_vocab=text_vocab, text_len=text_len, dropout=dropout, seed=merges
             )
+        if labels:
+            out["label"] = _label(source, i)
         return out
 
     stream = (
@@ -99,14 +104,15 @@ def eval_batch(
     text: TextTokenizer | None = None,
     text_vocab: int = 0,
     text_len: int = 0,
+    labels: bool = False,
 ) -> dict:
     """The first `rows` rows of a source, or those of a range, the same every time.
 
     At most as many as the source has. Pictures are cropped to the centre (or squashed, as `data.crop` says);
     row i takes its first caption in the language whose turn it is (i modulo the languages).
 
-    Returns `image` uint8 (B, H, W, 3), `caption` list of B str ("" for a row without), and with text `text`
-    int32 (B, T).
+    Returns `image` uint8 (B, H, W, 3), `caption` list of B str ("" for a row without), with text `text`
+    int32 (B, T), with labels `label` int32 (B,), -1 for a row without.
     """
     wanted = range(rows) if isinstance(rows, int) else rows
     wanted = [i for i in wanted if i < len(source)]
@@ -122,7 +128,14 @@ def eval_batch(
     out = {"image": np.stack(images), "caption": captions}
     if text is not None:
         out["text"] = np.stack([text.encode(c, text_vocab=text_vocab, text_len=text_len) for c in captions])
+    if labels:
+        out["label"] = np.stack([_label(source, i) for i in wanted])
     return out
+
+
+def _label(source: Source, i: int) -> np.ndarray:
+    label = source.label(i)
+    return np.asarray(-1 if label is None else label, np.int32)
 
 
 class TrainBatches(Iterator[Batch]):

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.config.diffusion import NoiseConfig
+from dalle_jax.config.diffusion import NoiseConfig, SamplerName, Spacing
 from dalle_jax.diffusion.schedule import levels, time_grid, to_noise
 
-SamplerName = Literal["ancestral", "ddim", "euler", "heun", "dpm++2m", "pc"]
-SAMPLERS: tuple[str, ...] = ("ancestral", "ddim", "euler", "heun", "dpm++2m", "pc")
+SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 
 # (context, x (B, ...), t (), alpha (), sigma ()) -> the clean picture, float32 (B, ...)
 Denoiser = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -96,7 +95,8 @@ def _plan(cfg: NoiseConfig, grid: np.ndarray) -> dict[str, jax.Array]:
 
 
 @partial(
-    jax.jit, static_argnames=("cfg", "denoise", "shape", "sampler", "steps", "spacing", "frames", "start")
+    jax.jit,
+    static_argnames=("cfg", "denoise", "shape", "sampler", "steps", "spacing", "frames", "start", "on_step"),
 )
 def sample(
     cfg: NoiseConfig,
@@ -107,7 +107,7 @@ def sample(
     *,
     sampler: SamplerName = "ddim",
     steps: int = 50,
-    spacing: str = "uniform",
+    spacing: Spacing = "uniform",
     eta: jax.Array | float = 0.0,
     corrector_snr: jax.Array | float = 0.16,
     image: jax.Array | None = None,
@@ -115,6 +115,7 @@ def sample(
     known: jax.Array | None = None,
     mask: jax.Array | None = None,
     frames: int = 0,
+    on_step: Callable[[jax.Array], None] | None = None,
 ) -> Drawn:
     """Draws one picture per key.
 
@@ -131,6 +132,7 @@ def sample(
         the noised `known` stands there (2011.13456, I.2). What is drawn follows it, though less than an exact
         conditional draw would.
       frames: how many clean pictures on the way are kept, evenly spread, the last one included.
+      on_step: static; called on the host with the number of each step, from 0, as it is done.
 
     Returns Drawn. Raises ValueError for an unknown sampler or spacing, steps or start out of range, or shapes that
     do not fit. Values that are not finite are told by `check_finite(drawn)`, outside of jit.
@@ -193,6 +195,9 @@ def sample(
         if frames:
             new = jax.lax.dynamic_update_index_in_dim(pictures, x0, jnp.maximum(slot, 0), 0)
             pictures = jnp.where(slot >= 0, new, pictures)
+        if on_step is not None:
+            # Of a value of the finished step, so that the call cannot run ahead of it.
+            jax.debug.callback(on_step, p["number"] + 0 * first_bad[0])
         return (x, x0, pictures, first_bad), None
 
     carry = (x, whole, jnp.zeros((frames, *whole.shape)), jnp.full(len(keys_B), -1, jnp.int32))

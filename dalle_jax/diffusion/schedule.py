@@ -35,10 +35,6 @@ class Levels(NamedTuple):
         return (self.alpha / self.sigma) ** 2
 
 
-def is_variance_preserving(cfg: NoiseConfig) -> bool:
-    return cfg.kind in ("linear", "cosine", "ddpm")
-
-
 def betas(cfg: NoiseConfig) -> np.ndarray:
     """The betas of the discrete DDPM with `cfg.steps` steps, float64 (steps,); 1e-4 to 0.02 for 1000 steps."""
     return np.linspace(cfg.beta_min / cfg.steps, cfg.beta_max / cfg.steps, cfg.steps)

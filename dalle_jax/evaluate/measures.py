@@ -34,10 +34,13 @@ from dalle_jax.inference import (
     draw_codes,
     encode_images,
 )  # fmt: skip
+from dalle_jax.inference_diffusion import Denoising, DiffusionModel
+from dalle_jax.inference_diffusion import draw as draw_diffusion
 from dalle_jax.tokenizer import losses
 
 Figures = dict[str, float]
 Params = dict[str, Any]
+Model = TextToImage | DiffusionModel  # what draws pictures
 
 BATCH = 64  # rows measured at once
 
@@ -162,29 +165,28 @@ def measure_rfid(
 
 def measure_fid(
     network: inception.Inception,
-    model: TextToImage,
+    model: Model,
     true: fid.Moments,
     count: int = 256,
-    sampling: Sampling = Sampling(),  # noqa: B008, frozen
+    sampling: Sampling | Denoising = Sampling(),  # noqa: B008, frozen
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Figures:
-    """FID of a picture drawn for the caption of each of the first `count` rows of the evaluation split, row i
-    with seed `seed + i`, against true pictures.
+    """FID of a picture drawn for each of the first `count` rows of the evaluation split, with its caption and label
+    as far as the model reads them, row i with seed `seed + i`, against true pictures.
 
     Returns `fid`, and the pictures on each side, `fid_count` and `fid_reference_count`. Raises ValueError for
     fewer than two rows.
     """
-    data, size = model.run.config.data, model.tokenizer.config.image_size
-    source = open_source(data.source, "eval", languages=data.languages)
+    data, size = model.run.config.data, image_size(model)
+    source = open_source(data.source, "eval", languages=languages(model))
     batches = _batches(min(count, len(source)))
 
     def draw(rows: range) -> np.ndarray:
-        captions = eval_batch(data, source, rows, image_size=size)["caption"]
-        seeds = [seed + i for i in rows]
-        codes = draw_codes(model, captions, seeds, sampling, batch=BATCH)
-        return to_bytes(decode_codes(model.tokenizer, codes, batch=BATCH))
+        asked = eval_batch(data, source, rows, image_size=size, labels=reads_labels(model))
+        labels = asked.get("label")
+        return draw_pictures(model, asked["caption"], [seed + i for i in rows], sampling, labels=labels)
 
     made = _moments(network, map(draw, batches), batches, progress)
     return {"fid": fid.fid(made, true), "fid_count": made.count, "fid_reference_count": true.count}
@@ -204,6 +206,43 @@ def _moments(
         if progress:
             progress(rows.stop, batches[-1].stop)
     return found
+
+
+# --- models that draw ---------------------------------------------------------------------------------------
+
+
+def image_size(model: Model) -> int:
+    """Side of the pictures that a model draws, pixels."""
+    return model.config.image_size if isinstance(model, DiffusionModel) else model.tokenizer.config.image_size
+
+
+def languages(model: Model) -> tuple[str, ...]:
+    """Of the captions that a model was trained on; () for one that reads none."""
+    reads = not isinstance(model, DiffusionModel) or model.text is not None
+    return model.run.config.data.languages if reads else ()
+
+
+def reads_labels(model: Model) -> bool:
+    return isinstance(model, DiffusionModel) and model.config.classes > 0
+
+
+def draw_pictures(
+    model: Model,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    how: Sampling | Denoising,
+    *,
+    labels: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """One picture for each caption, uint8 (R, H, W, 3); a diffusion model that reads no captions draws without."""
+    if isinstance(model, DiffusionModel):
+        captions = captions if model.text is not None else None
+        return draw_diffusion(
+            model, seeds, how, captions=captions, labels=labels, batch=BATCH, progress=progress
+        ).images
+    codes = draw_codes(model, captions, seeds, how, batch=BATCH, progress=progress)
+    return to_bytes(decode_codes(model.tokenizer, codes, batch=BATCH))
 
 
 # --- faithfulness on procedural scenes ----------------------------------------------------------------------
@@ -238,10 +277,10 @@ def unseen_captions(data: DataConfig, kind: str, count: int) -> tuple[tuple[Capt
 
 
 def draw_verified(
-    model: TextToImage,
+    model: Model,
     kind: str,
     count: int = 256,
-    sampling: Sampling = Sampling(),  # noqa: B008, frozen
+    sampling: Sampling | Denoising = Sampling(),  # noqa: B008, frozen
     *,
     seed: int = 0,
     progress: Progress | None = None,
@@ -249,8 +288,11 @@ def draw_verified(
     """A picture for each of `count` unseen captions of a kind, row i with seed `seed + i`; its verdict."""
     captions = [caption for caption, _ in unseen_captions(model.run.config.data, kind, count)]
     texts, seeds = [c.text for c in captions], range(seed, seed + count)
-    codes = draw_codes(model, texts, seeds, sampling, batch=BATCH, progress=progress)
-    images = to_bytes(decode_codes(model.tokenizer, codes, batch=BATCH))
+    return verified(captions, draw_pictures(model, texts, seeds, sampling, progress=progress))
+
+
+def verified(captions: Sequence[Caption], images: np.ndarray) -> list[Drawn]:
+    """Pictures, uint8 (R, H, W, 3), with what was asked for and the verdicts."""
     return [
         Drawn(caption, image, verifier.check(image, caption.facts))
         for caption, image in zip(captions, images, strict=True)
@@ -268,9 +310,9 @@ def right_shares(kind: str, drawn: list[Drawn]) -> Figures:
 
 
 def measure_faithfulness(
-    model: TextToImage,
+    model: Model,
     count: int = 256,
-    sampling: Sampling = Sampling(),  # noqa: B008, frozen
+    sampling: Sampling | Denoising = Sampling(),  # noqa: B008, frozen
     *,
     seed: int = 0,
     progress: Progress | None = None,
@@ -281,7 +323,7 @@ def measure_faithfulness(
     same per language; {} for a source that is not of procedural scenes.
     """
     figures: Figures = {}
-    for kind in scene_kinds(model.run.config.data, model.tokenizer.config.image_size):
+    for kind in scene_kinds(model.run.config.data, image_size(model)):
         figures |= right_shares(
             kind, draw_verified(model, kind, count, sampling, seed=seed, progress=progress)
         )

@@ -97,10 +97,31 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"text/embed", ("vocab", "width")),
     (r"(vision|text)/proj/kernel", ("width", None)),
     (r"logit_scale", ()),
+    # Diffusion (diffusion/unet.py, text_encoder.py).
+    (
+        r"unet/(.*/)?(conv_in|conv_out|conv\d|(down|up)_\d_(down|up)sample)/kernel",
+        (None, None, "width", None),
+    ),
+    (r"unet/(.*/)?(time(_\d)?|text_mean|shortcut)/kernel", ("width", None)),
+    (r"unet/.*/(q|k|v|text_k|text_v)/kernel", ("width", "heads")),
+    (r"unet/.*/(q|k|v|text_k|text_v)/bias", ("heads",)),
+    (r"unet/.*/proj/kernel", ("heads", "width")),
+    (
+        r"unet/(.*/)?(conv_in|conv_out|conv\d|(down|up)_\d_(down|up)sample|time(_\d)?|text_mean|shortcut|proj)/bias",
+        (None,),
+    ),
+    (r"unet/(.*/)?(norm\d?|norm_out)/(scale|bias)", (None,)),
+    (r"unet/class_embed/embedding", (None, "width")),
+    (r"unet/codes_embed/embedding", ("vocab", None)),
+    (r"text_encoder/embed", ("vocab", "width")),
+    (r"text_encoder/pos", (None, "width")),
+    (r"text_encoder/norm_out/(scale|bias)", (None,)),
 )
-# Its two towers are of the Transformer's blocks.
+# The towers of CLIP and the text encoder of diffusion are of the Transformer's blocks.
 PARAM_AXES += tuple(
-    (f"(vision|text)/{pattern}", axes) for pattern, axes in PARAM_AXES if pattern.startswith("blocks/")
+    (f"(vision|text|text_encoder)/{pattern}", axes)
+    for pattern, axes in PARAM_AXES
+    if pattern.startswith("blocks/")
 )
 
 

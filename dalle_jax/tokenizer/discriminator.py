@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.config import AdversarialConfig
-from dalle_jax.tokenizer.vqgan import Norm
+from dalle_jax.nn.norm import GroupNorm
 
 Params = dict[str, Any]
 
@@ -34,7 +34,7 @@ class Discriminator(nn.Module):
             )  # fmt: skip
             x_BHWC = conv(x_BHWC)
             if i > 0:
-                x_BHWC = Norm(name=f"norm_{i}")(x_BHWC)
+                x_BHWC = GroupNorm(name=f"norm_{i}")(x_BHWC)
             x_BHWC = nn.leaky_relu(x_BHWC, 0.2)
         init = nn.initializers.normal(0.02)
         return nn.Conv(1, (4, 4), padding=1, kernel_init=init, name="score")(x_BHWC)[..., 0]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.config import VQGANConfig
+from dalle_jax.nn.norm import GroupNorm
 from dalle_jax.nn.sharding import constrain
 from dalle_jax.tokenizer import quantize
 from dalle_jax.tokenizer.losses import check_codes, check_images
@@ -27,29 +28,14 @@ def _conv(width: int, size: int, dtype: Any, name: str, **options) -> nn.Conv:
     return nn.Conv(width, (size, size), dtype=dtype, name=name, **options)
 
 
-class Norm(nn.Module):
-    """Group norm in float32; 32 groups, fewer where the channels do not divide."""
-
-    @nn.compact
-    def __call__(self, x_BHWC):
-        groups = math.gcd(32, x_BHWC.shape[-1])
-        shape = (x_BHWC.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        x = x_BHWC.astype(jnp.float32).reshape(*x_BHWC.shape[:3], groups, -1)
-        x = x - jnp.mean(x, axis=(1, 2, 4), keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(1, 2, 4), keepdims=True) + 1e-6)
-        return x.reshape(x_BHWC.shape) * scale[None, None, None] + bias[None, None, None]
-
-
 class ResBlock(nn.Module):
     width: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x_BHWC):
-        y = _conv(self.width, 3, self.dtype, "conv1")(nn.swish(Norm(name="norm1")(x_BHWC)))
-        y = _conv(self.width, 3, self.dtype, "conv2")(nn.swish(Norm(name="norm2")(y)))
+        y = _conv(self.width, 3, self.dtype, "conv1")(nn.swish(GroupNorm(name="norm1")(x_BHWC)))
+        y = _conv(self.width, 3, self.dtype, "conv2")(nn.swish(GroupNorm(name="norm2")(y)))
         if x_BHWC.shape[-1] != self.width:
             x_BHWC = _conv(self.width, 1, self.dtype, "nin_shortcut")(x_BHWC)
         return x_BHWC + y
@@ -63,7 +49,7 @@ class AttnBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC):
         b, h, w, c = x_BHWC.shape
-        y = Norm(name="norm")(x_BHWC)
+        y = GroupNorm(name="norm")(x_BHWC)
         q, k, v = (_conv(c, 1, self.dtype, name)(y).reshape(b, h * w, c) for name in "qkv")
         att_BSS = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(c)
         y = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(att_BSS).astype(v.dtype), v).reshape(b, h, w, c)
@@ -98,7 +84,7 @@ class Encoder(nn.Module):
                 down = _conv(x.shape[-1], 3, dtype, f"down_{level}_downsample", strides=2, padding=padding)
                 x = down(x)
         x = Middle(dtype, name="mid")(x)
-        return _conv(cfg.latent_width, 3, jnp.float32, "conv_out")(nn.swish(Norm(name="norm_out")(x)))
+        return _conv(cfg.latent_width, 3, jnp.float32, "conv_out")(nn.swish(GroupNorm(name="norm_out")(x)))
 
 
 class Decoder(nn.Module):
@@ -118,7 +104,7 @@ class Decoder(nn.Module):
             if level > 0:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = _conv(x.shape[-1], 3, dtype, f"up_{level}_upsample")(x)
-        features = nn.swish(Norm(name="norm_out")(x))
+        features = nn.swish(GroupNorm(name="norm_out")(x))
         return _conv(3, 3, jnp.float32, "conv_out")(features), features
 
 

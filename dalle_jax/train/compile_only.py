@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dalle_jax import autoregressive, dalle
-from dalle_jax.config import BartConfig, ClipConfig, DalleConfig, DVAEConfig, TrainConfig
+from dalle_jax.config import BartConfig, ClipConfig, DalleConfig, DiffusionConfig, DVAEConfig, TrainConfig
 from dalle_jax.nn import flash
 from dalle_jax.nn.sharding import batch_sharding, make_mesh
 from dalle_jax.train import hlo
@@ -65,7 +65,13 @@ def _task(config: TrainConfig) -> Any:
             if isinstance(config.model, ClipConfig):
                 task.row_shapes["text"] = ((config.model.text_len,), jnp.int32)
             return task
-    raise ValueError(f"--compile-only knows the stages dvae, dalle, bart and clip, not {config.model.kind}")
+        case DiffusionConfig():
+            from dalle_jax.train.tasks.diffusion import DiffusionTask
+
+            return DiffusionTask.on_codes(config)
+    raise ValueError(
+        f"--compile-only knows the stages dvae, dalle, bart, clip and diffusion, not {config.model.kind}"
+    )
 
 
 def train_flops(config: TrainConfig) -> float | None:

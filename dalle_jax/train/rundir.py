@@ -1,8 +1,8 @@
 """The run directory: everything a run makes, and all that is needed to use what it made.
 
     config.json      the configuration, every field
-    text.model       BPE vocabulary (stages dalle and clip)
-    tokenizer/       config.json and params/ of the frozen tokenizer (stage dalle)
+    text.model       BPE vocabulary (stages that read captions)
+    tokenizer/       config.json and params/ of the frozen tokenizer (stages that read image tokens)
     checkpoints/     one directory per saved step; an exported run has model.safetensors instead
     metrics.jsonl    one JSON object per line
     events/          the same figures for TensorBoard
@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 from dalle_jax import autoregressive, clip, tokenizer
 from dalle_jax.config import (
     ClipConfig,
+    DiffusionConfig,
     ModelConfig,
     TokenizerConfig,
     TrainConfig,
@@ -41,6 +42,7 @@ from dalle_jax.config import (
     from_json,
     to_json,
 )
+from dalle_jax.diffusion import unet
 from dalle_jax.importers import safetensors
 from dalle_jax.nn.sharding import param_shardings, path_name
 from dalle_jax.train import bucket
@@ -96,7 +98,7 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def stage(config: TrainConfig) -> str:
-    """`dvae`, `vqgan`, `dalle`, `clip`: the type of `config.model`."""
+    """`dvae`, `vqgan`, `dalle`, `clip`, `diffusion`: the type of `config.model`."""
     return config.model.kind
 
 
@@ -251,7 +253,7 @@ def load_run(
     """The model of a run directory, ready for use; reads its parameters only, writes nothing.
 
     Args:
-      stage: what the run must be (`dvae`, `vqgan`, `dalle`, `clip`); None takes any.
+      stage: what the run must be (`dvae`, `vqgan`, `dalle`, `clip`, `diffusion`); None takes any.
       which: `best` is the checkpoint with the best evaluation measure, or the latest where none was measured;
         or `latest`, or the number of a saved step.
       ema: take the averaged parameters if the run has them.
@@ -348,6 +350,8 @@ def _init(model: ModelConfig):
         return partial(autoregressive.init, model)
     if isinstance(model, ClipConfig):
         return partial(clip.init, model)
+    if isinstance(model, DiffusionConfig):
+        return partial(unet.init, model)
     raise ValueError(f"models of stage {model.kind} are not read from safetensors")
 
 

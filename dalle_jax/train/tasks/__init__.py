@@ -6,14 +6,23 @@ is one file here and one line in `make_task`, the only place that tells stages a
 
 from __future__ import annotations
 
-from dalle_jax.config import BartConfig, ClipConfig, DalleConfig, DVAEConfig, TrainConfig, VQGANConfig
+from dalle_jax.config import (
+    BartConfig,
+    ClipConfig,
+    DalleConfig,
+    DiffusionConfig,
+    DVAEConfig,
+    TrainConfig,
+    VQGANConfig,
+)
 from dalle_jax.train.tasks.clip import ClipTask
 from dalle_jax.train.tasks.dalle import DalleTask
+from dalle_jax.train.tasks.diffusion import DiffusionTask
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
 from dalle_jax.train.tasks.vqgan import VQGANTask
 
 
-def make_task(config: TrainConfig) -> TokenizerTask | DalleTask | ClipTask:
+def make_task(config: TrainConfig) -> TokenizerTask | DalleTask | ClipTask | DiffusionTask:
     """The task of the stage that `config.model` names."""
     match config.model:
         case DVAEConfig():
@@ -24,4 +33,6 @@ def make_task(config: TrainConfig) -> TokenizerTask | DalleTask | ClipTask:
             return DalleTask(config)
         case ClipConfig():
             return ClipTask(config)
+        case DiffusionConfig():
+            return DiffusionTask(config)
     raise ValueError(f"no stage trains a {type(config.model).__name__}")

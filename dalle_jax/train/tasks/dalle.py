@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,41 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dalle_jax import autoregressive, text, tokenizer
-from dalle_jax.config import TokenizerConfig, TrainConfig, TransformerConfig
+from dalle_jax import autoregressive, tokenizer
+from dalle_jax.config import TrainConfig
 from dalle_jax.data.codes import CodesRows
 from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.sampling.generate import generate, row_keys
-from dalle_jax.train.bucket import local_dir
 from dalle_jax.train.processes import fetch
-from dalle_jax.train.rundir import load_frozen, load_run, read_config, save_frozen, share
-from dalle_jax.train.start import copy_tokenizer
-from dalle_jax.train.tasks.captions import make_vocabulary, tell_cut
+from dalle_jax.train.rundir import load_frozen
+from dalle_jax.train.tasks.captions import tell_cut
 from dalle_jax.train.tasks.pictures import (
     PICTURES,
     eval_batches,
     grid,
     log_unusable,
 )  # fmt: skip
+from dalle_jax.train.tasks.prepare import check_fits, check_tokenizer, prepare
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
-
-
-def check_fits(transformer: TransformerConfig, model: Any, where: Any) -> None:
-    """Raises ValueError unless `model`, of the run `where`, is a tokenizer that gives the codes that are wanted."""
-    if not isinstance(model, TokenizerConfig):
-        raise ValueError(f"tokenizer {where} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)")
-    for name, ours, theirs in (
-        ("image_vocab", transformer.image_vocab, model.vocab),
-        ("grid", transformer.grid, model.grid),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"model.{name} is {ours}, but the tokenizer {where} has {theirs}; set them equal"
-            )
 
 
 class DalleTask:
@@ -59,39 +43,18 @@ class DalleTask:
         self.config, self.model = config, config.model
         self.tokens_per_row = self.model.length
         self.frozen: Params = {}
-        begun = [
-            local_dir(run) / "tokenizer" / "config.json" for run in (config.run, config.init_from) if run
-        ]
-        if config.tokenizer is None and not any(file.exists() for file in begun):
-            raise ValueError(
-                "tokenizer is not set; the stage dalle needs the run directory of a trained tokenizer: pass "
-                "--tokenizer runs/NAME"
-            )
-        if config.tokenizer is not None:  # before the run directory is made
-            check_fits(self.model, read_config(config.tokenizer).model, config.tokenizer)
+        check_tokenizer(config, self.model.image_vocab, self.model.grid)  # before the run directory is made
 
     def prepare(self, run_dir: Path) -> None:
-        config, first = self.config, jax.process_index() == 0
+        config = self.config
         self._source = open_train_source(config.data)
         self._eval = open_source(config.data.source, "eval", languages=config.data.languages)
         log_unusable(self._source, run_dir)
-        vocabulary, frozen = run_dir / "text.model", run_dir / "tokenizer"
-        if first:
-            make_vocabulary(config, self._source, vocabulary, self.model.text_vocab)
-        if first and not (frozen / "config.json").exists():
-            shutil.rmtree(frozen, ignore_errors=True)  # half-written
-            if config.tokenizer is not None or not copy_tokenizer(config, frozen):
-                save_frozen(frozen, load_run(config.tokenizer))
-        share(run_dir)
-        self.text = text.TextTokenizer.load(vocabulary)
-        if self.text.size > self.model.text_vocab:
-            raise ValueError(
-                f"{vocabulary} has {self.text.size} pieces, model.text_vocab is {self.model.text_vocab}; raise it"
-            )
-        if first:
+        self.text = prepare(config, self._source, run_dir, vocab=self.model.text_vocab, tokenizer=True)
+        if jax.process_index() == 0:
             tell_cut(self.text, self._source, self.model.text_len)
-        self.tokenizer, self.frozen, fingerprint = load_frozen(frozen)
-        check_fits(self.model, self.tokenizer, frozen)
+        self.tokenizer, self.frozen, fingerprint = load_frozen(run_dir / "tokenizer")
+        check_fits(self.tokenizer, run_dir / "tokenizer", self.model.image_vocab, self.model.grid)
         self._check_codes(fingerprint)
 
     def _check_codes(self, fingerprint: str) -> None:

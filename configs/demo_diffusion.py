@@ -1,0 +1,44 @@
+"""The demo's scenes, 32 x 32 pixels, from English captions by diffusion: a U-Net small enough for a CPU.
+
+Paper: Ho et al. 2020, arXiv 2006.11239, with captions as in 2112.10741, at a small size: squares of 2 x 2 pixels are
+one place of the network. Hardware: two CPU cores. Time and score: docs/diffusion.md.
+
+    python train.py configs/demo_diffusion.py
+    dalle-jax sample runs/demo_diffusion "a large red star" --n 4 --guidance 2
+"""
+
+import dataclasses
+
+from dalle_jax.config import DiffusionConfig, NoiseConfig, TextConfig, TextEncoderConfig, TrainConfig
+from dalle_jax.demo import dvae_config
+
+_demo = dvae_config()
+STEPS = 2_000
+
+config = TrainConfig(
+    run="runs/demo_diffusion",
+    model=DiffusionConfig(
+        image_size=32,
+        patch=2,
+        width=32,
+        multipliers=(1, 2, 4),
+        blocks=1,
+        attention_sizes=(8,),
+        dropout=0.0,
+        text=TextEncoderConfig(vocab=768, length=16, width=64, layers=2, heads=4),
+        noise=NoiseConfig(kind="cosine"),
+        prediction="x0",  # weighs high noise, where colour and shape are decided, as much as low
+    ),
+    data=dataclasses.replace(_demo.data, batch=32, languages=("en",)),
+    text=TextConfig(train_captions=20_000, dropout=0.0),
+    optim=dataclasses.replace(
+        _demo.optim, learning_rate=2e-3, weight_decay=0.0, clip_norm=1.0, ema_decay=0.995, ema_every=1
+    ),
+    mesh=_demo.mesh,
+    steps=STEPS,
+    log_every=25,
+    eval_every=STEPS // 4,
+    save_every=STEPS // 20,
+    sample_every=STEPS // 4,
+    eval_rows=128,
+)

@@ -1,0 +1,54 @@
+"""Procedural scenes at 64 x 64 pixels, up to four objects, English and Chinese captions: text-conditional diffusion.
+
+Paper: 2006.11239 and 2112.10741 at 34 million parameters, v-prediction (2202.00512) on a cosine schedule. Hardware:
+written for one GPU; not yet run on one. Time and score on a GPU: to be measured.
+
+    python train.py configs/diffusion_scenes.py
+    dalle-jax evaluate runs/diffusion_scenes --guidance 1 2 4
+"""
+
+from dalle_jax.config import (
+    DataConfig,
+    DiffusionConfig,
+    NoiseConfig,
+    OptimConfig,
+    ScenesSource,
+    TextConfig,
+    TextEncoderConfig,
+    TrainConfig,
+)
+
+config = TrainConfig(
+    run="runs/diffusion_scenes",
+    model=DiffusionConfig(
+        image_size=64,
+        patch=2,
+        width=128,
+        multipliers=(1, 2, 2),
+        attention_sizes=(16, 8),
+        head_width=64,
+        scale_shift=True,
+        dropout=0.0,
+        text=TextEncoderConfig(vocab=1024, length=64, width=256, layers=6, heads=4),
+        noise=NoiseConfig(kind="cosine"),
+        prediction="v",
+        weighting="min_snr",
+        dtype="bfloat16",
+    ),
+    data=DataConfig(source=ScenesSource(count=4_000_000), batch=128, threads=12, prefetch=16),
+    text=TextConfig(train_captions=100_000, dropout=0.1),
+    optim=OptimConfig(
+        learning_rate=3e-4,
+        warmup_steps=500,
+        b2=0.99,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        ema_decay=0.999,
+        ema_every=1,
+    ),
+    steps=30_000,
+    eval_every=1_000,
+    save_every=1_000,
+    sample_every=3_000,
+    eval_rows=512,
+)

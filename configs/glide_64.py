@@ -1,0 +1,45 @@
+"""The base model of GLIDE at 64 x 64 pixels by size: 2.2 billion parameters of U-Net, 1.2 billion of text encoder.
+
+Paper: Nichol et al. 2021, arXiv 2112.10741, 3: width 512, 24 text layers of width 2048, noise cosine. Keys and values
+of captions stand beside those of pictures; the mean of the caption's states is added to the time (the paper: that of
+its last token). Hardware: a pod; not trained here, shapes tested.
+
+    python train.py configs/glide_64.py --data.path captioned --compile-only v5p:4x4x4
+"""
+
+from dalle_jax.config import (
+    DataConfig,
+    DiffusionConfig,
+    FolderSource,
+    MeshConfig,
+    NoiseConfig,
+    OptimConfig,
+    TextEncoderConfig,
+    TrainConfig,
+)
+
+config = TrainConfig(
+    run="runs/glide_64",
+    model=DiffusionConfig(
+        image_size=64,
+        width=512,
+        multipliers=(1, 2, 3, 4),
+        blocks=3,
+        attention_sizes=(32, 16, 8),
+        head_width=64,
+        scale_shift=True,
+        resample="block",
+        text=TextEncoderConfig(vocab=16_384, length=128, width=2048, layers=24, heads=32),
+        null_rate=0.2,
+        noise=NoiseConfig(kind="cosine"),
+        dtype="bfloat16",
+        remat=True,
+    ),
+    data=DataConfig(source=FolderSource(path="captioned"), batch=2048, threads=16, prefetch=16),
+    optim=OptimConfig(
+        learning_rate=1e-4, warmup_steps=2_000, schedule="constant", b2=0.999, weight_decay=0.0, clip_norm=1.0,
+        ema_decay=0.9999, ema_every=1,
+    ),
+    mesh=MeshConfig(fsdp=-1, data=1),
+    steps=2_500_000,
+)  # fmt: skip

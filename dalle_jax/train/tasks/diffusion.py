@@ -1,0 +1,162 @@
+"""The stage of diffusion: a U-Net learns to see the picture behind the noise, given its conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from dalle_jax import tokenizer
+from dalle_jax.config import TrainConfig
+from dalle_jax.data.images import to_bytes, to_floats
+from dalle_jax.data.pipeline import eval_batch, train_batches
+from dalle_jax.data.sources import open_source
+from dalle_jax.diffusion import denoise, loss, sampler, unet
+from dalle_jax.train.processes import fetch
+from dalle_jax.train.rundir import load_frozen
+from dalle_jax.train.tasks.captions import tell_cut
+from dalle_jax.train.tasks.pictures import (
+    PICTURES,
+    eval_batches,
+    grid,
+    log_unusable,
+)  # fmt: skip
+from dalle_jax.train.tasks.prepare import check_fits, check_tokenizer, prepare
+
+Params = dict[str, Any]
+Batch = dict[str, Any]
+
+_STEPS = 25  # of the sampler, in pictures drawn while training
+
+
+class DiffusionTask:
+    """A U-Net of pixels with any of its conditions: captions, labels, image tokens, a small picture."""
+
+    best = ("eval_loss", "min")
+
+    def __init__(self, config: TrainConfig):
+        self._set(config)
+        if codes := self.model.codes:
+            check_tokenizer(config, codes.vocab, codes.grid, "model.codes.{}")
+
+    def _set(self, config: TrainConfig) -> None:
+        self.config, self.model = config, config.model
+        self.frozen: Params = {}
+        self.tokens_per_row = self.model.sizes[0] ** 2  # places of the network
+
+    @classmethod
+    def on_codes(cls, config: TrainConfig) -> DiffusionTask:
+        """A task whose batches hold the codes: the step can be compiled before a tokenizer is trained.
+
+        Its `row_shapes` say what a row of a batch is.
+        """
+        task = cls.__new__(cls)
+        task._set(config)
+        model, size = config.model, config.model.image_size
+        task.row_shapes = {"image": ((size, size, 3), jnp.uint8)}
+        if model.text is not None:
+            task.row_shapes["text"] = ((model.text.length,), jnp.int32)
+        if model.classes:
+            task.row_shapes["label"] = ((), jnp.int32)
+        if model.codes is not None:
+            task.row_shapes["codes"] = ((model.codes.grid**2,), jnp.int32)
+        return task
+
+    def prepare(self, run_dir: Path) -> None:
+        config, model = self.config, self.model
+        languages = config.data.languages if model.text else ()
+        self._source = open_source(config.data.source, "train", languages=languages)
+        self._eval = open_source(config.data.source, "eval", languages=languages)
+        log_unusable(self._source, run_dir)
+        if model.classes and len(self._source.classes) != model.classes:
+            raise ValueError(
+                f"model.classes is {model.classes}, but the data has {len(self._source.classes)}; set them equal"
+            )
+        vocab = None if model.text is None else model.text.vocab
+        self.text = prepare(
+            config,
+            self._source,
+            run_dir,
+            vocab=vocab,
+            tokenizer=model.codes is not None,
+            field="model.text.vocab",
+        )
+        if self.text is not None and jax.process_index() == 0:
+            tell_cut(self.text, self._source, model.text.length)
+        if model.codes is not None:
+            self.tokenizer, self.frozen, _ = load_frozen(run_dir / "tokenizer")
+            check_fits(
+                self.tokenizer, run_dir / "tokenizer", model.codes.vocab, model.codes.grid, "model.codes.{}"
+            )
+            if self.tokenizer.image_size != model.image_size:
+                raise ValueError(
+                    f"model.image_size is {model.image_size}, the tokenizer's is {self.tokenizer.image_size}: make it "
+                    "that"
+                )
+
+    def init(self, key: jax.Array) -> Params:
+        return unet.init(self.model, key)
+
+    def _given(self, frozen: Params, batch: Batch) -> unet.Conditions:
+        """What a batch says of its pictures; the small picture is the loss's to make."""
+        label, codes = batch.get("label"), batch.get("codes")
+        if label is not None:
+            label = jnp.where(label < 0, self.model.classes, label)
+        if self.model.codes is not None and codes is None:
+            codes = tokenizer.encode(self.tokenizer, frozen, to_floats(batch["image"]))
+        return unet.Conditions(batch.get("text"), label, codes)
+
+    def loss(self, params, frozen, batch, key, step):
+        given = self._given(frozen, batch)
+        return loss.loss(self.model, params, to_floats(batch["image"]), given, key)
+
+    def _row_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"image_size": self.model.image_size, "labels": self.model.classes > 0}
+        if self.text is not None:
+            text = self.model.text
+            options |= {"text": self.text, "text_vocab": text.vocab, "text_len": text.length}
+        return options
+
+    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        return train_batches(
+            self.config.data,
+            self._source,
+            start=start,
+            dropout=self.config.text.dropout,
+            rows=rows,
+            **self._row_options(),
+        )
+
+    def eval_batches(self) -> list[Batch]:
+        batches = eval_batches(self.config, self._eval, **self._row_options())
+        return [{name: rows for name, rows in batch.items() if name != "caption"} for batch in batches]
+
+    def evaluate(self, params, frozen, batch, key):
+        """Every row keeps its caption; no dropout."""
+        given = self._given(frozen, batch)
+        value, metrics = loss.loss(self.model, params, to_floats(batch["image"]), given, key, train=False)
+        return {"eval_loss": value, **{f"eval_{name}": v for name, v in metrics.items()}}
+
+    def pictures(self, params, frozen, key) -> Image.Image:
+        """Samples for rows of the evaluation split, no guidance, each under its caption if captions are read."""
+        batch = eval_batch(self.config.data, self._eval, PICTURES, **self._row_options())
+        captions = batch.pop("caption")
+
+        @jax.jit
+        def draw(params, frozen, batch, keys_B):
+            model, given = self.model, self._given(frozen, batch)
+            if model.low_size:
+                given = given._replace(low=loss.shrink(2 * to_floats(batch["image"]) - 1, model.low_size))
+            context = denoise.Context(params, denoise.read_guided(model, params, given, guided=False))
+            shape = (model.image_size, model.image_size, 3)
+            how = {"sampler": "dpm++2m", "steps": _STEPS}
+            return sampler.sample(model.noise, denoise.denoiser(model), context, keys_B, shape, **how).x
+
+        keys_B = jax.random.split(key, len(captions))
+        drawn = draw(params, frozen, jax.tree.map(jnp.asarray, batch), keys_B)
+        return grid(to_bytes(fetch(drawn) / 2 + 0.5), 4, captions if self.text is not None else None)

@@ -1,0 +1,75 @@
+"""What a stage takes from elsewhere, put into its run directory: a vocabulary, a frozen tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dalle_jax import text
+from dalle_jax.config import TokenizerConfig, TrainConfig
+from dalle_jax.data.sources import Source
+from dalle_jax.train.bucket import local_dir
+from dalle_jax.train.rundir import load_run, read_config, save_frozen, share
+from dalle_jax.train.start import copy_tokenizer
+from dalle_jax.train.tasks.captions import make_vocabulary
+
+
+def check_tokenizer(config: TrainConfig, vocab: int, grid: int, fields: str = "model.{}") -> None:
+    """Before the run directory is made: is there a tokenizer, and does it fit?
+
+    Raises ValueError if none is named or there, or what `check_fits` raises.
+    """
+    begun = [local_dir(run) / "tokenizer" / "config.json" for run in (config.run, config.init_from) if run]
+    if config.tokenizer is None and not any(file.exists() for file in begun):
+        raise ValueError(
+            f"tokenizer is not set; the stage {config.model.kind} needs the run directory of a trained tokenizer: "
+            "pass --tokenizer runs/NAME"
+        )
+    if config.tokenizer is not None:
+        check_fits(read_config(config.tokenizer).model, config.tokenizer, vocab, grid, fields)
+
+
+def check_fits(model: Any, where: Any, vocab: int, grid: int, fields: str = "model.{}") -> None:
+    """Raises ValueError for a model that is no tokenizer of `vocab` codes in a raster of `grid` x `grid`."""
+    if not isinstance(model, TokenizerConfig):
+        raise ValueError(f"tokenizer {where} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)")
+    vocab_field = "image_vocab" if fields == "model.{}" else "vocab"
+    for name, ours, theirs in ((vocab_field, vocab, model.vocab), ("grid", grid, model.grid)):
+        if ours != theirs:
+            raise ValueError(
+                f"{fields.format(name)} is {ours}, but the tokenizer {where} has {theirs}; set them equal"
+            )
+
+
+def prepare(
+    config: TrainConfig,
+    source: Source,
+    run_dir: Path,
+    *,
+    vocab: int | None,
+    tokenizer: bool,
+    field: str = "model.text_vocab",
+) -> text.TextTokenizer | None:
+    """Writes `text.model` (with a vocab, its most pieces) and `tokenizer/` as far as they are wanted and missing.
+
+    field: what sets `vocab`, for messages. Returns the vocabulary, or None. Raises ValueError for a vocabulary that
+    is larger than `vocab`.
+    """
+    vocabulary, frozen = run_dir / "text.model", run_dir / "tokenizer"
+    if jax.process_index() == 0:
+        if vocab is not None:
+            make_vocabulary(config, source, vocabulary, vocab)
+        if tokenizer and not (frozen / "config.json").exists():
+            shutil.rmtree(frozen, ignore_errors=True)  # half-written
+            if config.tokenizer is not None or not copy_tokenizer(config, frozen):
+                save_frozen(frozen, load_run(config.tokenizer))
+    share(run_dir)
+    if vocab is None:
+        return None
+    found = text.TextTokenizer.load(vocabulary)
+    if found.size > vocab:
+        raise ValueError(f"{vocabulary} has {found.size} pieces, {field} is {vocab}; raise it")
+    return found
