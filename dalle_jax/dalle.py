@@ -23,6 +23,7 @@ from dalle_jax.nn import flash
 from dalle_jax.nn.attention import ATTENDED, MIDDLE, QKV, Block, attend, norm
 from dalle_jax.nn.cache import KV, LayerCache
 from dalle_jax.nn.cross_entropy import cross_entropy, scores
+from dalle_jax.nn.ids import check_ids
 from dalle_jax.nn.masks import attention_mask
 from dalle_jax.nn.rotary import raster_turns
 from dalle_jax.nn.sharding import constrain
@@ -81,19 +82,6 @@ def init(cfg: DalleConfig, key: jax.Array) -> Params:
 def null_text(cfg: DalleConfig) -> jax.Array:
     """The null caption: every position its pad token. Returns int32 (T,)."""
     return cfg.text_vocab + jnp.arange(cfg.text_len, dtype=jnp.int32)
-
-
-def check_ids(cfg: DalleConfig, text_BT: jax.Array, codes_BP: jax.Array) -> None:
-    """Raises ValueError unless these are captions and the first P <= N codes for each."""
-    if text_BT.ndim != 2 or text_BT.shape[1] != cfg.text_len:
-        raise ValueError(f"text has shape {text_BT.shape}, want (batch, {cfg.text_len}); pad or cut captions")
-    if codes_BP.ndim != 2 or codes_BP.shape[1] > cfg.num_codes or len(codes_BP) != len(text_BT):
-        raise ValueError(
-            f"codes have shape {codes_BP.shape}, want ({len(text_BT)}, {cfg.num_codes}) or fewer columns"
-        )
-    for name, ids in (("text", text_BT), ("codes", codes_BP)):
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"{name} is {ids.dtype}, want int32 ids")
 
 
 def _known(cfg: DalleConfig, text_BT: jax.Array) -> jax.Array:
