@@ -238,7 +238,7 @@ def test_scale_stops_at_its_most_and_comes_back():
 step = jitted(jax.value_and_grad(clip.loss, argnums=1, has_aux=True))
 
 
-def assert_same_step(got, want):
+def assert_same_step(got, want, bound=3e-5):
     np.testing.assert_allclose(got[0][0], want[0][0], rtol=1e-5)
     for name, value in want[0][1].items():
         np.testing.assert_allclose(got[0][1][name], value, rtol=1e-5)
@@ -247,7 +247,7 @@ def assert_same_step(got, want):
     ):
         big = np.abs(wanted).max()
         assert big > 0, path_name(path)
-        np.testing.assert_allclose(grad, wanted, rtol=0, atol=1e-4 * big + 1e-8, err_msg=path_name(path))
+        np.testing.assert_allclose(grad, wanted, rtol=0, atol=bound * big + 1e-8, err_msg=path_name(path))
 
 
 def test_eight_devices_are_one_device(params):
@@ -262,8 +262,9 @@ def test_eight_devices_are_one_device(params):
         chunked = ClipConfig(**{**vars(CFG), "chunks": 2})
         parts = step(chunked, spread, batch["image"], batch["text"])
     assert len(got[0][0].sharding.device_set) == 8
-    assert_same_step(got, want)
-    assert_same_step(parts, want)
+    # Float32 sums in another order: the rows in another order on one device move gradients by 2.8e-5 already.
+    assert_same_step(got, want, bound=1e-4)
+    assert_same_step(parts, want, bound=1e-4)
     assert got[0][0].sharding.is_equivalent_to(replicated(mesh), 0)
 
 
