@@ -40,7 +40,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from dalle_jax import dalle
+    from dalle_jax import autoregressive, dalle
     from dalle_jax.config import DalleConfig
     from dalle_jax.sampling.generate import generate, row_keys
 
@@ -54,7 +54,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         dim=job["dim"], layers=job["layers"], heads=job["heads"], dtype=job["dtype"], **kinds,
     )  # fmt: skip
     params = jax.jit(dalle.init, static_argnums=0)(cfg, jax.random.key(0))
-    params = jax.block_until_ready(jax.jit(dalle.unstack, static_argnums=0)(cfg, params))
+    params = jax.block_until_ready(jax.jit(autoregressive.unstack, static_argnums=0)(cfg, params))
     text = jnp.zeros((job["batch"], job["text_len"]), jnp.int32)
     begin = time.perf_counter()
     args = (text, row_keys(range(job["batch"])))

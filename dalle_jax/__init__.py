@@ -21,7 +21,6 @@ _ROOMS = (
     "train",
     "inference",
     "ranking",
-    "inference_diffusion",
     "evaluate",
     "importers",
     "demo",

@@ -1,5 +1,6 @@
 """Any Transformer from text to codes, told by its configuration: one stream (dalle.py), or an encoder and a decoder
-(bart.py). The sampler, the training task and the commands know only these functions, which are documented there.
+(bart.py). The sampler, the training task and the commands know only these functions; those without a word here are
+documented there.
 """
 
 from __future__ import annotations
@@ -37,7 +38,19 @@ def loss(cfg: TransformerConfig, params: Params, text_BT: jax.Array, codes_BN: j
 
 
 def unstack(cfg: TransformerConfig, params: Params) -> Params:
-    return _of(cfg).unstack(cfg, params)
+    """The parameters as sampling wants them: the (decoder's) `blocks` a tuple of layers, matrices in the compute dtype.
+
+    Both are done once here instead of once per token. Parameters in this form are returned as they are.
+    """
+    if isinstance(params["blocks"], tuple):
+        return params
+
+    def one(path, leaf):
+        return leaf.astype(cfg.dtype) if path[-1].key == "kernel" else leaf
+
+    cast = jax.tree_util.tree_map_with_path(one, {n: params[n] for n in ("blocks", "image_head")})
+    layers = tuple(jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
+    return {**params, **cast, "blocks": layers}
 
 
 def init_cache(cfg: TransformerConfig, captions: int, copies: int = 1, **options: bool) -> Cache:

@@ -227,20 +227,6 @@ def loss(
 # --- sampling: one position at a time over a KV cache ----------------------------------------------------
 
 
-def unstack(cfg: BartConfig, params: Params) -> Params:
-    """The parameters as sampling wants them: the decoder's `blocks` a tuple of layers, its matrices in the compute
-    dtype. Parameters in this form are returned as they are."""
-    if isinstance(params["blocks"], tuple):
-        return params
-
-    def one(path, leaf):
-        return leaf.astype(cfg.dtype) if path[-1].key == "kernel" else leaf
-
-    cast = jax.tree_util.tree_map_with_path(one, {n: params[n] for n in ("blocks", "image_head")})
-    layers = tuple(jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
-    return {**params, **cast, "blocks": layers}
-
-
 def init_cache(cfg: BartConfig, captions: int, copies: int = 1, *, guided: bool = False) -> Cache:
     """Empty caches: of `captions` captions with `copies` rows for each; guided: as many rows again on the null
     caption, whose keys are held once."""

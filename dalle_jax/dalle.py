@@ -242,22 +242,6 @@ def loss(
 # --- sampling: one position at a time over a KV cache ----------------------------------------------------
 
 
-def unstack(cfg: DalleConfig, params: Params) -> Params:
-    """The parameters as sampling wants them: `blocks` a tuple of layers, matrices in the compute dtype.
-
-    Both are done once here instead of once per token. Parameters in this form are returned as they are.
-    """
-    if isinstance(params["blocks"], tuple):
-        return params
-
-    def one(path, leaf):
-        return leaf.astype(cfg.dtype) if path[-1].key == "kernel" else leaf
-
-    cast = jax.tree_util.tree_map_with_path(one, {n: params[n] for n in ("blocks", "image_head")})
-    layers = tuple(jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
-    return {**params, **cast, "blocks": layers}
-
-
 def init_cache(cfg: DalleConfig, captions: int, copies: int = 1, *, guided: bool = False) -> Cache:
     """Empty caches: per layer the text keys of `captions` and the image keys of `copies` rows for each.
 
@@ -290,9 +274,9 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Run each caption once, then the first P < N codes of each row, if given.
 
-    `params` as `unstack` returns them. copies: rows per caption, neighbours; B = C * copies. guided: B more
-    rows follow, with the same codes on the null caption, which is run once. Returns float32 (B or 2 B, V), the
-    logits of code P, and the caches.
+    `params` as `autoregressive.unstack` returns them. copies: rows per caption, neighbours; B = C * copies. guided:
+    B more rows follow, with the same codes on the null caption, which is run once. Returns float32 (B or 2 B, V),
+    the logits of code P, and the caches.
     """
     rows = len(text_CT) * copies
     if codes_BP is None:

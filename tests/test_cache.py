@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import dalle
+from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn import cache as kv
 from dalle_jax.sampling.generate import generate, generate_rows, row_keys
@@ -46,7 +46,7 @@ def test_every_kind_at_every_place_and_after_a_prefix(kind, codes):
     """The scores of all codes, step by step and after a prefix, are those of no cache."""
     cfg = dataclasses.replace(CFG, attention=(kind,), layers=2)
     params = lively(cfg)
-    ready = dalle.unstack(cfg, params)
+    ready = autoregressive.unstack(cfg, params)
     want = uncached(cfg, params, CAPTIONS, codes)
     fill = jax.jit(dalle.prefill, static_argnums=0)
     _, cache = fill(cfg, ready, CAPTIONS)
@@ -66,7 +66,7 @@ def test_every_kind_at_every_place_and_after_a_prefix(kind, codes):
 def test_each_row_at_its_own_place(codes):
     """Rows at different places, in caches with the leavings of other pictures, score as they do alone."""
     params = lively(CFG)
-    ready = dalle.unstack(CFG, params)
+    ready = autoregressive.unstack(CFG, params)
     want = uncached(CFG, params, CAPTIONS, codes)
     _, cache = dalle.prefill(CFG, ready, CAPTIONS)
     other = (codes + 3) % V
@@ -95,7 +95,7 @@ def test_a_small_cache_is_enough_until_it_is_full(codes):
     """With room for as many tokens as come, scores and what is kept are those with room for all; then it grows."""
     cfg = dataclasses.replace(CFG, attention=("full", "row"), layers=2)
     params = lively(cfg)
-    ready = dalle.unstack(cfg, params)
+    ready = autoregressive.unstack(cfg, params)
     want = uncached(cfg, params, CAPTIONS, codes)
     _, cache = jax.jit(dalle.prefill, static_argnums=0)(cfg, ready, CAPTIONS, codes[:, :6])
     for room, places in ((10, range(6, 10)), (16, range(10, 16)), (N, range(16, N - 1))):
@@ -142,7 +142,7 @@ def loop_bodies(text):
 
 def programs(grid):
     cfg = dataclasses.replace(CFG, grid=grid, text_len=2, dim=32)
-    params = dalle.unstack(cfg, lively(cfg))
+    params = autoregressive.unstack(cfg, lively(cfg))
     text = jnp.stack([dalle.null_text(cfg)] * 2)
     return cfg, generate.lower(cfg, params, text, row_keys([0, 1]), top_k=3).compile()
 
@@ -167,7 +167,7 @@ def test_memory_grows_by_the_cache_alone():
             CFG, grid=grid, text_len=2, dim=32, image_vocab=4096, attention=("full", "column")
         )
         params = jax.eval_shape(
-            lambda key, cfg=cfg: dalle.unstack(cfg, dalle.init(cfg, key)), jax.random.key(0)
+            lambda key, cfg=cfg: autoregressive.unstack(cfg, dalle.init(cfg, key)), jax.random.key(0)
         )
         text = jax.ShapeDtypeStruct((2, 2), jnp.int32)
         program = generate.lower(cfg, params, text, jax.eval_shape(lambda: row_keys([0, 1]))).compile()

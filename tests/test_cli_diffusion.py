@@ -29,7 +29,7 @@ from dalle_jax.config import (
 from dalle_jax.data import images
 from dalle_jax.diffusion import unet
 from dalle_jax.evaluate import denoising, measures
-from dalle_jax.inference_diffusion import Denoising, check_decoder, draw, load_diffusion
+from dalle_jax.inference.diffusion import Denoising, check_decoder, draw, load_diffusion
 from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train import loop
@@ -195,7 +195,7 @@ def test_a_picture_that_is_not_finite_names_its_step(trained, tmp_path):
     path = exported(tmp_path / "bad", config, model.run.params)
     (path / "text.model").write_bytes((trained.run / "text.model").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dalle_jax.inference_diffusion.load_run", lambda *_: Run(config, bad, path, 7))
+        patch.setattr("dalle_jax.inference.diffusion.load_run", lambda *_: Run(config, bad, path, 7))
         done = run("sample", path, "x", "--n", 1, "--steps", 4, "--out", tmp_path / "out")
     assert done.code == 3 and "sampling step 1 gave values that are not finite (rows 0)" in done.err
 

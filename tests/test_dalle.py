@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import dalle, text
+from dalle_jax import autoregressive, dalle, text
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn.attention import Block
 from dalle_jax.nn.sharding import path_name
@@ -242,7 +242,7 @@ def test_scan_is_a_loop_over_the_layers(params):
         return dalle._head(TINY, params, "image_head", dalle._norm_out(TINY, params, x[:, T - 1 :]))
 
     x = embed(params)
-    layers = jax.jit(dalle.unstack, static_argnums=0)(TINY, params)["blocks"]
+    layers = jax.jit(autoregressive.unstack, static_argnums=0)(TINY, params)["blocks"]
     assert len(layers) == TINY.layers
     block = Block(TINY.heads, TINY.mlp_dim, TINY.qk_norm, 0.0, jnp.float32)
     apply = jax.jit(lambda layer, x, mask: block.apply({"params": layer}, x, mask)[0])
@@ -436,4 +436,4 @@ def test_hidden_takes_no_more_than_a_picture(params):
 
 def test_prefill_wants_something_left_to_sample(params):
     with pytest.raises(ValueError, match="9 codes are given of 9; nothing is left to sample"):
-        dalle.prefill(TINY, dalle.unstack(TINY, params), GOOD_TEXT, GOOD_CODES)
+        dalle.prefill(TINY, autoregressive.unstack(TINY, params), GOOD_TEXT, GOOD_CODES)

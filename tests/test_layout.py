@@ -33,12 +33,11 @@ MAY_IMPORT = {
     "data": {"config", "text"},
     "train": {*ABOVE, "importers"},
     "inference": {*ABOVE, "train"},
-    "inference_diffusion": {*ABOVE, "train", "inference"},
     "ranking": {*ABOVE, "train", "inference"},
-    "evaluate": {*ABOVE, "train", "inference", "inference_diffusion", "ranking"},
+    "evaluate": {*ABOVE, "train", "inference", "ranking"},
     "importers": {"config", "byte_pairs", "character_pairs", "bart_text", "labels"},
     "demo": {*ABOVE, "train", "inference", "ranking", "evaluate", "importers"},
-    "cli": {*ABOVE, "train", "inference", "inference_diffusion", "ranking", "evaluate", "importers", "demo"},
+    "cli": {*ABOVE, "train", "inference", "ranking", "evaluate", "importers", "demo"},
     "__main__": {"cli"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

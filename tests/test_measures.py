@@ -201,7 +201,7 @@ def test_a_caption_is_run_once_for_its_pictures(model, monkeypatch):
         calls.append((len(text_CT), len(keys_B)))
         return generate(cfg, params, text_CT, keys_B, **options)
 
-    monkeypatch.setattr(inference, "generate", counted)
+    monkeypatch.setattr(inference.drawing, "generate", counted)
     for batch, shapes in {7: [(2, 6)] * 2, 3: [(1, 3)] * 3, 2: [(1, 2)] * 6}.items():
         np.testing.assert_array_equal(draw_codes(model, texts, seeds, batch=batch), alone)
         assert calls == shapes

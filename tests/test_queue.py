@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import dalle
+from dalle_jax import autoregressive, dalle
 from dalle_jax.sampling import queue as queues
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.sampling.queue import Queue, Request
@@ -21,7 +21,7 @@ N, V = CFG.num_codes, CFG.image_vocab
 
 @pytest.fixture(scope="module")
 def params():
-    return dalle.unstack(CFG, lively(CFG))
+    return autoregressive.unstack(CFG, lively(CFG))
 
 
 def requests(count):

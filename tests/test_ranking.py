@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import clip as clips
-from dalle_jax import dalle, inference, ranking, text
+from dalle_jax import dalle, ranking, text
 from dalle_jax.cli import main
 from dalle_jax.config import (
     ClipConfig,
@@ -31,7 +31,7 @@ from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.ranking import draw_best, embed_captions, embed_pictures, load_clip, rank, scores
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train import loop
-from dalle_jax.train.rundir import WEIGHTS, Run, load_run, save_frozen, write_weights
+from dalle_jax.train.rundir import WEIGHTS, Run, load_run, read_config, save_frozen, write_weights
 
 SIZE = 32
 DATA = DataConfig(source=ScenesSource(count=40, max_objects=1), batch=8, threads=1, prefetch=1)
@@ -444,9 +444,7 @@ def test_a_clip_trains_and_its_export_is_the_same(tmp_path, monkeypatch):
     again = load_clip(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, clip.run.params, again.run.params)
     np.testing.assert_array_equal(scores(again, noise(3), CAPTIONS), scores(clip, noise(3), CAPTIONS))
-    assert (
-        inference.read_config(tmp_path / "out").model == CLIP and load_run(tmp_path / "out", "clip").step == 2
-    )
+    assert read_config(tmp_path / "out").model == CLIP and load_run(tmp_path / "out", "clip").step == 2
     assert ranking.load_clip(str(tmp_path / "out")).config == CLIP
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import dalle
+from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn.sharding import path_name
 from dalle_jax.sampling.filters import _kth_by_bits, draw, guide, keep_top_k, keep_top_p
@@ -66,7 +66,7 @@ def best(params):
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def cached(cfg, params, text_BT, codes_BN, given):
     """Scores of the codes from `given` on: a prefill of that many, then one step for each that follows."""
-    params = dalle.unstack(cfg, params)
+    params = autoregressive.unstack(cfg, params)
     first, cache = dalle.prefill(cfg, params, text_BT, codes_BN[:, :given] if given else None)
 
     def step(cache, place):

@@ -28,7 +28,7 @@ from dalle_jax.inference import (
     encode_source,
     load_tokenizer,
 )  # fmt: skip
-from dalle_jax.inference_diffusion import DiffusionModel, draw, is_diffusion, load_diffusion
+from dalle_jax.inference.diffusion import DiffusionModel, draw, is_diffusion, load_diffusion
 from dalle_jax.train.rundir import load_config, read_config
 
 

@@ -21,7 +21,7 @@ from dalle_jax.data.sources import source_of
 from dalle_jax.evaluate import denoising as diffusion
 from dalle_jax.evaluate import fid, inception, measures, reranking, retrieval
 from dalle_jax.inference import Counter, Sampling, TextToImage, Tokenizer, load_text_to_image
-from dalle_jax.inference_diffusion import DiffusionModel, check_decoder, load_diffusion
+from dalle_jax.inference.diffusion import DiffusionModel, check_decoder, load_diffusion
 from dalle_jax.ranking import Clip, load_clip
 from dalle_jax.train.rundir import fingerprint, load_run, read_config
 

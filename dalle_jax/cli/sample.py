@@ -23,7 +23,7 @@ from dalle_jax.inference import (
     encode_images,
     load_text_to_image,
 )  # fmt: skip
-from dalle_jax.inference_diffusion import check_decoder, draw, is_diffusion, load_diffusion
+from dalle_jax.inference.diffusion import check_decoder, draw, is_diffusion, load_diffusion
 from dalle_jax.ranking import Clip, draw_best, load_clip
 from dalle_jax.text import TextTokenizer
 

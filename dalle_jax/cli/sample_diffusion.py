@@ -11,7 +11,7 @@ from dalle_jax.cli import output
 from dalle_jax.cli.verbs import Sample
 from dalle_jax.data import images
 from dalle_jax.inference import Counter
-from dalle_jax.inference_diffusion import Denoising, DiffusionModel, draw, load_diffusion
+from dalle_jax.inference.diffusion import Denoising, DiffusionModel, draw, load_diffusion
 
 FILM = "filmstrip.png"
 _TRANSFORMER_ONLY = ("temperature", "top_k", "top_p", "prefix", "prefix_rows")

@@ -30,7 +30,7 @@ from dalle_jax.evaluate.measures import (
     verified,
 )
 from dalle_jax.inference import Progress, Sampling, TextToImage, decode_codes, draw_codes, encode_images
-from dalle_jax.inference_diffusion import (
+from dalle_jax.inference.diffusion import (
     Denoising,
     DiffusionModel,
     bits_per_dim,

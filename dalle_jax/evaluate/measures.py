@@ -34,8 +34,8 @@ from dalle_jax.inference import (
     draw_codes,
     encode_images,
 )  # fmt: skip
-from dalle_jax.inference_diffusion import Denoising, DiffusionModel
-from dalle_jax.inference_diffusion import draw as draw_diffusion
+from dalle_jax.inference.diffusion import Denoising, DiffusionModel
+from dalle_jax.inference.diffusion import draw as draw_diffusion
 from dalle_jax.tokenizer import losses
 
 Figures = dict[str, float]

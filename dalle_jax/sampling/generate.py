@@ -99,7 +99,7 @@ def generate(
 ) -> jax.Array:
     """Draw the codes of one picture per row.
 
-    params: as `dalle.init` makes them, or as `dalle.unstack` does, which saves a copy in each call.
+    params: as `dalle.init` makes them, or as `autoregressive.unstack` does, which saves a copy in each call.
     text_CT: int32 (C, T); the null caption (`dalle.null_text`) samples without a caption.
     keys_B: one key per row (`row_keys`); B = n * C draws n pictures of each caption, neighbours in the result,
     and runs each caption once. temperature: 0 is greedy. top_k: static, None keeps all codes. top_p: share in

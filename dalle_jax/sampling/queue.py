@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax import dalle
+from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn.cache import KV, LayerCache
 from dalle_jax.sampling.filters import draw, guide
@@ -161,7 +161,7 @@ def _admit(cfg: DalleConfig, params: Params, slots: _Slots, new: _Arrivals, top_
 class Queue:
     """Requests wait here and are drawn in `slots` slots; holds the caches of those on the device.
 
-    params: as `dalle.unstack` returns them. top_k: of all requests, static; None keeps every code.
+    params: as `autoregressive.unstack` returns them. top_k: of all requests, static; None keeps every code.
     """
 
     def __init__(self, cfg: DalleConfig, params: Params, slots: int, *, top_k: int | None = None):
@@ -173,7 +173,7 @@ class Queue:
             raise ValueError(f"slots is {slots}; want at least 1, and 2 for guidance")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; want at least 1, or None to keep every code")
-        self._cfg, self._params, self._top_k = cfg, dalle.unstack(cfg, params), top_k
+        self._cfg, self._params, self._top_k = cfg, autoregressive.unstack(cfg, params), top_k
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._tickets = itertools.count()
         self._free = list(range(slots))

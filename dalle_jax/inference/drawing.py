@@ -1,0 +1,203 @@
+"""Captions to codes and pictures with a trained Transformer.
+
+N codes of a picture, H W picture, C captions, R rows, K pictures of each caption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax import autoregressive
+from dalle_jax.data.images import to_bytes
+from dalle_jax.inference.batches import Progress, padded
+from dalle_jax.inference.loading import TextToImage, Tokenizer
+from dalle_jax.inference.pixels import decode_codes
+from dalle_jax.sampling.generate import generate, generate_rows, row_keys
+from dalle_jax.sampling.queue import Queue
+
+DRAW_BATCH = 8  # pictures drawn at once where the caller does not say
+
+_unstack = jax.jit(autoregressive.unstack, static_argnums=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How codes are drawn; checked when made. A guidance of 1 is no guidance."""
+
+    temperature: float = 1.0  # 0 takes the most probable code
+    top_k: int | None = None  # codes that stay in the draw; None is all
+    top_p: float | None = None  # share of the probability that stays in the draw, (0, 1]; None is all
+    guidance: float = 1.0  # scale of classifier-free guidance
+
+    def __post_init__(self):
+        for holds, message in (
+            (0 <= self.temperature < np.inf, f"temperature is {self.temperature}; want 0 (greedy) or more"),
+            (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}; want at least 1 code"),
+            (self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; want a share in (0, 1]"),
+            (0 <= self.guidance < np.inf, f"guidance is {self.guidance}; want 0 or more, 1 is none"),
+        ):
+            if not holds:
+                raise ValueError(message)
+
+
+def text_rows(model: TextToImage, captions: Sequence[str]) -> np.ndarray:
+    """Token ids of captions, int32 (R, T). An empty caption is the null caption; a longer one is cut."""
+    cfg = model.config
+    one = partial(model.text.encode, text_vocab=cfg.text_vocab, text_len=cfg.text_len)
+    return np.stack([one(caption) for caption in captions])
+
+
+def check_null(model: TextToImage, text_CT: np.ndarray, guidance: float) -> None:
+    """Raises ValueError where the null caption is wanted of a model that never saw it."""
+    guided, null = guidance != 1, bool((text_CT[:, 0] >= model.config.text_vocab).any())
+    if model.config.null_rate == 0 and (guided or null):
+        what = f"guidance {guidance:g}" if guided else "an empty caption"
+        raise ValueError(
+            f"{what} needs the null caption, which this model never saw (trained with model.null_rate 0). "
+            "Use guidance 1 and captions with text, or train with a null_rate of 0.1"
+        )
+
+
+def queue_of(model: TextToImage, slots: int, *, top_k: int | None = None) -> Queue:
+    """A queue that draws with the model; its requests have the ids of `text_rows`."""
+    top_k = None if top_k is None else min(top_k, model.config.image_vocab)
+    return Queue(model.config, _unstack(model.config, model.run.params), slots, top_k=top_k)
+
+
+def draw_codes(
+    model: TextToImage,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling = Sampling(),
+    *,
+    prefix: np.ndarray | None = None,
+    batch: int = DRAW_BATCH,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """The codes of R = n * C pictures, n of each caption, neighbours: int32 (R, N).
+
+    captions: C texts; "" draws without a caption. A caption is run once for all its pictures in a batch.
+    seeds: R integers in [0, 2**32), those of the first caption first. prefix: int32 (P,), the first P < N
+    codes of every picture. batch: rows at once, at most.
+
+    Raises ValueError for rows that do not match, seeds out of range, and for guidance or an empty caption
+    where the model was trained without null captions: it never learned what to draw for one.
+    """
+    found = [codes for codes, _ in _drawn(model, captions, seeds, sampling, prefix, batch, progress)]
+    return np.concatenate(found)
+
+
+def draw_pictures(
+    model: TextToImage,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling = Sampling(),
+    *,
+    prefix: np.ndarray | None = None,
+    batch: int = DRAW_BATCH,
+    progress: Progress | None = None,
+    rows: int | None = None,
+    shown: Callable[[np.ndarray], None] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`draw_codes` and `decode_codes`, batch by batch as they are done: codes int32 (b, N) and pictures, uint8
+    (b, H, W, 3).
+
+    rows: after so many rows of codes of a batch, each time, `shown` is called with its unfinished pictures, uint8
+    (b, H, W, 3), grey where nothing is drawn yet; the device draws on meanwhile.
+    Raises what `draw_codes` does, and ValueError for `rows` below 1.
+    """
+    tokenizer = model.tokenizer
+
+    def show(codes: np.ndarray) -> None:
+        shown(_unfinished(tokenizer, codes))
+
+    for codes, size in _drawn(model, captions, seeds, sampling, prefix, batch, progress, rows, show):
+        pictures = decode_codes(tokenizer, padded(codes, size), batch=size)[: len(codes)]
+        yield codes, to_bytes(pictures)
+
+
+def _unfinished(tokenizer: Tokenizer, codes: np.ndarray) -> np.ndarray:
+    """Pictures of the first codes of each, (b, M): the last whole row stands for those to come, under the grey."""
+    cfg = tokenizer.config
+    done = codes.shape[1] // cfg.grid
+    rows = codes[:, : done * cfg.grid].reshape(len(codes), done, cfg.grid)
+    rows = np.concatenate([rows, np.repeat(rows[:, -1:], cfg.grid - done, axis=1)], axis=1)
+    pictures = to_bytes(decode_codes(tokenizer, rows.reshape(len(codes), -1), batch=len(codes)))
+    pictures[:, done * (cfg.image_size // cfg.grid) :] = 128
+    return pictures
+
+
+def batch_shape(captions: int, copies: int, batch: int) -> tuple[int, int]:
+    """Captions in a batch and pictures of each, for `copies` pictures of each caption and at most `batch` at once.
+
+    More copies than a batch holds are spread evenly over the batches of one caption.
+    """
+    parts = -(-copies // batch)
+    per_caption = -(-copies // parts)
+    return min(captions, batch // per_caption), per_caption
+
+
+def _drawn(
+    model: TextToImage,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    prefix: np.ndarray | None,
+    batch: int,
+    progress: Progress | None,
+    rows: int | None = None,
+    shown: Callable[[np.ndarray], None] | None = None,
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Codes of neighbouring rows, (b, N), in order, and the rows that were computed for them, b and padding."""
+    cfg = model.config
+    if not len(captions) or not len(seeds) or len(seeds) % len(captions):
+        raise ValueError(
+            f"{len(captions)} captions and {len(seeds)} seeds; want one seed per caption, or as many for each, "
+            "at least one"
+        )
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        raise ValueError(f"seeds from {min(seeds)} to {max(seeds)}; want integers in [0, 2**32)")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; want at least 1 picture at once")
+    text_CT = text_rows(model, captions)
+    check_null(model, text_CT, sampling.guidance)
+    guided = sampling.guidance != 1
+    options = {
+        "temperature": jnp.float32(sampling.temperature),
+        "top_k": None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab),
+        "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
+        "guidance": jnp.float32(sampling.guidance) if guided else None,
+    }
+    seeds_CK = np.asarray(seeds, np.uint32).reshape(len(captions), -1)
+    at_once, copies = batch_shape(*seeds_CK.shape, batch)
+    size = at_once * copies
+    if prefix is not None:
+        options["prime_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix)))
+
+    params = _unstack(cfg, model.run.params)  # once, not in every batch
+    done = 0
+    for first in range(0, len(captions), at_once):
+        text = padded(text_CT[first : first + at_once], at_once)
+        for start in range(0, seeds_CK.shape[1], copies):
+            here = seeds_CK[first : first + at_once, start : start + copies]
+            keys = row_keys(padded(padded(here.T, copies).T, at_once).ravel())
+
+            def asked(codes, here=here):  # without the padding
+                codes = np.asarray(codes).reshape(at_once, copies, -1)[: len(here), : here.shape[1]]
+                return codes.reshape(here.size, -1)
+
+            if rows is None:
+                codes = generate(cfg, params, jnp.asarray(text), keys, **options)
+            else:
+                for codes in generate_rows(cfg, params, jnp.asarray(text), keys, rows=rows, **options):
+                    shown(asked(codes))
+            done += here.size
+            if progress:
+                progress(done, seeds_CK.size)
+            yield asked(codes), size

@@ -1,0 +1,76 @@
+"""Trained models from run directories: a frozen image tokenizer, a Transformer with all that it draws with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dalle_jax.config import ClipConfig, TokenizerConfig, TransformerConfig
+from dalle_jax.text import TextTokenizer
+from dalle_jax.train.bucket import local_dir
+from dalle_jax.train.rundir import Run, fingerprint, load_frozen, load_run, read_config
+
+Params = dict[str, Any]
+
+
+class Tokenizer(NamedTuple):
+    """A frozen image tokenizer. fingerprint: changes with any of its parameters (`rundir.fingerprint`)."""
+
+    config: TokenizerConfig
+    params: Params
+    fingerprint: str
+
+
+class TextToImage(NamedTuple):
+    """A trained Transformer with the vocabulary and the image tokenizer that it was trained on."""
+
+    run: Run
+    text: TextTokenizer
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.run.config.model
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The image tokenizer of a run: a tokenizer run itself, or the copy that a Transformer run keeps.
+
+    Raises FileNotFoundError, ValueError or OSError as `load_run` does.
+    """
+    path = local_dir(path)
+    model = read_config(path).model
+    if isinstance(model, ClipConfig):
+        raise ValueError(f"{path} is a run of stage clip: it has no image tokenizer; give a run that has one")
+    if isinstance(model, TokenizerConfig):
+        run = load_run(path)
+        return Tokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
+    if not (path / "tokenizer" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} has no tokenizer/ yet; train it first, or give the tokenizer's own run"
+        )
+    return Tokenizer(*load_frozen(path / "tokenizer"))
+
+
+def load_text_to_image(path: str | Path) -> TextToImage:
+    """The Transformer of a run directory, ready to draw.
+
+    Raises FileNotFoundError for a run that is missing or has no checkpoint, ValueError for a run of another
+    stage, OSError for files that cannot be read.
+    """
+    path = local_dir(path)
+    kind = read_config(path).model.kind
+    if kind == "clip":
+        raise ValueError(
+            f"{path} is a run of stage clip: it ranks pictures and draws none. Give the run of a Transformer, and this "
+            f"one as --clip {path}"
+        )
+    if kind not in ("dalle", "bart", "dvae", "vqgan"):
+        raise ValueError(f"{path} is a run of stage {kind}, want one of a Transformer")
+    if kind not in ("dalle", "bart"):
+        raise ValueError(
+            f"{path} is a tokenizer run (stage {kind}): it knows no captions. Give the run of a Transformer "
+            f"trained on it (--tokenizer {path}); `encode` and `decode` work with tokenizer runs"
+        )
+    run = load_run(path)
+    return TextToImage(run, TextTokenizer.load(path / "text.model"), load_tokenizer(path))
