@@ -1,6 +1,7 @@
 """Files of torch and Flax read with NumPy alone, and files that must not be believed."""
 
 import itertools
+import json
 import mmap
 import re
 import zipfile
@@ -279,10 +280,51 @@ def test_the_format_is_told_by_the_bytes(tmp_path):
         (tmp_path / "x.bin").write_bytes(data)
         with pytest.raises(ValueError, match=said):
             read_tensors(tmp_path / "x.bin")
-    with pytest.raises(FileNotFoundError, match="has no weights in one file"):
+    with pytest.raises(FileNotFoundError, match=r"has no weights: want one of model\.safetensors"):
         read_tensors(tmp_path)
     with pytest.raises(FileNotFoundError, match="no file"):
         read_tensors(tmp_path / "none")
+
+
+def split(path, parts, name="pytorch_model.bin"):
+    """Files of Hugging Face's for a model that is split: an index beside its parts. Returns the index."""
+    index = path / f"{name}.index.json"
+    places = {tensor: file for file, tensors in parts.items() for tensor in tensors}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+def test_a_model_in_parts_is_one_model(tmp_path):
+    first, second = {"a": ARRAYS["a.weight"]}, {"b": ARRAYS["b.brain"], "c": ARRAYS["a.half"]}
+    torch_zip(tmp_path / "1.bin", first)
+    safetensors.write(tmp_path / "2.bin", second, {})
+    # Indices of converted files also list tensors that are tied to others and in no file.
+    index = split(tmp_path, {"1.bin": ["a", "tied"], "2.bin": ["b", "c"]})
+    for path in (tmp_path, index):
+        found = read_tensors(path)
+        assert sorted(found) == ["a", "b", "c"]
+        for name, want in (first | second).items():
+            np.testing.assert_array_equal(found[name].read(), want)
+    safetensors.write(tmp_path / "model.safetensors", first, {})
+    assert list(read_tensors(tmp_path)) == ["a"]  # a whole file goes before parts
+
+
+def test_indices_that_must_not_be_believed(tmp_path):
+    torch_zip(tmp_path / "1.bin", ARRAYS)
+    torch_zip(tmp_path / "2.bin", ARRAYS)
+    (tmp_path / "below").mkdir()
+    for parts, error, said in (
+        ({"1.bin": ["a"], "3.bin": ["b"]}, FileNotFoundError, r"no file .*3\.bin, which .* names as a part"),
+        ({"../1.bin": ["a"]}, ValueError, r"names the part '\.\./1\.bin'; want a file beside it"),
+        ({"1.bin": ["a"], "2.bin": ["b"]}, ValueError, r"2\.bin has tensor a\.half, as another part of"),
+    ):
+        with pytest.raises(error, match=said):
+            read_tensors(split(tmp_path, parts))
+    index = split(tmp_path, {})
+    for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1, "b": "1.bin"}}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="is no index of weights: want JSON with a weight_map"):
+            read_tensors(tmp_path)
 
 
 # --- a whole import, and what must not come through it -----------------------------------------------------

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from dalle_jax.importers import flax_files, safetensors, torch_files
 from dalle_jax.importers.tensors import Tensors
 
-# What a directory of a public model may hold, the safest format first.
+# What a directory of a public model may hold, the safest format first: the file, or an index that names its parts.
 _IN_DIRECTORIES = ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin")
+_INDEX = ".index.json"
 
 
 def read_tensors(path: str | os.PathLike) -> Tensors:
-    """Names, shapes and types of the tensors of a file, or of the one weights file of a directory; reads none.
+    """Names, shapes and types of the tensors of a file, or of the weights of a directory; reads none.
 
-    Torch's zip archives and older files, safetensors, and Flax's msgpack, all read without running anything.
-    Raises FileNotFoundError, or ValueError saying what is wrong with the file, naming the tensor where one is.
+    Torch's zip archives and older files, safetensors, and Flax's msgpack, all read without running anything; in one
+    file, or in the parts that Hugging Face's `*.index.json` names. Raises FileNotFoundError, or ValueError saying what
+    is wrong with the file, naming the tensor where one is.
     """
     path = Path(path)
     if path.is_dir():
         path = _in_directory(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; want a checkpoint")
+    return _read_parts(path) if path.name.endswith(_INDEX) else _read_file(path)
+
+
+def _read_file(path: Path) -> Tensors:
     with open(path, "rb") as file:
         start = file.read(16)
     if (
@@ -43,13 +50,37 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
 
 
 def _in_directory(path: Path) -> Path:
-    found = [path / name for name in _IN_DIRECTORIES if (path / name).is_file()]
+    names = [*_IN_DIRECTORIES, *(name + _INDEX for name in _IN_DIRECTORIES)]
+    found = [path / name for name in names if (path / name).is_file()]
     if not found:
-        index = next((p.name for p in path.iterdir() if p.name.endswith(".index.json")), None)
-        why = (
-            f"it is split over several files ({index})"
-            if index
-            else f"want one of {', '.join(_IN_DIRECTORIES)}"
+        raise FileNotFoundError(
+            f"{path} has no weights: want one of {', '.join(_IN_DIRECTORIES)}, or of these with {_INDEX} and the parts "
+            "that it names; or give the file itself"
         )
-        raise FileNotFoundError(f"{path} has no weights in one file: {why}; give the file itself")
     return found[0]
+
+
+def _read_parts(index: Path) -> Tensors:
+    """The tensors of the files that an index names, beside it.
+
+    What the index says of single tensors is not used: indices of converted files list some, tied to others, that no
+    file has. What a model lacks is told where the model is known.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is no index of weights: want JSON with a weight_map of names") from None
+    found: Tensors = {}
+    for name in names:
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise ValueError(f"{index} names the part {name!r}; want a file beside it")
+        file = index.parent / name
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {file}, which {index.name} names as a part; copy it there too")
+        part = _read_file(file)
+        if twice := found.keys() & part.keys():
+            raise ValueError(
+                f"{file} has tensor {min(twice)}, as another part of {index.name}; want each once"
+            )
+        found |= part
+    return found
