@@ -1,0 +1,187 @@
+"""Speed and use of the chip's peak of one training step: python -m benchmarks.step CONFIG.py [--field value ...]
+
+The very step that training runs, on the devices that are here, with random rows that lie on them already, so that
+reading data costs nothing. Prints seconds per step, rows and tokens per second, and model FLOP/s utilisation: the
+operations of the model (nothing that is computed twice counts) over the peak of dense bf16 products by the data
+sheet. For the Transformer they follow from its sizes (`compile_only.train_flops`); for tokenizers and the U-Net they
+are those of the step as it is written, before the compiler sees it, without recomputation. Stages whose layers are a
+loop (CLIP, BART, a caption's encoder) are not counted: a loop's body would count once.
+
+    python -m benchmarks.step configs/dalle_12b.py --model.dim 2048 --model.layers 24 --model.heads 32 \
+        --data.batch 32 --trace step_trace                                       # 1.3 B on one GPU
+    python -m benchmarks.step configs/ddpm_cifar10.py --peer-python PEERS/bin/python
+    python -m benchmarks.step configs/dvae_openai.py
+
+--steps N      steps that are timed (20), after two that are not
+--trace DIR    a profile of three more steps for xprof or TensorBoard
+--peer-python  a Python that has torch and diffusers: an equal U-Net trained there on the same device, after ours
+--json         one JSON object to standard output
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from dalle_jax.config import DiffusionConfig, TrainConfig
+from dalle_jax.nn.sharding import batch_sharding, make_mesh
+from dalle_jax.train.command import parse
+from dalle_jax.train.compile_only import step_and_arguments, train_flops
+from dalle_jax.train.state import check_batch, init_state
+from dalle_jax.train.topology import peak_flops
+
+WARM = 2
+
+
+def random_rows(shapes: dict[str, jax.ShapeDtypeStruct], config: TrainConfig) -> dict[str, np.ndarray]:
+    """Values that every stage takes: pixels of all 256 levels, ids that any vocabulary has."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.integers(0, 256 if leaf.dtype == np.uint8 else 8, leaf.shape, leaf.dtype)
+        for name, leaf in shapes.items()
+    }
+
+
+def written_flops(config: TrainConfig, mesh) -> float | None:
+    """Operations of one step as it is written, with nothing recomputed; None for layers in a loop."""
+    model = config.model
+    if model.kind not in ("dvae", "vqgan", "diffusion") or getattr(model, "text", None):
+        return None
+    if getattr(model, "remat", False):
+        config = dataclasses.replace(config, model=dataclasses.replace(model, remat=False))
+    step, arguments = step_and_arguments(config, mesh)
+    costs = step.lower(*arguments).cost_analysis() or {}
+    flops = (costs[0] if isinstance(costs, list) else costs).get("flops")
+    return flops * config.optim.accumulate if flops else None  # a loop's body is counted once
+
+
+def measure(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any]:
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    with jax.set_mesh(mesh):
+        flops = train_flops(config) or written_flops(config, mesh)
+        step, (_, frozen, batch) = step_and_arguments(config, mesh)
+        if frozen:
+            sys.exit("the stage wants a trained tokenizer; it can't be measured by its configuration alone")
+        from dalle_jax.train.compile_only import _task
+        from dalle_jax.train.state import task_optimizer
+
+        task = _task(config)
+        state = init_state(task, task_optimizer(task), mesh)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        rows = jax.device_put(random_rows(batch, config), batch_sharding(mesh))
+        begin = time.perf_counter()
+        compiled = step.lower(state, {}, rows).compile()
+        compile_seconds = time.perf_counter() - begin
+
+        def run(count: int) -> list[float]:
+            nonlocal state
+            times = []
+            for _ in range(count):
+                begin = time.perf_counter()
+                state, metrics = compiled(state, {}, rows)
+                finite = bool(metrics["finite"])  # waits
+                times.append(time.perf_counter() - begin)
+                if not finite:
+                    sys.exit(f"the loss is not finite: {metrics['loss']}")
+            return times
+
+        run(WARM)
+        seconds = statistics.median(run(steps))
+        if trace:
+            with jax.profiler.trace(trace):
+                run(3)
+    kind = mesh.devices.flat[0].device_kind
+    peak = peak_flops(kind)
+    stats = mesh.devices.flat[0].memory_stats() if mesh.devices.flat[0].platform != "cpu" else None
+    return {
+        "device": kind,
+        "devices": mesh.size,
+        "jax": jax.__version__,
+        "parameters": parameters,
+        "batch": config.data.batch,
+        "seconds_per_step": seconds,
+        "rows_per_second": config.data.batch / seconds,
+        "tokens_per_second": config.data.batch * getattr(config.model, "length", 0) / seconds or None,
+        "flops_per_step": flops,
+        "utilisation": flops / seconds / (peak * mesh.size) if flops and peak else None,
+        "peak_gib": stats["peak_bytes_in_use"] / 2**30 if stats else None,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def peer_job(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """The network of `config` for benchmarks/step_peer.py. Raises ValueError for one that diffusers does not have."""
+    model = config.model
+    if not isinstance(model, DiffusionConfig):
+        raise ValueError(f"--peer-python trains the U-Net of diffusion, not stage {model.kind}")
+    if model.text or model.classes or model.codes or model.low_size or model.patch != 1 or model.scale_shift:
+        raise ValueError("--peer-python trains a U-Net without conditions, patches and scale_shift")
+    names = ("image_size", "width", "multipliers", "blocks", "attention_sizes", "dropout", "dtype")
+    groups = {"groups": model.groups or 32}
+    return {name: getattr(model, name) for name in names} | groups | {
+        "batch": config.data.batch, "steps": steps, "warm": WARM,
+    }  # fmt: skip
+
+
+def text_of(report: dict[str, Any]) -> str:
+    lines = [f"{report['devices']} x {report['device']}, jax {report['jax']}, {report['parameters']:,} parameters, "
+             f"batch {report['batch']}; compiled in {report['compile_seconds']:.1f} s"]  # fmt: skip
+    line = f"ours    {report['seconds_per_step']:.4f} s/step  {report['rows_per_second']:.1f} rows/s"
+    if report["tokens_per_second"]:
+        line += f"  {report['tokens_per_second']:,.0f} tokens/s"
+    if report["flops_per_step"]:
+        line += f"  {report['flops_per_step'] / report['seconds_per_step'] / 1e12:.3g} TFLOP/s of the model"
+    if report["utilisation"]:
+        line += f", {report['utilisation']:.1%} of peak"
+    if report["peak_gib"]:
+        line += f"  {report['peak_gib']:.2f} GiB"
+    lines.append(line)
+    if peer := report.get("peer"):
+        ratio = report["rows_per_second"] / peer["rows_per_second"]
+        lines.append(
+            f"peer    {peer['seconds_per_step']:.4f} s/step  {peer['rows_per_second']:.1f} rows/s  "
+            f"{peer['parameters']:,} parameters, {peer['peer']}: ours is {ratio:.2f} times as fast"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--steps", type=int, default=20)  # of this command: nothing is trained to an end
+    parser.add_argument("--trace")
+    parser.add_argument("--peer-python")
+    parser.add_argument("--json", action="store_true")
+    args, rest = parser.parse_known_args(argv)
+    if not rest or rest[0].startswith("-"):
+        parser.error("want a configuration first: python -m benchmarks.step configs/X.py")
+    try:
+        config = parse(rest, "benchmarks.step")
+        job = peer_job(config, args.steps) if args.peer_python else None
+        report = measure(config, args.steps, args.trace)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.step: error: {error}", file=sys.stderr)
+        return 2
+    if job:
+        command = [args.peer_python, "-m", "benchmarks.step_peer", json.dumps(job)]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        report["peer"] = json.loads(answer.splitlines()[-1])
+    print(text_of(report), file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
