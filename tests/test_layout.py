@@ -105,6 +105,12 @@ def test_the_walk_sees_every_form_of_import():
     ]
 
 
+def test_every_room_stands_in_the_docs():
+    table = (PACKAGE.parent / "docs" / "library.md").read_text(encoding="utf-8").split("## Functions")[0]
+    missing = [room for room in MAY_IMPORT if room != "__init__" and f"`{room}" not in table]
+    assert not missing, f"docs/library.md has no row for {', '.join(missing)}"
+
+
 def test_the_table_has_no_circle():
     below: set[str] = set()
     left = dict(MAY_IMPORT)
