@@ -105,6 +105,19 @@ def test_the_walk_sees_every_form_of_import():
     ]
 
 
+def test_every_row_of_the_table_is_a_room():
+    gone = [
+        room for room in MAY_IMPORT if not list(PACKAGE.glob(f"{room}.py")) and not (PACKAGE / room).is_dir()
+    ]
+    assert not gone, f"tests/test_layout.py has rows for rooms that do not exist: {', '.join(gone)}"
+
+
+def test_python_m():
+    command = [sys.executable, "-m", "dalle_jax", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert (done.returncode, done.stdout.strip()) == (0, dalle_jax.__version__), done.stderr
+
+
 def test_every_room_stands_in_the_docs():
     table = (PACKAGE.parent / "docs" / "library.md").read_text(encoding="utf-8").split("## Functions")[0]
     missing = [room for room in MAY_IMPORT if room != "__init__" and f"`{room}" not in table]
