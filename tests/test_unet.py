@@ -11,6 +11,7 @@ import pytest
 from dalle_jax.config import CodesConfig, DiffusionConfig, MeshConfig, NoiseConfig, TextEncoderConfig
 from dalle_jax.diffusion import denoise, loss, text_encoder, unet
 from dalle_jax.diffusion.schedule import levels
+from dalle_jax.nn.norm import GroupNorm
 from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings
 
 # Everything on: patches, two levels, attention with captions, labels, codes, a small picture.
@@ -94,6 +95,19 @@ def test_every_condition_counts_and_only_in_its_row(params):
         np.testing.assert_allclose(np.delete(changed, 2), 0, atol=1e-5, err_msg=name)
     after = answer(params, x.at[2].add(0.5), what)
     assert np.flatnonzero(np.abs(after - before).max(axis=(1, 2, 3)) > 1e-4).tolist() == [2]
+
+
+def test_a_norm_is_of_groups_of_neighbouring_channels():
+    """By NumPy in float64, and with fewer groups where the channels do not divide."""
+    rng = np.random.default_rng(0)
+    x, scale, bias = rng.normal(3.0, 2.0, (2, 3, 5, 12)), rng.normal(size=12), rng.normal(size=12)
+    for asked, groups in ((3, 3), (8, 4), (5, 1)):
+        split = x.reshape(2, 15, groups, -1)
+        mean, var = (f(split, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+        want = ((split - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * scale + bias
+        params = {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
+        got = GroupNorm(asked).apply({"params": params}, jnp.asarray(x, jnp.float32))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_an_added_time_is_not_normed_away():
