@@ -30,6 +30,8 @@ KINDS = {
     "ve": NoiseConfig(kind="ve"),
     "edm": NoiseConfig(kind="edm", sigma_min=0.002, sigma_max=80.0),
     "zero": NoiseConfig(kind="linear", zero_terminal_snr=True),
+    "shifted": NoiseConfig(kind="cosine", shift=3.0),
+    "shifted ddpm": NoiseConfig(kind="ddpm", shift=0.5, zero_terminal_snr=True),
 }
 MEAN = np.array([0.7, -0.4])
 COV = np.array([[0.5, 0.3], [0.3, 0.4]])
@@ -66,12 +68,20 @@ def test_derivatives_are_the_slopes(name):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "ddpm", "zero"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "ddpm", "zero", "shifted", "shifted ddpm"])
 def test_variance_is_preserved_and_falls_from_signal_to_noise(name):
     at = levels(KINDS[name], np.linspace(0, 1, 101))
     np.testing.assert_allclose(at.alpha**2 + at.sigma**2, 1.0, rtol=1e-12)
     assert at.alpha[0] == 1 and (np.diff(at.alpha) < 0).all()
-    assert at.alpha[-1] == 0 if name == "zero" else 0 < at.alpha[-1] < 0.01
+    assert at.alpha[-1] == 0 if KINDS[name].zero_terminal_snr else 0 < at.alpha[-1] < 0.01
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "ddpm"])
+def test_a_shift_multiplies_noise_over_signal(kind):
+    """2301.11093, eq. 6: the log SNR moves by -2 log(shift) at every time."""
+    t = np.linspace(0.01, 0.99, 7)
+    plain, moved = (levels(NoiseConfig(kind=kind, shift=shift), t) for shift in (1.0, 4.0))
+    np.testing.assert_allclose(np.log(moved.snr), np.log(plain.snr) - 2 * math.log(4.0), rtol=1e-9)
 
 
 def test_ddpm_is_the_published_product():
@@ -341,6 +351,8 @@ def test_sampling_refuses(options, match):
         ({"rho": 0.5}, "rho is 0.5"),
         ({"t_min": 0.0}, r"t_min is 0.0; want a time in \(0, 1\)"),
         ({"kind": "ve", "zero_terminal_snr": True}, "not for ve; turn it off"),
+        ({"shift": 0.0}, "noise.shift is 0.0; want more than 0"),
+        ({"kind": "edm", "shift": 2.0}, "for edm set sigma_min and sigma_max"),
     ],
 )
 def test_noise_config_refuses(values, match):

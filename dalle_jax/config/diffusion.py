@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,6 +30,9 @@ class NoiseConfig:
     sigma_min: float = 0.01  # ve 0.01 (2011.13456, C), edm 0.002 (2206.00364, table 1)
     sigma_max: float = 50.0  # ve 50 (2011.13456, C), edm 80 (2206.00364, table 1)
     rho: float = 7.0  # edm: exponent of the spacing of sigma over t; 2206.00364, eq. 5
+    # Factor of sigma(t) / alpha(t), of schedules that keep the variance: above 1 more times are spent where only coarse
+    # form is left. 2301.11093, 3.1, by the side of the picture; flat pictures bear more.
+    shift: float = 1.0
     zero_terminal_snr: bool = False  # no signal at all at t = 1; 2305.08891, 3.1
     t_min: float = 1e-3  # least time that is trained on and sampled from; the last step jumps from it to 0
 
@@ -46,6 +50,11 @@ class NoiseConfig:
             f"noise.steps is {self.steps}; want at least 2, and more than beta_max {self.beta_max}",
         )
         require(self.rho >= 1, f"noise.rho is {self.rho}; want at least 1")
+        require(0 < self.shift < math.inf, f"noise.shift is {self.shift}; want more than 0, 1 is none")
+        require(
+            self.shift == 1 or self.kind not in ("ve", "edm"),
+            f"noise.shift is for schedules that keep the variance; for {self.kind} set sigma_min and sigma_max",
+        )
         require(0 < self.t_min < 1, f"noise.t_min is {self.t_min}; want a time in (0, 1)")
         require(
             not (self.zero_terminal_snr and self.kind in ("ve", "edm")),

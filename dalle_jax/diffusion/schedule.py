@@ -41,7 +41,7 @@ def betas(cfg: NoiseConfig) -> np.ndarray:
 
 
 def _raw_alpha(cfg: NoiseConfig, t, xp):
-    """alpha and its derivative, before the terminal SNR is set to zero."""
+    """alpha and its derivative, before the terminal SNR is set to zero and the shift."""
     match cfg.kind:
         case "linear":
             slope = cfg.beta_max - cfg.beta_min
@@ -84,6 +84,9 @@ def levels(cfg: NoiseConfig, t) -> Levels:
         last = float(_raw_alpha(cfg, np.asarray(1.0), np)[0])
         alpha, d_alpha = xp.maximum((alpha - last) / (1 - last), 0.0), d_alpha / (1 - last)
     sigma = xp.sqrt(xp.maximum((1 - alpha) * (1 + alpha), 0.0))
+    if cfg.shift != 1:  # sigma / alpha grows by the factor, alpha^2 + sigma^2 stays 1
+        norm = xp.sqrt(alpha**2 + (cfg.shift * sigma) ** 2)
+        alpha, sigma, d_alpha = alpha / norm, cfg.shift * sigma / norm, d_alpha * cfg.shift**2 / norm**3
     with np.errstate(divide="ignore", invalid="ignore"):
         d_sigma = -alpha * d_alpha / sigma
     return Levels(alpha, sigma, d_alpha, d_sigma)
