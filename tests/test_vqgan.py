@@ -376,7 +376,10 @@ def test_a_run_is_a_tokenizer_like_any_other(tmp_path, capfd):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     log_d = [row["log_d_real"] for row in rows if "log_d_real" in row]
     assert log_d[:3] == [None] * 3 and all(value < 0 for value in log_d[3:])
+    assert set(outcome.state.params) == {"tokenizer", "discriminator"}
+    assert set(outcome.state.ema) == {"tokenizer"}  # nobody uses an average of the discriminator
     run = load_run(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((run.params, outcome.state.ema["tokenizer"])))
     assert set(run.params) == {"encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"}
     loaded = load_tokenizer(tmp_path / "run")
     codes = encode_images(loaded, np.asarray(images(size=32) * 255).astype(np.uint8))

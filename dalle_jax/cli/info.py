@@ -107,12 +107,11 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
         tx = adversarial.optimizer(model, own)
         about["discriminator_parameters"] = _count(trained.get("discriminator", {}))
     size = _bytes(trained)
-    averaged = config.optim.ema_decay > 0
     memory = {
         "parameters": size,
         "gradients": size,
         "optimizer": _bytes(jax.eval_shape(tx.init, trained)),
-        "ema": size if averaged else 0,
+        "ema": _bytes(shapes) if config.optim.ema_decay else 0,  # of the model, not of what trains beside it
     }
     memory["training_without_activations"] = sum(memory.values())
     if isinstance(model, TransformerConfig):

@@ -80,10 +80,9 @@ def begin_from(state: State, config: TrainConfig, mesh: Mesh) -> State:
                 f"init_from {config.init_from}: parameter {name} has shape {have.get(name)} there, "
                 f"{want.get(name)} in this model; leave the fields of `model` as they are in that run"
             )
-    copy = jax.jit(
-        lambda tree: jax.tree.map(lambda x: x.copy(), tree), out_shardings=_shardings(state.params)
-    )
-    return state._replace(params=loaded, ema=copy(loaded) if state.ema else {})
+    averages = {name: loaded[name] for name in state.ema}
+    copy = jax.jit(lambda tree: jax.tree.map(lambda x: x.copy(), tree), out_shardings=_shardings(state.ema))
+    return state._replace(params=loaded, ema=copy(averages))
 
 
 def copy_vocabulary(config: TrainConfig, to: Path) -> bool:

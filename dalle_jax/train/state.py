@@ -37,7 +37,7 @@ _VMEM_KIB = {"TPU v5": "65536"}
 
 
 class State(NamedTuple):
-    """step: int32 scalar, updates done. ema: averaged parameters, or {} where averaging is off."""
+    """step: int32 scalar, updates done. ema: averages of those parameters that the task has averaged, or {}."""
 
     step: jax.Array
     params: Params
@@ -47,7 +47,7 @@ class State(NamedTuple):
     @property
     def weights(self) -> Params:
         """The parameters to use the model with: averaged where they exist."""
-        return self.ema or self.params
+        return {**self.params, **self.ema}
 
 
 def run_key(seed: int, number: int | jax.Array) -> jax.Array:
@@ -69,6 +69,13 @@ def task_optimizer(task) -> optax.GradientTransformation:
     if hasattr(task, "optimizer"):
         return task.optimizer(shapes)
     return make_optimizer(task.config.optim, task.config.steps, shapes)
+
+
+def averaged(task, params: Params) -> Params:
+    """The top-level parts of `params` that have an average: all, or those of `task.averaged`; {} where it is off."""
+    if not task.config.optim.ema_decay:
+        return {}
+    return {name: params[name] for name in getattr(task, "averaged", params)}
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -114,7 +121,7 @@ def abstract_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=_with_shardings(opt_shapes, opt_shardings),
-        ema=params if task.config.optim.ema_decay else {},
+        ema=averaged(task, params),
     )
 
 
@@ -128,8 +135,7 @@ def init_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
 
     def make() -> State:
         params = task.init(run_key(task.config.seed, INIT))
-        ema = params if task.config.optim.ema_decay else {}
-        return State(jnp.int32(0), params, tx.init(params), ema)
+        return State(jnp.int32(0), params, tx.init(params), averaged(task, params))
 
     # Random numbers for every shape are much code that runs once; on a CPU, optimizing it takes far longer.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
@@ -216,7 +222,7 @@ def make_step(
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             number = state.step + 1
-            ema = update_ema(state.ema, params, config.optim, number) if state.ema else {}
+            ema = update_ema(state.ema, averaged(task, params), config.optim, number)
             new = State(number, params, opt_state, ema)
             # A select fuses into the update; a cond would make a GPU wait for the host.
             new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)

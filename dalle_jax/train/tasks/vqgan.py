@@ -21,6 +21,8 @@ Params = dict[str, Any]
 class VQGANTask(TokenizerTask):
     """Supplies its own gradients: each of the two networks descends another loss."""
 
+    averaged = ("tokenizer",)  # an average of the discriminator would be used by nobody
+
     def __init__(self, config: TrainConfig):
         super().__init__(config)
         if self.model.lpips is not None:  # before the run directory is made
