@@ -91,7 +91,7 @@ EVERY = [
     ),
     NoiseConfig(
         kind="cosine", beta_min=0.2, beta_max=15.0, steps=500, sigma_min=0.02, sigma_max=40.0, rho=5.0,
-        zero_terminal_snr=True, t_min=1e-4,
+        zero_terminal_snr=True, shift=2.0, t_min=1e-4,
     ),
     TextEncoderConfig(vocab=9, length=3, width=12, layers=2, heads=3, mlp_ratio=2),
     CodesConfig(vocab=7, grid=2, width=5),
@@ -352,8 +352,16 @@ def test_from_json_refuses(cls, text, match):
             "data.batch 9 is not divisible by optim.accumulate 2",
         ),
         (TrainConfig, {"model": DVAEConfig(), "data": DataConfig(codes="c")}, "data.codes is for the stage"),
-        (TrainConfig, {"model": DVAEConfig(), "tokenizer": "runs/x"}, "tokenizer is for the stage dalle"),
-        (TrainConfig, {"model": ClipConfig(), "tokenizer": "runs/x"}, "tokenizer is for the stage dalle"),
+        (
+            TrainConfig,
+            {"model": DVAEConfig(), "tokenizer": "runs/x"},
+            "tokenizer is for dalle, diffusion and clip",
+        ),
+        (
+            TrainConfig,
+            {"model": ClipConfig(), "tokenizer": "runs/x", "data": DataConfig(batch=5)},
+            "data.batch is 5; with a tokenizer every second picture",
+        ),
         (TrainConfig, {"model": ClipConfig(), "data": DataConfig(codes="c")}, "a clip trains on pixels"),
         (TrainConfig, {"model": ClipConfig(), "data": DataConfig(batch=1)}, "compares rows with each other"),
         (

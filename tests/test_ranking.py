@@ -1,5 +1,6 @@
 """Laws of re-ranking: what is kept are the best of what is drawn; recalls and shares by hand; the verbs."""
 
+import dataclasses
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
@@ -32,6 +33,7 @@ from dalle_jax.ranking import draw_best, embed_captions, embed_pictures, load_cl
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train import loop
 from dalle_jax.train.rundir import WEIGHTS, Run, load_run, read_config, save_frozen, write_weights
+from dalle_jax.train.tasks import make_task
 
 SIZE = 32
 DATA = DataConfig(source=ScenesSource(count=40, max_objects=1), batch=8, threads=1, prefetch=1)
@@ -446,6 +448,37 @@ def test_a_clip_trains_and_its_export_is_the_same(tmp_path, monkeypatch):
     np.testing.assert_array_equal(scores(again, noise(3), CAPTIONS), scores(clip, noise(3), CAPTIONS))
     assert read_config(tmp_path / "out").model == CLIP and load_run(tmp_path / "out", "clip").step == 2
     assert ranking.load_clip(str(tmp_path / "out")).config == CLIP
+
+
+def test_a_clip_sees_every_second_picture_as_a_tokenizer_makes_it(room, tmp_path):
+    """With a tokenizer the loss is that of a batch whose rows 1, 3, ... went through codes and back."""
+    tokenizer = random(dvae.init, DVAE, 2)
+    (tmp_path / "dvae").mkdir()
+    write_weights(tmp_path / "dvae" / WEIGHTS, tokenizer, 1)
+    (tmp_path / "dvae" / "config.json").write_text(to_json(TrainConfig(model=DVAE, data=DATA)))
+    config = TrainConfig(
+        model=CLIP, run=str(tmp_path / "run"), data=DATA, tokenizer=str(tmp_path / "dvae"),
+        text=TextConfig(model=str(room / "clip" / "text.model")),
+    )  # fmt: skip
+    task = make_task(config)
+    (tmp_path / "run").mkdir()
+    task.prepare(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(task.frozen), tokenizer)
+    params, pixels = random(clips.init, CLIP, 1), noise(4)
+    text_BT = np.stack([task.text.encode(c, text_vocab=402, text_len=10) for c in [*CAPTIONS, "a dot"]])
+    seen = images.to_floats(pixels)
+    seen[1::2] = dvae.decode(DVAE, tokenizer, dvae.encode(DVAE, tokenizer, seen[1::2]))
+    assert np.abs(seen[1::2] - images.to_floats(pixels)[1::2]).max() > 0.1
+    got, _ = task.loss(params, task.frozen, {"image": pixels, "text": text_BT}, None, None)
+    np.testing.assert_allclose(got, clips.loss(CLIP, params, seen, text_BT)[0], rtol=1e-6)
+    large = dataclasses.replace(DVAE, image_size=64)
+    for model, match in (
+        (CLIP, "is a run of stage clip, want a tokenizer"),
+        (large, "image_size is 32, the tokenizer's is 64"),
+    ):
+        (tmp_path / "dvae" / "config.json").write_text(to_json(TrainConfig(model=model, data=DATA)))
+        with pytest.raises(ValueError, match=match):
+            make_task(config)
 
 
 def test_a_vocabulary_that_leaves_no_room_for_the_end(room, tmp_path):

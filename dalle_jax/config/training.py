@@ -148,7 +148,9 @@ class TrainConfig:
     run: str = ""  # run directory; everything that a run makes is in it
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)  # stages that read captions
-    tokenizer: str | None = None  # stages that read image tokens: run directory of the trained tokenizer
+    # Run directory of a trained tokenizer: whose codes are learned; of a clip, which then sees every second picture as
+    # that tokenizer reconstructs it.
+    tokenizer: str | None = None
     init_from: str | None = None  # run directory whose weights a new run begins with
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -181,10 +183,10 @@ class TrainConfig:
                 self.model.codes is not None or self.tokenizer is None,
                 "tokenizer is for a model that reads image tokens; set model.codes, or leave tokenizer out",
             )
-        elif not isinstance(self.model, TransformerConfig):
+        elif not isinstance(self.model, (TransformerConfig, ClipConfig)):
             require(
                 self.tokenizer is None,
-                f"tokenizer is for the stage dalle; remove it from the configuration of a {self.model.kind}",
+                f"tokenizer is for dalle, diffusion and clip; remove it from the configuration of a {self.model.kind}",
             )
         if isinstance(self.model, ClipConfig):
             require(
@@ -195,6 +197,11 @@ class TrainConfig:
             require(
                 self.data.batch % self.model.chunks == 0,
                 f"data.batch {self.data.batch} is not divisible by model.chunks {self.model.chunks}; change one",
+            )
+            require(
+                self.tokenizer is None or self.data.batch % 2 == 0,
+                f"data.batch is {self.data.batch}; with a tokenizer every second picture is its reconstruction: want "
+                "an even number",
             )
             require(
                 self.data.batch >= 2, "data.batch is 1; a clip compares rows with each other: want 2 or more"

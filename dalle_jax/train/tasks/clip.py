@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dalle_jax import clip
-from dalle_jax.config import TrainConfig
+from dalle_jax import clip, tokenizer
+from dalle_jax.config import TokenizerConfig, TrainConfig
 from dalle_jax.data.images import to_floats
 from dalle_jax.data.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.text import FramedTokenizer
 from dalle_jax.train.processes import fetch
-from dalle_jax.train.rundir import share
+from dalle_jax.train.rundir import load_frozen, read_config, share
 from dalle_jax.train.tasks.captions import make_vocabulary, tell_cut
 from dalle_jax.train.tasks.pictures import (
     PICTURES,
@@ -27,19 +27,26 @@ from dalle_jax.train.tasks.pictures import (
     grid,
     log_unusable,
 )  # fmt: skip
+from dalle_jax.train.tasks.prepare import prepare
 
 Params = dict[str, Any]
 Batch = dict[str, Any]
 
 
 class ClipTask:
-    """A vision and a text tower learn to find each other's partner among the rows of a batch."""
+    """A vision and a text tower learn to find each other's partner among the rows of a batch.
+
+    With a tokenizer every second picture is what that makes of it: a CLIP that has only seen clean pictures does not
+    know what is wrong with drawn ones.
+    """
 
     best = ("eval_loss", "min")
 
     def __init__(self, config: TrainConfig):
         self.config, self.model = config, config.model
         self.frozen: Params = {}
+        if config.tokenizer is not None:  # before the run directory is made
+            _check_tokenizer(read_config(config.tokenizer).model, config)
         self.tokens_per_row = self.model.num_patches + self.model.text_len
 
     def prepare(self, run_dir: Path) -> None:
@@ -55,12 +62,18 @@ class ClipTask:
         self.text.encode("", **self._sizes())  # a vocabulary that is too large is told now
         if jax.process_index() == 0:
             tell_cut(self.text, self._source, self.model.text_len - 2)
+        if self.config.tokenizer is not None:
+            prepare(self.config, self._source, run_dir, vocab=None, tokenizer=True)
+            self.tokenizer, self.frozen, _ = load_frozen(run_dir / "tokenizer")
 
     def init(self, key: jax.Array) -> Params:
         return clip.init(self.model, key)
 
     def loss(self, params, frozen, batch, key, step):
-        return clip.loss(self.model, params, to_floats(batch["image"]), batch["text"])
+        images_BHWC = to_floats(batch["image"])
+        if frozen:
+            images_BHWC = half_reconstructed(self.tokenizer, frozen, images_BHWC)
+        return clip.loss(self.model, params, images_BHWC, batch["text"])
 
     def _sizes(self) -> dict[str, int]:
         return {"text_vocab": self.model.text_vocab, "text_len": self.model.text_len}
@@ -100,6 +113,25 @@ class ClipTask:
             right = batch["caption"][best] == batch["caption"][row]
             labels.append(f"{'' if right else 'not: '}{batch['caption'][best]} ({cosine[row, best]:.2f})")
         return grid(batch["image"], 4, labels)
+
+
+def _check_tokenizer(model: Any, config: TrainConfig) -> None:
+    """Raises ValueError unless `model` is a tokenizer of pictures of the size that this CLIP reads."""
+    if not isinstance(model, TokenizerConfig):
+        raise ValueError(
+            f"tokenizer {config.tokenizer} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)"
+        )
+    if model.image_size != config.model.image_size:
+        raise ValueError(
+            f"model.image_size is {config.model.image_size}, the tokenizer's is {model.image_size}; set them equal"
+        )
+
+
+def half_reconstructed(model: TokenizerConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
+    """The rows 1, 3, 5, ... as the tokenizer decodes their codes, the others as they are; an even number of rows."""
+    pairs = images_BHWC.reshape(-1, 2, *images_BHWC.shape[1:])  # neighbours lie on one device
+    decoded = tokenizer.decode(model, params, tokenizer.encode(model, params, pairs[:, 1]))
+    return jnp.stack([pairs[:, 0], decoded], axis=1).reshape(images_BHWC.shape)
 
 
 def _cosines(model, params: Params, image_u8: jax.Array, text_BT: jax.Array) -> jax.Array:
