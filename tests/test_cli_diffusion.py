@@ -27,8 +27,11 @@ from dalle_jax.config import (
     to_json,
 )
 from dalle_jax.data import images
+from dalle_jax.data.pipeline import eval_batch
+from dalle_jax.data.sources import open_source
 from dalle_jax.diffusion import unet
 from dalle_jax.evaluate import denoising, measures
+from dalle_jax.inference import decode_codes, encode_images
 from dalle_jax.inference.diffusion import Denoising, check_decoder, draw, load_diffusion
 from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.tokenizer import dvae
@@ -277,6 +280,25 @@ def test_decoders_side_by_side(decoder):
     check_decoder(model, model.tokenizer)
     with pytest.raises(ValueError, match=r"was not trained on the codes of this tokenizer \(0123\)"):
         check_decoder(model, model.tokenizer._replace(fingerprint="0123"))
+
+
+def test_rfid_is_of_what_the_decoder_draws_from_codes_of_true_pictures(decoder, monkeypatch):
+    """Row i with its own codes and seed; beside it the tokenizer's own pixels of the same codes."""
+    model, seen = load_diffusion(decoder), []
+
+    def moments(network, made, rows, progress):
+        seen.append(np.concatenate(list(made)))
+        return SimpleNamespace(count=len(seen[-1]))
+
+    monkeypatch.setattr(measures, "_moments", moments)
+    monkeypatch.setattr(measures.fid, "fid", lambda a, b: float(len(seen)))
+    how, true = Denoising(steps=2), SimpleNamespace(count=9)
+    found = denoising.measure_decoder_rfid(None, model, true, 3, how, seed=4)
+    assert found == {"rfid": 1.0, "rfid_count": 3, "rfid_reference_count": 9, "tokenizer_rfid": 2.0}
+    source = open_source(DATA.source, "eval", languages=())
+    codes = encode_images(model.tokenizer, eval_batch(DATA, source, 3, image_size=SIZE)["image"])
+    np.testing.assert_array_equal(seen[0], draw(model, [4, 5, 6], how, codes=codes).images)
+    np.testing.assert_array_equal(seen[1], images.to_bytes(decode_codes(model.tokenizer, codes)))
 
 
 @pytest.mark.parametrize(

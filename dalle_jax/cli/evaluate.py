@@ -157,9 +157,13 @@ def _diffusion(args: Evaluate) -> dict[str, Any]:
         result |= _told(diffusion.measure_likelihood(model, args.bits_per_dim, progress=progress))
     if cfg.codes is not None:
         progress = Counter("denoising steps")
-        return result | _told(
-            diffusion.measure_decoder(model, args.count, hows[0], seed=args.seed, progress=progress)
-        )
+        rest = (args.count, hows[0])
+        result |= _told(diffusion.measure_decoder(model, *rest, seed=args.seed, progress=progress))
+        if truth:
+            progress = Counter("features of what is made of codes")
+            rest = (truth.network, model, truth.true, *rest)
+            result |= _told(diffusion.measure_decoder_rfid(*rest, seed=args.seed, progress=progress))
+        return result
     kinds = measures.scene_kinds(data, cfg.image_size) if model.text is not None else ()
     if cfg.low_size or not (kinds or truth):  # one that makes pictures large draws from no caption alone
         return result

@@ -244,7 +244,8 @@ class Evaluate:
 
     Of a diffusion model: loss, eps_mse, band_1 (least noise) to band_4, squared errors. One on codes is set beside
     its tokenizer: psnr and right_reconstruction are of what it draws from the codes of true pictures,
-    tokenizer_psnr and tokenizer_right_reconstruction of what the tokenizer makes of the same codes."""
+    tokenizer_psnr and tokenizer_right_reconstruction of what the tokenizer makes of the same codes; so are, with
+    --fid-weights, rfid and tokenizer_rfid."""
 
     run: Positional[Runs]
     """directory of a trained tokenizer, Transformer, diffusion model or CLIP"""

@@ -18,12 +18,14 @@ from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.sources import open_source
 from dalle_jax.diffusion import loss, unet
-from dalle_jax.evaluate import verifier
+from dalle_jax.evaluate import fid, inception, verifier
 from dalle_jax.evaluate.measures import (
     BATCH,
     Figures,
     languages,
+    measure_rfid,
     reads_labels,
+    rfid_of,
     right_shares,
     scene_kinds,
     unseen_captions,
@@ -116,6 +118,29 @@ def measure_decoder(
             facts = [caption.facts for caption, _ in pairs]
             right[name] += [verifier.check(i, f).right for i, f in zip(again, facts, strict=True)]
     return figures | {name: float(np.mean(found)) for name, found in right.items() if found}
+
+
+def measure_decoder_rfid(
+    network: inception.Inception,
+    model: DiffusionModel,
+    true: fid.Moments,
+    count: int,
+    how: Denoising,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Figures:
+    """What `measures.measure_rfid` returns, of the pictures that a model on codes draws from those of true ones, and
+    `tokenizer_rfid`, that of its tokenizer's own decoder on the same codes."""
+    data, size = model.run.config.data, model.config.image_size
+
+    def again(pictures: np.ndarray, rows: range) -> np.ndarray:
+        codes = encode_images(model.tokenizer, pictures, batch=BATCH)
+        return draw(model, [seed + i for i in rows], how, codes=codes, batch=BATCH).images
+
+    drawn = rfid_of(network, again, data, size, true, count, progress=progress)
+    decoded = measure_rfid(network, model.tokenizer, data, true, count, progress=progress)
+    return drawn | {"tokenizer_rfid": decoded["rfid"]}
 
 
 def _both(model, images, how, seed, progress) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ R rows, N codes of a picture, H W picture.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -147,19 +147,31 @@ def measure_rfid(
     Returns `rfid`, and the pictures on each side, `rfid_count` and `rfid_reference_count`. Raises ValueError
     for fewer than two rows.
     """
-    size = tokenizer.config.image_size
+
+    def again(pictures: np.ndarray, rows: range) -> np.ndarray:
+        return to_bytes(decode_codes(tokenizer, encode_images(tokenizer, pictures, batch=BATCH), batch=BATCH))
+
+    return rfid_of(network, again, data, tokenizer.config.image_size, true, count, progress=progress)
+
+
+def rfid_of(
+    network: inception.Inception,
+    again: Callable[[np.ndarray, range], np.ndarray],
+    data: DataConfig,
+    size: int,
+    true: fid.Moments,
+    count: int = 256,
+    *,
+    progress: Progress | None = None,
+) -> Figures:
+    """What `measure_rfid` returns, of any way to make pictures again: `again` takes uint8 (B, size, size, 3) and
+    which rows they are, and returns the like."""
     source = open_source(data.source, "eval", languages=())
     batches = _batches(min(count, len(source)))
-
-    def again(rows: range) -> np.ndarray:
-        codes = encode_images(
-            tokenizer, eval_batch(data, source, rows, image_size=size)["image"], batch=BATCH
-        )
-        return to_bytes(decode_codes(tokenizer, codes, batch=BATCH))
-
-    made = _moments(network, map(again, batches), batches, progress)
+    made = (again(eval_batch(data, source, rows, image_size=size)["image"], rows) for rows in batches)
+    moments = _moments(network, made, batches, progress)
     return {
-        "rfid": fid.fid(made, true), "rfid_count": made.count, "rfid_reference_count": true.count
+        "rfid": fid.fid(moments, true), "rfid_count": moments.count, "rfid_reference_count": true.count
     }  # fmt: skip
 
 
