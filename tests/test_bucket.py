@@ -102,6 +102,33 @@ def test_what_is_not_there_is_named_by_its_url(store, monkeypatch):
         rundir.read_config(RUN)
 
 
+class _InBucket:
+    """A directory that says it is in a bucket."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __str__(self):
+        return f"gs://my-bucket{self._path}"
+
+    def __truediv__(self, name):
+        return _InBucket(self._path / name)
+
+    def __getattr__(self, name):
+        return getattr(self._path, name)
+
+
+def test_what_a_bucket_holds_of_an_unfinished_save_is_no_checkpoint(tmp_path):
+    """There the parts of a save come one by one, in their final place; the mark comes last."""
+    config = tiny_config(tmp_path / "run")
+    loop.run(config, FakeTask(config))
+    saves = tmp_path / "run" / "checkpoints"
+    assert Checkpoints(_InBucket(saves)).steps == [8, 10]
+    (saves / "8" / "commit_success.txt").unlink()
+    assert Checkpoints(_InBucket(saves)).steps == [10]
+    assert Checkpoints(saves).steps == [8, 10]
+
+
 def test_a_missing_package_is_named(monkeypatch):
     def no_gcsfs(url):
         raise ImportError("Please install gcsfs")

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FakeTask, tiny_config
+from orbax.checkpoint import v1 as ocp
 
 from dalle_jax.config import MeshConfig
 from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.train import loop, rundir
-from dalle_jax.train.checkpoint import Checkpoints, load_params, save_params
+from dalle_jax.train.checkpoint import Checkpoints, load_params
 from dalle_jax.train.optim import make_optimizer
 from dalle_jax.train.state import abstract_state, init_state, param_shapes
 
@@ -226,14 +227,13 @@ def test_place_that_cannot_be_written(tmp_path):
             loop.run(config, FakeTask(config))
 
 
-def test_params_round_trip(tmp_path):
+def test_params_of_an_orbax_directory(tmp_path):
+    """What runs of earlier versions hold as their tokenizer."""
     task, _, _ = setup()
     params = task.init(jax.random.key(1))
-    save_params(tmp_path / "params", params)
+    ocp.save(tmp_path / "params", params)
     leaves_equal(load_params(tmp_path / "params"), params)
     leaves_equal(load_params(tmp_path / "params", abstract_of(params)), params)
-    save_params(tmp_path / "params", one_array(1.0))
-    leaves_equal(load_params(tmp_path / "params"), one_array(1.0))
     with pytest.raises(ValueError, match="a/kernel"):
         load_params(tmp_path / "params", abstract_of(one_array(1.0, rows=8)))
     with pytest.raises(FileNotFoundError, match="no parameters at"):
@@ -241,9 +241,6 @@ def test_params_round_trip(tmp_path):
     damage_truncate(tmp_path / "params")
     with pytest.raises(OSError, match="cannot be read"):
         load_params(tmp_path / "params")
-    with pytest.raises(OSError, match="cannot write parameters"):
-        (tmp_path / "file").write_text("")
-        save_params(tmp_path / "file" / "params", params)
 
 
 @pytest.fixture(scope="module")

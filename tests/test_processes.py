@@ -1,26 +1,18 @@
 """Several processes as one training: joining, whose rows are whose, the stop that all agree on, and loss of one."""
 
-import atexit
-import json
-import multiprocessing
 import os
-import random
 import signal
-import socket
-import sys
 import threading
-import time
-import types
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import FakeTask, tiny_config
+from jobs import Job, assert_close, same_weights, saved_steps, series, straight_run, told_by_first_alone
 
 from dalle_jax.config import DistributedConfig, MeshConfig
 from dalle_jax.nn.sharding import batch_sharding, make_mesh
-from dalle_jax.train import loop, processes, rundir, stop
+from dalle_jax.train import loop, processes, stop
 from dalle_jax.train.metrics import read_metrics
 from dalle_jax.train.processes import begin_processes, local_rows, place_rows
 from dalle_jax.train.topology import peak_flops
@@ -109,6 +101,29 @@ def test_processes_that_do_not_meet_are_told(joined, monkeypatch):
         OSError, match=r"\(h:12\) in 5 s: DEADLINE_EXCEEDED: Barrier timed out\.\. Look whether"
     ):
         begin_processes(DistributedConfig(coordinator="h:12", processes=3, process=2, start_seconds=5))
+
+
+@pytest.mark.parametrize(
+    ("marks", "share"),
+    [
+        ({}, (0, 1)),
+        (SLURM, (1, 2)),
+        (SLURM | {"SLURM_NTASKS": "1"}, (0, 1)),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, (3, 4)),
+    ],
+)
+def test_work_without_joining_is_shared_by_the_same_marks(joined, monkeypatch, marks, share):
+    for name, value in marks.items():
+        monkeypatch.setenv(name, value)
+    assert processes.own_share() == share
+    assert joined == []
+
+
+def test_a_cluster_that_does_not_say_how_many_is_no_reason_to_do_all_the_work(joined, monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "h")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    with pytest.raises(ValueError, match=r"process 2 of a job of Kubernetes.*--process and --processes"):
+        processes.own_share()
 
 
 # --- rows -----------------------------------------------------------------------------------------------
@@ -201,141 +216,10 @@ def test_a_watchdog_ends_what_does_not_move_and_says_what_it_was_at(monkeypatch,
 
 # --- real processes -------------------------------------------------------------------------------------
 
-# Processes come from a server that has imported everything: importing takes longer than the training.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["conftest", "dalle_jax.train.command"])
-
-
-class SlowTask(FakeTask):
-    """EVENT (see Job) happens to the process when it reads the batch of the step."""
-
-    event = ("none", -1, -1)
-
-    def batches(self, start, rows=None):
-        what, who, when = self.event
-        for step, batch in enumerate(super().batches(start, rows), start):
-            time.sleep(0.02)
-            if (step, jax.process_index()) == (when, who):
-                match what:
-                    case "hang":
-                        time.sleep(10_000)
-                    case "raise":
-                        raise TypeError("planted")
-                    case _:
-                        os.kill(os.getpid(), getattr(signal, what))
-            yield batch
-
-
-def train(log: Path, devices: int, event: tuple[str, int, int], changes: dict, argv: list[str]) -> None:
-    """What a process of a Job does: the command line, with FakeTask for the stage."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    from dalle_jax.train import command
-
-    jax.config.update("jax_num_cpu_devices", devices)
-    sys.modules["dalle_jax.train.tasks"] = types.ModuleType("tasks")
-    sys.modules["dalle_jax.train.tasks"].make_task = type("Task", (SlowTask,), {"event": event})
-    command.load_config = lambda path: tiny_config(**changes)
-    code = command.main(argv)
-    atexit._run_exitfuncs()  # as at the end of any process; those of multiprocessing end without
-    sys.stderr.flush()
-    os._exit(code)
-
-
-CHANGES = {"steps": 24, "save_every": 4, "log_every": 1, "eval_every": 8, "sample_every": 12}
-SHORT = ["--distributed.heartbeat-seconds", "10"]  # where a process is to be lost
-BOUND = 240  # seconds until all must be gone: start, training, heartbeat, and much for a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-class Job:
-    """`count` processes with `devices` each, one training in `run`.
-
-    event: WHAT:PROCESS:STEP, what one process does to itself when the batch of a step is read: a signal's name,
-    `hang` or `raise`.
-    """
-
-    def __init__(self, run: Path, count: int, devices: int, event="none:-1:-1", flags=(), **changes):
-        self.run = run
-        run.parent.mkdir(exist_ok=True, parents=True)
-        what, who, when = event.split(":")
-        port, self.processes = free_port(), []
-        self.logs = [run.with_name(f"{run.name}.{p}.log") for p in range(count)]
-        for p, log in enumerate(self.logs):
-            argv = ["config.py", "--run", str(run), *flags]
-            if count > 1:
-                argv += [
-                    "--distributed.coordinator",
-                    f"localhost:{port}",
-                    "--distributed.processes",
-                    str(count),
-                ]
-                argv += ["--distributed.process", str(p)]
-            args = (log, devices, (what, int(who), int(when)), CHANGES | changes, argv)
-            self.processes.append(CONTEXT.Process(target=train, args=args, daemon=True))
-            self.processes[-1].start()
-
-    def codes(self) -> list[int]:
-        """Exit codes, once all have ended; None for one that has not in BOUND seconds."""
-        for p in self.processes:
-            p.join(BOUND)
-        codes = [p.exitcode for p in self.processes]
-        self.kill()
-        return codes
-
-    def kill(self) -> None:
-        for p in self.processes:
-            p.kill()
-
-    def log(self, p: int) -> str:
-        return self.logs[p].read_text()
-
-    def logs_text(self) -> str:
-        return "\n".join(f"process {p}:\n{self.log(p)}" for p in range(len(self.logs)))
-
-    def wait_for_step(self, step: int) -> None:
-        file = self.run / "metrics.jsonl"
-        for _ in range(30_000):
-            if file.exists() and f'"step": {step},' in file.read_text():
-                return
-            assert all(p.is_alive() for p in self.processes), self.logs_text()
-            time.sleep(0.01)
-        raise AssertionError(f"no step {step}: {self.logs_text()}")
-
-
-def series(run: Path) -> list[dict]:
-    rows = read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "timing"} for row in rows]
-
-
-def assert_close(got: list[dict], want: list[dict]) -> None:
-    """The same steps and figures; sums over devices may be taken in another order (relative 1e-5)."""
-    assert [(r["step"], list(r)) for r in got] == [(r["step"], list(r)) for r in want]
-    for g, w in zip(got, want, strict=True):
-        for name in w:
-            np.testing.assert_allclose(g[name], w[name], rtol=1e-5, atol=1e-6, err_msg=f"{name}, {g['step']}")
-
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """One process, eight devices, nothing happens."""
-    run = tmp_path_factory.mktemp("straight") / "run"
-    config = tiny_config(run, **CHANGES)
-    loop.run(config, FakeTask(config))
-    return run
-
-
-def same_weights(a: Path, b: Path) -> None:
-    for x, y in zip(
-        *(jax.tree.leaves(rundir.load_run(r, which="latest").params) for r in (a, b)), strict=True
-    ):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    return straight_run(tmp_path_factory.mktemp("straight") / "run")
 
 
 def test_two_processes_equal_one(tmp_path, straight):
@@ -345,11 +229,18 @@ def test_two_processes_equal_one(tmp_path, straight):
     assert_close(series(run), series(straight))
     same_weights(run, straight)
     assert "8 x cpu of 2 processes" in job.log(0)
-    assert "loss" not in job.log(1)  # one process tells
+    told_by_first_alone(job)
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in straight.iterdir())
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_00000012.png", "step_00000024.png"]
-    written = json.loads((run / "config.json").read_text())["distributed"]
-    assert written["coordinator"] is written["processes"] is written["process"] is None
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    """Whoever gets it; step 7 carries it, and its figures are read when step 8 is on its way. One is saved at 4."""
+    run = tmp_path / "run"
+    job = Job(run, 2, 4, "SIGTERM:1:6")
+    assert job.codes() == [0, 0], job.logs_text()
+    assert "stopped after step 8" in job.log(0), job.logs_text()
+    assert series(run)[-1]["step"] == saved_steps(run)[-1] == 8
 
 
 def test_a_lost_process_ends_the_others_and_fewer_go_on(tmp_path, straight):
@@ -358,107 +249,6 @@ def test_a_lost_process_ends_the_others_and_fewer_go_on(tmp_path, straight):
     job = Job(run, 2, 4, "SIGKILL:0:15")
     first, second = job.codes()
     assert first == -signal.SIGKILL and second not in (0, None), job.logs_text()
-    steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
-    assert steps[-1] in (8, 12)  # that of 12 may have been on its way
-    config = tiny_config(run, **CHANGES)
-    assert loop.run(config, FakeTask(config)).finished  # one process with eight devices
+    assert saved_steps(run)[-1] in (8, 12)  # that of 12 may have been on its way
+    straight_run(run)  # one process with eight devices
     assert_close(series(run), series(straight))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, straight, name):
-    run = tmp_path / "run"
-    job = Job(run, 2, 4, f"{name}:1:6", steps=400)
-    assert job.codes() == [0, 0], job.logs_text()
-    assert "stopped after step" in job.log(0)
-    last = series(run)[-1]["step"]
-    assert last < 400 and rundir.load_run(run, which="latest").step == last
-
-
-@pytest.mark.slow
-def test_a_process_that_hangs_ends_all_with_a_message(tmp_path):
-    job = Job(tmp_path / "run", 2, 4, "hang:1:6", ["--distributed.stall-seconds", "20"])
-    codes = job.codes()
-    assert codes[1] == 4 and codes[0] not in (0, None), job.logs_text()
-    assert "process 1 of 2: nothing has moved for 20 s" in job.log(1)
-    assert "it was reading the batch of step 7" in job.log(1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
-def test_a_process_that_gives_no_sign_of_life_ends_the_others(tmp_path, name):
-    job = Job(tmp_path / "run", 2, 4, f"{name}:1:6", SHORT)
-    job.processes[0].join(BOUND)
-    code = job.processes[0].exitcode
-    job.kill()
-    assert code not in (0, None), job.logs_text()
-
-
-@pytest.mark.slow
-def test_an_error_of_one_process_ends_all(tmp_path):
-    job = Job(tmp_path / "run", 2, 4, "raise:1:6", SHORT)
-    codes = job.codes()
-    assert codes[1] == 1 and codes[0] not in (0, None), job.logs_text()
-    assert "TypeError: planted" in job.log(1)
-
-
-@pytest.mark.slow
-def test_four_processes_equal_one_and_two_go_on(tmp_path, straight):
-    """4 x 2 devices; kill -9 at a random step; restarted as 2 x 4 devices."""
-    whole = tmp_path / "whole"
-    job = Job(whole, 4, 2)
-    assert job.codes() == [0] * 4, job.logs_text()
-    assert_close(series(whole), series(straight))
-    same_weights(whole, straight)
-
-    run = tmp_path / "run"
-    job = Job(run, 4, 2, flags=SHORT)
-    job.wait_for_step(random.randint(4, 20))
-    victim = random.randrange(4)
-    job.processes[victim].kill()
-    assert all(code not in (0, None) for code in job.codes()), job.logs_text()
-    job = Job(run, 2, 4)
-    assert job.codes() == [0, 0], job.logs_text()
-    assert "goes on from step" in job.log(0)
-    assert_close(series(run), series(straight))
-    same_weights(run, straight)
-
-
-@pytest.mark.slow
-def test_twenty_random_kills(tmp_path):
-    """Whatever the moment: every checkpoint can be read, and no save is lost but one that was on its way."""
-    every = 4
-    changes = {"steps": 4000, "save_every": every, "eval_every": 1000, "sample_every": 1000}
-    run, lost, seconds = tmp_path / "run", [], []
-    done = 0
-    while len(lost) < 20:
-        job = Job(run, 2, 4, flags=SHORT, **changes)
-        try:
-            job.wait_for_step(done + random.randint(1, 3 * every))
-        except AssertionError:  # the machine stood still for the heartbeat's ten seconds: not our kill
-            job.codes()
-            continue
-        time.sleep(random.random() * 0.2)
-        victim = random.randrange(2)
-        job.processes[victim].kill()
-        begin = time.monotonic()
-        codes = job.codes()
-        seconds.append(time.monotonic() - begin)
-        assert all(code not in (0, None) for code in codes), job.logs_text()
-        steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
-        for step in steps:
-            rundir.load_run(run, which=step)
-        last = series(run)[-1]["step"]
-        done = steps[-1] if steps else 0
-        lost.append(last - done)
-        assert done >= last // every * every - every, (last, steps)
-    print("steps lost per kill, saving every", every, ":", lost)
-    print("seconds until all had ended:", [round(s, 1) for s in seconds])
-    last = series(run)[-1]["step"]
-    Job(run, 2, 4, f"SIGTERM:0:{last + 2}", **changes).codes()
-    Job(tmp_path / "want", 1, 8, f"SIGTERM:0:{last}", **changes).codes()
-    got, want = series(run), series(tmp_path / "want")
-    rows = min(len(got), len(want))
-    assert rows >= last
-    assert_close(got[:rows], want[:rows])

@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from dalle_jax.cli import output
@@ -29,6 +28,7 @@ from dalle_jax.inference import (
     load_tokenizer,
 )  # fmt: skip
 from dalle_jax.inference.diffusion import DiffusionModel, draw, is_diffusion, load_diffusion
+from dalle_jax.train.processes import own_share
 from dalle_jax.train.rundir import load_config, read_config
 
 
@@ -63,8 +63,7 @@ def _encode_ahead(args: Encode) -> dict[str, Any]:
     tokenizer, out = load_tokenizer(args.run), output.directory(args.out)
     if (args.process is None) != (args.processes is None):
         raise ValueError("--process and --processes go together: --process 0 --processes 4")
-    alone = args.process is None
-    process = (jax.process_index(), jax.process_count()) if alone else (args.process, args.processes)
+    process = own_share() if args.process is None else (args.process, args.processes)
     options = {"rows": args.rows, "shard_rows": args.shard_rows, "process": process}
     info, made = encode_source(tokenizer, data, out, progress=Counter("rows"), **options)
     missing = [k for k in range(info.shards) if not is_whole(out, info, k)]

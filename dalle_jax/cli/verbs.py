@@ -199,7 +199,8 @@ class Encode:
     shard_rows: int = 16_384
     """with --data: rows of a shard, of which an interruption costs at most one"""
     process: int | None = None
-    """with --data: number of this process, from 0; None is its number in the job that jax knows"""
+    """with --data: number of this process, from 0; None is its number in a step of Slurm, under Open MPI or on a
+    Cloud TPU slice"""
     processes: int | None = None
     """with --data: processes that encode, on one machine or several; process p makes the shards p, p + P, ..."""
     json: Json = False

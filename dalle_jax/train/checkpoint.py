@@ -12,8 +12,9 @@ import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -31,10 +32,10 @@ class Checkpoints:
     """The checkpoints of one run: saved while training goes on, the last `keep` and the best one kept.
 
     path: the directory, made if missing: a Path, or what `bucket.remote` makes of a URL. keep: how many of the
-    latest survive; None opens the directory for reading only: nothing is deleted and nothing is made. best: name
-    of a measure, and whether the smallest or the largest is best. alone: this process reads by itself. Else every
-    method is called on all processes, from the main thread: each writes what its devices hold, and the first one
-    finishes the directory.
+    latest survive; None opens the directory for reading only: nothing is deleted and nothing is made, and what is
+    there is looked up once. best: name of a measure, and whether the smallest or the largest is best. alone: this
+    process reads by itself. Else every method is called on all processes, from the main thread: each writes what its
+    devices hold, and the first one finishes the directory.
     """
 
     def __init__(self, path: Any, keep: int | None = None, best: Best | None = None, alone: bool = False):
@@ -43,24 +44,43 @@ class Checkpoints:
         self._pending: tuple[int, Any] | None = None
         if keep is None and not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not a directory; want the checkpoints/ of a run")
+        if (
+            keep is None
+        ):  # Orbax's Checkpointer would want to make it, which one of several processes cannot alone
+            self._orbax, self._found = None, [self._look(step) for step in _finished(self.path)]
+            return
         try:
             self._orbax = ocp.training.Checkpointer(
                 self.path,
                 context=_context(alone=alone),
                 preservation_policy=_LatestAndBest(keep),
-                cleanup_tmp_directories=keep is not None,
+                cleanup_tmp_directories=True,
                 save_decision_policy=_Always(),
             )
         except (OSError, ValueError) as error:
             for step in reversed(_numbered(self.path)):
-                if not _metrics_readable(self.path / str(step)):
-                    raise self._read_error(step, error) from error
+                self._look(step)
             raise OSError(f"cannot open the checkpoints in {self.path}: {_first_line(error)}") from error
+
+    def _look(self, step: int) -> _Found:
+        """The measures of a checkpoint, if it has any. Raises OSError where they are damaged."""
+        file = self.path / str(step) / "metrics" / "metrics"
+        try:
+            metrics = json.loads(file.read_text()) if file.exists() else None
+            if not isinstance(metrics, dict | None):
+                raise ValueError(f"{file.name} holds no object")
+        except (OSError, ValueError) as error:
+            raise self._read_error(step, error) from error
+        return _Found(step, metrics)
+
+    @property
+    def _checkpoints(self) -> Sequence[Any]:
+        return self._found if self._orbax is None else self._orbax.checkpoints
 
     @property
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending."""
-        return [c.step for c in self._orbax.checkpoints]
+        return [c.step for c in self._checkpoints]
 
     @property
     def latest(self) -> int | None:
@@ -69,7 +89,7 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step with the best measure; None where no checkpoint carries one."""
-        index = _best_index(self._orbax.checkpoints)
+        index = _best_index(self._checkpoints)
         return None if index is None else self.steps[index]
 
     def save(self, step: int, state: Any, measures: dict[str, float] | None = None) -> None:
@@ -169,23 +189,12 @@ class Checkpoints:
             self.wait()
         finally:
             with contextlib.suppress(Exception):  # a failed save is told above, or was before
-                self._orbax.close()
-
-
-def save_params(path: Path, params: Params) -> None:
-    """Writes a tree of arrays to the directory `path`, atomically; what was there is replaced.
-
-    Called by one process alone, with arrays that it holds whole.
-    """
-    try:
-        with _context(alone=True):
-            ocp.save(Path(path).absolute(), params, overwrite=True)
-    except Exception as error:
-        raise OSError(f"cannot write parameters to {path}: {_first_line(error)}") from error
+                if self._orbax is not None:
+                    self._orbax.close()
 
 
 def load_params(path: Path, abstract: Params | None = None) -> Params:
-    """The tree of arrays that `save_params` wrote; each process that wants it calls by itself.
+    """The tree of arrays in an Orbax directory; each process that wants it calls by itself.
 
     abstract: ShapeDtypeStructs with shardings on devices of this process; None puts every array whole on the
     first one. Raises FileNotFoundError, ValueError for other names or shapes than `abstract` has, OSError for
@@ -214,15 +223,20 @@ def on_one_device(shapes: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 
+class _Found(NamedTuple):
+    """A checkpoint: its step, and the measures saved with it, None without."""
+
+    step: int
+    metrics: dict[str, Any] | None
+
+
 class _LatestAndBest:
     """Orbax preservation policy: the latest `keep`, and the best by the measure that checkpoints carry."""
 
-    def __init__(self, keep: int | None):
+    def __init__(self, keep: int):
         self.keep = keep
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        if self.keep is None:
-            return [True] * len(checkpoints)
         best = _best_index(checkpoints)
         return [i >= len(checkpoints) - self.keep or i == best for i in range(len(checkpoints))]
 
@@ -248,13 +262,10 @@ def _numbered(path: Any) -> list[int]:
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal()) if path.is_dir() else []
 
 
-def _metrics_readable(path: Any) -> bool:
-    """Whether the measures of a checkpoint, if it has any, are whole; Orbax reads them when it opens."""
-    file = path / "metrics" / "metrics"
-    try:
-        return not file.exists() or isinstance(json.loads(file.read_text()), dict)
-    except (OSError, ValueError):
-        return False
+def _finished(path: Any) -> list[int]:
+    """Those of `_numbered` that are whole: in a bucket of Google, which renames nothing, Orbax marks them."""
+    marked = str(path).startswith("gs://")
+    return [s for s in _numbered(path) if not marked or (path / str(s) / "commit_success.txt").exists()]
 
 
 def _context(partial: bool = False, alone: bool = False) -> ocp.Context:

@@ -200,7 +200,7 @@ class _Training:
                     self.profiler.start()
             self.at(f"sending step {done + 1} to the devices")
             with self.profiler.step(done + 1):
-                state, metrics = step_fn(state, self.frozen, batch)
+                state, metrics = step_fn(state, self.frozen, batch | self.stop.flags(self.mesh))
             done += 1
             last = done == config.steps
             if not last:
@@ -245,7 +245,7 @@ class _Training:
     def _compile(self, state: State, batch: dict[str, jax.Array]):
         begin = time.monotonic()
         fn = make_step(self.task, self.tx, self.config, self.mesh)
-        compiled = fn.lower(state, self.frozen, batch).compile()
+        compiled = fn.lower(state, self.frozen, batch | self.stop.flags(self.mesh)).compile()
         self.progress.say(f"compiled the training step in {time.monotonic() - begin:.1f} s")
         return compiled
 
@@ -272,11 +272,12 @@ class _Training:
         if pending is None:
             return
         done, metrics = pending
-        finite = bool(metrics["finite"])  # waits for that step
+        finite, stop = jax.device_get((metrics["finite"], metrics.get("stop", False)))  # waits for that step
+        self.stop.agreed |= bool(stop)
         last = done == self.config.steps
         if finite and done % self.config.log_every and not last:
             return
-        values = {name: float(v) for name, v in jax.device_get(metrics).items() if name != "finite"}
+        values = {name: float(v) for name, v in jax.device_get(metrics).items() if v.dtype != bool}
         if not finite:
             raise NotFiniteError(
                 f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}. The update "

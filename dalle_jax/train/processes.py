@@ -38,6 +38,7 @@ def begin_processes(cfg: DistributedConfig, cpu_devices: int = 0) -> None:
     cluster = None if cfg.coordinator else _cluster()
     if not (cfg.coordinator or cluster):
         return
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours (train/stop.py)
     try:
         jax.distributed.initialize(
             cfg.coordinator,
@@ -84,6 +85,26 @@ def _cluster() -> str | None:
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         return "Kubernetes"
     return None
+
+
+def own_share() -> tuple[int, int]:
+    """(p, P): number p of P processes started side by side, for work that they share without joining; (0, 1) alone.
+
+    By the marks of Slurm and Open MPI; on a Cloud TPU what jax knows. Raises ValueError where a cluster does not
+    say how many there are.
+    """
+    env, cluster = os.environ, _cluster()
+    match cluster:
+        case "Slurm":
+            return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+        case "Open MPI":
+            return int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"])
+        case "Kubernetes":
+            raise ValueError(
+                f"this is process {env['JOB_COMPLETION_INDEX']} of a job of {cluster}, which does not say of how many; "
+                "give --process and --processes"
+            )
+    return jax.process_index(), jax.process_count()
 
 
 def leave(code: int) -> None:

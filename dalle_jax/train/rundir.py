@@ -2,7 +2,7 @@
 
     config.json      the configuration, every field
     text.model       BPE vocabulary (stages that read captions)
-    tokenizer/       config.json and params/ of the frozen tokenizer (stages that read image tokens)
+    tokenizer/       config.json and model.safetensors of the frozen tokenizer (stages that read image tokens)
     checkpoints/     one directory per saved step; an exported run has model.safetensors instead
     metrics.jsonl    one JSON object per line
     events/          the same figures for TensorBoard
@@ -46,7 +46,7 @@ from dalle_jax.diffusion import unet
 from dalle_jax.importers import safetensors
 from dalle_jax.nn.sharding import param_shardings, path_name
 from dalle_jax.train import bucket
-from dalle_jax.train.checkpoint import Checkpoints, load_params, on_one_device, save_params
+from dalle_jax.train.checkpoint import Checkpoints, load_params, on_one_device
 
 Params = dict[str, Any]
 
@@ -370,19 +370,20 @@ def fingerprint(model: ModelConfig, params: Params) -> str:
 
 
 def save_frozen(path: Path, run: Run) -> None:
-    """A copy of the model of `run` for another run to use: `path/params`, then `path/config.json`.
+    """A copy of the model of `run` for another run to use: `path/model.safetensors`, then `path/config.json`.
 
-    config.json comes last: a directory that has it is whole.
+    config.json comes last: a directory that has it is whole. One process writes, alone: Orbax could not, where
+    there are several.
     """
     path.mkdir(parents=True, exist_ok=True)
-    save_params(path / "params", run.params)
+    write_weights(path / WEIGHTS, run.params, run.step)
     write_atomically(path / "config.json", to_json(run.config))
 
 
 def load_frozen(path: Path) -> tuple[ModelConfig, Params, str]:
     """Configuration, parameters (on the first device) and fingerprint of what `save_frozen` wrote.
 
-    A tokenizer that came with an imported model has model.safetensors instead of params/.
+    Runs of earlier versions have an Orbax directory params/ in place of model.safetensors.
     """
     model = read_config(path).model
     if (path / WEIGHTS).is_file():

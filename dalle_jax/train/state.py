@@ -171,7 +171,8 @@ def make_step(
     `optim.accumulate` > 1 the gradient is the mean over that many microbatches, computed one after the other.
     `metrics` holds float32 scalars: what the task reports, `loss`, `grad_norm` (before clipping) and
     `learning_rate`; and `finite`, a bool. Where the loss or the gradient norm is not finite, `finite` is
-    False and the state comes back as it was, step number included.
+    False and the state comes back as it was, step number included. Where the batch holds bools `stop` beside its
+    rows, `stop` says whether one of them is True.
     """
     pieces = config.optim.accumulate
     rate = learning_rate(config.optim, config.steps)
@@ -213,6 +214,8 @@ def make_step(
         return jax.tree.map(lambda x: x / pieces, total)
 
     def step_fn(state: State, frozen: Params, batch: dict[str, jax.Array]):
+        batch = dict(batch)
+        stop = batch.pop("stop", None)
         key = run_key(config.seed, state.step)
         grads, measures = mean_grads(state.params, frozen, batch, key, state.step)
         norm = optax.tree.norm(grads)
@@ -229,6 +232,8 @@ def make_step(
 
         measures = {k: v.astype(jnp.float32) for k, v in measures.items()}
         measures |= {"grad_norm": norm, "learning_rate": rate(state.step), "finite": finite}
+        if stop is not None:
+            measures["stop"] = jnp.any(stop)
         return new, measures
 
     return jax.jit(

@@ -1,8 +1,9 @@
 """How a training ends before its last step: by a signal that all processes agree on, or because nothing moves.
 
-One process: the first SIGINT or SIGTERM asks for a stop, the next acts as it would have without us. Several:
-jax spreads the SIGTERM of any of them (a preempted host gets one) and names the step after which all stop; a
-SIGINT is turned into that.
+The first SIGINT or SIGTERM asks for a stop, the next acts as it would have without us. On several processes every
+training step carries a flag of each, and all read from its result whether one of them was asked (a preempted host
+gets a SIGTERM): so all stop after the same step. jax's own way to agree (`reached_preemption_sync_point`) is not
+used: Orbax calls it too, with other numbers, and a signal that came beside a save could be lost.
 """
 
 from __future__ import annotations
@@ -17,25 +18,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.train.processes import LOST, whoami
 
 
 class Stop:
-    """Whether to stop before the next step: the same answer on every process."""
+    """Whether to stop before the next step: the same answer on every process.
+
+    signal: what this process was asked by. agreed: a step has told that one of several processes was asked.
+    """
 
     def __init__(self):
         self.signal: int | None = None
-        self._calls = 0
+        self.agreed = False
 
     def asked(self) -> bool:
-        """To be called after every step, by all processes equally often."""
+        return self.agreed if jax.process_count() > 1 else self.signal is not None
+
+    def flags(self, mesh: Mesh) -> dict[str, jax.Array]:
+        """What a batch holds beside its rows, for `make_step`: of several processes, who was asked.
+
+        One bool for each device. Rows would not do: two processes may hold the same ones.
+        """
         if jax.process_count() == 1:
-            return self.signal is not None
-        # jax answers True for exactly one number; numbers that do not start at 1 could pass it by.
-        self._calls += 1
-        return multihost_utils.reached_preemption_sync_point(self._calls)
+            return {}
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        mine = np.array([self.signal is not None])
+        return {"stop": jax.make_array_from_callback((mesh.size,), sharding, lambda _: mine)}
 
 
 @contextmanager
@@ -45,12 +56,11 @@ def stop_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    several = jax.process_count() > 1
 
     def restore():
         while before:
             number, handler = before.popitem()
-            # None: a handler that is not Python's, as jax's own for SIGTERM, which our own stands in for.
+            # None: a handler that is not Python's, as that of jax where it takes SIGTERM for itself.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def handle(number, frame):
@@ -59,10 +69,8 @@ def stop_signals() -> Iterator[Stop]:
         name = signal.Signals(number).name
         # Not print: the signal may have come in the middle of one.
         os.write(2, f"\n{name}: finishing the step, then saving; once more to abort\n".encode())
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)  # to jax, which tells the others
 
-    for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, handle)
     try:
         yield stop

@@ -1,0 +1,195 @@
+"""Several real processes as one training, for tests.
+
+They come from a server that has imported everything: importing takes longer than what they train. Sizes are such
+that a life is seconds, also where a machine is busy: XLA ends a process whose collective has waited 40 s.
+"""
+
+import atexit
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+from conftest import FakeTask, tiny_config
+
+from dalle_jax.config import TrainConfig
+from dalle_jax.train import loop, rundir
+from dalle_jax.train.checkpoint import Checkpoints, on_one_device
+from dalle_jax.train.metrics import read_metrics
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["conftest", "dalle_jax.train.command"])
+
+CHANGES = {
+    "steps": 24,
+    "save_every": 4,
+    "log_every": 1,
+    "eval_every": 8,
+    "sample_every": 12,
+}  # of tiny_config
+HEARTBEAT = 10  # seconds, where a process is to be lost
+SHORT = ["--distributed.heartbeat-seconds", str(HEARTBEAT), "--distributed.start-seconds", "60"]
+BOUND = 240  # seconds until all must be gone: start, training, heartbeat, and much for a busy machine
+
+
+class SlowTask(FakeTask):
+    """EVENT (see Job) happens to the process when it reads the batch of the step."""
+
+    event = ("none", -1, -1)
+
+    def batches(self, start, rows=None):
+        what, who, when = self.event
+        for step, batch in enumerate(super().batches(start, rows), start):
+            time.sleep(0.02)
+            if (step, jax.process_index()) == (when, who):
+                match what:
+                    case "hang":
+                        time.sleep(10_000)
+                    case "raise":
+                        raise TypeError("planted")
+                    case _:
+                        os.kill(os.getpid(), getattr(signal, what))
+            yield batch
+
+
+def train(log: Path, devices: int, event: tuple[str, int, int], config: TrainConfig | dict, argv: list[str]):
+    """What a process of a Job does: the command line; with FakeTask for the stage where `config` is a dict."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    from dalle_jax.train import command
+
+    jax.config.update("jax_num_cpu_devices", devices)
+    if isinstance(config, dict):
+        sys.modules["dalle_jax.train.tasks"] = types.ModuleType("tasks")
+        sys.modules["dalle_jax.train.tasks"].make_task = type("Task", (SlowTask,), {"event": event})
+        config = tiny_config(**config)
+    command.load_config = lambda path: config
+    code = command.main(argv)
+    atexit._run_exitfuncs()  # as at the end of any process; those of multiprocessing end without
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+class Job:
+    """`count` processes with `devices` each, one training in `run`.
+
+    event: WHAT:PROCESS:STEP, what one process does to itself when the batch of a step is read: a signal's name,
+    `hang` or `raise`. config: of a real stage; without it FakeTask trains, with `changes` of its `CHANGES`.
+    """
+
+    def __init__(
+        self, run: Path, count: int, devices: int, event="none:-1:-1", flags=(), config=None, **changes
+    ):
+        self.run = run
+        run.parent.mkdir(exist_ok=True, parents=True)
+        what, who, when = event.split(":")
+        port, self.processes = free_port(), []
+        self.logs = [run.with_name(f"{run.name}.{p}.log") for p in range(count)]
+        for p, log in enumerate(self.logs):
+            argv = ["config.py", "--run", str(run), *flags]
+            if count > 1:
+                where = {"coordinator": f"localhost:{port}", "processes": count, "process": p}
+                argv += [word for n, v in where.items() for word in (f"--distributed.{n}", str(v))]
+            args = (log, devices, (what, int(who), int(when)), config or CHANGES | changes, argv)
+            self.processes.append(CONTEXT.Process(target=train, args=args, daemon=True))
+            self.processes[-1].start()
+
+    def codes(self) -> list[int]:
+        """Exit codes, once all have ended; None for one that has not in BOUND seconds."""
+        for p in self.processes:
+            p.join(BOUND)
+        codes = [p.exitcode for p in self.processes]
+        self.kill()
+        return codes
+
+    def kill(self) -> None:
+        for p in self.processes:
+            p.kill()
+
+    def log(self, p: int) -> str:
+        return self.logs[p].read_text()
+
+    def logs_text(self) -> str:
+        return "\n".join(f"process {p}:\n{self.log(p)}" for p in range(len(self.logs)))
+
+    def reaches(self, step: int) -> bool:
+        """Waits for the row of a step; False where a process has ended before."""
+        file = self.run / "metrics.jsonl"
+        for _ in range(30_000):
+            if file.exists() and f'"step": {step},' in file.read_text():
+                return True
+            if not all(p.is_alive() for p in self.processes):
+                return False
+            time.sleep(0.01)
+        return False
+
+
+def series(run: Path) -> list[dict]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "timing"} for row in rows]
+
+
+def assert_close(got: list[dict], want: list[dict], rtol=1e-5, atol=1e-6) -> None:
+    """The same steps and figures; sums over devices may be taken in another order."""
+    assert [(r["step"], list(r)) for r in got] == [(r["step"], list(r)) for r in want]
+    for g, w in zip(got, want, strict=True):
+        for name in w:
+            np.testing.assert_allclose(g[name], w[name], rtol, atol, err_msg=f"{name}, {g['step']}")
+
+
+def same_weights(a: Path, b: Path, rtol=1e-5, atol=1e-6) -> None:
+    for x, y in zip(
+        *(jax.tree.leaves(rundir.load_run(r, which="latest").params) for r in (a, b)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol, atol)
+
+
+def straight_run(run: Path, **changes) -> Path:
+    """One process, eight devices, nothing happens."""
+    config = tiny_config(run, **CHANGES | changes)
+    loop.run(config, FakeTask(config))
+    return run
+
+
+def saved_steps(run: Path) -> list[int]:
+    """The steps with a checkpoint, each read whole; fails for one that cannot be."""
+    path = run / "checkpoints"
+    if not path.is_dir():
+        return []
+    checkpoints = Checkpoints(path)
+    try:
+        assert checkpoints.steps == sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal())
+        for step in checkpoints.steps:
+            state = checkpoints.load(step, on_one_device(checkpoints.shapes(step)))
+            assert state["step"] == step
+        return checkpoints.steps
+    finally:
+        checkpoints.close()
+
+
+def begun_saves(run: Path) -> set[int]:
+    """The steps of which a save had begun and not ended."""
+    names = [p.name for p in (run / "checkpoints").iterdir() if not p.name.isdecimal()]
+    return {int(name.partition(".")[0]) for name in names if name.partition(".")[0].isdecimal()}
+
+
+def told_by_first_alone(job: Job) -> None:
+    """Figures stand in the log of process 0 and in no other; the run directory says nothing of processes."""
+    assert "loss" in job.log(0)
+    assert not any("loss" in job.log(p) for p in range(1, len(job.logs)))
+    written = json.loads((job.run / "config.json").read_text())["distributed"]
+    assert written["coordinator"] is written["processes"] is written["process"] is None
