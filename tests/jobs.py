@@ -59,8 +59,16 @@ class SlowTask(FakeTask):
             yield batch
 
 
-def train(log: Path, devices: int, event: tuple[str, int, int], config: TrainConfig | dict, argv: list[str]):
+def train(
+    log: Path,
+    devices: int,
+    event: tuple[str, int, int],
+    config: TrainConfig | dict,
+    argv: list[str],
+    env=None,
+):
     """What a process of a Job does: the command line; with FakeTask for the stage where `config` is a dict."""
+    os.environ.update(env or {})
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -89,10 +97,20 @@ class Job:
 
     event: WHAT:PROCESS:STEP, what one process does to itself when the batch of a step is read: a signal's name,
     `hang` or `raise`. config: of a real stage; without it FakeTask trains, with `changes` of its `CHANGES`.
+    url: where the run is instead of at `run`, beside which the logs are; env: what to find it with.
     """
 
     def __init__(
-        self, run: Path, count: int, devices: int, event="none:-1:-1", flags=(), config=None, **changes
+        self,
+        run: Path,
+        count: int,
+        devices: int,
+        event="none:-1:-1",
+        flags=(),
+        config=None,
+        url=None,
+        env=None,
+        **changes,
     ):
         self.run = run
         run.parent.mkdir(exist_ok=True, parents=True)
@@ -100,11 +118,11 @@ class Job:
         port, self.processes = free_port(), []
         self.logs = [run.with_name(f"{run.name}.{p}.log") for p in range(count)]
         for p, log in enumerate(self.logs):
-            argv = ["config.py", "--run", str(run), *flags]
+            argv = ["config.py", "--run", url or str(run), *flags]
             if count > 1:
                 where = {"coordinator": f"localhost:{port}", "processes": count, "process": p}
                 argv += [word for n, v in where.items() for word in (f"--distributed.{n}", str(v))]
-            args = (log, devices, (what, int(who), int(when)), config or CHANGES | changes, argv)
+            args = (log, devices, (what, int(who), int(when)), config or CHANGES | changes, argv, env)
             self.processes.append(CONTEXT.Process(target=train, args=args, daemon=True))
             self.processes[-1].start()
 

@@ -1,17 +1,20 @@
 """Runs in a bucket: a directory stands in for it, and every process's mirror is forgotten between starts."""
 
 import os
+import shutil
 import signal
+import subprocess
+import time
 
 import jax
 import numpy as np
 import pytest
 from conftest import FakeTask, tiny_config
 from etils import epath
+from jobs import SHORT, Job, assert_close, free_port, series, straight_run
 
 from dalle_jax.train import bucket, loop, rundir
 from dalle_jax.train.checkpoint import Checkpoints
-from dalle_jax.train.metrics import read_metrics
 
 RUN = "gs://my-bucket/runs/one"
 
@@ -31,10 +34,6 @@ def forget():
     """What a new process knows."""
     bucket._mirrors.clear()
     bucket._known.clear()
-
-
-def series(run):
-    return [{k: v for k, v in row.items() if k != "timing"} for row in read_metrics(run / "metrics.jsonl")]
 
 
 def test_a_run_in_a_bucket_equals_one_on_disk_and_goes_on_elsewhere(store, tmp_path):
@@ -144,3 +143,54 @@ def test_a_store_that_refuses_is_told(store, monkeypatch):
     store.parent.write_text("in the way")
     with pytest.raises(OSError, match=r"cannot write .*config\.json: "):
         bucket.push(run)
+
+
+@pytest.fixture
+def emulator(tmp_path):
+    """A server of a bucket that is the directory `root/bucket`; what a process needs to find it."""
+    if not (binary := shutil.which("fake-gcs-server")):
+        pytest.skip("no fake-gcs-server in PATH")
+    pytest.importorskip("gcsfs")
+    (tmp_path / "root" / "bucket").mkdir(parents=True)
+    url = f"http://127.0.0.1:{free_port()}"
+    argv = [
+        binary,
+        "-scheme",
+        "http",
+        "-host",
+        "127.0.0.1",
+        "-port",
+        url.rpartition(":")[2],
+        "-external-url",
+        url,
+    ]
+    argv += ["-backend", "filesystem", "-filesystem-root", str(tmp_path / "root")]
+    with open(tmp_path / "server.log", "w") as log:  # a pipe that nobody reads would be full after 64 KB
+        server = subprocess.Popen(argv, stdout=log, stderr=log)
+    try:
+        for _ in range(1000):
+            if "server started" in (tmp_path / "server.log").read_text():
+                break
+            assert server.poll() is None, (tmp_path / "server.log").read_text()
+            time.sleep(0.01)
+        yield {
+            "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+            "NO_GCE_CHECK": "true", "FSSPEC_GCS_TOKEN": "anon", "FSSPEC_GS_TOKEN": "anon",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }  # fmt: skip
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_several_processes_in_a_bucket(tmp_path, emulator):
+    """Two processes, one of them killed; two others go on, then one: the figures are those of a run on disk."""
+    url, there = "gs://bucket/runs/one", tmp_path / "root" / "bucket" / "runs" / "one"
+    for n, (count, event) in enumerate(((2, "SIGKILL:1:9"), (2, "SIGTERM:0:14"), (1, "none:-1:-1"))):
+        job = Job(tmp_path / f"job{n}", count, 8 // count, event, SHORT, url=url, env=emulator)
+        codes = job.codes()
+        assert 0 not in codes if n == 0 else codes == [0] * count, job.logs_text()
+        assert "goes on from step" in job.log(0) or n == 0
+    want = straight_run(tmp_path / "straight")
+    assert_close(series(there), series(want))
+    assert (there / "checkpoints" / "24" / "commit_success.txt").exists()
