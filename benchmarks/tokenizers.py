@@ -1,10 +1,11 @@
 """dVAE, VQGAN and FSQ side by side: as many parameters, codes, pictures and updates each, on the demo's scenes.
 
-    python -m benchmarks.tokenizers --out runs/tokenizers [--steps 1500] [--lpips lpips_alexnet.npz]
+    python -m benchmarks.tokenizers --out runs/tokenizers [--steps 1500] [--lpips FILE.npz] [--fid-weights FILE.npz]
 
 Trains three tokenizers of 8 x 8 codes out of 128 for pictures of 32 x 32 pixels, goes on where it was stopped, and
 prints a table of held-out pictures: PSNR, share of the codebook in use and its perplexity, the share of
-reconstructions that the verifier reads right, with --lpips the LPIPS distance. OUT/tokenizers.png shows the same
+reconstructions that the verifier reads right, with --lpips the LPIPS distance, with --fid-weights the FID of
+reconstructions (docs/evaluation.md; it compares at the same count only). OUT/tokenizers.png shows the same
 pictures from each. All train without a discriminator, so that the codes are what differs; the VQGAN architecture
 stands twice, with a learned codebook and with finite scalars (Mentzer et al. 2023, arXiv 2309.15505).
 """
@@ -26,7 +27,7 @@ from dalle_jax.data import images
 from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.sources import open_source
 from dalle_jax.demo import dvae_config
-from dalle_jax.evaluate import measures
+from dalle_jax.evaluate import inception, measures
 from dalle_jax.inference import Tokenizer, decode_codes, encode_images, load_tokenizer
 from dalle_jax.tokenizer import perceptual
 from dalle_jax.train import loop
@@ -81,7 +82,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--count", type=int, default=256, help="held-out pictures that are measured")
     parser.add_argument("--lpips", default=None, help="npz with the weights of LPIPS (docs/tokenizers.md)")
+    parser.add_argument("--fid-weights", default=None, help="npz with the Inception-v3 of FID")
     args = parser.parse_args()
+    network = None if args.fid_weights is None else inception.load(args.fid_weights)
     weights = None if args.lpips is None else perceptual.load_lpips(args.lpips)
     rows, shown, labels = {}, [], []
     for name, config in configs(args.out, args.steps).items():
@@ -100,6 +103,9 @@ def main() -> None:
             "right": measures.measure_ceiling(tokenizer, config.data, args.count)["right_reconstruction"]
         }
         found |= {} if weights is None else {"lpips": lpips_of(weights, true, made)}
+        if network is not None:
+            truth = measures.true_moments(network, config.data, 32, args.count)
+            found["rfid"] = measures.measure_rfid(network, tokenizer, config.data, truth, args.count)["rfid"]
         rows[name] = {"parameters": parameters(config.model), **found}
     images.save_png(
         args.out / "tokenizers.png", images.grid(np.concatenate(shown), 8, labels=labels, scale=3)

@@ -13,7 +13,7 @@ from dalle_jax.config import DiffusionConfig, NoiseConfig, TextConfig, TextEncod
 from dalle_jax.demo import dvae_config
 
 _demo = dvae_config()
-STEPS = 2_000
+STEPS = 6_000
 
 config = TrainConfig(
     run="runs/demo_diffusion",
@@ -37,8 +37,8 @@ config = TrainConfig(
     mesh=_demo.mesh,
     steps=STEPS,
     log_every=25,
-    eval_every=STEPS // 4,
+    eval_every=STEPS // 6,
     save_every=STEPS // 20,
-    sample_every=STEPS // 4,
+    sample_every=STEPS // 2,
     eval_rows=128,
 )
