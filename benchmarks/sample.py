@@ -22,6 +22,7 @@ from typing import Any
 
 SIZES = {"dim": 512, "layers": 8, "heads": 8, "text_len": 256, "grid": 16, "codes": 8192}
 OURS = ("full", "sparse")
+WEIGHTS = ("whole", "int8", "fp8", "w8a8")
 
 
 def timed(call, repeats: int) -> list[float]:
@@ -36,14 +37,17 @@ def timed(call, repeats: int) -> list[float]:
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """kind `full`: every layer reads the whole cache, as the peers do; `sparse`: the paper's layers."""
+    """kind `full`: every layer reads the whole cache, as the peers do; `sparse`: the paper's layers. Beside that, where
+    the job says so, `weights` in 8 bits and other `buckets` than the sampler's own."""
     import jax
     import jax.numpy as jnp
 
     from dalle_jax import autoregressive, dalle
     from dalle_jax.config import DalleConfig
+    from dalle_jax.sampling import generate as sampler
     from dalle_jax.sampling.generate import generate, row_keys
 
+    sampler.BUCKETS = job.get("buckets", sampler.BUCKETS)
     kinds = (
         {"attention": ("row", "column", "row", "row"), "last_attention": "conv"}
         if job["name"] == "sparse"
@@ -54,7 +58,8 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         dim=job["dim"], layers=job["layers"], heads=job["heads"], dtype=job["dtype"], **kinds,
     )  # fmt: skip
     params = jax.jit(dalle.init, static_argnums=0)(cfg, jax.random.key(0))
-    params = jax.block_until_ready(jax.jit(autoregressive.unstack, static_argnums=0)(cfg, params))
+    unstack = jax.jit(autoregressive.unstack, static_argnums=(0, 2))
+    params = jax.block_until_ready(unstack(cfg, params, job.get("weights")))
     text = jnp.zeros((job["batch"], job["text_len"]), jnp.int32)
     begin = time.perf_counter()
     args = (text, row_keys(range(job["batch"])))
@@ -81,13 +86,14 @@ def bandwidth() -> float:
 def bytes_per_code(job: dict[str, Any]) -> float:
     """Weights once per step of a batch, and for each row the keys and values of half of the picture and the text."""
     size = {"float32": 4, "bfloat16": 2}[job["dtype"]]
+    stored = 1 if job.get("weights") else size
     d = job["dim"]
     weights = job["layers"] * 12 * d * d + d * job["codes"]
     cache = job["batch"] * job["layers"] * 2 * d * (job["text_len"] + job["grid"] ** 2 / 2)
-    return size * (weights + cache) / job["batch"]
+    return (stored * weights + size * cache) / job["batch"]
 
 
-def _child(python: str, module: str, job: dict[str, Any]) -> dict[str, Any] | str:
+def child(python: str, module: str, job: dict[str, Any]) -> dict[str, Any] | str:
     """Runs one sampler by itself. Returns what it printed last, or why it did not run."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
     parser.add_argument("--peers", nargs="*", default=[], help="of benchmarks/peers.py")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has torch")
+    parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=["whole"], help="of ours")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--top-k", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
@@ -116,20 +123,23 @@ def main() -> None:
         print(json.dumps({"bandwidth": bandwidth()} if job["name"] == "bandwidth" else ours(job)))
         return
     job = {n: getattr(args, n) for n in (*SIZES, "dtype", "top_k", "repeats")}
-    read = _child(sys.executable, "benchmarks.sample", {"name": "bandwidth"})["bandwidth"]
+    read = child(sys.executable, "benchmarks.sample", {"name": "bandwidth"})["bandwidth"]
     print(
         f"a sum reads {read / 1e9:.1f} GB/s; {args.dtype}, cores {sorted(os.sched_getaffinity(0))}",
         flush=True,
     )
     for batch in args.batch:
         job["batch"] = batch
-        bound = read / bytes_per_code(job)
         rates = {}
-        for name in [*args.peers, *args.ours]:
-            mine = name in args.ours
+        asked = [(name, weights) for weights in args.weights for name in args.ours]
+        for name, weights in [*((name, None) for name in args.peers), *asked]:
+            mine = weights is not None
+            this = {**job, "name": name, "weights": None if weights == "whole" else weights}
+            bound = read / bytes_per_code(this)
             module = "benchmarks.sample" if mine else "benchmarks.peers"
-            found = _child(sys.executable if mine else args.peer_python, module, {**job, "name": name})
+            found = child(sys.executable if mine else args.peer_python, module, this)
             label = f"dalle_jax, {name}" if mine else name
+            label += f" {weights}" if this["weights"] else ""
             if isinstance(found, str):
                 print(f"batch {batch:3d}  {label:24s} did not run: {found}", flush=True)
                 continue

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from dalle_jax import bart, dalle
-from dalle_jax.config import BartConfig, TransformerConfig
+from dalle_jax.config import BartConfig, TransformerConfig, Weights
+from dalle_jax.nn.quantized import quantize
 
 Params = dict[str, Any]
 Cache = dalle.Cache | bart.Cache
@@ -37,18 +38,23 @@ def loss(cfg: TransformerConfig, params: Params, text_BT: jax.Array, codes_BN: j
     return _of(cfg).loss(cfg, params, text_BT, codes_BN, key)
 
 
-def unstack(cfg: TransformerConfig, params: Params) -> Params:
-    """The parameters as sampling wants them: the (decoder's) `blocks` a tuple of layers, matrices in the compute dtype.
+def unstack(cfg: TransformerConfig, params: Params, weights: Weights | None = None) -> Params:
+    """The parameters as sampling wants them: the (decoder's) `blocks` a tuple of layers, matrices in the compute dtype,
+    or quantised as `weights` says (nn/quantized.py).
 
     Both are done once here instead of once per token. Parameters in this form are returned as they are.
+    Raises ValueError for unknown `weights`, and where they are wanted of parameters that have the form already.
     """
     if isinstance(params["blocks"], tuple):
+        if weights is not None:
+            raise ValueError("these parameters are unstacked already; quantise those of `init` or of a run")
         return params
 
     def one(path, leaf):
         return leaf.astype(cfg.dtype) if path[-1].key == "kernel" else leaf
 
-    cast = jax.tree_util.tree_map_with_path(one, {n: params[n] for n in ("blocks", "image_head")})
+    matrices = {n: params[n] for n in ("blocks", "image_head")}
+    cast = jax.tree_util.tree_map_with_path(one, matrices) if weights is None else quantize(matrices, weights)
     layers = tuple(jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
     return {**params, **cast, "blocks": layers}
 
@@ -67,5 +73,21 @@ def resize_cache(cfg: TransformerConfig, cache: Cache, size: int) -> Cache:
     return _of(cfg).resize_cache(cfg, cache, size)
 
 
+def seat(cfg: TransformerConfig, cache: Cache, begun: Cache, rows_X: jax.Array) -> Cache:
+    return _of(cfg).seat(cfg, cache, begun, rows_X)
+
+
 def decode_step(cfg: TransformerConfig, params: Params, cache: Cache, code_B: jax.Array, place: jax.Array):
     return _of(cfg).decode_step(cfg, params, cache, code_B, place)
+
+
+def decode_drafts(
+    cfg: TransformerConfig, params: Params, cache: Cache, codes_BQ: jax.Array, place_B: jax.Array
+):
+    return _of(cfg).decode_drafts(cfg, params, cache, codes_BQ, place_B)
+
+
+def keep_drafts(
+    cfg: TransformerConfig, cache: Cache, fresh: Any, place_B: jax.Array, count_B: jax.Array
+) -> Cache:
+    return _of(cfg).keep_drafts(cfg, cache, fresh, place_B, count_B)

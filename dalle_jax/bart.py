@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from dalle_jax.config import BartConfig
 from dalle_jax.nn.cache import KV
 from dalle_jax.nn.ids import check_ids
+from dalle_jax.nn.quantized import product
 from dalle_jax.nn.sharding import constrain
 
 Params = dict[str, Any]
@@ -97,7 +98,7 @@ def _norm(p: Params, x: jax.Array) -> jax.Array:
 
 
 def _dense(cfg: BartConfig, p: Params, x: jax.Array) -> jax.Array:
-    return x.astype(cfg.dtype) @ p["kernel"].astype(cfg.dtype)
+    return product(p, x, cfg.dtype)
 
 
 def _heads(cfg: BartConfig, p: Params, x_BTD: jax.Array) -> jax.Array:
@@ -169,11 +170,9 @@ def encode(cfg: BartConfig, params: Params, text_BT: jax.Array) -> tuple[jax.Arr
 
 def _head(cfg: BartConfig, params: Params, x_BQD: jax.Array) -> jax.Array:
     """Products in the compute dtype, sums and result in float32; the rows that are codes."""
-    kernel = params["image_head"]["kernel"][:, : cfg.image_vocab].astype(cfg.dtype)
-    x_BQD = _norm(params["norm_out"], x_BQD).astype(cfg.dtype)
-    return constrain(
-        jnp.einsum("bqd,dv->bqv", x_BQD, kernel, preferred_element_type=jnp.float32), "batch", None, "vocab"
-    )
+    head = {name: x[..., : cfg.image_vocab] for name, x in params["image_head"].items()}
+    y_BQV = product(head, _norm(params["norm_out"], x_BQD), cfg.dtype, out=jnp.float32)
+    return constrain(y_BQV, "batch", None, "vocab")
 
 
 def _started(cfg: BartConfig, codes_BP: jax.Array) -> jax.Array:
@@ -306,6 +305,23 @@ def resize_cache(cfg: BartConfig, cache: Cache, size: int) -> Cache:
     return cache._replace(own=tuple(KV(one(k), one(v)) for k, v in cache.own))
 
 
+def seat(cfg: BartConfig, cache: Cache, begun: Cache, rows_X: jax.Array) -> Cache:
+    """As `dalle.seat`."""
+
+    def put(old, new):
+        return old.at[rows_X].set(new, mode="drop")
+
+    def both(old, groups):
+        own, null = groups
+        return put(old, jnp.concatenate([own, null.repeat(len(own), axis=0)]))
+
+    def one(old: tuple[KV, ...], new: tuple[KV, ...]) -> tuple[KV, ...]:
+        return (KV(*map(both, old[0], zip(*new, strict=True))),)
+
+    own = tuple(KV(*map(put, old, new)) for old, new in zip(cache.own, begun.own, strict=True))
+    return Cache((both(cache.seen[0], begun.seen),), tuple(map(one, cache.cross, begun.cross)), own)
+
+
 def decode_step(
     cfg: BartConfig,
     params: Params,
@@ -317,11 +333,33 @@ def decode_step(
 
     Returns float32 (B, V), the logits of the next code, and the caches.
     """
-    position = jnp.asarray(place) + 1  # the start is at 0
-    read = cache.own[0].k.shape[1]
-    seen = (jnp.arange(read)[None] <= jnp.atleast_1d(position)[:, None])[:, None]
+    logits, cache = _decode(cfg, params, cache, code_B[:, None], jnp.asarray(place)[..., None])
+    return logits[:, 0], cache
+
+
+def decode_drafts(
+    cfg: BartConfig, params: Params, cache: Cache, codes_BQ: jax.Array, place_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """As `dalle.decode_drafts`. Wrong guesses stay in the caches: each place has room of its own there, and is seen by
+    no place before it and written anew before any after it."""
+    places_BQ = place_B[:, None] + jnp.arange(codes_BQ.shape[1])[None]
+    return _decode(cfg, params, cache, codes_BQ, places_BQ)
+
+
+def keep_drafts(cfg: BartConfig, cache: Cache, fresh: Cache, place_B: jax.Array, count_B: jax.Array) -> Cache:
+    """As `dalle.keep_drafts`."""
+    return fresh
+
+
+def _decode(
+    cfg: BartConfig, params: Params, cache: Cache, codes_BQ: jax.Array, place: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """place: of each code, (1,) for all rows or (B, Q). Returns float32 (B, Q, V), and the caches."""
+    position = place + 1  # the start is at 0
+    read = jnp.arange(cache.own[0].k.shape[1])
+    seen_BQS = read[None, None] <= jnp.atleast_2d(position)[..., None]
     own = []
-    x_B1D = _embed(cfg, params, "image", code_B[:, None], position[..., None])
+    x_BQD = _embed(cfg, params, "image", codes_BQ, jnp.minimum(position, cfg.num_codes - 1))
     for i, block in enumerate(params["blocks"]):
 
         def look(y, q, i=i, block=block):
@@ -332,15 +370,15 @@ def decode_step(
                 )
             )
             own.append(kv)
-            return _attend(q, kv, seen)
+            return _attend(q, kv, seen_BQS)
 
-        x_B1D = _attention(cfg, block, "attn", x_B1D, look)
-        x_B1D = _attention(cfg, block, "cross", x_B1D, lambda _, q, i=i: _look_across(cache, i, q))
-        x_B1D = _mlp(cfg, block, x_B1D)
-    return _head(cfg, params, x_B1D)[:, 0], cache._replace(own=tuple(own))
+        x_BQD = _attention(cfg, block, "attn", x_BQD, look)
+        x_BQD = _attention(cfg, block, "cross", x_BQD, lambda _, q, i=i: _look_across(cache, i, q))
+        x_BQD = _mlp(cfg, block, x_BQD)
+    return _head(cfg, params, x_BQD), cache._replace(own=tuple(own))
 
 
-def _write(old_BNHK: jax.Array, new_B1HK: jax.Array, position: jax.Array) -> jax.Array:
-    if position.ndim:
-        return old_BNHK.at[jnp.arange(len(position)), position].set(new_B1HK[:, 0])
-    return jax.lax.dynamic_update_slice(old_BNHK, new_B1HK, (0, position, 0, 0))
+def _write(old_BNHK: jax.Array, new_BQHK: jax.Array, position: jax.Array) -> jax.Array:
+    if position.ndim == 2:
+        return old_BNHK.at[jnp.arange(len(position))[:, None], position].set(new_BQHK, mode="drop")
+    return jax.lax.dynamic_update_slice(old_BNHK, new_BQHK, (0, position[0], 0, 0))

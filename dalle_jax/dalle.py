@@ -19,12 +19,13 @@ import numpy as np
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn import cache as kv
-from dalle_jax.nn import flash
+from dalle_jax.nn import drafts, flash
 from dalle_jax.nn.attention import ATTENDED, MIDDLE, QKV, Block, attend, norm
 from dalle_jax.nn.cache import KV, LayerCache
-from dalle_jax.nn.cross_entropy import cross_entropy, scores
+from dalle_jax.nn.cross_entropy import cross_entropy
 from dalle_jax.nn.ids import check_ids
 from dalle_jax.nn.masks import attention_mask
+from dalle_jax.nn.quantized import product
 from dalle_jax.nn.rotary import raster_turns
 from dalle_jax.nn.sharding import constrain
 
@@ -124,8 +125,10 @@ def _norm_out(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
 
 def _head(cfg: DalleConfig, params: Params, name: str, x_BTD: jax.Array) -> jax.Array:
     """Products in the compute dtype, sums and result in float32."""
-    bias = params[name]["bias"] if cfg.head_bias else None
-    return scores(x_BTD.astype(cfg.dtype), params[name]["kernel"].astype(cfg.dtype), bias)
+    y_BTV = product(params[name], x_BTD, cfg.dtype, out=jnp.float32)
+    if cfg.head_bias:
+        y_BTV = y_BTV + params[name]["bias"][None, None]
+    return constrain(y_BTV, "batch", None, "vocab")
 
 
 def layer_masks(cfg: DalleConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -348,6 +351,28 @@ def resize_cache(cfg: DalleConfig, cache: Cache, size: int) -> Cache:
     )
 
 
+def seat(cfg: DalleConfig, cache: Cache, begun: Cache, rows_X: jax.Array) -> Cache:
+    """`cache`, of one group of captions with a row for each, with A new pictures in rows that others leave.
+
+    begun: of a guided `prefill` of A captions, without codes. rows_X: int32 (2 A,), where its captions go, then where
+    the null caption goes for each of them; a row that `cache` does not have is dropped. What else stood in a row is
+    never seen.
+    """
+
+    def put(old, new):
+        return old.at[rows_X].set(new, mode="drop")
+
+    def one(old: LayerCache, new: LayerCache) -> LayerCache:
+        own, null = new.text
+        both = (jnp.concatenate([a, b.repeat(len(a), axis=0)]) for a, b in zip(own, null, strict=True))
+        text = KV(*map(put, old.text[0], both))
+        # The first image tokens, which only a model with text in its raster has by now.
+        image = KV(*map(put, old.image, new.image)) if cfg.text_in_raster else old.image
+        return LayerCache((text,), image)
+
+    return tuple(map(one, cache, begun))
+
+
 def decode_step(
     cfg: DalleConfig,
     params: Params,
@@ -374,3 +399,38 @@ def decode_step(
         )
         after.append(layer_cache)
     return _image_logits(cfg, params, x_B1D), tuple(after)
+
+
+def decode_drafts(
+    cfg: DalleConfig, params: Params, cache: Cache, codes_BQ: jax.Array, place_B: jax.Array
+) -> tuple[jax.Array, tuple[KV, ...]]:
+    """Feed Q codes of each row at once, guesses among them, for the raster places from `place_B`, int32 (B,), on.
+
+    Returns float32 (B, Q, V), the logits of the codes after each, and what `keep_drafts` takes to put those that
+    were right into the cache. Codes for places that the raster does not have are fed for nothing.
+    """
+    places_BQ = place_B[:, None] + jnp.arange(codes_BQ.shape[1])[None]
+    places_BQ = jnp.minimum(places_BQ, cfg.num_codes - 1)
+    x_BQD = _embed_codes(cfg, params, codes_BQ, places_BQ)
+    turns = _turns(cfg, cfg.text_len + places_BQ)
+    place_B, fresh = place_B + cfg.text_in_raster, []
+    for layer, kind, before in zip(params["blocks"], cfg.layer_kinds, cache, strict=True):
+        x_BQD, new = _block(cfg).apply(
+            {"params": layer},
+            x_BQD,
+            look=lambda *new, kind=kind, before=before: drafts.attend(cfg, kind, before, new, place_B),
+            turns=turns,
+        )
+        fresh.append(new)
+    return _head(cfg, params, "image_head", _norm_out(cfg, params, x_BQD)), tuple(fresh)
+
+
+def keep_drafts(
+    cfg: DalleConfig, cache: Cache, fresh: tuple[KV, ...], place_B: jax.Array, count_B: jax.Array
+) -> Cache:
+    """The caches with the first `count_B` codes of each row of those that `decode_drafts` fed at `place_B`."""
+    place_B = place_B + cfg.text_in_raster
+    return tuple(
+        drafts.keep(cfg, kind, before, new, place_B, count_B)
+        for kind, before, new in zip(cfg.layer_kinds, cache, fresh, strict=True)
+    )

@@ -396,6 +396,20 @@ def test_pictures_are_shown_as_they_are_drawn(made, tmp_path, monkeypatch):
     np.testing.assert_array_equal(grids[-1], final)
 
 
+def test_jacobi_draws_the_same_and_8_bits_nearly(made, tmp_path):
+    call = ("sample", made.dalle, "a red cross", "--n", 2, "--temperature", 0.5, *GUIDED)
+    plain = json_of(*call, "--out", tmp_path / "plain")
+    faster = json_of(*call, "--jacobi", 6, "--out", tmp_path / "faster")
+    assert "codes_per_pass" not in plain and 1 <= faster["codes_per_pass"] <= 6
+    want = codes_of(tmp_path / "plain")
+    for name, codes in codes_of(tmp_path / "faster").items():
+        np.testing.assert_array_equal(codes, want[name])
+    json_of(*call, "--jacobi", 6, "--weights", "int8", "--out", tmp_path / "small")
+    small = codes_of(tmp_path / "small")
+    same = np.mean([small[name] == want[name] for name in want])
+    assert same > 0.5  # of 32 codes; pictures drawn apart share a thirtieth
+
+
 def test_guidance_one_is_none_and_top_k_one_is_greedy(made, tmp_path):
     calls = {
         "plain": (), "one": ("--guidance", 1), "two": GUIDED,
@@ -563,6 +577,9 @@ def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
         (("--unconditional",), "leave the captions out"),
         (("--prefix-rows", 2), "give --prefix"),
         (("--show-rows", 0), "--show-rows is 0; want at least 1"),
+        (("--jacobi", 1), "jacobi is 1; want at least 2 codes at once"),
+        (("--jacobi", GRID * GRID + 1), f"this model's pictures have {GRID * GRID} codes"),
+        (("--jacobi", 4, "--show-rows", 2), "--jacobi draws several codes a pass, --show-rows and"),
         (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
         (("--prefix", "missing.png"), "cannot read the picture missing.png"),
     ],
@@ -932,6 +949,9 @@ def test_info_says_what_drawing_takes(made):
     assert 0 < few["largest_batch"] - 2 <= room / per_picture
     guided = json_of("info", made.dalle, "--batch", 2, "--guided")["sampling"]
     assert guided["total"] > few["total"]
+    small = json_of("info", made.dalle, "--batch", 2, "--weights", "int8")["sampling"]
+    assert small["parameters"] < few["parameters"] and small["weights"] == "int8" and few["weights"] is None
+    assert "--weights is for what drawing takes" in refused("info", made.dalle, "--weights", "int8")
     assert "--batch is 0; want at least 1" in refused("info", made.dalle, "--batch", 0)
     assert "is of stage dvae" in refused("info", made.dvae, "--batch", 1)
 

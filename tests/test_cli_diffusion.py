@@ -177,6 +177,8 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
         (["x", "--temperature", "0.5"], 1, "--temperature is for a Transformer"),
         (["x", "--prefix", "picture.png"], 1, "--prefix is for a Transformer"),
         (["x", "--decoder", "runs/x"], 1, "--decoder is for a Transformer"),
+        (["x", "--jacobi", "4"], 1, "--jacobi is for a Transformer"),
+        (["x", "--weights", "int8"], 1, "--weights is for a Transformer"),
         (["x", "--label", "1"], 1, "--label is for a model of classes"),
         (["x", "--low", "small.png"], 1, "--low is for a model that draws from a small picture"),
         ([], 1, "no captions; give one or more"),

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "tokenizer": {"config", "nn"},
     "dalle": {"config", "nn"},
     "bart": {"config", "nn"},
-    "autoregressive": {"config", "dalle", "bart"},
+    "autoregressive": {"config", "nn", "dalle", "bart"},
     "clip": {"config", "nn"},
     "diffusion": {"config", "nn"},
     "sampling": {"config", *(MODELS - {"sampling"})},

@@ -12,6 +12,8 @@ from dalle_jax import autoregressive, dalle
 from dalle_jax.sampling import queue as queues
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.sampling.queue import Queue, Request
+from tests import test_families
+from tests.test_families import FAMILIES
 from tests.test_sampling import CAPTIONS, TINY, lively
 
 # A ring and columns; tests/test_cache.py has rows at places of their own for every kind.
@@ -67,6 +69,29 @@ def test_every_picture_is_the_one_sampled_alone(params, wanted):
     for ticket, want in enumerate(wanted):
         np.testing.assert_array_equal(found[ticket], want, err_msg=str(requests(12)[ticket]))
     assert len(np.unique(wanted, axis=0)) == 12
+
+
+@pytest.mark.parametrize("name", ["dalle_mini", "malevich_v2"])
+def test_other_families(name):
+    """An encoder with a decoder, and text in the raster; more requests than slots, with and without guidance."""
+    cfg = FAMILIES[name]
+    params = autoregressive.unstack(cfg, test_families.lively(cfg))
+    text = np.asarray(test_families.rows(cfg, 3)[0])
+    asked = [
+        Request(text[i % 3], seed=i, guidance=[1.0, 2.0][i % 2], prime=np.arange(i % 4, dtype=np.int32))
+        for i in range(6)
+    ]
+    queue = Queue(cfg, params, slots=3)
+    for request in asked:
+        queue.submit(request)
+    for ticket, codes in queue.drain():
+        request = asked[ticket]
+        want = generate(
+            cfg, params, jnp.asarray(request.text_T)[None], row_keys([request.seed]),
+            guidance=jnp.float32(request.guidance) if request.guidance != 1 else None,
+            prime_BP=jnp.asarray(request.prime)[None] if len(request.prime) else None,
+        )  # fmt: skip
+        np.testing.assert_array_equal(codes, want[0], err_msg=str(ticket))
 
 
 def test_requests_that_come_while_others_are_drawn(params, wanted):

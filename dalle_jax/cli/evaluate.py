@@ -38,16 +38,21 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
         raise ValueError("--fid-save writes the statistics of rows, --fid-reference reads a file; want one")
     if args.fid_weights and args.count < 2:
         raise ValueError(f"--count is {args.count}; want at least 2 pictures for a FID")
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    options = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "weights": args.weights,
+    }
     samplings = [Sampling(guidance=scale, **options) for scale in args.guidance]
     model = read_config(args.run).model
     _check_clip(args, model)
     match model:
         case ClipConfig():
-            refuse_flags(args, ("steps", "sampler", "bits_per_dim", "decoder"), "models that draw")
+            refuse_flags(args, ("steps", "sampler", "bits_per_dim", "decoder", "weights"), "models that draw")
             result = _clip(args)
         case DiffusionConfig():
-            refuse_flags(args, ("temperature", "top_k", "top_p", "decoder"), "a Transformer")
+            refuse_flags(args, ("temperature", "top_k", "top_p", "weights", "decoder"), "a Transformer")
             result = _diffusion(args)
         case DalleConfig() | BartConfig():
             refuse_flags(args, ("bits_per_dim",), "a diffusion model")
@@ -55,7 +60,7 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
                 refuse_flags(args, ("steps", "sampler"), "a diffusion model, or for --decoder")
             result = _transformer(args, samplings)
         case _:
-            refuse_flags(args, ("steps", "sampler", "bits_per_dim", "decoder"), "models that draw")
+            refuse_flags(args, ("steps", "sampler", "bits_per_dim", "decoder", "weights"), "models that draw")
             result = _tokenizer(args)
     curve = result.pop("curve", None)
     print(measures.describe(result))

@@ -23,6 +23,7 @@ from dalle_jax.config import (
     TrainConfig,
     TransformerConfig,
     VQGANConfig,
+    Weights,
 )
 from dalle_jax.diffusion import unet
 from dalle_jax.nn.sharding import path_name
@@ -37,12 +38,16 @@ def info(args: Info) -> dict[str, Any]:
     """Counts and prints."""
     config = config_of(args.target)
     result = describe_model(config)
+    if args.batch is None and args.weights is not None:
+        raise ValueError("--weights is for what drawing takes; give --batch as well")
     if args.batch is not None:
         if not isinstance(config.model, TransformerConfig):
             raise ValueError(
                 f"--batch asks what drawing takes; {args.target} is of stage {config.model.kind}"
             )
-        result["sampling"] = describe_sampling(config.model, args.batch, guided=args.guided)
+        result["sampling"] = describe_sampling(
+            config.model, args.batch, guided=args.guided, weights=args.weights
+        )
     if Path(args.target).is_dir():
         result |= describe_run(Path(args.target))
     _print(result, args.shapes)
@@ -132,7 +137,9 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def describe_sampling(cfg: TransformerConfig, batch: int, *, guided: bool = False) -> dict[str, Any]:
+def describe_sampling(
+    cfg: TransformerConfig, batch: int, *, guided: bool = False, weights: Weights | None = None
+) -> dict[str, Any]:
     """What drawing `batch` pictures of as many captions takes, in bytes, as the compiler of the first device lays
     `generate` out; nothing is allocated.
 
@@ -144,7 +151,8 @@ def describe_sampling(cfg: TransformerConfig, batch: int, *, guided: bool = Fals
     if batch < 1:
         raise ValueError(f"--batch is {batch}; want at least 1 picture")
     shapes = jax.eval_shape(partial(autoregressive.init, cfg), jax.eval_shape(lambda: jax.random.key(0)))
-    params, stored = jax.eval_shape(partial(autoregressive.unstack, cfg), shapes), _bytes(shapes)
+    params = jax.eval_shape(partial(autoregressive.unstack, cfg, weights=weights), shapes)
+    stored = _bytes(shapes)
 
     def total(rows: int) -> int:
         text = jax.ShapeDtypeStruct((rows, cfg.text_len), jnp.int32)
@@ -160,6 +168,7 @@ def describe_sampling(cfg: TransformerConfig, batch: int, *, guided: bool = Fals
     return {
         "batch": batch,
         "guided": guided,
+        "weights": weights,
         "stored": stored,
         "parameters": _bytes(params),
         "caches": _bytes(jax.eval_shape(partial(autoregressive.init_cache, cfg, batch, guided=guided))),

@@ -13,7 +13,6 @@ from dalle_jax.cli import output, sample_diffusion, sample_file, start
 from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
 from dalle_jax.cli.sample_file import Asked
 from dalle_jax.cli.verbs import Sample
-from dalle_jax.config import DalleConfig
 from dalle_jax.data import images
 from dalle_jax.inference import (
     Counter,
@@ -46,9 +45,15 @@ def sample(args: Sample) -> dict[str, Any]:
         raise ValueError(
             f"--show-rows is {args.show_rows}; want at least 1, and neither --captions-file nor --clip"
         )
+    if args.jacobi is not None and (args.show_rows is not None or args.captions_file is not None):
+        raise ValueError(
+            "--jacobi draws several codes a pass, --show-rows and --captions-file one; leave out one"
+        )
     if is_diffusion(args.run):
         refuse_flags(
-            args, ("decoder", "clip", "show_rows"), "a Transformer; this is the run of a diffusion model"
+            args,
+            ("decoder", "clip", "show_rows", "jacobi", "weights"),
+            "a Transformer; this is the run of a diffusion model",
         )
         if any(own for _, own in asked):
             raise ValueError("lines of --captions-file with settings of their own are for a Transformer")
@@ -69,8 +74,9 @@ def sample(args: Sample) -> dict[str, Any]:
     if args.prefix_rows is not None and args.prefix is None:
         raise ValueError("--prefix-rows says how much of --prefix to keep; give --prefix PICTURE as well")
     sampling = Sampling(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=args.guidance
-    )
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=args.guidance,
+        jacobi=args.jacobi, weights=args.weights,
+    )  # fmt: skip
     model = load_text_to_image(args.run)
     clip = None if args.clip is None else load_clip(args.clip)
     prefix = None if args.prefix is None else _prefix(model, args.prefix, args.prefix_rows)
@@ -78,12 +84,12 @@ def sample(args: Sample) -> dict[str, Any]:
     if decoder is not None:
         check_decoder(decoder, model.tokenizer)
     cut = _tell_cut(model.text, model.config.text_len, captions)
-    if args.captions_file is not None and clip is None and isinstance(model.config, DalleConfig):
+    if args.captions_file is not None and clip is None:
         return sample_file.sample_file(args, asked, model, sampling, prefix, _tell_first)
     if any(own for _, own in asked):
         raise ValueError(
-            "lines of --captions-file with settings of their own go through the queue, which neither --clip nor a "
-            f"Transformer of stage {model.config.kind} has beyond dalle; give plain captions"
+            "lines of --captions-file with settings of their own go through the queue, which --clip has not; give "
+            "plain captions, or leave out --clip"
         )
     out = output.directory(args.out)
     if clip is not None:
@@ -92,7 +98,7 @@ def sample(args: Sample) -> dict[str, Any]:
     rows = [(j, args.seed + i) for j in range(len(captions)) for i in range(args.n)]
     names = [f"c{j:03d}_s{seed:04d}.png" for j, seed in rows]
     seeds = [seed for _, seed in rows]
-    parts = []
+    parts, passes = [], []
 
     labels = [captions[j] or NO_CAPTION for j, _ in rows]
     columns = args.n if len(captions) > 1 else min(args.n, 8)
@@ -103,7 +109,7 @@ def sample(args: Sample) -> dict[str, Any]:
 
     for part in draw_pictures(
         model, captions, seeds, sampling, prefix=prefix, batch=args.batch, progress=Counter("pictures"),
-        rows=args.show_rows, shown=shown,
+        rows=args.show_rows, shown=shown, passed=passes.append,
     ):  # fmt: skip
         if not parts:
             _tell_first(len(part[0]))
@@ -121,8 +127,14 @@ def sample(args: Sample) -> dict[str, Any]:
             images.save_png(out / name, picture)
     _save_all(model, out, names, codes, pictures, labels, columns)
     print(f"{len(names)} pictures in {out}, all with their captions in {out / 'grid.png'}")
+    faster = {}
+    if args.jacobi is not None:
+        drawn = model.config.num_codes - 1 - (0 if prefix is None else len(prefix))
+        faster = {"codes_per_pass": drawn / float(np.concatenate(passes).mean())}
+        print(f"{faster['codes_per_pass']:.2f} codes a pass")
     return {
         **_about(model, out),
+        **faster,
         "pictures": [
             {"file": str(out / name), "caption": captions[j], "seed": seed, "tokens_cut": cut[j]}
             for name, (j, seed) in zip(names, rows, strict=True)

@@ -153,14 +153,14 @@ def sample_file(
     ]
     job = {
         "run": str(model.run.path), "step": model.run.step, "tokenizer": model.tokenizer.fingerprint,
-        "top_k": sampling.top_k, "pictures": len(wanted),
+        "top_k": sampling.top_k, "weights": sampling.weights, "pictures": len(wanted),
         "captions": hashlib.sha256(json.dumps(about).encode()).hexdigest(),
         "prefix": hashlib.sha256(prime.tobytes()).hexdigest() if len(prime) else None,
     }  # fmt: skip
     manifest = Manifest(out / "manifest.jsonl", job)
     codes = _codes(out / "codes.npy", len(wanted), cfg.num_codes, fresh=not manifest.done)
     guided = any(p.sampling.guidance != 1 for p in wanted)
-    queue = queue_of(model, args.batch * (2 if guided else 1), top_k=sampling.top_k)
+    queue = queue_of(model, args.batch * (2 if guided else 1), top_k=sampling.top_k, weights=sampling.weights)
     left = iter([i for i, p in enumerate(wanted) if p.file not in manifest.done])
     before, row_of, progress, first = len(manifest.done), {}, Counter("pictures"), True
     if before:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from dalle_jax.config import SamplerName, Spacing
+from dalle_jax.config import SamplerName, Spacing, Weights
 
 Runs = Annotated[str, arg(metavar="RUN")]
 Json = Annotated[bool, arg(help="print one JSON object to standard output, all else to standard error")]
@@ -122,6 +122,11 @@ class Sample:
     """draw without a caption"""
     batch: int = 8
     """pictures drawn at once"""
+    jacobi: int | None = None
+    """draw this many codes per pass of the network, as far as they turn out right: the same pictures in fewer passes,
+    each of more work (docs/sampling.md); None is one. Neither with a captions file nor with --show-rows"""
+    weights: Weights | None = None
+    """matrices in 8 bits: int8 or fp8 stores weights so, w8a8 also rounds what they are multiplied with"""
     show_rows: int | None = None
     """write grid.png anew after every so many rows of codes, grey where nothing is drawn yet; neither with a captions
     file nor with --clip"""
@@ -220,6 +225,8 @@ class Decode:
     """where to write: a file that ends in .npz, or else a directory"""
     seed: int = 0
     """diffusion: of the first picture"""
+    weights: Weights | None = None
+    """Transformer: draw with its matrices in 8 bits"""
     steps: int | None = None
     """diffusion: steps of the sampler; None is 50"""
     sampler: SamplerName | None = None
@@ -343,4 +350,6 @@ class Info:
     """pictures drawn at once: adds what that takes, by the compiler, and the largest batch that fits the device"""
     guided: bool = False
     """with --batch: drawn with classifier-free guidance"""
+    weights: Weights | None = None
+    """with --batch: drawn with the matrices in 8 bits"""
     json: Json = False

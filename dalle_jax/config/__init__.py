@@ -8,7 +8,7 @@ arXiv 2102.12092).
 
 from dalle_jax.config.bart import BartConfig
 from dalle_jax.config.clip import ClipConfig, TowerConfig
-from dalle_jax.config.dalle import AttentionKind, DalleConfig
+from dalle_jax.config.dalle import AttentionKind, DalleConfig, Weights
 from dalle_jax.config.data import (
     MIXTURE_PERIOD,
     ArraysSource,
@@ -105,6 +105,7 @@ __all__ = [
     "VQGANConfig",
     "VectorQuantizer",
     "Weighting",
+    "Weights",
     "from_json",
     "to_json",
 ]

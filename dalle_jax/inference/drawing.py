@@ -6,6 +6,7 @@ N codes of a picture, H W picture, C captions, R rows, K pictures of each captio
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import autoregressive
+from dalle_jax.config import Weights
 from dalle_jax.data.images import to_bytes
 from dalle_jax.inference.batches import Progress, padded
 from dalle_jax.inference.loading import TextToImage, Tokenizer
@@ -23,7 +25,7 @@ from dalle_jax.sampling.queue import Queue
 
 DRAW_BATCH = 8  # pictures drawn at once where the caller does not say
 
-_unstack = jax.jit(autoregressive.unstack, static_argnums=0)
+_unstack = jax.jit(autoregressive.unstack, static_argnums=(0, 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Sampling:
     top_k: int | None = None  # codes that stay in the draw; None is all
     top_p: float | None = None  # share of the probability that stays in the draw, (0, 1]; None is all
     guidance: float = 1.0  # scale of classifier-free guidance
+    jacobi: int | None = None  # codes that one pass looks at: same pictures, fewer passes; None is one
+    weights: Weights | None = None  # 8-bit matrices; None is the compute dtype
 
     def __post_init__(self):
         for holds, message in (
@@ -41,6 +45,14 @@ class Sampling:
             (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}; want at least 1 code"),
             (self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; want a share in (0, 1]"),
             (0 <= self.guidance < np.inf, f"guidance is {self.guidance}; want 0 or more, 1 is none"),
+            (
+                self.jacobi is None or self.jacobi >= 2,
+                f"jacobi is {self.jacobi}; want at least 2 codes at once",
+            ),
+            (
+                self.weights in (None, *typing.get_args(Weights)),
+                f"weights is {self.weights!r}; want one of {', '.join(typing.get_args(Weights))}, or None",
+            ),
         ):
             if not holds:
                 raise ValueError(message)
@@ -64,10 +76,12 @@ def check_null(model: TextToImage, text_CT: np.ndarray, guidance: float) -> None
         )
 
 
-def queue_of(model: TextToImage, slots: int, *, top_k: int | None = None) -> Queue:
+def queue_of(
+    model: TextToImage, slots: int, *, top_k: int | None = None, weights: Weights | None = None
+) -> Queue:
     """A queue that draws with the model; its requests have the ids of `text_rows`."""
     top_k = None if top_k is None else min(top_k, model.config.image_vocab)
-    return Queue(model.config, _unstack(model.config, model.run.params), slots, top_k=top_k)
+    return Queue(model.config, _unstack(model.config, model.run.params, weights), slots, top_k=top_k)
 
 
 def draw_codes(
@@ -104,20 +118,22 @@ def draw_pictures(
     progress: Progress | None = None,
     rows: int | None = None,
     shown: Callable[[np.ndarray], None] | None = None,
+    passed: Callable[[np.ndarray], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`draw_codes` and `decode_codes`, batch by batch as they are done: codes int32 (b, N) and pictures, uint8
     (b, H, W, 3).
 
     rows: after so many rows of codes of a batch, each time, `shown` is called with its unfinished pictures, uint8
-    (b, H, W, 3), grey where nothing is drawn yet; the device draws on meanwhile.
-    Raises what `draw_codes` does, and ValueError for `rows` below 1.
+    (b, H, W, 3), grey where nothing is drawn yet; the device draws on meanwhile. passed: called after each batch with
+    the passes of the network that each picture took after its first code, int32 (b,).
+    Raises what `draw_codes` does, and ValueError for `rows` below 1 or with `sampling.jacobi`.
     """
     tokenizer = model.tokenizer
 
     def show(codes: np.ndarray) -> None:
         shown(_unfinished(tokenizer, codes))
 
-    for codes, size in _drawn(model, captions, seeds, sampling, prefix, batch, progress, rows, show):
+    for codes, size in _drawn(model, captions, seeds, sampling, prefix, batch, progress, rows, show, passed):
         pictures = decode_codes(tokenizer, padded(codes, size), batch=size)[: len(codes)]
         yield codes, to_bytes(pictures)
 
@@ -153,6 +169,7 @@ def _drawn(
     progress: Progress | None,
     rows: int | None = None,
     shown: Callable[[np.ndarray], None] | None = None,
+    passed: Callable[[np.ndarray], None] | None = None,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Codes of neighbouring rows, (b, N), in order, and the rows that were computed for them, b and padding."""
     cfg = model.config
@@ -165,6 +182,11 @@ def _drawn(
         raise ValueError(f"seeds from {min(seeds)} to {max(seeds)}; want integers in [0, 2**32)")
     if batch < 1:
         raise ValueError(f"batch is {batch}; want at least 1 picture at once")
+    if sampling.jacobi is not None:
+        if rows is not None:
+            raise ValueError("unfinished pictures are shown of those drawn one code a pass; leave out jacobi")
+        if sampling.jacobi > cfg.num_codes:
+            raise ValueError(f"jacobi is {sampling.jacobi}; this model's pictures have {cfg.num_codes} codes")
     text_CT = text_rows(model, captions)
     check_null(model, text_CT, sampling.guidance)
     guided = sampling.guidance != 1
@@ -180,7 +202,7 @@ def _drawn(
     if prefix is not None:
         options["prime_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix)))
 
-    params = _unstack(cfg, model.run.params)  # once, not in every batch
+    params = _unstack(cfg, model.run.params, sampling.weights)  # once, not in every batch
     done = 0
     for first in range(0, len(captions), at_once):
         text = padded(text_CT[first : first + at_once], at_once)
@@ -193,7 +215,10 @@ def _drawn(
                 return codes.reshape(here.size, -1)
 
             if rows is None:
-                codes = generate(cfg, params, jnp.asarray(text), keys, **options)
+                options |= {"jacobi": sampling.jacobi, "return_passes": True}
+                codes, passes_B = generate(cfg, params, jnp.asarray(text), keys, **options)
+                if passed is not None:
+                    passed(asked(passes_B)[:, 0])
             else:
                 for codes in generate_rows(cfg, params, jnp.asarray(text), keys, rows=rows, **options):
                     shown(asked(codes))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dalle_jax.nn.quantized import Dense
 from dalle_jax.nn.rotary import rotate
 from dalle_jax.nn.sharding import constrain
 
@@ -71,7 +72,7 @@ class Attention(nn.Module):
             # Flat kernels (D, H * K): a stored axis of K = 64 would fill half of a TPU's lanes, and three of them
             # split over heads where one of (D, 3 * H * K) would be cut across queries, keys and values.
             init = nn.initializers.normal(0.02)
-            dense = nn.Dense(dim, self.biases, dtype=self.dtype, kernel_init=init, name=name)
+            dense = Dense(dim, self.biases, self.dtype, init, name=name)
             y_BTD = checkpoint_name(dense(x_BTD), QKV)
             return constrain(y_BTD.reshape(*lead, self.heads, width), "batch", None, "heads", None)
 
@@ -88,7 +89,7 @@ class Attention(nn.Module):
             else:
                 y_BTHK, cache = look(q, k, v)
         init = nn.initializers.normal(self.out_std)
-        out = nn.Dense(dim, self.biases, dtype=self.dtype, kernel_init=init, name="out")
+        out = Dense(dim, self.biases, self.dtype, init, name="out")
         return out(checkpoint_name(y_BTHK.reshape(*lead, dim), ATTENDED)), cache
 
 
@@ -114,7 +115,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD):
         def dense(name, width, std=0.02):
             init = nn.initializers.normal(std)
-            return nn.Dense(width, self.biases, dtype=self.dtype, kernel_init=init, name=name)
+            return Dense(width, self.biases, self.dtype, init, name=name)
 
         x_BTF = constrain(dense("up", self.width)(x_BTD), "batch", None, "mlp")
         if self.activation == "swiglu":

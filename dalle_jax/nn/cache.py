@@ -64,7 +64,7 @@ def stored(k: jax.Array, v: jax.Array) -> KV:
     return KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
-def _slot(cfg: DalleConfig, kind: AttentionKind, place):
+def slot(cfg: DalleConfig, kind: AttentionKind, place):
     """Where the token of a raster place is kept."""
     if kind == "column":
         return place % cfg.grid * cfg.grid + place // cfg.grid
@@ -87,18 +87,18 @@ def fill(cfg: DalleConfig, kind: AttentionKind, new: KV) -> KV:
     rows, given = len(new.k), new.k.shape[2]
     cache = empty(cfg, kind, rows)
     first = max(0, given - kept(cfg, kind)) if kind != "column" else 0
-    slots = _slot(cfg, kind, np.arange(first, given))
+    slots = slot(cfg, kind, np.arange(first, given))
     return KV(*(c.at[:, :, slots].set(n[:, :, first:]) for c, n in zip(cache, new, strict=True)))
 
 
 def write(cfg: DalleConfig, kind: AttentionKind, cache: KV, new: KV, place: jax.Array) -> KV:
     """Puts one token per row, (B, H, 1, K), at raster `place`: one for all rows, or int32 (B,)."""
-    slot = _slot(cfg, kind, place)
+    where = slot(cfg, kind, place)
     if place.ndim or kind == "column":
         # For columns always: XLA joins a slice that is written with one that is read, and copies the cache for it.
-        rows, slot = jnp.arange(len(new.k)), jnp.broadcast_to(slot, len(new.k))
-        return KV(*(c.at[rows, :, slot].set(n[:, :, 0]) for c, n in zip(cache, new, strict=True)))
-    start = (0, 0, slot, 0)
+        rows, where = jnp.arange(len(new.k)), jnp.broadcast_to(where, len(new.k))
+        return KV(*(c.at[rows, :, where].set(n[:, :, 0]) for c, n in zip(cache, new, strict=True)))
+    start = (0, 0, where, 0)
     return KV(*(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cache, new, strict=True)))
 
 
@@ -126,7 +126,7 @@ def attend_text(cfg: DalleConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> j
     """Captions among themselves, (C, T, H, K) each: position t sees 0 to t."""
     length = q.shape[1]
     causal = jnp.asarray(attention_mask("full", length, 1)[:length, :length])
-    return _attend(q, (), stored(k, v), causal[None])
+    return attend_kept(q, (), (stored(k, v),), causal[None])
 
 
 def attend_first(
@@ -135,7 +135,7 @@ def attend_first(
     """The first P image tokens of each row, (B, P, H, K) each, over their captions and each other."""
     t, given = cfg.text_len, q.shape[1]
     mask = attention_mask(kind, t, cfg.grid, cfg.conv_kernel)[t : t + given, t : t + given]
-    return _attend(q, text, stored(k, v), jnp.asarray(mask)[None])
+    return attend_kept(q, text, (stored(k, v),), jnp.asarray(mask)[None])
 
 
 def attend_step(
@@ -149,23 +149,34 @@ def attend_step(
     q, k, v = new
     image = write(cfg, kind, cache.image, stored(k, v), place)
     seen, visible_BR = window(cfg, kind, image, place)
-    return _attend(q, cache.text, seen, visible_BR[:, None]), LayerCache(cache.text, image)
+    return attend_kept(q, cache.text, (seen,), visible_BR[:, None]), LayerCache(cache.text, image)
 
 
-def _attend(q_BQHK, text: tuple[KV, ...], image: KV, visible_BQS: jax.Array) -> jax.Array:
-    """One softmax, in float32, over all of the text and what is visible of `image`."""
+def attend_kept(
+    q_BQHK: jax.Array, text: tuple[KV, ...], image: tuple[KV, ...], visible_BQS: jax.Array
+) -> jax.Array:
+    """One softmax, in float32, over all of the text and what is visible of the parts of `image`, in their order.
+
+    Returns (B, Q, H, K).
+    """
     q_BHQK = (q_BQHK * (1.0 / math.sqrt(q_BQHK.shape[-1]))).swapaxes(1, 2)
-    scores = _scores(q_BHQK, image.k)
+    scores = [_scores(q_BHQK, part.k) for part in image]
+    scores = scores[0] if len(image) == 1 else jnp.concatenate(scores, axis=-1)
     scores = jnp.where(visible_BQS[:, None], scores, jnp.finfo(jnp.float32).min)
     if text:
         parts = [_scores(q, kv.k) for q, kv in zip(_groups(q_BHQK, text), text, strict=True)]
         scores = jnp.concatenate([jnp.concatenate(parts), scores], axis=-1)
-    att_BHQS = jax.nn.softmax(scores, axis=-1).astype(image.v.dtype)
-    if not text:
-        return _mix(att_BHQS, image.v).swapaxes(1, 2)
-    t = text[0].k.shape[2]
-    parts = [_mix(a, kv.v) for a, kv in zip(_groups(att_BHQS[..., :t], text), text, strict=True)]
-    return (jnp.concatenate(parts) + _mix(att_BHQS[..., t:], image.v)).swapaxes(1, 2)
+    att_BHQS = jax.nn.softmax(scores, axis=-1).astype(image[0].v.dtype)
+    found, at = None, 0
+    if text:
+        at = text[0].k.shape[2]
+        parts = [_mix(a, kv.v) for a, kv in zip(_groups(att_BHQS[..., :at], text), text, strict=True)]
+        found = jnp.concatenate(parts)
+    for part in image:
+        end = at + part.k.shape[2]
+        mixed = _mix(att_BHQS[..., at:end], part.v)
+        found, at = mixed if found is None else found + mixed, end
+    return found.swapaxes(1, 2)
 
 
 def _groups(x: jax.Array, text: tuple[KV, ...]) -> list[jax.Array]:

@@ -91,3 +91,14 @@ def draw(
         warm_BV = keep_top_p(warm_BV, top_p)
     drawn_B = jax.vmap(jax.random.categorical)(keys_B, warm_BV)
     return jnp.where(jnp.asarray(temperature) > 0, drawn_B, best_B).astype(jnp.int32)
+
+
+def pick(logits: jax.Array, keys_B: jax.Array, place, *, guidance=None, **filters) -> jax.Array:
+    """The codes of raster place `place`, scalar or (B,): int32 (B,).
+
+    logits: (B, V), or with guidance (2 B, V), the rows on the null caption last. filters: as `draw` has them.
+    """
+    if guidance is not None:
+        logits = guide(*jnp.split(logits, 2), guidance)
+    place_B = jnp.broadcast_to(place, keys_B.shape)
+    return draw(logits, jax.vmap(jax.random.fold_in)(keys_B, place_B), **filters)

@@ -1,4 +1,5 @@
-"""Codes from captions in one jitted program: a prefill, then scans over the places that are left.
+"""Codes from captions in one jitted program: a prefill, then scans over the places that are left, or with `jacobi`
+passes over several places at once (jacobi.py).
 
 B rows, C captions, T text positions, N codes, P codes given in advance, V image vocabulary.
 """
@@ -15,7 +16,8 @@ import numpy as np
 
 from dalle_jax import autoregressive
 from dalle_jax.config import TransformerConfig
-from dalle_jax.sampling.filters import draw, guide
+from dalle_jax.sampling.filters import pick
+from dalle_jax.sampling.jacobi import draw_ahead
 
 Params = dict[str, Any]
 
@@ -23,17 +25,6 @@ Params = dict[str, Any]
 def row_keys(seeds) -> jax.Array:
     """One key per row from integer seeds (B,): a row's picture follows from its caption and seed alone."""
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-
-
-def pick(logits: jax.Array, keys_B: jax.Array, place, *, guidance=None, **filters) -> jax.Array:
-    """The codes of raster place `place`, scalar or (B,): int32 (B,).
-
-    logits: (B, V), or with guidance (2 B, V), the rows on the null caption last. filters: as `draw` has them.
-    """
-    if guidance is not None:
-        logits = guide(*jnp.split(logits, 2), guidance)
-    place_B = jnp.broadcast_to(place, keys_B.shape)
-    return draw(logits, jax.vmap(jax.random.fold_in)(keys_B, place_B), **filters)
 
 
 def buckets(cfg: TransformerConfig, given: int) -> list[tuple[int, int, int]]:
@@ -84,7 +75,7 @@ def _begin(cfg, params, text_CT, keys_B, prime_BP, options):
         return pick(logits, keys_B, given, **options), cache
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "top_k"))
+@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "jacobi", "return_passes"))
 def generate(
     cfg: TransformerConfig,
     params: Params,
@@ -96,7 +87,9 @@ def generate(
     top_p: jax.Array | float | None = None,
     guidance: jax.Array | float | None = None,
     prime_BP: jax.Array | None = None,
-) -> jax.Array:
+    jacobi: int | None = None,
+    return_passes: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Draw the codes of one picture per row.
 
     params: as `dalle.init` makes them, or as `autoregressive.unstack` does, which saves a copy in each call.
@@ -106,21 +99,32 @@ def generate(
     (0, 1], None keeps all. guidance: scale of classifier-free guidance, computed with the null caption in a
     doubled batch; None samples the conditional model in a single batch. prime_BP: int32, the first P < N codes
     of every picture. Temperature, top_p and guidance are traced, scalars or (B,): another value does not
-    compile again.
-    Returns int32 (B, N), the given codes included. Raises ValueError for wrong shapes or P >= N.
+    compile again. jacobi: static, codes that one pass of the network looks at: the pictures are the same, up to
+    rounding, in fewer passes, each of more work (jacobi.py); None draws one code a pass.
+    Returns int32 (B, N), the given codes included; with `return_passes` also int32 (B,), the passes that each row took
+    after the prefill. Raises ValueError for wrong shapes, P >= N, or `jacobi` outside 2 to N.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+    if jacobi is not None and not 2 <= jacobi <= cfg.num_codes:
+        raise ValueError(f"jacobi is {jacobi}; want 2 to {cfg.num_codes} codes at once, or None for one")
     params = autoregressive.unstack(cfg, params)
     code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, options)
     given = 0 if prime_BP is None else prime_BP.shape[1]
     codes = [] if prime_BP is None else [prime_BP]
     codes.append(code_B[:, None])
+    passes_B = jnp.full(len(keys_B), cfg.num_codes - 1 - given)
     with jax.named_scope("decode"):
+        if jacobi is not None:
+            limits = [limit for _, _, limit in buckets(cfg, given)]
+            known = jnp.concatenate(codes, axis=1)
+            codes, passes_B = draw_ahead(cfg, params, cache, known, keys_B, jacobi, limits, options)
+            return (codes, passes_B) if return_passes else codes
         for first, end, limit in buckets(cfg, given):
             cache = autoregressive.resize_cache(cfg, cache, limit)
             rest, cache = _advance(cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, options)
             codes.append(rest.T)
-    return jnp.concatenate(codes, axis=1).astype(jnp.int32)
+    codes = jnp.concatenate(codes, axis=1).astype(jnp.int32)
+    return (codes, passes_B) if return_passes else codes
 
 
 @functools.lru_cache(maxsize=16)
@@ -143,9 +147,11 @@ def generate_rows(
 ) -> Iterator[np.ndarray]:
     """The codes of `generate` as they come: int32 (B, M) after every `rows` rows of the raster, M to N.
 
-    Takes the options of `generate`. The next rows are under way while the caller looks at these.
+    Takes the options of `generate` but `jacobi`. The next rows are under way while the caller looks at these.
     Raises ValueError for `rows` below 1, and what `generate` does.
     """
+    if options.pop("jacobi", None) is not None:
+        raise ValueError("rows as they come are drawn one code a pass; leave out jacobi")
     if rows < 1:
         raise ValueError(f"rows is {rows}; want a picture every 1 or more rows of codes")
     options = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None, **options}

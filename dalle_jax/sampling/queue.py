@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax import autoregressive, dalle
-from dalle_jax.config import DalleConfig
-from dalle_jax.nn.cache import KV, LayerCache
+from dalle_jax import autoregressive
+from dalle_jax.config import TransformerConfig
 from dalle_jax.sampling.filters import draw, guide
 from dalle_jax.sampling.generate import row_keys
 
@@ -47,7 +46,7 @@ class Request(NamedTuple):
 class _Slots(NamedTuple):
     """What the device holds. A slot on the null caption repeats the codes of its `leader`, whose `null` it is."""
 
-    cache: dalle.Cache
+    cache: autoregressive.Cache
     codes_SN: jax.Array
     place_S: jax.Array  # of the code that is fed next; N - 1 at the end
     given_S: jax.Array  # codes below this place are not drawn
@@ -69,13 +68,13 @@ def _pick(logits_SV, nulls_SV, guided_S, guidance_S, keys_S, place_S, temperatur
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top_k", "nucleus"), donate_argnames="slots")
-def _steps(cfg: DalleConfig, params: Params, slots: _Slots, count, top_k, nucleus: bool) -> _Slots:
+def _steps(cfg: TransformerConfig, params: Params, slots: _Slots, count, top_k, nucleus: bool) -> _Slots:
     """`count` steps of all slots; finished and empty ones stay where they are."""
     rows, last = jnp.arange(len(slots.place_S)), cfg.num_codes - 1
 
     def step(_, slots: _Slots) -> _Slots:
         code_S = slots.codes_SN[rows, slots.place_S]
-        logits_SV, cache = dalle.decode_step(cfg, params, slots.cache, code_S, slots.place_S)
+        logits_SV, cache = autoregressive.decode_step(cfg, params, slots.cache, code_S, slots.place_S)
         after_S = jnp.minimum(slots.place_S + 1, last)
         drawn_S = _pick(
             logits_SV, logits_SV[slots.null_S], slots.null_S != rows, slots.guidance_S, slots.keys_S, after_S,
@@ -107,11 +106,11 @@ class _Arrivals(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top_k"), donate_argnames="slots")
-def _admit(cfg: DalleConfig, params: Params, slots: _Slots, new: _Arrivals, top_k) -> _Slots:
+def _admit(cfg: TransformerConfig, params: Params, slots: _Slots, new: _Arrivals, top_k) -> _Slots:
     """Runs the captions and begins their pictures; rows for the slot S are dropped."""
     count, size = len(slots.place_S), len(new.at_A)
     with jax.named_scope("prefill"):
-        logits, fresh = dalle.prefill(cfg, params, new.text_AT, guided=True)
+        logits, fresh = autoregressive.prefill(cfg, params, new.text_AT, guided=True)
     own_AV, null_AV = jnp.split(logits, 2)
     guided_A = new.null_A < count
     first_A = _pick(
@@ -121,22 +120,7 @@ def _admit(cfg: DalleConfig, params: Params, slots: _Slots, new: _Arrivals, top_
     first_A = jnp.where(new.given_A > 0, new.codes_AN[:, 0], first_A)
     both = jnp.concatenate([new.at_A, new.null_A])
 
-    def text(old: KV, own: KV, null: KV) -> KV:
-        def put(old, own, null):
-            return old.at[both].set(jnp.concatenate([own, jnp.broadcast_to(null, own.shape)]), mode="drop")
-
-        return KV(put(old.k, own.k, null.k), put(old.v, own.v, null.v))
-
-    def image(old: KV, begun: KV) -> KV:
-        """The first image tokens, which only a model with text in its raster has by now."""
-        if not cfg.text_in_raster:
-            return old
-        return KV(*(x.at[both].set(y, mode="drop") for x, y in zip(old, begun, strict=True)))
-
-    cache = tuple(
-        LayerCache((text(layer.text[0], *begun.text),), image(layer.image, begun.image))
-        for layer, begun in zip(slots.cache, fresh, strict=True)
-    )
+    cache = autoregressive.seat(cfg, slots.cache, fresh, both)
 
     def put(old, value):
         return old.at[both].set(jnp.concatenate([value, value]), mode="drop")
@@ -164,11 +148,7 @@ class Queue:
     params: as `autoregressive.unstack` returns them. top_k: of all requests, static; None keeps every code.
     """
 
-    def __init__(self, cfg: DalleConfig, params: Params, slots: int, *, top_k: int | None = None):
-        if not isinstance(cfg, DalleConfig):
-            raise ValueError(
-                f"the queue draws with one-stream Transformers (stage dalle), not stage {cfg.kind}"
-            )
+    def __init__(self, cfg: TransformerConfig, params: Params, slots: int, *, top_k: int | None = None):
         if slots < 1:
             raise ValueError(f"slots is {slots}; want at least 1, and 2 for guidance")
         if top_k is not None and top_k < 1:
@@ -182,7 +162,7 @@ class Queue:
         self._nucleus = False
         none = jnp.zeros(slots, jnp.int32)
         empty = _Slots(
-            cache=dalle.init_cache(cfg, slots),
+            cache=autoregressive.init_cache(cfg, slots),
             codes_SN=jnp.zeros((slots, cfg.num_codes), jnp.int32),
             place_S=jnp.full(slots, cfg.num_codes - 1),
             given_S=none,

@@ -1,0 +1,149 @@
+"""What each idea of the sampler gains by itself, as a ratio, and what it costs in quality.
+
+    taskset -c 0 python -m benchmarks.ideas runs/demo/dalle --batch 1 8
+
+Codes per second of the work of benchmarks/sample.py with and without the idea, one after another; on a trained run the
+share of captions whose picture is right, the error of the scores, and codes per pass of Jacobi iteration. `--parts`
+chooses among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.sample import SIZES, WEIGHTS, child
+
+PARTS = ("speed", "quality", "jacobi")
+IDEAS = {  # name: what differs from full attention over caches of four growing lengths, float32
+    "one length of cache": {"buckets": 1},
+    "sparse layers and caches": {"name": "sparse"},
+    **{f"{weights} weights": {"weights": weights} for weights in WEIGHTS[1:]},
+}
+
+
+def speed(batch: int, repeats: int) -> None:
+    """Each idea against the same base, its process beside it."""
+
+    def rate(change: dict[str, Any]) -> float:
+        job = {
+            **SIZES,
+            "dtype": "float32",
+            "top_k": 256,
+            "repeats": repeats,
+            "batch": batch,
+            "name": "full",
+            **change,
+        }
+        found = child(sys.executable, "benchmarks.sample", job)
+        if isinstance(found, str):
+            raise SystemExit(f"{change}: {found}")
+        return batch * job["grid"] ** 2 / statistics.median(found["seconds"])
+
+    base = rate({})
+    print(f"batch {batch}, full attention, four lengths of cache: {base:.1f} codes/s", flush=True)
+    for name, change in IDEAS.items():
+        found = rate(change)
+        print(f"batch {batch}, {name:26s} {found:8.1f} codes/s  {found / base:5.2f}", flush=True)
+
+
+def quality(run: str, count: int, temperature: float, guidance: float) -> None:
+    """Right pictures by the verifier, and the error of scores as a share of their deviation."""
+    import jax
+    import jax.numpy as jnp
+
+    from dalle_jax import autoregressive
+    from dalle_jax.evaluate.measures import measure_faithfulness, unseen_captions
+    from dalle_jax.inference import Sampling, draw_codes, load_text_to_image, text_rows
+
+    model = load_text_to_image(run)
+    cfg, sampling = model.config, Sampling(temperature=temperature, guidance=guidance)
+    captions = [caption.text for caption, _ in unseen_captions(model.run.config.data, "one_object", 64)]
+    text = jnp.asarray(text_rows(model, captions))
+    codes = jnp.asarray(draw_codes(model, captions, range(64), sampling, batch=64))
+    unstack = jax.jit(autoregressive.unstack, static_argnums=(0, 2))
+
+    @jax.jit
+    def scores(params):
+        """Of every code of the drawn pictures, step by step over the cache."""
+        first, cache = autoregressive.prefill(cfg, params, text)
+
+        def step(cache, place):
+            found, cache = autoregressive.decode_step(cfg, params, cache, codes[:, place], place)
+            return cache, found
+
+        return jnp.concatenate([first[None], jax.lax.scan(step, cache, jnp.arange(cfg.num_codes - 1))[1]])
+
+    true = scores(unstack(cfg, model.run.params, None))
+    for weights in (None, *WEIGHTS[1:]):
+        found = scores(unstack(cfg, model.run.params, weights))
+        error = float(jnp.sqrt(jnp.mean((found - true) ** 2)) / jnp.std(true))
+        nats = jax.nn.log_softmax(true)
+        apart = float(jnp.mean(jnp.sum(jnp.exp(nats) * (nats - jax.nn.log_softmax(found)), axis=-1)))
+        how = Sampling(temperature=temperature, guidance=guidance, weights=weights)
+        right = measure_faithfulness(model, count, how)
+        right = "  ".join(f"{k} {v:.3f}" for k, v in right.items() if k.count("_") == 2)
+        name = f"{weights} weights" if weights else "float32"
+        print(f"{name:14s} error of scores {error:.4f}, divergence {apart:.5f} nats  {right}", flush=True)
+
+
+def jacobi(run: str, count: int, batch: int, temperature: float, guidance: float) -> None:
+    """Passes, time, and pictures that are the same, against one code a pass."""
+    from dalle_jax.evaluate.measures import unseen_captions
+    from dalle_jax.inference import Sampling, draw_pictures, load_text_to_image
+
+    model = load_text_to_image(run)
+    captions = [caption.text for caption, _ in unseen_captions(model.run.config.data, "one_object", count)]
+
+    def drawn(window, temperature, guidance):
+        passes: list[np.ndarray] = []
+        how = Sampling(temperature=temperature, guidance=guidance, jacobi=window)
+        rest = {"batch": batch, "passed": passes.append}
+        list(draw_pictures(model, captions[:batch], range(batch), how, batch=batch))  # compiles
+        begin = time.perf_counter()
+        codes = [codes for codes, _ in draw_pictures(model, captions, range(count), how, **rest)]
+        return np.concatenate(codes), np.concatenate(passes), time.perf_counter() - begin
+
+    for warm, guided in {(1.0, 1.0), (temperature, guidance)}:
+        want, most, plain = drawn(None, warm, guided)
+        for window in (4, 8, 16, 32):
+            if window > model.config.num_codes:
+                continue
+            codes, passes, seconds = drawn(window, warm, guided)
+            print(
+                f"temperature {warm:g}, guidance {guided:g}, batch {batch}, {window:2d} at once: "
+                f"{most.mean() / passes.mean():.2f} codes a pass, {plain / seconds:.2f} times as fast, "
+                f"{(codes == want).all(axis=1).mean():.1%} of {count} pictures the same",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "run", nargs="?", help="a trained Transformer on procedural scenes, for quality and jacobi"
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--count", type=int, default=200, help="captions of each kind")
+    parser.add_argument("--temperature", type=float, default=0.4)
+    parser.add_argument("--guidance", type=float, default=1.5)
+    args = parser.parse_args()
+    if args.run is None and set(args.parts) != {"speed"}:
+        parser.error("quality and jacobi need a run; give one, or --parts speed")
+    for batch in args.batch if "speed" in args.parts else []:
+        speed(batch, args.repeats)
+    if "quality" in args.parts:
+        quality(args.run, args.count, args.temperature, args.guidance)
+    for batch in args.batch if "jacobi" in args.parts else []:
+        jacobi(args.run, 64, batch, args.temperature, args.guidance)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Several tokens of each row at once over its KV cache, of which only the first that turn out right are kept.
+
+Guessed tokens see the cache and each other but leave no trace in it: a ring has no room for a token that may be
+wrong, as writing it drops one that is still seen. Their keys and values come back beside the result, and
+`keep` writes those of the right ones.
+B rows, Q tokens of each, W tokens kept, R slots of the cache, H heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.config import DalleConfig
+from dalle_jax.config.dalle import AttentionKind
+from dalle_jax.nn import cache as kv
+from dalle_jax.nn.cache import KV, LayerCache
+from dalle_jax.nn.masks import seen_back
+
+
+def _held(cfg: DalleConfig, kind: AttentionKind, slots: int, place_B: jax.Array) -> jax.Array:
+    """The raster place whose token each slot holds when the tokens before `place_B` were written: int32 (B, R).
+
+    A place that is negative or not before `place_B` is none.
+    """
+    at_1R = jnp.arange(slots)[None]
+    match kind:
+        case "full":
+            return jnp.broadcast_to(at_1R, (len(place_B), slots))
+        case "column":
+            place_1R = at_1R % cfg.grid * cfg.grid + at_1R // cfg.grid
+            return jnp.broadcast_to(place_1R, (len(place_B), slots))
+    newest_B1 = place_B[:, None] - 1
+    return newest_B1 - (newest_B1 - at_1R) % slots
+
+
+def _visible(cfg: DalleConfig, kind: AttentionKind, slots: int, place_B: jax.Array, count: int) -> jax.Array:
+    """What tokens at the places from `place_B` on see of the cache, then of each other: bool (B, Q, R + Q)."""
+    places_BQ = place_B[:, None] + jnp.arange(count)[None]
+    held_BR = _held(cfg, kind, slots, place_B)
+    there_BR = (held_BR >= 0) & (held_BR < place_B[:, None])
+    other_BS = jnp.concatenate([held_BR, places_BQ], axis=1)
+    there_BS = jnp.concatenate([there_BR, jnp.ones_like(places_BQ, bool)], axis=1)
+    back_BQS = places_BQ[:, :, None] - other_BS[:, None]
+    table = jnp.asarray(seen_back(kind, cfg.grid, cfg.conv_kernel))
+    near_BQS = (back_BQS >= 0) & (back_BQS < table.shape[1])
+    seen_BQS = table[jnp.minimum(places_BQ, len(table) - 1)[:, :, None], jnp.where(near_BQS, back_BQS, 0)]
+    return there_BS[:, None] & near_BQS & seen_BQS
+
+
+def attend(
+    cfg: DalleConfig,
+    kind: AttentionKind,
+    cache: LayerCache,
+    new: tuple[jax.Array, jax.Array, jax.Array],
+    place_B: jax.Array,
+) -> tuple[jax.Array, KV]:
+    """`new` is query, key and value of Q tokens of each row, (B, Q, H, K) each, at the places from `place_B` on.
+
+    The cache is as after the tokens before `place_B`. Returns (B, Q, H, K), and what `keep` takes.
+    """
+    q, k, v = new
+    fresh, slots = kv.stored(k, v), cache.image.k.shape[2]
+    visible_BQS = _visible(cfg, kind, slots, place_B, q.shape[1])
+    return kv.attend_kept(q, cache.text, (cache.image, fresh), visible_BQS), fresh
+
+
+def keep(
+    cfg: DalleConfig,
+    kind: AttentionKind,
+    cache: LayerCache,
+    fresh: KV,
+    place_B: jax.Array,
+    count_B: jax.Array,
+) -> LayerCache:
+    """The cache with the first `count_B` of the tokens that `attend` saw at `place_B` and on; the rest is dropped."""
+    rows, tokens = jnp.arange(len(place_B))[:, None], jnp.arange(fresh.k.shape[2])[None]
+    last_B1 = count_B[:, None]
+    # Of more tokens than a ring has slots the newest stay: two writes to one slot have no order.
+    stays_BQ = (tokens < last_B1) & (tokens >= last_B1 - kv.kept(cfg, kind))
+    slots = cache.image.k.shape[2]
+    at_BQ = jnp.where(stays_BQ, kv.slot(cfg, kind, place_B[:, None] + tokens), slots)
+
+    def write(old, new):
+        return old.at[rows, :, at_BQ].set(new.swapaxes(1, 2), mode="drop")
+
+    return LayerCache(cache.text, KV(write(cache.image.k, fresh.k), write(cache.image.v, fresh.v)))

@@ -1,0 +1,191 @@
+"""Laws of drawing several codes per pass: the same pictures as code by code, and so the same distribution; wrong
+guesses leave nothing behind."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import autoregressive, dalle
+from dalle_jax.sampling.generate import generate, generate_rows, row_keys
+from tests import test_families
+from tests.test_families import FAMILIES
+from tests.test_sampling import CAPTIONS, TINY, greedy, lively, uncached
+
+KINDS = ("full", "row", "column", "conv")
+CFG = dataclasses.replace(TINY, grid=5, attention=KINDS, layers=4)  # rings of 6 and 7 tokens, 25 codes
+N, V = CFG.num_codes, CFG.image_vocab
+
+
+@pytest.fixture(scope="module")
+def params():
+    return autoregressive.unstack(CFG, lively(CFG))
+
+
+@pytest.mark.parametrize(
+    ("window", "options"),
+    [
+        pytest.param(4, {"temperature": 0.4}, id="window-below-rings"),
+        pytest.param(9, {"temperature": 0.4, "guidance": 1.5, "top_k": 5}, id="window-above-rings-guided"),
+        pytest.param(25, {"temperature": jnp.array([0.3, 1.0, 0.0]), "top_p": 0.9}, id="all-at-once"),
+    ],
+)
+def test_the_same_pictures_in_fewer_passes(params, window, options):
+    keys = row_keys([3, 4, 5])
+    want, most = generate(CFG, params, CAPTIONS, keys, return_passes=True, **options)
+    np.testing.assert_array_equal(most, [N - 1] * 3)
+    got, passes = generate(CFG, params, CAPTIONS, keys, jacobi=window, return_passes=True, **options)
+    assert got.dtype == jnp.int32 and passes.dtype == jnp.int32
+    np.testing.assert_array_equal(got, want)
+    assert (passes < N - 1).all() and (passes >= -(-(N - 1) // window)).all()
+    begun = generate(CFG, params, CAPTIONS, keys, jacobi=window, prime_BP=jnp.asarray(want[:, :7]), **options)
+    np.testing.assert_array_equal(begun, want)
+
+
+@pytest.mark.parametrize("name", ["malevich_v2", "malevich_v3", "llamagen", "dalle_mini"])
+def test_every_family(name):
+    """Windows that do not wrap or wrap round the square, rotary positions, an encoder; candidates of a caption."""
+    cfg = FAMILIES[name]
+    params = autoregressive.unstack(cfg, test_families.lively(cfg))
+    text, keys = test_families.rows(cfg, 2)[0], row_keys(range(4))
+    options = {"temperature": 0.5, "guidance": jnp.array([1.0, 2.0, 0.5, 1.0])}
+    want = generate(cfg, params, text, keys, **options)
+    got, passes = generate(cfg, params, text, keys, jacobi=6, return_passes=True, **options)
+    np.testing.assert_array_equal(got, want)
+    assert (passes < cfg.num_codes - 1).all()
+
+
+def test_length_buckets():
+    """A full layer's cache grows as the fastest row needs it."""
+    cfg = dataclasses.replace(TINY, grid=12, attention=("full",), layers=1)
+    params = autoregressive.unstack(cfg, lively(cfg))
+    keys = row_keys([0, 1, 2])
+    want = generate(cfg, params, CAPTIONS, keys, temperature=0.3)
+    got, passes = generate(cfg, params, CAPTIONS, keys, temperature=0.3, jacobi=7, return_passes=True)
+    np.testing.assert_array_equal(got, want)
+    assert (passes < cfg.num_codes - 1).all()
+
+
+def test_greedy_is_greedy():
+    got = generate(TINY, lively(TINY), CAPTIONS, row_keys([0, 1, 2]), temperature=0.0, jacobi=4)
+    np.testing.assert_array_equal(got, greedy(lively(TINY), CAPTIONS))
+
+
+def test_passes_by_hand():
+    """Where every guess is right a pass gives as many codes as it looks at, and a row on its own stops the rest not."""
+    flat = jax.tree.map(jnp.zeros_like, lively(CFG))
+    options = {"temperature": 0.0, "return_passes": True}
+    codes, passes = generate(CFG, flat, CAPTIONS, row_keys([0, 1, 2]), jacobi=7, **options)
+    np.testing.assert_array_equal(codes, 0)
+    np.testing.assert_array_equal(passes, [4] * 3)  # 24 codes after the first, 7 a pass
+
+
+def test_a_row_is_its_caption_and_seed_alone(params):
+    options = {"temperature": 0.4, "jacobi": 6, "return_passes": True}
+    codes, passes = generate(CFG, params, CAPTIONS, row_keys([3, 4, 5]), **options)
+    moved = CAPTIONS[np.array([2, 2, 0])]
+    other, mine = generate(CFG, params, moved, row_keys([5, 9, 3]), **options)
+    np.testing.assert_array_equal(other[np.array([2, 0])], codes[np.array([0, 2])])
+    np.testing.assert_array_equal(mine[np.array([2, 0])], passes[np.array([0, 2])])
+    assert len(set(np.asarray(passes))) > 1  # each row at its own pace
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def stepped(cfg, params, cache, codes_BN, place_B):
+    """One code of each row after another; a negative place feeds nothing."""
+    at = jnp.maximum(place_B, 0)
+    code_B = codes_BN[jnp.arange(len(codes_BN)), at]
+    scores, fresh = dalle.decode_step(cfg, params, cache, code_B, at)
+    keep = place_B >= 0
+
+    def chosen(new, old):
+        mask = keep.reshape(-1, *[1] * (new.ndim - 1)) if len(new) == len(keep) else True
+        return jnp.where(mask, new, old)
+
+    return scores, jax.tree.map(chosen, fresh, cache)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "conv_torus", "conv_clamped"])
+@pytest.mark.parametrize("in_raster", [False, True], ids=["", "text-in-raster"])
+def test_a_pass_is_as_many_steps_and_wrong_guesses_leave_no_trace(kind, in_raster):
+    """Rows at places of their own. Scores after each code are those of no cache; what is kept is what steps keep."""
+    if in_raster and kind not in ("row", "column"):
+        pytest.skip("one ring and the columns are enough of these")
+    cfg = dataclasses.replace(TINY, grid=5, attention=(kind,), layers=2, text_in_raster=in_raster)
+    params = autoregressive.unstack(cfg, lively(cfg))
+    rng = np.random.default_rng(2)
+    codes = jnp.asarray(rng.integers(0, V, (3, N)), jnp.int32)
+    want = np.asarray(uncached(cfg, lively(cfg), CAPTIONS, codes))
+    _, cache = jax.jit(dalle.prefill, static_argnums=0)(cfg, params, CAPTIONS)
+    drafts = jax.jit(dalle.decode_drafts, static_argnums=0)
+    keep = jax.jit(dalle.keep_drafts, static_argnums=0)
+    window, place, by_steps = 9, np.zeros(3, int), cache
+    for count in ([9, 1, 5], [8, 3, 0], [2, 9, 9]):
+        right = np.minimum(place[:, None] + np.arange(window), N - 1)
+        fed = np.asarray(codes)[np.arange(3)[:, None], right]
+        wrong = np.arange(window)[None] >= np.array(count)[:, None]
+        fed = np.where(wrong, (fed + 1 + rng.integers(0, V - 1, fed.shape)) % V, fed)
+        scores, fresh = drafts(cfg, params, cache, jnp.asarray(fed), jnp.asarray(place))
+        for row, many in enumerate(count):
+            for i in range(min(many, N - 1 - place[row])):
+                np.testing.assert_allclose(
+                    scores[row, i], want[row, place[row] + i + 1], rtol=2e-4, atol=2e-4
+                )
+        cache = keep(cfg, cache, fresh, jnp.asarray(place), jnp.asarray(count))
+        for i in range(max(count)):
+            at = np.where(i < np.array(count), place + i, -1)
+            _, by_steps = stepped(cfg, params, by_steps, codes, jnp.asarray(at))
+        place = place + count
+        for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(by_steps), strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
+    assert want.std() > 0.3
+
+
+ENUMERABLE = dataclasses.replace(TINY, grid=2, image_vocab=3, attention=("row",), layers=1)
+
+
+@functools.lru_cache
+def chances():
+    """The probability of each of the 81 pictures that there are, by the scores without a cache."""
+    every = jnp.asarray(list(itertools.product(range(3), repeat=4)), jnp.int32)
+    text = jnp.broadcast_to(CAPTIONS[:1], (81, 3))
+    scores = uncached(ENUMERABLE, lively(ENUMERABLE), text, every)
+    nats = np.take_along_axis(np.asarray(jax.nn.log_softmax(scores)), np.asarray(every)[..., None], axis=-1)
+    return np.exp(nats[..., 0].sum(axis=1))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_distribution_is_that_of_the_model(window):
+    """Pearson's statistic of 20,000 pictures over the ones that are expected 5 times or more, the rest as one, within
+    five standard deviations; 2 of 100 rows given to another picture exceed it."""
+    count, chance = 20_000, chances()
+    np.testing.assert_allclose(chance.sum(), 1, rtol=1e-4)
+    params = autoregressive.unstack(ENUMERABLE, lively(ENUMERABLE))
+    codes = np.asarray(generate(ENUMERABLE, params, CAPTIONS[:1], row_keys(range(count)), jacobi=window))
+    seen = np.bincount(codes @ [27, 9, 3, 1], minlength=81)
+
+    def pearson(seen):
+        often = chance * count >= 5
+        want = np.append(chance[often], chance[~often].sum()) * count
+        got = np.append(seen[often], seen[~often].sum())
+        return ((got - want) ** 2 / want).sum(), len(want) - 1
+
+    found, freedom = pearson(seen)
+    bound = freedom + 5 * np.sqrt(2 * freedom)
+    assert found < bound and freedom > 20
+    moved = seen.copy()
+    moved[np.argmax(chance)] -= count // 50
+    moved[np.argsort(chance)[-10]] += count // 50
+    assert pearson(moved)[0] > bound
+
+
+def test_bad_windows(params):
+    for window in (1, N + 1):
+        with pytest.raises(ValueError, match=f"jacobi is {window}; want 2 to {N} codes at once"):
+            generate(CFG, params, CAPTIONS, row_keys([0, 1, 2]), jacobi=window)
+    with pytest.raises(ValueError, match="rows as they come are drawn one code a pass; leave out jacobi"):
+        next(generate_rows(CFG, params, CAPTIONS, row_keys([0, 1, 2]), jacobi=4))

@@ -1,0 +1,131 @@
+"""Laws of matrices in 8 bits: rounding as written, products of the rounded matrix, scores near the true ones."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import autoregressive
+from dalle_jax.nn import quantized
+from dalle_jax.nn.quantized import product, quantize
+from dalle_jax.sampling.generate import generate, row_keys
+from tests import test_families
+from tests.test_families import FAMILIES
+
+WEIGHTS = ("int8", "fp8", "w8a8")
+rng = np.random.default_rng(0)
+MATRIX = jnp.asarray(rng.normal(size=(24, 10)) * 10.0 ** rng.integers(-3, 3, 10), jnp.float32)
+
+
+def test_int8_by_hand():
+    """Each column has the scale at which its largest number is 127; a column of zeros stays zero."""
+    p = {"up": {"kernel": jnp.array([[1.27, -4.0, 0.0], [-0.5, 1.0, 0.0]]), "bias": jnp.ones(3)}}
+    got = quantize(p, "int8")["up"]
+    assert got["kernel"].dtype == jnp.int8 and set(got) == {"kernel", "bias", "scale"}
+    np.testing.assert_array_equal(got["kernel"], [[127, -127, 0], [-50, 32, 0]])
+    np.testing.assert_allclose(got["scale"], [0.01, 4 / 127, 0], rtol=1e-6)
+    x = jnp.array([[1.0, 2.0]])
+    want = [[127 * 0.01 - 100 * 0.01, (-127 + 64) * 4 / 127, 0]]
+    np.testing.assert_allclose(product(got, x, jnp.float32), want, rtol=1e-6)
+
+
+def test_fp8_by_hand():
+    """448 is the largest float8_e4m3fn; between 224 and 448 its numbers are 16, or 32, apart."""
+    got = quantize({"kernel": jnp.array([[448.0], [300.0], [-0.5]])}, "fp8")
+    assert got["kernel"].dtype == jnp.float8_e4m3fn
+    np.testing.assert_array_equal(got["kernel"].astype(jnp.float32), [[448.0], [288.0], [-0.5]])
+    np.testing.assert_allclose(got["scale"], [1.0])
+
+
+def test_w8a8_by_hand():
+    """Rows are rounded too: 1 and 0.3 of a row whose largest is 1 are 127 and 38 of 127."""
+    p = quantize({"kernel": jnp.array([[127.0], [-127.0]])}, "w8a8")
+    assert set(p) == {"kernel", "scale_w8a8"}
+    for rows in (1, 3):
+        x = jnp.tile(jnp.array([[1.0, 0.3]]), (rows, 1))
+        np.testing.assert_allclose(product(p, x, jnp.float32), [[127 - 38]] * rows, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("rows", [1, 5, 40], ids=["one-row", "few-rows", "many-rows"])
+def test_products_are_those_of_the_rounded_matrix(weights, rows):
+    """By the loop that a CPU runs for few rows as by the product for many, in every compute dtype."""
+    p = quantize({"kernel": MATRIX}, weights)
+    scale = p["scale_w8a8" if weights == "w8a8" else "scale"]
+    rounded = np.asarray(p["kernel"].astype(jnp.float32)) * np.asarray(scale)
+    x = np.asarray(rng.normal(size=(rows, 24)), np.float32)
+    if weights == "w8a8":
+        own = np.abs(x).max(axis=1, keepdims=True) / 127
+        near = np.round(x / own) * own
+    else:
+        near = x
+    size = np.abs(near) @ np.abs(rounded)
+    got = jax.jit(product, static_argnums=2)(p, jnp.asarray(x), jnp.float32)
+    assert (np.abs(got - near @ rounded) <= 1e-5 * size).all()
+    half = jax.jit(product, static_argnums=2)(p, jnp.asarray(x), jnp.bfloat16)
+    assert half.dtype == jnp.bfloat16
+    assert (np.abs(half.astype(jnp.float32) - near @ rounded) <= 0.03 * size).all()
+    step = (
+        0.5 / 127 if weights != "fp8" else 2.0**-4
+    )  # the farthest that rounding moves a number, of the largest
+    assert (np.abs(rounded - MATRIX) <= 1.01 * step * np.abs(MATRIX).max(axis=0)).all()
+
+
+@pytest.mark.parametrize("name", ["malevich_v2", "llamagen", "dalle_mini"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_whole_models(name, weights):
+    """Scores of the first code differ from those in float32 by little, and not by nothing; pictures come out."""
+    cfg = FAMILIES[name]
+    params = test_families.lively(cfg)
+    text = test_families.rows(cfg, 2)[0]
+    ready = autoregressive.unstack(cfg, params, weights)
+    prefill = jax.jit(autoregressive.prefill, static_argnums=0)
+    want, got = (prefill(cfg, p, text)[0] for p in (autoregressive.unstack(cfg, params), ready))
+    error = float(jnp.sqrt(jnp.mean((got - want) ** 2)) / jnp.std(want))
+    assert 1e-5 < error < (0.2 if weights == "fp8" else 0.1)
+    codes = generate(cfg, ready, text, row_keys(range(2)), temperature=0.5)
+    assert codes.shape == (2, cfg.num_codes) and int(codes.max()) < cfg.image_vocab
+    np.testing.assert_array_equal(
+        generate(cfg, ready, text, row_keys(range(2)), temperature=0.5, jacobi=5), codes
+    )
+
+
+def test_a_quarter_of_the_bytes():
+    cfg = dataclasses.replace(FAMILIES["malevich_v3"], dim=64)
+    shapes = jax.eval_shape(lambda key: autoregressive.init(cfg, key), jax.random.key(0))
+
+    def held(weights):
+        ready = jax.eval_shape(lambda p: autoregressive.unstack(cfg, p, weights), shapes)
+        kernels = [
+            x
+            for path, x in jax.tree_util.tree_flatten_with_path((ready["blocks"], ready["image_head"]))[0]
+            if path[-1].key == "kernel"
+        ]
+        return sum(x.size * x.dtype.itemsize for x in kernels)
+
+    whole = held(None)
+    assert all(held(weights) * 4 == whole for weights in WEIGHTS)
+
+
+def test_refused():
+    cfg = FAMILIES["llamagen"]
+    params = test_families.lively(cfg)
+    with pytest.raises(ValueError, match="weights is 'int4'; want one of int8, fp8, w8a8, or None"):
+        autoregressive.unstack(cfg, params, "int4")
+    with pytest.raises(ValueError, match="unstacked already; quantise those of `init`"):
+        autoregressive.unstack(cfg, autoregressive.unstack(cfg, params), "int8")
+
+
+def test_the_loop_is_what_a_cpu_runs():
+    """For few rows the compiled program has no product of matrices, for many it has one."""
+
+    def has_dot(rows):
+        p = quantize({"kernel": MATRIX}, "int8")
+        text = (
+            jax.jit(product, static_argnums=2).lower(p, jnp.ones((rows, 24)), jnp.float32).compile().as_text()
+        )
+        return " dot(" in text or "custom-call" in text
+
+    assert not has_dot(quantized._FEW_ROWS) and has_dot(quantized._FEW_ROWS + 1)
