@@ -140,16 +140,17 @@ def loop_bodies(text):
     return [b for b in blocks if any(re.match(rf"%?{re.escape(n)} ", b) for n in names)]
 
 
-def programs(grid):
+def programs(grid, jacobi=None):
     cfg = dataclasses.replace(CFG, grid=grid, text_len=2, dim=32)
     params = autoregressive.unstack(cfg, lively(cfg))
     text = jnp.stack([dalle.null_text(cfg)] * 2)
-    return cfg, generate.lower(cfg, params, text, row_keys([0, 1]), top_k=3).compile()
+    return cfg, generate.lower(cfg, params, text, row_keys([0, 1]), top_k=3, jacobi=jacobi).compile()
 
 
-def test_the_loop_copies_no_cache():
+@pytest.mark.parametrize("jacobi", [None, 5])
+def test_the_loop_copies_no_cache(jacobi):
     """In the compiled loop nothing of the size of a cache is copied."""
-    cfg, compiled = programs(8)
+    cfg, compiled = programs(8, jacobi)
     bodies = loop_bodies(compiled.as_text())
     cached = {f"f32[2,2,{kv.kept(cfg, kind)},16]" for kind in KINDS} | {"f32[2,2,2,16]"}
     held = [b for b in bodies if any(shape in b for shape in cached)]

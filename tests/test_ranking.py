@@ -364,6 +364,9 @@ def test_sample_refuses(room, tmp_path):
     assert "keep is 3; want 1 to 2" in refused(*ranked, "--candidates", 2, "--keep", 3)
     assert "--candidates is 0" in refused(*ranked, "--candidates", 0)
     assert "is a run of stage dalle; want one of stage clip" in refused(*one, "--clip", room / "dalle")
+    (tmp_path / "own.jsonl").write_text('{"caption": "a", "guidance": 2}')
+    told = refused(*ranked, "--captions-file", tmp_path / "own.jsonl")
+    assert "settings of their own go through the queue, which --clip has not; give plain captions" in told
     empty = ("sample", room / "dalle", "--unconditional", "--out", tmp_path / "o", "--clip", room / "clip")
     assert "caption 0 has no text" in refused(*empty)
     assert "stage clip: it ranks pictures and draws none" in refused("sample", room / "clip", "a")

@@ -12,7 +12,7 @@ import pytest
 from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn.sharding import path_name
-from dalle_jax.sampling.filters import _kth_by_bits, draw, guide, keep_top_k, keep_top_p
+from dalle_jax.sampling.filters import _first_highest, _kth_by_bits, draw, guide, keep_top_k, keep_top_p
 from dalle_jax.sampling.generate import generate, row_keys
 
 KINDS = ("full", "row", "column", "conv")
@@ -281,6 +281,20 @@ def test_top_p_of_one_keeps_everything():
     """Also what is so improbable that a sum of shares in float32 reaches 1 without it."""
     logits = jnp.array([[0.0, -20.0, -40.0, -jnp.inf]])
     np.testing.assert_array_equal(keep_top_p(logits, 1.0), logits)
+
+
+def test_the_draw_is_that_of_jax():
+    """For every key what jax.random.categorical draws, of a whole row as of one that is cut to a few."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(300, 40)) * 3, jnp.float32)
+    keys = jax.random.split(jax.random.key(5), 300)
+    for x in (logits, jnp.where(logits > 3, logits, -jnp.inf).at[:, 7].set(1.0)):
+        np.testing.assert_array_equal(draw(x, keys), jax.vmap(jax.random.categorical)(keys, x))
+
+
+@pytest.mark.parametrize("row", [[0.0, -0.0, -1.0], [-0.0, 0.0], [-np.inf, -3.0, -3.0], [-np.inf] * 3])
+def test_the_first_of_the_highest(row):
+    x = jnp.array([row, row[::-1]])
+    np.testing.assert_array_equal(_first_highest(x), np.argmax(np.asarray(x), axis=1))
 
 
 def test_temperature_and_order_of_the_filters():

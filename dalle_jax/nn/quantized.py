@@ -23,9 +23,6 @@ from dalle_jax.config import Weights
 Params = dict[str, Any]
 
 _SCALES = ("scale", "scale_w8a8")
-# Rows up to which a CPU multiplies and sums with conversion in one loop; XLA's own product there would first write
-# the matrix out in float32 (benchmarks/RESULTS.md).
-_FEW_ROWS = 8
 
 
 def quantize(params: Params, weights: Weights) -> Params:
@@ -62,25 +59,26 @@ def product(p: Params, x: jax.Array, dtype: Any, *, out: Any = None) -> jax.Arra
     if not any(name in p for name in _SCALES):
         return _dot(x, kernel_DF.astype(dtype), out)
     if "scale" in p:
-        scale_F, sums, few = p["scale"], jnp.float32, math.prod(x.shape[:-1]) <= _FEW_ROWS
-        y = _by_platform(x, kernel_DF, dtype, sums, few)
+        scale_F, y = p["scale"], _product(x, kernel_DF, dtype, jnp.float32)
     else:
-        scale_F, sums, few = p["scale_w8a8"], jnp.int32, math.prod(x.shape[:-1]) == 1
-        x, own = _rounded(x.astype(jnp.float32), jnp.int8, axis=-1)
-        y = _by_platform(x, kernel_DF, jnp.int8, sums, few).astype(jnp.float32) * own
+        rounded, own = _rounded(x.astype(jnp.float32), jnp.int8, axis=-1)
+        scale_F, y = p["scale_w8a8"], _product(rounded, kernel_DF, jnp.int8, jnp.int32) * own
     return (y.astype(jnp.float32) * _lead(scale_F, y.ndim)).astype(out)
 
 
-def _by_platform(x: jax.Array, kernel_DF: jax.Array, dtype: Any, sums: Any, few: bool) -> jax.Array:
-    """x times kernel, in `dtype` and summed in `sums`; for few rows on a CPU multiplied and summed in one loop."""
-
-    def loop(x, kernel_DF):
-        return jnp.sum(x[..., None].astype(sums) * _lead(kernel_DF.astype(sums), x.ndim + 1), axis=-2)
+def _product(x: jax.Array, kernel_DF: jax.Array, dtype: Any, sums: Any) -> jax.Array:
+    """x times kernel, in `dtype` and summed in `sums`."""
 
     def dot(x, kernel_DF):
         return _dot(x, kernel_DF.astype(dtype), sums)
 
-    return jax.lax.platform_dependent(x, kernel_DF, cpu=loop if few else dot, default=dot)
+    def twice(x, kernel_DF):
+        return jax.lax.optimization_barrier(dot(jnp.concatenate([x, x]), kernel_DF))[: len(x)]
+
+    # XLA takes one number after another for the product of a single row with a converted matrix on a CPU, 14 times as
+    # long as the one of two rows (benchmarks/RESULTS.md).
+    single = x.ndim > 1 and math.prod(x.shape[:-1]) == 1
+    return jax.lax.platform_dependent(x, kernel_DF, cpu=twice if single else dot, default=dot)
 
 
 def _dot(x: jax.Array, kernel_DF: jax.Array, out: Any) -> jax.Array:
