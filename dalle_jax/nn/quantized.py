@@ -73,7 +73,8 @@ def _product(x: jax.Array, kernel_DF: jax.Array, dtype: Any, sums: Any) -> jax.A
         return _dot(x, kernel_DF.astype(dtype), sums)
 
     def twice(x, kernel_DF):
-        return jax.lax.optimization_barrier(dot(jnp.concatenate([x, x]), kernel_DF))[: len(x)]
+        both = jax.lax.optimization_barrier(jnp.concatenate([x, x]))  # or XLA sees that they are equal
+        return jax.lax.optimization_barrier(dot(both, kernel_DF))[: len(x)]
 
     # XLA takes one number after another for the product of a single row with a converted matrix on a CPU, 14 times as
     # long as the one of two rows (benchmarks/RESULTS.md).
