@@ -2,10 +2,8 @@
 
 The very step that training runs, on the devices that are here, with random rows that lie on them already, so that
 reading data costs nothing. Prints seconds per step, rows and tokens per second, and model FLOP/s utilisation: the
-operations of the model (nothing that is computed twice counts) over the peak of dense bf16 products by the data
-sheet. For the Transformer they follow from its sizes (`compile_only.train_flops`); for tokenizers and the U-Net they
-are those of the step as it is written, before the compiler sees it, without recomputation. Stages whose layers are a
-loop (CLIP, BART, a caption's encoder) are not counted: a loop's body would count once.
+operations of the model (train/flops.py: nothing that is computed twice counts) over the peak of dense bf16 products
+by the data sheet.
 
     python -m benchmarks.step configs/dalle_12b.py --model.dim 2048 --model.layers 24 --model.heads 32 \
         --data.batch 32 --trace step_trace                                       # 1.3 B on one GPU
@@ -21,7 +19,6 @@ loop (CLIP, BART, a caption's encoder) are not counted: a loop's body would coun
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import subprocess
@@ -35,8 +32,10 @@ import numpy as np
 from dalle_jax.config import DiffusionConfig, TrainConfig
 from dalle_jax.nn.sharding import batch_sharding, make_mesh
 from dalle_jax.train.command import parse
-from dalle_jax.train.compile_only import step_and_arguments, train_flops
-from dalle_jax.train.state import check_batch, init_state
+from dalle_jax.train.compile_only import step_and_arguments
+from dalle_jax.train.flops import train_flops
+from dalle_jax.train.state import check_batch, init_state, task_optimizer
+from dalle_jax.train.tasks import make_task
 from dalle_jax.train.topology import peak_flops
 
 WARM = 2
@@ -51,31 +50,15 @@ def random_rows(shapes: dict[str, jax.ShapeDtypeStruct], config: TrainConfig) ->
     }
 
 
-def written_flops(config: TrainConfig, mesh) -> float | None:
-    """Operations of one step as it is written, with nothing recomputed; None for layers in a loop."""
-    model = config.model
-    if model.kind not in ("dvae", "vqgan", "diffusion") or getattr(model, "text", None):
-        return None
-    if getattr(model, "remat", False):
-        config = dataclasses.replace(config, model=dataclasses.replace(model, remat=False))
-    step, arguments = step_and_arguments(config, mesh)
-    costs = step.lower(*arguments).cost_analysis() or {}
-    flops = (costs[0] if isinstance(costs, list) else costs).get("flops")
-    return flops * config.optim.accumulate if flops else None  # a loop's body is counted once
-
-
 def measure(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any]:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     with jax.set_mesh(mesh):
-        flops = train_flops(config) or written_flops(config, mesh)
+        task = make_task(config, on_codes=True)
+        flops = train_flops(task)
         step, (_, frozen, batch) = step_and_arguments(config, mesh)
         if frozen:
-            sys.exit("the stage wants a trained tokenizer; it can't be measured by its configuration alone")
-        from dalle_jax.train.compile_only import _task
-        from dalle_jax.train.state import task_optimizer
-
-        task = _task(config)
+            sys.exit("the stage has frozen parameters; it can't be measured by its configuration alone")
         state = init_state(task, task_optimizer(task), mesh)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         rows = jax.device_put(random_rows(batch, config), batch_sharding(mesh))

@@ -1,18 +1,22 @@
-"""Compile-only: names of topologies, costs read from HLO by hand-made programs, and the report itself.
-
-Tests that need the TPU compiler are skipped, and say so, where the package libtpu is not installed.
+"""Compile-only on the devices at hand: names of topologies, costs read from HLO by hand-made programs, reports of
+every stage. With the TPU compiler: test_tpu_compiler.py.
 """
 
+import dataclasses
 import json
 import re
-import subprocess
-import sys
+import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dalle_jax.config import (
+    AdversarialConfig,
+    BartConfig,
+    ClipConfig,
     CodesConfig,
     DalleConfig,
     DataConfig,
@@ -21,14 +25,22 @@ from dalle_jax.config import (
     MeshConfig,
     OptimConfig,
     TextEncoderConfig,
+    TowerConfig,
     TrainConfig,
+    VectorQuantizer,
+    VQGANConfig,
 )
+from dalle_jax.diffusion import loss, unet
 from dalle_jax.nn.sharding import make_mesh
-from dalle_jax.train import command, compile_only, hlo
-from dalle_jax.train.compile_only import compile_step, needed_gib, step_and_arguments, train_flops
+from dalle_jax.train import command, hlo
+from dalle_jax.train.compile_only import compile_step, step_and_arguments
+from dalle_jax.train.compile_report import needed_gib, text_of
+from dalle_jax.train.compile_sample import compile_sample
+from dalle_jax.train.compiler import compiler_options, refused_option
+from dalle_jax.train.flops import products
+from dalle_jax.train.tasks import make_task
 from dalle_jax.train.topology import parse_topology, tpu_devices
 
-ROOT = Path(__file__).parents[1]
 MODEL = DalleConfig(
     text_vocab=20, text_len=4, image_vocab=16, grid=4, dim=16, layers=3, heads=2, conv_kernel=3
 )
@@ -56,8 +68,30 @@ def test_names_of_topologies(name, want):
 
 @pytest.mark.parametrize("name", ["v5p:4x4", "v5e:2x2x2", "v9:2x2", "v5p", "v5p-129", "v6e-3", "v5e:0x4", ""])
 def test_what_is_no_topology(name):
-    with pytest.raises(ValueError, match=r"topology '.*' is not (one|sold); want"):
+    with pytest.raises(ValueError, match=r"topology '.*' is not one; (want|known are)"):
         parse_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("v5e:3x5", "'v5e:3x5' does not divide into hosts of 2 x 2 chips; want even numbers first"),
+        ("v5p:4x3x4", "does not divide into hosts"),
+        ("v6e:32x32", "'v6e:32x32' has 1024 chips, a slice of v6e at most 256; take --slices"),
+    ],
+)
+def test_shapes_that_no_slice_has(name, want):
+    with pytest.raises(ValueError, match=want):
+        parse_topology(name)
+
+
+def test_what_is_known_is_told():
+    with pytest.raises(
+        ValueError, match=r"'v5p-129' is not one; known are v5p-8, v5p-16.*shape, as in v5p:8x16x16"
+    ):
+        parse_topology("v5p-129")
+    with pytest.raises(ValueError, match=r"\(v4-N, v5p-N, v5litepod-N, v5e-N, v6e-N: v5p-128, v5litepod-256"):
+        parse_topology("v7-128")
 
 
 def test_slices_are_at_least_one():
@@ -116,6 +150,38 @@ def test_costs_by_hand():
     assert found.kernels == {"kernel": 1}
 
 
+OVERLAPPED = """HloModule by_hand
+
+%begin (p: f32[2]) -> (f32[2], f32[8]) {
+  %gather.1 = f32[8]{0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%beside (p: f32[2]) -> f32[8] {
+  %gather.2 = f32[8]{0} all-gather(%p), channel_id=7, dimensions={0}
+  %other = f32[4]{0} all-gather(%p), channel_id=8, dimensions={0}
+}
+
+%end (p: f32[2]) -> f32[8] {
+  %gather.3 = f32[8]{0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (x: f32[2]) -> f32[8] {
+  %x = f32[2]{0} parameter(0)
+  %start = (f32[2]{0}, f32[8]{0}) fusion(%x), kind=kCustom, calls=%begin
+  %product = f32[8]{0} fusion(%x), kind=kOutput, calls=%beside, backend_config={"estimated_cycles":"30"}
+  ROOT %done = f32[8]{0} fusion(%start), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_beside_products_counts_once():
+    """It stands in three fusions with one channel; another channel inside is another collective."""
+    found = hlo.costs(OVERLAPPED)
+    assert found.cycles == 30 and found.collectives == {"all-gather": (2, 32 + 16)}
+    found = hlo.costs(OVERLAPPED.replace("channel_id=8", "channel_id=7"))
+    assert found.collectives == {"all-gather": (1, 32)}
+
+
 def test_bytes_of_types():
     assert hlo.shape_bytes("(bf16[2,3]{1,0}, f32[], pred[4], s64[2], u32[0])") == 12 + 4 + 4 + 16
     assert hlo.shape_bytes("f8e4m3fn[10]") == 10
@@ -128,20 +194,6 @@ def test_the_gib_that_the_compiler_lacks():
     )
     second = "the total memory required for HLO temporaries (1.5T) exceeds available HBM (15.75G)."
     assert (needed_gib(first), needed_gib(second), needed_gib("no room")) == (16.25, 1536.0, None)
-
-
-def test_model_flops_by_hand():
-    """Weights of a block 12 D^2; scores and their use 2 S D for each position; heads on their own tokens."""
-    positions, width = 4 + 16, 16
-    block = 12 * width**2 + 2 * positions * width
-    want = 3 * positions * block + 4 * width * (20 + 4) + 16 * width * 16
-    assert train_flops(TINY) == 6 * 16 * want
-
-
-def test_model_flops_of_the_paper_are_those_of_its_parameters():
-    """6 N tokens for its 12.2 B weights of matrices, and 5% for attention."""
-    flops = train_flops(TrainConfig(model=DalleConfig(), data=DataConfig(batch=1024)))
-    assert 1.0 < flops / (6 * 12.2e9 * 1024 * 1280) < 1.08
 
 
 # --- the devices at hand ---------------------------------------------------------------------------------
@@ -215,11 +267,53 @@ def test_nothing_large_lies_whole_or_is_gathered_by_the_optimizer(optimizer):
     assert not [line for line in own if hlo.shape_bytes(line.split(" all-gather")[0].split(" = ")[1]) > MIB]
 
 
-@pytest.mark.slow
-def test_local_report_of_a_tokenizer():
-    model = DVAEConfig(image_size=8, groups=2, blocks=1, width=8, decoder_width=8, vocab=8)
-    report = compile_step(TrainConfig(model=model, data=DataConfig(batch=8)))
-    assert report["model_flops"] is None and report["peak_gib_per_device"] > 0
+STAGES = {
+    "dvae": DVAEConfig(image_size=8, groups=2, blocks=1, width=8, decoder_width=8, vocab=8),
+    "vqgan": VQGANConfig(
+        image_size=8, width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,), latent_width=8,
+        quantizer=VectorQuantizer(vocab=8, dim=4), adversarial=AdversarialConfig(width=4, layers=1),
+    ),
+    "clip": ClipConfig(
+        image_size=8, patch=4, vision=TowerConfig(dim=8, layers=2, heads=2), text=TowerConfig(dim=8, layers=2, heads=2),
+        text_vocab=11, text_len=5, embed_dim=8,
+    ),
+    "bart": BartConfig(
+        text_vocab=9, text_len=5, image_vocab=7, image_rows=9, start=7, grid=4, dim=16, encoder_layers=2, layers=2,
+        heads=2, mlp_width=16,
+    ),
+    "diffusion": DiffusionConfig(
+        image_size=8, width=8, multipliers=(1,), blocks=1, attention_sizes=(), classes=3,
+        text=TextEncoderConfig(vocab=9, length=3, width=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=2),
+    ),
+}  # fmt: skip
+REPORTED = {
+    "fits", "peak_gib_per_device", "hbm_gib_per_device", "memory_gib", "estimated_mfu", "estimated_mfu_high",
+    "step_seconds", "model_flops", "collectives", "compiler_options", "compile_seconds", "parameters", "batch",
+    "target", "slices", "devices", "device_kind", "mesh", "program",
+}  # fmt: skip
+
+
+def of_stage(name):
+    """Every optimization left out: what is compiled matters here, and not how well."""
+    return TrainConfig(
+        model=STAGES[name], data=DataConfig(batch=16), mesh=MeshConfig(data=2, fsdp=4),
+        compiler_options=("xla_backend_optimization_level=0",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("dvae", "clip") else pytest.param(n, marks=pytest.mark.slow) for n in STAGES]
+)
+def test_every_stage_is_compiled_and_reported_alike(name):
+    """No tokenizer, vocabulary or data has to exist. A VQGAN has its discriminator's parameters too."""
+    config = of_stage(name)
+    report = compile_step(config)
+    assert report.keys() == REPORTED and report["program"] == f"training step of a {config.model.kind}"
+    params = jax.eval_shape(lambda: make_task(config, on_codes=True).init(jax.random.key(0)))
+    assert report["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert report["model_flops"] > 6 * 16 * 100 and report["peak_gib_per_device"] > 0
+    assert report["memory_gib"]["optimizer"] >= 1.9 * report["memory_gib"]["parameters"]
+    assert "all-reduce" in report["collectives"] and text_of(report)
 
 
 CONFIG = """
@@ -238,19 +332,16 @@ def config_file(tmp_path):
     return str(path)
 
 
-def test_command_prints_json(config_file, capsys):
-    assert (
-        command.main(
-            [config_file, "--compile-only", "local", "--json", "--mesh.data", "2", "--mesh.fsdp", "4"]
-        )
-        == 0
-    )
+def test_command_prints_json_and_keeps_the_program(config_file, tmp_path, capsys):
+    file = tmp_path / "step.hlo"
+    flags = ["--mesh.data", "2", "--mesh.fsdp", "4", "--compiler-options", "xla_backend_optimization_level=0"]
+    assert command.main([config_file, "--compile-only", "local", "--json", "--hlo", str(file), *flags]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert {
-        "fits", "peak_gib_per_device", "hbm_gib_per_device", "estimated_mfu", "collectives", "compile_seconds",
-    } <= report.keys()  # fmt: skip
-    assert "all-gather" in err and "optimizer" in err
+    assert report.keys() == REPORTED
+    assert "all-gather" in err and "optimizer" in err and "xla_backend_optimization_level=0" in err
+    found = hlo.costs(file.read_text()).collectives
+    assert {k: v["runs"] for k, v in report["collectives"].items()} == {k: n for k, (n, _) in found.items()}
     assert not (Path(config_file).parent / "runs").exists()
 
 
@@ -273,15 +364,34 @@ def test_sampling_compiles_for_a_device(config_file, capsys):
     assert command.main([config_file, "--compile-only", "local", "--sample", "3", "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert report["fits"] is None and report["rows"] == 3 and "3 pictures at once" in err
+    assert report.keys() == REPORTED and report["fits"] is None and report["devices"] == 1
+    assert report["batch"] == 3 and "drawing the codes of 3 pictures at once" in err
     blocks = 3 * (12 * 16**2 * 2 + (9 + 4) * 16 * 4)
     tables = (24 + 4 + 16 + 4 + 4 + 2) * 16 * 4  # text and image embeddings, places, the last norm
-    assert report["memory_gib"]["parameters"] == pytest.approx(
-        (blocks + tables + 16 * (24 * 4 + 16 * 2)) / 2**30
-    )
+    memory = report["memory_gib"]
+    assert memory["parameters"] == pytest.approx((blocks + tables + 16 * (24 * 4 + 16 * 2)) / 2**30)
     kept = [5, 16, 6]  # image tokens of row, column and conv
-    assert report["memory_gib"]["cache"] == pytest.approx(sum(4 + n for n in kept) * 3 * 2 * 16 * 2 / 2**30)
-    assert report["peak_gib_per_device"] > report["memory_gib"]["parameters"]
+    assert memory["cache"] == pytest.approx(sum(4 + n for n in kept) * 3 * 2 * 16 * 2 / 2**30)
+    # The text head draws nothing and is not given to the program.
+    rows = 3 * (4 * 4 + 8 + 16 * 4)  # ids, a key, and the codes
+    taken = memory["parameters"] + memory["temporaries"] + memory["program"] + (rows - 16 * 24 * 4) / 2**30
+    assert report["peak_gib_per_device"] == pytest.approx(taken, rel=1e-6)
+    per_token = 3 * (12 * 16**2 + 2 * 20 * 16)
+    assert report["model_flops"] == 2 * 3 * (20 * per_token + 16 * 16 * 16)
+
+
+@pytest.mark.slow
+def test_sampling_of_a_diffusion_model_runs_all_steps():
+    """The network looks 50 times at the picture and once at the conditions."""
+    model = STAGES["diffusion"]
+    report = compile_sample(of_stage("diffusion"), "local", 2)
+    assert report.keys() == REPORTED and report["program"].startswith("drawing 2 pictures at once, 50 steps")
+    params = jax.eval_shape(lambda: unet.init(model, jax.random.key(0)))
+    given = unet.Conditions(*(jnp.zeros((2, *n), jnp.int32) for n in ((3,), (), (4,))))
+    read = products(jax.make_jaxpr(lambda p: unet.read_conditions(model, p, given))(params))
+    images, key = jnp.zeros((2, 8, 8, 3)), jax.random.key(0)
+    once = products(jax.make_jaxpr(lambda p: loss.loss(model, p, images, given, key))(params))
+    assert report["model_flops"] == pytest.approx(50 * once - 49 * read, rel=1e-3) and read > 0
 
 
 @pytest.mark.parametrize(
@@ -289,11 +399,62 @@ def test_sampling_compiles_for_a_device(config_file, capsys):
     [
         (["local", "--sample", "0"], "--sample is 0; want at least 1 row"),
         (["local", "--sample", "1", "--slices", "2"], "--slices 2 is for a TPU topology"),
+        (["v5e:2x2", "--sample", "1"], "--sample compiles for one chip and v5e:2x2 has 4; want v5e:1x1"),
     ],
 )
 def test_sampling_refuses(config_file, capsys, flags, want):
     assert command.main([config_file, "--compile-only", *flags]) == 2
     assert want in capsys.readouterr().err
+
+
+def test_options_of_the_compiler():
+    """What is asked for stands over what the chip gets by itself; an empty value takes that away."""
+    windowed = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+    def told(kind, *wanted, platform="tpu"):
+        device = types.SimpleNamespace(platform=platform, device_kind=kind)
+        return compiler_options(types.SimpleNamespace(devices=np.array([[device]])), wanted)
+
+    v5p = told("TPU v5")
+    assert v5p.items() > windowed.items() and "xla_tpu_scoped_vmem_limit_kib" in v5p
+    assert told("TPU v5 lite") == windowed and told("cpu", platform="cpu") == {}
+    assert told("TPU v5", "xla_tpu_scoped_vmem_limit_kib=") == windowed
+    assert told("TPU v5", "xla_tpu_scoped_vmem_limit_kib=1") == windowed | {
+        "xla_tpu_scoped_vmem_limit_kib": "1"
+    }
+    assert told("cpu", "xla_a=true", "xla_b=2", platform="cpu") == {"xla_a": "True", "xla_b": "2"}
+
+
+def test_options_reach_the_step_that_trains():
+    """The step of `make_step` is refused with an option that does not exist, and no other option is."""
+    mesh = make_mesh(TINY.mesh)
+    config = dataclasses.replace(TINY, compiler_options=("xla_no_such=1",))
+    step, arguments = step_and_arguments(config, mesh)
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option") as error,
+        jax.set_mesh(mesh),
+    ):
+        step.lower(*arguments).compile()
+    assert refused_option(error.value).startswith("compiler_options: No such compile option: 'xla_no_such'")
+    assert refused_option(jax.errors.JaxRuntimeError("INTERNAL: something else")) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "want"),
+    [
+        ("xla_no_such=1", "compiler_options: No such compile option: 'xla_no_such'"),
+        ("xla_cpu_enable_fast_math=maybe", "'maybe' is not a valid bool value"),
+    ],
+)
+def test_an_option_that_the_compiler_does_not_have_exits_2(config_file, capsys, option, want):
+    flags = ["--compile-only", "local", "--mesh.data", "-1", "--compiler-options", option]
+    assert command.main([config_file, *flags]) == 2
+    assert want in capsys.readouterr().err
+
+
+def test_an_option_in_another_form_is_told():
+    with pytest.raises(ValueError, match=r"compiler_options has '--xla_a'; want NAME=VALUE"):
+        TrainConfig(model=MODEL, compiler_options=("--xla_a",))
 
 
 def test_its_flags_are_refused_without_it(config_file, capsys):
@@ -307,57 +468,13 @@ def test_without_libtpu_the_package_is_named(config_file, capsys, monkeypatch):
     assert "pip install 'dalle-jax[compile]'" in capsys.readouterr().err
 
 
-# --- the TPU compiler ------------------------------------------------------------------------------------
-
-
-def tpu(config_file, *flags):
-    """Exit code and report; in a process of its own, because libtpu's variables are the process's."""
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install -e '.[compile]'")
-    command = [sys.executable, "train.py", config_file, "--compile-only", *flags, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode in (0, 3), done.stderr
-    return done.returncode, json.loads(done.stdout)
-
-
-def test_tpu_report(config_file):
-    code, report = tpu(config_file, "v5e:2x4", "--mesh.data", "1", "--mesh.fsdp", "8")
-    assert code == 0 and report["fits"] is True and report["devices"] == 8
-    assert report["hbm_gib_per_device"] == 16 and 0 < report["peak_gib_per_device"] < 1
-    assert 0 < report["estimated_mfu"] <= report["estimated_mfu_high"] < 1
-    assert "all-gather" in report["collectives"]
-
-
-@pytest.mark.slow
-def test_an_axis_may_be_part_of_a_side(config_file):
-    """8 of 4 x 4 chips: a mesh that jax.make_mesh refuses."""
-    code, report = tpu(config_file, "v6e:4x4", "--mesh.data", "2", "--mesh.fsdp", "8")
-    assert code == 0 and report["mesh"] == {"slice": 1, "data": 2, "fsdp": 8, "model": 1}
-
-
-@pytest.mark.slow
-def test_tpu_slices_send_gradients_only(config_file):
-    """Between slices go the gradients' sums and no parameters."""
-    code, report = tpu(config_file, "v5e:2x2", "--slices", "2", "--mesh.data", "1", "--mesh.fsdp", "4")
-    assert code == 0 and report["devices"] == 8 and report["mesh"]["slice"] == 2
-    assert 0 < report["collectives"]["send"]["gib"] < 2 * report["parameters"] * 4 / 2**30
-
-
-@pytest.mark.slow
-def test_tpu_out_of_memory_exits_3(config_file):
-    code, report = tpu(
-        config_file, "v5e:1x1", "--model.dim", "4096", "--model.layers", "40", "--mesh.data", "1"
-    )
-    assert code == 3 and report["fits"] is False
-    assert report["peak_gib_per_device"] > report["hbm_gib_per_device"] == 16
-
-
 def test_diffusion_is_compiled_on_codes():
     """Its step can be traced from shapes alone, with every condition, before a tokenizer is trained."""
     model = DiffusionConfig(
         image_size=16, patch=2, width=8, multipliers=(1, 2), blocks=1, attention_sizes=(4,), classes=3, low_size=8,
         text=TextEncoderConfig(vocab=9, length=3, width=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=4),
     )  # fmt: skip
-    task = compile_only._task(TrainConfig(model=model, tokenizer="none", data=DataConfig(batch=4)))
+    task = make_task(TrainConfig(model=model, tokenizer="none", data=DataConfig(batch=4)), on_codes=True)
     assert {name: shape for name, (shape, _) in task.row_shapes.items()} == {
         "image": (16, 16, 3), "text": (3,), "label": (), "codes": (16,)
     }  # fmt: skip

@@ -143,6 +143,7 @@ EVERY = [
         init_from="runs/a",
         model=DalleConfig(), run="r", data=DataConfig(batch=6), text=TextConfig(dropout=0.5), tokenizer="t",
         optim=OptimConfig(accumulate=3), mesh=MeshConfig(model=2), distributed=DistributedConfig(processes=1),
+        compiler_options=("xla_a=1",),
         profile=ProfileConfig(steps="2:3"), compilation_cache="c", steps=4, seed=5, log_every=6, eval_every=7,
         eval_rows=8, sample_every=9, save_every=10, keep=11,
     ),

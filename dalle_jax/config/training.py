@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -157,6 +158,9 @@ class TrainConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     compilation_cache: str | None = None  # directory that keeps compiled programs from run to run
+    # NAME=VALUE each, told to the compiler of the training step over what it is told by itself (train/compiler.py);
+    # NAME= leaves that option as the compiler has it.
+    compiler_options: tuple[str, ...] = ()
     steps: int = 100_000  # updates
     seed: int = 0
     log_every: int = 10  # updates between lines of metrics.jsonl
@@ -170,6 +174,11 @@ class TrainConfig:
         require(self.steps >= 1, f"steps is {self.steps}; want at least 1")
         for name in ("log_every", "eval_every", "eval_rows", "sample_every", "save_every", "keep"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; want at least 1")
+        for option in self.compiler_options:
+            require(
+                re.fullmatch(r"[a-z]\w*=\S*", option) is not None,
+                f"compiler_options has {option!r}; want NAME=VALUE, as xla_tpu_scoped_vmem_limit_kib=65536",
+            )
         require(
             self.data.batch % self.optim.accumulate == 0,
             f"data.batch {self.data.batch} is not divisible by optim.accumulate {self.optim.accumulate}; change one",

@@ -12,6 +12,7 @@ import tyro
 from dalle_jax.config import TrainConfig
 from dalle_jax.nn.sharding import MeshError
 from dalle_jax.train import compile_only, loop
+from dalle_jax.train.compiler import refused_option
 from dalle_jax.train.processes import LOST, begin_processes, first_line, leave, whoami
 from dalle_jax.train.rundir import load_config
 from dalle_jax.train.start import apply_flags
@@ -20,15 +21,16 @@ from dalle_jax.train.start import apply_flags
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """`CONFIG.py [--field value ...]`: trains, and returns the exit code.
 
-    With `--compile-only TOPOLOGY [--slices N] [--json]` it compiles instead (train/compile_only.py): 0 where
-    the step fits, 2 for a mesh, batch or topology that do not go together, 3 where it does not fit.
+    With `--compile-only TOPOLOGY [--slices N | --sample ROWS] [--json] [--hlo FILE]` it compiles instead
+    (train/compile_only.py): 0 where the program fits, 2 for a mesh, batch, topology or compiler option that does not
+    go with the rest, 3 where it does not fit.
 
     0: finished, or stopped by a signal with its state saved. 1: a configuration, file or disk that does not
-    allow to go on, told in one message. 2: a command line that is not understood, or a mesh that does not go
-    with the devices or the model. 3: a loss or gradient that is not finite. 4: another process of the training
-    was lost or failed, or nothing moved for `distributed.stall_seconds`; start all again. 130: interrupted
-    twice, or before the first step. With the environment variable DALLE_JAX_TRACEBACK set, errors come with
-    their traceback.
+    allow to go on, told in one message. 2: a command line that is not understood, a mesh that does not go
+    with the devices or the model, or a compiler option that the compiler does not have. 3: a loss or gradient
+    that is not finite. 4: another process of the training was lost or failed, or nothing moved for
+    `distributed.stall_seconds`; start all again. 130: interrupted twice, or before the first step. With the
+    environment variable DALLE_JAX_TRACEBACK set, errors come with their traceback.
 
     One of several processes that does not end well ends at once, and so do the others.
     """
@@ -50,7 +52,7 @@ def _main(argv: list[str] | None, prog: str) -> int:
     usage = (
         f"usage: {prog} CONFIG.py [--field value ...]\n       {prog} CONFIG.py --help lists the fields\n"
         "       --data.path PATH reads a folder, tar files, an npz file or a TFDS data set\n"
-        f"       {prog} CONFIG.py --compile-only v5p:4x4x4 [--slices N | --sample ROWS] [--json]\n"
+        f"       {prog} CONFIG.py --compile-only v5p:4x4x4 [--slices N | --sample ROWS] [--json] [--hlo FILE]\n"
         "       compiles the step, or the drawing of pictures, for a topology or the devices here (local)"
     )
     if not argv or argv[0].startswith("-"):
@@ -76,6 +78,9 @@ def _main(argv: list[str] | None, prog: str) -> int:
         print(f"{prog}: error{who}: {error}", file=sys.stderr)
         return 3 if isinstance(error, loop.NotFiniteError) else 2 if isinstance(error, MeshError) else 1
     except jax.errors.JaxRuntimeError as error:
+        if (refused := refused_option(error)) is not None:
+            print(f"{prog}: error: {refused}", file=sys.stderr)
+            return 2
         if not jax.distributed.is_initialized() or os.environ.get("DALLE_JAX_TRACEBACK"):
             raise
         print(

@@ -1,7 +1,9 @@
 """What a compiled program does, read from its text: collectives by kind and bytes, and the compiler's cycles.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here every computation counts as often as it runs: a
-loop by the constant that its condition compares with, a branch by the dearest of its arms.
+loop by the constant that its condition compares with, a branch by the dearest of its arms. A collective that runs
+beside products (on v5e) stands in the fusion that begins it, in those that it runs beside, and in the one that ends
+it, each time with the same channel; it counts once.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ _SHAPE = re.compile(r"\b(pred|bf16|token|[sufc]\d+\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAME = re.compile(r"\s+(?:ROOT )?%?([\w-]+)")  # of an instruction, without its number
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CALLED = re.compile(r"(?:calls|to_apply|async_execution_thread_calls)=%?([\w.-]+)")
 
 
@@ -85,7 +88,20 @@ def costs(text: str) -> Costs:
     def of(name: str) -> Costs:
         if name in done:
             return done[name]
-        cycles, kernels, sums = 0.0, {}, {}
+        cycles, kernels, sums, under_way = 0.0, {}, {}, set()
+
+        def begun(called: str) -> dict[str, tuple[int, int]]:
+            """The collectives of a fusion but for those that another fusion here has begun."""
+            new: dict[str, tuple[int, int]] = {}
+            for op, kind, line in computations.get(called, ()):
+                channel, base = _CHANNEL.search(line), op.removesuffix("-start")
+                if base not in KINDS or (channel and channel[1] in under_way):
+                    continue
+                runs, size = new.get(base, (0, 0))
+                new[base] = (runs + 1, size + _result_bytes(op, kind, line))
+                if channel:
+                    under_way.add(channel[1])
+            return new
 
         def add(other: Costs, times: int = 1, count_cycles: bool = True) -> None:
             nonlocal cycles
@@ -115,7 +131,10 @@ def costs(text: str) -> Costs:
                 add(max((of(n.strip().lstrip("%")) for n in names), key=lambda c: c.cycles))
             elif op in ("call", "fusion", "async-start") and (called := _CALLED.search(line)):
                 # What a fusion takes stands on itself; a collective fused with products stands inside.
-                add(of(called[1]), count_cycles=op != "fusion" or not own)
+                inside = of(called[1])
+                if op == "fusion" and inside.collectives:
+                    inside = inside._replace(collectives=begun(called[1]))
+                add(inside, count_cycles=op != "fusion" or not own)
         done[name] = Costs(cycles, sums, kernels)
         return done[name]
 

@@ -25,7 +25,7 @@ from dalle_jax.config import TrainConfig
 from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from dalle_jax.train import bucket
 from dalle_jax.train.checkpoint import Checkpoints
-from dalle_jax.train.compile_only import train_flops
+from dalle_jax.train.flops import train_flops
 from dalle_jax.train.metrics import MetricsLog, Progress, Stopwatch
 from dalle_jax.train.processes import local_rows, place, place_rows
 from dalle_jax.train.profile import Profiler
@@ -62,6 +62,8 @@ class Task(Protocol):
     best: tuple[str, Literal["min", "max"]]  # the evaluation measure that decides which checkpoint is best
     tokens_per_row: int
     frozen: Params  # parameters that are used and not trained; {} if none
+    # Name to shape and dtype of a row that `loss` takes, image tokens as codes.
+    row_shapes: dict[str, tuple[tuple[int, ...], Any]]
 
     def prepare(self, run_dir: Path) -> None: ...
     def init(self, key: jax.Array) -> Params: ...
@@ -132,9 +134,9 @@ class _Training:
         self.tx = task_optimizer(task)
         self.frozen = place(task.frozen, param_shardings(mesh, task.frozen)) if task.frozen else {}
         self.rows = local_rows(self.rows_sharding, config.data.batch)
-        peak, flops = peak_flops(mesh.devices.flat[0].device_kind), train_flops(config)
-        # Seconds of an update at the peak of all devices; None where either is not known.
-        self.ideal = flops / (peak * mesh.size) if peak and flops else None
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        # Seconds of an update at the peak of all devices; None where that is not known.
+        self.ideal = train_flops(task) / (peak * mesh.size) if peak else None
         first, last = config.profile.window or (0, 0)
         self.profiler = Profiler(first, last, run_dir / "profile" if self.first_process else None)
         self.evaluate_fn = jax.jit(task.evaluate)

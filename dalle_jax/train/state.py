@@ -19,21 +19,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.config import TrainConfig
 from dalle_jax.nn.sharding import RULES, batch_sharding, check_model, param_shardings, replicated
+from dalle_jax.train.compiler import compiler_options
 from dalle_jax.train.optim import learning_rate, make_optimizer, update_ema
 
 Params = dict[str, Any]
 
 # Training step s uses fold_in(key(seed), s); these numbers, out of reach of s, make the other keys.
 INIT, EVALUATE, PICTURES = 2**32 - 1, 2**32 - 2, 2**32 - 3
-
-# Without it the TPU compiler splits products over a loop of permutes ("windowed einsum") in some layouts, which
-# its own cycles put at two to three times the time of gathering the weights.
-_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-
-# Fast memory that one fused operation may fill, in KiB, by kind of device. By default the compiler cuts products into
-# pieces that it puts at 80% of the peak on v5p, with this at 99%. On v6e one product of the step came out seven times
-# as slow as its like with it, and on v5e it compiled for minutes: those keep the default.
-_VMEM_KIB = {"TPU v5": "65536"}
 
 
 class State(NamedTuple):
@@ -240,14 +232,5 @@ def make_step(
         step_fn,
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, config.compiler_options) or None,
     )
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What the compiler of the mesh's devices is told beyond its defaults; None where that is nothing."""
-    device = mesh.devices.flat[0]
-    if device.platform != "tpu":
-        return None
-    vmem = _VMEM_KIB.get(device.device_kind)
-    return _TPU_OPTIONS | ({"xla_tpu_scoped_vmem_limit_kib": vmem} if vmem else {})

@@ -53,12 +53,22 @@ _PEAKS = (
 )
 DCN = 6.25e9  # bytes per second and chip between slices: 200 Gbit/s for a host of four
 
+# First part of a Cloud name -> generation, and how many of what the name counts make a chip.
 _CLOUD = {"v4": ("v4", 2), "v5p": ("v5p", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1)}
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
     1024: "8x8x16", 2048: "8x16x16",
 }  # fmt: skip
+
+_MOST = {"v4": 4096, "v5p": 8960, "v5e": 256, "v6e": 256}  # chips of one pod, beyond which slices are joined
+
+# Names under which Cloud sells a slice -> generation and shape. More shapes are sold; they go by their shape.
+CLOUD_NAMES = {
+    f"{name}-{chips * cores}": (generation, tuple(int(n) for n in shape.split("x")))
+    for name, (generation, cores) in _CLOUD.items()
+    for chips, shape in (_CUBES if cores == 2 else _FLAT).items()
+}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -71,23 +81,37 @@ def peak_flops(device_kind: str) -> float | None:
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     """Generation and shape in chips of `v5p:4x4x4` or `v5p-128`. Raises ValueError for what is neither."""
+    if name in CLOUD_NAMES:
+        return CLOUD_NAMES[name]
     if found := re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name):
         generation, shape = found[1], tuple(int(n) for n in found[2].split("x"))
         axes = 3 if generation in ("v4", "v5p") else 2
         if generation in CHIPS and len(shape) == axes and min(shape) >= 1:
+            _check_shape(name, generation, shape)
             return generation, shape
-    elif (found := re.fullmatch(r"(\w+)-(\d+)", name)) and found[1] in _CLOUD:
-        generation, cores = _CLOUD[found[1]]
-        sizes = _CUBES if cores == 2 else _FLAT
-        chips = int(found[2]) // cores
-        if chips in sizes and chips * cores == int(found[2]):
-            return generation, tuple(int(n) for n in sizes[chips].split("x"))
-        known = ", ".join(f"{found[1]}-{n * cores}" for n in sizes)
-        raise ValueError(f"topology {name!r} is not sold; want one of {known}, or a shape as in v5p:4x4x4")
+    family = [known for known in CLOUD_NAMES if known.partition("-")[0] == name.partition("-")[0]]
+    if family:
+        raise ValueError(
+            f"topology {name!r} is not one; known are {', '.join(family)}, and others by their shape, as in "
+            f"{CLOUD_NAMES[family[0]][0]}:{'x'.join(map(str, CLOUD_NAMES[family[-1]][1]))}"
+        )
+    families = [f"{first}-N" for first in _CLOUD]
     raise ValueError(
         f"topology {name!r} is not one; want v4 or v5p with three sizes (v5p:4x4x4), v5e or v6e with two "
-        "(v5e:16x16), a Cloud name (v5p-128, v5litepod-256, v6e-256), or local"
+        f"(v5e:16x16), a Cloud name ({', '.join(families)}: v5p-128, v5litepod-256, v6e-256), or local"
     )
+
+
+def _check_shape(name: str, generation: str, shape: tuple[int, ...]) -> None:
+    chips, most = math.prod(shape), _MOST[generation]
+    if chips > most:
+        raise ValueError(
+            f"topology {name!r} has {chips} chips, a slice of {generation} at most {most}; take --slices for more"
+        )
+    if chips > 1 and (shape[0] % 2 or shape[1] % 2):
+        raise ValueError(
+            f"topology {name!r} does not divide into hosts of 2 x 2 chips; want even numbers first, or one chip"
+        )
 
 
 def tpu_devices(name: str, slices: int = 1) -> list[jax.Device]:

@@ -22,17 +22,23 @@ from dalle_jax.train.tasks.tokenizer import TokenizerTask
 from dalle_jax.train.tasks.vqgan import VQGANTask
 
 
-def make_task(config: TrainConfig) -> TokenizerTask | DalleTask | ClipTask | DiffusionTask:
-    """The task of the stage that `config.model` names."""
+def make_task(
+    config: TrainConfig, *, on_codes: bool = False
+) -> TokenizerTask | DalleTask | ClipTask | DiffusionTask:
+    """The task of the stage that `config.model` names.
+
+    on_codes: of a stage that reads image tokens, no tokenizer is asked for, because its batches hold the codes: its
+    step can be compiled before a tokenizer is trained. Raises what the task raises.
+    """
     match config.model:
         case DVAEConfig():
             return TokenizerTask(config)
         case VQGANConfig():
             return VQGANTask(config)
         case DalleConfig() | BartConfig():
-            return DalleTask(config)
+            return DalleTask(config, on_codes=on_codes)
         case ClipConfig():
             return ClipTask(config)
         case DiffusionConfig():
-            return DiffusionTask(config)
+            return DiffusionTask(config, on_codes=on_codes)
     raise ValueError(f"no stage trains a {type(config.model).__name__}")

@@ -48,6 +48,11 @@ class ClipTask:
         if config.tokenizer is not None:  # before the run directory is made
             _check_tokenizer(read_config(config.tokenizer).model, config)
         self.tokens_per_row = self.model.num_patches + self.model.text_len
+        size = self.model.image_size
+        self.row_shapes = {
+            "image": ((size, size, 3), jnp.uint8),
+            "text": ((self.model.text_len,), jnp.int32),
+        }
 
     def prepare(self, run_dir: Path) -> None:
         data = self.config.data

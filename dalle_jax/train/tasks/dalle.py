@@ -39,11 +39,16 @@ class DalleTask:
 
     best = ("eval_loss", "min")
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, *, on_codes: bool = False):
         self.config, self.model = config, config.model
         self.tokens_per_row = self.model.length
         self.frozen: Params = {}
-        check_tokenizer(config, self.model.image_vocab, self.model.grid)  # before the run directory is made
+        self.row_shapes = {
+            "text": ((self.model.text_len,), jnp.int32),
+            "codes": ((self.model.num_codes,), jnp.int32),
+        }
+        if not on_codes:  # before the run directory is made
+            check_tokenizer(config, self.model.image_vocab, self.model.grid)
 
     def prepare(self, run_dir: Path) -> None:
         config = self.config

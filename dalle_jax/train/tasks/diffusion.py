@@ -39,33 +39,20 @@ class DiffusionTask:
 
     best = ("eval_loss", "min")
 
-    def __init__(self, config: TrainConfig):
-        self._set(config)
-        if codes := self.model.codes:
-            check_tokenizer(config, codes.vocab, codes.grid, "model.codes.{}")
-
-    def _set(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, on_codes: bool = False):
         self.config, self.model = config, config.model
         self.frozen: Params = {}
         self.tokens_per_row = self.model.sizes[0] ** 2  # places of the network
-
-    @classmethod
-    def on_codes(cls, config: TrainConfig) -> DiffusionTask:
-        """A task whose batches hold the codes: the step can be compiled before a tokenizer is trained.
-
-        Its `row_shapes` say what a row of a batch is.
-        """
-        task = cls.__new__(cls)
-        task._set(config)
-        model, size = config.model, config.model.image_size
-        task.row_shapes = {"image": ((size, size, 3), jnp.uint8)}
+        model, size = self.model, self.model.image_size
+        self.row_shapes = {"image": ((size, size, 3), jnp.uint8)}
         if model.text is not None:
-            task.row_shapes["text"] = ((model.text.length,), jnp.int32)
+            self.row_shapes["text"] = ((model.text.length,), jnp.int32)
         if model.classes:
-            task.row_shapes["label"] = ((), jnp.int32)
-        if model.codes is not None:
-            task.row_shapes["codes"] = ((model.codes.grid**2,), jnp.int32)
-        return task
+            self.row_shapes["label"] = ((), jnp.int32)
+        if codes := model.codes:
+            self.row_shapes["codes"] = ((codes.grid**2,), jnp.int32)
+            if not on_codes:
+                check_tokenizer(config, codes.vocab, codes.grid, "model.codes.{}")
 
     def prepare(self, run_dir: Path) -> None:
         config, model = self.config, self.model

@@ -39,6 +39,7 @@ class TokenizerTask:
         self.config, self.model = config, config.model
         self.frozen: Params = {}
         self.tokens_per_row = self.model.num_codes
+        self.row_shapes = {"image": ((self.model.image_size, self.model.image_size, 3), jnp.uint8)}
 
     def prepare(self, run_dir: Path) -> None:
         self._source = open_source(self.config.data.source, "train", languages=())

@@ -1,0 +1,185 @@
+"""What a compiled program takes of devices that are not here: memory, collectives, and an estimate of its time.
+
+Seconds and utilisation are estimates. Low: the compiler's cycles at the chip's clock, attention kernels at a
+quarter of its peak, and after them all collectives at the published rates of the links. High: the collectives
+cost nothing. They serve to compare layouts; only a run on the hardware says what it does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from dalle_jax.train import hlo
+from dalle_jax.train.compiler import refused_option
+from dalle_jax.train.topology import CHIPS, DCN, Chip, parse_topology, tpu_devices
+
+GIB = 2**30
+KERNEL_SHARE = (
+    1 / 4
+)  # of its peak that a chip is taken to reach in attention kernels: the compiler does not say
+
+Report = dict[str, Any]
+
+
+class Target(NamedTuple):
+    """Devices to compile for. chip: what is published about one, or None; hbm: its GiB of memory, or None."""
+
+    name: str
+    slices: int
+    devices: list[jax.Device]
+    chip: Chip | None
+    hbm: float | None
+
+    def about(self) -> Report:
+        """What every report begins with."""
+        return {
+            "target": self.name,
+            "slices": self.slices,
+            "devices": len(self.devices),
+            "device_kind": self.devices[0].device_kind,
+            "hbm_gib_per_device": self.hbm,
+        }
+
+
+def find_target(name: str, slices: int = 1) -> Target:
+    """The devices of a topology, or with `local` those that are here.
+
+    Memory is that of the chip's data sheet, else what the device says; None for a CPU. Raises ValueError for what
+    does not exist, ModuleNotFoundError where a topology is named and libtpu is not installed.
+    """
+    if name != "local":
+        devices, chip = tpu_devices(name, slices), CHIPS[parse_topology(name)[0]]
+        return Target(name, slices, devices, chip, chip.hbm)
+    if slices != 1:
+        raise ValueError(f"--slices {slices} is for a TPU topology; local devices are what they are")
+    devices = jax.devices()
+    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+    limit = stats["bytes_limit"] / GIB if stats and "bytes_limit" in stats else None
+    return Target(name, slices, devices, None, limit)
+
+
+def measure(
+    lower: Callable[[], Any], mesh: Mesh, target: Target, known: dict[str, float], keep: str | None = None
+) -> tuple[Report, hlo.Costs | None]:
+    """Compiles what `lower` lowers, and tells its memory, collectives and the time of compiling.
+
+    known: GiB per device of what the program is given, by class. keep: file for the text of the compiled program.
+    Returns the fields `fits` (None where the memory of the device is not known), `peak_gib_per_device` (where it
+    does not fit, what the compiler says it needs), `memory_gib`, `collectives` (kind -> runs and GiB) and
+    `compile_seconds`; and what the program costs, None where it does not fit. Raises ValueError for an option that
+    the compiler does not have.
+    """
+    begin = time.monotonic()
+    try:
+        with jax.set_mesh(mesh):
+            program = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (refused := refused_option(error)) is not None:
+            raise ValueError(refused) from None
+        if not out_of_memory(str(error)):
+            raise
+        return {
+            "fits": False,
+            "peak_gib_per_device": needed_gib(str(error)),
+            "memory_gib": known,
+            "collectives": {},
+            "compile_seconds": round(time.monotonic() - begin, 1),
+        }, None
+    seconds, stats = time.monotonic() - begin, program.memory_analysis()
+    code, temporary = stats.generated_code_size_in_bytes, stats.temp_size_in_bytes
+    arguments = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak = (arguments + temporary + code) / GIB
+    memory = {**known, "temporaries": temporary / GIB, "program": code / GIB}
+    memory["batch_and_padding"] = max(0.0, peak - sum(memory.values()))
+    text = program.as_text()
+    if keep is not None:
+        Path(keep).write_text(text, encoding="utf-8")
+    costs = hlo.costs(text)
+    return {
+        "fits": None if target.hbm is None else peak <= target.hbm,
+        "peak_gib_per_device": peak,
+        "memory_gib": memory,
+        "collectives": {k: {"runs": n, "gib": b / GIB} for k, (n, b) in sorted(costs.collectives.items())},
+        "compile_seconds": round(seconds, 1),
+    }, costs
+
+
+def estimate(
+    costs: hlo.Costs | None, target: Target, model_flops: float, kernel_flops: float | None
+) -> Report:
+    """`step_seconds` and `estimated_mfu` (low), `estimated_mfu_high`; None where nothing can be said.
+
+    kernel_flops: operations per device inside of attention kernels, None where they are not known.
+    """
+    chip, nothing = target.chip, {"step_seconds": None, "estimated_mfu": None, "estimated_mfu_high": None}
+    if costs is None or chip is None or not costs.cycles or kernel_flops is None:
+        return nothing
+    sent = {kind: size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in costs.collectives.items()}
+    between = sent.pop("send", 0) / DCN
+    busy = costs.cycles / chip.clock + kernel_flops / (KERNEL_SHARE * chip.flops)
+    low_seconds = busy + sum(sent.values()) / chip.ici + between
+    at_peak = model_flops / (chip.flops * len(target.devices))
+    return {
+        "step_seconds": {"compute": busy, "compute_and_communication": low_seconds},
+        "estimated_mfu": at_peak / low_seconds,
+        "estimated_mfu_high": at_peak / busy,
+    }
+
+
+def gib(tree: Any) -> float:
+    """GiB of one device's part of `tree`, ShapeDtypeStructs with shardings."""
+    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards) / GIB
+
+
+def out_of_memory(message: str) -> bool:
+    return "RESOURCE_EXHAUSTED" in message or "CompileTimeHbmOom" in message
+
+
+def needed_gib(message: str) -> float | None:
+    """The GiB that an out-of-memory message of the compiler says are needed; None where it gives no number."""
+    unit = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT])(?:iB)? of|\(([\d.]+)([KMGT])(?:iB)?\) exceeds", message)
+    return float(used[1] or used[3]) * unit[used[2] or used[4]] if used else None
+
+
+def text_of(report: Report) -> str:
+    """The report as people read it."""
+    mesh = " ".join(f"{name}={size}" for name, size in report["mesh"].items())
+    slices = f" in {report['slices']} slices" if report["slices"] > 1 else ""
+    peak, limit = report["peak_gib_per_device"], report["hbm_gib_per_device"]
+    room = "more" if peak is None else f"{peak:.2f} GiB"
+    room += f" of {limit:g} GiB" if limit else ""
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "memory of the device is not known"}[report["fits"]]
+    lines = [
+        f"target       {report['target']}: {report['devices']} x {report['device_kind']}{slices}, mesh {mesh}",
+        f"program      {report['program']}",
+        f"model        {report['parameters']:,} parameters, batch {report['batch']}",
+        f"memory       {room} per device: {verdict}",
+        *(f"  {name:<26}{size:8.2f} GiB" for name, size in report["memory_gib"].items()),
+    ]
+    if report["collectives"]:
+        lines.append("collectives  per run and device, bytes of the results")
+        lines += [f"  {k:<20}{v['runs']:>6} x {v['gib']:10.3f} GiB" for k, v in report["collectives"].items()]
+    lines.append(
+        f"model FLOPs  {report['model_flops']:.3e} for all devices, products that the model asks for"
+    )
+    if seconds := report["step_seconds"]:
+        low, high = seconds["compute_and_communication"], seconds["compute"]
+        lines += [
+            f"time         {high:.3g} to {low:.3g} s, an estimate: cycles of the compiler, links at rate",
+            f"utilisation  {report['estimated_mfu']:.1%} to {report['estimated_mfu_high']:.1%} of peak, an estimate",
+        ]
+    if report["compiler_options"]:
+        told = " ".join(f"{name}={value}" for name, value in report["compiler_options"].items())
+        lines.append(f"options      {told}")
+    lines.append(f"compiled in  {report['compile_seconds']:.1f} s")
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""Floating-point operations that a model asks for, whatever a program spends besides: what utilisation is measured
+by.
+
+Only products count, matrix products and convolutions, two operations for each multiplication. An update counts the
+forward pass three times, once for itself and twice for its backward pass, and nothing that is computed again to save
+memory (the model FLOPs of Chowdhery et al. 2022, 2204.02311, B).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from dalle_jax.config import DalleConfig
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+def rows_of(task: Any, count: int, sharding: Any = None) -> Shapes:
+    """A batch of `count` rows of a task, as shapes."""
+    return {
+        name: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in task.row_shapes.items()
+    }
+
+
+def train_flops(task: Any) -> float:
+    """Of one update of `task` (train/tasks), all devices together.
+
+    The Transformer of one stream by a formula, six for each weight of a matrix and token and attention over the full
+    square; every other stage by what its traced step holds.
+    """
+    config = task.config
+    if isinstance(config.model, DalleConfig):
+        return 3 * dalle_flops(config.model, config.data.batch)
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.frozen)
+    count = config.data.batch
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def traced(do):
+        def run(params, frozen, batch, step):
+            return do(params, frozen, batch, jax.random.key(0), step)
+
+        return jax.make_jaxpr(run)(params, frozen, rows_of(task, count), step)
+
+    if hasattr(task, "gradients"):  # two networks: what is forward and what is backward is not told apart
+        return products(traced(task.gradients))
+    return 3 * products(traced(task.loss))
+
+
+def dalle_flops(model: DalleConfig, rows: int, *, text_head: bool = True) -> float:
+    """Of one forward pass over the whole stream of `rows` rows."""
+    matrices = 3 if model.activation == "swiglu" else 2
+    block = 4 * model.dim**2 + matrices * model.dim * model.mlp_dim
+    attention = 2 * model.length * model.dim  # scores and their use, for each position
+    per_token = model.layers * (block + attention)
+    text = model.text_ids if text_head and model.text_loss_weight > 0 else 0
+    heads = model.text_len * text + model.num_codes * model.image_vocab
+    return 2.0 * rows * (model.length * per_token + model.dim * heads)
+
+
+def products(traced: ClosedJaxpr | Jaxpr) -> float:
+    """Operations of all products in a traced function: a loop as often as it runs, a branch by its dearest arm.
+
+    Raises ValueError where a kernel hides what it computes.
+    """
+    total = 0.0
+    for eqn in (traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced).eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            # Zeros that the gradient of a strided convolution puts between places are no work of the model.
+            places = eqn.outvars[0].aval.size / math.prod(params["lhs_dilation"])
+            total += 2.0 * places * kernel.size / features
+        elif name == "pallas_call":
+            raise ValueError("a Pallas kernel does not tell its operations; trace the dense form instead")
+        elif name == "cond":
+            total += max(products(branch) for branch in params["branches"])
+        else:
+            inner = [v for v in params.values() if isinstance(v, (ClosedJaxpr, Jaxpr))]
+            total += params.get("length", 1) * sum(products(j) for j in inner)
+    return total
