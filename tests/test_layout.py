@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "train": {*ABOVE, "importers"},
     "inference": {*ABOVE, "train"},
     "ranking": {*ABOVE, "train", "inference"},
-    "evaluate": {*ABOVE, "train", "inference", "ranking"},
+    "evaluate": {*ABOVE, "train", "inference", "ranking", "importers"},
     "importers": {"config", "byte_pairs", "character_pairs", "bart_text", "labels"},
     "demo": {*ABOVE, "train", "inference", "ranking", "evaluate", "importers"},
     "cli": {*ABOVE, "train", "inference", "ranking", "evaluate", "importers", "demo"},

@@ -279,7 +279,8 @@ class Evaluate:
     """Transformer: run of a diffusion model on its tokenizer's codes; adds right_KIND_decoder, the share of the same
     codes when it draws the pixels"""
     fid_weights: str | None = None
-    """npz file of the Inception-v3 of FID; adds rfid or fid, which compare at the same count only"""
+    """npz or pth file of the Inception-v3 of FID; adds rfid or fid, which compare at the same count only, and the
+    Inception score where the file holds the classifier"""
     fid_reference: str | None = None
     """statistics of true pictures that --fid-save wrote; without it, the rows measured are the reference"""
     fid_save: str | None = None

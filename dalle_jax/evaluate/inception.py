@@ -3,8 +3,8 @@ features Heusel et al. 2017 (1706.08500) compare.
 
 It is not the Inception-v3 of today's model zoos: its mean pools do not count the padding, its last mixed block
 pools by maximum, and pictures are resized without antialiasing. Features of another resize or pool are other
-features, so figures compare only where all of these agree. The weights come from a file and hold no classifier,
-so there is no Inception score. B batch, H W picture, C channels.
+features, so figures compare only where all of these agree. The weights come from a file; one that holds the
+classifier of 1,008 classes gives Inception scores too. B batch, H W picture, C channels, R rows.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dalle_jax.importers.inception import CLASSES, CLASSIFIER, PREFIX, read_inception
+
 Params = dict[str, Any]
 
 FEATURES = 2048
 SIDE = 299
 PREPROCESSING = "299 px, bilinear between pixel centres, no antialias, (x - 128) / 128"
 _EPSILON = 1e-3  # of the batch norms
-_PREFIX = "net.layers."
 _PARTS = ("weight", "beta", "mean", "var")
 
 
 class Inception(NamedTuple):
     """params: convolution name -> {"kernel": float32 (h, w, in, out), "bias": float32 (out,)}, the batch norm
-    folded in. fingerprint: hex digits that change with any tensor of the file."""
+    folded in. fingerprint: hex digits that change with any tensor of the features. classifier: float32 (2048, 1008),
+    or None where the file holds none."""
 
     params: Params
     fingerprint: str
+    classifier: np.ndarray | None = None
 
 
 # --- the network as data ------------------------------------------------------------------------------------
@@ -218,6 +221,11 @@ def features(inception: Inception, images: np.ndarray, *, batch: int = 32) -> np
     return np.concatenate(found)
 
 
+def class_scores(inception: Inception, features: np.ndarray) -> np.ndarray:
+    """Scores of the classes before the softmax, without bias: float32 (R, 2048) to float32 (R, 1008)."""
+    return features @ inception.classifier
+
+
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
@@ -228,8 +236,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
     def convolve(step: Conv, x_BHWC: jax.Array) -> jax.Array:
         kernel = (*step.kernel, x_BHWC.shape[-1], step.width)
-        found[f"{_PREFIX}{step.name}.weight"] = (step.width, x_BHWC.shape[-1], *step.kernel)
-        found.update({f"{_PREFIX}{step.name}.{part}": (step.width,) for part in _PARTS[1:]})
+        found[f"{PREFIX}{step.name}.weight"] = (step.width, x_BHWC.shape[-1], *step.kernel)
+        found.update({f"{PREFIX}{step.name}.{part}": (step.width,) for part in _PARTS[1:]})
         return lax.conv_general_dilated(
             x_BHWC, jnp.zeros(kernel), (step.stride, step.stride), step.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -242,14 +250,19 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def load(path: str | Path) -> Inception:
-    """The network with the weights of an npz file: `shapes()` says its names, any float dtype will do.
+    """The network with the weights of an npz file, `shapes()` says its names, any float dtype will do; or of the
+    torch file that pytorch-fid and torch-fidelity download, read without torch.
 
     Raises FileNotFoundError, or ValueError naming the tensor for one that is missing, unknown, of another shape
     or dtype, or holds what no trained network holds.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights {path}; give the npz file of the FID Inception-v3 of 2015")
+        raise FileNotFoundError(
+            f"no weights {path}; give the npz or pth file of the FID Inception-v3 of 2015"
+        )
+    if path.suffix in (".pth", ".pt"):
+        return fold(read_inception(path), str(path))
     try:
         with np.load(path, allow_pickle=False) as file:
             tensors = {name: file[name] for name in file.files}
@@ -264,6 +277,8 @@ def fold(tensors: dict[str, np.ndarray], told: str = "these weights") -> Incepti
     told: what the messages call them. Raises ValueError as `load` does.
     """
     wanted = shapes()
+    classifier = tensors.get(CLASSIFIER)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != CLASSIFIER}
     for names, what in (
         (wanted.keys() - tensors.keys(), "lack"),
         (tensors.keys() - wanted.keys(), "hold unknown"),
@@ -287,8 +302,14 @@ def fold(tensors: dict[str, np.ndarray], told: str = "these weights") -> Incepti
         kernel = tensors[f"{name}.weight"].astype(np.float32)
         beta, mean, var = (tensors[f"{name}.{part}"].astype(np.float64) for part in _PARTS[1:])
         scale = 1 / np.sqrt(var + _EPSILON)
-        params[name.removeprefix(_PREFIX)] = {
+        params[name.removeprefix(PREFIX)] = {
             "kernel": jnp.asarray(kernel.transpose(2, 3, 1, 0) * scale.astype(np.float32)),
             "bias": jnp.asarray(beta - mean * scale, jnp.float32),
         }
-    return Inception(params, digest.hexdigest())
+    if classifier is not None:
+        if classifier.shape != (CLASSES, FEATURES) or not np.isfinite(classifier).all():
+            raise ValueError(
+                f"{told}: {CLASSIFIER} is {classifier.dtype} {classifier.shape}; want finite floats {CLASSES, FEATURES}"
+            )
+        classifier = np.ascontiguousarray(classifier.T, np.float32)
+    return Inception(params, digest.hexdigest(), classifier)

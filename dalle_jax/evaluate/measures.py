@@ -24,7 +24,7 @@ from dalle_jax.data.images import to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.scene_captions import Caption
 from dalle_jax.data.sources import open_source
-from dalle_jax.evaluate import fid, inception, verifier
+from dalle_jax.evaluate import fid, inception, inception_score, verifier
 from dalle_jax.inference import (
     Progress,
     Sampling,
@@ -130,7 +130,7 @@ def true_moments(
     source = open_source(data.source, "eval", languages=languages)
     batches = _batches(min(count, len(source)))
     pictures = (eval_batch(data, source, rows, image_size=image_size)["image"] for rows in batches)
-    return _moments(network, pictures, batches, progress)
+    return _moments(network, pictures, batches, progress)[0]
 
 
 def measure_rfid(
@@ -169,7 +169,7 @@ def rfid_of(
     source = open_source(data.source, "eval", languages=())
     batches = _batches(min(count, len(source)))
     made = (again(eval_batch(data, source, rows, image_size=size)["image"], rows) for rows in batches)
-    moments = _moments(network, made, batches, progress)
+    moments, _ = _moments(network, made, batches, progress)
     return {
         "rfid": fid.fid(moments, true), "rfid_count": moments.count, "rfid_reference_count": true.count
     }  # fmt: skip
@@ -188,8 +188,9 @@ def measure_fid(
     """FID of a picture drawn for each of the first `count` rows of the evaluation split, with its caption and label
     as far as the model reads them, row i with seed `seed + i`, against true pictures.
 
-    Returns `fid`, and the pictures on each side, `fid_count` and `fid_reference_count`. Raises ValueError for
-    fewer than two rows.
+    Returns `fid`, and the pictures on each side, `fid_count` and `fid_reference_count`; where the weights hold the
+    classifier and there are ten pictures or more, also `inception_score` and its standard deviation over ten parts.
+    Raises ValueError for fewer than two rows.
     """
     data, size = model.run.config.data, image_size(model)
     source = open_source(data.source, "eval", languages=languages(model))
@@ -200,8 +201,12 @@ def measure_fid(
         labels = asked.get("label")
         return draw_pictures(model, asked["caption"], [seed + i for i in rows], sampling, labels=labels)
 
-    made = _moments(network, map(draw, batches), batches, progress)
-    return {"fid": fid.fid(made, true), "fid_count": made.count, "fid_reference_count": true.count}
+    made, scored = _moments(network, map(draw, batches), batches, progress)
+    found = {"fid": fid.fid(made, true), "fid_count": made.count, "fid_reference_count": true.count}
+    if scored is not None and made.count >= inception_score.PARTS:
+        names = ("inception_score", "inception_score_std")
+        found |= dict(zip(names, inception_score.score(scored), strict=True))
+    return found
 
 
 def _moments(
@@ -209,15 +214,22 @@ def _moments(
     pictures: Iterable[np.ndarray],
     batches: list[range],
     progress: Progress | None,
-) -> fid.Moments:
-    """Statistics of pictures, uint8 (rows, H, W, 3) for each of `batches`; no more than one batch is held."""
-    found = None
+) -> tuple[fid.Moments, inception_score.Sums | None]:
+    """Statistics of pictures, uint8 (rows, H, W, 3) for each of `batches`, and their classes where the network names
+    them; no more than one batch is held."""
+    found, scored, total = None, None, batches[-1].stop
+    if network.classifier is not None:
+        scored = inception_score.empty(network.classifier.shape[1])
     for rows, images in zip(batches, pictures, strict=True):
-        part = fid.moments(inception.features(network, images))
+        features = inception.features(network, images)
+        part = fid.moments(features)
         found = part if found is None else fid.merge(found, part)
+        if scored is not None:
+            logits = inception.class_scores(network, features)
+            scored = inception_score.add(scored, logits, rows.start, total)
         if progress:
-            progress(rows.stop, batches[-1].stop)
-    return found
+            progress(rows.stop, total)
+    return found, scored
 
 
 # --- models that draw ---------------------------------------------------------------------------------------

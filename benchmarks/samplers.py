@@ -1,0 +1,69 @@
+"""FID of every sampler of diffusion: python -m benchmarks.samplers RUN --fid-weights FILE [--steps 50 250]
+
+Draws as many pictures as `--count` says (no more than the evaluation split has) with each sampler and number of steps,
+one seed each, and prints FID against the true pictures of the split, the Inception score where the weights hold the
+classifier, evaluations of the network, and pictures per second of drawing alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import jax
+
+from dalle_jax.config import SamplerName
+from dalle_jax.evaluate import inception, measures
+from dalle_jax.inference.batches import Counter
+from dalle_jax.inference.diffusion import Denoising, draw, load_diffusion
+
+SAMPLERS = SamplerName.__args__
+TWICE = ("heun", "pc")  # evaluations of the network a step
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run")
+    parser.add_argument("--fid-weights", required=True)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 250])
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        network, model = inception.load(args.fid_weights), load_diffusion(args.run)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.samplers: error: {error}", file=sys.stderr)
+        return 1
+    options = {"languages": measures.languages(model), "progress": Counter("features of true pictures")}
+    data, size = model.run.config.data, measures.image_size(model)
+    true = measures.true_moments(network, data, size, args.count, **options)
+    where = f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
+    print(f"{args.run}, {model.run.step} updates; {true.count} pictures; {where}", file=sys.stderr)
+    rows = []
+    for steps in args.steps:
+        for sampler in args.samplers:
+            how = Denoising(sampler=sampler, steps=steps, guidance=args.guidance)
+            found = measures.measure_fid(network, model, true, args.count, how)
+            rows.append(
+                {"sampler": sampler, "steps": steps, "calls": steps * (1 + (sampler in TWICE)), **found}
+            )
+            if model.text is None and not model.config.classes:
+                draw(model, range(measures.BATCH), how, batch=measures.BATCH)  # compiled by now
+                begin = time.perf_counter()
+                draw(model, range(measures.BATCH), how, batch=measures.BATCH)
+                rows[-1]["pictures_per_second"] = measures.BATCH / (time.perf_counter() - begin)
+            print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
+                  file=sys.stderr if args.json else sys.stdout, flush=True)  # fmt: skip
+    if args.json:
+        print(json.dumps(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
