@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,9 @@ class TextTokenizer:
         """Writes the vocabulary to `path` as one file, whole or not at all."""
         _write(Path(path), self._pieces.serialized())
 
+    def __reduce__(self):
+        return type(self), (self._pieces.serialized(),)
+
     @property
     def size(self) -> int:
         """Pieces in the vocabulary; ids are below it."""
@@ -126,7 +130,7 @@ class TextTokenizer:
 
         text_vocab: ids that the Transformer keeps for pieces; padding at position i is `text_vocab + i`.
         dropout: probability of skipping a merge (1910.13267); 0 gives the one usual encoding.
-        seed: of the dropout; the same seed gives the same ids in any thread.
+        seed: of the dropout; the same seed gives the same ids in any thread and process.
 
         Returns int32 (text_len,) in [0, text_vocab + text_len). Raises ValueError if the caption is not a str
         or the vocabulary has more than `text_vocab` pieces.
@@ -191,12 +195,46 @@ class _Sentencepiece:
         except RuntimeError as error:
             raise ValueError(f"not a sentencepiece model ({len(model)} bytes): {error}") from None
         self.size = self._processor.vocab_size()
+        p, ids = self._processor, range(self.size)
+        self._ids = {
+            p.id_to_piece(i): i
+            for i in ids
+            if not (p.is_control(i) or p.is_unknown(i) or p.is_unused(i) or p.is_byte(i))
+        }
+        self._scores = {piece: p.get_score(i) for piece, i in self._ids.items()}
+        self._bytes = [p.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self._by_word = not any(_SPACE in piece[1:] for piece in self._ids)  # no merge goes over a space
 
     def encode(self, line: str, *, dropout: float = 0.0, seed: int = 0) -> list[int]:
-        if dropout > 0:
-            sentencepiece.set_random_generator_seed(seed % 2**32)  # this thread's generator
-            return self._processor.encode(line, enable_sampling=True, alpha=dropout, nbest_size=-1)
-        return self._processor.encode(line)
+        if dropout == 0:
+            return self._processor.encode(line)
+        text = self._processor.normalize(line)
+        if self._by_word:
+            words = [_SPACE + word for word in text.split(_SPACE)]
+            words[0] = words[0][1:]
+        else:
+            words = [text]
+        chance, ids = random.Random(seed).random, []
+        for word in words:
+            for piece in self._merged(list(word), dropout, chance):
+                i = self._ids.get(piece)
+                ids += [self._bytes[byte] for byte in piece.encode()] if i is None else [i]
+        return ids
+
+    def _merged(self, pieces: list[str], dropout: float, chance: Callable[[], float]) -> list[str]:
+        """Pieces of a word by merges, the best one first, each skipped with a probability wherever it could be made
+        (1910.13267, algorithm 1). Sentencepiece samples, too, but its generator differs between processes for the
+        same seed, so no run would go on as it began."""
+        scores = self._scores
+        while True:
+            best, where = None, 0
+            for i in range(len(pieces) - 1):
+                score = scores.get(pieces[i] + pieces[i + 1])
+                if score is not None and chance() >= dropout and (best is None or score > best):
+                    best, where = score, i
+            if best is None:
+                return pieces
+            pieces[where : where + 2] = [pieces[where] + pieces[where + 1]]
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)

@@ -19,6 +19,7 @@ from PIL import Image
 from dalle_jax import demo
 from dalle_jax.cli import VERBS, main, sample_file
 from dalle_jax.config import (
+    ArraysSource,
     DalleConfig,
     DataConfig,
     DVAEConfig,
@@ -28,13 +29,14 @@ from dalle_jax.config import (
     Schedule,
     TextConfig,
     TrainConfig,
+    to_json,
 )
 from dalle_jax.data import images
 from dalle_jax.data.codes import CodesRows
 from dalle_jax.data.pipeline import eval_batch, open_train_source
 from dalle_jax.data.sources import open_source
-from dalle_jax.evaluate import fid, inception, measures
-from dalle_jax.inference import decode_codes, encode_images, load_text_to_image, load_tokenizer
+from dalle_jax.evaluate import classifier, fid, inception, measures
+from dalle_jax.inference import Sampling, decode_codes, encode_images, load_text_to_image, load_tokenizer
 from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.sampling.queue import Request
 from dalle_jax.text import TextTokenizer
@@ -694,7 +696,19 @@ def test_encode_then_decode_are_the_tokenizer_s_functions(made, pictures, tmp_pa
 def test_encode_ahead_is_what_training_reads(made, tmp_path, rows):
     out = tmp_path / "codes"
     flags = () if rows is None else ("--rows", rows)
-    again = ("encode", made.dvae, "--data", made.dalle, *flags, "--shard-rows", 16, "--out", out)
+    again = (
+        "encode",
+        made.dvae,
+        "--data",
+        made.dalle,
+        *flags,
+        "--shard-rows",
+        16,
+        "--out",
+        out,
+        "--eval-rows",
+        16,
+    )
     told = [json_of(*again, "--process", p, "--processes", 2) for p in (1, 0)] + [json_of(*again)]
     shards = 1 if rows else 3
     assert [t["made"] for t in told] == [shards // 2, shards - shards // 2, 0]
@@ -708,7 +722,25 @@ def test_encode_ahead_is_what_training_reads(made, tmp_path, rows):
     assert [coded.captions(i) for i in range(10)] == [source.captions(i) for i in range(10)]
     config = tiny_dalle(made.out)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, codes=str(out)))
-    make_task(config).prepare(made.dalle)  # takes them
+    task = make_task(config)
+    task.prepare(made.dalle)  # takes them
+    assert len(CodesRows(out / "eval")) == 16
+    pixels = make_task(tiny_dalle(made.out))
+    pixels.prepare(made.dalle)
+    for got, want in zip(task.eval_batches(), pixels.eval_batches(), strict=True):
+        assert got.keys() == {"codes", "text"}
+        np.testing.assert_array_equal(got["text"], want["text"])
+        shown = jnp.asarray(want["image"] / np.float32(255))
+        np.testing.assert_array_equal(got["codes"], ENCODE(model.config, model.params, shown))
+    assert task.pictures(load_run(made.dalle).params, task.frozen, jax.random.key(0)).size[0] > 4 * SIZE
+    held_out = json.loads((out / "eval/codes.json").read_text())
+    for name, value, told in (
+        ("tokenizer", "fedcba9876543210", "was encoded by tokenizer fedcba9876543210"),
+        ("source", held_out["source"].replace('"seed": 0', '"seed": 5'), "seed 5 there, 0 here"),
+    ):
+        (out / "eval/codes.json").write_text(json.dumps({**held_out, name: value}))
+        with pytest.raises(ValueError, match=told):
+            make_task(config).prepare(made.dalle)
 
 
 def test_encode_takes_data_as_it_lies(made, folder, tmp_path):
@@ -721,7 +753,7 @@ def test_encode_takes_data_as_it_lies(made, folder, tmp_path):
 
 def test_codes_of_another_tokenizer_are_refused_by_training_and_told_by_decode(made, tmp_path):
     out = tmp_path / "codes"
-    encode = ("encode", made.dvae, "--data", made.dalle, "--rows", 8, "--out", out)
+    encode = ("encode", made.dvae, "--data", made.dalle, "--rows", 8, "--out", out, "--eval-rows", 0)
     json_of(*encode)
     about = json.loads((out / "codes.json").read_text()) | {"tokenizer": "0123456789abcdef"}
     (out / "codes.json").write_text(json.dumps(about))
@@ -972,3 +1004,47 @@ def test_train_is_train_py(made, tmp_path):
     config = write_config(tmp_path / "c.py", "DVAEConfig(image_size=8, groups=1)")
     assert "no run directory: pass --run" in refused("train", config)
     assert "Perhaps you meant" in refused("train", config, "--stepz", 3, code=2)
+
+
+# --- the classifier as a judge --------------------------------------------------------------------------
+
+
+def test_evaluate_by_a_classifier(made, tmp_path, monkeypatch):
+    """The pictures judged are those drawn for the rows' captions; a judge of their grey, by hand."""
+    labels = np.arange(8) % 2
+    pictures = np.broadcast_to((60 + 80 * labels)[:, None, None, None], (8, SIZE, SIZE, 3)).astype(np.uint8)
+    arrays = {f"{s}_{a}": v for s in ("train", "test") for a, v in (("x", pictures), ("y", labels))}
+    np.savez(tmp_path / "a.npz", **arrays, label_names=["dark", "bright"])
+    path = shutil.copytree(made.dalle, tmp_path / "run")
+    plain = json.loads((path / "config.json").read_text())
+    plain["data"]["source"] = json.loads(to_json(ArraysSource(path=str(tmp_path / "a.npz"))))
+    (path / "config.json").write_text(json.dumps(plain))
+    judged = []
+
+    def reads_grey(judge, images, batch):
+        judged.append(images)
+        return np.eye(2)[(images.mean(axis=(1, 2, 3)) > 100).astype(int)]
+
+    monkeypatch.setattr(classifier, "load", lambda path: SimpleNamespace(classes=2))
+    monkeypatch.setattr(classifier, "logits", reads_grey)
+    found = json_of("evaluate", path, "--classifier", "w.npz", "--count", 6, "--seed", 3, "--guidance", 1, 2)
+    assert found["right_class_true"] == 1.0 and 0 <= found["right_class_reconstruction"] <= 1
+    model = load_text_to_image(path)
+    captions = [f"a photo of a {('dark', 'bright')[k]}" for k in labels[:6]]
+    for seen, row, guidance in zip(judged[2:], found["curve"], (1, 2), strict=True):
+        how = Sampling(guidance=guidance)
+        want = measures.draw_pictures(model, captions, range(3, 9), how)
+        np.testing.assert_array_equal(seen, want)
+        share = np.mean((want.mean(axis=(1, 2, 3)) > 100) == labels[:6])
+        assert row["right_class"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--classifier", "absent.npz"), "no weights absent.npz"),
+        (("--classifier", "{made}/dvae/config.json"), "not a whole npz file"),
+    ],
+)
+def test_evaluate_refuses_a_wrong_classifier(made, flags, told):
+    assert told in refused("evaluate", made.dvae, *(f.format(made=made.out) for f in flags))

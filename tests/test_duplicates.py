@@ -1,14 +1,18 @@
 """Laws of the duplicate report: copies are found however they are stored, different pictures are not."""
 
+import dataclasses
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dalle_jax import config
+from dalle_jax.cli import main
 from dalle_jax.data import duplicates
 from dalle_jax.data.duplicates import Duplicate, Pictures, find_duplicates, perceptual_hash
+from dalle_jax.data.pipeline import open_train_source, train_batches
 from dalle_jax.data.scenes import render, scene
 from dalle_jax.data.sources import open_source
 
@@ -31,7 +35,9 @@ def found_in(root, **options):
 def test_copies_are_found_however_they_are_stored(tmp_path):
     for i in range(40):
         save(tmp_path / f"train/{i:02d}.png", picture(i))
-    save(tmp_path / "val/a.png", picture(3))  # the same bytes
+    save(tmp_path / "train/again.png", picture(3))
+    save(tmp_path / "train/again.webp", picture(3), "WEBP", lossless=True)
+    save(tmp_path / "val/a.png", picture(3))  # the same bytes, twice in training, and the same pixels
     save(tmp_path / "val/b.jpg", picture(7), "JPEG", quality=70)
     save(tmp_path / "val/c.png", picture(11).resize((70, 70)))
     save(tmp_path / "val/d.webp", picture(12), "WEBP", quality=60)
@@ -41,6 +47,9 @@ def test_copies_are_found_however_they_are_stored(tmp_path):
         save(tmp_path / f"val/new{i}.png", picture(i))
     (tmp_path / "val/broken.png").write_bytes(b"no")
     (train, evaluation), found = found_in(tmp_path)
+    copies = [(train.name(d.train), d.exact) for d in found if evaluation.name(d.eval) == "val/a.png"]
+    assert copies == [("train/03.png", True), ("train/again.png", True), ("train/again.webp", False)]
+    found = [d for d in found if "again" not in train.name(d.train)]
     pairs = {evaluation.name(d.eval): (train.name(d.train), d.exact) for d in found}
     want = {
         "a.png": (3, True),
@@ -67,13 +76,16 @@ def test_chunks_and_threads_do_not_matter(tmp_path, monkeypatch):
 
 
 def test_flat_pictures_are_compared_by_their_colours(tmp_path):
-    """Their hashes say nothing: all frequencies are zero."""
+    """Their hashes say nothing: all frequencies are zero. A red of 8 i is within 12 of 80 for i from 8 to 12, as a
+    difference in one channel of three counts by its root of a third."""
     for i in range(30):
         save(tmp_path / f"train/{i:02d}.png", Image.new("RGB", (32, 32), (8 * i, 0, 0)))
     save(tmp_path / "val/a.jpg", Image.new("RGB", (32, 32), (80, 0, 0)), "JPEG")
     save(tmp_path / "val/b.jpg", Image.new("RGB", (32, 32), (80, 0, 200)), "JPEG")
     (train, evaluation), found = found_in(tmp_path)
-    assert [(evaluation.name(d.eval), train.name(d.train)) for d in found] == [("val/a.jpg", "train/10.png")]
+    assert {evaluation.name(d.eval) for d in found} == {"val/a.jpg"}
+    names = [train.name(d.train) for d in found]
+    assert names[0] == "train/10.png" and sorted(names) == [f"train/{i:02d}.png" for i in range(8, 13)]
 
 
 def test_the_hash_by_hand():
@@ -104,3 +116,105 @@ def test_pictures_of_a_mixture_are_those_of_its_parts(tmp_path):
     whole = find_duplicates(rows, rows)
     assert whole == [Duplicate(i, i, True, 0, 0.0) for i in range(6)]
     assert len(Pictures([open_source(config.ScenesSource(), "train")])) == 0
+
+
+# --- leaving them out -------------------------------------------------------------------------------------
+
+
+def rows_seen(source, steps=8):
+    """The grey level that names a row, and its caption's, over some steps."""
+    data = config.DataConfig(source=source, batch=4, crop="random")
+    opened = open_train_source(data)
+    with train_batches(data, opened, start=0, image_size=8) as batches:
+        pictures = np.concatenate([next(batches)["image"][:, 0, 0, 0] for _ in range(steps)])
+    return pictures, opened
+
+
+def greys(tmp_path, count=12):
+    for i in range(count):
+        save(tmp_path / f"mine/{i:02d}.png", Image.new("RGB", (16, 16), (i, i, i)))
+        (tmp_path / f"mine/{i:02d}.txt").write_text(f"row {i}")
+    return config.FolderSource(path=str(tmp_path / "mine"), eval_share=0.0, max_bad_share=0.0)
+
+
+def test_a_row_that_is_excluded_moves_no_other(tmp_path):
+    """Rows 3, 4 and 11 show the next row that is wanted; the last goes over the end. None of them counts as bad."""
+    source = greys(tmp_path)
+    (tmp_path / "list.jsonl").write_text(
+        '{"eval": "x", "train": "03.png", "exact": true}\n\n{"name": "04.png", "cause": "c"}\n11.png\nother.png\n'
+    )
+    fewer = dataclasses.replace(source, exclude=str(tmp_path / "list.jsonl"))
+    whole, plain = rows_seen(source)
+    left, opened = rows_seen(fewer)
+    assert {3, 4, 11} < set(whole.tolist()) and len(opened) == 12
+    want = np.select([(whole == 3) | (whole == 4), whole == 11], [5, 0], whole.astype(int))
+    np.testing.assert_array_equal(left, want)
+    assert opened.report() == {"picture excluded": 3} and opened.stand_ins == {3: 5, 4: 5, 11: 0}
+    fresh = open_source(fewer, "train")
+    assert [fresh.captions(i)["en"] for i in (3, 4, 11)] == [("row 5",), ("row 5",), ("row 0",)]  # unread
+    assert (
+        fresh.identity() != plain.identity() and plain.identity() == open_source(source, "train").identity()
+    )
+    fresh.log_to(tmp_path / "unusable.jsonl")
+    names = [json.loads(line) for line in (tmp_path / "unusable.jsonl").read_text().splitlines()]
+    assert names == [{"name": f"{i:02d}.png", "cause": "picture excluded"} for i in (3, 4, 11)]
+
+
+def test_an_excluded_row_before_a_broken_one(tmp_path):
+    source = dataclasses.replace(greys(tmp_path), max_bad_share=0.2, exclude=str(tmp_path / "list.txt"))
+    (tmp_path / "mine/04.png").write_bytes(b"no")
+    (tmp_path / "list.txt").write_text("03.png\n")
+    rows = open_source(source, "train")
+    assert rows.image(3, 8, "center")[0, 0, 0] == 5 and rows.captions(3)["en"] == ("row 5",)
+    assert rows.report() == {"picture excluded": 1, "picture not an image": 1}
+
+
+def test_the_report_is_a_list_to_exclude(tmp_path):
+    """`dalle-jax data --duplicates` writes it, and finds nothing more once it is left out."""
+    for i in range(12):
+        save(tmp_path / f"mine/train/{i:02d}.png", picture(i))
+    save(tmp_path / "mine/train/again.png", picture(3))
+    save(tmp_path / "mine/val/a.png", picture(3))
+    save(tmp_path / "mine/val/b.jpg", picture(7), "JPEG", quality=70)
+    (tmp_path / "c.py").write_text(
+        "from dalle_jax.config import *\n"
+        f"source = FolderSource(path={str(tmp_path / 'mine')!r}, exclude={str(tmp_path / 'one/duplicates.jsonl')!r})\n"
+        "config = TrainConfig(model=DVAEConfig(image_size=32), data=DataConfig(source=source))\n"
+    )
+    assert main(["data", str(tmp_path / "mine"), "--duplicates", str(tmp_path / "one")]) == 0
+    listed = [json.loads(line) for line in (tmp_path / "one/duplicates.jsonl").read_text().splitlines()]
+    assert {line["train"] for line in listed} == {"train/03.png", "train/again.png", "train/07.png"}
+    assert main(["data", str(tmp_path / "c.py"), "--duplicates", str(tmp_path / "two")]) == 0
+    assert (tmp_path / "two/duplicates.jsonl").read_text() == ""
+
+
+def test_lists_that_are_refused(tmp_path):
+    source, path = greys(tmp_path, 3), tmp_path / "list.txt"
+
+    def opened(split="train"):
+        return open_source(dataclasses.replace(source, exclude=str(path)), split)
+
+    with pytest.raises(FileNotFoundError, match=r"data\.source\.exclude: no file .*list\.txt"):
+        opened()
+    for text, message in (
+        (
+            "cat.png\n",
+            r"list\.txt: none of the 1 names is a record of .*mine, whose names are like '00\.png'",
+        ),
+        ("00.png\n01.png\n02.png\n", "every row of .*mine is excluded"),
+        ('00.png\n{"eval": "x"}\n', r"line 2 of .*list\.txt names no record"),
+        ("{broken\n", "line 1 of .* names no record"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            opened()
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="cannot be read"):
+        opened()
+    path.write_text("")
+    assert len(opened()) == 3 and opened().report() == {}
+    with pytest.raises(
+        ValueError, match="no rows of split 'val'"
+    ):  # nothing is held out, the list is not read
+        path.unlink()
+        opened("eval")

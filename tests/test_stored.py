@@ -1,5 +1,6 @@
 """Laws of folders, npz files and TFDS directories: rows, captions, classes, splits, what cannot be used."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -381,9 +382,10 @@ def test_a_run_that_was_killed_sees_the_same_rows_on_any_processes(sources, kind
     data = config.DataConfig(source=found[kind], batch=4, crop="random", codes=codes, prefetch=1)
     text = {"text": TextTokenizer.load(root / "bpe.model"), "text_vocab": 400, "text_len": 24, "dropout": 0.3}
 
-    def take(start, n, **share):
+    def take(start, n, workers=0, **share):
         source = open_train_source(data)  # a new process opens it anew
-        with train_batches(data, source, start=start, image_size=32, **text, **share) as batches:
+        data_ = dataclasses.replace(data, workers=workers)
+        with train_batches(data_, source, start=start, image_size=32, **text, **share) as batches:
             return [next(batches) for _ in range(n)]
 
     straight = take(0, 9)
@@ -395,6 +397,11 @@ def test_a_run_that_was_killed_sees_the_same_rows_on_any_processes(sources, kind
                 got = np.concatenate([part[step][key] for part in parts])
                 np.testing.assert_array_equal(got, want)
     assert len({batch["text"].tobytes() for batch in straight}) == 9
+    for got, want in zip(
+        take(5, 4, workers=1), straight[5:], strict=True
+    ):  # the source was sent to a process
+        for key in want:
+            np.testing.assert_array_equal(got[key], want[key])
 
 
 def test_the_kind_follows_from_the_path(tmp_path, labelled, npz):

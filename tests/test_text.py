@@ -1,6 +1,9 @@
 """Laws of the text tokenizer: every caption can be written and read back, padding says where it stands."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from dalle_jax.text import TextTokenizer, null_caption, statistics, train
 
+ROOT = Path(__file__).parents[1]
 CAPTIONS = [
     f"a {size} {colour} {shape} left of a {other} circle"
     for size in ("small", "large")
@@ -127,6 +131,42 @@ def test_dropout_follows_its_seed_in_any_thread(tokenizer):
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(encode, seeds)) == serial
     assert len({encode(len(CAPTIONS) * k) for k in range(50)}) > 10
+
+
+def test_dropout_follows_its_seed_in_any_process(tokenizer, model):
+    """A run that goes on is another process. Sentencepiece's own sampling fails here."""
+    code = f"""
+from dalle_jax.text import TextTokenizer
+t = TextTokenizer.load({str(model)!r})
+print([t.encode({CAPTIONS[0]!r}, text_vocab=400, text_len=64, dropout=0.3, seed=s).tolist() for s in (7, 2**40, 8)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    options = dict(text_vocab=400, text_len=64, dropout=0.3)
+    want = [tokenizer.encode(CAPTIONS[0], seed=seed, **options).tolist() for seed in (7, 2**40, 8)]
+    assert done.stdout.strip() == str(want) and want[0] != want[2]
+
+
+@settings(deadline=None, max_examples=200)
+@given(caption=st.one_of(st.text(max_size=40), st.sampled_from(CAPTIONS)))
+def test_merges_that_are_never_skipped_are_those_of_sentencepiece(tokenizer, caption):
+    options = dict(text_vocab=500, text_len=500)
+    np.testing.assert_array_equal(
+        tokenizer.encode(caption, dropout=1e-300, **options), tokenizer.encode(caption, **options)
+    )
+
+
+def test_a_merge_is_skipped_with_its_probability(tmp_path):
+    """A vocabulary whose one merge joins the space and an x: a lone x is one piece unless that is skipped."""
+    train(["x"] * 50, tmp_path / "m", vocab=260)
+    tokenizer = TextTokenizer.load(tmp_path / "m")
+    whole = tokenizer.encode("x", text_vocab=300, text_len=4).tolist()
+    assert whole[1] == 301
+    for dropout in (0.1, 0.7):
+        found = [
+            tokenizer.encode("x", text_vocab=300, text_len=4, dropout=dropout, seed=s).tolist() != whole
+            for s in range(4000)
+        ]
+        assert abs(np.mean(found) - dropout) < 4 * (dropout * (1 - dropout) / 4000) ** 0.5
 
 
 def test_training_is_deterministic(model, tmp_path):

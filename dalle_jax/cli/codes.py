@@ -15,9 +15,9 @@ from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
 from dalle_jax.cli.verbs import Decode, Encode
 from dalle_jax.config import DataConfig, TrainConfig
 from dalle_jax.data import images
-from dalle_jax.data.codes import is_whole
+from dalle_jax.data.codes import EVAL, is_whole
 from dalle_jax.data.images import to_bytes, to_floats
-from dalle_jax.data.sources import source_of
+from dalle_jax.data.sources import open_source, source_of
 from dalle_jax.inference import (
     PIXEL_BATCH,
     Counter,
@@ -55,7 +55,7 @@ def encode(args: Encode) -> dict[str, Any]:
     return {"codes": str(out), "rows": len(codes), "codes_per_picture": codes.shape[1], **_about(tokenizer)}
 
 
-_AHEAD = ("rows", "shard_rows", "process", "processes")
+_AHEAD = ("rows", "eval_rows", "shard_rows", "process", "processes")
 
 
 def _encode_ahead(args: Encode) -> dict[str, Any]:
@@ -66,6 +66,7 @@ def _encode_ahead(args: Encode) -> dict[str, Any]:
     process = own_share() if args.process is None else (args.process, args.processes)
     options = {"rows": args.rows, "shard_rows": args.shard_rows, "process": process}
     info, made = encode_source(tokenizer, data, out, progress=Counter("rows"), **options)
+    held_out = _encode_held_out(args, tokenizer, data, out / EVAL, process)
     missing = [k for k in range(info.shards) if not is_whole(out, info, k)]
     told = f"{len(missing)} of {info.shards} shards are still missing, of other processes"
     print(
@@ -74,8 +75,26 @@ def _encode_ahead(args: Encode) -> dict[str, Any]:
     )
     return {
         "codes": str(out), "rows": info.rows, "codes_per_picture": info.num_codes, "shards": info.shards,
-        "made": made, "missing": len(missing), **_about(tokenizer),
+        "made": made, "missing": len(missing), "eval_rows": held_out, **_about(tokenizer),
     }  # fmt: skip
+
+
+def _encode_held_out(
+    args: Encode, tokenizer: Tokenizer, data: DataConfig, out: Path, process: tuple[int, int]
+) -> int:
+    """The first rows of the evaluation split, beside the others; 0 where nothing is held out or wanted."""
+    if args.eval_rows < 0:
+        raise ValueError(f"--eval-rows is {args.eval_rows}; want a number of rows, 0 for none")
+    if args.eval_rows == 0:
+        return 0
+    try:
+        rows = min(args.eval_rows, len(open_source(data.source, "eval", languages=data.languages)))
+    except ValueError as error:
+        print(f"no rows are held out for evaluation: {error}", file=sys.stderr)
+        return 0
+    options = {"rows": rows, "shard_rows": args.shard_rows, "process": process, "split": "eval"}
+    encode_source(tokenizer, data, out, progress=Counter("rows held out"), **options)
+    return rows
 
 
 def _encode_files(tokenizer: Tokenizer, paths: tuple[str, ...], progress: Counter) -> np.ndarray:

@@ -123,7 +123,7 @@ def _about(rows: Source, broken: Counter[str]) -> dict[str, Any]:
             captions.update(
                 {name: len(texts) * len(part) // len(looked) for name, texts in part.captions(i).items()}
             )
-    unusable = Counter(rows.report()) + broken
+    unusable = Counter(rows.report()) | broken  # what is excluded is in both
     return {
         "rows": len(rows),
         "captions": dict(captions),
@@ -152,9 +152,18 @@ def _duplicates(opened: dict[str, Source], out: Path) -> dict[str, Any]:
         ]
         labels = ["same file" if d.exact else f"{d.bits} bits, {d.difference:.1f}" for d in shown]
         images.save_png(out / "duplicates.png", images.grid(np.stack(cells), 4, labels))
-    exact = sum(d.exact for d in found)
+    exact = {d.eval for d in found if d.exact}
+    near = {d.eval for d in found} - exact
     print(
-        f"{len(evaluation)} evaluation pictures: {exact} are in the training split as the same file, "
-        f"{len(found) - exact} as nearly the same picture; {out / 'duplicates.jsonl'}"
+        f"{len(evaluation)} evaluation pictures: {len(exact)} are in the training split as the same file, "
+        f"{len(near)} as nearly the same picture; {out / 'duplicates.jsonl'}"
     )
-    return {"exact": exact, "near": len(found) - exact, "evaluation": len(evaluation), "training": len(train)}
+    if found:
+        print(f"to leave those out of training: --data.source.exclude {out / 'duplicates.jsonl'}")
+    return {
+        "exact": len(exact),
+        "near": len(near),
+        "evaluation": len(evaluation),
+        "training": len(train),
+        "training_duplicates": len({d.train for d in found}),
+    }

@@ -18,8 +18,8 @@ from dalle_jax.config import (
     TransformerConfig,
 )
 from dalle_jax.data.sources import source_of
+from dalle_jax.evaluate import classifier, fid, inception, measures, reranking, retrieval
 from dalle_jax.evaluate import denoising as diffusion
-from dalle_jax.evaluate import fid, inception, measures, reranking, retrieval
 from dalle_jax.inference import Counter, Sampling, TextToImage, Tokenizer, load_text_to_image
 from dalle_jax.inference.diffusion import DiffusionModel, check_decoder, load_diffusion
 from dalle_jax.ranking import Clip, load_clip
@@ -80,6 +80,8 @@ def _check_clip(args: Evaluate, model: ModelConfig) -> None:
         raise ValueError(f"--clip scores what a Transformer draws; {args.run} is a run of stage {model.kind}")
     if (args.data is not None or args.templates) and not isinstance(model, ClipConfig):
         raise ValueError(f"--data and --templates are for a CLIP; {args.run} is a run of stage {model.kind}")
+    if args.classifier and isinstance(model, ClipConfig):
+        raise ValueError("--classifier judges drawn pictures; a CLIP draws none")
     if args.fid_weights and isinstance(model, ClipConfig):
         raise ValueError("--fid-weights compares drawn pictures with true ones; a CLIP draws none")
 
@@ -109,10 +111,20 @@ def _truth(args: Evaluate, data: DataConfig, image_size: int, languages: tuple[s
     return _Truth(network, true)
 
 
+def _judge(args: Evaluate, data: DataConfig) -> classifier.Classifier | None:
+    """None without --classifier. Before all other work, so that a wrong file is told at once."""
+    if not args.classifier:
+        return None
+    judge = classifier.load(args.classifier)
+    classifier.check_classes(judge, data, args.classifier)
+    return judge
+
+
 def _tokenizer(args: Evaluate) -> dict[str, Any]:
     run = load_run(args.run)
     tokenizer = Tokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
     truth = _truth(args, run.config.data, run.config.model.image_size, ())
+    judge = _judge(args, run.config.data)
     result = {
         "stage": run.config.model.kind,
         "step": run.step,
@@ -124,7 +136,14 @@ def _tokenizer(args: Evaluate) -> dict[str, Any]:
         progress = Counter("features of reconstructions")
         rest = (tokenizer, run.config.data, truth.true, args.count)
         result |= _told(measures.measure_rfid(truth.network, *rest, progress=progress))
+    if judge:
+        result |= _ceiling(judge, tokenizer, run.config.data, run.config.model.image_size, args.count)
     return result
+
+
+def _ceiling(judge, tokenizer, data: DataConfig, image_size: int, count: int) -> dict[str, float]:
+    progress = Counter("classes of true pictures")
+    return _told(classifier.measure_true(judge, tokenizer, data, image_size, count, progress=progress))
 
 
 def _clip(args: Evaluate) -> dict[str, Any]:
@@ -149,6 +168,7 @@ def _diffusion(args: Evaluate) -> dict[str, Any]:
     if args.bits_per_dim < 0:
         raise ValueError(f"--bits-per-dim is {args.bits_per_dim}; want a number of rows, 0 for none")
     truth = _truth(args, data, cfg.image_size, measures.languages(model))
+    judge = _judge(args, data)
     result = {
         "stage": cfg.kind,
         "step": model.run.step,
@@ -160,6 +180,8 @@ def _diffusion(args: Evaluate) -> dict[str, Any]:
     if args.bits_per_dim:
         progress = Counter("likelihood of rows")
         result |= _told(diffusion.measure_likelihood(model, args.bits_per_dim, progress=progress))
+    if judge:
+        result |= _ceiling(judge, None, data, cfg.image_size, args.count)
     if cfg.codes is not None:
         progress = Counter("denoising steps")
         rest = (args.count, hows[0])
@@ -170,13 +192,15 @@ def _diffusion(args: Evaluate) -> dict[str, Any]:
             result |= _told(diffusion.measure_decoder_rfid(*rest, seed=args.seed, progress=progress))
         return result
     kinds = measures.scene_kinds(data, cfg.image_size) if model.text is not None else ()
-    if cfg.low_size or not (kinds or truth):  # one that makes pictures large draws from no caption alone
+    if cfg.low_size or not (
+        kinds or truth or judge
+    ):  # one that makes pictures large needs more than a caption
         return result
-    return result | _curve(args, model, hows, truth, verify=bool(kinds))
+    return result | _curve(args, model, hows, truth, bool(kinds), judge=judge)
 
 
 def _curve(
-    args, model: TextToImage | DiffusionModel, hows: list, truth, verify: bool, clip=None
+    args, model: TextToImage | DiffusionModel, hows: list, truth, verify: bool, clip=None, judge=None
 ) -> dict[str, Any]:
     """The figures of drawn pictures at the first guidance scale, and those of all under `curve`."""
     curve = []
@@ -188,6 +212,10 @@ def _curve(
             progress = Counter(f"guidance {how.guidance:g}: features of drawn pictures")
             rest = (model, truth.true, args.count, how)
             found |= measures.measure_fid(truth.network, *rest, seed=args.seed, progress=progress)
+        if judge is not None:
+            progress = Counter(f"guidance {how.guidance:g}: classes of drawn pictures")
+            rest = {"seed": args.seed, "progress": progress}
+            found |= classifier.measure_classes(judge, model, args.count, how, **rest)
         if clip is not None:
             found |= _ranked(args, model, clip, how)
         curve.append({"guidance": how.guidance, **found})
@@ -204,7 +232,8 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
     data = model.run.config.data
     kinds = measures.scene_kinds(data, model.tokenizer.config.image_size)
     truth = _truth(args, data, model.tokenizer.config.image_size, data.languages)
-    if not kinds:
+    judge = _judge(args, data)
+    if not kinds and judge is None:
         print("the source is not of procedural scenes: captions cannot be verified", file=sys.stderr)
     result = {
         "stage": "dalle",
@@ -214,9 +243,12 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
         **_told(measures.measure_tokenizer(model.tokenizer, data, args.count)),
         **_told(measures.measure_ceiling(model.tokenizer, data, args.count)),
     }
-    if not kinds and not truth and clip is None:
+    if judge:
+        result |= _ceiling(judge, model.tokenizer, data, model.tokenizer.config.image_size, args.count)
+    if not (kinds or truth or judge or clip):
         return result
-    result |= {"temperature": args.temperature, **_curve(args, model, samplings, truth, bool(kinds), clip)}
+    curve = _curve(args, model, samplings, truth, bool(kinds), clip, judge)
+    result |= {"temperature": args.temperature, **curve}
     if decoder is not None:
         progress = Counter("denoising steps")
         result |= _told(

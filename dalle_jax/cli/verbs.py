@@ -201,6 +201,9 @@ class Encode:
     """configuration file, run, folder, tar files, npz file, TFDS directory or name: its training set is encoded"""
     rows: int | None = None
     """with --data: only the first rows"""
+    eval_rows: int = 1024
+    """with --data: also the first rows of the evaluation split, so that a run measures itself without pictures; 0 is
+    none"""
     shard_rows: int = 16_384
     """with --data: rows of a shard, of which an interruption costs at most one"""
     process: int | None = None
@@ -243,9 +246,11 @@ class Evaluate:
     drawn picture shows what the caption says, read back by image analysis; right_reconstruction: the same of
     true pictures that went through the tokenizer. The right_ figures exist for procedural scenes only. With
     --fid-weights: rfid, distance of a tokenizer's reconstructions from true pictures; fid, of the pictures that a
-    Transformer or diffusion model draws. Of a Transformer with --clip: clip_score, mean cosine of captions and drawn
-    pictures, clip_score_true of true ones; with --candidates also right_KIND_best_of_N, where the best of N pictures
-    by that CLIP is taken, and right_KIND_any_of_N.
+    Transformer or diffusion model draws. With --classifier: right_class, share of drawn pictures that it puts into the
+    class asked for; right_class_true and right_class_reconstruction, of true pictures and of these after the
+    tokenizer. Of a Transformer with --clip: clip_score, mean cosine of captions and drawn pictures, clip_score_true of
+    true ones; with --candidates also right_KIND_best_of_N, where the best of N pictures by that CLIP is taken, and
+    right_KIND_any_of_N.
 
     Of a CLIP: image_to_text_recall_K and text_to_image_recall_K among the rows measured; zero_shot_top1 and
     zero_shot_top5 where there are classes.
@@ -285,6 +290,8 @@ class Evaluate:
     """statistics of true pictures that --fid-save wrote; without it, the rows measured are the reference"""
     fid_save: str | None = None
     """npz file to write, the statistics of the true pictures of the rows measured"""
+    classifier: str | None = None
+    """npz file of a classifier of CIFAR-10 that judges what is drawn, for runs on its pictures (docs/evaluation.md)"""
     clip: str | None = None
     """of a Transformer: directory of a trained CLIP that scores what is drawn"""
     candidates: int | None = None

@@ -58,6 +58,7 @@ class TarSource:
     eval_split: str = "val"
     captions_field: str = "captions"
     captions_zh_field: str = "captions_zh"
+    exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
     max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
     min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
     max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
@@ -79,6 +80,7 @@ class FolderSource:
     captions_field: str = "captions"  # or `caption` or `text`
     captions_zh_field: str = "captions_zh"
     templates: tuple[str, ...] = ("{}",)  # captions of a class; {} is its name
+    exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
     max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
     min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
     max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
@@ -103,6 +105,7 @@ class TfdsSource:
     captions_zh_field: str = "captions_zh"
     label_field: str = "label"
     templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
+    exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
     max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
     min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
     max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
@@ -120,6 +123,7 @@ class ArraysSource:
     path: str = ""
     train_split: str = "train"
     eval_split: str = "test"
+    exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
     templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
 
     def __post_init__(self):
@@ -201,11 +205,15 @@ class DataConfig:
     languages: tuple[Language, ...] = ("en", "zh")  # of the captions
     seed: int = 0  # of the shuffle and of every random choice per row
     threads: int = 2  # that read and render ahead of the device
+    workers: int = (
+        0  # processes that do it instead; threads share Python's lock, processes cost start and memory
+    )
     prefetch: int = 4  # batches held ready
 
     def __post_init__(self):
         require(self.batch >= 1, f"data.batch is {self.batch}; want at least 1")
         require(self.threads >= 1, f"data.threads is {self.threads}; want at least 1")
+        require(self.workers >= 0, f"data.workers is {self.workers}; want 0 (threads) or more")
         require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; want at least 1")
         require(
             len(self.languages) > 0 and len(set(self.languages)) == len(self.languages),

@@ -2,7 +2,8 @@
 
 A directory that `dalle-jax encode RUN --data` writes. Shard k holds rows [k R, (k + 1) R) of the train source, each
 with its codes, captions and class; it is written beside its place and renamed when whole. `codes.json` says what
-the shards are of. N rows, n codes in each, R rows in a shard.
+the shards are of. The folder `eval` in it is the same of rows held out for evaluation. N rows, n codes in each, R rows
+in a shard.
 """
 
 from __future__ import annotations
@@ -20,18 +21,15 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from dalle_jax import config
-from dalle_jax.data.sources import Captions
+from dalle_jax.data.sources import Captions, Split
 
 _FORMAT = 2
 _ABOUT = "codes.json"
 _MOST_OPEN = 256  # shards kept open: files and buffers of a reader are not free
-_PLACES = (
-    "path",
-    "data_dir",
-    "max_bad_share",
-    "eval_split",
-    "eval_share",
-)  # of a source; rows do not depend on them
+EVAL = "eval"  # folder of the evaluation rows in a directory of codes
+# Of a source: where it lies, and what rows of the split do not depend on.
+_PLACES = ("path", "data_dir", "max_bad_share")
+_OTHERS = {"train": ("eval_split", "eval_share"), "eval": ("train_split", "exclude")}
 _AGAIN = "run the same `dalle-jax encode RUN --data` again"
 
 
@@ -61,13 +59,13 @@ class CodesInfo:
         return range(k * self.shard_rows, min((k + 1) * self.shard_rows, self.rows))
 
 
-def described(source: config.SourceConfig) -> str:
-    """JSON of a source's configuration that is equal for two sources if the same records become rows: without
-    where they lie and how they are held out for evaluation."""
+def described(source: config.SourceConfig, split: Split = "train") -> str:
+    """JSON of a source's configuration that is equal for two sources if the same records become rows of the split."""
+    dropped = (*_PLACES, *_OTHERS[split])
 
     def bare(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: bare(v) for name, v in value.items() if name not in _PLACES}
+            return {name: bare(v) for name, v in value.items() if name not in dropped}
         return [bare(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     return json.dumps(bare(dataclasses.asdict(source)), ensure_ascii=False, sort_keys=True)
@@ -213,6 +211,18 @@ class CodesRows:
     def captions(self, i: int) -> Captions:
         return self.row(i)[1]
 
+    def take_findings(self) -> None:
+        return None
+
+    def add_findings(self, findings: None) -> None:
+        pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_lock": None}  # another process opens its own files
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def log_to(self, path: Path) -> None:
         pass  # what could not be used was listed beside the codes when they were made
 
@@ -233,10 +243,10 @@ class CodesRows:
             return reader
 
 
-def check_codes(rows: CodesRows, data: config.DataConfig) -> None:
-    """Raises ValueError, saying what differs, if training on `data` without codes would see other rows, captions
-    or pictures than `rows` holds, as far as the configuration tells."""
-    info, want = rows.info, described(data.source)
+def check_codes(rows: CodesRows, data: config.DataConfig, split: Split = "train") -> None:
+    """Raises ValueError, saying what differs, if a run on `data` without codes would see other rows of the split,
+    captions or pictures than `rows` holds, as far as the configuration tells."""
+    info, want = rows.info, described(data.source, split)
     made, here = json.loads(info.source), json.loads(want)
     crop = "none" if data.crop == "none" else "center"
     differing = [

@@ -3,20 +3,23 @@ and k.
 
 Each epoch is a permutation of the source, drawn from `data.seed`; what is random about a row (caption,
 skipped merges, crop) is drawn from its position in the stream. So a run resumes at its exact row, on any
-number of processes and threads, and training on codes sees the rows and captions that training on pictures
-sees. B rows of a batch, H W picture, N codes, T text positions.
+number of processes, threads and workers, and training on codes sees the rows and captions that training on
+pictures sees. B rows of a batch, H W picture, N codes, T text positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import grain
 import numpy as np
 
 from dalle_jax import config
-from dalle_jax.data.codes import CodesRows, check_codes
-from dalle_jax.data.sources import Captions, Source, open_source
+from dalle_jax.data.codes import EVAL, CodesRows, check_codes
+from dalle_jax.data.row import RowMaker, label_of
+from dalle_jax.data.sources import Source, open_source
+from dalle_jax.data.workers import WorkerBatches
 from dalle_jax.text import TextTokenizer
 
 Batch = dict[str, np.ndarray]
@@ -32,6 +35,16 @@ def open_train_source(data: config.DataConfig) -> Source | CodesRows:
     return rows
 
 
+def open_eval_source(data: config.DataConfig) -> Source | CodesRows:
+    """The rows to evaluate on: those that `dalle-jax encode` put into `data.codes`, if it did, else pictures."""
+    held_out = None if data.codes is None else Path(data.codes) / EVAL
+    if held_out is None or not held_out.is_dir():
+        return open_source(data.source, "eval", languages=data.languages)
+    rows = CodesRows(held_out)
+    check_codes(rows, data, "eval")
+    return rows
+
+
 def train_batches(
     data: config.DataConfig,
     source: Source | CodesRows,
@@ -44,7 +57,7 @@ def train_batches(
     dropout: float = 0.0,
     labels: bool = False,
     rows: Sequence[int] | None = None,
-) -> TrainBatches:
+) -> TrainBatches | WorkerBatches:
     """The batches of steps `start`, `start + 1`, ... without end.
 
     source: what `open_train_source` returns; with codes the batches hold those and not the pictures.
@@ -56,7 +69,8 @@ def train_batches(
 
     Each batch has `image` uint8 (B, H, W, 3) or `codes` int32 (B, N), with text `text` int32 (B, T), with labels
     `label` int32 (B,). A source shorter than a batch repeats within it. Raises ValueError for rows that a batch
-    does not have.
+    does not have. With `data.workers` rows are made by that many processes: ValueError for a source that cannot be
+    sent to them, RuntimeError if one is lost. Close what is returned, or use it in a `with`.
     """
     if start < 0:
         raise ValueError(f"start is step {start}; want 0 or more")
@@ -71,33 +85,29 @@ def train_batches(
     if text is not None and (text_vocab < 1 or text_len < 1):
         raise ValueError(f"text needs text_vocab and text_len, got {text_vocab} and {text_len}")
 
-    def row(i: int, rng: np.random.Generator) -> Batch:
-        choice, merges = rng.random(2), int(rng.integers(2**32))  # first, so that crops do not move them
-        out: Batch = {}
-        if isinstance(source, CodesRows):
-            out["codes"], said, _ = source.row(i)
-        else:
-            out["image"] = source.image(i, image_size, data.crop, rng)
-            said = source.captions(i) if text is not None else {}
-        if text is not None:
-            caption = _choose(said, data.languages, *choice)
-            out["text"] = text.encode(
-                caption, text_vocab=text_vocab, text_len=text_len, dropout=dropout, seed=merges
-            )
-        if labels:
-            out["label"] = _label(source, i)
-        return out
+    maker = RowMaker(
+        data=data, source=source, image_size=image_size, text=text, text_vocab=text_vocab, text_len=text_len,
+        dropout=dropout, labels=labels,
+    )  # fmt: skip
+    order = grain.MapDataset.range(len(source)).shuffle(seed=data.seed).repeat()
+    if data.workers == 0:
+        batches = _Share(order.map_with_index(maker), data.batch, wanted)
+        batches = batches.batch(len(wanted), drop_remainder=True)
+        return TrainBatches(batches, start=start, threads=data.threads, prefetch=data.prefetch)
 
-    stream = (
-        grain.MapDataset.range(len(source)).shuffle(seed=data.seed).repeat().random_map(row, seed=data.seed)
+    def rows_of(step: int) -> tuple[list[int], list[int]]:
+        positions = [step * data.batch + r for r in wanted]
+        return positions, [order[position] for position in positions]
+
+    workers = min(data.workers, len(wanted))
+    return WorkerBatches(
+        maker, rows_of, start=start, batch=len(wanted), workers=workers, prefetch=data.prefetch
     )
-    batches = _Share(stream, data.batch, wanted).batch(len(wanted), drop_remainder=True)
-    return TrainBatches(batches, start=start, threads=data.threads, prefetch=data.prefetch)
 
 
 def eval_batch(
     data: config.DataConfig,
-    source: Source,
+    source: Source | CodesRows,
     rows: int | range,
     *,
     image_size: int,
@@ -111,31 +121,27 @@ def eval_batch(
     At most as many as the source has. Pictures are cropped to the centre (or squashed, as `data.crop` says);
     row i takes its first caption in the language whose turn it is (i modulo the languages).
 
-    Returns `image` uint8 (B, H, W, 3), `caption` list of B str ("" for a row without), with text `text`
-    int32 (B, T), with labels `label` int32 (B,), -1 for a row without.
+    Returns `image` uint8 (B, H, W, 3), or `codes` int32 (B, N) of a source of codes, `caption` list of B str ("" for a
+    row without), with text `text` int32 (B, T), with labels `label` int32 (B,), -1 for a row without.
     """
     wanted = range(rows) if isinstance(rows, int) else rows
     wanted = [i for i in wanted if i < len(source)]
     if not wanted:
         raise ValueError(f"no rows to evaluate: asked for {rows} of a source of {len(source)}")
     crop = "none" if data.crop == "none" else "center"
-    images, captions = [], []
+    coded = isinstance(source, CodesRows)
+    shown, captions = [], []
     for i in wanted:
-        images.append(source.image(i, image_size, crop))
+        shown.append(source.row(i)[0] if coded else source.image(i, image_size, crop))
         said = source.captions(i)
         names = [name for name in data.languages if name in said] or list(said)
         captions.append(said[names[i % len(names)]][0] if names else "")
-    out = {"image": np.stack(images), "caption": captions}
+    out = {"codes" if coded else "image": np.stack(shown), "caption": captions}
     if text is not None:
         out["text"] = np.stack([text.encode(c, text_vocab=text_vocab, text_len=text_len) for c in captions])
     if labels:
-        out["label"] = np.stack([_label(source, i) for i in wanted])
+        out["label"] = np.stack([label_of(source, i) for i in wanted])
     return out
-
-
-def _label(source: Source, i: int) -> np.ndarray:
-    label = source.label(i)
-    return np.asarray(-1 if label is None else label, np.int32)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -176,12 +182,3 @@ class _Share(grain.MapDataset):
             return self.slice(index)
         step, row = divmod(index, len(self._rows))
         return self._parent[step * self._batch + self._rows[row]]
-
-
-def _choose(said: Captions, languages: Sequence[str], language: float, which: float) -> str:
-    """A caption by two shares in [0, 1): of the languages that there are, of the captions in that one."""
-    names = [name for name in languages if name in said] or list(said)
-    if not names:
-        raise ValueError("a row has no captions, but text is wanted; open the source with languages")
-    texts = said[names[int(language * len(names))]]
-    return texts[int(which * len(texts))]

@@ -17,7 +17,7 @@ from dalle_jax import tokenizer as tokenizers
 from dalle_jax.config import DataConfig, MeshConfig, TokenizerConfig
 from dalle_jax.data.codes import CodesInfo, ShardWriter, begin, described, is_whole
 from dalle_jax.data.images import to_floats
-from dalle_jax.data.sources import open_source
+from dalle_jax.data.sources import Split, open_source
 from dalle_jax.inference.batches import Progress, in_batches, padded
 from dalle_jax.inference.loading import Params, Tokenizer
 from dalle_jax.nn.sharding import batch_sharding, make_mesh, replicated
@@ -77,9 +77,11 @@ def encode_source(
     rows: int | None = None,
     shard_rows: int = SHARD_ROWS,
     process: tuple[int, int] = (0, 1),
+    split: Split = "train",
     progress: Progress | None = None,
 ) -> tuple[CodesInfo, int]:
-    """Encodes the first `rows` rows (None: all) of the train source into a directory for `data.codes`.
+    """Encodes the first `rows` rows (None: all) of a split into a directory for `data.codes`; those of the evaluation
+    split belong into its folder `eval`.
 
     Pictures are cropped to the centre, or squashed where `data.crop` is "none". All devices of this process share
     each batch; memory does not grow with the rows.
@@ -89,7 +91,7 @@ def encode_source(
     Returns what the directory is of, and how many shards this call made. Raises ValueError for more rows than
     there are, for a directory of other codes, and what the source raises.
     """
-    source = open_source(data.source, "train", languages=data.languages)
+    source = open_source(data.source, split, languages=data.languages)
     count = len(source) if rows is None else rows
     if not 1 <= count <= len(source):
         raise ValueError(f"{count} rows of a source of {len(source)}; want 1 to {len(source)}")
@@ -102,7 +104,7 @@ def encode_source(
     info = CodesInfo(
         rows=count, shard_rows=shard_rows, num_codes=cfg.num_codes, vocab=cfg.vocab, image_size=cfg.image_size,
         crop="none" if data.crop == "none" else "center", tokenizer=tokenizer.fingerprint,
-        languages=data.languages, classes=tuple(source.classes), source=described(data.source),
+        languages=data.languages, classes=tuple(source.classes), source=described(data.source, split),
         identity=source.identity(),
     )  # fmt: skip
     begin(directory, info)

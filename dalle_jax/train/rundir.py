@@ -54,7 +54,8 @@ Params = dict[str, Any]
 # state, but `steps`, which also stretches the learning rate's schedule where optim.decay_steps is None.
 FREE = (
     "run", "steps", "log_every", "eval_every", "eval_rows", "sample_every", "save_every", "keep", "mesh",
-    "distributed", "profile", "compilation_cache", "compiler_options", "data.threads", "data.prefetch",
+    "distributed", "profile", "compilation_cache", "compiler_options", "data.threads", "data.workers",
+    "data.prefetch",
 )  # fmt: skip
 
 

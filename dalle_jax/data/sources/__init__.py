@@ -13,7 +13,7 @@ from dalle_jax import config
 from dalle_jax.data.sources.arrays import ArrayRows
 from dalle_jax.data.sources.folder import FolderRows
 from dalle_jax.data.sources.mixture import MixtureRows
-from dalle_jax.data.sources.rows import Captions, Source, Split
+from dalle_jax.data.sources.rows import Captions, Source, Split, excluded_rows
 from dalle_jax.data.sources.scenes import EVAL_SCENES, SCENE_CAPTIONS, SceneRows
 from dalle_jax.data.sources.tar import TarRows
 from dalle_jax.data.sources.tfds import TfdsRows
@@ -32,12 +32,23 @@ def open_source(
     languages: of the captions wanted. A row that has some of them is used with what it has, a row with none
         is unusable. None asked: every row with a picture is used, whether it has captions or not.
 
-    Raises FileNotFoundError or ValueError, saying what was wanted and what to do, for paths that are not
-    there, files that are not whole, splits without rows, and more unusable records than
-    `max_bad_share`.
+    Records that `exclude` of a source names are left out of its training split. Raises FileNotFoundError or
+    ValueError, saying what was wanted and what to do, for paths that are not there, files that are not whole, splits
+    without rows, more unusable records than `max_bad_share`, and a list to exclude that names none of them.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split is {split!r}; want 'train' or 'eval'")
+    rows = _open(source, split, languages)
+    if split == "train" and getattr(source, "exclude", None) is not None:
+        names = excluded_rows(source.exclude)
+        try:
+            rows.exclude(names)
+        except ValueError as error:
+            raise ValueError(f"data.source.exclude {source.exclude}: {error}") from None
+    return rows
+
+
+def _open(source: config.SourceConfig, split: Split, languages: Sequence[str]) -> Source:
     match source:
         case config.ScenesSource():
             return SceneRows(source, split, languages=languages)

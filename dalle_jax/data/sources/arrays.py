@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +78,6 @@ class ArrayRows(StoredRows):
     def _name(self) -> str:
         return self._config.path
 
-    def identity(self) -> str:
+    def _identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._images[:: max(1, len(self) // 100)].tobytes()).hexdigest()[:16]
-        return json.dumps({"kind": "arrays", "split": self._split, "rows": len(self), "digest": digest})
+        return {"kind": "arrays", "split": self._split, "rows": len(self), "digest": digest}

@@ -19,6 +19,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dalle_jax import config
 from dalle_jax.data.images import BadImage, Limits
@@ -177,9 +178,9 @@ class FolderRows(StoredRows):
     def _name(self) -> str:
         return str(self._root)
 
-    def identity(self) -> str:
+    def _identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps([self._names, self._fields]).encode()).hexdigest()[:16]
-        return json.dumps({"kind": "folder", "split": self._split, "rows": len(self), "digest": digest})
+        return {"kind": "folder", "split": self._split, "rows": len(self), "digest": digest}
 
 
 def _tail(name: str) -> str:

@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,6 +83,11 @@ class MixtureRows:
         label = self.parts[part].label(row)
         return None if label is None else self._labels[part][label]
 
+    def name(self, i: int) -> str:
+        """What row i is called in its part; a drawn scene has no name."""
+        part, row = self.place(i)
+        return f"{self.parts[part].name(row)} of part {part}"
+
     @property
     def stand_ins(self) -> dict[int, int]:
         """A broken picture of a part is replaced in each row that shows it, by a row of the same part; left
@@ -101,6 +107,15 @@ class MixtureRows:
     def log_to(self, path: Path) -> None:
         for part in self.parts:
             part.log_to(path)
+
+    def take_findings(self) -> dict[int, Any] | None:
+        """By number of the part."""
+        taken = {k: part.take_findings() for k, part in enumerate(self.parts)}
+        return {k: found for k, found in taken.items() if found is not None} or None
+
+    def add_findings(self, findings: dict[int, Any]) -> None:
+        for k, found in findings.items():
+            self.parts[k].add_findings(found)
 
     def identity(self) -> str:
         parts = [{"rows": len(part), **json.loads(part.identity())} for part in self.parts]

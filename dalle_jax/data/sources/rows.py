@@ -7,13 +7,15 @@ are counted by cause. So no other row moves, in this run or after a resume.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +25,7 @@ Split = Literal["train", "eval"]
 Captions = dict[str, tuple[str, ...]]  # language -> its captions, at least one each
 
 PICTURES = (".webp", ".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+EXCLUDED = "excluded"  # the cause of a row that is left out by wish
 _MOST_LISTED = 10_000  # names of unusable records written to the run directory; the counts have no limit
 
 
@@ -63,6 +66,22 @@ class Source(Protocol):
         """JSON that is equal for two sources if their rows are."""
         ...
 
+    def take_findings(self) -> Any:
+        """What reading found out since the last call, or since the source was unpickled: for `add_findings` of the
+        source that was pickled. None for nothing."""
+        ...
+
+    def add_findings(self, findings: Any) -> None:
+        """Counts and lists what another process found; raises as `image` does above the share of unusable records."""
+        ...
+
+
+class Findings(NamedTuple):
+    """What reading pictures told of their source."""
+
+    broken: dict[int, str]  # row -> cause
+    stand_ins: dict[int, int]  # row -> row shown instead
+
 
 class StoredRows:
     """Rows whose pictures are stored. A subclass finds its records when made, counts those that cannot be
@@ -79,6 +98,17 @@ class StoredRows:
         self._lock = threading.Lock()
         self._log: Path | None = None
         self._count = 0
+        self._excluded = 0  # of the broken ones, those that nobody wants
+        self._taken = (0, 0)  # of the broken rows and stand-ins, by take_findings
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process lists nothing itself."""
+        with self._lock:
+            return {**self.__dict__, "_lock": None, "_log": None, "_listed": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+        self._taken = (len(self._broken), len(self._stand_ins))
 
     # --- what a subclass answers
 
@@ -99,6 +129,10 @@ class StoredRows:
         """The source, for messages."""
         raise NotImplementedError
 
+    def _identity(self) -> dict[str, Any]:
+        """What `identity` is made of."""
+        raise NotImplementedError
+
     def _reject(self, name: str, cause: str) -> None:
         self._causes[cause] += 1
         if len(self._listed) < _MOST_LISTED:
@@ -107,6 +141,29 @@ class StoredRows:
     def _found(self, rows: int) -> None:
         self._count = rows
         self._check_share()
+
+    def exclude(self, names: Collection[str]) -> None:
+        """Leaves out the records of these names: their rows show the next row instead, so no other row moves.
+
+        Raises ValueError if there are names and no row has one of them, or if every row does.
+        """
+        wanted = set(names)
+        rows = [row for row in range(len(self)) if self._name_of(row) in wanted] if wanted else []
+        if wanted and not rows:
+            raise ValueError(
+                f"none of the {len(wanted)} names is a record of {self._name()}, whose names are like "
+                f"{self._name_of(0)!r}; give the names that `dalle-jax data PATH --duplicates` writes for it"
+            )
+        if rows and len(rows) == len(self):
+            raise ValueError(f"every row of {self._name()} is excluded; leave some of its {len(rows)} rows")
+        self._excluded = len(rows)
+        self._broken.update(dict.fromkeys(rows, EXCLUDED))
+        self._listed += [(self._name_of(row), f"picture {EXCLUDED}") for row in rows]
+        for row in reversed(rows):
+            after = (row + 1) % len(self)
+            while after in self._broken and after not in self._stand_ins:  # a stretch that goes over the end
+                after = (after + 1) % len(self)
+            self._stand_ins[row] = self._stand_ins.get(after, after)
 
     # --- what a subclass gets
 
@@ -133,6 +190,8 @@ class StoredRows:
     def stored(self, i: int) -> bytes | np.ndarray:
         """The picture of row i as it is stored: a file's bytes, or uint8 (H, W, 3). Raises BadImage, also for
         bytes that do not decode; nothing stands in."""
+        if self._broken.get(i) == EXCLUDED:
+            raise BadImage(EXCLUDED, f"{self.name(i)} is excluded")
         data = self._picture(i)
         self._square(data, 8, "center", None)
         return data
@@ -158,6 +217,25 @@ class StoredRows:
     @property
     def stand_ins(self) -> dict[int, int]:
         return dict(self._stand_ins)
+
+    def identity(self) -> str:
+        fields = self._identity()
+        if self._excluded:
+            rows = sorted(row for row, cause in self._broken.items() if cause == EXCLUDED)
+            fields["excluded"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        return json.dumps(fields, ensure_ascii=False)
+
+    def take_findings(self) -> Findings | None:
+        had, self._taken = self._taken, (len(self._broken), len(self._stand_ins))
+        if had == self._taken:
+            return None
+        pairs = zip((self._broken, self._stand_ins), had, strict=True)
+        return Findings(*(dict(islice(known.items(), n, None)) for known, n in pairs))
+
+    def add_findings(self, findings: Findings) -> None:
+        self._stand_ins.update(findings.stand_ins)
+        for row, cause in findings.broken.items():
+            self._count_broken(row, cause)
 
     def report(self) -> dict[str, int]:
         return dict(self._causes + Counter(f"picture {cause}" for cause in list(self._broken.values())))
@@ -192,7 +270,8 @@ class StoredRows:
         self._check_share()
 
     def _check_share(self) -> None:
-        bad, total = self._causes.total() + len(self._broken), self._count + self._causes.total()
+        bad = self._causes.total() + len(self._broken) - self._excluded
+        total = self._count + self._causes.total()
         if bad > self._max_bad_share * total:
             raise ValueError(
                 f"{bad} of {total} records of {self._name()} cannot be used, more than the share of "
@@ -203,6 +282,32 @@ class StoredRows:
     def _table(self) -> str:
         causes = sorted(self.report().items(), key=lambda item: (-item[1], item[0]))
         return "".join(f"\n{count:9d}  {cause}" for cause, count in causes)
+
+
+def excluded_rows(names_file: str) -> list[str]:
+    """The names of records in a list: a line of JSON each, with `train` as `dalle-jax data PATH --duplicates` writes
+    it or `name`, or the bare name. Raises FileNotFoundError, or ValueError for a line of something else."""
+    try:
+        lines = local_path(names_file).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"data.source.exclude: no file {names_file!r}; want a list of names"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.source.exclude: {names_file} cannot be read ({error})") from None
+    names = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        fields = parse_object(line) if line.lstrip().startswith("{") else {"name": line.strip()}
+        name = next(((fields or {})[f] for f in ("train", "name") if f in (fields or {})), None)
+        if not isinstance(name, str):
+            raise ValueError(
+                f"data.source.exclude: line {number} of {names_file} names no record ({line[:60]!r}); want a name, or "
+                'JSON with "train" or "name"'
+            )
+        names.append(name)
+    return names
 
 
 def listed_captions(fields: dict, names: dict[str, Sequence[str]], languages: Sequence[str]) -> Captions:

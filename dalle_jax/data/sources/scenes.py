@@ -68,6 +68,12 @@ class SceneRows:
     def report(self) -> dict[str, int]:
         return {}
 
+    def take_findings(self) -> None:
+        return None
+
+    def add_findings(self, findings: None) -> None:
+        pass
+
     def identity(self) -> str:
         c = self._config
         fields = {"seed": c.seed, "min_objects": c.min_objects, "max_objects": c.max_objects}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import tarfile
 import weakref
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,11 +30,9 @@ class TarRows(StoredRows):
         self._config = source
         self._split = source.train_split if split == "train" else source.eval_split
         self._paths = _find(source.path)
-        self._files: list[int] = []
-        self._finalizer = weakref.finalize(self, _close, self._files)
+        self._open()
         rows, digest, splits = [], hashlib.sha256(), Counter()
         for number, path in enumerate(self._paths):
-            self._files.append(os.open(path, os.O_RDONLY))
             for name, (picture, notes) in _index(path).items():
                 here, cause = self._judge(number, picture, notes)
                 splits[here] += 1
@@ -59,6 +57,19 @@ class TarRows(StoredRows):
                 f"data.source.{split}_split to one of these{self._table()}"
             )
 
+    def _open(self) -> None:
+        self._files: list[int] = []
+        self._finalizer = weakref.finalize(self, _close, self._files)
+        for path in self._paths:
+            self._files.append(os.open(path, os.O_RDONLY))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_files": [], "_finalizer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._open()
+
     def _picture(self, row: int) -> bytes:
         return self._read(row, 1)
 
@@ -69,9 +80,9 @@ class TarRows(StoredRows):
     def _name_of(self, row: int) -> str:
         return f"{self._paths[self._rows[row, 0]]} at byte {self._rows[row, 1]}"
 
-    def identity(self) -> str:
+    def _identity(self) -> dict[str, Any]:
         fields = {"rows": len(self), "digest": self._digest}
-        return json.dumps({"kind": "tar", "split": self._split, **fields}, ensure_ascii=False)
+        return {"kind": "tar", "split": self._split, **fields}
 
     def close(self) -> None:
         """Closes the files; garbage collection does it too."""

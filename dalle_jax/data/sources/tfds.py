@@ -6,7 +6,6 @@ names become captions by templates) or neither, which serves models without capt
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -115,8 +114,8 @@ class TfdsRows(StoredRows):
     def _name(self) -> str:
         return str(self._directory)
 
-    def identity(self) -> str:
-        return json.dumps({"kind": "tfds", **self._about})
+    def _identity(self) -> dict[str, Any]:
+        return {"kind": "tfds", **self._about}
 
 
 class _Damaged(Exception):

@@ -11,6 +11,7 @@ import struct
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,17 +24,29 @@ class TfRecords:
     def __init__(self, files: Sequence[tuple[str | os.PathLike, int, int]]):
         """files: path, records to skip, records to take after those (-1: all) of each. Raises ValueError, naming
         the file, for one that is damaged or too short, FileNotFoundError for one that is missing."""
-        self._files: list[int] = []
-        weakref.finalize(self, _close, self._files)
+        self._paths = [Path(path) for path, _, _ in files]
+        self._open()
         where = []
         for number, (path, skip, take) in enumerate(files):
-            self._files.append(os.open(path, os.O_RDONLY))
             places = _index(Path(path))
             wanted = places[skip:] if take < 0 else places[skip : skip + take]
             if take >= 0 and len(wanted) != take:
                 raise ValueError(f"{path} has {len(places)} records, want {skip + take}; copy it again")
             where += [(number, *place) for place in wanted]
         self._where = np.array(where, np.int64).reshape(-1, 3)
+
+    def _open(self) -> None:
+        self._files: list[int] = []
+        weakref.finalize(self, _close, self._files)
+        for path in self._paths:
+            self._files.append(os.open(path, os.O_RDONLY))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_paths": self._paths, "_where": self._where}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     def __len__(self) -> int:
         return len(self._where)

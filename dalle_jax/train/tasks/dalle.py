@@ -16,8 +16,7 @@ from dalle_jax import autoregressive, tokenizer
 from dalle_jax.config import TrainConfig
 from dalle_jax.data.codes import CodesRows
 from dalle_jax.data.images import to_bytes, to_floats
-from dalle_jax.data.pipeline import eval_batch, open_train_source, train_batches
-from dalle_jax.data.sources import open_source
+from dalle_jax.data.pipeline import eval_batch, open_eval_source, open_train_source, train_batches
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.train.processes import fetch
 from dalle_jax.train.rundir import load_frozen
@@ -53,7 +52,7 @@ class DalleTask:
     def prepare(self, run_dir: Path) -> None:
         config = self.config
         self._source = open_train_source(config.data)
-        self._eval = open_source(config.data.source, "eval", languages=config.data.languages)
+        self._eval = open_eval_source(config.data)
         log_unusable(self._source, run_dir)
         self.text = prepare(config, self._source, run_dir, vocab=self.model.text_vocab, tokenizer=True)
         if jax.process_index() == 0:
@@ -63,12 +62,13 @@ class DalleTask:
         self._check_codes(fingerprint)
 
     def _check_codes(self, fingerprint: str) -> None:
-        made = self._source.info.tokenizer if isinstance(self._source, CodesRows) else fingerprint
-        if made != fingerprint:
-            raise ValueError(
-                f"data.codes {self.config.data.codes} was encoded by tokenizer {made}, this run's tokenizer is "
-                f"{fingerprint}; encode again with `dalle-jax encode {self.config.tokenizer} --data`"
-            )
+        for rows in (self._source, self._eval):
+            made = rows.info.tokenizer if isinstance(rows, CodesRows) else fingerprint
+            if made != fingerprint:
+                raise ValueError(
+                    f"data.codes {self.config.data.codes} was encoded by tokenizer {made}, this run's tokenizer is "
+                    f"{fingerprint}; encode again with `dalle-jax encode {self.config.tokenizer} --data`"
+                )
 
     def init(self, key: jax.Array) -> Params:
         return autoregressive.init(self.model, key)
@@ -99,7 +99,7 @@ class DalleTask:
         batches = eval_batches(
             self.config, self._eval, image_size=self.tokenizer.image_size, **self._text_options()
         )
-        return [{"image": batch["image"], "text": batch["text"]} for batch in batches]
+        return [{name: batch[name] for name in batch.keys() - {"caption"}} for batch in batches]
 
     def evaluate(self, params, frozen, batch, key):
         model = dataclasses.replace(self.model, null_rate=0.0)

@@ -1,0 +1,28 @@
+"""CIFAR-10 by class caption ("a photo of a horse"): the Transformer over the codes of configs/cifar10_dvae.py.
+
+Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real
+pictures".
+
+    python train.py configs/cifar10_dalle.py --data.source.path cifar10.npz
+    dalle-jax evaluate runs/cifar10_dalle --classifier resnet20_cifar10.npz --guidance 1 2 3
+"""
+
+import dataclasses
+
+from dalle_jax.config import ArraysSource, DataConfig, TextConfig
+from dalle_jax.demo import dalle_config
+
+_demo = dalle_config()
+
+config = dataclasses.replace(
+    _demo,
+    run="runs/cifar10_dalle",
+    tokenizer="runs/cifar10_dvae",
+    model=dataclasses.replace(_demo.model, text_vocab=320, text_len=8, image_vocab=1024),
+    data=DataConfig(source=ArraysSource(), batch=32, languages=("en",)),
+    text=TextConfig(train_captions=1_000, dropout=0.0),
+    steps=3_000,
+    eval_every=500,
+    save_every=500,
+    sample_every=1_500,
+)

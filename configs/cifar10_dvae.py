@@ -1,0 +1,26 @@
+"""CIFAR-10 at 32 x 32 pixels to 8 x 8 codes of 1,024: the tokenizer.
+
+Paper: 2102.12092, 2.1, at a small size; data: Krizhevsky 2009, "Learning multiple layers of features from tiny
+images". Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real pictures".
+
+    python train.py configs/cifar10_dvae.py --data.source.path cifar10.npz      # or --data.path cifar10, a TFDS set
+"""
+
+import dataclasses
+
+from dalle_jax.config import ArraysSource, DataConfig, Schedule
+from dalle_jax.demo import dvae_config
+
+_demo = dvae_config()
+STEPS = 3_000
+
+config = dataclasses.replace(
+    _demo,
+    run="runs/cifar10_dvae",
+    model=dataclasses.replace(_demo.model, vocab=1024, tau=Schedule(start=1.0, end=0.3, steps=STEPS)),
+    data=DataConfig(source=ArraysSource(), batch=32),
+    steps=STEPS,
+    eval_every=1_000,
+    save_every=500,
+    sample_every=STEPS,
+)

@@ -1,0 +1,28 @@
+"""Photographs and their captions, English and Chinese: the Transformer over the codes of configs/flickr8k_dvae.py.
+
+Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real
+pictures".
+
+    dalle-jax encode runs/flickr8k_dvae --data flickr8k.tar --out flickr8k_codes
+    python train.py configs/flickr8k_dalle.py --data.source.path flickr8k.tar --data.codes flickr8k_codes
+"""
+
+import dataclasses
+
+from dalle_jax.config import DataConfig, TarSource, TextConfig
+from dalle_jax.demo import dalle_config
+
+_demo = dalle_config()
+
+config = dataclasses.replace(
+    _demo,
+    run="runs/flickr8k_dalle",
+    tokenizer="runs/flickr8k_dvae",
+    model=dataclasses.replace(_demo.model, text_vocab=4096, text_len=24, image_vocab=512),
+    data=DataConfig(source=TarSource(), batch=_demo.data.batch),
+    text=TextConfig(train_captions=60_000, dropout=0.1),
+    steps=2_500,
+    eval_every=500,
+    save_every=500,
+    sample_every=1_250,
+)

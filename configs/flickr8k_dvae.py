@@ -1,0 +1,26 @@
+"""Photographs: Flickr8k as tar files at 32 x 32 pixels to 8 x 8 codes of 512: the tokenizer.
+
+Paper: 2102.12092, 2.1, at a small size; data: Hodosh et al. 2013, "Framing image description as a ranking task".
+Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real pictures".
+
+    python train.py configs/flickr8k_dvae.py --data.source.path flickr8k.tar
+"""
+
+import dataclasses
+
+from dalle_jax.config import DataConfig, Schedule, TarSource
+from dalle_jax.demo import dvae_config
+
+_demo = dvae_config()
+STEPS = 2_500
+
+config = dataclasses.replace(
+    _demo,
+    run="runs/flickr8k_dvae",
+    model=dataclasses.replace(_demo.model, vocab=512, tau=Schedule(start=1.0, end=0.3, steps=STEPS)),
+    data=DataConfig(source=TarSource(), batch=_demo.data.batch),
+    steps=STEPS,
+    eval_every=500,
+    save_every=500,
+    sample_every=STEPS,
+)
