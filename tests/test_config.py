@@ -107,17 +107,17 @@ EVERY = [
     ),
     FolderSource(
         path="d", train_split="a", eval_split="b", eval_share=0.1, captions_field="c", captions_zh_field="d",
-        templates=("a {}", "{}"), max_bad_share=0.1, min_side=5, max_aspect=3.0,
+        templates=("a {}", "{}"), exclude="x", max_bad_share=0.1, min_side=5, max_aspect=3.0,
     ),
     TfdsSource(
         path="cifar10", data_dir="d", train_split="train[5%:]", eval_split="b", image_field="i",
-        captions_field="c", captions_zh_field="d", label_field="l", templates=("{}",), max_bad_share=0.1,
+        captions_field="c", captions_zh_field="d", label_field="l", templates=("{}",), exclude="x", max_bad_share=0.1,
         min_side=5, max_aspect=3.0,
     ),
-    ArraysSource(path="a.npz", train_split="a", eval_split="b", templates=("{}",)),
+    ArraysSource(path="a.npz", train_split="a", eval_split="b", exclude="x", templates=("{}",)),
     TarSource(
         path="a.tar,b*.tar", train_split="t", eval_split="e", captions_field="c", captions_zh_field="z",
-        max_bad_share=0.1, min_side=5, max_aspect=3.0,
+        exclude="x", max_bad_share=0.1, min_side=5, max_aspect=3.0,
     ),
     MixtureSource(
         parts=(TarSource(path="a.tar"), ScenesSource(count=3), FolderSource(path="d"), TfdsSource(path="x"),
@@ -126,7 +126,7 @@ EVERY = [
     ),
     DataConfig(
         source=TarSource(path="圖/*.tar"), codes="x.npz", batch=8, crop="none", languages=("zh",), seed=3,
-        threads=1, prefetch=9,
+        threads=1, workers=2, prefetch=9,
     ),
     TextConfig(model="m", train_captions=5, dropout=0.0, lowercase=False, nfkc=False),
     OptimConfig(
