@@ -1,15 +1,16 @@
 """Pictures per second that the input pipeline delivers, where the time goes, and the same work by a plain loader.
 
     python -m benchmarks.data PATH [--cases jpeg-640 jpeg-1280 png-640 jpeg-square codes] [--sizes 64 128 256]
-        [--seconds 3] [--threads 2] [--peer]
+        [--seconds 3] [--threads 2] [--workers 2] [--peer]
 
 PATH is anything that --data.path takes; 128 of its pictures are stored anew as photographs of 640 x 480 or 1280 x 960
 (enlarged, with grain), as JPEG of quality 90 or as PNG; jpeg-square are squares of 3/2 of the size asked for, as
 `dalle-jax data --to tfds --size` stores them. From these the pipeline reads, decodes, cuts out a random window and
-batches by 64, as in the training of a tokenizer. Codes are drawn at random, 1,024 a row, with two captions.
+batches by 64, as in the training of a tokenizer: on threads, and with --workers on that many processes. Codes are drawn
+at random, 1,024 a row, with two captions.
 
---peer runs, after each figure of ours, a PyTorch DataLoader with as many worker processes as we have threads, whose
-Dataset opens the same files with Pillow, cuts the same windows and resizes them to the same size (needs torch).
+--peer runs, after each figure of ours, a PyTorch DataLoader with as many worker processes as we have (or threads),
+whose Dataset opens the same files with Pillow, cuts the same windows and resizes them to the same size (needs torch).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ FILES, LINKS, BATCH = (
     40,
     64,
 )  # 40 names for each file: shuffling a set of 128 rows costs more than one of 5,120
+KINDS = ("threads", "processes")
 CASES = ("jpeg-640", "jpeg-1280", "png-640", "jpeg-square", "codes")
 CODES, VOCAB, CAPTION = 1024, 8192, "a brown dog runs through the shallow water of a beach {}"
 
@@ -107,9 +109,9 @@ def plain_loader(paths: list[Path], size: int, workers: int) -> Iterator:
         yield from loader
 
 
-def ours(folder: Path, size: int, threads: int, seconds: float) -> float:
+def ours(folder: Path, size: int, threads: int, workers: int, seconds: float) -> float:
     source = FolderSource(path=str(folder), eval_share=0.0)
-    data = DataConfig(source=source, batch=BATCH, crop="random", threads=threads)
+    data = DataConfig(source=source, batch=BATCH, crop="random", threads=threads, workers=workers)
     rows = open_source(source, "train", languages=())
     with train_batches(data, rows, start=0, image_size=size) as batches:
         return rate(batches, seconds)
@@ -130,7 +132,7 @@ def parts(paths: list[Path], size: int, seconds: float) -> str:
     return f"read {read:.0f}, decompress {loaded:.0f}, crop and resize {whole - loaded:.0f} us"
 
 
-def codes(work: Path, threads: int, seconds: float) -> None:
+def codes(work: Path, threads: int, workers: int, seconds: float) -> None:
     """Rows of codes and captions per second, without and with the captions encoded."""
     rng, source = np.random.default_rng(0), FolderSource(path="none")
     info = CodesInfo(
@@ -143,8 +145,7 @@ def codes(work: Path, threads: int, seconds: float) -> None:
             for i in info.shard(k):
                 said = {"en": (CAPTION.format(i), CAPTION.format(-i))}
                 writer.add(rng.integers(0, VOCAB, CODES), said, None)
-    data = DataConfig(source=source, codes=str(work / "codes"), batch=BATCH, threads=threads)
-    rows = open_train_source(data)
+    rows = open_train_source(DataConfig(source=source, codes=str(work / "codes"), batch=BATCH))
     train((CAPTION.format(i) for i in range(1000)), work / "text.model", vocab=400)
     text = {
         "text": TextTokenizer.load(work / "text.model"),
@@ -157,12 +158,12 @@ def codes(work: Path, threads: int, seconds: float) -> None:
         lambda i: text["text"].encode(CAPTION, text_vocab=400, text_len=256, dropout=0.1, seed=i), seconds / 4
     )
     for name, options in (("codes", {}), ("codes and captions", text)):
-        with train_batches(data, rows, start=0, image_size=None, **options) as batches:
-            found = rate(batches, seconds)
-        print(
-            f"{name}: {found:.0f} rows/s on {threads} threads; one row: read {read:.0f}, caption {merge:.0f} us",
-            flush=True,
-        )
+        rates = []
+        for count in (0, workers) if workers else (0,):
+            data = DataConfig(source=source, batch=BATCH, threads=threads, workers=count)
+            with train_batches(data, rows, start=0, image_size=None, **options) as batches:
+                rates.append(f"{rate(batches, seconds):.0f} rows/s on {count or threads} {KINDS[count > 0]}")
+        print(f"{name}: {', '.join(rates)}; one row: read {read:.0f}, caption {merge:.0f} us", flush=True)
 
 
 def main() -> None:
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--peer", action="store_true")
     args = parser.parse_args()
@@ -178,7 +180,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for case in args.cases:
             if case == "codes":
-                codes(Path(work), args.threads, args.seconds)
+                codes(Path(work), args.threads, args.workers, args.seconds)
                 continue
             for size in args.sizes:
                 folder = Path(work, f"{case}-{size}" if case.endswith("square") else case)
@@ -186,11 +188,16 @@ def main() -> None:
                     sorted(folder.iterdir()) if folder.exists() else photographs(source, case, size, folder)
                 )
                 mean = sum(path.stat().st_size for path in paths) / len(paths)
-                found = ours(paths[0].parent, size, args.threads, args.seconds)
-                line = f"{case} ({mean / 1000:.0f} kB) to {size} px: {found:.0f}/s on {args.threads} threads"
+                line, ours_ = f"{case} ({mean / 1000:.0f} kB) to {size} px:", []
+                for count in (0, args.workers) if args.workers else (0,):
+                    ours_.append(ours(paths[0].parent, size, args.threads, count, args.seconds))
+                    line += f" {ours_[-1]:.0f}/s on {count or args.threads} {KINDS[count > 0]},"
                 if args.peer:
-                    plain = rate(plain_loader(paths, size, args.threads), args.seconds)
-                    line += f", plain {plain:.0f}/s on {args.threads} processes, {found / plain:.2f} times"
+                    plain = rate(plain_loader(paths, size, args.workers or args.threads), args.seconds)
+                    ratios = " and ".join(f"{found / plain:.2f}" for found in ours_)
+                    line += (
+                        f" plain {plain:.0f}/s on {args.workers or args.threads} processes, {ratios} times"
+                    )
                 print(f"{line}; one picture: {parts(paths, size, args.seconds / 3)}", flush=True)
 
 

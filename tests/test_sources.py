@@ -473,3 +473,31 @@ def test_sampled_captions():
     assert len(list(sample_captions(rows, 10_000))) == sum(
         len(texts) for i in range(50) for texts in rows.captions(i).values()
     )
+
+
+def test_a_tar_of_webdataset_s_form(tmp_path):
+    """Captions as text beside each picture, metadata in the JSON; the JSON's own captions win."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, files in {
+            "0": {"jpg": encoded(plain(), "JPEG"), "txt": b"one cat\n\n two cats \n"},
+            "1": {
+                "png": encoded(plain()),
+                "txt": b"text",
+                "json": b'{"caption": "of the JSON", "split": "train"}',
+            },
+            "2": {"png": encoded(plain()), "txt": "ein Käfer".encode(), "json": b'{"width": 20}'},
+            "3": {"png": encoded(plain()), "txt": b"\xff\xfe"},
+            "4": {"png": encoded(plain()), "txt": b" \n"},
+            "5": {"png": encoded(plain())},
+            "6": {"txt": b"a text alone is no record"},
+            "7": {"png": encoded(plain()), "txt": b"held out", "json": b'{"split": "val"}'},
+        }.items():
+            for kind, data in files.items():
+                add(tar, f"{name}.{kind}", data)
+    source = config.TarSource(path=str(tmp_path / "a.tar"), max_bad_share=0.9)
+    rows = open_source(source, "train")
+    said = [rows.captions(i) for i in range(len(rows))]
+    assert said == [{"en": ("one cat", "two cats")}, {"en": ("of the JSON",)}, {"en": ("ein Käfer",)}]
+    assert rows.report() == {"caption file broken": 1, "no caption in en or zh": 1, "no JSON": 1}
+    assert open_source(source, "eval").captions(0) == {"en": ("held out",)}
+    assert len(open_source(source, "train", languages=())) == 6

@@ -46,10 +46,10 @@ class ScenesSource:
 
 @dataclass(frozen=True, kw_only=True)
 class TarSource:
-    """Tar files of `NAME.(webp|png|jpg)` beside `NAME.json`, indexed once and read by random access.
+    """Tar files of `NAME.(webp|png|jpg)` beside `NAME.json` or `NAME.txt`, indexed once and read by random access.
 
     The JSON holds a list of English `captions` (or one string `caption`), optionally `captions_zh`, and a
-    `split` for each picture.
+    `split` for each picture. Where it has no captions, the text has, one a line, in English.
     """
 
     kind: Literal["tar"] = "tar"

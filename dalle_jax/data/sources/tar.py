@@ -1,4 +1,5 @@
-"""Rows of one or several tars of pictures, each beside its JSON; indexed once, then read by position."""
+"""Rows of one or several tars of pictures, each beside its JSON or its captions as text (WebDataset's form); indexed
+once, then read by position."""
 
 from __future__ import annotations
 
@@ -33,19 +34,20 @@ class TarRows(StoredRows):
         self._open()
         rows, digest, splits = [], hashlib.sha256(), Counter()
         for number, path in enumerate(self._paths):
-            for name, (picture, notes) in _index(path).items():
-                here, cause = self._judge(number, picture, notes)
+            for name, (picture, notes, text) in _index(path).items():
+                here, cause = self._judge(number, picture, notes, text)
                 splits[here] += 1
                 if here not in (self._split, None):
                     continue
                 if cause is not None:
                     self._reject(f"{path}: {name}", cause)
                     continue
-                rows.append((number, *picture, *(notes or (0, 0))))
-                digest.update(
-                    f"{name} {picture[1]} {notes and notes[1]}\n".encode("utf-8", "surrogateescape")
-                )
-        self._rows = np.array(rows, np.int64).reshape(-1, 5)  # tar, picture at, its bytes, JSON at, its bytes
+                rows.append((number, *picture, *(notes or (0, 0)), *(text or (0, 0))))
+                sizes = f"{picture[1]} {notes and notes[1]}" + (f" {text[1]}" if text else "")
+                digest.update(f"{name} {sizes}\n".encode("utf-8", "surrogateescape"))
+        self._rows = np.array(rows, np.int64).reshape(
+            -1, 7
+        )  # tar, then place and bytes of picture, JSON, text
         self._digest = digest.hexdigest()[:16]
         self._found(len(rows))
         if not rows:
@@ -74,8 +76,11 @@ class TarRows(StoredRows):
         return self._read(row, 1)
 
     def _said(self, row: int) -> Captions:
-        data = self._read(row, 3)
-        return _captions(parse_object(data) or {}, self._config, self._languages) if data else {}
+        if data := self._read(row, 3):
+            said = _captions(parse_object(data) or {}, self._config, self._languages)
+            if said:
+                return said
+        return _captions(_lines(self._read(row, 5)) or {}, self._config, self._languages)
 
     def _name_of(self, row: int) -> str:
         return f"{self._paths[self._rows[row, 0]]} at byte {self._rows[row, 1]}"
@@ -93,7 +98,7 @@ class TarRows(StoredRows):
         return os.pread(self._files[self._rows[row, 0]], size, at)
 
     def _judge(
-        self, number: int, picture: tuple | None, notes: tuple | None
+        self, number: int, picture: tuple | None, notes: tuple | None, text: tuple | None
     ) -> tuple[str | None, str | None]:
         """The split of a record (None if it does not say) and why it cannot be used (None if it can)."""
         fields: dict | None = {}
@@ -108,10 +113,16 @@ class TarRows(StoredRows):
             return split, "no picture"
         if picture[1] == 0:
             return split, "picture empty"
-        if self._languages and notes is None:
+        if self._languages and notes is None and text is None:
             return split, "no JSON"
         if self._languages and not _captions(fields, self._config, self._languages):
-            return split, f"no caption in {' or '.join(self._languages)}"
+            lines: dict | None = {}
+            if text is not None:
+                lines = _lines(os.pread(self._files[number], min(text[1], _LARGEST_JSON), text[0]))
+                if lines is None:
+                    return split, "caption file broken"
+            if not _captions(lines, self._config, self._languages):
+                return split, f"no caption in {' or '.join(self._languages)}"
         return split, "split is not a text" if split is None else None
 
     def _name(self) -> str:
@@ -146,14 +157,15 @@ def _find(pattern: str) -> list[Path]:
     return paths
 
 
-def _index(path: Path) -> dict[str, tuple[tuple[int, int] | None, tuple[int, int] | None]]:
-    """Record name -> where its picture and its JSON are (position, bytes), in order of the tar.
+def _index(path: Path) -> dict[str, tuple[tuple[int, int] | None, ...]]:
+    """Record name -> where its picture, its JSON and its text are (position, bytes), in order of the tar.
 
     A member written twice counts as its last copy, as when unpacking; of two pictures of one record the first
     kind in webp, png, jpg, jpeg is taken. Links, folders and hidden files are no records.
     """
     pictures: dict[str, dict[str, tuple[int, int]]] = {}
     notes: dict[str, tuple[int, int]] = {}
+    texts: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
@@ -165,6 +177,8 @@ def _index(path: Path) -> dict[str, tuple[tuple[int, int] | None, tuple[int, int
                 if kind == ".json":
                     notes[name] = place
                     pictures.setdefault(name, {})
+                elif kind == ".txt":
+                    texts[name] = place
                 elif kind in _PICTURES:
                     pictures.setdefault(name, {})[kind] = place
             end = tar.offset
@@ -184,9 +198,17 @@ def _index(path: Path) -> dict[str, tuple[tuple[int, int] | None, tuple[int, int
             "tar; copy or pack it again"
         )
     return {
-        name: (next((kinds[k] for k in _PICTURES if k in kinds), None), notes.get(name))
+        name: (next((kinds[k] for k in _PICTURES if k in kinds), None), notes.get(name), texts.get(name))
         for name, kinds in pictures.items()
     }
+
+
+def _lines(data: bytes) -> dict | None:
+    """The captions of a text, a line each; None for one that is not UTF-8."""
+    try:
+        return {"caption": data.decode("utf-8-sig").splitlines()}
+    except UnicodeDecodeError:
+        return None
 
 
 def _captions(fields: dict, names: config.TarSource, languages: Sequence[str]) -> Captions:
