@@ -161,7 +161,7 @@ def test_a_row_that_is_excluded_moves_no_other(tmp_path):
 
 
 def test_an_excluded_row_before_a_broken_one(tmp_path):
-    source = dataclasses.replace(greys(tmp_path), max_bad_share=0.2, exclude=str(tmp_path / "list.txt"))
+    source = dataclasses.replace(greys(tmp_path), max_bad_share=0.1, exclude=str(tmp_path / "list.txt"))
     (tmp_path / "mine/04.png").write_bytes(b"no")
     (tmp_path / "list.txt").write_text("03.png\n")
     rows = open_source(source, "train")
