@@ -201,8 +201,8 @@ def saved_steps(run: Path) -> list[int]:
 
 def begun_saves(run: Path) -> set[int]:
     """The steps of which a save had begun and not ended."""
-    names = [p.name for p in (run / "checkpoints").iterdir() if not p.name.isdecimal()]
-    return {int(name.partition(".")[0]) for name in names if name.partition(".")[0].isdecimal()}
+    names = [p.name for p in (run / "checkpoints").iterdir() if p.name.endswith(".orbax-checkpoint-tmp")]
+    return {int(name.partition(".")[0]) for name in names}
 
 
 def told_by_first_alone(job: Job) -> None:
@@ -211,3 +211,8 @@ def told_by_first_alone(job: Job) -> None:
     assert not any("loss" in job.log(p) for p in range(1, len(job.logs)))
     written = json.loads((job.run / "config.json").read_text())["distributed"]
     assert written["coordinator"] is written["processes"] is written["process"] is None
+
+
+def starved(job: Job) -> bool:
+    """Whether the processes were too far apart for CPU collectives, which give each other 30 s: a busy machine."""
+    return "Gloo context initialization failed" in job.logs_text()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FakeTask, tiny_config
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from dalle_jax import tokenizer
@@ -178,6 +179,26 @@ sys.modules["dalle_jax.train.tasks"].make_task = Big
 command.parse = lambda argv, prog: tiny_config(sys.argv[2], steps=8, **rare)
 sys.exit(command.main(["config.py"]))
 """
+
+
+def test_a_deletion_that_is_not_ended_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """What a process that is killed while it deletes leaves: it has a part of its files, and no number any more."""
+
+    def half(path):
+        (path / "_CHECKPOINT_METADATA").unlink()
+        raise OSError("killed")
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, one_array(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path(tmp_path)), "rmtree", half)
+        checkpoints.save(2, one_array(2))
+        with pytest.raises(OSError, match=r"cannot delete the checkpoint .*/1\.deleted: killed"):
+            checkpoints.wait()
+    checkpoints.close()
+    assert len(list(tmp_path.iterdir())) == 2 and Checkpoints(tmp_path).steps == [2]
+    Checkpoints(tmp_path, keep=1).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
 
 
 def test_full_disk_leaves_the_earlier_checkpoints(tmp_path):

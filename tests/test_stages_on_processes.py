@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jobs import CONTEXT, Job, assert_close, same_weights, series, told_by_first_alone
+from jobs import CONTEXT, Job, assert_close, same_weights, series, starved, told_by_first_alone
 from PIL import Image
 
 from dalle_jax import tokenizer
@@ -83,8 +83,12 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, dvae_run, name):
     )  # six rows do not divide over four devices
     one, two = tmp_path / "one", tmp_path / "two"
     for run, count in ((one, 1), (two, 2)):
-        job = Job(run, count, 4 // count, config=config)
-        assert job.codes() == [0] * count, job.logs_text()
+        for _ in range(4):
+            job = Job(run, count, 4 // count, config=config)
+            codes = job.codes()
+            if not starved(job):
+                break
+        assert codes == [0] * count, job.logs_text()
     told_by_first_alone(job)
     assert f"4 x cpu of {count} processes" in job.log(0)
     assert_close(series(two), series(one), rtol=1e-5, atol=1e-5)

@@ -1,8 +1,9 @@
 """Checkpoints on disk; the only file that imports Orbax (its v1 interface).
 
-A save is atomic: Orbax writes beside the final place and renames, so a directory with a step's number is
-whole, and what a killed process left is not taken for a checkpoint. A checkpoint that cannot be read stops
-the caller with its name; nothing falls back to an older one, or to new parameters, on its own.
+A save is atomic: Orbax writes beside the final place and renames, so a directory with a step's number is whole,
+and what a killed process left is not taken for a checkpoint. A deletion is atomic, too: it begins with a rename. A
+checkpoint that cannot be read stops the caller with its name; nothing falls back to an older one, or to new
+parameters, on its own.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 # Orbax logs the traceback of each failing thread; every failure reaches our caller as an error with a
 # message.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+_MARK = "commit_success.txt"
+_DELETED = ".deleted"
 
 Params = dict[str, Any]
 Best = tuple[str, Literal["min", "max"]]
@@ -40,20 +45,23 @@ class Checkpoints:
 
     def __init__(self, path: Any, keep: int | None = None, best: Best | None = None, alone: bool = False):
         self.path = path.absolute() if isinstance(path, Path) else path
-        self.best_measure, self.alone = best, alone
-        self._pending: tuple[int, Any] | None = None
+        self.keep, self.best_measure, self.alone = keep, best, alone
+        self._pending: tuple[_Found, Any] | None = None
+        self._thread, self._deleting = ThreadPoolExecutor(1), None
         if keep is None and not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not a directory; want the checkpoints/ of a run")
-        if (
-            keep is None
-        ):  # Orbax's Checkpointer would want to make it, which one of several processes cannot alone
-            self._orbax, self._found = None, [self._look(step) for step in _finished(self.path)]
-            return
+        # For reading there is none: it would want to make the directory, which one of several processes cannot alone.
+        self._orbax = None if keep is None else self._open()
+        self._found = [self._look(step) for step in _finished(self.path)]
+
+    def _open(self) -> ocp.training.Checkpointer:
         try:
-            self._orbax = ocp.training.Checkpointer(
+            if self.path.is_dir() and jax.process_index() == 0:  # a killed process was about to delete them
+                for left in [p for p in self.path.iterdir() if p.name.endswith(_DELETED)]:
+                    epath.Path(left).rmtree()
+            return ocp.training.Checkpointer(
                 self.path,
-                context=_context(alone=alone),
-                preservation_policy=_LatestAndBest(keep),
+                context=_context(alone=self.alone),
                 cleanup_tmp_directories=True,
                 save_decision_policy=_Always(),
             )
@@ -74,13 +82,9 @@ class Checkpoints:
         return _Found(step, metrics)
 
     @property
-    def _checkpoints(self) -> Sequence[Any]:
-        return self._found if self._orbax is None else self._orbax.checkpoints
-
-    @property
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending."""
-        return [c.step for c in self._checkpoints]
+        return [c.step for c in self._found]
 
     @property
     def latest(self) -> int | None:
@@ -89,7 +93,7 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step with the best measure; None where no checkpoint carries one."""
-        index = _best_index(self._checkpoints)
+        index = _best_index(self._found)
         return None if index is None else self.steps[index]
 
     def save(self, step: int, state: Any, measures: dict[str, float] | None = None) -> None:
@@ -104,7 +108,8 @@ class Checkpoints:
             name, order = self.best_measure
             metrics = {"measure": name, "order": order, "value": measures[name]}
         try:
-            self._pending = (step, self._orbax.save_async(step, state, metrics=metrics, force=True))
+            response = self._orbax.save_async(step, state, metrics=metrics, force=True)
+            self._pending = (_Found(step, metrics), response)
         except Exception as error:
             raise self._save_error(step, error) from error
 
@@ -113,13 +118,14 @@ class Checkpoints:
         self._collect(timeout=0)
 
     def wait(self) -> None:
-        """Waits until the last save is on disk. Raises OSError if it failed."""
+        """Waits until the last save is on disk, and what it replaces gone. Raises OSError if it failed."""
         self._collect(timeout=None)
+        self._end_deleting()
 
     def _collect(self, timeout: float | None) -> None:
         if self._pending is None:
             return
-        step, response = self._pending
+        saved, response = self._pending
         try:
             response.result(timeout=timeout)
         except TimeoutError:
@@ -129,8 +135,25 @@ class Checkpoints:
             return  # still writing
         except Exception as error:
             self._pending = None
-            raise self._save_error(step, error) from error
+            raise self._save_error(saved.step, error) from error
         self._pending = None
+        self._found = [*(c for c in self._found if c.step != saved.step), saved]
+        self._delete_superfluous()
+
+    def _delete_superfluous(self) -> None:
+        """Forgets all but the latest `keep` and the best; the first process deletes them, behind the training."""
+        best = self.best
+        kept = [c for i, c in enumerate(self._found) if i >= len(self._found) - self.keep or c.step == best]
+        gone = [self.path / str(c.step) for c in self._found if c not in kept]
+        self._found = kept
+        if gone and jax.process_index() == 0:
+            self._end_deleting()
+            self._deleting = self._thread.submit(_delete, gone)
+
+    def _end_deleting(self) -> None:
+        deleting, self._deleting = self._deleting, None
+        if deleting is not None:
+            deleting.result()
 
     def _save_error(self, step: int, error: Exception) -> OSError:
         intact = [str(s) for s in _numbered(self.path) if s != step]
@@ -189,6 +212,7 @@ class Checkpoints:
             self.wait()
         finally:
             with contextlib.suppress(Exception):  # a failed save is told above, or was before
+                self._thread.shutdown()
                 if self._orbax is not None:
                     self._orbax.close()
 
@@ -230,17 +254,6 @@ class _Found(NamedTuple):
     metrics: dict[str, Any] | None
 
 
-class _LatestAndBest:
-    """Orbax preservation policy: the latest `keep`, and the best by the measure that checkpoints carry."""
-
-    def __init__(self, keep: int):
-        self.keep = keep
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        best = _best_index(checkpoints)
-        return [i >= len(checkpoints) - self.keep or i == best for i in range(len(checkpoints))]
-
-
 class _Always:
     """Orbax save policy: the loop decides when to save."""
 
@@ -262,10 +275,28 @@ def _numbered(path: Any) -> list[int]:
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal()) if path.is_dir() else []
 
 
+def _in_bucket(path: Any) -> bool:
+    """Whether nothing there can be renamed: a directory then is whole when Orbax has marked it, last of all."""
+    return str(path).startswith("gs://")
+
+
 def _finished(path: Any) -> list[int]:
-    """Those of `_numbered` that are whole: in a bucket of Google, which renames nothing, Orbax marks them."""
-    marked = str(path).startswith("gs://")
-    return [s for s in _numbered(path) if not marked or (path / str(s) / "commit_success.txt").exists()]
+    """Those of `_numbered` that were saved to the end, and not begun to be deleted."""
+    marked = _in_bucket(path)
+    return [step for step in _numbered(path) if not marked or (path / str(step) / _MARK).exists()]
+
+
+def _delete(paths: list[Any]) -> None:
+    """Deletes checkpoints. One whose deletion does not come to its end is none any more."""
+    for path in map(epath.Path, paths):
+        try:
+            if _in_bucket(path):
+                (path / _MARK).unlink()
+            else:
+                path = path.rename(path.with_name(f"{path.name}{_DELETED}"))
+            path.rmtree()
+        except Exception as error:  # each store has its own kinds
+            raise OSError(f"cannot delete the checkpoint {path}: {_first_line(error)}") from error
 
 
 def _context(partial: bool = False, alone: bool = False) -> ocp.Context:
