@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_sampling import CAPTIONS, TINY, lively, uncached
 
 from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn import cache as kv
 from dalle_jax.sampling.generate import generate, generate_rows, row_keys
-from tests.test_sampling import CAPTIONS, TINY, lively, uncached
 
 KINDS = ("full", "row", "column", "conv")
 # A raster long enough that the rings of row (6 tokens) and conv (7) go round several times.

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_families
+from test_families import FAMILIES
+from test_sampling import CAPTIONS, TINY, greedy, lively, uncached
 
 from dalle_jax import autoregressive, dalle
 from dalle_jax.sampling.generate import generate, generate_rows, row_keys
-from tests import test_families
-from tests.test_families import FAMILIES
-from tests.test_sampling import CAPTIONS, TINY, greedy, lively, uncached
 
 KINDS = ("full", "row", "column", "conv")
 CFG = dataclasses.replace(TINY, grid=5, attention=KINDS, layers=4)  # rings of 6 and 7 tokens, 25 codes

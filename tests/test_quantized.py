@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_families
+from test_families import FAMILIES
 
 from dalle_jax import autoregressive
 from dalle_jax.nn.quantized import product, quantize
 from dalle_jax.sampling.generate import generate, row_keys
-from tests import test_families
-from tests.test_families import FAMILIES
 
 WEIGHTS = ("int8", "fp8", "w8a8")
 rng = np.random.default_rng(0)

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_families
+from test_families import FAMILIES
+from test_sampling import CAPTIONS, TINY, lively
 
 from dalle_jax import autoregressive, dalle
 from dalle_jax.sampling import queue as queues
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.sampling.queue import Queue, Request
-from tests import test_families
-from tests.test_families import FAMILIES
-from tests.test_sampling import CAPTIONS, TINY, lively
 
 # A ring and columns; tests/test_cache.py has rows at places of their own for every kind.
 CFG = dataclasses.replace(TINY, grid=5, attention=("row", "column"), layers=2)
