@@ -197,7 +197,7 @@ class DataConfig:
     """Which rows a step sees."""
 
     source: SourceConfig = field(default_factory=ScenesSource)
-    codes: str | None = None  # a file of `dalle-jax encode RUN --data`: train on codes encoded ahead
+    codes: str | None = None  # directory of `dalle-jax encode RUN --data`: train on codes encoded ahead
     batch: int = 64  # global batch, rows per update over all devices and accumulation steps
     # none squashes a picture that is not square; random is the paper's for the tokenizer (A.2), narrow that for the
     # Transformer (B.1)
