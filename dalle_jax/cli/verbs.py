@@ -228,8 +228,6 @@ class Decode:
     """where to write: a file that ends in .npz, or else a directory"""
     seed: int = 0
     """diffusion: of the first picture"""
-    weights: Weights | None = None
-    """Transformer: draw with its matrices in 8 bits"""
     steps: int | None = None
     """diffusion: steps of the sampler; None is 50"""
     sampler: SamplerName | None = None
@@ -274,6 +272,8 @@ class Evaluate:
     """draw among this many most probable codes; None is all"""
     top_p: float | None = None
     """draw among the most probable codes that share this much of the probability; None is all"""
+    weights: Weights | None = None
+    """Transformer: draw with its matrices in 8 bits"""
     steps: int | None = None
     """diffusion: steps of the sampler; None is 50"""
     sampler: SamplerName | None = None
