@@ -48,7 +48,7 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_branch_by_its_dearest_arm():
         return jax.lax.scan(jax.checkpoint(lambda x, _: (x @ w, None)), w, length=5)[0]
 
     def branch(w):
-        return jax.lax.cond(w[0, 0] > 0, lambda: w, lambda: jax.jit(lambda w: w @ w @ w)(w))
+        return jax.lax.cond(w[0, 0] > 0, lambda: w @ w, lambda: jax.jit(lambda w: w @ w @ w)(w))
 
     assert count(loop, w) == 5 * one and count(branch, w) == 2 * one
 
