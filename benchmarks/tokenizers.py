@@ -84,7 +84,10 @@ def main() -> None:
     parser.add_argument("--lpips", default=None, help="npz with the weights of LPIPS (docs/tokenizers.md)")
     parser.add_argument("--fid-weights", default=None, help="npz with the Inception-v3 of FID")
     args = parser.parse_args()
-    network = None if args.fid_weights is None else inception.load(args.fid_weights)
+    network, truth = None, None
+    if args.fid_weights is not None:
+        network = inception.load(args.fid_weights)
+        truth = measures.true_moments(network, dvae_config().data, 32, args.count)
     weights = None if args.lpips is None else perceptual.load_lpips(args.lpips)
     rows, shown, labels = {}, [], []
     for name, config in configs(args.out, args.steps).items():
@@ -104,7 +107,6 @@ def main() -> None:
         }
         found |= {} if weights is None else {"lpips": lpips_of(weights, true, made)}
         if network is not None:
-            truth = measures.true_moments(network, config.data, 32, args.count)
             found["rfid"] = measures.measure_rfid(network, tokenizer, config.data, truth, args.count)["rfid"]
         rows[name] = {"parameters": parameters(config.model), **found}
     images.save_png(
