@@ -290,7 +290,7 @@ def test_rfid_is_of_what_the_decoder_draws_from_codes_of_true_pictures(decoder, 
 
     def moments(network, made, rows, progress):
         seen.append(np.concatenate(list(made)))
-        return SimpleNamespace(count=len(seen[-1]))
+        return SimpleNamespace(count=len(seen[-1])), None
 
     monkeypatch.setattr(measures, "_moments", moments)
     monkeypatch.setattr(measures.fid, "fid", lambda a, b: float(len(seen)))
