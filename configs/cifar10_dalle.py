@@ -3,7 +3,8 @@
 Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real
 pictures".
 
-    python train.py configs/cifar10_dalle.py --data.source.path cifar10.npz
+    dalle-jax encode runs/cifar10_dvae --data cifar10.npz --out cifar10_codes
+    python train.py configs/cifar10_dalle.py --data.source.path cifar10.npz --data.codes cifar10_codes
     dalle-jax evaluate runs/cifar10_dalle --classifier resnet20_cifar10.npz --guidance 1 2 3
 """
 
@@ -19,9 +20,9 @@ config = dataclasses.replace(
     run="runs/cifar10_dalle",
     tokenizer="runs/cifar10_dvae",
     model=dataclasses.replace(_demo.model, text_vocab=320, text_len=8, image_vocab=1024),
-    data=DataConfig(source=ArraysSource(), batch=32, languages=("en",)),
+    data=DataConfig(source=ArraysSource(), batch=_demo.data.batch),
     text=TextConfig(train_captions=1_000, dropout=0.0),
-    steps=3_000,
+    steps=1_500,
     eval_every=500,
     save_every=500,
     sample_every=1_500,

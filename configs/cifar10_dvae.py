@@ -12,15 +12,15 @@ from dalle_jax.config import ArraysSource, DataConfig, Schedule
 from dalle_jax.demo import dvae_config
 
 _demo = dvae_config()
-STEPS = 3_000
+STEPS = 1_500
 
 config = dataclasses.replace(
     _demo,
     run="runs/cifar10_dvae",
     model=dataclasses.replace(_demo.model, vocab=1024, tau=Schedule(start=1.0, end=0.3, steps=STEPS)),
-    data=DataConfig(source=ArraysSource(), batch=32),
+    data=DataConfig(source=ArraysSource(), batch=_demo.data.batch),
     steps=STEPS,
-    eval_every=1_000,
+    eval_every=500,
     save_every=500,
     sample_every=STEPS,
 )
