@@ -40,7 +40,7 @@ def loss(cfg: TransformerConfig, params: Params, text_BT: jax.Array, codes_BN: j
 
 def unstack(cfg: TransformerConfig, params: Params, weights: Weights | None = None) -> Params:
     """The parameters as sampling wants them: the (decoder's) `blocks` a tuple of layers, matrices in the compute dtype,
-    or quantised as `weights` says (nn/quantized.py).
+    or quantised as `weights` says (nn/quantized.py). A frozen text encoder stays in the compute dtype.
 
     Both are done once here instead of once per token. Parameters in this form are returned as they are.
     Raises ValueError for unknown `weights`, and where they are wanted of parameters that have the form already.
@@ -55,6 +55,8 @@ def unstack(cfg: TransformerConfig, params: Params, weights: Weights | None = No
 
     matrices = {n: params[n] for n in ("blocks", "image_head")}
     cast = jax.tree_util.tree_map_with_path(one, matrices) if weights is None else quantize(matrices, weights)
+    reads = {n: params[n] for n in ("t5", "text_proj") if n in params}
+    cast |= jax.tree_util.tree_map_with_path(one, reads)
     layers = tuple(jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
     return {**params, **cast, "blocks": layers}
 

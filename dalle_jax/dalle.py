@@ -4,8 +4,12 @@ One stream: `text_len` text tokens, then the codes of the picture in raster orde
 next. Text ids lie in [0, text_vocab) for pieces and at text_vocab + i for the pad token of position i, which has
 a row of its own in the text embedding, or is `pad_piece`. Training scans over the layers; sampling runs them one
 by one, each with its KV cache. The choices of `DalleConfig` cover minDALL-E, ruDALL-E and LlamaGen too.
+
+With a `text_encoder` (nn/t5.py), which is frozen, captions of n pieces stand at the last n of the text positions, and
+the others are not seen. A null caption has a length, too, and learned vectors in place of what the encoder makes: one
+that guides a caption is as long as that. In text ids it is a row without a piece that ends in text_vocab + n - 1.
 B batch, T text positions, N codes, P codes given, S positions of the stream, D width, L layers,
-W rows of the text embedding, V image vocabulary.
+W rows of the text embedding, V image vocabulary, C captions, E width of the text encoder.
 """
 
 from __future__ import annotations
@@ -19,12 +23,12 @@ import numpy as np
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn import cache as kv
-from dalle_jax.nn import drafts, flash
+from dalle_jax.nn import drafts, flash, t5
 from dalle_jax.nn.attention import ATTENDED, MIDDLE, QKV, Block, attend, norm
 from dalle_jax.nn.cache import KV, LayerCache
 from dalle_jax.nn.cross_entropy import cross_entropy
 from dalle_jax.nn.ids import check_ids
-from dalle_jax.nn.masks import attention_mask
+from dalle_jax.nn.masks import attention_mask, hide
 from dalle_jax.nn.quantized import product
 from dalle_jax.nn.rotary import raster_turns
 from dalle_jax.nn.sharding import constrain
@@ -49,7 +53,13 @@ def _block(cfg: DalleConfig) -> Block:
 
 def init(cfg: DalleConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters; those of the blocks are stacked over a leading axis of layers."""
-    shapes = {"text_embed": (cfg.text_ids, cfg.dim), "image_embed": (cfg.image_vocab, cfg.dim)}
+    encoder = cfg.text_encoder
+    text = (
+        {"text_embed": (cfg.text_ids, cfg.dim)}
+        if encoder is None
+        else {"text_null": (cfg.text_len, encoder.dim)}
+    )
+    shapes = text | {"image_embed": (cfg.image_vocab, cfg.dim)}
     match cfg.positions:
         case "grid":
             own = {"image_row": (cfg.grid, cfg.dim), "image_col": (cfg.grid, cfg.dim)}
@@ -70,6 +80,14 @@ def init(cfg: DalleConfig, key: jax.Array) -> Params:
         params[name] = {"kernel": normal(name, (cfg.dim, width))}
         if cfg.head_bias:
             params[name]["bias"] = jnp.zeros(width)
+    if encoder is not None:
+        k_t5, k_up, k_down = jax.random.split(jax.random.fold_in(key, 0), 3)
+        up, down = ((k_up, encoder.dim), (k_down, cfg.dim))
+        params["t5"] = t5.init(encoder, cfg.text_vocab, k_t5)
+        params["text_proj"] = {
+            name: {"kernel": 0.02 * jax.random.normal(k, (wide, cfg.dim))}
+            for name, (k, wide) in {"up": up, "down": down}.items()
+        }
     x_11D = jnp.zeros((1, 1, cfg.dim))
     for name in ("norm_out", "norm_head")[: 2 if cfg.head_norm else 1]:
         params[name] = norm(cfg.norm).init(key, x_11D)["params"]
@@ -85,6 +103,14 @@ def null_text(cfg: DalleConfig) -> jax.Array:
     return cfg.text_vocab + jnp.arange(cfg.text_len, dtype=jnp.int32)
 
 
+def null_texts(cfg: DalleConfig, text_BT: jax.Array) -> jax.Array:
+    """The null caption that guides each caption, int32 (B, T): with a text encoder as long as that."""
+    null_BT = jnp.broadcast_to(null_text(cfg), text_BT.shape)
+    if cfg.text_encoder is None:
+        return null_BT
+    return jnp.minimum(null_BT, cfg.text_vocab + t5.lengths(text_BT, cfg.text_vocab)[:, None] - 1)
+
+
 def _known(cfg: DalleConfig, text_BT: jax.Array) -> jax.Array:
     """The ids as rows of the text embedding: those of padding are `pad_piece` where there is one."""
     if cfg.pad_piece is None:
@@ -92,8 +118,33 @@ def _known(cfg: DalleConfig, text_BT: jax.Array) -> jax.Array:
     return jnp.where(text_BT < cfg.text_vocab, text_BT, cfg.pad_piece)
 
 
-def _embed_text(cfg: DalleConfig, params: Params, text_BT: jax.Array) -> jax.Array:
-    x_BTD = params["text_embed"][_known(cfg, text_BT)]
+def _read_text(cfg: DalleConfig, params: Params, text_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The text positions of the stream, (B, T, D), and which of them are seen, bool (B, T); None where all are."""
+    if cfg.text_encoder is None:
+        return _placed(cfg, params, params["text_embed"][_known(cfg, text_BT)]), None
+    frozen = jax.lax.stop_gradient(params["t5"])
+    x_BTE, seen_BT = t5.read(cfg.text_encoder, frozen, text_BT, cfg.text_vocab, cfg.dtype)
+    null_B = text_BT[:, 0] >= cfg.text_vocab
+    x_BTE = jnp.where(null_B[:, None, None], params["text_null"][None].astype(cfg.dtype), x_BTE)
+    return _projected(cfg, params, x_BTE), seen_BT
+
+
+def _read_nulls(
+    cfg: DalleConfig, params: Params, seen_CT: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The same of the null captions that guide captions: of one that serves for all, or of one for each."""
+    if seen_CT is None:
+        return _read_text(cfg, params, null_text(cfg)[None])
+    x_1TD = _projected(cfg, params, params["text_null"][None].astype(cfg.dtype))
+    return jnp.broadcast_to(x_1TD, (len(seen_CT), *x_1TD.shape[1:])), seen_CT
+
+
+def _projected(cfg: DalleConfig, params: Params, x_BTE: jax.Array) -> jax.Array:
+    up, down = (params["text_proj"][name]["kernel"].astype(cfg.dtype) for name in ("up", "down"))
+    return _placed(cfg, params, jax.nn.gelu(x_BTE @ up) @ down)
+
+
+def _placed(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     if cfg.positions != "rope":
         x_BTD = x_BTD + params["text_pos"][None]
     return constrain(x_BTD, "batch", None, "embed").astype(cfg.dtype)
@@ -147,20 +198,22 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
     """
     check_ids(cfg, text_BT, codes_BP)
     place_P = jnp.arange(codes_BP.shape[1])
-    x_BSD = jnp.concatenate(
-        [_embed_text(cfg, params, text_BT), _embed_codes(cfg, params, codes_BP, place_P)], axis=1
-    )
+    x_BTD, seen_BT = _read_text(cfg, params, text_BT)
+    x_BSD = jnp.concatenate([x_BTD, _embed_codes(cfg, params, codes_BP, place_P)], axis=1)
     length, block = x_BSD.shape[1], _block(cfg)
     masks, which = layer_masks(cfg)
     masks = masks[:, :length, :length]
     kernel = flash.choose(cfg.attention_kernel, cfg.layer_kinds, length, cfg.dtype)
+    if seen_BT is not None:  # the other kernels know no mask that differs from row to row
+        kernel, seen_BS = "dense", jnp.pad(seen_BT, ((0, 0), (0, codes_BP.shape[1])), constant_values=True)
     turns = _turns(cfg, jnp.arange(length))
 
     def layer(x_BSD, layer_params, index):
         def look(q, k, v):
             match kernel:
                 case "dense":
-                    return attend(q, k, v, jnp.asarray(masks)[index]), None
+                    mask = jnp.asarray(masks)[index]
+                    return attend(q, k, v, mask if seen_BT is None else hide(mask, seen_BS)), None
                 case "splash":
                     return flash.splash(q, k, v, masks, index), None
                 case "cudnn":
@@ -225,7 +278,7 @@ def loss(
     Returns float32 scalar and metrics `text_loss`, `image_loss`.
     """
     drop_B = jax.random.bernoulli(key, cfg.null_rate, (len(text_BT),))
-    text_BT = jnp.where(drop_B[:, None], null_text(cfg)[None], text_BT)
+    text_BT = jnp.where(drop_B[:, None], null_texts(cfg, text_BT), text_BT)
     text_BTD, image_BND = _before_heads(cfg, params, text_BT, codes_BN)
 
     def nats(name, x_BTD, ids_BT):
@@ -248,7 +301,8 @@ def loss(
 def init_cache(cfg: DalleConfig, captions: int, copies: int = 1, *, guided: bool = False) -> Cache:
     """Empty caches: per layer the text keys of `captions` and the image keys of `copies` rows for each.
 
-    guided: as many rows again on the null caption, whose text keys are held once.
+    guided: as many rows again on the null caption, whose text keys are held once, or once for each caption where its
+    length is the caption's.
     """
     rows = captions * copies * (2 if guided else 1)
 
@@ -257,8 +311,10 @@ def init_cache(cfg: DalleConfig, captions: int, copies: int = 1, *, guided: bool
         zeros = jnp.zeros((count, cfg.heads, length, cfg.head_dim), cfg.dtype)
         return KV(zeros, zeros)
 
-    groups = (text(captions), text(1)) if guided else (text(captions),)
-    return tuple(LayerCache(groups, kv.empty(cfg, kind, rows)) for kind in cfg.layer_kinds)
+    counts = [captions, 1 if cfg.text_encoder is None else captions][: 2 if guided else 1]
+    groups = tuple(text(count) for count in counts)
+    seen = () if cfg.text_encoder is None else tuple(jnp.ones((n, cfg.text_len), bool) for n in counts)
+    return tuple(LayerCache(groups, kv.empty(cfg, kind, rows), seen) for kind in cfg.layer_kinds)
 
 
 def _image_logits(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
@@ -278,8 +334,8 @@ def prefill(
     """Run each caption once, then the first P < N codes of each row, if given.
 
     `params` as `autoregressive.unstack` returns them. copies: rows per caption, neighbours; B = C * copies. guided:
-    B more rows follow, with the same codes on the null caption, which is run once. Returns float32 (B or 2 B, V),
-    the logits of code P, and the caches.
+    B more rows follow, with the same codes on the null caption, which is run once (with a text encoder, once for each
+    caption, as long as that). Returns float32 (B or 2 B, V), the logits of code P, and the caches.
     """
     rows = len(text_CT) * copies
     if codes_BP is None:
@@ -290,11 +346,15 @@ def prefill(
     if codes_BP.shape[1] >= cfg.num_codes:
         raise ValueError(f"{codes_BP.shape[1]} codes are given of {cfg.num_codes}; nothing is left to sample")
     captions = len(text_CT)
-    if guided:
-        text_CT = jnp.concatenate([text_CT, null_text(cfg)[None]])
-        codes_BP = jnp.concatenate([codes_BP, codes_BP])
     block, texts, first = _block(cfg), [], []
-    x_CTD = _embed_text(cfg, params, text_CT)
+    x_CTD, seen_CT = _read_text(cfg, params, text_CT)
+    if guided:
+        null_XTD, null_XT = _read_nulls(cfg, params, seen_CT)
+        x_CTD = jnp.concatenate([x_CTD, null_XTD])
+        seen_CT = None if seen_CT is None else jnp.concatenate([seen_CT, null_XT])
+        codes_BP = jnp.concatenate([codes_BP, codes_BP])
+    parts = (slice(0, captions), slice(captions, None)) if guided else (slice(0, captions),)
+    seen = () if seen_CT is None else tuple(seen_CT[part] for part in parts)
     x_BPD = _embed_codes(cfg, params, codes_BP, jnp.arange(codes_BP.shape[1]))
     if cfg.text_in_raster:
         x_BPD = jnp.concatenate([_to_rows(x_CTD[:, -1:], captions, copies), x_BPD], axis=1)
@@ -304,39 +364,34 @@ def prefill(
         x_CTD, new = block.apply(
             {"params": layer},
             x_CTD,
-            look=lambda q, k, v: (kv.attend_text(cfg, q, k, v), kv.stored(k, v)),
+            look=lambda q, k, v: (kv.attend_text(q, k, v, seen_CT), kv.stored(k, v)),
             turns=turns,
         )
-        texts.append(tuple(KV(*(x[part] for x in new)) for part in _parts(captions, guided)))
+        texts.append(tuple(KV(*(x[part] for x in new)) for part in parts))
     if x_BPD.shape[1] == 0:
         logits = _to_rows(_image_logits(cfg, params, x_CTD), captions, copies)
         images = [kv.empty(cfg, kind, len(codes_BP)) for kind in cfg.layer_kinds]
-        return logits, tuple(LayerCache(t, i) for t, i in zip(texts, images, strict=True))
+        return logits, tuple(LayerCache(t, i, seen) for t, i in zip(texts, images, strict=True))
     turns = _turns(cfg, x_CTD.shape[1] + jnp.arange(x_BPD.shape[1]))
     for layer, kind, text in zip(params["blocks"], cfg.layer_kinds, texts, strict=True):
         x_BPD, new = block.apply(
             {"params": layer},
             x_BPD,
             look=lambda q, k, v, kind=kind, text=text: (
-                kv.attend_first(cfg, kind, text, q, k, v),
+                kv.attend_first(cfg, kind, text, seen, q, k, v),
                 kv.stored(k, v),
             ),
             turns=turns,
         )
         first.append(kv.fill(cfg, kind, new))
-    cache = tuple(LayerCache(t, i) for t, i in zip(texts, first, strict=True))
+    cache = tuple(LayerCache(t, i, seen) for t, i in zip(texts, first, strict=True))
     return _image_logits(cfg, params, x_BPD), cache
 
 
 def _to_rows(x: jax.Array, captions: int, copies: int) -> jax.Array:
-    """What was computed once per caption, for each of its rows; then that of the null caption, if there, for each."""
-    own = jnp.repeat(x[:captions], copies, axis=0)
-    null = x[captions:]
-    return jnp.concatenate([own, jnp.broadcast_to(null, own.shape)]) if len(null) else own
-
-
-def _parts(captions: int, guided: bool) -> tuple[slice, ...]:
-    return (slice(0, captions), slice(captions, None)) if guided else (slice(0, captions),)
+    """What was computed once per caption, for each of its rows; then that of the null captions, if there, for each."""
+    own, null = jnp.repeat(x[:captions], copies, axis=0), x[captions:]
+    return jnp.concatenate([own, jnp.repeat(null, len(own) // len(null), axis=0)]) if len(null) else own
 
 
 def resize_cache(cfg: DalleConfig, cache: Cache, size: int) -> Cache:
@@ -346,7 +401,7 @@ def resize_cache(cfg: DalleConfig, cache: Cache, size: int) -> Cache:
     """
     size = min(size + cfg.text_in_raster, cfg.num_codes)
     return tuple(
-        LayerCache(layer.text, kv.resized(cfg, kind, layer.image, size))
+        layer._replace(image=kv.resized(cfg, kind, layer.image, size))
         for layer, kind in zip(cache, cfg.layer_kinds, strict=True)
     )
 
@@ -363,12 +418,14 @@ def seat(cfg: DalleConfig, cache: Cache, begun: Cache, rows_X: jax.Array) -> Cac
         return old.at[rows_X].set(new, mode="drop")
 
     def one(old: LayerCache, new: LayerCache) -> LayerCache:
-        own, null = new.text
-        both = (jnp.concatenate([a, b.repeat(len(a), axis=0)]) for a, b in zip(own, null, strict=True))
+        both = (
+            jnp.concatenate([a, b.repeat(len(a) // len(b), axis=0)]) for a, b in zip(*new.text, strict=True)
+        )
         text = KV(*map(put, old.text[0], both))
+        seen = tuple(put(x, jnp.concatenate(new.seen)) for x in old.seen)
         # The first image tokens, which only a model with text in its raster has by now.
         image = KV(*map(put, old.image, new.image)) if cfg.text_in_raster else old.image
-        return LayerCache((text,), image)
+        return LayerCache((text,), image, seen)
 
     return tuple(map(one, cache, begun))
 

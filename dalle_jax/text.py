@@ -3,9 +3,10 @@
 
 Captions are NFKC-normalised and lower-cased; a character that the vocabulary does not hold goes through as
 its UTF-8 bytes, so every caption can be written and read back. Public vocabularies, with rules of their own,
-serve as well (byte_pairs.py, character_pairs.py, bart_text.py), and names of classes (labels.py). A caption of n
-pieces fills positions 0..n-1; each position i after it holds its own learned padding token, id `text_vocab + i`. So
-the Transformer's text embedding has `text_vocab + text_len` rows, and the null caption of guidance is a row of padding.
+serve as well (byte_pairs.py, character_pairs.py, bart_text.py, t5_text.py), and names of classes (labels.py). A
+caption of n pieces fills positions 0..n-1; each position i after it holds its own learned padding token, id
+`text_vocab + i`. So the Transformer's text embedding has `text_vocab + text_len` rows, and the null caption of
+guidance is a row of padding.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from dalle_jax import bart_text, byte_pairs, character_pairs, labels
+from dalle_jax import bart_text, byte_pairs, character_pairs, labels, t5_text
 from dalle_jax.bart_text import BartCaptions
 from dalle_jax.byte_pairs import BytePairs
 from dalle_jax.character_pairs import CharacterPairs
 from dalle_jax.labels import Labels
+from dalle_jax.t5_text import T5Captions
 
 _SPACE = "\u2581"  # sentencepiece writes a space so
 _COVERAGES = (0.9995, 0.98)  # share of characters with a piece of their own; the rest are written as bytes
@@ -77,14 +79,11 @@ def null_caption(text_vocab: int, text_len: int) -> np.ndarray:
 class TextTokenizer:
     """A vocabulary, of sentencepiece or a public one; any number of threads may use it at once."""
 
-    def __init__(self, model: bytes | BytePairs | CharacterPairs | BartCaptions | Labels):
+    def __init__(self, model: bytes | BytePairs | CharacterPairs | BartCaptions | T5Captions | Labels):
         """model: the contents of a file that `save` or sentencepiece wrote, or a public vocabulary. Raises
         ValueError if they are neither."""
         if isinstance(model, bytes):
-            kinds = (character_pairs, bart_text, labels, byte_pairs)
-            self._pieces = next(filter(None, (kind.parse(model) for kind in kinds)), None) or _Sentencepiece(
-                model
-            )
+            self._pieces = _own(model) or byte_pairs.parse(model) or _Sentencepiece(model)
         else:
             self._pieces = model
 
@@ -95,8 +94,7 @@ class TextTokenizer:
         Raises ValueError for a bad or missing file."""
         try:
             data = Path(path).read_bytes() if Path(path).is_file() else b""
-            own = character_pairs.parse(data) or bart_text.parse(data) or labels.parse(data)
-            return cls(own or byte_pairs.load(Path(path)) or data)
+            return cls(_own(data) or byte_pairs.load(Path(path)) or data)
         except OSError as error:
             raise ValueError(
                 f"cannot read the text vocabulary {error.filename or path}: {error.strerror}; name a sentencepiece "
@@ -244,6 +242,14 @@ class _Sentencepiece:
 
     def serialized(self) -> bytes:
         return self._processor.serialized_model_proto()
+
+
+def _own(data: bytes) -> CharacterPairs | BartCaptions | Labels | T5Captions | None:
+    """A vocabulary of a format of ours; None if `data` is of another."""
+    found = character_pairs.parse(data) or bart_text.parse(data) or labels.parse(data)
+    if found is None and (t5 := t5_text.parse(data)) is not None:
+        found = T5Captions(_Sentencepiece(t5[0]), t5[1])
+    return found
 
 
 def statistics(tokenizer: TextTokenizer, captions: Iterable[str], *, text_len: int) -> dict[str, float]:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import autoregressive
-from dalle_jax.config import BartConfig, DalleConfig
+from dalle_jax import autoregressive, dalle
+from dalle_jax.config import BartConfig, DalleConfig, T5Config
 from dalle_jax.nn.rotary import raster_turns, rotate
 from dalle_jax.nn.sharding import param_axes, path_name
 
@@ -37,6 +37,10 @@ FAMILIES = {
     "llamagen": dataclasses.replace(
         _TINY, norm="rms", biases=False, positions="rope", activation="swiglu", mlp_width=12, text_len=1,
         text_loss_weight=0.0,
+    ),
+    "llamagen_t2i": dataclasses.replace(
+        _TINY, norm="rms", biases=False, positions="rope", activation="swiglu", mlp_width=12, text_loss_weight=0.0,
+        text_encoder=T5Config(dim=8, layers=2, heads=2, mlp_width=6, buckets=4),
     ),
     "dalle_mini": BartConfig(
         text_vocab=9, text_len=5, image_vocab=7, image_rows=9, start=7, grid=4, dim=16, encoder_layers=2, layers=2,
@@ -96,7 +100,10 @@ def test_the_cache_changes_no_score(cfg):
     text, codes = rows(cfg, 4)
     captions = text[:2]
     own = scores(cfg, params, jnp.repeat(captions, 2, axis=0), codes)[1]
-    null = scores(cfg, params, jnp.broadcast_to(autoregressive.null_text(cfg), text.shape), codes)[1]
+    nulls = jnp.broadcast_to(autoregressive.null_text(cfg), text.shape)
+    if isinstance(cfg, DalleConfig):
+        nulls = dalle.null_texts(cfg, jnp.repeat(captions, 2, axis=0))
+    null = scores(cfg, params, nulls, codes)[1]
     want = np.concatenate([own, null])
     assert want.std() > 0.2 and np.abs(own - null).max() > 0.1
     for given in (0, 6):
@@ -129,7 +136,9 @@ def test_every_parameter_has_a_place_and_learns(cfg):
     for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
         name = path_name(path)
         param_axes(name, grad.shape)
-        if name != "blocks/attn/k/bias":  # adds the same to all scores of a query
+        if name.startswith("t5/"):  # frozen
+            assert not grad.any()
+        elif name != "blocks/attn/k/bias":  # adds the same to all scores of a query
             assert np.abs(grad).max() > 1e-6, name
 
 
@@ -162,6 +171,32 @@ def test_an_encoder_does_not_see_padding():
     other = scores(cfg, moved, jnp.asarray(text), codes)[1]
     np.testing.assert_array_equal(other[:2], got[:2])
     assert np.abs(other[2:] - got[2:]).max() > 1e-2
+
+
+def test_an_encoded_caption_is_the_same_whatever_room_it_has():
+    """Its pieces, alone, decide what it does: scores with room for 3 pieces are those with room for 6, of a null
+    caption too, whose vectors are the last ones. What fills all of the room was cut, and still has its end."""
+    small = FAMILIES["llamagen_t2i"]
+    large = dataclasses.replace(small, text_len=6)
+    params = lively(large)
+    cut = dict(params, text_null=params["text_null"][3:])
+    codes = rows(small, 4)[1]
+    text = np.array([[4, 1, 8, 0, 0, 0], [1, 7, 8, 0, 0, 0], [2, 5, 1, 0, 0, 0], [6, 7, 7, 0, 0, 0]])
+    wide = np.where(text > 0, text, np.array([[9, 9, 9, 9, 9, 9]] * 3 + [[7] * 6]))
+    want = scores(small, cut, jnp.asarray(text[:, :3], jnp.int32), codes)[1]
+    got = scores(large, params, jnp.asarray(wide, jnp.int32), codes)[1]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert (
+        np.abs(want[:-1] - scores(small, cut, jnp.asarray(text[1:, :3], jnp.int32), codes[:-1])[1]).max()
+        > 0.1
+    )
+    ended, unended = jnp.asarray([[2, 5, 1]], jnp.int32), jnp.asarray([[2, 5, 3]], jnp.int32)
+    np.testing.assert_array_equal(
+        scores(small, cut, ended, codes[:1])[1], scores(small, cut, unended, codes[:1])[1]
+    )
+    np.testing.assert_array_equal(
+        dalle.null_texts(large, wide), np.minimum(np.arange(6) + 6, [[7], [6], [8], [7]])
+    )
 
 
 def test_a_decoder_reads_no_further_than_it_has_room():
@@ -212,6 +247,19 @@ def test_bad_choices_are_refused():
         dataclasses.replace(_TINY, positions="rope", heads=8)
     with pytest.raises(ValueError, match="mlp_width is 0; want at least 1"):
         dataclasses.replace(_TINY, mlp_width=0)
+    encoded = FAMILIES["llamagen_t2i"]
+    for field, value, said in (
+        ("text_loss_weight", 0.1, "text_loss_weight is 0.1; a Transformer with a text_encoder has 0.0"),
+        ("pad_piece", 2, "pad_piece is 2; a Transformer with a text_encoder has None"),
+        ("attention_kernel", "splash", "attention_kernel is splash; with a text_encoder"),
+        ("text_vocab", 1, r"end_piece is 1; want a piece in \[0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dataclasses.replace(encoded, **{field: value})
+    with pytest.raises(ValueError, match="buckets is 6; want a multiple of 4"):
+        T5Config(buckets=6)
+    with pytest.raises(ValueError, match="T5 of dim 2048 is not divisible by heads 3"):
+        T5Config(heads=3)
     with pytest.raises(
         ValueError, match="image_rows is 16000; want room for 16384 codes and the start 16384"
     ):
@@ -240,6 +288,11 @@ def test_bad_choices_are_refused():
           for count, layers, dim, heads, width in (
               (110_888_448, 12, 768, 12, 2048), (342_910_976, 24, 1024, 16, 2816), (774_699_520, 36, 1280, 20, 3584),
               (1_410_972_672, 48, 1536, 24, 4096), (3_096_659_200, 24, 3200, 32, 8704))),
+        # LlamaGen XL on captions: what the file holds, and the encoder of flan-t5-xl
+        (777_923_840 + 1_223_527_424, DalleConfig(
+            text_vocab=32_128, text_len=120, image_vocab=16_384, grid=16, dim=1280, layers=36, heads=20,
+            mlp_width=3584, activation="swiglu", norm="rms", biases=False, positions="rope", text_loss_weight=0.0,
+            text_encoder=T5Config())),
         # DALL-E Mini and Mega
         (437_833_712, BartConfig()),
         (2_587_521_024, BartConfig(

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import autoregressive, cli, tokenizer
-from dalle_jax.config import TrainConfig, VectorQuantizer, VQGANConfig, to_json
-from dalle_jax.importers import llamagen, mindalle, rudalle
+from dalle_jax import autoregressive, cli, dalle, tokenizer
+from dalle_jax.config import T5Config, TrainConfig, VectorQuantizer, VQGANConfig, to_json
+from dalle_jax.importers import llamagen, mindalle, rudalle, safetensors
+from dalle_jax.importers import t5 as encoders
 from dalle_jax.importers.tensors import Tensor
 from dalle_jax.inference import load_tokenizer
+from dalle_jax.nn import t5
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.text import TextTokenizer
 from dalle_jax.train.command import main
@@ -116,6 +118,30 @@ def check_llamagen(files, out, tokenizers):
         assert relative(codes, want[name]) < 1e-5
 
 
+def check_llamagen_t2i(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    flags = {"heads": 2, "image_size": 64, "t5": files / "flan-t5", "tokenizer": tokenizers(24, 4)}
+    run, text, cfg = imported(out / "run", "llamagen", files / "t2i_tiny_64.pt", **flags)
+    ids = ids_of(text, cfg, want["captions"])
+    padded = ids >= cfg.text_vocab
+    assert padded.any(axis=1).tolist() == [True, True, False, True, True]  # the third was cut
+    ends = np.where(~padded[:, -1:] & (np.arange(cfg.text_len) == cfg.text_len - 1), 1, ids)
+    np.testing.assert_array_equal(np.where(padded, 0, ends), want["ids"])
+    words, codes = scores(cfg, run.params, ids, want["codes"])
+    assert words is None and relative(codes, want["logits"]) < 1e-5
+    assert relative(codes, want["null_logits"]) > 0.1
+    nulls = np.asarray(dalle.null_texts(cfg, jnp.asarray(ids)))
+    assert relative(scores(cfg, run.params, nulls, want["codes"])[1], want["null_logits"]) < 1e-5
+    drawn = generate(
+        cfg, run.params, jnp.asarray(ids), row_keys(range(len(ids))), temperature=0.0, guidance=3.0
+    )
+    np.testing.assert_array_equal(drawn, want["greedy"])
+    assert len(np.unique(want["greedy"], axis=0)) == len(ids)
+    np.testing.assert_array_equal(t5.buckets(301, 32)[0], want["buckets"][300:])
+    np.testing.assert_array_equal(t5.buckets(301, 32)[300], want["buckets"][:301])
+
+
 def check_dalle_mini(files, out, tokenizers):
     with np.load(files / "answers.npz") as file:
         want = dict(file)
@@ -153,6 +179,7 @@ CHECKS = {
     "mindalle": check_mindalle,
     "rudalle": check_rudalle,
     "llamagen": check_llamagen,
+    "llamagen_t2i": check_llamagen_t2i,
     "dalle_mini": check_dalle_mini,
 }
 
@@ -203,6 +230,56 @@ def test_published_models_are_known_by_their_tensors(name):
     assert ours.keys() == model.rules.keys()
 
 
+def test_the_published_model_on_captions_is_known_by_its_tensors():
+    """As above, of LlamaGen's file and that of flan-t5-xl, whose encoder is written down under two names."""
+    known = json.loads(gzip.decompress((GOLDEN / "published_transformers.json.gz").read_bytes()))
+    gpt, encoder = (
+        {name: Tensor(tuple(shape), np.dtype(np.float32), None) for name, shape in known[model].items()}
+        for model in ("llamagen-t2i-XL", "flan-t5-xl-encoder")
+    )
+    del encoder["encoder.embed_tokens.weight"]  # the same as shared.weight
+    model = llamagen.caption_model("x", gpt, "y", encoder, 32)
+    config = model.config
+    assert (config.text_encoder, config.text_vocab, config.text_len) == (T5Config(), 32_128, 120)
+    assert (config.head_dim, config.layers, config.num_codes) == (64, 36, 1024)
+    counts = [sum(int(np.prod(tensor.shape)) for tensor in tensors.values()) for tensors in (gpt, encoder)]
+    assert counts == [777_923_840, 1_223_527_424]
+    ours = shapes_by_name(config)
+    assert sum(leaf.size for leaf in ours.values()) == sum(counts)
+    for parameter, rule in model.rules.items():
+        part = rule.parts[0]
+        made = part.transform(
+            *(np.broadcast_to(np.float32(0), model.tensors[n].shape) for n in part.names)
+        ).shape
+        assert ((len(rule.parts), *made) if rule.stacked else made) == ours[parameter].shape, parameter
+    assert ours.keys() == model.rules.keys()
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory, tokenizers):
+    files, out = GOLDEN / "llamagen_t2i", tmp_path_factory.mktemp("captioned") / "run"
+    words = ["llamagen", files / "t2i_tiny_64.pt", "--t5", files / "flan-t5", "--out", out, "--heads", 2]
+    words += ["--image-size", 64, "--tokenizer", tokenizers(24, 4)]
+    assert cli.main(["import", *map(str, words)]) == 0
+    return out
+
+
+def test_captions_are_drawn_by_what_the_command_made(tmp_path, captioned):
+    """`sample` reads them with the encoder of the run, also through the queue, guided; a caption gives the same codes
+    in either."""
+    lines = tmp_path / "captions.txt"
+    lines.write_text("a red circle above a blue square\nthe star\n")
+    words = ["--n", "1", "--guidance", "3", "--batch", "2"]
+    for name, captions in (
+        ("queue", ["--captions-file", str(lines)]),
+        ("batch", lines.read_text().splitlines()),
+    ):
+        assert cli.main(["sample", str(captioned), *captions, "--out", str(tmp_path / name), *words]) == 0
+    drawn = [np.load(tmp_path / name / "codes.npz")["codes"] for name in ("queue", "batch")]
+    assert drawn[1].shape == (2, 16) and (drawn[1][0] != drawn[1][1]).any()
+    np.testing.assert_array_equal(*drawn)
+
+
 def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
     """`sample` draws with its vocabulary and tokenizer, guided too; `info` and `export` take it."""
     files = GOLDEN / "llamagen" / "c2i_tiny_64.pt"
@@ -251,12 +328,20 @@ def test_the_sampler_draws_from_an_encoder_and_decoder(tmp_path, tokenizers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dalle-mini", "rudalle"])
+@pytest.mark.parametrize("name", ["dalle-mini", "rudalle", "llamagen"])
 def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
     """One update too small to see, from a configuration of another Transformer: model, vocabulary and tokenizer are
     those of the imported run."""
     if name == "dalle-mini":
         path, flags = GOLDEN / "dalle_mini", {"tokenizer": tokenizers(20, 16)}
+    elif name == "llamagen":
+        path = GOLDEN / "llamagen_t2i" / "t2i_tiny_64.pt"
+        flags = {
+            "t5": path.parent / "flan-t5",
+            "tokenizer": tokenizers(24, 16),
+            "heads": 2,
+            "image_size": 256,
+        }
     else:
         path = GOLDEN / "rudalle" / "pytorch_model_v2.bin"
         flags = {"tokenizer": tokenizers(12, 12), "heads": 2, "text": GOLDEN / "rudalle" / "bpe.model"}
@@ -272,6 +357,8 @@ def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
     run = load_run(tmp_path / "run", ema=False)
     assert run.config.model == begun.config.model and run.step == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, begun.params)
+    for part in {"t5"} & begun.params.keys():  # frozen
+        jax.tree.map(np.testing.assert_array_equal, run.params[part], begun.params[part])
     assert (run.path / "text.model").read_bytes() == (begun.path / "text.model").read_bytes()
     assert load_tokenizer(run.path).fingerprint == load_tokenizer(begun.path).fingerprint
 
@@ -324,4 +411,64 @@ def test_what_is_refused(tmp_path, tokenizers, capsys):
     lines.write_text("one\ntwo")
     tiny = ["llamagen", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, "--image-size", 64, "--heads", 2]
     assert "has 2 lines; want the names of 10 classes" in refused(capsys, *tiny, "--text", lines)
+    assert "--t5 is for models on captions (t2i)" in refused(capsys, *tiny, "--t5", tmp_path)
     assert not out.exists()
+
+
+def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
+    """A T5 that is missing, not whole, or another than the model reads; nothing is written."""
+    files, out, folder = GOLDEN / "llamagen_t2i", tmp_path / "run", tmp_path / "t5"
+    gpt = ["llamagen", files / "t2i_tiny_64.pt", "--out", out, "--image-size", 64, "--heads", 2]
+    gpt += ["--tokenizer", tokenizers(24, 4)]
+    assert "reads them with flan-t5-xl: give --t5 DIR" in refused(capsys, *gpt)
+    assert "--text names classes" in refused(capsys, *gpt, "--t5", folder, "--text", files / "x")
+    assert f"no file {folder / 'config.json'}" in refused(capsys, *gpt, "--t5", folder)
+    tensors = {
+        name: np.asarray(tensor.read()) for name, tensor in encoders.read_encoder(files / "flan-t5").items()
+    }
+    norm, wide = (
+        "encoder.block.1.layer.0.layer_norm.weight",
+        "encoder.block.1.layer.1.DenseReluDense.wi_1.weight",
+    )
+    nan = np.where(np.arange(16) == 7, np.nan, tensors[norm]).astype(np.float32)
+    narrow = {  # a whole one, of half the width
+        name: x[..., :8] if x.shape[-1] == 16 and not name.endswith("bias.weight") else x
+        for name, x in tensors.items()
+    }
+    narrow = {name: x[:8] if len(x) == 16 and x.ndim == 2 else x for name, x in narrow.items()}
+
+    def told(settings=None, drop=(), spiece=True, **changed):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            json.dumps({"feed_forward_proj": "gated-gelu"} | (settings or {}))
+        )
+        if spiece:
+            shutil.copy(files / "flan-t5" / "spiece.model", folder)
+        kept = {name: x for name, x in (tensors | changed).items() if name not in drop}
+        safetensors.write(folder / "model.safetensors", kept, {})
+        return refused(capsys, *gpt, "--t5", folder)
+
+    assert "feed_forward_proj is 'relu'; the T5 that can be imported has 'gated-gelu'" in told(
+        {"feed_forward_proj": "relu"}
+    )
+    assert f"lacks, of the encoder of a T5 v1.1 (Flan-T5): {wide}" in told(drop=[wide])
+    assert "is not the encoder of a T5 v1.1 (Flan-T5): it has no tensor shared.weight" in told(
+        drop=["shared.weight"]
+    )
+    assert "has what is not of the encoder of a T5 v1.1 (Flan-T5): encoder.more" in told(
+        **{"encoder.more": nan}
+    )
+    assert f"tensor t5:{norm} has values that are not finite" in told(**{norm: nan})
+    assert f"tensor t5:{wide} (20, 8)" in told(**{wide: tensors[wide][:, :8].copy()})
+    assert (
+        f"the T5 of {folder} is 8 wide, {files / 't2i_tiny_64.pt'} reads one of 16: want flan-t5-xl"
+        in told(**narrow)
+    )
+    assert f"no file {folder / 'spiece.model'}" in told(spiece=False)
+    (folder / "spiece.model").write_bytes(b"no model")
+    assert f"{folder / 'spiece.model'}: not a sentencepiece model" in refused(capsys, *gpt, "--t5", folder)
+    assert "has 26 pieces, the T5 beside it has 20" in told(
+        **{"shared.weight": tensors["shared.weight"][:20].copy()}
+    )
+    assert not out.exists() and not list(tmp_path.glob(".*.tmp"))

@@ -65,6 +65,20 @@ def test_decay_pulls_kernels_only():
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
 
 
+def test_what_is_frozen_keeps_its_values_and_takes_no_state():
+    params = {name: {"kernel": jnp.ones((4, 3))} for name in ("t5", "head")}
+    for optimizer in ("adamw", "adafactor"):
+        cfg = OptimConfig(
+            optimizer=optimizer, learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=1.0
+        )
+        tx = make_optimizer(cfg, 10, params)
+        state = tx.init(params)
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        assert not updates["t5"]["kernel"].any() and updates["head"]["kernel"].all()
+        alone = make_optimizer(cfg, 10, {"head": params["head"]}).init({"head": params["head"]})
+        assert sum(x.size for x in jax.tree.leaves(state)) == sum(x.size for x in jax.tree.leaves(alone))
+
+
 def test_first_adam_update_and_clipping():
     params = {"head": {"kernel": jnp.zeros((2,)), "bias": jnp.zeros((2,))}}
     grads = {"head": {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([0.0, 4.0])}}

@@ -71,7 +71,7 @@ def test_every_picture_is_the_one_sampled_alone(params, wanted):
     assert len(np.unique(wanted, axis=0)) == 12
 
 
-@pytest.mark.parametrize("name", ["dalle_mini", "malevich_v2"])
+@pytest.mark.parametrize("name", ["dalle_mini", "malevich_v2", "llamagen_t2i"])
 def test_other_families(name):
     """An encoder with a decoder, and text in the raster; more requests than slots, with and without guidance."""
     cfg = FAMILIES[name]

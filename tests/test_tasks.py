@@ -17,6 +17,7 @@ from dalle_jax.config import (
     DVAEConfig,
     ScenesSource,
     Schedule,
+    T5Config,
     TextConfig,
     TrainConfig,
     to_json,
@@ -210,6 +211,15 @@ def test_a_tokenizer_is_needed(room):
         make_task(dalle_config(room, tokenizer=None, run=str(half)))
     with pytest.raises(FileNotFoundError, match=r"no run directory .*nowhere"):
         make_task(dalle_config(room, tokenizer=str(room / "nowhere")))
+
+
+def test_a_frozen_encoder_comes_from_another_run(room):
+    room, _ = room
+    model = dataclasses.replace(MODEL, text_encoder=T5Config(), text_loss_weight=0.0)
+    with pytest.raises(
+        ValueError, match=r"model\.text_encoder is frozen, so it must be trained already: begin from"
+    ):
+        make_task(dalle_config(room, model=model))
 
 
 def test_a_transformer_is_no_tokenizer(room, tmp_path):

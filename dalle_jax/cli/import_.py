@@ -21,7 +21,7 @@ def import_(args: Import) -> dict[str, Any]:
     """Reads, checks and writes."""
     out = new_directory(args.out)
     begun = time.monotonic()
-    names = ("image_size", "pixels", "text", "version", "heads")
+    names = ("image_size", "pixels", "text", "version", "heads", "t5")
     options = {name: getattr(args, name) for name in names}
     found = families.load(args.family, Path(args.path), **options)
     model = found.model.config

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from dalle_jax.config import SamplerName, Spacing, Weights
+from dalle_jax.importers.families import FAMILIES
 
 Runs = Annotated[str, arg(metavar="RUN")]
+_FAMILIES = "; ".join(f"{name}: {about}" for name, (_, about) in FAMILIES.items())
 Json = Annotated[bool, arg(help="print one JSON object to standard output, all else to standard error")]
 
 
@@ -323,8 +325,7 @@ class Import:
     `export` and --init-from take it like a run that was trained here. Files are read without torch, and nothing in
     them is run; tensors are checked by name and shape, and nothing is written unless all of them fit."""
 
-    family: Positional[Annotated[str, arg(metavar="FAMILY")]]
-    """what the checkpoint is of; an unknown one lists them all"""
+    family: Positional[Annotated[str, arg(metavar="FAMILY", help="what the checkpoint is of. " + _FAMILIES)]]
     path: Positional[Annotated[str, arg(metavar="PATH")]]
     """file or directory of the checkpoint, as it was published (docs/import.md)"""
     out: str
@@ -340,6 +341,8 @@ class Import:
     llamagen, one a line; bpe_simple_vocab_16e6.txt.gz of OpenAI's clip"""
     version: Literal["v2", "v3"] | None = None
     """of rudalle, where the file's name does not tell"""
+    t5: str | None = None
+    """of llamagen's t2i_*.pt: directory of google/flan-t5-xl, whose encoder becomes a part of the model"""
     heads: int | None = None
     """heads of attention, which no tensor tells; None is the published number for the width"""
     json: Json = False

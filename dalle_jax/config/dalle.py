@@ -15,6 +15,31 @@ Remat = Literal["none", "full", "dots", "mlp", "matrices"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """A T5 v1.1 encoder (1910.10683); the defaults are flan-t5-xl's. Its vocabulary is the Transformer's."""
+
+    dim: int = 2048
+    layers: int = 24
+    heads: int = 32
+    mlp_width: int = 5120  # channels between the gated layers (2002.05202)
+    buckets: int = 32  # of the distances between positions
+    end_piece: int = 1  # after a caption
+
+    def __post_init__(self):
+        for name in ("dim", "layers", "heads", "mlp_width"):
+            require(getattr(self, name) >= 1, f"T5Config.{name} is {getattr(self, name)}; want at least 1")
+        require(
+            self.dim % self.heads == 0,
+            f"T5 of dim {self.dim} is not divisible by heads {self.heads}; change one of them",
+        )
+        require(
+            self.buckets >= 4 and self.buckets % 4 == 0,
+            f"buckets is {self.buckets}; want a multiple of 4: two directions, near and far",
+        )
+        require(self.end_piece >= 0, f"end_piece is {self.end_piece}; want a piece")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DalleConfig:
     """The autoregressive Transformer over text and image tokens (2102.12092, 2.2 and B)."""
 
@@ -38,6 +63,10 @@ class DalleConfig:
     # as LlamaGen has it (2406.06525).
     positions: Literal["grid", "raster", "rope"] = "grid"
     pad_piece: int | None = None  # piece at every position after a caption; None: each position has its own
+    # A frozen encoder that reads captions, as LlamaGen's t2i models have it: what it makes of the pieces stands at the
+    # text positions, the end of the caption at the last of them, and those before its begin are not seen. None: each
+    # piece has an embedding of its own.
+    text_encoder: T5Config | None = None
     head_norm: bool = False  # a second norm after the last
     head_bias: bool = False
     attention: tuple[AttentionKind, ...] = ("row", "column", "row", "row")  # cycled over the layers; B.1
@@ -90,7 +119,24 @@ class DalleConfig:
             0.0 <= self.text_loss_weight < 1.0,
             f"text_loss_weight is {self.text_loss_weight}; want a share in [0, 1)",
         )
+        if self.text_encoder is not None:
+            self._check_text_encoder(self.text_encoder)
         require(0.0 <= self.null_rate <= 1.0, f"null_rate is {self.null_rate}; want a share in [0, 1]")
+
+    def _check_text_encoder(self, encoder: T5Config) -> None:
+        """Captions that an encoder reads are no tokens of the stream, and their padding is not seen."""
+        for name, wanted in (("text_loss_weight", 0.0), ("pad_piece", None), ("text_in_raster", False)):
+            value = getattr(self, name)
+            require(value == wanted, f"{name} is {value}; a Transformer with a text_encoder has {wanted}")
+        require(
+            self.attention_kernel in ("auto", "dense"),
+            f"attention_kernel is {self.attention_kernel}; with a text_encoder each caption hides positions "
+            "of its own, which only dense computes",
+        )
+        require(
+            encoder.end_piece < self.text_vocab,
+            f"text_encoder.end_piece is {encoder.end_piece}; want a piece in [0, {self.text_vocab})",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -104,7 +150,8 @@ class DalleConfig:
     @property
     def text_ids(self) -> int:
         """Rows of the text embedding: the pieces, and a pad token for each position or none."""
-        return self.text_vocab + (self.text_len if self.pad_piece is None else 0)
+        pads = self.pad_piece is None and self.text_encoder is None
+        return self.text_vocab + (self.text_len if pads else 0)
 
     @property
     def num_codes(self) -> int:

@@ -21,7 +21,7 @@ FAMILIES = {  # family: (module, and its function where that is not `load`, of t
     "clip": ("clip", "CLIP with a ViT: OpenAI's ViT-*.pt, or the directory or file of a Hugging Face model"),
     "mindalle": ("mindalle", "minDALL-E 1.3B: the directory of the unpacked 1.3B.tar.gz"),
     "rudalle": ("rudalle", "ruDALL-E Malevich, Emojich, Surrealist, Kandinsky: pytorch_model*.bin"),
-    "llamagen": ("llamagen", "LlamaGen's class-conditional GPT, B to 3B: c2i_*.pt"),
+    "llamagen": ("llamagen", "LlamaGen's GPT on classes, B to 3B, or captions, XL: c2i_*.pt, t2i_*.pt"),
     "dalle-mini": ("dalle_mini", "DALL-E Mini and Mega: a directory with flax_model.msgpack"),
 }
 

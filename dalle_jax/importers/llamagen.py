@@ -1,16 +1,21 @@
-"""LlamaGen's class-conditional GPT, B to 3B (github.com/FoundationVision/LlamaGen; Sun et al. 2024, 2406.06525).
+"""LlamaGen's GPTs (github.com/FoundationVision/LlamaGen; Sun et al. 2024, 2406.06525), B to 3B on classes (c2i), XL on
+captions (t2i).
 
-A class token, then the codes: Llama's blocks (RMS norms, gated SiLU, no biases), no embeddings of positions but rotary
-ones by row and column, which make queries and keys of the class token zero. The token after the last class is the null
-class of guidance, which is just our padding token of the one text position. Published under the MIT licence.
+A class token, or 120 of a caption, then the codes: Llama's blocks (RMS norms, gated SiLU, no biases), no embeddings of
+positions but rotary ones by row and column, which make queries and keys of what stands before the codes zero. The token
+after the last class is the null class of guidance, which is just our padding token of the one text position. Captions
+are read by the encoder of flan-t5-xl, which is not in the file and becomes a part of the model here. Published under
+the MIT licence.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dalle_jax import labels
 from dalle_jax.config import DalleConfig
+from dalle_jax.importers import t5 as encoders
 from dalle_jax.importers.blocks import block_rules, dense, fused
 from dalle_jax.importers.files import read_tensors
 from dalle_jax.importers.tensors import (
@@ -26,46 +31,87 @@ from dalle_jax.importers.tensors import (
     shape_of,
 )
 
-_ABOUT = "a class-conditional LlamaGen GPT"
+_ABOUT = "a LlamaGen GPT"
 _CLASSES = "cls_embedding.embedding_table.weight"
+_NULL = "cls_embedding.uncond_embedding"  # which only the files of models on captions have
+_T5 = "t5:"  # before the names of its tensors
 _BUFFERS = ("freqs_cis", "causal_mask", "k_cache", "v_cache")  # computed, not learned
 
 
 def load(
-    path: Path, text: str | None = None, heads: int | None = None, image_size: int | None = None
+    path: Path,
+    text: str | None = None,
+    heads: int | None = None,
+    image_size: int | None = None,
+    t5: str | None = None,
 ) -> Imported:
-    """The Transformer of a published file (c2i_B_256.pt to c2i_3B_384.pt).
+    """The Transformer of a published file (c2i_B_256.pt to c2i_3B_384.pt, t2i_XL_stage1_256.pt, t2i_XL_stage2_512.pt).
 
     text: names of the classes, one a line; without it they are called by their numbers. heads: of attention; 32 where
     the model is 3200 wide (3B), else one for every 64 channels. image_size: side of the pictures, 16 times the grid;
-    384 as published for all models but those whose file name says 256.
+    what the file name says of 256 and 512, else 384, as published. t5: directory of flan-t5-xl, for a t2i model.
 
-    Raises FileNotFoundError, and ValueError for files of another model, the caption-conditional one among them.
+    Raises FileNotFoundError, and ValueError for files of another model.
     """
     tensors = {
         name.removeprefix("module."): tensor
         for name, tensor in read_tensors(path).items()
         if not name.endswith(_BUFFERS)
     }
-    if "cls_embedding.uncond_embedding" in tensors:
-        raise ValueError(
-            f"{path} is LlamaGen's caption-conditional GPT (t2i): it reads features of flan-t5-xl, which this library "
-            "does not compute; class-conditional files (c2i) can be imported"
-        )
-    size = image_size or (256 if "256" in path.name else 384)
+    size = image_size or next((n for n in (256, 512) if str(n) in path.name), 384)
     if size % 16:
         raise ValueError(f"--image-size is {size}; want a multiple of 16, e.g. 256 or 384")
-    found = model(path, tensors, size // 16, heads)
-    names = _names(text, found.config.text_vocab)
-    return Imported(found, files={"text.model": names.serialized().decode()})
+    if _NULL not in tensors:
+        if t5 is not None:
+            raise ValueError(f"--t5 is for models on captions (t2i); {path} is one on classes: leave it out")
+        found = model(path, tensors, size // 16, heads)
+        words = _names(text, found.config.text_vocab).serialized().decode()
+    else:
+        if t5 is None:
+            raise ValueError(
+                f"{path} is a model on captions (t2i), which reads them with flan-t5-xl: give --t5 DIR, the directory "
+                "of google/flan-t5-xl with config.json, spiece.model and its weights"
+            )
+        if text is not None:
+            raise ValueError(
+                "--text names classes; a model on captions (t2i) has the vocabulary of --t5: leave it out"
+            )
+        found = caption_model(path, tensors, Path(t5), encoders.read_encoder(Path(t5)), size // 16, heads)
+        words = encoders.vocabulary(Path(t5), found.config.text_vocab)
+    return Imported(found, files={"text.model": words})
 
 
 def model(path: Path, tensors: Tensors, grid: int, heads: int | None = None) -> Model:
-    """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
-    config = _config(path, tensors, heads, grid)
-    rules = _rules(config)
+    """The model on classes that all of `tensors` make. Raises ValueError naming what is missing or too many."""
+    classes, dim = shape_of(tensors, _CLASSES, path, 2, _ABOUT)
+    config = _config(path, tensors, dim, heads, grid, text_vocab=classes - 1, text_len=1)
+    rules = _rules(config) | {"text_embed": one(_CLASSES, same)}
     check_names(rules, tensors, path, _ABOUT)
     return Model(config, rules, tensors)
+
+
+def caption_model(
+    path: Path, tensors: Tensors, t5_path: Path, t5_tensors: Tensors, grid: int, heads: int | None = None
+) -> Model:
+    """The model on captions that all of `tensors` make with the encoder of all of `t5_tensors`.
+
+    Raises ValueError naming what is missing or too many, or for an encoder of another width than the model reads."""
+    length, width = shape_of(tensors, _NULL, path, 2, _ABOUT)
+    encoder, vocab, t5_rules = encoders.encoder(t5_path, t5_tensors, _T5)
+    if encoder.dim != width:
+        raise ValueError(
+            f"the T5 of {t5_path} is {encoder.dim} wide, {path} reads one of {width}: want flan-t5-xl"
+        )
+    dim = shape_of(tensors, "cls_embedding.cap_proj.fc2.weight", path, 2, _ABOUT)[0]
+    config = _config(path, tensors, dim, heads, grid, text_vocab=vocab, text_len=length, text_encoder=encoder)
+    rules = _rules(config) | {
+        "text_null": one(_NULL, same),
+        "text_proj/up/kernel": one("cls_embedding.cap_proj.fc1.weight", linear),
+        "text_proj/down/kernel": one("cls_embedding.cap_proj.fc2.weight", linear),
+    }
+    check_names(rules, tensors, path, _ABOUT)
+    rules |= {f"t5/{name}": rule for name, rule in t5_rules.items()}
+    return Model(config, rules, tensors | {_T5 + name: tensor for name, tensor in t5_tensors.items()})
 
 
 def _names(text: str | None, classes: int) -> labels.Labels:
@@ -79,11 +125,9 @@ def _names(text: str | None, classes: int) -> labels.Labels:
     return labels.Labels(names)
 
 
-def _config(path: Path, tensors: Tensors, heads: int | None, grid: int) -> DalleConfig:
-    classes, dim = shape_of(tensors, _CLASSES, path, 2, _ABOUT)
+def _config(path: Path, tensors: Tensors, dim: int, heads: int | None, grid: int, **text: Any) -> DalleConfig:
     return DalleConfig(
-        text_vocab=classes - 1,
-        text_len=1,
+        **text,
         image_vocab=shape_of(tensors, "tok_embeddings.weight", path, 2, _ABOUT)[0],
         grid=grid,
         dim=dim,
@@ -115,7 +159,6 @@ def _rules(cfg: DalleConfig) -> dict[str, Rule]:
         blocks |= dense(name, f"layers.{{}}.{source}", bias=False)
     blocks |= dense("mlp/down", "layers.{}.feed_forward.w2", bias=False)
     return {
-        "text_embed": one(_CLASSES, same),
         "image_embed": one("tok_embeddings.weight", same),
         "norm_out/scale": one("norm.weight", same),
         "image_head/kernel": one("output.weight", linear),

@@ -20,7 +20,8 @@ from dalle_jax.nn.quantized import Dense
 from dalle_jax.nn.rotary import rotate
 from dalle_jax.nn.sharding import constrain
 
-Activation = Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu"]  # of the MLP; swiglu is gated (2002.05202)
+# Of the MLP; swiglu and geglu are gated (2002.05202), geglu by the tanh form, as T5 has it.
+Activation = Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu", "geglu"]
 Norm = Literal["layer", "rms"]
 
 # Names under which a remat policy finds queries, keys and values, what attention makes of them, and the stream
@@ -32,14 +33,15 @@ QKV, ATTENDED, MIDDLE = "qkv", "attended", "middle"
 Look = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-def attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask_TS: jax.Array) -> jax.Array:
-    """Softmax attention, scores and softmax in float32; a position sees where `mask_TS` is True.
+def attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention, scores and softmax in float32; a position sees where `mask`, (T, S) or (B, T, S), is True.
 
     Every row of the mask must see something. Returns (B, T, H, K) in the dtype of `v`.
     """
     scale = 1.0 / math.sqrt(q_BTHK.shape[-1])
     att_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32)
-    att_BHTS = jnp.where(mask_TS[None, None], att_BHTS, jnp.finfo(jnp.float32).min)
+    mask_BHTS = mask[None, None] if mask.ndim == 2 else mask[:, None]
+    att_BHTS = jnp.where(mask_BHTS, att_BHTS, jnp.finfo(jnp.float32).min)
     att_BHTS = jax.nn.softmax(att_BHTS, axis=-1).astype(v_BSHK.dtype)
     return jnp.einsum("bhts,bshk->bthk", att_BHTS, v_BSHK)
 
@@ -50,10 +52,10 @@ def _rms_norm(x: jax.Array, scale_K: jax.Array) -> jax.Array:
     return (x32 * scale_K.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def norm(kind: Norm, name: str | None = None) -> nn.Module:
+def norm(kind: Norm, name: str | None = None, epsilon: float = 1e-5) -> nn.Module:
     """A norm over the last axis, in float32."""
     make = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind]
-    return make(epsilon=1e-5, dtype=jnp.float32, name=name)
+    return make(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
 class Attention(nn.Module):
@@ -104,6 +106,9 @@ def _activate(name: Activation, x: jax.Array) -> jax.Array:
     raise ValueError(f"activation is {name!r}; want one of {', '.join(get_args(Activation))}")
 
 
+GATES = {"swiglu": nn.silu, "geglu": nn.gelu}
+
+
 class MLP(nn.Module):
     width: int
     out_std: float
@@ -118,9 +123,9 @@ class MLP(nn.Module):
             return Dense(width, self.biases, self.dtype, init, name=name)
 
         x_BTF = constrain(dense("up", self.width)(x_BTD), "batch", None, "mlp")
-        if self.activation == "swiglu":
+        if self.activation in GATES:
             gate_BTF = constrain(dense("gate", self.width)(x_BTD), "batch", None, "mlp")
-            x_BTF = nn.silu(gate_BTF) * x_BTF
+            x_BTF = GATES[self.activation](gate_BTF) * x_BTF
         else:
             x_BTF = _activate(self.activation, x_BTF)
         return dense("down", x_BTD.shape[-1], self.out_std)(x_BTF)
@@ -142,11 +147,12 @@ class Block(nn.Module):
     norm: Norm = "layer"
     sandwich: bool = False  # a norm of what attention and MLP give too, before each sum
     biases: bool = True
+    epsilon: float = 1e-5  # of the norms
 
     @nn.compact
     def __call__(self, x_BTD, mask_TS=None, look: Look | None = None, turns=None):
         def normed(name, x_BTD):
-            return norm(self.norm, name)(x_BTD).astype(self.dtype)
+            return norm(self.norm, name, self.epsilon)(x_BTD).astype(self.dtype)
 
         attention = Attention(self.heads, self.qk_norm, self.out_std, self.dtype, self.biases, name="attn")
         y_BTD, cache = attention(normed("norm_attn", x_BTD), mask_TS, look, turns)

@@ -21,7 +21,7 @@ import numpy as np
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.config.dalle import AttentionKind
-from dalle_jax.nn.masks import attention_mask, seen_back
+from dalle_jax.nn.masks import attention_mask, hide, seen_back
 from dalle_jax.nn.sharding import constrain
 
 
@@ -34,10 +34,12 @@ class KV(NamedTuple):
 
 class LayerCache(NamedTuple):
     """text: groups of captions, each (C, H, T, K); the B rows of `image` are, in order, B_i of each group,
-    B_i / C_i neighbours on one caption. image: (B, H, W, K); slots not yet written are never seen."""
+    B_i / C_i neighbours on one caption. image: (B, H, W, K); slots not yet written are never seen. seen: of each group,
+    which text positions are, bool (C, T); () where all are."""
 
     text: tuple[KV, ...]
     image: KV
+    seen: tuple[jax.Array, ...] = ()
 
 
 def kept(cfg: DalleConfig, kind: AttentionKind) -> int:
@@ -122,20 +124,25 @@ def window(cfg: DalleConfig, kind: AttentionKind, cache: KV, place: jax.Array) -
     return cache, table[places % len(table), back] & (back <= places)
 
 
-def attend_text(cfg: DalleConfig, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Captions among themselves, (C, T, H, K) each: position t sees 0 to t."""
-    length = q.shape[1]
-    causal = jnp.asarray(attention_mask("full", length, 1)[:length, :length])
-    return attend_kept(q, (), (stored(k, v),), causal[None])
+def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, seen_CT: jax.Array | None = None) -> jax.Array:
+    """Captions among themselves, (C, T, H, K) each: position t sees itself and, of 0 to t, what is seen."""
+    causal = jnp.tri(q.shape[1], dtype=bool)
+    return attend_kept(q, (), (stored(k, v),), causal[None] if seen_CT is None else hide(causal, seen_CT))
 
 
 def attend_first(
-    cfg: DalleConfig, kind: AttentionKind, text: tuple[KV, ...], q: jax.Array, k: jax.Array, v: jax.Array
+    cfg: DalleConfig,
+    kind: AttentionKind,
+    text: tuple[KV, ...],
+    seen: tuple[jax.Array, ...],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
 ) -> jax.Array:
     """The first P image tokens of each row, (B, P, H, K) each, over their captions and each other."""
     t, given = cfg.text_len, q.shape[1]
     mask = attention_mask(kind, t, cfg.grid, cfg.conv_kernel)[t : t + given, t : t + given]
-    return attend_kept(q, text, (stored(k, v),), jnp.asarray(mask)[None])
+    return attend_kept(q, text, (stored(k, v),), jnp.asarray(mask)[None], seen)
 
 
 def attend_step(
@@ -148,14 +155,20 @@ def attend_step(
     """One token per row: `new` is its query, key and value, (B, 1, H, K) each. Returns (B, 1, H, K)."""
     q, k, v = new
     image = write(cfg, kind, cache.image, stored(k, v), place)
-    seen, visible_BR = window(cfg, kind, image, place)
-    return attend_kept(q, cache.text, (seen,), visible_BR[:, None]), LayerCache(cache.text, image)
+    found, visible_BR = window(cfg, kind, image, place)
+    y_BQHK = attend_kept(q, cache.text, (found,), visible_BR[:, None], cache.seen)
+    return y_BQHK, cache._replace(image=image)
 
 
 def attend_kept(
-    q_BQHK: jax.Array, text: tuple[KV, ...], image: tuple[KV, ...], visible_BQS: jax.Array
+    q_BQHK: jax.Array,
+    text: tuple[KV, ...],
+    image: tuple[KV, ...],
+    visible_BQS: jax.Array,
+    seen: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
-    """One softmax, in float32, over all of the text and what is visible of the parts of `image`, in their order.
+    """One softmax, in float32, over the text, all of it or what is seen, and what is visible of the parts of `image`,
+    in their order.
 
     Returns (B, Q, H, K).
     """
@@ -165,6 +178,8 @@ def attend_kept(
     scores = jnp.where(visible_BQS[:, None], scores, jnp.finfo(jnp.float32).min)
     if text:
         parts = [_scores(q, kv.k) for q, kv in zip(_groups(q_BHQK, text), text, strict=True)]
+        if seen:
+            parts = [_hidden(part, seen_CT) for part, seen_CT in zip(parts, seen, strict=True)]
         scores = jnp.concatenate([jnp.concatenate(parts), scores], axis=-1)
     att_BHQS = jax.nn.softmax(scores, axis=-1).astype(image[0].v.dtype)
     found, at = None, 0
@@ -179,8 +194,13 @@ def attend_kept(
     return found.swapaxes(1, 2)
 
 
+def _hidden(scores_BHQT: jax.Array, seen_CT: jax.Array) -> jax.Array:
+    seen_BT = jnp.repeat(seen_CT, len(scores_BHQT) // len(seen_CT), axis=0)
+    return jnp.where(seen_BT[:, None, None], scores_BHQT, jnp.finfo(jnp.float32).min)
+
+
 def _groups(x: jax.Array, text: tuple[KV, ...]) -> list[jax.Array]:
-    """The rows of `x` by group of captions: the last group is one caption for as many rows as the others have.
+    """The rows of `x` by group of captions: the last group is null captions for as many rows as the others have.
 
     With one group it has all rows.
     """

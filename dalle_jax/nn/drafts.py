@@ -62,7 +62,7 @@ def attend(
     q, k, v = new
     fresh, slots = kv.stored(k, v), cache.image.k.shape[2]
     visible_BQS = _visible(cfg, kind, slots, place_B, q.shape[1])
-    return kv.attend_kept(q, cache.text, (cache.image, fresh), visible_BQS), fresh
+    return kv.attend_kept(q, cache.text, (cache.image, fresh), visible_BQS, cache.seen), fresh
 
 
 def keep(
@@ -84,4 +84,4 @@ def keep(
     def write(old, new):
         return old.at[rows, :, at_BQ].set(new.swapaxes(1, 2), mode="drop")
 
-    return LayerCache(cache.text, KV(write(cache.image.k, fresh.k), write(cache.image.v, fresh.v)))
+    return cache._replace(image=KV(write(cache.image.k, fresh.k), write(cache.image.v, fresh.v)))

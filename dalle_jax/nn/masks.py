@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import typing
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.config import AttentionKind
@@ -73,3 +75,8 @@ def attention_mask(kind: AttentionKind, text_len: int, grid: int, conv_kernel: i
     mask[text_len:, text_len:] = _image_mask(kind, grid, conv_kernel)
     mask.setflags(write=False)  # shared by the cache above
     return mask
+
+
+def hide(mask_TT: jax.Array, seen_BT: jax.Array) -> jax.Array:
+    """bool (B, T, T): `mask_TT` without the positions that nobody sees in a row, but that each sees itself."""
+    return (mask_TT[None] & seen_BT[:, None]) | jnp.eye(len(mask_TT), dtype=bool)[None]

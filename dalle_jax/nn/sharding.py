@@ -65,6 +65,10 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"text_blocks/mlp/(up|gate)/kernel", ("layers", "width", "mlp")),
     (r"text_blocks/mlp/down/kernel", ("layers", "mlp", "width")),
     (r"(text_)?blocks/mlp/norm/bias", ("layers", None)),
+    # What one that reads captions with T5 (nn/t5.py) has besides.
+    (r"text_null", (None, "width")),
+    (r"text_proj/(up|down)/kernel", ("width", None)),
+    (r"t5/relative", (None, None)),
     (r"(text|image)_head/kernel", ("width", "vocab")),
     (r"(text|image)_head/bias", ("vocab",)),
     # dVAE (tokenizer/dvae.py): convolutions split over input channels.
@@ -113,13 +117,13 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"unet/(.*/)?(norm\d?|norm_out)/(scale|bias)", (None,)),
     (r"unet/class_embed/embedding", (None, "width")),
     (r"unet/codes_embed/embedding", ("vocab", None)),
-    (r"text_encoder/embed", ("vocab", "width")),
+    (r"(text_encoder|t5)/embed", ("vocab", "width")),
     (r"text_encoder/pos", (None, "width")),
-    (r"text_encoder/norm_out/(scale|bias)", (None,)),
+    (r"(text_encoder|t5)/norm_out/(scale|bias)", (None,)),
 )
-# The towers of CLIP and the text encoder of diffusion are of the Transformer's blocks.
+# The towers of CLIP, the text encoder of diffusion and T5 are of the Transformer's blocks.
 PARAM_AXES += tuple(
-    (f"(vision|text|text_encoder)/{pattern}", axes)
+    (f"(vision|text|text_encoder|t5)/{pattern}", axes)
     for pattern, axes in PARAM_AXES
     if pattern.startswith("blocks/")
 )

@@ -36,7 +36,9 @@ def train_flops(task: Any) -> float:
     """
     config = task.config
     if isinstance(config.model, DalleConfig):
-        return 3 * dalle_flops(config.model, config.data.batch)
+        return 3 * dalle_flops(config.model, config.data.batch) + encoder_flops(
+            config.model, config.data.batch
+        )
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.frozen)
     count = config.data.batch
@@ -61,7 +63,17 @@ def dalle_flops(model: DalleConfig, rows: int, *, text_head: bool = True) -> flo
     per_token = model.layers * (block + attention)
     text = model.text_ids if text_head and model.text_loss_weight > 0 else 0
     heads = model.text_len * text + model.num_codes * model.image_vocab
+    if model.text_encoder is not None:  # what brings its vectors to the width of the stream
+        heads += model.text_len * (model.text_encoder.dim + model.dim)
     return 2.0 * rows * (model.length * per_token + model.dim * heads)
+
+
+def encoder_flops(model: DalleConfig, rows: int) -> float:
+    """Of the frozen text encoder, if there is one, which no backward pass goes through."""
+    if (encoder := model.text_encoder) is None:
+        return 0.0
+    block = 4 * encoder.dim**2 + 3 * encoder.dim * encoder.mlp_width + 2 * model.text_len * encoder.dim
+    return 2.0 * rows * model.text_len * encoder.layers * block
 
 
 def products(traced: ClosedJaxpr | Jaxpr) -> float:

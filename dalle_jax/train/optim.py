@@ -14,6 +14,7 @@ import optax
 from dalle_jax.config import OptimConfig
 
 Params = dict[str, Any]
+FROZEN = ("t5",)  # parts of a model that are trained elsewhere: the encoder of captions (nn/t5.py)
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -60,6 +61,7 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
     arrays or ShapeDtypeStructs; only their names are used. A `clip_norm` of 0 leaves clipping out. Adafactor
     (Shazeer and Stern 2018, 1804.04235) keeps sums over rows and columns of the squared gradient, no first
     moment, and takes the same learning rate as the others: updates have the size of one per entry in all three.
+    Parts in FROZEN keep their values, and take no state.
     """
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
     match cfg.optimizer:
@@ -69,9 +71,13 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
             direction = [_kept_in_bfloat16(optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps))]
         case "adafactor":
             direction = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
-    decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask(params))
+    decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask)
     rate = optax.scale_by_learning_rate(learning_rate(cfg, steps))
-    return optax.chain(*clip, optax.chain(*direction, decay, rate))
+    tx = optax.chain(*clip, optax.chain(*direction, decay, rate))
+    if not any(name in params for name in FROZEN):
+        return tx
+    labels = {name: jax.tree.map(lambda _, n=name: n in FROZEN, part) for name, part in params.items()}
+    return optax.multi_transform({False: tx, True: optax.set_to_zero()}, labels)
 
 
 def _kept_in_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 
 import llamagen_reference
+import llamagen_t2i_reference
 import mindalle_reference
 import rudalle_reference
 
 if __name__ == "__main__":
     found = {}
-    for reference in (llamagen_reference, mindalle_reference, rudalle_reference):
+    for reference in (llamagen_reference, llamagen_t2i_reference, mindalle_reference, rudalle_reference):
         found |= reference.published()
     data = gzip.compress(json.dumps(found, separators=(",", ":")).encode(), mtime=0)
     (Path(__file__).parent / "published_transformers.json.gz").write_bytes(data)

@@ -47,6 +47,11 @@ class DalleTask:
             "codes": ((self.model.num_codes,), jnp.int32),
         }
         if not on_codes:  # before the run directory is made
+            if getattr(self.model, "text_encoder", None) is not None and config.init_from is None:
+                raise ValueError(
+                    "model.text_encoder is frozen, so it must be trained already: begin from a run that has one "
+                    "(--init-from RUN; `dalle-jax import llamagen` makes such a run)"
+                )
             check_tokenizer(config, self.model.image_vocab, self.model.grid)
 
     def prepare(self, run_dir: Path) -> None:

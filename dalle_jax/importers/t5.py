@@ -1,0 +1,111 @@
+"""T5 v1.1 and Flan-T5 of Hugging Face: the encoder, a part of models that read captions with it (nn/t5.py).
+
+A directory with config.json, spiece.model and the weights, in one file or several. Published under Apache 2.0.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dalle_jax import t5_text
+from dalle_jax.config import T5Config
+from dalle_jax.importers.blocks import block_rules, dense
+from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.tensors import Rule, Tensors, check_names, counted, one, same, shape_of
+from dalle_jax.text import TextTokenizer
+
+_ABOUT = "the encoder of a T5 v1.1 (Flan-T5)"
+_EMBED = "shared.weight"
+_TIED = "encoder.embed_tokens.weight"  # the same table, in some files under this name, in some under both
+_LEFT = ("decoder.", "lm_head.")
+_BLOCK = "encoder.block.{}.layer."
+_END = 1  # the piece </s>
+_SETTINGS = {  # what the encoder of nn/t5.py computes
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "eos_token_id": _END,
+}
+
+
+def read_encoder(path: Path) -> Tensors:
+    """The tensors of the encoder in a directory, with the table of pieces; nothing of the decoder.
+
+    Raises FileNotFoundError, and ValueError for another model."""
+    config = path / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"no file {config}; want a directory with config.json, spiece.model and weights of T5"
+        )
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        found = {name: settings.get(name, want) for name, want in _SETTINGS.items()}
+    except (ValueError, AttributeError):
+        raise ValueError(f"{config} is not the configuration of a T5") from None
+    for name, want in _SETTINGS.items():
+        if found[name] != want:
+            raise ValueError(f"{config}: {name} is {found[name]!r}; the T5 that can be imported has {want!r}")
+    tensors = read_tensors(path)
+    if _TIED in tensors:
+        tensors.setdefault(_EMBED, tensors[_TIED])
+    return {n: tensor for n, tensor in tensors.items() if n != _TIED and not n.startswith(_LEFT)}
+
+
+def encoder(path: Path, tensors: Tensors, prefix: str = "") -> tuple[T5Config, int, dict[str, Rule]]:
+    """The encoder that all of `tensors` make, its vocabulary's size, and its rules, with `prefix` before all names.
+
+    Raises ValueError naming what is missing or too many."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        return shape_of(tensors, name, path, 2, _ABOUT)
+
+    vocab, dim = shape(_EMBED)
+    relative = _BLOCK.format(0) + "0.SelfAttention.relative_attention_bias.weight"
+    buckets, heads = shape(relative)
+    config = T5Config(
+        dim=dim,
+        layers=counted(tensors, _BLOCK + "0.layer_norm.weight"),
+        heads=heads,
+        mlp_width=shape(_BLOCK.format(0) + "1.DenseReluDense.wi_0.weight")[0],
+        buckets=buckets,
+        end_piece=_END,
+    )
+    check_names(_rules(config, relative, ""), tensors, path, _ABOUT)
+    return config, vocab, _rules(config, relative, prefix)
+
+
+def vocabulary(path: Path, vocab: int) -> str:
+    """spiece.model of the directory, as the file of a run's vocabulary. Raises FileNotFoundError and ValueError."""
+    file = path / "spiece.model"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no file {file}; want the vocabulary of the T5, which is published beside its weights"
+        )
+    data = file.read_bytes()
+    text = t5_text.serialized(data, _END).decode()
+    try:
+        pieces = TextTokenizer(text.encode()).size
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if pieces > vocab:
+        raise ValueError(f"{file} has {pieces} pieces, the T5 beside it has {vocab}")
+    return text
+
+
+def _rules(cfg: T5Config, relative: str, prefix: str) -> dict[str, Rule]:
+    block = prefix + _BLOCK
+    table = {
+        "norm_attn/scale": (f"{block}0.layer_norm.weight", same),
+        "norm_mlp/scale": (f"{block}1.layer_norm.weight", same),
+    }
+    for name, source in {"q": "q", "k": "k", "v": "v", "out": "o"}.items():
+        table |= dense(f"attn/{name}", f"{block}0.SelfAttention.{source}", bias=False)
+    for name, source in {"gate": "wi_0", "up": "wi_1", "down": "wo"}.items():
+        table |= dense(f"mlp/{name}", f"{block}1.DenseReluDense.{source}", bias=False)
+    return {
+        "embed": one(prefix + _EMBED, same),
+        "relative": one(prefix + relative, same),
+        "norm_out/scale": one(f"{prefix}encoder.final_layer_norm.weight", same),
+        **block_rules(cfg.layers, table),
+    }
