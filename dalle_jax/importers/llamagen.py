@@ -25,6 +25,7 @@ from dalle_jax.importers.tensors import (
     Tensors,
     check_names,
     counted,
+    learned,
     linear,
     one,
     same,
@@ -53,11 +54,7 @@ def load(
 
     Raises FileNotFoundError, and ValueError for files of another model.
     """
-    tensors = {
-        name.removeprefix("module."): tensor
-        for name, tensor in read_tensors(path).items()
-        if not name.endswith(_BUFFERS)
-    }
+    tensors = learned(read_tensors(path), _BUFFERS)
     size = image_size or next((n for n in (256, 512) if str(n) in path.name), 384)
     if size % 16:
         raise ValueError(f"--image-size is {size}; want a multiple of 16, e.g. 256 or 384")

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 # Modules whose functions a checkpoint of a model calls to be built again, and the harmless builtins. They are not
 # called here either; the list only tells which pickles would do something else to whoever loads them elsewhere.
 _OF_MODELS = re.compile(
-    r"(__torch__|torch|torch\.(_utils|_tensor|storage|jit\._pickle|nn)|numpy|numpy\._?core\.(multiarray|numeric)|collections|"
-    r"copy_?reg|_codecs|argparse|pathlib|datetime|omegaconf|pytorch_lightning|lightning|dall_e)"
+    r"torch(\.(_utils|_tensor|storage|jit\._pickle))?|numpy(\._?core\.(multiarray|numeric))?|collections|copy_?reg|_codecs|"
+    r"argparse|pathlib|datetime|"
+    r"(__torch__|torch\.nn|omegaconf|pytorch_lightning|lightning|dall_e)(\..*)?"  # and all modules below these
 )
-_WITH_MODULES_BELOW = re.compile(r"(__torch__|torch\.nn|omegaconf|pytorch_lightning|lightning|dall_e)\.")
 _BUILTINS = frozenset((
     "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "long", "object", "range",
     "set", "slice", "str", "tuple",
@@ -208,7 +208,7 @@ def _run(file, where, call, persistent):
 def _of_models(name: Name) -> bool:
     if name.module in ("builtins", "__builtin__"):
         return name.name in _BUILTINS
-    return bool(_OF_MODELS.fullmatch(name.module) or _WITH_MODULES_BELOW.match(name.module))
+    return bool(_OF_MODELS.fullmatch(name.module))
 
 
 def _append(target: Any, items: list[Any]) -> None:

@@ -25,6 +25,7 @@ from dalle_jax.importers.tensors import (
     Tensors,
     check_names,
     counted,
+    learned,
     linear,
     one,
     same,
@@ -56,11 +57,7 @@ def load(
             f"{path.name} does not tell its version: give --version v3 (Malevich_v3, Surrealist, Kandinsky) or "
             "--version v2 (Malevich_v2, Emojich)"
         )
-    tensors = {
-        name.removeprefix("module."): tensor
-        for name, tensor in read_tensors(path).items()
-        if not name.endswith(("row_mask", "col_mask", "conv_mask"))
-    }
+    tensors = learned(read_tensors(path), ("row_mask", "col_mask", "conv_mask"))
     found = model(path, tensors, version, heads)
     try:
         lines = Path(text).read_text(encoding="utf-8")

@@ -92,6 +92,12 @@ def conv_as_linear(x: np.ndarray) -> np.ndarray:
     return np.transpose(x[:, :, 0, 0])
 
 
+def learned(tensors: Tensors, computed: tuple[str, ...]) -> Tensors:
+    """Without those whose names end in one of `computed`, and without the `module.` that parallel training puts before
+    names."""
+    return {n.removeprefix("module."): tensor for n, tensor in tensors.items() if not n.endswith(computed)}
+
+
 def check_names(rules: Mapping[str, Rule], tensors: Tensors, path: Any, about: str) -> None:
     """Raises ValueError naming what `rules` want and `tensors` lack, or what no rule takes."""
     wanted = {name: None for rule in rules.values() for part in rule.parts for name in part.names}
