@@ -232,7 +232,7 @@ def test_scan_is_a_loop_over_the_layers(params):
 
     @jax.jit
     def embed(params):
-        x = dalle._embed_text(TINY, params, caption)
+        x = dalle._read_text(TINY, params, caption)[0]
         return jnp.concatenate(
             [x, dalle._embed_codes(TINY, params, codes[:, :-1], jnp.arange(N - 1))], axis=1
         )
