@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from dalle_jax import clip, dalle
-from dalle_jax.config import ClipConfig, DalleConfig, DataConfig, TrainConfig
+from dalle_jax.config import ClipConfig, DalleConfig, DataConfig, T5Config, TrainConfig
 from dalle_jax.diffusion import unet
-from dalle_jax.train.flops import dalle_flops, products, rows_of, train_flops
+from dalle_jax.train.flops import dalle_flops, encoder_flops, products, rows_of, train_flops
 from dalle_jax.train.rundir import load_config
 from dalle_jax.train.tasks import make_task
 
@@ -80,6 +80,16 @@ def test_the_formula_of_the_transformer_is_what_is_traced():
     head = 2 * 2 * MODEL.dim * MODEL.text_ids
     assert dalle_flops(MODEL, 2) == traced + head
     assert train_flops(task) == 3 * dalle_flops(MODEL, 2)
+
+
+def test_a_frozen_encoder_is_passed_once():
+    encoder = T5Config(dim=8, layers=2, heads=2, mlp_width=6, buckets=4)
+    model = dataclasses.replace(MODEL, text_encoder=encoder, text_loss_weight=0.0)
+    task = make_task(TrainConfig(model=model, data=DataConfig(batch=2)), on_codes=True)
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    traced = count(lambda p, b: task.loss(p, {}, b, jax.random.key(0), 0), params, rows_of(task, 2))
+    assert traced == dalle_flops(model, 2) + encoder_flops(model, 2)
+    assert train_flops(task) == 3 * dalle_flops(model, 2) + encoder_flops(model, 2) < 3 * traced
 
 
 def test_the_formula_by_hand():

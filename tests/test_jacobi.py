@@ -47,9 +47,10 @@ def test_the_same_pictures_in_fewer_passes(params, window, options):
         np.testing.assert_array_equal(generate(CFG, params, CAPTIONS, keys, jacobi=4, **begun), want)
 
 
-@pytest.mark.parametrize("name", ["malevich_v2", "malevich_v3", "llamagen", "dalle_mini"])
+@pytest.mark.parametrize("name", ["malevich_v2", "malevich_v3", "llamagen_t2i", "dalle_mini"])
 def test_every_family(name):
-    """Windows that do not wrap or wrap round the square, rotary positions, an encoder; candidates of a caption."""
+    """Windows that do not wrap or wrap round the square, rotary positions, captions that hide positions, an encoder;
+    candidates of a caption."""
     cfg = FAMILIES[name]
     params = autoregressive.unstack(cfg, test_families.lively(cfg))
     text, keys = test_families.rows(cfg, 2)[0], row_keys(range(4))
