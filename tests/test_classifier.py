@@ -133,16 +133,16 @@ def colours(tmp_path, classes):
 
 
 def test_share_of_true_pictures_by_hand(tmp_path, judge, monkeypatch):
-    """A judge that reads the grey, but takes class 2 for class 1: of rows 0 1 2 0 1 2 0, five are right."""
+    """A judge that reads the grey, but takes class 0 for class 1: of rows 0 1 2 0 1 2 0, four are right."""
     data = colours(tmp_path, 3)
 
     def reads_grey(_, images, batch):
-        return np.eye(3)[np.minimum(images[:, 0, 0, 0] // 20, 1)]
+        return np.eye(3)[np.maximum(images[:, 0, 0, 0] // 20, 1)]
 
     monkeypatch.setattr(classifier, "logits", reads_grey)
     found = classifier.measure_true(judge, None, data, 32, 100)
-    assert found == {"right_class_true": pytest.approx(5 / 7)}
-    assert classifier.measure_true(judge, None, data, 32, 2) == {"right_class_true": 1.0}
+    assert found == {"right_class_true": pytest.approx(4 / 7)}
+    assert classifier.measure_true(judge, None, data, 32, 2) == {"right_class_true": 0.5}
 
 
 def test_classes_have_to_agree(tmp_path, judge):
