@@ -79,7 +79,7 @@ def train(
         sys.modules["dalle_jax.train.tasks"] = types.ModuleType("tasks")
         sys.modules["dalle_jax.train.tasks"].make_task = type("Task", (SlowTask,), {"event": event})
         config = tiny_config(**config)
-    else:  # Only process 0 finds its programs there; it would wait for the others longer than CPU collectives do.
+    else:  # one that found its programs there would wait for the others longer than CPU collectives do
         jax.config.update("jax_enable_compilation_cache", False)
     command.load_config = lambda path: config
     code = command.main(argv)
