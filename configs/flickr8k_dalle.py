@@ -1,7 +1,7 @@
 """Photographs and their captions, English and Chinese: the Transformer over the codes of configs/flickr8k_dvae.py.
 
-Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Its tokenizer was trained here (docs/data.md,
-"Trained on real pictures"), this stage was not.
+Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score of a quarter of it: docs/data.md,
+"Trained on real pictures".
 
     dalle-jax encode runs/flickr8k_dvae --data flickr8k.tar --out flickr8k_codes
     python train.py configs/flickr8k_dalle.py --data.source.path flickr8k.tar --data.codes flickr8k_codes
