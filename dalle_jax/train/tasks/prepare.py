@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from dalle_jax import text
 from dalle_jax.config import TokenizerConfig, TrainConfig
@@ -59,13 +60,21 @@ def prepare(
     is larger than `vocab`.
     """
     vocabulary, frozen = run_dir / "text.model", run_dir / "tokenizer"
+    missing = tokenizer and not (frozen / "config.json").exists()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("prepare")  # all have looked before the first one writes
+    # All read, though one would do: Orbax counts what each process does, and those that have not done the same wait
+    # for each other at the next save.
+    run = load_run(config.tokenizer) if missing and config.tokenizer is not None else None
     if jax.process_index() == 0:
         if vocab is not None:
             make_vocabulary(config, source, vocabulary, vocab)
-        if tokenizer and not (frozen / "config.json").exists():
+        if missing:
             shutil.rmtree(frozen, ignore_errors=True)  # half-written
-            if config.tokenizer is not None or not copy_tokenizer(config, frozen):
-                save_frozen(frozen, load_run(config.tokenizer))
+            if run is not None:
+                save_frozen(frozen, run)
+            else:
+                copy_tokenizer(config, frozen)
     share(run_dir)
     if vocab is None:
         return None
