@@ -92,7 +92,7 @@ def quality(run: str, count: int, temperature: float, guidance: float) -> None:
         print(f"{name:14s} error of scores {error:.4f}, divergence {apart:.5f} nats  {right}", flush=True)
 
 
-def jacobi(run: str, count: int, batch: int, temperature: float, guidance: float) -> None:
+def jacobi(run: str, count: int, batch: int, windows: list[int], temperature: float, guidance: float) -> None:
     """Passes, time, and pictures that are the same, against one code a pass."""
     from dalle_jax.evaluate.measures import unseen_captions
     from dalle_jax.inference import Sampling, draw_pictures, load_text_to_image
@@ -111,9 +111,7 @@ def jacobi(run: str, count: int, batch: int, temperature: float, guidance: float
 
     for warm, guided in {(1.0, 1.0), (temperature, guidance)}:
         want, most, plain = drawn(None, warm, guided)
-        for window in (4, 8, 16, 32):
-            if window > model.config.num_codes:
-                continue
+        for window in windows:
             codes, passes, seconds = drawn(window, warm, guided)
             print(
                 f"temperature {warm:g}, guidance {guided:g}, batch {batch}, {window:2d} at once: "
@@ -164,6 +162,9 @@ def main() -> None:
         "--ideas", nargs="+", choices=IDEAS, default=list(IDEAS), help="whose speed is measured"
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument(
+        "--windows", type=int, nargs="+", default=[4, 8, 16, 32], help="codes a pass, of jacobi"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--count", type=int, default=200, help="captions of each kind")
     parser.add_argument("--temperature", type=float, default=0.4)
@@ -176,7 +177,7 @@ def main() -> None:
     if "quality" in args.parts:
         quality(args.run, args.count, args.temperature, args.guidance)
     for batch in args.batch if "jacobi" in args.parts else []:
-        jacobi(args.run, 64, batch, args.temperature, args.guidance)
+        jacobi(args.run, 64, batch, args.windows, args.temperature, args.guidance)
     for batch in args.batch if "rows" in args.parts else []:
         rows(batch, args.repeats)
 

@@ -14,6 +14,7 @@ from test_families import FAMILIES
 from test_sampling import CAPTIONS, TINY, greedy, lively, uncached
 
 from dalle_jax import autoregressive, dalle
+from dalle_jax.nn import cache, drafts
 from dalle_jax.sampling.generate import generate, generate_rows, row_keys
 
 KINDS = ("full", "row", "column", "conv")
@@ -148,6 +149,18 @@ def test_a_pass_is_as_many_steps_and_wrong_guesses_leave_no_trace(kind, in_raste
         for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(by_steps), strict=True):
             np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
     assert want.std() > 0.3
+
+
+@pytest.mark.parametrize("kind", ["row", "conv"])
+def test_no_slot_is_written_twice(kind):
+    """The order of two writes to one slot is anybody's: of more tokens than a ring holds the newest alone are kept."""
+    size = cache.kept(CFG, kind)
+    place, count = jnp.array([0, 3, 5]), jnp.array([10, 0, 4])
+    for row, at in enumerate(np.asarray(drafts._targets(CFG, kind, size, place, count, 10))):
+        kept = at[at < size]
+        assert len(set(kept)) == len(kept) == min(count[row], size)
+        newest = np.arange(10)[: count[row]][-size:]
+        np.testing.assert_array_equal(at[newest], (place[row] + newest) % size)
 
 
 ENUMERABLE = dataclasses.replace(TINY, grid=2, image_vocab=3, attention=("row",), layers=1)

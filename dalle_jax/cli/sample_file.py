@@ -8,6 +8,8 @@ refused there. Codes are kept in codes.npy until all are drawn, then in codes.np
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -163,6 +165,7 @@ def sample_file(
     queue = queue_of(model, args.batch * (2 if guided else 1), top_k=sampling.top_k, weights=sampling.weights)
     left = iter([i for i, p in enumerate(wanted) if p.file not in manifest.done])
     before, row_of, progress, first = len(manifest.done), {}, Counter("pictures"), True
+    trimmed = before
     if before:
         print(f"{before} of {len(wanted)} pictures are there already", file=sys.stderr)
     try:
@@ -181,6 +184,9 @@ def sample_file(
             for start in range(0, len(rows), args.batch):
                 _finish(model, args, out, wanted, rows[start : start + args.batch],
                         [c for _, c in finished[start : start + args.batch]], codes, manifest)  # fmt: skip
+            if len(manifest.done) - trimmed >= TRIM_EVERY:
+                trimmed = len(manifest.done)
+                _give_back()
             if first and rows:
                 told(len(rows))
                 first = False
@@ -188,6 +194,16 @@ def sample_file(
         return _end(args, out, wanted, codes, manifest, model)
     finally:
         manifest.close()
+
+
+TRIM_EVERY = 1000  # pictures
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system. glibc keeps the holes between its blocks: those of a long job grew by about
+    10 MiB every 1,000 pictures while what was in use stayed the same. Does nothing with another C library."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _codes(path: Path, rows: int, columns: int, *, fresh: bool) -> np.ndarray:

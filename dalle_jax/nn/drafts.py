@@ -65,6 +65,16 @@ def attend(
     return kv.attend_kept(q, cache.text, (cache.image, fresh), visible_BQS, cache.seen), fresh
 
 
+def _targets(
+    cfg: DalleConfig, kind: AttentionKind, slots: int, place_B: jax.Array, count_B: jax.Array, tokens: int
+) -> jax.Array:
+    """The slot of each of `tokens` tokens, int32 (B, Q), `slots` for one that is not kept."""
+    token_1Q, count_B1 = jnp.arange(tokens)[None], count_B[:, None]
+    # Of more tokens than a ring has slots the newest stay: two writes to one slot have no order.
+    stays_BQ = (token_1Q < count_B1) & (token_1Q >= count_B1 - kv.kept(cfg, kind))
+    return jnp.where(stays_BQ, kv.slot(cfg, kind, place_B[:, None] + token_1Q), slots)
+
+
 def keep(
     cfg: DalleConfig,
     kind: AttentionKind,
@@ -74,12 +84,8 @@ def keep(
     count_B: jax.Array,
 ) -> LayerCache:
     """The cache with the first `count_B` of the tokens that `attend` saw at `place_B` and on; the rest is dropped."""
-    rows, tokens = jnp.arange(len(place_B))[:, None], jnp.arange(fresh.k.shape[2])[None]
-    last_B1 = count_B[:, None]
-    # Of more tokens than a ring has slots the newest stay: two writes to one slot have no order.
-    stays_BQ = (tokens < last_B1) & (tokens >= last_B1 - kv.kept(cfg, kind))
-    slots = cache.image.k.shape[2]
-    at_BQ = jnp.where(stays_BQ, kv.slot(cfg, kind, place_B[:, None] + tokens), slots)
+    rows = jnp.arange(len(place_B))[:, None]
+    at_BQ = _targets(cfg, kind, cache.image.k.shape[2], place_B, count_B, fresh.k.shape[2])
 
     def write(old, new):
         return old.at[rows, :, at_BQ].set(new.swapaxes(1, 2), mode="drop")
