@@ -73,18 +73,25 @@ def test_every_picture_is_the_one_sampled_alone(params, wanted):
 
 @pytest.mark.parametrize("name", ["dalle_mini", "malevich_v2", "llamagen_t2i"])
 def test_other_families(name):
-    """An encoder with a decoder, and text in the raster; guided, and more requests than slots."""
+    """An encoder with a decoder, and text in the raster; more requests than slots, with and without guidance."""
     cfg = FAMILIES[name]
     params = autoregressive.unstack(cfg, test_families.lively(cfg))
     text = np.asarray(test_families.rows(cfg, 3)[0])
-    asked = [Request(text[i % 3], seed=i, guidance=0.5 + i) for i in range(5)]
-    queue = Queue(cfg, params, slots=4)
+    asked = [
+        Request(text[i % 3], seed=i, guidance=[1.0, 2.0][i % 2], prime=np.arange(i % 2 * 2, dtype=np.int32))
+        for i in range(6)
+    ]
+    queue = Queue(cfg, params, slots=3)
     for request in asked:
         queue.submit(request)
-    keys, scales = row_keys(range(5)), jnp.asarray([request.guidance for request in asked])
-    want = generate(cfg, params, jnp.asarray([r.text_T for r in asked]), keys, guidance=scales)
-    found = dict(queue.drain())
-    np.testing.assert_array_equal([found[i] for i in range(5)], want)
+    for ticket, codes in queue.drain():
+        request = asked[ticket]
+        want = generate(
+            cfg, params, jnp.asarray(request.text_T)[None], row_keys([request.seed]),
+            guidance=jnp.float32(request.guidance) if request.guidance != 1 else None,
+            prime_BP=jnp.asarray(request.prime)[None] if len(request.prime) else None,
+        )  # fmt: skip
+        np.testing.assert_array_equal(codes, want[0], err_msg=str(ticket))
 
 
 def test_requests_that_come_while_others_are_drawn(params, wanted):
