@@ -46,6 +46,14 @@ def _no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _programs_go():
+    """Each file's compiled programs go with it: a process may have 65,530 mappings of memory on Linux, and those of
+    all files together were more, at which XLA aborts."""
+    yield
+    jax.clear_caches()
+
+
 class FakeTask:
     """A linear model on numbers drawn from the step number: every law of the loop, in milliseconds.
 
