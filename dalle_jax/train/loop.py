@@ -10,6 +10,7 @@ people read, all write the checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -281,6 +282,8 @@ class _Training:
             return
         values = {name: float(v) for name, v in jax.device_get(metrics).items() if v.dtype != bool}
         if not finite:
+            with contextlib.suppress(OSError):  # a save that fails is told when the checkpoints are closed
+                self.checkpoints.wait()  # else one on its way would not be named
             raise NotFiniteError(
                 f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}. The update "
                 "was not made and nothing was saved after it; the last checkpoint is of step "
