@@ -230,9 +230,10 @@ def test_signals_of_the_job_are_left_to_the_parent(tar):
 def test_a_parent_that_ends_takes_them_along(tar, how):
     """Killed it cannot clean up; interrupted it raises KeyboardInterrupt out of a `with`."""
     code = f"""
-        import time
+        import signal, time
         from dalle_jax import config
         from dalle_jax.data.pipeline import open_train_source, train_batches
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         data = config.DataConfig(source=config.TarSource(path={tar.path!r}, max_bad_share=0.2), workers=2, batch=8)
         with train_batches(data, open_train_source(data), start=0, image_size=16) as batches:
             next(batches)
