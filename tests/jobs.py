@@ -175,10 +175,9 @@ def assert_close(got: list[dict], want: list[dict], rtol=1e-5, atol=1e-6) -> Non
 
 
 def same_weights(a: Path, b: Path, rtol=1e-5, atol=1e-6) -> None:
-    for x, y in zip(
-        *(jax.tree.leaves(rundir.load_run(r, which="latest").params) for r in (a, b)), strict=True
-    ):
-        np.testing.assert_allclose(x, y, rtol, atol)
+    mine, other = (rundir.load_run(run, which="latest").params for run in (a, b))
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(mine), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, rtol, atol, err_msg=jax.tree_util.keystr(path))
 
 
 def straight_run(run: Path, **changes) -> Path:
