@@ -7,8 +7,6 @@ the number of classes follow from the weights. B batch, R rows, H W picture, C c
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from dalle_jax.data.images import decode, encode_png, to_bytes, to_floats
 from dalle_jax.data.pipeline import eval_batch
 from dalle_jax.data.sources import Source, open_source
 from dalle_jax.evaluate import measures
+from dalle_jax.evaluate.weights import read_npz
 from dalle_jax.inference import Progress, Sampling, Tokenizer, decode_codes, encode_images
 from dalle_jax.inference.diffusion import Denoising
 
@@ -127,14 +126,7 @@ def load(path: str | Path) -> Classifier:
     Raises FileNotFoundError, or ValueError naming the tensor for one that is missing, unknown, of another shape or
     dtype, or holds what no trained network holds.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights {path}; {_WANT}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            tensors = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole npz file of weights ({error}); {_WANT}") from None
-    return fold(tensors, str(path))
+    return fold(read_npz(path, _WANT), str(path))
 
 
 def fold(tensors: dict[str, np.ndarray], told: str = "these weights") -> Classifier:

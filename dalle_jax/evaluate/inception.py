@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dalle_jax.evaluate.weights import read_npz
 from dalle_jax.importers.inception import CLASSES, CLASSIFIER, PREFIX, read_inception
 
 Params = dict[str, Any]
@@ -257,18 +256,9 @@ def load(path: str | Path) -> Inception:
     or dtype, or holds what no trained network holds.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights {path}; give the npz or pth file of the FID Inception-v3 of 2015"
-        )
-    if path.suffix in (".pth", ".pt"):
-        return fold(read_inception(path), str(path))
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            tensors = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole npz file of weights ({error}); fetch it again") from None
-    return fold(tensors, str(path))
+    torch = path.suffix in (".pth", ".pt") and path.is_file()
+    want = "give the npz or pth file of the FID Inception-v3 of 2015"
+    return fold(read_inception(path) if torch else read_npz(path, want), str(path))
 
 
 def fold(tensors: dict[str, np.ndarray], told: str = "these weights") -> Inception:
