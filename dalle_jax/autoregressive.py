@@ -1,4 +1,4 @@
-"""Any Transformer from text to codes, told by its configuration: one stream (dalle.py), or an encoder and a decoder
+"""Any Transformer from text to codes, told by its configuration: one stream (dalle/), or an encoder and a decoder
 (bart.py). The sampler, the training task and the commands know only these functions; those without a word here are
 documented there.
 """

@@ -2,8 +2,8 @@
 
 BART (Lewis et al. 2019, 1910.13461) with NormFormer's norms (Shleifer et al. 2021, 2110.09456): one before and one
 after each attention, one before and one inside each gated MLP; a norm that a matrix follows has no scale, and nothing
-but norms has biases. A file of its own beside dalle.py, because little is shared: two streams with embeddings of their
-own, attention that looks both ways, two softmaxes where the paper has one. The functions are those of dalle.py.
+but norms has biases. A file of its own beside dalle/, because little is shared: two streams with embeddings of their
+own, attention that looks both ways, two softmaxes where the paper has one. The functions are those of dalle/.
 Text ids are as there; padding is not seen. The null caption is an empty text: its begin and its end.
 B batch, C captions, T text positions, N codes, P codes given, Q positions computed, S positions seen, D width,
 H heads, K width of a head, V image vocabulary.

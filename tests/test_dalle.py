@@ -13,6 +13,7 @@ import pytest
 
 from dalle_jax import autoregressive, dalle, text
 from dalle_jax.config import DalleConfig
+from dalle_jax.dalle import stream
 from dalle_jax.nn.attention import Block
 from dalle_jax.nn.sharding import path_name
 
@@ -232,14 +233,14 @@ def test_scan_is_a_loop_over_the_layers(params):
 
     @jax.jit
     def embed(params):
-        x = dalle._read_text(TINY, params, caption)[0]
+        x = stream.read_text(TINY, params, caption)[0]
         return jnp.concatenate(
-            [x, dalle._embed_codes(TINY, params, codes[:, :-1], jnp.arange(N - 1))], axis=1
+            [x, stream.embed_codes(TINY, params, codes[:, :-1], jnp.arange(N - 1))], axis=1
         )
 
     @jax.jit
     def head(params, x):
-        return dalle._head(TINY, params, "image_head", dalle._norm_out(TINY, params, x[:, T - 1 :]))
+        return stream.head(TINY, params, "image_head", stream.norm_out(TINY, params, x[:, T - 1 :]))
 
     x = embed(params)
     layers = jax.jit(autoregressive.unstack, static_argnums=0)(TINY, params)["blocks"]

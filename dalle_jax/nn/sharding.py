@@ -40,7 +40,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 # Parameter path (as "a/b/c") -> logical axis of each dimension. Exactly one pattern matches each parameter.
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # Transformer (dalle.py); `blocks` are stacked over layers.
+    # Transformer (dalle/); `blocks` are stacked over layers.
     (r"(text|image)_embed", ("vocab", "width")),
     (r"(text_pos|image_pos|image_row|image_col)", (None, "width")),
     (r"blocks/norm_(attn|mlp)(_out)?/(scale|bias)", ("layers", None)),

@@ -87,7 +87,7 @@ def encode(cfg: T5Config, params: Params, ids_BT: jax.Array, seen_BT: jax.Array,
 
 
 def lengths(text_BT: jax.Array, vocab: int) -> jax.Array:
-    """Pieces of captions, and of null captions what their last id says (dalle.py): int32 (B,)."""
+    """Pieces of captions, and of null captions what their last id says (dalle/): int32 (B,)."""
     pieces_B = jnp.sum(text_BT < vocab, axis=1, dtype=jnp.int32)
     return jnp.where(pieces_B > 0, pieces_B, text_BT[:, -1] - vocab + 1)
 
