@@ -12,7 +12,7 @@ import jax
 
 from dalle_jax import bart, dalle
 from dalle_jax.config import BartConfig, TransformerConfig, Weights
-from dalle_jax.nn.quantized import quantize
+from dalle_jax.nn.matrices import by_output, join, quantize
 
 Params = dict[str, Any]
 Cache = dalle.Cache | bart.Cache
@@ -38,11 +38,15 @@ def loss(cfg: TransformerConfig, params: Params, text_BT: jax.Array, codes_BN: j
     return _of(cfg).loss(cfg, params, text_BT, codes_BN, key)
 
 
-def unstack(cfg: TransformerConfig, params: Params, weights: Weights | None = None) -> Params:
-    """The parameters as sampling wants them: the (decoder's) `blocks` a tuple of layers, matrices in the compute dtype,
-    or quantised as `weights` says (nn/quantized.py). A frozen text encoder stays in the compute dtype.
+def unstack(
+    cfg: TransformerConfig, params: Params, weights: Weights | None = None, *, gpu: bool | None = None
+) -> Params:
+    """The parameters as sampling wants them (nn/matrices.py): the (decoder's) `blocks` a tuple of layers, with
+    queries, keys and values in one matrix; matrices in the compute dtype, or quantised as `weights` says. A frozen
+    text encoder stays in the compute dtype.
 
-    Both are done once here instead of once per token. Parameters in this form are returned as they are.
+    Done once here instead of once per token. Parameters in this form are returned as they are. gpu: whether matrices
+    lie as a GPU wants them; None asks for the default device. Either form gives the same results everywhere.
     Raises ValueError for unknown `weights`, and where they are wanted of parameters that have the form already.
     """
     if isinstance(params["blocks"], tuple):
@@ -55,10 +59,13 @@ def unstack(cfg: TransformerConfig, params: Params, weights: Weights | None = No
 
     matrices = {n: params[n] for n in ("blocks", "image_head")}
     cast = jax.tree_util.tree_map_with_path(one, matrices) if weights is None else quantize(matrices, weights)
+    laid = (
+        by_output if (jax.default_backend() == "gpu" if gpu is None else gpu) else lambda matrices: matrices
+    )
+    layers = (jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
+    cast = {"blocks": tuple(laid(join(layer)) for layer in layers), "image_head": laid(cast["image_head"])}
     reads = {n: params[n] for n in ("t5", "text_proj") if n in params}
-    cast |= jax.tree_util.tree_map_with_path(one, reads)
-    layers = tuple(jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
-    return {**params, **cast, "blocks": layers}
+    return {**params, **jax.tree_util.tree_map_with_path(one, reads), **cast}
 
 
 def init_cache(cfg: TransformerConfig, captions: int, copies: int = 1, **options: bool) -> Cache:

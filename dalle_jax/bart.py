@@ -12,6 +12,7 @@ H heads, K width of a head, V image vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from dalle_jax.config import BartConfig
 from dalle_jax.nn.cache import KV
 from dalle_jax.nn.ids import check_ids
-from dalle_jax.nn.quantized import product
+from dalle_jax.nn.matrices import affine, product, products
 from dalle_jax.nn.sharding import constrain
 
 Params = dict[str, Any]
@@ -97,17 +98,11 @@ def _norm(p: Params, x: jax.Array) -> jax.Array:
     return x + p["bias"][None, None]
 
 
-def _dense(cfg: BartConfig, p: Params, x: jax.Array) -> jax.Array:
-    return product(p, x, cfg.dtype)
-
-
-def _heads(cfg: BartConfig, p: Params, x_BTD: jax.Array) -> jax.Array:
-    x = _dense(cfg, p, x_BTD)
-    return constrain(x.reshape(*x.shape[:2], cfg.heads, cfg.head_dim), "batch", None, "heads", None)
-
-
-def _keys(cfg: BartConfig, p: Params, x_BSD: jax.Array) -> KV:
-    return KV(_heads(cfg, p["k"], x_BSD), _heads(cfg, p["v"], x_BSD))
+def _heads(cfg: BartConfig, p: Params, names: tuple[str, ...], x_BTD: jax.Array) -> Iterator[jax.Array]:
+    """Of each of the matrices `names` of an attention, (B, T, H, K)."""
+    for y in products(p, names, x_BTD, cfg.dtype):
+        y = y.reshape(*y.shape[:2], cfg.heads, cfg.head_dim)
+        yield constrain(y, "batch", None, "heads", None)
 
 
 def _attend(q_BQHK: jax.Array, kv_CSHK: KV, seen_CQS: jax.Array) -> jax.Array:
@@ -121,10 +116,11 @@ def _attend(q_BQHK: jax.Array, kv_CSHK: KV, seen_CQS: jax.Array) -> jax.Array:
 
 
 def _attention(cfg: BartConfig, block: Params, name: str, x_BQD: jax.Array, look) -> jax.Array:
-    """The stream after one attention. look: normed input and queries to what they attend to, (B, Q, H, K)."""
-    y = _norm(block[f"norm_{name}"], x_BQD)
-    y = look(y, _heads(cfg, block[name]["q"], y))
-    y = _dense(cfg, block[name]["out"], y.reshape(*y.shape[:2], cfg.dim))
+    """The stream after one attention. look: queries, and for `attn` the keys and values of the same positions, to what
+    they attend to, (B, Q, H, K)."""
+    names = ("q", "k", "v") if name == "attn" else ("q",)
+    y = look(*_heads(cfg, block[name], names, _norm(block[f"norm_{name}"], x_BQD)))
+    y = affine(block[name]["out"], y.reshape(*y.shape[:2], cfg.dim), cfg.dtype)
     y = _norm(block[f"norm_{name}_out"], y)
     return constrain(x_BQD + y.astype(x_BQD.dtype), "batch", None, "embed")
 
@@ -132,9 +128,10 @@ def _attention(cfg: BartConfig, block: Params, name: str, x_BQD: jax.Array, look
 def _mlp(cfg: BartConfig, block: Params, x_BQD: jax.Array) -> jax.Array:
     """The stream after the gated MLP."""
     p, y = block["mlp"], _norm(block["norm_mlp"], x_BQD)
-    gate, up = (constrain(_dense(cfg, p[name], y), "batch", None, "mlp") for name in ("gate", "up"))
+    both = products(p, ("gate", "up"), y, cfg.dtype)
+    gate, up = (constrain(y, "batch", None, "mlp") for y in both)
     y = _norm(p["norm"], jax.nn.gelu(gate, approximate=False) * up)
-    return constrain(x_BQD + _dense(cfg, p["down"], y), "batch", None, "embed")
+    return constrain(x_BQD + affine(p["down"], y, cfg.dtype), "batch", None, "embed")
 
 
 def _scan(cfg: BartConfig, layer, x: jax.Array, blocks: Params) -> jax.Array:
@@ -158,8 +155,8 @@ def encode(cfg: BartConfig, params: Params, text_BT: jax.Array) -> tuple[jax.Arr
     seen_BT = ids_BT != cfg.pad_piece
 
     def layer(x_BTD, block):
-        def look(y, q):
-            return _attend(q, _keys(cfg, block["attn"], y), seen_BT[:, None])
+        def look(q, k, v):
+            return _attend(q, KV(k, v), seen_BT[:, None])
 
         return _mlp(cfg, block, _attention(cfg, block, "attn", x_BTD, look))
 
@@ -170,7 +167,10 @@ def encode(cfg: BartConfig, params: Params, text_BT: jax.Array) -> tuple[jax.Arr
 
 def _head(cfg: BartConfig, params: Params, x_BQD: jax.Array) -> jax.Array:
     """Products in the compute dtype, sums and result in float32; the rows that are codes."""
-    head = {name: x[..., : cfg.image_vocab] for name, x in params["image_head"].items()}
+    head = {
+        name: x[: cfg.image_vocab] if name == "kernel_t" else x[..., : cfg.image_vocab]
+        for name, x in params["image_head"].items()
+    }
     y_BQV = product(head, _norm(params["norm_out"], x_BQD), cfg.dtype, out=jnp.float32)
     return constrain(y_BQV, "batch", None, "vocab")
 
@@ -194,11 +194,11 @@ def logits(
     causal_1NN = jnp.tri(cfg.num_codes, dtype=bool)[None]
 
     def layer(x_BND, block):
-        def own(y, q):
-            return _attend(q, _keys(cfg, block["attn"], y), causal_1NN)
+        def own(q, k, v):
+            return _attend(q, KV(k, v), causal_1NN)
 
-        def cross(_, q):
-            return _attend(q, _keys(cfg, block["cross"], text_BTD), seen_BT[:, None])
+        def cross(q):
+            return _attend(q, KV(*_heads(cfg, block["cross"], ("k", "v"), text_BTD)), seen_BT[:, None])
 
         x_BND = _attention(cfg, block, "attn", x_BND, own)
         return _mlp(cfg, block, _attention(cfg, block, "cross", x_BND, cross))
@@ -275,7 +275,7 @@ def prefill(
         codes_BP = jnp.concatenate([codes_BP, codes_BP])
         parts.append(slice(captions, None))
     text_CTD, seen_CT = encode(cfg, params, text_CT)
-    cross = [_keys(cfg, block["cross"], text_CTD) for block in params["blocks"]]
+    cross = [KV(*_heads(cfg, block["cross"], ("k", "v"), text_CTD)) for block in params["blocks"]]
     grouped = tuple(tuple(KV(kv.k[part], kv.v[part]) for part in parts) for kv in cross)
     cache = Cache(tuple(seen_CT[part] for part in parts), grouped, ())
     ids_BQ = _started(cfg, codes_BP)
@@ -283,14 +283,13 @@ def prefill(
     x_BQD = _embed(cfg, params, "image", ids_BQ, jnp.arange(ids_BQ.shape[1]))
     for i, block in enumerate(params["blocks"]):
 
-        def look(y, q, block=block):
-            kv = _keys(cfg, block["attn"], y)
-            missing = ((0, 0), (0, cfg.num_codes - y.shape[1]), (0, 0), (0, 0))
+        def look(q, k, v):
+            kv, missing = KV(k, v), ((0, 0), (0, cfg.num_codes - q.shape[1]), (0, 0), (0, 0))
             own.append(KV(*(constrain(jnp.pad(x, missing), "batch", None, "heads", None) for x in kv)))
             return _attend(q, kv, causal_1QQ)
 
         x_BQD = _attention(cfg, block, "attn", x_BQD, look)
-        x_BQD = _attention(cfg, block, "cross", x_BQD, lambda _, q, i=i: _look_across(cache, i, q))
+        x_BQD = _attention(cfg, block, "cross", x_BQD, lambda q, i=i: _look_across(cache, i, q))
         x_BQD = _mlp(cfg, block, x_BQD)
     return _head(cfg, params, x_BQD[:, -1:])[:, 0], cache._replace(own=tuple(own))
 
@@ -362,18 +361,13 @@ def _decode(
     x_BQD = _embed(cfg, params, "image", codes_BQ, jnp.minimum(position, cfg.num_codes - 1))
     for i, block in enumerate(params["blocks"]):
 
-        def look(y, q, i=i, block=block):
-            kv = KV(
-                *(
-                    _write(old, new, position)
-                    for old, new in zip(cache.own[i], _keys(cfg, block["attn"], y), strict=True)
-                )
-            )
+        def look(q, *new, i=i):
+            kv = KV(*(_write(old, x, position) for old, x in zip(cache.own[i], new, strict=True)))
             own.append(kv)
             return _attend(q, kv, seen_BQS)
 
         x_BQD = _attention(cfg, block, "attn", x_BQD, look)
-        x_BQD = _attention(cfg, block, "cross", x_BQD, lambda _, q, i=i: _look_across(cache, i, q))
+        x_BQD = _attention(cfg, block, "cross", x_BQD, lambda q, i=i: _look_across(cache, i, q))
         x_BQD = _mlp(cfg, block, x_BQD)
     return _head(cfg, params, x_BQD), cache._replace(own=tuple(own))
 

@@ -10,7 +10,7 @@ from dalle_jax.config.tokenizer import Dtype
 
 AttentionKind = Literal["full", "row", "column", "conv", "conv_clamped", "conv_torus"]
 AttentionKernel = Literal["auto", "dense", "splash", "cudnn"]
-Weights = Literal["int8", "fp8", "w8a8"]  # 8-bit matrices for sampling (nn/quantized.py)
+Weights = Literal["int8", "fp8", "w8a8"]  # 8-bit matrices for sampling (nn/matrices.py)
 Remat = Literal["none", "full", "dots", "mlp", "matrices"]
 
 

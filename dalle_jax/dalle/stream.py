@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn import t5
 from dalle_jax.nn.attention import Block, norm
-from dalle_jax.nn.quantized import product
+from dalle_jax.nn.matrices import product
 from dalle_jax.nn.rotary import raster_turns
 from dalle_jax.nn.sharding import constrain
 

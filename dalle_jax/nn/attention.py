@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dalle_jax.nn.quantized import Dense
+from dalle_jax.nn.matrices import Dense, products
 from dalle_jax.nn.rotary import rotate
 from dalle_jax.nn.sharding import constrain
 
@@ -58,6 +58,15 @@ def norm(kind: Norm, name: str | None = None, epsilon: float = 1e-5) -> nn.Modul
     return make(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
+def _products(module: nn.Module, names: tuple[str, ...], x: jax.Array, width: int) -> list[jax.Array]:
+    """What Dense layers of a module make of the same input, or the one matrix to which sampling has joined them."""
+    if module.has_variable("params", joined := "_".join(names)):
+        return products({joined: module.get_variable("params", joined)}, names, x, module.dtype)
+    init = nn.initializers.normal(0.02)
+    layers = (Dense(width, module.biases, module.dtype, init, name=name) for name in names)
+    return [layer(x) for layer in layers]
+
+
 class Attention(nn.Module):
     heads: int
     qk_norm: bool
@@ -70,15 +79,13 @@ class Attention(nn.Module):
         *lead, dim = x_BTD.shape
         width = dim // self.heads
 
-        def project(name):
-            # Flat kernels (D, H * K): a stored axis of K = 64 would fill half of a TPU's lanes, and three of them
-            # split over heads where one of (D, 3 * H * K) would be cut across queries, keys and values.
-            init = nn.initializers.normal(0.02)
-            dense = Dense(dim, self.biases, self.dtype, init, name=name)
-            y_BTD = checkpoint_name(dense(x_BTD), QKV)
+        # Flat kernels (D, H * K): a stored axis of K = 64 would fill half of a TPU's lanes, and three of them
+        # split over heads where one of (D, 3 * H * K) would be cut across queries, keys and values.
+        def split(y_BTD):
+            y_BTD = checkpoint_name(y_BTD, QKV)
             return constrain(y_BTD.reshape(*lead, self.heads, width), "batch", None, "heads", None)
 
-        q, k, v = project("q"), project("k"), project("v")
+        q, k, v = map(split, _products(self, ("q", "k", "v"), x_BTD, dim))
         if self.qk_norm:
             q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, (width,)))
             k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, (width,)))
@@ -118,15 +125,16 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        def dense(name, width, std=0.02):
+        def dense(name, width, std):
             init = nn.initializers.normal(std)
             return Dense(width, self.biases, self.dtype, init, name=name)
 
-        x_BTF = constrain(dense("up", self.width)(x_BTD), "batch", None, "mlp")
         if self.activation in GATES:
-            gate_BTF = constrain(dense("gate", self.width)(x_BTD), "batch", None, "mlp")
+            both = _products(self, ("gate", "up"), x_BTD, self.width)
+            gate_BTF, x_BTF = (constrain(y_BTF, "batch", None, "mlp") for y_BTF in both)
             x_BTF = GATES[self.activation](gate_BTF) * x_BTF
         else:
+            x_BTF = constrain(dense("up", self.width, 0.02)(x_BTD), "batch", None, "mlp")
             x_BTF = _activate(self.activation, x_BTF)
         return dense("down", x_BTD.shape[-1], self.out_std)(x_BTF)
 

@@ -1,4 +1,6 @@
-"""Laws of matrices in 8 bits: rounding as written, products of the rounded matrix, scores near the true ones."""
+"""Laws of matrices as sampling prepares them: joined or by output they give what they gave; in 8 bits rounding is as
+written, products are those of the rounded matrix, scores are near the true ones.
+"""
 
 import dataclasses
 
@@ -10,7 +12,7 @@ import test_families
 from test_families import FAMILIES
 
 from dalle_jax import autoregressive
-from dalle_jax.nn.quantized import product, quantize
+from dalle_jax.nn.matrices import by_output, join, product, products, quantize
 from dalle_jax.sampling.generate import generate, row_keys
 
 WEIGHTS = ("int8", "fp8", "w8a8")
@@ -70,6 +72,40 @@ def test_products_are_those_of_the_rounded_matrix(weights, rows):
         0.5 / 127 if weights != "fp8" else 2.0**-4
     )  # the farthest that rounding moves a number, of the largest
     assert (np.abs(rounded - MATRIX) <= 1.01 * step * np.abs(MATRIX).max(axis=0)).all()
+
+
+def test_join_by_hand():
+    """Columns keep their order, the first matrix first, and so do biases and scales; what stands alone stays."""
+    one = {"kernel": jnp.array([[1.0], [2.0]]), "bias": jnp.array([10.0])}
+    two = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.array([20.0])}
+    three = {"kernel": jnp.array([[5.0], [6.0]]), "bias": jnp.array([30.0])}
+    block = {"attn": {"q": one, "k": two, "v": three, "out": one}, "cross": {"q": one, "k": two, "v": three}}
+    got = join(block)
+    assert set(got["attn"]) == {"q_k_v", "out"} and got["cross"] is block["cross"]
+    np.testing.assert_array_equal(got["attn"]["q_k_v"]["kernel"], [[[1], [3], [5]], [[2], [4], [6]]])
+    x = jnp.array([[1.0, 1.0]])
+    for p in (block["attn"], got["attn"], by_output(got)["attn"]):
+        np.testing.assert_array_equal(
+            jnp.stack(products(p, ("q", "k", "v"), x, jnp.float32)), [[[13]], [[27]], [[41]]]
+        )
+    np.testing.assert_array_equal(products(got["cross"], ("q",), x, jnp.float32), [[[13]]])
+
+
+@pytest.mark.parametrize("weights", [None, *WEIGHTS])
+@pytest.mark.parametrize("name", ["llamagen", "dalle_mini", "malevich_v2"])
+def test_a_gpus_form_gives_the_same(name, weights):
+    """Scores after two codes, from matrices that lie by input and by output."""
+    cfg = FAMILIES[name]
+    params = test_families.lively(cfg)
+    text, codes = test_families.rows(cfg, 2)
+    found = []
+    for gpu in (False, True):
+        ready = autoregressive.unstack(cfg, params, weights, gpu=gpu)
+        kernels = {path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(ready["blocks"])[0]}
+        assert ("kernel_t" in kernels) == gpu and ("kernel" in kernels) != gpu
+        _, cache = autoregressive.prefill(cfg, ready, text, codes[:, :1])
+        found.append(autoregressive.decode_step(cfg, ready, cache, codes[:, 1], 1)[0])
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

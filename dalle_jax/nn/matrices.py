@@ -1,0 +1,157 @@
+"""Products with the matrices of a layer, as training has them and as sampling prepares them.
+
+A matrix is a dict {"kernel": (D, F), "bias"?: (F,)}. For sampling those that meet the same input are joined to one,
+(D, M, F), since a step at a small batch is made of many short products; and on a GPU matrices lie by output, (F, D) or
+(M, F, D) as `kernel_t`: XLA computes the product of one row with a matrix there by multiplying and summing, and writes
+all of the products to memory unless what it sums lies together (benchmarks/RESULTS.md).
+
+Weights of 8 bits have a scale for each output column.
+
+`int8` and `fp8` (float8_e4m3fn) store weights alone: a step reads a quarter of the bytes of float32, and the products
+run in the compute dtype. `w8a8` rounds what comes in to int8 as well, with a scale for each row found on the way
+(LLM.int8(), Dettmers et al. 2022, 2208.07339, without its outliers), so that the products are of integers.
+A quantised matrix has int8 or float8 in `kernel` and float32 (F,) beside it, `scale` for weights alone, `scale_w8a8`
+for both.
+D channels in, F channels out, M matrices joined.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.config import Weights
+
+Params = dict[str, Any]
+
+_SCALES = ("scale", "scale_w8a8")
+_JOINED = {"attn": (("q", "k", "v"),), "mlp": (("gate", "up"),)}  # by the part of a block that has them
+
+
+def quantize(params: Params, weights: Weights) -> Params:
+    """Every `kernel` in nested dicts, (..., D, F), in 8 bits, each column with the scale at which it just fits.
+
+    Raises ValueError for an unknown kind.
+    """
+    if weights not in typing.get_args(Weights):
+        raise ValueError(
+            f"weights is {weights!r}; want one of {', '.join(typing.get_args(Weights))}, or None for the compute dtype"
+        )
+    found = {k: quantize(v, weights) if isinstance(v, dict) else v for k, v in params.items()}
+    if (kernel := params.get("kernel")) is not None and not isinstance(kernel, dict):
+        dtype = jnp.float8_e4m3fn if weights == "fp8" else jnp.int8
+        values, scale = _rounded(kernel.astype(jnp.float32), dtype, axis=-2)
+        found |= {"kernel": values, "scale_w8a8" if weights == "w8a8" else "scale": scale.squeeze(-2)}
+    return found
+
+
+def _rounded(x: jax.Array, dtype: Any, axis: int) -> tuple[jax.Array, jax.Array]:
+    """`x` in 8 bits and its float32 scales along `axis`: values times scales are `x`, nearly."""
+    integers = jnp.issubdtype(dtype, jnp.integer)
+    most = float(jnp.iinfo(dtype).max if integers else jnp.finfo(dtype).max)
+    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / most
+    values = x / jnp.where(scale > 0, scale, 1)
+    return (jnp.round(values) if integers else values).astype(dtype), scale
+
+
+def join(block: Params) -> Params:
+    """A block of a Transformer with one matrix for queries, keys and values, and one for a gate and what it gates."""
+    found = dict(block)
+    for part, groups in _JOINED.items():
+        for names in groups:
+            if part in block and set(names) <= set(block[part]):
+                rest = {k: v for k, v in block[part].items() if k not in names}
+                members = [block[part][name] for name in names]
+                one = {k: jnp.stack([m[k] for m in members], axis=-2) for k in members[0]}
+                found[part] = rest | {"_".join(names): one}
+    return found
+
+
+def by_output(params: Params) -> Params:
+    """Every `kernel` in nested dicts as `kernel_t`, what makes one output side by side."""
+    found = {k: by_output(v) if isinstance(v, dict) else v for k, v in params.items()}
+    if (kernel := params.get("kernel")) is not None and not isinstance(kernel, dict):
+        found |= {"kernel_t": jnp.moveaxis(found.pop("kernel"), 0, -1)}
+    return found
+
+
+def products(p: Params, names: tuple[str, ...], x: jax.Array, dtype: Any) -> list[jax.Array]:
+    """`affine` of each of the matrices `names` of `p`: one product where they are joined."""
+    if (joined := "_".join(names)) in names or joined not in p:
+        return [affine(p[name], x, dtype) for name in names]
+    y = affine(p[joined], x, dtype)
+    return [y[..., i, :] for i in range(len(names))]
+
+
+def affine(p: Params, x: jax.Array, dtype: Any) -> jax.Array:
+    """x (..., D) times the matrix, plus its bias if it has one: (..., F), or (..., M, F), in `dtype`."""
+    y = product(p, x, dtype)
+    return y + _lead(p["bias"].astype(dtype), y.ndim) if "bias" in p else y
+
+
+def product(p: Params, x: jax.Array, dtype: Any, *, out: Any = None) -> jax.Array:
+    """x (..., D) times the matrix, in the compute dtype `dtype`, without the bias. Returns (..., F) in `out`, which
+    is `dtype` where it is not given."""
+    out = dtype if out is None else out
+    kernel, axis = (p["kernel"], 0) if "kernel" in p else (p["kernel_t"], p["kernel_t"].ndim - 1)
+    x = x.astype(dtype)
+    if not any(name in p for name in _SCALES):
+        # Sums of single rows on a GPU are taken in the dtype of the result: float32, as its matrix units have it.
+        y = _dot(x, kernel.astype(dtype), axis, out if axis == 0 else jnp.float32)
+        return y.astype(out)
+    if "scale" in p:
+        scale_F, y = p["scale"], _product(x, kernel, axis, dtype, jnp.float32)
+    else:
+        rounded, own = _rounded(x.astype(jnp.float32), jnp.int8, axis=-1)
+        own = own.reshape(own.shape + (1,) * (kernel.ndim - 2))
+        scale_F, y = p["scale_w8a8"], _product(rounded, kernel, axis, jnp.int8, jnp.int32) * own
+    return (y.astype(jnp.float32) * _lead(scale_F, y.ndim)).astype(out)
+
+
+def _product(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any, sums: Any) -> jax.Array:
+    """x times kernel, in `dtype` and summed in `sums`."""
+
+    def dot(x, kernel):
+        return _dot(x, kernel.astype(dtype), axis, sums)
+
+    def twice(x, kernel):
+        both = jax.lax.optimization_barrier(jnp.concatenate([x, x]))  # or XLA sees that they are equal
+        return jax.lax.optimization_barrier(dot(both, kernel))[: len(x)]
+
+    # XLA takes one number after another for the product of a single row with a converted matrix on a CPU, 14 times as
+    # long as the one of two rows (benchmarks/RESULTS.md).
+    single = x.ndim > 1 and math.prod(x.shape[:-1]) == 1
+    return jax.lax.platform_dependent(x, kernel, cpu=twice if single else dot, default=dot)
+
+
+def _dot(x: jax.Array, kernel: jax.Array, axis: int, out: Any) -> jax.Array:
+    """Over the last axis of `x` and `axis` of the kernel."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=out)
+
+
+def _lead(x: jax.Array, ndim: int) -> jax.Array:
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+class Dense(nn.Module):
+    """flax's Dense, whose matrix may be one that sampling has prepared."""
+
+    width: int
+    use_bias: bool
+    dtype: Any
+    kernel_init: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        prepared = (name for name in ("kernel_t", *_SCALES) if self.has_variable("params", name))
+        p = {name: self.get_variable("params", name) for name in prepared}
+        if "kernel_t" not in p:
+            p["kernel"] = self.param("kernel", self.kernel_init, (x.shape[-1], self.width))
+        if self.use_bias:
+            p["bias"] = self.param("bias", nn.initializers.zeros, (self.width,))
+        return affine(p, x, self.dtype)
