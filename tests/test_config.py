@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from dalle_jax import clip, dalle, tokenizer
@@ -311,7 +312,7 @@ def test_from_json_refuses(cls, text, match):
         (
             MixtureSource,
             {"parts": (MixtureSource(parts=(ScenesSource(),), weights=(1.0,)),), "weights": (1.0,)},
-            r"parts\[0\] of a mixture are mixtures",
+            r"parts\[0\]: got a MixtureSource, want a ScenesSource or TarSource",
         ),
         (ArraysSource, {"templates": ("a photo",)}, "each with {} where the class name goes"),
         (DataConfig, {"batch": 0}, "data.batch is 0"),
@@ -545,3 +546,34 @@ def test_config_files(path):
     if path.stem == "dvae_openai":
         assert dataclasses.replace(config.model, dtype="float32") == DVAEConfig()
         assert (count(tree["encoder"]), count(tree["decoder"])) == (53_786_240, 43_829_766)
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "match"),
+    [
+        (DalleConfig, {"dim": "64"}, r"DalleConfig\.dim: got '64', want a int"),
+        (DalleConfig, {"dim": 64.0}, r"DalleConfig\.dim: got 64\.0, want a int"),
+        (DalleConfig, {"layers": True}, r"DalleConfig\.layers: got True, want a int"),
+        (DalleConfig, {"dtype": "float64"}, r"DalleConfig\.dtype: got 'float64', want one of 'float32', 'bfloat16'"),
+        (DalleConfig, {"dtype": jax.numpy.float32}, r"DalleConfig\.dtype: got .*want one of 'float32'"),
+        (DalleConfig, {"remat": "all"}, r"DalleConfig\.remat: got 'all', want one of 'none', 'full'"),
+        (DalleConfig, {"attention": "full"}, r"DalleConfig\.attention: got 'full', want a list"),
+        (DalleConfig, {"attention": ("foo",)}, r"DalleConfig\.attention\[0\]: got 'foo', want one of 'full', 'row'"),
+        (DVAEConfig, {"tau": 1.0}, r"DVAEConfig\.tau: got 1\.0, want a Schedule"),
+        (TrainConfig, {"model": None}, r"TrainConfig\.model: got None, want a DVAEConfig or VQGANConfig"),
+        (TrainConfig, {"model": DVAEConfig(), "steps": "3"}, r"TrainConfig\.steps: got '3', want a int"),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_refused_when_made(make, values, match):
+    with pytest.raises(ValueError, match=match):
+        make(**values)
+
+
+def test_lists_and_numbers_of_numpy_are_taken():
+    config = DalleConfig(
+        layers=np.int64(2), attention=["full"], last_attention=None, null_rate=np.float32(0.5)
+    )
+    same = DalleConfig(layers=2, attention=("full",), last_attention=None, null_rate=0.5)
+    assert config == same and hash(config) == hash(same)
+    assert to_json(config) == to_json(same)
+    assert to_json(OptimConfig(learning_rate=1)) == to_json(OptimConfig(learning_rate=1.0))

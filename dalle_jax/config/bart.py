@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from dalle_jax.config.checks import require
+from dalle_jax.config.checks import configuration, require
 from dalle_jax.config.tokenizer import Dtype
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class BartConfig:
     """Captions through an encoder, codes through a decoder that looks at it (Dayma et al. 2021; BART, 1910.13461)."""
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
-from dalle_jax.config.checks import require
+from dalle_jax.config.checks import configuration, require
 from dalle_jax.config.tokenizer import Dtype
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class TowerConfig:
     """The Transformer of one tower (2103.00020, 2.4 and table 20)."""
 
@@ -27,7 +27,7 @@ class TowerConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class ClipConfig:
     """Contrastive language-image pre-training (2103.00020); the defaults are the published ViT-B/32."""
 
@@ -39,17 +39,14 @@ class ClipConfig:
     text_vocab: int = 49_408  # rows of the token table: pieces, and last the start and the end of a caption
     text_len: int = 77  # positions, start and end among them; a caption that is longer is cut
     embed_dim: int = 512  # of the common space
-    activation: Literal["gelu", "quick-gelu"] = (
-        "quick-gelu"  # x sigmoid(1.702 x), as the published weights have
-    )
+    # quick-gelu is x sigmoid(1.702 x), as the published weights have it.
+    activation: Literal["gelu", "quick-gelu"] = "quick-gelu"
     # Of the pictures that training saw, per channel, values in [0, 1]; the published ones.
     pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     start_scale: float = 1 / 0.07  # factor of the cosines in the softmax, before training; 2.5
     most_scale: float = 100.0  # it is learned and never larger; 2.5
-    chunks: int = (
-        1  # parts of a batch that go through the towers one by one: less memory, same loss; 2101.06983
-    )
+    chunks: int = 1  # parts of a batch that pass the towers one by one: less memory, same loss; 2101.06983
     dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, vectors and loss stay float32
     remat: Literal["none", "full"] = "none"  # what the backward pass computes again; chunks do it in any case
     scan_unroll: int = 1  # layers per iteration of the scan; more compiles longer and may run faster

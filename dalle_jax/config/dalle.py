@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from dalle_jax.config.checks import require
+from dalle_jax.config.checks import configuration, require
 from dalle_jax.config.tokenizer import Dtype
 
 AttentionKind = Literal["full", "row", "column", "conv", "conv_clamped", "conv_torus"]
@@ -14,7 +13,7 @@ Weights = Literal["int8", "fp8", "w8a8"]  # 8-bit matrices for sampling (nn/matr
 Remat = Literal["none", "full", "dots", "mlp", "matrices"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class T5Config:
     """A T5 v1.1 encoder (1910.10683); the defaults are flan-t5-xl's. Its vocabulary is the Transformer's."""
 
@@ -39,7 +38,7 @@ class T5Config:
         require(self.end_piece >= 0, f"end_piece is {self.end_piece}; want a piece")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class DalleConfig:
     """The autoregressive Transformer over text and image tokens (2102.12092, 2.2 and B)."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from fractions import Fraction
 from typing import Literal
 
-from dalle_jax.config.checks import require
+from dalle_jax.config.checks import configuration, require
 
 Language = Literal["en", "zh"]
 SceneSize = Literal["small", "medium", "large"]
@@ -17,7 +17,7 @@ SceneBackground = Literal["plain", "gradient", "two-tone"]
 MIXTURE_PERIOD = 10_000  # rows after which the order of the parts of a mixture repeats
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class ScenesSource:
     """Procedural captioned scenes, drawn on the fly (dalle_jax/data/scenes.py)."""
 
@@ -44,7 +44,7 @@ class ScenesSource:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class TarSource:
     """Tar files of `NAME.(webp|png|jpg)` beside `NAME.json` or `NAME.txt`, indexed once and read by random access.
 
@@ -67,7 +67,7 @@ class TarSource:
         _check_limits(self)
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class FolderSource:
     """A folder of pictures: captions from captions.jsonl, metadata.csv/jsonl, NAME.txt or NAME.json beside each
     picture, or the names of subfolders as classes (dalle_jax/data/sources/folder.py)."""
@@ -91,7 +91,7 @@ class FolderSource:
         require(0 <= self.eval_share < 1, f"eval_share is {self.eval_share}; want a share in [0, 1)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class TfdsSource:
     """A prepared TensorFlow Datasets directory in array_record or tfrecord format: captioned, labelled or neither."""
 
@@ -115,7 +115,7 @@ class TfdsSource:
         _check_templates(self)
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class ArraysSource:
     """An npz file of small labelled pictures, `train_x`, `train_y`, `test_x`, `test_y`, `label_names`."""
 
@@ -146,7 +146,7 @@ def _check_templates(source) -> None:
 PartSource = ScenesSource | TarSource | FolderSource | TfdsSource | ArraysSource
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class MixtureSource:
     """Rows of several sources, each by its weight (dalle_jax/data/sources/mixture.py)."""
 
@@ -158,10 +158,6 @@ class MixtureSource:
 
     def __post_init__(self):
         require(len(self.parts) > 0, "MixtureSource.parts is empty; want one source or more")
-        mixed = [i for i, part in enumerate(self.parts) if isinstance(part, MixtureSource)]
-        require(
-            not mixed, f"parts{mixed} of a mixture are mixtures; list their parts, with weights multiplied"
-        )
         require(
             len(self.weights) == len(self.parts),
             f"MixtureSource has {len(self.parts)} parts and {len(self.weights)} weights; want one weight each",
@@ -192,7 +188,7 @@ class MixtureSource:
 SourceConfig = PartSource | MixtureSource
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class DataConfig:
     """Which rows a step sees."""
 
@@ -221,7 +217,7 @@ class DataConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class TextConfig:
     """Byte-pair encoding of the captions (2102.12092, 2.2: 16,384 pieces, lower case, 10% dropout)."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
-from dalle_jax.config.checks import require
+from dalle_jax.config.checks import configuration, require
 from dalle_jax.config.tokenizer import Dtype
 
 NoiseKind = Literal["linear", "cosine", "ddpm", "ve", "edm"]
@@ -16,7 +16,7 @@ SamplerName = Literal["ancestral", "ddim", "euler", "heun", "dpm++2m", "pc"]
 Spacing = Literal["uniform", "log_snr", "karras"]  # of a sampler's times
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class NoiseConfig:
     """How noise grows with time t in [0, 1]: x_t = alpha(t) x_0 + sigma(t) eps.
 
@@ -62,7 +62,7 @@ class NoiseConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class TextEncoderConfig:
     """The Transformer that reads a caption for the U-Net (2112.10741, 2.2)."""
 
@@ -83,7 +83,7 @@ class TextEncoderConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class CodesConfig:
     """Image tokens as a condition: the U-Net draws the pixels of a tokenizer's codes."""
 
@@ -96,7 +96,7 @@ class CodesConfig:
             require(getattr(self, name) >= 1, f"CodesConfig.{name} is {getattr(self, name)}; want at least 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class DiffusionConfig:
     """A diffusion model of pixels: U-Net (2006.11239, B; 2105.05233, 3), conditions, noise and loss.
 
@@ -109,9 +109,8 @@ class DiffusionConfig:
     width: int = 128  # channels of the first level
     multipliers: tuple[int, ...] = (1, 2, 2, 2)  # of width, one for each level; sides halve between levels
     blocks: int = 2  # residual blocks of a level on the way down; one more on the way up
-    attention_sizes: tuple[int, ...] = (
-        16,
-    )  # sides, in places, of the levels with attention; the middle has it
+    # Sides, in places, of the levels with attention; the middle has it in any case.
+    attention_sizes: tuple[int, ...] = (16,)
     head_width: int | None = None  # channels of an attention head; None is one head of all channels
     scale_shift: bool = False  # the time scales and shifts after the norm, else it is added; 2105.05233, 3.1
     resample: Literal["conv", "block"] = "conv"  # sides are halved and doubled by a convolution or a block

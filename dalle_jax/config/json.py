@@ -7,9 +7,9 @@ import difflib
 import json
 import types
 import typing
-from typing import Any, Literal, Union
+from typing import Any, Union
 
-from dalle_jax.config.checks import require
+from dalle_jax.config.checks import require, typed
 
 
 def to_json(config: Any) -> str:
@@ -27,46 +27,22 @@ def from_json(cls: Any, text: str) -> Any:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
-    return _build(cls, data, cls.__name__ if isinstance(cls, type) else "config")
+    union = typing.get_origin(cls) in (Union, types.UnionType)
+    return typed(cls, data, "config" if union else cls.__name__, _record)
 
 
-def _build(kind: Any, data: Any, path: str) -> Any:
-    origin = typing.get_origin(kind)
-    if origin in (Union, types.UnionType):
-        return _build_union(typing.get_args(kind), data, path)
-    if origin is Literal:
-        options = typing.get_args(kind)
-        require(data in options, f"{path}: got {data!r}, want one of {', '.join(map(repr, options))}")
-        return data
-    if origin is tuple:
-        require(isinstance(data, (list, tuple)), f"{path}: got {data!r}, want a list")
-        item = typing.get_args(kind)[0]
-        return tuple(_build(item, value, f"{path}[{i}]") for i, value in enumerate(data))
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, data, path)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    good = isinstance(data, kind) and not (isinstance(data, bool) and kind is not bool)
-    require(good, f"{path}: got {data!r}, want a {kind.__name__}")
-    return data
-
-
-def _build_union(options: tuple, data: Any, path: str) -> Any:
-    if data is None:
-        require(type(None) in options, f"{path}: got null, want a value")
-        return None
-    classes = [o for o in options if dataclasses.is_dataclass(o)]
-    if not classes:
-        return _build(next(o for o in options if o is not type(None)), data, path)
-    if len(classes) == 1:  # a class or None: nothing to tell apart
-        return _build_dataclass(classes[0], data, path)
+def _record(classes: tuple[type, ...], data: Any, path: str) -> Any:
+    """One of `classes`, which their field `kind` tells apart."""
+    if len(classes) == 1:
+        return _build(classes[0], data, path)
+    require(data is not None, f"{path}: got null, want a value")
     kinds = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in classes}
     kind = data.get("kind") if isinstance(data, dict) else None
     require(kind in kinds, f"{path}.kind: got {kind!r}, want one of {', '.join(map(repr, kinds))}")
-    return _build_dataclass(kinds[kind], data, path)
+    return _build(kinds[kind], data, path)
 
 
-def _build_dataclass(cls: type, data: Any, path: str) -> Any:
+def _build(cls: type, data: Any, path: str) -> Any:
     require(isinstance(data, dict), f"{path}: got {data!r}, want an object with the fields of {cls.__name__}")
     hints = typing.get_type_hints(cls)
     for name in data:
@@ -74,7 +50,7 @@ def _build_dataclass(cls: type, data: Any, path: str) -> Any:
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f"; perhaps you meant {near[0]!r}" if near else f"; it has {', '.join(hints)}"
             raise ValueError(f"{path}: {cls.__name__} has no field {name!r}{hint}")
-    values = {name: _build(hints[name], value, f"{path}.{name}") for name, value in data.items()}
+    values = {name: typed(hints[name], value, f"{path}.{name}", _record) for name, value in data.items()}
     try:
         return cls(**values)
     except TypeError as error:  # a required field is missing

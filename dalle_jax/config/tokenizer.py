@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
-from dalle_jax.config.checks import require
+from dalle_jax.config.checks import configuration, require
 
 Dtype = Literal["float32", "bfloat16"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class Schedule:
     """Half-cosine from `start` to `end` over `steps` updates, constant afterwards (2102.12092, A.2)."""
 
@@ -23,7 +23,7 @@ class Schedule:
         require(self.steps >= 0, f"Schedule.steps is {self.steps}; want 0 or more updates")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class DVAEConfig:
     """Discrete VAE: sizes of the network and the schedules of its loss (2102.12092, 2.1 and A)."""
 
@@ -36,12 +36,12 @@ class DVAEConfig:
     vocab: int = 8192  # codes; A.1
     tau: Schedule = Schedule(start=1.0, end=1 / 16, steps=150_000)  # Gumbel temperature; A.2
     kl_weight: Schedule = Schedule(start=0.0, end=6.6, steps=5_000)  # beta; A.2
-    balance_weight: Schedule = Schedule(start=0.0, end=0.0, steps=0)  # of the KL divergence of a batch's mean
-    # code distribution from uniform; keeps the codebook alive in short trainings; not in the paper
-    min_scale: float = (
-        0.0  # least scale b of the logit-Laplace density; above 0, flat pictures do not spend the
-    )
-    # likelihood on fractions of a grey level while their edges stay soft; 0 in the paper
+    # Of the KL divergence of a batch's mean code distribution from uniform; keeps the codebook alive in short
+    # trainings; not in the paper.
+    balance_weight: Schedule = Schedule(start=0.0, end=0.0, steps=0)
+    # Least scale b of the logit-Laplace density; above 0, flat pictures do not spend the likelihood on fractions of a
+    # grey level while their edges stay soft; 0 in the paper.
+    min_scale: float = 0.0
     dtype: Dtype = "float32"  # of the convolutions; logits, softmax and loss stay float32
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ class DVAEConfig:
         return self.grid**2
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class VectorQuantizer:
     """Nearest code of a learned codebook (van den Oord et al. 2017, 1711.00937)."""
 
@@ -91,7 +91,7 @@ class VectorQuantizer:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class GumbelQuantizer:
     """Gumbel-softmax over a learned codebook, straight-through (Jang et al. 2016, 1611.01144)."""
 
@@ -109,7 +109,7 @@ class GumbelQuantizer:
             require(tau > 0, f"GumbelQuantizer.tau must stay positive, got {self.tau}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class FiniteScalarQuantizer:
     """Every channel rounded to a few levels; no codebook to learn (Mentzer et al. 2023, 2309.15505)."""
 
@@ -134,7 +134,7 @@ class FiniteScalarQuantizer:
 Quantizer = VectorQuantizer | GumbelQuantizer | FiniteScalarQuantizer
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class AdversarialConfig:
     """A discriminator of patches that trains against the decoder (Esser et al. 2020, 2012.09841, 3.1)."""
 
@@ -143,9 +143,8 @@ class AdversarialConfig:
     start: int = 250_001  # updates before the discriminator begins to learn
     ramp: int = 10_000  # updates after `start` over which `weight` rises from 0 in a line; 0 is at once
     max_adaptive: float = 1e4  # the adaptive weight, a ratio of gradient norms, is clipped to this
-    r1_weight: float = (
-        10.0  # gamma of the gradient penalty on real pictures (Mescheder et al. 2018); 0 is off
-    )
+    # Gamma of the gradient penalty on real pictures (Mescheder et al. 2018, 1801.04406); 0 is off.
+    r1_weight: float = 10.0
     r1_every: int = 16  # updates between penalties, each weighed by as much (Karras et al. 2019, 1912.04958)
     width: int = 64  # channels of the discriminator's first layer
     layers: int = 3  # halvings; 3 judges patches of 70 pixels
@@ -162,7 +161,7 @@ class AdversarialConfig:
             require(getattr(self, name) > 0, f"adversarial.{name} is {getattr(self, name)}; want more than 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class VQGANConfig:
     """Convolutional tokenizer with a choice of quantizers, trained adversarially (2012.09841)."""
 

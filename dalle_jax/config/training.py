@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from dalle_jax.config.bart import BartConfig
-from dalle_jax.config.checks import require
+from dalle_jax.config.checks import configuration, require
 from dalle_jax.config.clip import ClipConfig
 from dalle_jax.config.dalle import DalleConfig
 from dalle_jax.config.data import DataConfig, TextConfig
@@ -19,7 +19,7 @@ TransformerConfig = DalleConfig | BartConfig  # from text to codes
 ModelConfig = TokenizerConfig | TransformerConfig | ClipConfig | DiffusionConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class OptimConfig:
     """Optimizer with decay on matrices only, clipping, warm-up and a schedule; averaged parameters."""
 
@@ -55,20 +55,18 @@ class OptimConfig:
         require(0 <= self.end_factor <= 1, f"optim.end_factor is {self.end_factor}; want [0, 1]")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class MeshConfig:
     """Devices along each axis of the mesh; one of them may be -1: all devices that are left."""
 
-    slices: int = (
-        -1
-    )  # of TPU, joined by the data centre's network; -1 takes what is there; the others are within one
+    # Of TPU, joined by the data centre's network; -1 takes what is there. The other sizes are within one.
+    slices: int = -1
     data: int = -1  # batch is split; parameters are copied
     fsdp: int = 1  # batch is split; parameters and optimizer state are split too
     model: int = 1  # heads and channels are split
-    cpu_devices: int = (
-        0  # without an accelerator: devices to split the CPU into, 0 leaves it one; a core each is
-    )
-    # faster than one device of many cores
+    # Without an accelerator: devices to split the CPU into, 0 leaves it one; a core each is faster than one device of
+    # many cores.
+    cpu_devices: int = 0
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.model)
@@ -80,7 +78,7 @@ class MeshConfig:
         require(self.cpu_devices >= 0, f"mesh.cpu_devices is {self.cpu_devices}; want 0 or more")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class DistributedConfig:
     """How the processes of one training find each other, and when they give each other up (docs/pods.md).
 
@@ -118,7 +116,7 @@ class DistributedConfig:
             require(value >= least, f"distributed.{name} is {value}; want at least {least}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class ProfileConfig:
     """A window of steps recorded for XProf or Perfetto, in `profile/` of the run directory."""
 
@@ -141,7 +139,7 @@ class ProfileConfig:
         return int(first), int(last)
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration
 class TrainConfig:
     """One training run. The type of `model` is the stage."""
 
