@@ -47,9 +47,16 @@ def unstack(
 
     Done once here instead of once per token. Parameters in this form are returned as they are. gpu: whether matrices
     lie as a GPU wants them; None asks for the default device. Either form gives the same results everywhere.
-    Raises ValueError for unknown `weights`, and where they are wanted of parameters that have the form already.
+    Raises ValueError for unknown `weights`, where they are wanted of parameters that have the form already, and for
+    parameters of another number of layers: an index past the end would give the last one again.
     """
-    if isinstance(params["blocks"], tuple):
+    blocks = params["blocks"]
+    layers = len(blocks) if isinstance(blocks, tuple) else len(jax.tree.leaves(blocks)[0])
+    if layers != cfg.layers:
+        raise ValueError(
+            f"parameters of {layers} layers, cfg.layers is {cfg.layers}; give the cfg they were made with"
+        )
+    if isinstance(blocks, tuple):
         if weights is not None:
             raise ValueError("these parameters are unstacked already; quantise those of `init` or of a run")
         return params

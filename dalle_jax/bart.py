@@ -215,6 +215,7 @@ def loss(
     A share `cfg.null_rate` of the rows, drawn with `key`, has the null caption instead of its own.
     Returns float32 scalar and the metric `image_loss`.
     """
+    check_ids(cfg, text_BT, codes_BN)
     drop_B = jax.random.bernoulli(key, cfg.null_rate, (len(text_BT),))
     text_BT = jnp.where(drop_B[:, None], null_text(cfg)[None], text_BT)
     scores_BNV = logits(cfg, params, text_BT, codes_BN)[1]

@@ -423,11 +423,22 @@ GOOD_TEXT, GOOD_CODES = jnp.zeros((2, T), jnp.int32), jnp.zeros((2, N), jnp.int3
         (GOOD_TEXT, GOOD_CODES[0], r"codes have shape \(9,\), want \(2, 9\)"),
         (GOOD_TEXT * 1.0, GOOD_CODES, "text is float32, want int32 ids"),
         (GOOD_TEXT, GOOD_CODES * 1.0, "codes is float32, want int32 ids"),
+        ([[0] * T] * 2, GOOD_CODES, "text is a list, want an array of int32 ids"),
+        (GOOD_TEXT - 1, GOOD_CODES, r"text has ids from -1 to -1, want ids in \[0, 9\)"),
+        (GOOD_TEXT + 9, GOOD_CODES, r"text has ids from 9 to 9, want ids in \[0, 9\)"),
+        (GOOD_TEXT, GOOD_CODES.at[0, 0].set(7), r"codes has ids from 0 to 7, want ids in \[0, 7\), which"),
     ],
-)
+)  # fmt: skip
 def test_refuses_wrong_arrays(params, caption, codes, match):
     with pytest.raises(ValueError, match=match):
         dalle.logits(TINY, params, caption, codes)
+
+
+def test_parameters_of_another_number_of_layers(params):
+    more = dataclasses.replace(TINY, layers=5)
+    for given in (params, autoregressive.unstack(TINY, params)):
+        with pytest.raises(ValueError, match=r"parameters of 4 layers, cfg\.layers is 5"):
+            autoregressive.unstack(more, given)
 
 
 def test_hidden_takes_no_more_than_a_picture(params):
