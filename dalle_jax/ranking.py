@@ -56,6 +56,11 @@ def load_clip(path: str | Path) -> Clip:
         raise ValueError(
             f"{path} is a run of stage {kind}; want one of stage clip, as configs/demo_clip.py trains it"
         )
+    if not (path / "text.model").is_file():
+        raise FileNotFoundError(
+            f"{path} has no text.model, the vocabulary of its captions: import it again with --text FILE, e.g. CLIP's "
+            "bpe_simple_vocab_16e6.txt.gz (docs/import.md), or train it to its first save"
+        )
     return Clip(load_run(path), FramedTokenizer.load(path / "text.model"))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_foreign_files import torch_zip
 
-from dalle_jax import byte_pairs, cli, clip
+from dalle_jax import byte_pairs, cli, clip, ranking
 from dalle_jax.config import ClipConfig, TowerConfig
 from dalle_jax.importers import clip as importer
 from dalle_jax.importers import safetensors
@@ -80,11 +80,19 @@ def test_the_vocabulary_comes_along(tmp_path, capsys):
     (source / "merges.txt").write_text("#version: 0.2\nb c</w>\n", encoding="utf-8")
     (source / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     run = imported(tmp_path, source)
+    assert "without a vocabulary" not in capsys.readouterr().out
     ids = FramedTokenizer.load(run.path / "text.model").encode("A bc", text_vocab=515, text_len=5)
     np.testing.assert_array_equal(ids, [513, vocab["a</w>"], 512, 514, 514])
     (source / "vocab.json").write_text(json.dumps(vocab | {"more": 515}), encoding="utf-8")
     assert cli.main(["import", "clip", str(source), "--out", str(tmp_path / "more")]) == 1
     assert "has 516 pieces, the model has 515" in capsys.readouterr().err
+
+
+def test_without_a_vocabulary_it_says_so(tmp_path, capsys):
+    run = imported(tmp_path, GOLDEN / "clip_hugging_face")
+    assert "without a vocabulary it reads no captions yet" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"has no text\.model.*import it again with --text FILE"):
+        ranking.load_clip(run.path)
 
 
 def reference(package):

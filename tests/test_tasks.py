@@ -209,7 +209,9 @@ def test_a_tokenizer_is_needed(room):
     (half / "tokenizer" / "params").mkdir(parents=True)
     with pytest.raises(ValueError, match="tokenizer is not set"):
         make_task(dalle_config(room, tokenizer=None, run=str(half)))
-    with pytest.raises(FileNotFoundError, match=r"no run directory .*nowhere"):
+    with pytest.raises(
+        FileNotFoundError, match=r"--tokenizer: no run directory .*nowhere.*train the tokenizer first"
+    ):
         make_task(dalle_config(room, tokenizer=str(room / "nowhere")))
 
 

@@ -177,7 +177,8 @@ def _read_codes(path: str) -> tuple[np.ndarray, str | None]:
     except ValueError as error:
         if str(error).startswith(path):
             raise
-        raise ValueError(f"{path} is not an npz file of numbers ({error}); {want}") from None
+        # NumPy's own words advise to load what it takes for a pickle without its checks: not told.
+        raise ValueError(f"{path} is not an npz file of numbers; {want}") from None
 
 
 def config_of(path: str) -> TrainConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dalle_jax.cli.output import new_directory
 from dalle_jax.cli.verbs import Import
-from dalle_jax.config import TransformerConfig
+from dalle_jax.config import ClipConfig, TransformerConfig
 from dalle_jax.importers import families
 from dalle_jax.importers.tensors import Imported
 from dalle_jax.inference import Counter
@@ -30,6 +30,11 @@ def import_(args: Import) -> dict[str, Any]:
     print(
         f"{count:,} parameters of {args.family} in {out} in {seconds:.0f} s; use it like a run of stage {model.kind}"
     )
+    if isinstance(model, ClipConfig) and not (out / "text.model").is_file():
+        print(
+            "without a vocabulary it reads no captions yet: `rerank`, `evaluate` and --clip want it imported with "
+            "--text FILE"
+        )
     return {"run": str(out), "family": args.family, "stage": model.kind, "parameters": count}
 
 

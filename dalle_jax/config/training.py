@@ -75,7 +75,10 @@ class MeshConfig:
             f"mesh data={self.data} fsdp={self.fsdp} model={self.model}; want sizes of at least 1, at most one -1",
         )
         require(self.slices >= 1 or self.slices == -1, f"mesh.slices is {self.slices}; want -1 or at least 1")
-        require(self.cpu_devices >= 0, f"mesh.cpu_devices is {self.cpu_devices}; want 0 or more")
+        require(
+            0 <= self.cpu_devices <= 1024,
+            f"mesh.cpu_devices is {self.cpu_devices}; want 0 to 1024, about one for each core",
+        )
 
 
 @configuration

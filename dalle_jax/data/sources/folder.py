@@ -76,10 +76,15 @@ class FolderRows(StoredRows):
                 self._labels.append(self.classes.index(_tail(name).split("/")[0]))
         self._split = wanted
         self._found(len(self._names))
+        if not self._names and not splits:
+            raise ValueError(
+                f"no pictures in {self._root} and the folders below it; want files that end in "
+                f"{', '.join(sorted(PICTURES))}{self._table()}"
+            )
         if not self._names:
             found = ", ".join(f"{s} ({n})" for s, n in Counter(splits.values()).items())
             raise ValueError(
-                f"no rows of split {wanted!r} in {self._root}; its pictures have: {found or 'none'}; set "
+                f"no rows of split {wanted!r} in {self._root}; its pictures have: {found}; set "
                 f"data.source.{split}_split to one of these, or data.source.eval_share{self._table()}"
             )
 

@@ -174,7 +174,7 @@ def _directory(source: config.TfdsSource) -> Path:
         if found:
             return max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
     raise FileNotFoundError(
-        f"data.source.path: no prepared TFDS data set {source.path!r} here or in {root}; want a directory with "
-        "dataset_info.json. Prepare one with `dalle-jax data SOURCE --to tfds`, or with TensorFlow: "
-        "`tfds build NAME --file_format=array_record`"
+        f"data.source.path: nothing at {source.path!r}, and no prepared TFDS data set of that name in {root}; want a "
+        "folder, tar files, an .npz, or a directory with dataset_info.json, as `dalle-jax data SOURCE --to tfds` and "
+        "TensorFlow's `tfds build NAME --file_format=array_record` make"
     )

@@ -27,10 +27,14 @@ def check_tokenizer(config: TrainConfig, vocab: int, grid: int, fields: str = "m
     if config.tokenizer is None and not any(file.exists() for file in begun):
         raise ValueError(
             f"tokenizer is not set; the stage {config.model.kind} needs the run directory of a trained tokenizer: "
-            "pass --tokenizer runs/NAME"
+            "pass --tokenizer runs/NAME, or --init-from RUN to begin with a run and its tokenizer"
         )
     if config.tokenizer is not None:
-        check_fits(read_config(config.tokenizer).model, config.tokenizer, vocab, grid, fields)
+        try:
+            model = read_config(config.tokenizer).model
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"--tokenizer: {error}; train the tokenizer first") from None
+        check_fits(model, config.tokenizer, vocab, grid, fields)
 
 
 def check_fits(model: Any, where: Any, vocab: int, grid: int, fields: str = "model.{}") -> None:
