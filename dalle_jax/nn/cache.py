@@ -177,6 +177,9 @@ def attend_kept(
     scores = scores[0] if len(image) == 1 else jnp.concatenate(scores, axis=-1)
     scores = jnp.where(visible_BQS[:, None], scores, jnp.finfo(jnp.float32).min)
     if text:
+        if q_BHQK.shape[2] > 1:
+            # Or XLA makes one product of this and the last on a GPU, for which it copies both caches side by side.
+            q_BHQK = jax.lax.optimization_barrier(q_BHQK)
         parts = [_scores(q, kv.k) for q, kv in zip(_groups(q_BHQK, text), text, strict=True)]
         if seen:
             parts = [_hidden(part, seen_CT) for part, seen_CT in zip(parts, seen, strict=True)]
