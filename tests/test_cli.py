@@ -42,7 +42,8 @@ from dalle_jax.sampling.queue import Request
 from dalle_jax.text import TextTokenizer
 from dalle_jax.tokenizer import dvae
 from dalle_jax.train import loop
-from dalle_jax.train.rundir import load_run
+from dalle_jax.train.compile_sample import compile_sample
+from dalle_jax.train.rundir import load_run, read_config
 from dalle_jax.train.tasks import make_task
 
 GRID, VOCAB, TEXT_LEN, SIZE = 8, 32, 24, 32
@@ -987,8 +988,25 @@ def test_info_says_what_drawing_takes(made):
     small = json_of("info", made.dalle, "--batch", 2, "--weights", "int8")["sampling"]
     assert small["parameters"] < few["parameters"] and small["weights"] == "int8" and few["weights"] is None
     assert "--weights is for what drawing takes" in refused("info", made.dalle, "--weights", "int8")
+    assert "--device is for what drawing takes" in refused("info", made.dalle, "--device", "h200")
+    assert "did you mean h200?" in refused("info", made.dalle, "--batch", 1, "--device", "h20")
+    assert "--device compiles for one chip and h200:2 has 2; want h200" in refused(
+        "info", made.dalle, "--batch", 1, "--device", "h200:2"
+    )
     assert "--batch is 0; want at least 1" in refused("info", made.dalle, "--batch", 0)
     assert "is of stage dvae" in refused("info", made.dvae, "--batch", 1)
+
+
+def test_info_and_compile_only_say_the_same_of_drawing(made):
+    """Both count what the command `sample` has on the device: the run, what it prepares, and the program."""
+    told = json_of("info", made.dalle, "--batch", 2)["sampling"]
+    report = compile_sample(read_config(made.dalle), "local", 2)
+    assert report["peak_gib_per_device"] * 2**30 == pytest.approx(told["total"], rel=1e-9)
+    memory = {name: size * 2**30 for name, size in report["memory_gib"].items()}
+    assert memory["stored"] == pytest.approx(told["stored"]) and memory["cache"] == pytest.approx(
+        told["caches"]
+    )
+    assert memory["parameters"] == pytest.approx(told["parameters"]) and told["on"] == report["device_kind"]
 
 
 def test_info_refuses(made, tmp_path):

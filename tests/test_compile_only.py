@@ -133,6 +133,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
   %loop = (s32[], f32[8]) while(%start), condition=%cond, body=%body
   %start.1 = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), dimensions={0}
+  %both = ((f32[2]{0}, f32[3]{0}), (f32[8]{0}, /*index=1*/f32[12]{0})) all-gather-start(%x, %y), dimensions={0}
+  %part = ((f32[8]{0:T(8,128)}), f32[2]{0}) reduce-scatter-start(%x), dimensions={0}
   %kernel = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call"
   ROOT %pick = f32[8]{0} conditional(%p, %x, %x), branch_computations={%cheap, %dear}
 }
@@ -140,12 +142,14 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_costs_by_hand():
-    """Five rounds of a loop; a fusion's cycles once; the dearest arm; the result of an asynchronous gather."""
+    """Five rounds of a loop; a fusion's cycles once; the dearest arm; the results of asynchronous collectives, of one
+    array and of several, larger and smaller than what they take."""
     found = hlo.costs(PROGRAM)
     assert found.cycles == 5 * 100 + 11
     assert found.collectives == {
-        "all-gather": (5 + 1, 5 * 8 * 4 * 2 + 8 * 4),
+        "all-gather": (5 + 2, 5 * 8 * 4 * 2 + 8 * 4 + 20 * 4),
         "all-reduce": (5, 5 * (8 + 6) * 4),
+        "reduce-scatter": (1, 2 * 4),
     }
     assert found.kernels == {"kernel": 1}
 
@@ -289,7 +293,7 @@ STAGES = {
 REPORTED = {
     "fits", "peak_gib_per_device", "hbm_gib_per_device", "memory_gib", "estimated_mfu", "estimated_mfu_high",
     "step_seconds", "model_flops", "collectives", "compiler_options", "compile_seconds", "parameters", "batch",
-    "target", "slices", "devices", "device_kind", "mesh", "program",
+    "target", "slices", "devices", "device_kind", "mesh", "program", "hbm_share", "least_seconds", "decoding",
 }  # fmt: skip
 
 
@@ -372,9 +376,11 @@ def test_sampling_compiles_for_a_device(config_file, capsys):
     assert memory["parameters"] == pytest.approx((blocks + tables + 16 * (24 * 4 + 16 * 2)) / 2**30)
     kept = [5, 16, 6]  # image tokens of row, column and conv
     assert memory["cache"] == pytest.approx(sum(4 + n for n in kept) * 3 * 2 * 16 * 2 / 2**30)
-    # The text head draws nothing and is not given to the program.
+    # What a run has stored, all in float32, lies beside it.
+    stored = 3 * (12 * 16**2 + (9 + 4) * 16) * 4 + tables + 16 * (24 + 16) * 4
+    assert memory["stored"] == pytest.approx(stored / 2**30)
     rows = 3 * (4 * 4 + 8 + 16 * 4)  # ids, a key, and the codes
-    taken = memory["parameters"] + memory["temporaries"] + memory["program"] + (rows - 16 * 24 * 4) / 2**30
+    taken = sum(memory[name] for name in ("stored", "parameters", "temporaries", "program")) + rows / 2**30
     assert report["peak_gib_per_device"] == pytest.approx(taken, rel=1e-6)
     per_token = 3 * (12 * 16**2 + 2 * 20 * 16)
     assert report["model_flops"] == 2 * 3 * (20 * per_token + 16 * 16 * 16)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dalle_jax import autoregressive, clip, tokenizer
 from dalle_jax.cli.codes import config_of
@@ -20,33 +19,41 @@ from dalle_jax.config import (
     DalleConfig,
     DiffusionConfig,
     DVAEConfig,
+    MeshConfig,
     TrainConfig,
     TransformerConfig,
     VQGANConfig,
     Weights,
 )
 from dalle_jax.diffusion import unet
-from dalle_jax.nn.sharding import path_name
-from dalle_jax.sampling.generate import generate, row_keys
+from dalle_jax.nn.sharding import make_mesh, path_name
 from dalle_jax.tokenizer import adversarial
+from dalle_jax.train import compile_sample
 from dalle_jax.train.checkpoint import Checkpoints
+from dalle_jax.train.compile_report import Target, one_device
 from dalle_jax.train.metrics import read_metrics
 from dalle_jax.train.optim import make_optimizer
 
 
 def info(args: Info) -> dict[str, Any]:
     """Counts and prints."""
+    for name, value in (("weights", args.weights), ("device", args.device)):
+        if args.batch is None and value is not None:
+            raise ValueError(f"--{name} is for what drawing takes; give --batch as well")
+    # First of all: what makes an array has jax look for its devices, and leave compilers for others out.
+    try:
+        where = None if args.device is None else one_device(args.device, "--device")
+    except ModuleNotFoundError as error:
+        raise ValueError(error) from None
     config = config_of(args.target)
     result = describe_model(config)
-    if args.batch is None and args.weights is not None:
-        raise ValueError("--weights is for what drawing takes; give --batch as well")
     if args.batch is not None:
         if not isinstance(config.model, TransformerConfig):
             raise ValueError(
                 f"--batch asks what drawing takes; {args.target} is of stage {config.model.kind}"
             )
         result["sampling"] = describe_sampling(
-            config.model, args.batch, guided=args.guided, weights=args.weights
+            config.model, args.batch, guided=args.guided, weights=args.weights, where=where
         )
     if Path(args.target).is_dir():
         result |= describe_run(Path(args.target))
@@ -138,11 +145,17 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
 
 
 def describe_sampling(
-    cfg: TransformerConfig, batch: int, *, guided: bool = False, weights: Weights | None = None
+    cfg: TransformerConfig,
+    batch: int,
+    *,
+    guided: bool = False,
+    weights: Weights | None = None,
+    where: Target | None = None,
 ) -> dict[str, Any]:
     """What drawing `batch` pictures of as many captions takes, in bytes, as the compiler of the first device lays
     `generate` out; nothing is allocated.
 
+    where: a device that is not here, in place of the first.
     Parts of `total`: `stored`, the parameters of the run, `parameters`, their copy in the form that sampling wants,
     and `caches`. The image tokenizer is not counted. `device` is the memory that the device has, `largest_batch` the
     most pictures that fit there, from how `total` grows between one picture and `batch`.
@@ -150,39 +163,38 @@ def describe_sampling(
     """
     if batch < 1:
         raise ValueError(f"--batch is {batch}; want at least 1 picture")
-    shapes = jax.eval_shape(partial(autoregressive.init, cfg), jax.eval_shape(lambda: jax.random.key(0)))
-    params = jax.eval_shape(partial(autoregressive.unstack, cfg, weights=weights), shapes)
-    stored = _bytes(shapes)
+    where = one_device("local", "--device") if where is None else where
+    mesh = make_mesh(MeshConfig(data=1), where.devices)
 
-    def total(rows: int) -> int:
-        text = jax.ShapeDtypeStruct((rows, cfg.text_len), jnp.int32)
-        keys = jax.eval_shape(lambda: row_keys(jnp.zeros(rows)))
-        program = generate.lower(cfg, params, text, keys, guidance=1.5 if guided else None).compile()
-        size = program.memory_analysis()
+    def total(rows: int) -> tuple[compile_sample.Codes, int]:
+        codes = compile_sample.codes_drawing(cfg, rows, mesh, weights=weights, guided=guided)
+        with jax.set_mesh(mesh):
+            size = codes.lower().compile().memory_analysis()
         taken = size.output_size_in_bytes + size.temp_size_in_bytes + size.generated_code_size_in_bytes
-        return stored + _bytes(params) + text.size * 4 + taken
+        return codes, codes.stored + codes.prepared + codes.given + taken
 
-    whole, device = total(batch), _device_memory()
-    one = total(1) if batch > 1 else total(2)
-    per_picture = abs(whole - one) / max(1, abs(batch - (1 if batch > 1 else 2)))
+    codes, whole = total(batch)
+    memory = _device_memory() if where.hbm is None else int(where.hbm * 2**30)
+    other = 1 if batch > 1 else 2
+    per_picture = abs(whole - total(other)[1]) / abs(batch - other)
     return {
         "batch": batch,
         "guided": guided,
         "weights": weights,
-        "stored": stored,
-        "parameters": _bytes(params),
+        "on": where.devices[0].device_kind,
+        "stored": codes.stored,
+        "parameters": codes.prepared,
         "caches": _bytes(jax.eval_shape(partial(autoregressive.init_cache, cfg, batch, guided=guided))),
         "total": whole,
-        "device": device,
-        "fits": whole <= device,
-        "largest_batch": max(0, int(batch + (device - whole) // per_picture)),
+        "device": memory,
+        "fits": whole <= memory,
+        "largest_batch": max(0, int(batch + (memory - whole) // per_picture)),
     }
 
 
 def _device_memory() -> int:
-    """Bytes of the first device; of a CPU, those of the machine."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of the machine, which are those of a CPU."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def describe_run(path: Path) -> dict[str, Any]:

@@ -363,4 +363,6 @@ class Info:
     """with --batch: drawn with classifier-free guidance"""
     weights: Weights | None = None
     """with --batch: drawn with the matrices in 8 bits"""
+    device: str | None = None
+    """with --batch: on a device that is not here, named as for train.py --compile-only: h200, v5e:1x1"""
     json: Json = False

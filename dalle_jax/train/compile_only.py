@@ -2,8 +2,8 @@
 
 `train.py CONFIG --compile-only v5p:4x4x4` compiles the very step that training runs, of any stage, with the real
 TPU compiler (package libtpu), and reads memory, collectives and cycles from the result. Nothing is allocated and no
-TPU is needed. `--compile-only local` compiles for the devices that are here. What is estimated, and how:
-compile_report.py.
+TPU is needed. `--compile-only h200:8` does the same with XLA's GPU compiler (gpus.py), `--compile-only local` for the
+devices that are here. What is estimated, and how: compile_report.py, for GPUs roofline.py.
 """
 
 from __future__ import annotations
@@ -51,12 +51,13 @@ def compile_step(
 ) -> Report:
     """Compiles the training step of `config` for `target` and describes it.
 
-    target: a topology (see train/topology.py) or `local`. keep: file for the text of the compiled program. Returns
-    `fits` (None where the memory of the device is not known), `peak_gib_per_device` (where it does not fit, what the
-    compiler says it needs), `hbm_gib_per_device`, `memory_gib` by class, `collectives` (kind -> runs and GiB per step
-    and device), `model_flops`, `step_seconds` and `estimated_mfu` (the low end) with `estimated_mfu_high` (None where
-    there is no estimate), `compiler_options`, `compile_seconds`. Raises ValueError for a mesh, batch, topology or
-    compiler option that does not go with the rest.
+    target: a topology (topology.py), GPUs of a host (gpus.py) or `local`. keep: file for the text of the compiled
+    program. Returns `fits` (None where the memory of the device is not known), `peak_gib_per_device` (where it does not
+    fit, what the compiler says it needs), `hbm_gib_per_device` and `hbm_share`, what a program may have and which part
+    of a GPU's memory that is, `memory_gib` by class, `collectives` (kind -> runs and GiB per step and device),
+    `model_flops`, `step_seconds` and `estimated_mfu` (the low end) with `estimated_mfu_high` (None where there is no
+    estimate), `least_seconds` of GPUs (roofline.py), `compiler_options`, `compile_seconds`. Raises ValueError for a
+    mesh, batch, target or compiler option that does not go with the rest.
     """
     where = find_target(target, slices)
     mesh = make_mesh(config.mesh, where.devices)
@@ -79,9 +80,10 @@ def compile_step(
         "compiler_options": compiler_options(mesh, config.compiler_options),
         "model_flops": flops,
     }
-    found, costs = compile_report.measure(lambda: step.lower(*arguments), mesh, where, known, keep)
+    found, costs, text = compile_report.measure(lambda: step.lower(*arguments), mesh, where, known, keep)
     kernels = costs and _kernel_flops(config, costs.kernels, len(where.devices))
-    return report | found | compile_report.estimate(costs, where, flops, kernels)
+    times = compile_report.estimate(costs, text, where, flops, kernels)
+    return report | found | times | {"decoding": None}
 
 
 def _kernel_flops(config: TrainConfig, kernels: dict[str, int], devices: int) -> float | None:

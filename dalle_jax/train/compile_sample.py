@@ -1,9 +1,10 @@
-"""Compile the drawing of pictures for one chip that is not here: does it fit, and what would a picture take?
+"""Compile the drawing of pictures for one chip, here or not: does it fit, and what would a picture take?
 
 `train.py CONFIG --compile-only v5e:1x1 --sample 8` compiles what draws that many pictures: of a Transformer, prefill
 and decode loop of `sampling.generate` for as many captions, with parameters in the form that sampling prepares
 (matrices in the compute dtype); of a diffusion model, all steps of the sampler. Seconds are the compiler's cycles
-at the chip's clock, which overstate loops that wait for memory.
+at the chip's clock, which overstate loops that wait for memory. For a GPU (`--compile-only h200 --sample 8`) it counts
+instead what the kernels of the decode loop read and write (kernels.py, roofline.py).
 """
 
 from __future__ import annotations
@@ -15,28 +16,40 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from dalle_jax import autoregressive
-from dalle_jax.config import DalleConfig, DiffusionConfig, MeshConfig, TrainConfig, TransformerConfig
+from dalle_jax import autoregressive, dalle
+from dalle_jax.config import (
+    DalleConfig,
+    DiffusionConfig,
+    MeshConfig,
+    TrainConfig,
+    TransformerConfig,
+    Weights,
+)
 from dalle_jax.diffusion import denoise, sampler, unet
 from dalle_jax.nn.sharding import make_mesh, replicated
 from dalle_jax.sampling.generate import generate, row_keys
-from dalle_jax.train.compile_report import GIB, Report, estimate, find_target, gib, measure
+from dalle_jax.train import roofline
+from dalle_jax.train.compile_report import GIB, Report, estimate, gib, measure, one_device
 from dalle_jax.train.flops import dalle_flops, products
-from dalle_jax.train.topology import parse_topology
 
 STEPS, SAMPLER = 50, "dpm++2m"  # of a diffusion model: what the command `sample` takes by itself
 
 
 class _Drawing(NamedTuple):
     """What draws: a jitted function lowered on demand, shapes of its parameters, GiB of its cache or None, model
-    FLOPs, and its description."""
+    FLOPs, its description, and of codes the bytes that a pass of the decode loop must read and what lies on the device
+    before the program runs, GiB by class and in all."""
 
     lower: Callable[[], Any]
     params: Any
     cache: float | None
     flops: float
     what: str
+    least: float | None = None
+    known: dict[str, float] | None = None
+    held: float | None = None
 
 
 def compile_sample(
@@ -45,31 +58,20 @@ def compile_sample(
     """Compiles drawing `rows` pictures on one device of `target` and describes it.
 
     keep: file for the text of the compiled program. Returns the fields of `compile_only.compile_step`, times for all
-    rows; in `memory_gib` the KV cache, `cache`, is a part of `temporaries`. Raises ValueError for a stage that draws
-    nothing, no rows, or a topology of more than one chip.
+    rows; in `memory_gib` the KV cache, `cache`, is a part of `temporaries`, and `stored` the parameters of a run, which
+    the command `sample` keeps beside those that it prepares; `decoding`, of a Transformer on a GPU, is
+    what `roofline.decoding` says. Raises ValueError for a stage that draws nothing, no rows, or a target of more than
+    one chip.
     """
     model = config.model
     if not isinstance(model, TransformerConfig | DiffusionConfig):
         raise ValueError(f"--sample draws with the stages dalle, bart and diffusion, not {model.kind}")
     if rows < 1:
         raise ValueError(f"--sample is {rows}; want at least 1 row")
-    chips = 1 if target == "local" else slices * math.prod(parse_topology(target)[1])
-    if chips != 1:
-        raise ValueError(
-            f"--sample compiles for one chip and {target} has {chips}; want v5e:1x1, v6e:1x1, v4:1x1x1 or v5p:1x1x1"
-        )
-    where = find_target(target, slices)
-    where = where._replace(devices=where.devices[:1])
+    where = one_device(target, "--sample", slices)
     mesh = make_mesh(MeshConfig(data=1), where.devices)
-
-    def shapes(make):
-        whole = replicated(mesh)
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(make)
-        )
-
     draw = _of_diffusion if isinstance(model, DiffusionConfig) else _of_codes
-    drawing = draw(model, rows, shapes)
+    drawing = draw(model, rows, mesh)
     report = where.about() | {
         "program": drawing.what,
         "mesh": dict(mesh.shape),
@@ -78,31 +80,115 @@ def compile_sample(
         "compiler_options": {},
         "model_flops": drawing.flops,
     }
-    found, costs = measure(drawing.lower, mesh, where, {"parameters": gib(drawing.params)}, keep)
+    known = drawing.known or {"parameters": gib(drawing.params)}
+    found, costs, hlo_text = measure(drawing.lower, mesh, where, known, keep, drawing.held)
     if drawing.cache is not None:  # it stands among the temporaries too
         found["memory_gib"]["cache"] = drawing.cache
     kernels = None if costs is None or costs.kernels else 0.0
-    return report | found | estimate(costs, where, drawing.flops, kernels)
+    times, decoding = estimate(costs, hlo_text, where, drawing.flops, kernels), None
+    if drawing.least is not None and where.devices[0].platform == "gpu":
+        decoding = roofline.decoding(hlo_text, where.gpu, rows, drawing.least)
+    return report | found | times | {"decoding": decoding}
 
 
-def _of_codes(model: TransformerConfig, rows: int, shapes) -> _Drawing:
-    params = shapes(lambda: autoregressive.unstack(model, autoregressive.init(model, jax.random.key(0))))
-    text = shapes(lambda: jnp.zeros((rows, model.text_len), jnp.int32))
-    keys = shapes(lambda: row_keys(jnp.arange(rows)))
+def _shapes(make: Callable[[], Any], mesh: Mesh) -> Any:
+    """What `make` makes, as shapes of arrays that lie whole on the mesh."""
+    whole = replicated(mesh)
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(make)
+    )
+
+
+class Codes(NamedTuple):
+    """The drawing of codes: `generate` lowered on demand, its arguments as shapes, and what lies on the device before
+    it runs, in bytes: `stored`, the parameters of a run; `prepared`, those of sampling; `given`, captions and keys."""
+
+    lower: Callable[[], Any]
+    arguments: tuple[Any, Any, Any]
+    stored: int
+    prepared: int
+    given: int
+
+
+def codes_drawing(
+    model: TransformerConfig, rows: int, mesh: Mesh, *, weights: Weights | None = None, guided: bool = False
+) -> Codes:
+    """Drawing `rows` pictures of as many captions on the one device of `mesh`, as the command `sample` does it."""
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    stored = _shapes(lambda: autoregressive.init(model, jax.random.key(0)), mesh)
+    params = _shapes(
+        lambda: autoregressive.unstack(
+            model, autoregressive.init(model, jax.random.key(0)), weights=weights, gpu=gpu
+        ),
+        mesh,
+    )
+    text = _shapes(lambda: jnp.zeros((rows, model.text_len), jnp.int32), mesh)
+    keys = _shapes(lambda: row_keys(jnp.arange(rows)), mesh)
+    lower = partial(generate.lower, model, params, text, keys, guidance=1.5 if guided else None)
+    return Codes(lower, (params, text, keys), _size(stored), _size(params), _size((text, keys)))
+
+
+def _of_codes(model: TransformerConfig, rows: int, mesh: Mesh) -> _Drawing:
+    codes = codes_drawing(model, rows, mesh)
+    params, text, _ = codes.arguments
     cache = jax.eval_shape(lambda: autoregressive.init_cache(model, rows))
-    cache_gib = sum(c.size * c.dtype.itemsize for c in jax.tree.leaves(cache)) / GIB
     if isinstance(model, DalleConfig):
         flops = dalle_flops(model, rows, text_head=False)
     else:
-        codes = shapes(lambda: jnp.zeros((rows, model.num_codes), jnp.int32))
-        whole = shapes(lambda: autoregressive.init(model, jax.random.key(0)))
-        flops = products(jax.make_jaxpr(partial(autoregressive.logits, model))(whole, text, codes))
-    lower = partial(generate.lower, model, params, text, keys)
-    return _Drawing(lower, params, cache_gib, flops, f"drawing the codes of {rows} pictures at once")
+        drawn = _shapes(lambda: jnp.zeros((rows, model.num_codes), jnp.int32), mesh)
+        whole = _shapes(lambda: autoregressive.init(model, jax.random.key(0)), mesh)
+        flops = products(jax.make_jaxpr(partial(autoregressive.logits, model))(whole, text, drawn))
+    return _Drawing(
+        codes.lower,
+        params,
+        _size(cache) / GIB,
+        flops,
+        f"drawing the codes of {rows} pictures at once",
+        least_bytes(model, params, cache, rows),
+        {"stored": codes.stored / GIB, "parameters": codes.prepared / GIB},
+        (codes.stored + codes.prepared + codes.given) / GIB,
+    )
 
 
-def _of_diffusion(model: DiffusionConfig, rows: int, shapes) -> _Drawing:
+def _size(tree: Any) -> int:
+    """Bytes of all arrays; a key is two numbers of 32 bits."""
+    return sum(
+        leaf.size * (8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def least_bytes(model: TransformerConfig, params: Any, cache: Any, rows: int) -> float:
+    """What one pass of the decode loop must read at least, the mean over the places: the layers and the head once, of
+    the embeddings a row each, and once the keys and values that its code sees.
+
+    cache: of as many captions. Text keys are read whole.
+    """
+    weights = _size(
+        [params[name] for name in ("blocks", "image_head", "norm_out", "norm_head") if name in params]
+    )
+    position = (
+        2 * rows * model.dim * jnp.dtype(model.dtype).itemsize
+    )  # key and value of one position of a layer
+    if isinstance(model, DalleConfig):
+        masks, which = dalle.layer_masks(model)
+        first = model.text_len - model.text_in_raster
+        by_mask = masks[:, first:, first:].sum(axis=2).mean(axis=1)
+        seen, text = float(by_mask[which].sum()), _size([layer.text for layer in cache])
+    else:
+        weights -= _size(
+            [(layer["cross"]["k"], layer["cross"]["v"]) for layer in params["blocks"]]
+        )  # of prefill
+        seen, text = model.layers * (model.num_codes + 1) / 2, _size(cache.cross)
+    return weights + seen * position + text
+
+
+def _of_diffusion(model: DiffusionConfig, rows: int, mesh: Mesh) -> _Drawing:
     size = model.image_size
+
+    def shapes(make):
+        return _shapes(make, mesh)
+
     params = shapes(lambda: unet.init(model, jax.random.key(0)))
 
     def ints(*shape: int):

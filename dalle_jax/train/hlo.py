@@ -19,6 +19,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAME = re.compile(r"\s+(?:ROOT )?%?([\w-]+)")  # of an instruction, without its number
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_OPERAND = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|async_execution_thread_calls)=%?([\w.-]+)")
 
 
@@ -44,8 +45,33 @@ def shape_bytes(text: str) -> int:
     return int(total)
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[tuple[str, str, str]]]]:
-    """Name of the entry, and of each computation its instructions: (opcode, type, whole line)."""
+class Instruction(NamedTuple):
+    """One line of a computation. kind: its type; rest: what follows the opcode, operands first; line: all of it."""
+
+    op: str
+    kind: str
+    line: str
+    name: str
+    rest: str
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands, in order."""
+        return _OPERAND.findall(self.rest[: _after_type(self.rest)])
+
+    @property
+    def called(self) -> str | None:
+        """The computation that a fusion or a call runs."""
+        found = _CALLED.search(self.line)
+        return found[1] if found else None
+
+
+Computations = dict[str, list[Instruction]]
+
+
+def computations(text: str) -> tuple[str, Computations]:
+    """Name of the entry, and the instructions of each computation."""
     entry, name, found = "", "", {}
     for line in text.splitlines():
         if line and not line[0].isspace():
@@ -57,7 +83,8 @@ def _computations(text: str) -> tuple[str, dict[str, list[tuple[str, str, str]]]
             rest = one[3]
             start = _after_type(rest)
             if op := re.match(r"\s*([a-z][\w-]*)\(", rest[start:]):
-                found[name].append((op[1], rest[:start], line))
+                rest, kind = rest[start + op.end() - 1 :], rest[:start]
+                found[name].append(Instruction(op[1], kind, line, one[2], rest, bool(one[1])))
     return entry, found
 
 
@@ -74,15 +101,32 @@ def _after_type(text: str) -> int:
     return len(text)
 
 
-def _trips(condition: list[tuple[str, str, str]]) -> int:
-    """Runs of a loop that counts from 0: the constant in its condition; 1 where there is none."""
-    numbers = [re.search(r" constant\((\d+)\)", line) for op, _, line in condition if op == "constant"]
-    return max((int(n[1]) for n in numbers if n), default=1)
+def trips(loop: Instruction, found: Computations) -> int | None:
+    """Runs of a loop: what the compiler says, else, as it counts from 0, the constant in its condition; None where
+    there is none."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
+        return int(known[1])
+    condition = found[part(loop, "condition")]
+    numbers = [re.search(r" constant\((\d+)\)", one.line) for one in condition if one.op == "constant"]
+    return max((int(n[1]) for n in numbers if n), default=None)
+
+
+def part(one: Instruction, name: str) -> str:
+    """The computation that a loop has as its `body` or `condition`."""
+    return re.search(rf"{name}=%?([\w.-]+)", one.line)[1]
+
+
+def arms(one: Instruction) -> list[str]:
+    """The computations of which a conditional runs one."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", one.line)
+    if listed:
+        return [name.strip().lstrip("%") for name in listed[1].split(",")]
+    return re.findall(r"(?:true|false)_computation=%?([\w.-]+)", one.line)
 
 
 def costs(text: str) -> Costs:
     """Costs of the program whose optimized HLO is `text` (`compiled.as_text()`)."""
-    entry, computations = _computations(text)
+    entry, found = computations(text)
     done: dict[str, Costs] = {}
 
     def of(name: str) -> Costs:
@@ -93,12 +137,12 @@ def costs(text: str) -> Costs:
         def begun(called: str) -> dict[str, tuple[int, int]]:
             """The collectives of a fusion but for those that another fusion here has begun."""
             new: dict[str, tuple[int, int]] = {}
-            for op, kind, line in computations.get(called, ()):
+            for op, kind, line, *_ in found.get(called, ()):
                 channel, base = _CHANNEL.search(line), op.removesuffix("-start")
                 if base not in KINDS or (channel and channel[1] in under_way):
                     continue
                 runs, size = new.get(base, (0, 0))
-                new[base] = (runs + 1, size + _result_bytes(op, kind, line))
+                new[base] = (runs + 1, size + result_bytes(op, kind))
                 if channel:
                     under_way.add(channel[1])
             return new
@@ -112,28 +156,24 @@ def costs(text: str) -> Costs:
                 before = sums.get(kind, (0, 0))
                 sums[kind] = (before[0] + times * runs, before[1] + times * size)
 
-        for op, kind, line in computations.get(name, ()):
+        for one in found.get(name, ()):
+            op, kind, line, *_ = one
             own = _CYCLES.search(line)
             cycles += int(own[1]) if own else 0
             base = op.removesuffix("-start")
             if base in KINDS:
-                add(Costs(0, {base: (1, _result_bytes(op, kind, line))}, {}))
+                add(Costs(0, {base: (1, result_bytes(op, kind))}, {}))
             elif op == "custom-call" and 'custom_call_target="tpu_custom_call"' in line:
                 add(Costs(0, {}, {_NAME.match(line)[1]: 1}))
             if op == "while":
-                condition = re.search(r"condition=%?([\w.-]+)", line)[1]
-                add(of(re.search(r"body=%?([\w.-]+)", line)[1]), _trips(computations[condition]))
+                add(of(part(one, "body")), trips(one, found) or 1)
             elif op == "conditional":
-                arms = re.search(r"branch_computations=\{([^}]*)\}", line)
-                names = (
-                    arms[1].split(",") if arms else re.findall(r"(?:true|false)_computation=([^,]+)", line)
-                )
-                add(max((of(n.strip().lstrip("%")) for n in names), key=lambda c: c.cycles))
-            elif op in ("call", "fusion", "async-start") and (called := _CALLED.search(line)):
+                add(max((of(arm) for arm in arms(one)), key=lambda c: c.cycles))
+            elif op in ("call", "fusion", "async-start") and (called := one.called):
                 # What a fusion takes stands on itself; a collective fused with products stands inside.
-                inside = of(called[1])
+                inside = of(called)
                 if op == "fusion" and inside.collectives:
-                    inside = inside._replace(collectives=begun(called[1]))
+                    inside = inside._replace(collectives=begun(called))
                 add(inside, count_cycles=op != "fusion" or not own)
         done[name] = Costs(cycles, sums, kernels)
         return done[name]
@@ -141,9 +181,20 @@ def costs(text: str) -> Costs:
     return of(entry)
 
 
-def _result_bytes(op: str, kind: str, line: str) -> int:
-    """Bytes of a collective's result; the asynchronous forms list their operands beside it."""
-    if op.endswith("-start") and op != "all-reduce-start":
-        shapes = [m[0] for m in _SHAPE.finditer(kind)]
-        return max((shape_bytes(s) for s in shapes), default=0)
+def result_bytes(op: str, kind: str) -> int:
+    """Bytes of a collective's result; the asynchronous forms list their operands before it."""
+    if op.endswith("-start") and op != "all-reduce-start" and kind.startswith("("):
+        return shape_bytes(_parts(kind)[1])
     return shape_bytes(kind)
+
+
+def _parts(kind: str) -> list[str]:
+    """The types of a tuple's elements, tuples among them."""
+    parts, depth = [""], 0
+    for letter in kind[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts

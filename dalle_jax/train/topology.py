@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import jax
 
+from dalle_jax.train.gpus import GPUS, suggest
+
 
 class Chip(NamedTuple):
     """Published figures of one chip (cloud.google.com/tpu/docs, pages of each version).
@@ -44,12 +46,12 @@ _PEAKS = (
     ("TPU v5", CHIPS["v5p"].flops),
     ("TPU v6 lite", CHIPS["v6e"].flops),
     ("TPU v6e", CHIPS["v6e"].flops),
-    ("NVIDIA A100", 312e12),
+    ("NVIDIA A100", GPUS["a100-40"].flops),
     ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA L4", 121e12),
+    ("NVIDIA H100", GPUS["h100"].flops),
+    ("NVIDIA H200", GPUS["h200"].flops),
+    ("NVIDIA L4", GPUS["l4"].flops),
 )
 DCN = 6.25e9  # bytes per second and chip between slices: 200 Gbit/s for a host of four
 
@@ -98,7 +100,8 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     families = [f"{first}-N" for first in _CLOUD]
     raise ValueError(
         f"topology {name!r} is not one; want v4 or v5p with three sizes (v5p:4x4x4), v5e or v6e with two "
-        f"(v5e:16x16), a Cloud name ({', '.join(families)}: v5p-128, v5litepod-256, v6e-256), or local"
+        f"(v5e:16x16), a Cloud name ({', '.join(families)}: v5p-128, v5litepod-256, v6e-256), a GPU, or local; "
+        f"{suggest(name)}"
     )
 
 
