@@ -104,24 +104,40 @@ def write(cfg: DalleConfig, kind: AttentionKind, cache: KV, new: KV, place: jax.
     return KV(*(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cache, new, strict=True)))
 
 
-def window(cfg: DalleConfig, kind: AttentionKind, cache: KV, place: jax.Array) -> tuple[KV, jax.Array]:
-    """What a query at raster `place`, scalar or (B,), reads: (B, H, R, K), and which of it it sees, (1 or B, R)."""
+def span(cfg: DalleConfig, kind: AttentionKind, place):
+    """The slots that hold what a query at a raster place may see, its own token among them: the first, and how many."""
+    if kind == "column":
+        return place % cfg.grid * cfg.grid, place // cfg.grid + 1
+    return 0 * place, jnp.minimum(place + 1, kept(cfg, kind))
+
+
+def visible(cfg: DalleConfig, kind: AttentionKind, slots: int, place: jax.Array) -> jax.Array:
+    """Which of R slots a query at raster `place`, scalar or (B,), sees: bool (1 or B, R). They are those of a column,
+    or all `slots` of the cache."""
     places = jnp.atleast_1d(place)[:, None]
     if kind == "column":
-        first = places[:, 0] % cfg.grid * cfg.grid
-
-        def column(x):
-            if not place.ndim:
-                return jax.lax.dynamic_slice_in_dim(x, first[0], cfg.grid, axis=2)
-            return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, cfg.grid, axis=1))(x, first)
-
-        return KV(column(cache.k), column(cache.v)), jnp.arange(cfg.grid)[None] <= places // cfg.grid
+        return jnp.arange(cfg.grid)[None] <= places // cfg.grid
     if kind == "full":
-        return cache, jnp.arange(cache.k.shape[2])[None] <= places
+        return jnp.arange(slots)[None] <= places
     size = kept(cfg, kind)
     back = (places - jnp.arange(size)[None]) % size
     table = jnp.asarray(seen_back(kind, cfg.grid, cfg.conv_kernel)[:, :size])
-    return cache, table[places % len(table), back] & (back <= places)
+    return table[places % len(table), back] & (back <= places)
+
+
+def window(cfg: DalleConfig, kind: AttentionKind, cache: KV, place: jax.Array) -> tuple[KV, jax.Array]:
+    """What a query at raster `place`, scalar or (B,), reads: (B, H, R, K), and which of it it sees, (1 or B, R)."""
+    seen_BR = visible(cfg, kind, cache.k.shape[2], place)
+    if kind != "column":
+        return cache, seen_BR
+    first, _ = span(cfg, kind, place)
+
+    def column(x):
+        if not place.ndim:
+            return jax.lax.dynamic_slice_in_dim(x, first, cfg.grid, axis=2)
+        return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, cfg.grid, axis=1))(x, first)
+
+    return KV(column(cache.k), column(cache.v)), seen_BR
 
 
 def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, seen_CT: jax.Array | None = None) -> jax.Array:
