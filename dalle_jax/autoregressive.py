@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from dalle_jax import bart, dalle
-from dalle_jax.config import BartConfig, TransformerConfig, Weights
+from dalle_jax.config import BartConfig, Kernels, TransformerConfig, Weights
 from dalle_jax.nn.matrices import by_output, join, quantize
 
 Params = dict[str, Any]
@@ -93,8 +93,15 @@ def seat(cfg: TransformerConfig, cache: Cache, begun: Cache, rows_X: jax.Array) 
     return _of(cfg).seat(cfg, cache, begun, rows_X)
 
 
-def decode_step(cfg: TransformerConfig, params: Params, cache: Cache, code_B: jax.Array, place: jax.Array):
-    return _of(cfg).decode_step(cfg, params, cache, code_B, place)
+def decode_step(
+    cfg: TransformerConfig,
+    params: Params,
+    cache: Cache,
+    code_B: jax.Array,
+    place: jax.Array,
+    kernels: Kernels = "xla",
+):
+    return _of(cfg).decode_step(cfg, params, cache, code_B, place, kernels)
 
 
 def decode_drafts(

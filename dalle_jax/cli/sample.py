@@ -52,7 +52,7 @@ def sample(args: Sample) -> dict[str, Any]:
     if is_diffusion(args.run):
         refuse_flags(
             args,
-            ("decoder", "clip", "show_rows", "jacobi", "weights"),
+            ("decoder", "clip", "show_rows", "jacobi", "weights", "kernels"),
             "a Transformer; this is the run of a diffusion model",
         )
         if any(own for _, own in asked):
@@ -75,7 +75,7 @@ def sample(args: Sample) -> dict[str, Any]:
         raise ValueError("--prefix-rows says how much of --prefix to keep; give --prefix PICTURE as well")
     sampling = Sampling(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=args.guidance,
-        jacobi=args.jacobi, weights=args.weights,
+        jacobi=args.jacobi, weights=args.weights, kernels=args.kernels,
     )  # fmt: skip
     model = load_text_to_image(args.run)
     clip = None if args.clip is None else load_clip(args.clip)

@@ -162,7 +162,8 @@ def sample_file(
     manifest = Manifest(out / "manifest.jsonl", job)
     codes = _codes(out / "codes.npy", len(wanted), cfg.num_codes, fresh=not manifest.done)
     guided = any(p.sampling.guidance != 1 for p in wanted)
-    queue = queue_of(model, args.batch * (2 if guided else 1), top_k=sampling.top_k, weights=sampling.weights)
+    slots, how = args.batch * (2 if guided else 1), {"weights": sampling.weights, "kernels": sampling.kernels}
+    queue = queue_of(model, slots, top_k=sampling.top_k, **how)
     left = iter([i for i, p in enumerate(wanted) if p.file not in manifest.done])
     before, row_of, progress, first = len(manifest.done), {}, Counter("pictures"), True
     trimmed = before

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.config import DalleConfig
+from dalle_jax.config import DalleConfig, Kernels
 from dalle_jax.dalle.stream import (
     Params,
     block_of,
@@ -20,7 +20,7 @@ from dalle_jax.dalle.stream import (
     turns_at,
 )
 from dalle_jax.nn import cache as kv
-from dalle_jax.nn import drafts
+from dalle_jax.nn import decode_kernel, drafts
 from dalle_jax.nn.cache import KV, LayerCache
 from dalle_jax.nn.ids import check_ids
 
@@ -165,12 +165,14 @@ def decode_step(
     cache: Cache,
     code_B: jax.Array,
     place: jax.Array,
+    kernels: Kernels = "xla",
 ) -> tuple[jax.Array, Cache]:
     """Feed the code of raster place `place`: one for all rows, or int32 (B,), each row its own.
 
-    Returns float32 (B, V), the logits of the next code, and the caches.
+    kernels: what attends, `pallas` on an NVIDIA GPU (nn/decode_kernel.py). Returns float32 (B, V), the logits of the
+    next code, and the caches. Raises ValueError for kernels that cannot run.
     """
-    place = jnp.asarray(place)
+    place, attend_step = jnp.asarray(place), decode_kernel.chosen(kernels, cfg)
     place_B1 = place[..., None]  # (1,) for all rows, or (B, 1)
     x_B1D, turns = embed_codes(cfg, params, code_B[:, None], place_B1), turns_at(cfg, cfg.text_len + place_B1)
     if cfg.text_in_raster:
@@ -180,7 +182,7 @@ def decode_step(
         x_B1D, layer_cache = block_of(cfg).apply(
             {"params": layer},
             x_B1D,
-            look=lambda *new, kind=kind, before=before: kv.attend_step(cfg, kind, before, new, place),
+            look=lambda *new, kind=kind, before=before: attend_step(cfg, kind, before, new, place),
             turns=turns,
         )
         after.append(layer_cache)

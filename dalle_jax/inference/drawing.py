@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import autoregressive
-from dalle_jax.config import Weights
+from dalle_jax.config import Kernels, Weights
 from dalle_jax.data.images import to_bytes
 from dalle_jax.inference.batches import Progress, padded
 from dalle_jax.inference.loading import TextToImage, Tokenizer
@@ -38,6 +38,7 @@ class Sampling:
     guidance: float = 1.0  # scale of classifier-free guidance
     jacobi: int | None = None  # codes that one pass looks at: same pictures, fewer passes; None is one
     weights: Weights | None = None  # 8-bit matrices; None is the compute dtype
+    kernels: Kernels = "xla"  # what attends to the caches (nn/decode_kernel.py)
 
     def __post_init__(self):
         for holds, message in (
@@ -52,6 +53,14 @@ class Sampling:
             (
                 self.weights in (None, *typing.get_args(Weights)),
                 f"weights is {self.weights!r}; want one of {', '.join(typing.get_args(Weights))}, or None",
+            ),
+            (
+                self.kernels in typing.get_args(Kernels),
+                f"kernels is {self.kernels!r}; want one of {', '.join(typing.get_args(Kernels))}",
+            ),
+            (
+                self.kernels == "xla" or self.jacobi is None,
+                f"kernels {self.kernels} draws one code a pass; leave out jacobi, or take xla",
             ),
         ):
             if not holds:
@@ -77,11 +86,17 @@ def check_null(model: TextToImage, text_CT: np.ndarray, guidance: float) -> None
 
 
 def queue_of(
-    model: TextToImage, slots: int, *, top_k: int | None = None, weights: Weights | None = None
+    model: TextToImage,
+    slots: int,
+    *,
+    top_k: int | None = None,
+    weights: Weights | None = None,
+    kernels: Kernels = "xla",
 ) -> Queue:
     """A queue that draws with the model; its requests have the ids of `text_rows`."""
     top_k = None if top_k is None else min(top_k, model.config.image_vocab)
-    return Queue(model.config, _unstack(model.config, model.run.params, weights), slots, top_k=top_k)
+    params = _unstack(model.config, model.run.params, weights)
+    return Queue(model.config, params, slots, top_k=top_k, kernels=kernels)
 
 
 def draw_codes(
@@ -195,6 +210,7 @@ def _drawn(
         "top_k": None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab),
         "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
         "guidance": jnp.float32(sampling.guidance) if guided else None,
+        "kernels": sampling.kernels,
     }
     seeds_CK = np.asarray(seeds, np.uint32).reshape(len(captions), -1)
     at_once, copies = batch_shape(*seeds_CK.shape, batch)

@@ -61,7 +61,10 @@ def check(kernels: Kernels, cfg: DalleConfig) -> None:
             f"kernels pallas needs heads whose width is a power of two, up to {HELD}; these are {cfg.head_dim} "
             "wide: take xla",
         ),
-        (mesh.empty or mesh.size == 1, f"kernels pallas draws on one device, the mesh has {mesh.size}: take xla"),
+        (
+            mesh.empty or mesh.size == 1,
+            f"kernels pallas draws on one device, the mesh has {mesh.size}: take xla",
+        ),
     ):
         if not holds:
             raise ValueError(message)
@@ -82,7 +85,9 @@ def attend_step(
     rows, heads, width = q_BHK.shape
     slots, captions = cache.image.k.shape[2], tuple(len(text.k) for text in cache.text)
     seen_XR = kv.visible(cfg, kind, slots, place).astype(jnp.int8)
-    tile, shares = _plan(rows, captions, heads, width, cache.text[0].k.shape[2], seen_XR.shape[1], place.ndim > 0)
+    tile, shares = _plan(
+        rows, captions, heads, width, cache.text[0].k.shape[2], seen_XR.shape[1], place.ndim > 0
+    )
     text = [(kv_.k, kv_.v) for kv_ in cache.text]
     if cache.seen:
         text = [(*keys, seen.astype(jnp.int8)) for keys, seen in zip(text, cache.seen, strict=True)]

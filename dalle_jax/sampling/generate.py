@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import autoregressive
-from dalle_jax.config import TransformerConfig
+from dalle_jax.config import Kernels, TransformerConfig
 from dalle_jax.sampling.filters import pick
 from dalle_jax.sampling.jacobi import draw_ahead
 
@@ -44,14 +44,14 @@ def buckets(cfg: TransformerConfig, given: int) -> list[tuple[int, int, int]]:
 BUCKETS = 4
 
 
-def _advance(cfg, params, cache, code_B, keys_B, first, count, options):
+def _advance(cfg, params, cache, code_B, keys_B, first, count, kernels, options):
     """Feeds `count` codes, `code_B` at place `first` to begin with. Returns codes (count, B), and the caches."""
     guided = options["guidance"] is not None
 
     def step(carry, place):
         code_B, cache = carry
         fed = jnp.concatenate([code_B, code_B]) if guided else code_B
-        logits, cache = autoregressive.decode_step(cfg, params, cache, fed, place)
+        logits, cache = autoregressive.decode_step(cfg, params, cache, fed, place, kernels)
         next_B = pick(logits, keys_B, place + 1, **options)
         return (next_B, cache), next_B
 
@@ -75,7 +75,7 @@ def _begin(cfg, params, text_CT, keys_B, prime_BP, options):
         return pick(logits, keys_B, given, **options), cache
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "jacobi", "return_passes"))
+@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "jacobi", "kernels", "return_passes"))
 def generate(
     cfg: TransformerConfig,
     params: Params,
@@ -88,6 +88,7 @@ def generate(
     guidance: jax.Array | float | None = None,
     prime_BP: jax.Array | None = None,
     jacobi: int | None = None,
+    kernels: Kernels = "xla",
     return_passes: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Draw the codes of one picture per row.
@@ -100,13 +101,17 @@ def generate(
     doubled batch; None samples the conditional model in a single batch. prime_BP: int32, the first P < N codes
     of every picture. Temperature, top_p and guidance are traced, scalars or (B,): another value does not
     compile again. jacobi: static, codes that one pass of the network looks at: the pictures are the same, up to
-    rounding, in fewer passes, each of more work (jacobi.py); None draws one code a pass.
+    rounding, in fewer passes, each of more work (jacobi.py); None draws one code a pass. kernels: static, what attends
+    to the caches in each step, XLA's or on an NVIDIA GPU one of our own (nn/decode_kernel.py).
     Returns int32 (B, N), the given codes included; with `return_passes` also int32 (B,), the passes that each row took
-    after the prefill. Raises ValueError for wrong shapes, P >= N, or `jacobi` outside 2 to N.
+    after the prefill. Raises ValueError for wrong shapes, P >= N, `jacobi` outside 2 to N, or `kernels` that
+    cannot run here or with `jacobi`.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     if jacobi is not None and not 2 <= jacobi <= cfg.num_codes:
         raise ValueError(f"jacobi is {jacobi}; want 2 to {cfg.num_codes} codes at once, or None for one")
+    if jacobi is not None and kernels != "xla":
+        raise ValueError(f"kernels {kernels} draws one code a pass; leave out jacobi, or take xla")
     params = autoregressive.unstack(cfg, params)
     code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, options)
     given = 0 if prime_BP is None else prime_BP.shape[1]
@@ -121,14 +126,16 @@ def generate(
             return (codes, passes_B) if return_passes else codes
         for first, end, limit in buckets(cfg, given):
             cache = autoregressive.resize_cache(cfg, cache, limit)
-            rest, cache = _advance(cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, options)
+            rest, cache = _advance(
+                cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, kernels, options
+            )
             codes.append(rest.T)
     codes = jnp.concatenate(codes, axis=1).astype(jnp.int32)
     return (codes, passes_B) if return_passes else codes
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(cfg: TransformerConfig, top_k: int | None):
+def _programs(cfg: TransformerConfig, top_k: int | None, kernels: Kernels):
     """Prefill and steps as programs of their own; the caches of a call are taken over by the next."""
 
     def begin(params, text_CT, keys_B, prime_BP, options):
@@ -136,7 +143,7 @@ def _programs(cfg: TransformerConfig, top_k: int | None):
 
     def advance(params, cache, code_B, keys_B, first, count, options):
         options = {**options, "top_k": top_k}
-        return _advance(cfg, params, cache, code_B, keys_B, first, count, options)
+        return _advance(cfg, params, cache, code_B, keys_B, first, count, kernels, options)
 
     resize = jax.jit(autoregressive.resize_cache, static_argnums=(0, 2))
     return jax.jit(begin), resize, jax.jit(advance, static_argnums=5, donate_argnums=1)
@@ -155,10 +162,14 @@ def generate_rows(
     if rows < 1:
         raise ValueError(f"rows is {rows}; want a picture every 1 or more rows of codes")
     options = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None, **options}
-    prime_BP, top_k = options.pop("prime_BP", None), options.pop("top_k")
+    prime_BP, top_k, kernels = (
+        options.pop("prime_BP", None),
+        options.pop("top_k"),
+        options.pop("kernels", "xla"),
+    )
     options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
     params = autoregressive.unstack(cfg, params)
-    begin, resize, advance = _programs(cfg, top_k)
+    begin, resize, advance = _programs(cfg, top_k, kernels)
     code_B, cache = begin(params, text_CT, keys_B, prime_BP, options)
     done = [] if prime_BP is None else [np.asarray(prime_BP)]
     given = 0 if prime_BP is None else prime_BP.shape[1]

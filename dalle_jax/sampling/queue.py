@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import autoregressive
-from dalle_jax.config import TransformerConfig
+from dalle_jax.config import Kernels, TransformerConfig
 from dalle_jax.sampling.filters import draw, guide
 from dalle_jax.sampling.generate import row_keys
 
@@ -67,14 +67,18 @@ def _pick(logits_SV, nulls_SV, guided_S, guidance_S, keys_S, place_S, temperatur
     return draw(logits_SV, keys_S, temperature=temperature_S, top_k=top_k, top_p=top_p)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "nucleus"), donate_argnames="slots")
-def _steps(cfg: TransformerConfig, params: Params, slots: _Slots, count, top_k, nucleus: bool) -> _Slots:
+@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "nucleus", "kernels"), donate_argnames="slots")
+def _steps(
+    cfg: TransformerConfig, params: Params, slots: _Slots, count, top_k, nucleus: bool, kernels: Kernels
+) -> _Slots:
     """`count` steps of all slots; finished and empty ones stay where they are."""
     rows, last = jnp.arange(len(slots.place_S)), cfg.num_codes - 1
 
     def step(_, slots: _Slots) -> _Slots:
         code_S = slots.codes_SN[rows, slots.place_S]
-        logits_SV, cache = autoregressive.decode_step(cfg, params, slots.cache, code_S, slots.place_S)
+        logits_SV, cache = autoregressive.decode_step(
+            cfg, params, slots.cache, code_S, slots.place_S, kernels
+        )
         after_S = jnp.minimum(slots.place_S + 1, last)
         drawn_S = _pick(
             logits_SV, logits_SV[slots.null_S], slots.null_S != rows, slots.guidance_S, slots.keys_S, after_S,
@@ -145,15 +149,25 @@ def _admit(cfg: TransformerConfig, params: Params, slots: _Slots, new: _Arrivals
 class Queue:
     """Requests wait here and are drawn in `slots` slots; holds the caches of those on the device.
 
-    params: as `autoregressive.unstack` returns them. top_k: of all requests, static; None keeps every code.
+    params: as `autoregressive.unstack` returns them. top_k: of all requests, static; None keeps every code. kernels: as
+    of `generate`.
     """
 
-    def __init__(self, cfg: TransformerConfig, params: Params, slots: int, *, top_k: int | None = None):
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        params: Params,
+        slots: int,
+        *,
+        top_k: int | None = None,
+        kernels: Kernels = "xla",
+    ):
         if slots < 1:
             raise ValueError(f"slots is {slots}; want at least 1, and 2 for guidance")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; want at least 1, or None to keep every code")
-        self._cfg, self._params, self._top_k = cfg, autoregressive.unstack(cfg, params), top_k
+        self._cfg, self._params = cfg, autoregressive.unstack(cfg, params)
+        self._top_k, self._kernels = top_k, kernels
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._tickets = itertools.count()
         self._free = list(range(slots))
@@ -223,7 +237,13 @@ class Queue:
         count = count if most is None else min(count, most)
         if count:
             self._slots = _steps(
-                self._cfg, self._params, self._slots, jnp.int32(count), self._top_k, self._nucleus
+                self._cfg,
+                self._params,
+                self._slots,
+                jnp.int32(count),
+                self._top_k,
+                self._nucleus,
+                self._kernels,
             )
         self._place = {slot: place + count for slot, place in self._place.items()}
         done = [slot for slot, place in self._place.items() if place == last]
