@@ -3,12 +3,12 @@ computes the same and is what this is tested against).
 
 A program takes a head of a few rows on one caption. It walks the caption's keys, held once, and of the image only the
 slots that hold what its rows see, and writes their new key and value. Softmax is taken as it goes (Milakov and
-Gimelshein 2018, 1805.02867; FlashAttention, 2205.14135), in float32, in each of S lanes for itself, a slot of each block
-a lane: lanes meet once, at the end. Where rows and heads are fewer than the programs that a GPU wants, several share
-the blocks, and XLA adds up what each found (flash-decoding, Dao et al. 2023). A query is one number for each of a
-key's, so products go without tensor cores, and float32 stays float32.
+Gimelshein 2018, 1805.02867; FlashAttention, 2205.14135), in float32, in each of S lanes for itself, of every block a
+position each: lanes meet once, at the end. Where rows and heads are fewer than the programs that a GPU wants, several
+share the blocks, and XLA adds up what each found (flash-decoding, Dao et al. 2023). A key meets one query or four, so
+products go without tensor cores, and float32 stays float32.
 
-Triton is what compiles in all versions of jax that we support, for Ampere too; since jax 0.11 it is marked as deprecated
+Triton compiles in every version of jax that we support, and for Ampere too; since jax 0.11 it is marked as deprecated
 in favour of Mosaic GPU. Not run on a GPU yet: compiled for one, and interpreted on a CPU.
 B rows, C captions, T text positions, W tokens kept, R tokens read, H heads, K width of a head, M rows of a program,
 S lanes, P programs that share the blocks of a head.
