@@ -584,6 +584,8 @@ def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
         (("--show-rows", 0), "--show-rows is 0; want at least 1"),
         (("--jacobi", 1), "jacobi is 1; want at least 2 codes at once"),
         (("--jacobi", GRID * GRID + 1), f"this model's pictures have {GRID * GRID} codes"),
+        (("--kernels", "pallas"), "kernels pallas needs an NVIDIA GPU, jax runs on cpu; take xla"),
+        (("--kernels", "pallas", "--jacobi", 4), "kernels pallas draws one code a pass; leave out jacobi"),
         (("--jacobi", 4, "--show-rows", 2), "--jacobi draws several codes a pass, --show-rows and"),
         (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
         (("--prefix", "missing.png"), "cannot read the picture missing.png"),

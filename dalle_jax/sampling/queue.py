@@ -69,7 +69,7 @@ def _pick(logits_SV, nulls_SV, guided_S, guidance_S, keys_S, place_S, temperatur
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top_k", "nucleus", "kernels"), donate_argnames="slots")
 def _steps(
-    cfg: TransformerConfig, params: Params, slots: _Slots, count, top_k, nucleus: bool, kernels: Kernels
+    cfg: TransformerConfig, params: Params, slots: _Slots, count, top_k, nucleus: bool, kernels: Kernels = "xla"
 ) -> _Slots:
     """`count` steps of all slots; finished and empty ones stay where they are."""
     rows, last = jnp.arange(len(slots.place_S)), cfg.num_codes - 1
