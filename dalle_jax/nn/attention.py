@@ -58,6 +58,17 @@ def norm(kind: Norm, name: str | None = None, epsilon: float = 1e-5) -> nn.Modul
     return make(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
+def ready(
+    scales: dict[str, jax.Array], q_BTHK: jax.Array, k_BTHK: jax.Array, turns: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys as they meet: normed where there are scales, turned where positions are rotary."""
+    if "q_scale" in scales:
+        q_BTHK, k_BTHK = _rms_norm(q_BTHK, scales["q_scale"]), _rms_norm(k_BTHK, scales["k_scale"])
+    if turns is not None:
+        q_BTHK, k_BTHK = rotate(q_BTHK, turns), rotate(k_BTHK, turns)
+    return q_BTHK, k_BTHK
+
+
 def _products(module: nn.Module, names: tuple[str, ...], x: jax.Array, width: int) -> list[jax.Array]:
     """What Dense layers of a module make of the same input, or the one matrix to which sampling has joined them."""
     if module.has_variable("params", joined := "_".join(names)):
@@ -86,11 +97,12 @@ class Attention(nn.Module):
             return constrain(y_BTD.reshape(*lead, self.heads, width), "batch", None, "heads", None)
 
         q, k, v = map(split, _products(self, ("q", "k", "v"), x_BTD, dim))
+        scales = {}
         if self.qk_norm:
-            q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, (width,)))
-            k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, (width,)))
-        if turns is not None:
-            q, k = rotate(q, turns), rotate(k, turns)
+            scales = {
+                name: self.param(name, nn.initializers.ones, (width,)) for name in ("q_scale", "k_scale")
+            }
+        q, k = ready(scales, q, k, turns)
         cache = None
         with jax.named_scope("attend"):
             if look is None:
@@ -102,7 +114,7 @@ class Attention(nn.Module):
         return out(checkpoint_name(y_BTHK.reshape(*lead, dim), ATTENDED)), cache
 
 
-def _activate(name: Activation, x: jax.Array) -> jax.Array:
+def activate(name: Activation, x: jax.Array) -> jax.Array:
     match name:
         case "gelu-tanh":
             return nn.gelu(x, approximate=True)
@@ -135,7 +147,7 @@ class MLP(nn.Module):
             x_BTF = GATES[self.activation](gate_BTF) * x_BTF
         else:
             x_BTF = constrain(dense("up", self.width, 0.02)(x_BTD), "batch", None, "mlp")
-            x_BTF = _activate(self.activation, x_BTF)
+            x_BTF = activate(self.activation, x_BTF)
         return dense("down", x_BTD.shape[-1], self.out_std)(x_BTF)
 
 
