@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_families
+from test_families import FAMILIES
 
+from dalle_jax import autoregressive
 from dalle_jax.nn.attention import GATES, Block, activate, norm
-from dalle_jax.nn.linear_kernel import CHANNELS, ROWS, block_step, linear
+from dalle_jax.nn.linear_kernel import CHANNELS, ROWS, block_step, linear, serves
 from dalle_jax.nn.matrices import affine, by_output, join, quantize
 
 rng = np.random.default_rng(0)
+BY_INPUT = {"attn": {"out": {"kernel": jnp.ones((2, 2))}}}
 
 
 def normal(*shape):
@@ -75,3 +79,22 @@ def test_a_step_is_the_block(choices):
     close(cache[0], k, jnp.float32)
     close(cache[1], v, jnp.float32)
     assert (choices["activation"] in GATES) == ("gate_up" in join(params)["mlp"])
+
+
+@pytest.mark.parametrize("name", ["mindalle", "llamagen"])
+def test_scores_are_those_of_xla(name):
+    cfg = FAMILIES[name]
+    ready = autoregressive.unstack(cfg, test_families.lively(cfg), gpu=True)
+    assert serves(ready, 2) and not serves(ready, ROWS + 1)
+    text, codes = test_families.rows(cfg, 2)
+    _, cache = autoregressive.prefill(cfg, ready, text)
+    step = jax.jit(autoregressive.decode_step, static_argnums=(0, 5))
+    (want, _), (got, _) = (
+        step(cfg, ready, cache, codes[:, 0], 0, how) for how in ("xla", "pallas-interpret")
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    for other in (
+        autoregressive.unstack(cfg, test_families.lively(cfg), "w8a8", gpu=True),
+        {"blocks": (BY_INPUT,)},
+    ):
+        assert not serves(other, 1)

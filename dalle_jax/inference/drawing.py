@@ -6,6 +6,7 @@ N codes of a picture, H W picture, C captions, R rows, K pictures of each captio
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,7 +26,10 @@ from dalle_jax.sampling.queue import Queue
 
 DRAW_BATCH = 8  # pictures drawn at once where the caller does not say
 
-_unstack = jax.jit(autoregressive.unstack, static_argnums=(0, 2))
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _unstack(cfg, params, weights: Weights | None, kernels: Kernels):
+    return autoregressive.unstack(cfg, params, weights, gpu=None if kernels == "xla" else True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,7 @@ def queue_of(
 ) -> Queue:
     """A queue that draws with the model; its requests have the ids of `text_rows`."""
     top_k = None if top_k is None else min(top_k, model.config.image_vocab)
-    params = _unstack(model.config, model.run.params, weights)
+    params = _unstack(model.config, model.run.params, weights, kernels)
     return Queue(model.config, params, slots, top_k=top_k, kernels=kernels)
 
 
@@ -218,7 +222,7 @@ def _drawn(
     if prefix is not None:
         options["prime_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix)))
 
-    params = _unstack(cfg, model.run.params, sampling.weights)  # once, not in every batch
+    params = _unstack(cfg, model.run.params, sampling.weights, sampling.kernels)  # once, not in every batch
     done = 0
     for first in range(0, len(captions), at_once):
         text = padded(text_CT[first : first + at_once], at_once)

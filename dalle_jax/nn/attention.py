@@ -23,6 +23,7 @@ from dalle_jax.nn.sharding import constrain
 # Of the MLP; swiglu and geglu are gated (2002.05202), geglu by the tanh form, as T5 has it.
 Activation = Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu", "geglu"]
 Norm = Literal["layer", "rms"]
+EPSILON = 1e-5  # of norms, where nothing else is said
 
 # Names under which a remat policy finds queries, keys and values, what attention makes of them, and the stream
 # between attention and MLP; each has the size of the stream.
@@ -52,7 +53,7 @@ def _rms_norm(x: jax.Array, scale_K: jax.Array) -> jax.Array:
     return (x32 * scale_K.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def norm(kind: Norm, name: str | None = None, epsilon: float = 1e-5) -> nn.Module:
+def norm(kind: Norm, name: str | None = None, epsilon: float = EPSILON) -> nn.Module:
     """A norm over the last axis, in float32."""
     make = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind]
     return make(epsilon=epsilon, dtype=jnp.float32, name=name)
@@ -167,7 +168,7 @@ class Block(nn.Module):
     norm: Norm = "layer"
     sandwich: bool = False  # a norm of what attention and MLP give too, before each sum
     biases: bool = True
-    epsilon: float = 1e-5  # of the norms
+    epsilon: float = EPSILON  # of the norms
 
     @nn.compact
     def __call__(self, x_BTD, mask_TS=None, look: Look | None = None, turns=None):

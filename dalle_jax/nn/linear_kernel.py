@@ -28,6 +28,13 @@ ROWS = 16  # R, the least that matrix units take; more than so many rows are bet
 OUTPUTS, CHANNELS = 16, 512  # F' and S: 16 KiB of a matrix in bfloat16
 
 
+def serves(params: Params, rows: int) -> bool:
+    """Whether these kernels can take the products of a step: of few rows, with matrices by output whose inputs are not
+    rounded. Elsewhere XLA does."""
+    out = params["blocks"][0]["attn"]["out"]
+    return rows <= ROWS and "kernel_t" in out and "scale_w8a8" not in out
+
+
 def linear(
     p: Params,
     x_BD: jax.Array,
@@ -38,20 +45,19 @@ def linear(
     residual_BF: jax.Array | None = None,
     out: Any = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> jax.Array | list[jax.Array]:
     """What `matrices.affine` gives of at most ROWS rows, with what stands before and after it.
 
     p: a matrix by output, (F, D) or joined (M, F, D), in the compute dtype or with weights in 8 bits. norm: kind,
     parameters and epsilon of one of `x_BD` before the product. activation: after it; of a gated one `p` joins the gate
     and what it gates; `gelu` is left out, as Triton has no error function. residual_BF: what is added last. Returns
-    (B, M, F), or (B, F), in `out`, which is `dtype` where it is not given.
+    (B, F) in `out`, which is `dtype` where it is not given; of joined matrices that of each.
     """
     assert len(x_BD) <= ROWS and activation != "gelu"
     out = dtype if out is None else out
     kernel = p["kernel_t"]
     joined, (outputs, channels) = kernel.shape[:-2], kernel.shape[-2:]
-    gated = activation in GATES
-    matrices = 1 if gated or not joined else joined[0]
+    matrices = 1 if activation in GATES or not joined else joined[0]
     held = {"x": x_BD, "kernel": kernel.reshape(-1, channels)}
     held |= {name: p[name].reshape(-1) for name in ("bias", "scale") if name in p}
     if norm is not None:
@@ -61,13 +67,13 @@ def linear(
     how = (dtype, norm and norm[0], norm and norm[2], activation, outputs)
     y_BF = pl.pallas_call(
         functools.partial(_program, how),
-        grid=(pl.cdiv(matrices * outputs, OUTPUTS),),
-        out_shape=jax.ShapeDtypeStruct((len(x_BD), matrices * outputs), out),
+        grid=(pl.cdiv(outputs, OUTPUTS), matrices),
+        out_shape=[jax.ShapeDtypeStruct((len(x_BD), outputs), out)] * matrices,
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="decode_linear",
     )(held)
-    return y_BF if gated or not joined else y_BF.reshape(-1, *joined, outputs)
+    return y_BF if matrices > 1 else y_BF[0]
 
 
 def block_step(
@@ -86,8 +92,8 @@ def block_step(
         own = norm(block.norm, epsilon=block.epsilon).apply({"params": p[name]}, dense(matrix, y_BD))
         return x_BD + own.astype(block.dtype)
 
-    qkv_B3D = dense(attn["q_k_v"], x_BD, norm=before("norm_attn"))
-    q, k, v = (qkv_B3D[:, i].reshape(len(x_BD), 1, block.heads, -1) for i in range(3))
+    qkv = dense(attn["q_k_v"], x_BD, norm=before("norm_attn"))
+    q, k, v = (y_BD.reshape(len(x_BD), 1, block.heads, -1) for y_BD in qkv)
     q, k = ready(attn, q, k, turns)
     y_B1HK, cache = look(q, k, v)
     x_BD = after("norm_attn_out", attn["out"], y_B1HK.reshape(x_BD.shape), x_BD)
@@ -97,14 +103,14 @@ def block_step(
     return after("norm_mlp_out", mlp["down"], y_BF, x_BD)[:, None], cache
 
 
-def _program(how, held, y_BF) -> None:
-    """`held` and `y_BF` are references to whole arrays."""
+def _program(how, held, *y_BF) -> None:
+    """`held` and `y_BF`, one for each matrix, are references to whole arrays."""
     dtype, norm, epsilon, activation, outputs = how
     (rows, channels), steps = held["x"].shape, pl.cdiv(held["x"].shape[1], CHANNELS)
-    first = pl.program_id(0) * OUTPUTS
+    first, which = pl.program_id(0) * OUTPUTS, pl.program_id(1)
     # From a traced 0: a slice that begins at a known place may not reach beyond what there is, whatever its mask.
     every, there_R = pl.ds(pl.program_id(0) * 0, ROWS), jnp.arange(ROWS) < rows
-    there_F = first + jnp.arange(OUTPUTS) < y_BF.shape[1]
+    there_F = first + jnp.arange(OUTPUTS) < outputs
 
     def channels_of(i):
         at = i * CHANNELS
@@ -154,7 +160,7 @@ def _program(how, held, y_BF) -> None:
     if activation in GATES:
         y_RF = GATES[activation](product(0)) * product(outputs)
     else:
-        y_RF = product(0)
+        y_RF = product(which * outputs)
         if activation is not None:
             y_RF = activate(activation, y_RF)
     there_RF, mine = there_R[:, None] & there_F[None], pl.ds(first, OUTPUTS)
@@ -162,4 +168,9 @@ def _program(how, held, y_BF) -> None:
         y_RF = y_RF + triton.load(held["residual"].at[every, mine], mask=there_RF, other=0).astype(
             jnp.float32
         )
-    triton.store(y_BF.at[every, mine], y_RF.astype(y_BF.dtype), mask=there_RF)
+
+    for i, y in enumerate(y_BF):
+
+        @pl.when(which == i)
+        def _(y=y):
+            triton.store(y.at[every, mine], y_RF.astype(y.dtype), mask=there_RF)

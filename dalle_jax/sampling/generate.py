@@ -112,7 +112,7 @@ def generate(
         raise ValueError(f"jacobi is {jacobi}; want 2 to {cfg.num_codes} codes at once, or None for one")
     if jacobi is not None and kernels != "xla":
         raise ValueError(f"kernels {kernels} draws one code a pass; leave out jacobi, or take xla")
-    params = autoregressive.unstack(cfg, params)
+    params = autoregressive.unstack(cfg, params, gpu=None if kernels == "xla" else True)
     code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, options)
     given = 0 if prime_BP is None else prime_BP.shape[1]
     codes = [] if prime_BP is None else [prime_BP]
@@ -168,7 +168,7 @@ def generate_rows(
         options.pop("kernels", "xla"),
     )
     options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
-    params = autoregressive.unstack(cfg, params)
+    params = autoregressive.unstack(cfg, params, gpu=None if kernels == "xla" else True)
     begin, resize, advance = _programs(cfg, top_k, kernels)
     code_B, cache = begin(params, text_CT, keys_B, prime_BP, options)
     done = [] if prime_BP is None else [np.asarray(prime_BP)]

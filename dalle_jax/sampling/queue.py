@@ -69,7 +69,13 @@ def _pick(logits_SV, nulls_SV, guided_S, guidance_S, keys_S, place_S, temperatur
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top_k", "nucleus", "kernels"), donate_argnames="slots")
 def _steps(
-    cfg: TransformerConfig, params: Params, slots: _Slots, count, top_k, nucleus: bool, kernels: Kernels = "xla"
+    cfg: TransformerConfig,
+    params: Params,
+    slots: _Slots,
+    count,
+    top_k,
+    nucleus: bool,
+    kernels: Kernels = "xla",
 ) -> _Slots:
     """`count` steps of all slots; finished and empty ones stay where they are."""
     rows, last = jnp.arange(len(slots.place_S)), cfg.num_codes - 1
@@ -166,7 +172,8 @@ class Queue:
             raise ValueError(f"slots is {slots}; want at least 1, and 2 for guidance")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; want at least 1, or None to keep every code")
-        self._cfg, self._params = cfg, autoregressive.unstack(cfg, params)
+        self._cfg = cfg
+        self._params = autoregressive.unstack(cfg, params, gpu=None if kernels == "xla" else True)
         self._top_k, self._kernels = top_k, kernels
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._tickets = itertools.count()
