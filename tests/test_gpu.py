@@ -14,8 +14,8 @@ from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig, DiffusionConfig, DVAEConfig
 from dalle_jax.diffusion import unet
 from dalle_jax.nn import cache as kv
-from dalle_jax.nn import decode_kernel, flash
-from dalle_jax.nn.attention import attend
+from dalle_jax.nn import decode_kernel, flash, linear_kernel, matrices
+from dalle_jax.nn.attention import activate, attend, norm
 from dalle_jax.nn.masks import attention_mask
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.tokenizer import dvae
@@ -139,6 +139,30 @@ def test_decode_kernel(kind, captions, copies):
         np.testing.assert_allclose(*(np.asarray(x[0], np.float32) for x in (got, want)), rtol=0, atol=2e-2)
         for a, b in zip(got[1].image, want[1].image, strict=True):
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("weights", [None, "int8", "fp8"])
+def test_linear_kernel(rows, weights):
+    """Against the product of XLA, in bfloat16, channels and outputs no multiples of the tiles."""
+    k_w, k_x, k_y = jax.random.split(jax.random.key(0), 3)
+    p = {"kernel": jax.random.normal(k_w, (1000, 200)) / 30, "bias": jnp.ones(200)}
+    p = (
+        {**p, "kernel": p["kernel"].astype(jnp.bfloat16)}
+        if weights is None
+        else matrices.quantize(p, weights)
+    )
+    x, y = (
+        jax.random.normal(k_x, (rows, 1000), jnp.bfloat16),
+        jax.random.normal(k_y, (rows, 200), jnp.bfloat16),
+    )
+    own = {"scale": jnp.full(1000, 1.1), "bias": jnp.full(1000, 0.1)}
+    normed = norm("layer").apply({"params": own}, x)
+    want = y + activate("gelu-tanh", matrices.affine(p, normed, jnp.bfloat16))
+    got = linear_kernel.linear(
+        matrices.by_output(p), x, jnp.bfloat16, norm=("layer", own, 1e-5), activation="gelu-tanh", residual_BF=y
+    )  # fmt: skip
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0, atol=0.1)
 
 
 def test_decode_kernel_draws_the_same_codes():
