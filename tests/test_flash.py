@@ -126,12 +126,39 @@ def test_choice(monkeypatch):
 
 
 def test_cudnn_says_what_it_cannot_do():
+    assert flash.choose("cudnn", ("row", "conv", "row"), 1280, "bfloat16") == "cudnn"
     with pytest.raises(
-        ValueError, match="cudnn computes full attention in bfloat16; these layers are conv, row"
+        ValueError, match="masks an even number of positions, here are 1281 of layers that are conv, row"
     ):
-        flash.choose("cudnn", ("row", "conv", "row"), 1280, "bfloat16")
-    with pytest.raises(ValueError, match="are full in float32; take auto or dense"):
+        flash.choose("cudnn", ("row", "conv", "row"), 1281, "bfloat16")
+    with pytest.raises(ValueError, match="computes in bfloat16, the model in float32; take auto or dense"):
         flash.choose("cudnn", ("full",), 1280, "float32")
+
+
+@pytest.mark.parametrize("kinds", [("full",), ("row", "conv")])
+def test_cudnn_gets_the_mask_of_each_layer(kinds, monkeypatch):
+    """With the library's own path in place of cuDNN's, scores are the dense ones."""
+    library = jax.nn.dot_product_attention
+    asked = []
+
+    def instead(*x, implementation, **options):
+        asked.append((implementation, options["is_causal"]))
+        return library(*x, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    cfg = DalleConfig(
+        text_vocab=9, text_len=4, image_vocab=7, grid=4, dim=16, layers=2, heads=2, conv_kernel=3,
+        attention=kinds, last_attention=None,
+    )  # fmt: skip
+    params = dalle.init(cfg, jax.random.key(0))
+    text, codes = (
+        jnp.zeros((2, 4), jnp.int32),
+        jnp.arange(32, dtype=jnp.int32).reshape(2, 16) % cfg.image_vocab,
+    )
+    want = dalle.logits(cfg, params, text, codes)[1]
+    got = dalle.logits(dataclasses.replace(cfg, attention_kernel="cudnn"), params, text, codes)[1]
+    np.testing.assert_allclose(got, want, rtol=0, atol=0.02 * np.abs(want).max())
+    assert set(asked) == {("cudnn", kinds == ("full",))}
 
 
 def test_full_mask_is_causal():

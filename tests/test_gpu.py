@@ -63,17 +63,18 @@ def assert_near(got, want, share):
         np.testing.assert_allclose(a, b, rtol=0, atol=share * np.abs(b).max() + 1e-6, err_msg=name)
 
 
-def test_cudnn_attention_is_dense():
+@pytest.mark.parametrize("kind", ["full", "row", "conv"])
+def test_cudnn_attention_is_dense(kind):
     """Output and gradients in bfloat16, against the dense path in float32 on the same numbers."""
     length, width = CFG.text_len + CFG.num_codes, 64
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, weights = (jax.random.normal(key, (2, length, 3, width), jnp.bfloat16) for key in keys)
-    mask = jnp.asarray(attention_mask("full", CFG.text_len, CFG.grid))
+    mask = jnp.asarray(attention_mask(kind, CFG.text_len, CFG.grid))
 
     def run(look, *x):
         return jax.jit(jax.value_and_grad(lambda x: (look(*x) * weights).astype(jnp.float32).sum()))(x)
 
-    got = run(flash.cudnn, q, k, v)
+    got = run(lambda *x: flash.cudnn(*x, None if kind == "full" else mask), q, k, v)
     with jax.default_matmul_precision("float32"):
         want = run(lambda q, k, v: attend(q, k, v, mask), *(x.astype(jnp.float32) for x in (q, k, v)))
     assert_near(jax.tree.map(lambda x: np.asarray(x, np.float32), got[1]), want[1], 3e-2)

@@ -80,7 +80,7 @@ class DalleConfig:
     text_loss_weight: float = 1 / 8  # of the text cross-entropy; the image has the rest; 0: no text head; 2.2
     null_rate: float = 0.1  # share of training captions replaced by the null caption, for guidance
     dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, logits and losses stay float32
-    # What computes attention in training: splash is for TPU, cudnn for full layers on NVIDIA GPUs, dense for
+    # What computes attention in training: splash is for TPU, cudnn for NVIDIA GPUs in bfloat16, dense for
     # anything; auto takes what suits the devices (nn/flash.py).
     attention_kernel: AttentionKernel = "auto"
     # What the backward pass computes again instead of keeping it, least memory first: full, everything of a layer;

@@ -111,7 +111,8 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
                 case "splash":
                     return flash.splash(q, k, v, masks, index), None
                 case "cudnn":
-                    return flash.cudnn(q, k, v), None
+                    mask = None if set(cfg.layer_kinds) == {"full"} else jnp.asarray(masks)[index]
+                    return flash.cudnn(q, k, v, mask), None
 
         return block.apply({"params": layer_params}, x_BSD, look=look, turns=turns)[0]
 

@@ -1,8 +1,9 @@
 """Attention kernels that never store the scores of all pairs, and the choice among them.
 
 `splash` is JAX's Pallas kernel for TPU: it walks the blocks of the mask that hold anything, so the paper's row,
-column and conv layers cost less than full ones. `cudnn` is the fused kernel of NVIDIA's library, for full causal
-attention. `dense` (attention.attend) is exact everywhere and what the others are tested against.
+column and conv layers cost less than full ones. `cudnn` is the fused kernel of NVIDIA's library, which takes a mask as
+a bias of one square for all rows and heads, and skips nothing of it. `dense` (attention.attend) is exact everywhere and
+what the others are tested against.
 FlashAttention: Dao et al. 2022, 2205.14135.
 B batch, T positions (queries and keys alike), H heads, K width of a head, M different masks.
 """
@@ -40,7 +41,8 @@ def choose(
     """The kernel for layers of these kinds over `length` positions on the platform in force.
 
     `auto`: splash on a TPU from 128 positions on; cuDNN on a GPU where all layers are full and the dtype is
-    bfloat16; else dense. Raises ValueError for `cudnn` where it cannot compute what is asked.
+    bfloat16; else dense. Raises ValueError for `cudnn` where it cannot compute what is asked: another dtype, or a mask
+    over an odd length.
     """
     full = set(kinds) == {"full"}
     match wanted:
@@ -48,10 +50,14 @@ def choose(
             if platform() == "tpu" and length >= LANES:
                 return "splash"
             return "cudnn" if platform() in ("gpu", "cuda") and full and dtype == "bfloat16" else "dense"
-        case "cudnn" if not full or dtype != "bfloat16":
+        case "cudnn" if dtype != "bfloat16":
             raise ValueError(
-                f"attention_kernel cudnn computes full attention in bfloat16; these layers are "
-                f"{', '.join(sorted(set(kinds)))} in {dtype}; take auto or dense"
+                f"attention_kernel cudnn computes in bfloat16, the model in {dtype}; take auto or dense"
+            )
+        case "cudnn" if not full and length % 2:
+            raise ValueError(
+                f"attention_kernel cudnn masks an even number of positions, here are {length} of layers that are "
+                f"{', '.join(sorted(set(kinds)))}; take auto or dense, or another text_len"
             )
     return wanted
 
@@ -147,6 +153,11 @@ def _kernel(mask_TT: np.ndarray, heads: int, interpret: bool):
     return library.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
 
 
-def cudnn(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array) -> jax.Array:
-    """Full causal attention by cuDNN, bfloat16. Returns (B, T, H, K)."""
-    return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+def cudnn(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, mask_TT: jax.Array | None = None
+) -> jax.Array:
+    """Attention by cuDNN, bfloat16, under a mask, or full and causal. Returns (B, T, H, K)."""
+    mask = None if mask_TT is None else mask_TT[None, None]
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BTHK, v_BTHK, mask=mask, is_causal=mask is None, implementation="cudnn"
+    )
