@@ -1,5 +1,6 @@
 """The training loop: what a stop, a kill, a NaN or another number of devices may not change."""
 
+import functools
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from conftest import FakeTask, tiny_config
 from dalle_jax.config import MeshConfig, TrainConfig
 from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.train import command, loop, rundir
+from dalle_jax.train.alone import alone
 from dalle_jax.train.metrics import MetricsLog, read_metrics
 from dalle_jax.train.optim import make_optimizer, update_ema
 from dalle_jax.train.state import INIT, abstract_state, init_state, make_step, param_shapes, run_key
@@ -151,6 +154,25 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, straight, number):
     assert outcome.finished
     assert_equal(outcome.state, straight[1].state)
     assert series(run) == series(straight[0])
+
+
+def test_one_training_at_a_time(tmp_path, monkeypatch):
+    """A second one is refused and changes nothing; the lock goes with what held it, and is waited for."""
+    monkeypatch.setattr(loop, "alone", functools.partial(alone, patience=0))
+    run = tmp_path / "run"
+    config = tiny_config(run)
+    with alone(str(run)):
+        with pytest.raises(ValueError, match=r"another training is writing in .*run; wait for it or stop it"):
+            loop.run(config, FakeTask(config))
+        assert list(run.iterdir()) == []
+    assert not run.exists()  # nothing was begun
+    run.mkdir()
+    held = alone(str(run))
+    held.__enter__()
+    threading.Timer(0.3, held.__exit__, (None, None, None)).start()
+    with alone(str(run), patience=30):
+        assert run.is_dir()
+    assert run.is_dir()  # it was there before
 
 
 @pytest.fixture

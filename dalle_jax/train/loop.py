@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from dalle_jax.config import TrainConfig
 from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from dalle_jax.train import bucket
+from dalle_jax.train.alone import alone
 from dalle_jax.train.checkpoint import Checkpoints
 from dalle_jax.train.flops import train_flops
 from dalle_jax.train.metrics import MetricsLog, Progress, Stopwatch
@@ -114,12 +115,13 @@ def run(config: TrainConfig, task: Task | None = None) -> Outcome:
         task = make_task(config)
     watchdog = Watchdog(config.distributed.stall_seconds)
     try:
-        with begun_run(config) as run_dir:
-            watchdog.at("preparing data and vocabulary")
-            task.prepare(run_dir)
-            share(run_dir)
-        with jax.set_mesh(mesh):
-            return _Training(config, task, mesh, run_dir, watchdog).run()
+        with alone(config.run):
+            with begun_run(config) as run_dir:
+                watchdog.at("preparing data and vocabulary")
+                task.prepare(run_dir)
+                share(run_dir)
+            with jax.set_mesh(mesh):
+                return _Training(config, task, mesh, run_dir, watchdog).run()
     finally:
         watchdog.close()
 
