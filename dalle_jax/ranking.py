@@ -28,7 +28,7 @@ from dalle_jax.inference import (
     in_batches,
 )  # fmt: skip
 from dalle_jax.text import FramedTokenizer
-from dalle_jax.train.rundir import Run, load_run, read_config
+from dalle_jax.train.rundir import Run, load_model, read_config
 
 Params = dict[str, Any]
 
@@ -61,7 +61,7 @@ def load_clip(path: str | Path) -> Clip:
             f"{path} has no text.model, the vocabulary of its captions: import it again with --text FILE, e.g. CLIP's "
             "bpe_simple_vocab_16e6.txt.gz (docs/import.md), or train it to its first save"
         )
-    return Clip(load_run(path), FramedTokenizer.load(path / "text.model"))
+    return Clip(load_model(path), FramedTokenizer.load(path / "text.model"))
 
 
 @partial(jax.jit, static_argnums=0)

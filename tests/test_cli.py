@@ -1071,3 +1071,14 @@ def test_evaluate_by_a_classifier(made, tmp_path, monkeypatch):
 )
 def test_evaluate_refuses_a_wrong_classifier(made, flags, told):
     assert told in refused("evaluate", made.dvae, *(f.format(made=made.out) for f in flags))
+
+
+@pytest.mark.parametrize(("field", "other"), [("dim", 16), ("layers", 1), ("image_vocab", VOCAB * 2)])
+def test_a_checkpoint_of_another_configuration(made, tmp_path, field, other):
+    """As after an edit of config.json: fewer layers or codes would draw without an error of their own."""
+    path = shutil.copytree(made.dalle, tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    assert config["model"][field] != other
+    config["model"][field] = other
+    (path / "config.json").write_text(json.dumps(config))
+    assert "does not fit the model" in refused("sample", path, "a", "--out", tmp_path / "out")

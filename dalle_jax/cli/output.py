@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -54,5 +55,6 @@ def save_npz(path: Path, **arrays: np.ndarray) -> None:
             np.savez(out, **arrays)
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise OSError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error

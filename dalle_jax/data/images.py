@@ -6,6 +6,7 @@ it moves. H W picture, N pictures.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -267,8 +268,13 @@ def save_png(path: str | os.PathLike, picture: np.ndarray | Image.Image) -> None
     data, path = encode_png(picture), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(data)
-    os.replace(part, path)
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def grid(

@@ -26,7 +26,7 @@ from dalle_jax.diffusion import denoise, likelihood, sampler, unet
 from dalle_jax.inference import DRAW_BATCH, Progress, Tokenizer, load_tokenizer
 from dalle_jax.sampling.generate import row_keys
 from dalle_jax.text import TextTokenizer
-from dalle_jax.train.rundir import Run, load_run, read_config
+from dalle_jax.train.rundir import Run, load_model, read_config
 
 
 class DiffusionModel(NamedTuple):
@@ -88,9 +88,9 @@ class Pictures(NamedTuple):
 
 
 def load_diffusion(path: str | Path) -> DiffusionModel:
-    """The diffusion model of a run directory. Raises what `load_run` does; ValueError for a run of another stage."""
+    """The diffusion model of a run directory. Raises what `load_model` does; ValueError for a run of another stage."""
     path = Path(path)
-    run = load_run(path, "diffusion")
+    run = load_model(path, "diffusion")
     model = run.config.model
     text = None if model.text is None else TextTokenizer.load(path / "text.model")
     return DiffusionModel(run, text, None if model.codes is None else load_tokenizer(path))

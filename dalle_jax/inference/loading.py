@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from dalle_jax.config import ClipConfig, TokenizerConfig, TransformerConfig
 from dalle_jax.text import TextTokenizer
 from dalle_jax.train.bucket import local_dir
-from dalle_jax.train.rundir import Run, fingerprint, load_frozen, load_run, read_config
+from dalle_jax.train.rundir import Run, fingerprint, load_frozen, load_model, read_config
 
 Params = dict[str, Any]
 
@@ -36,14 +36,14 @@ class TextToImage(NamedTuple):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The image tokenizer of a run: a tokenizer run itself, or the copy that a Transformer run keeps.
 
-    Raises FileNotFoundError, ValueError or OSError as `load_run` does.
+    Raises FileNotFoundError, ValueError or OSError as `load_model` does.
     """
     path = local_dir(path)
     model = read_config(path).model
     if isinstance(model, ClipConfig):
         raise ValueError(f"{path} is a run of stage clip: it has no image tokenizer; give a run that has one")
     if isinstance(model, TokenizerConfig):
-        run = load_run(path)
+        run = load_model(path)
         return Tokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
     if not (path / "tokenizer" / "config.json").is_file():
         raise FileNotFoundError(
@@ -72,5 +72,5 @@ def load_text_to_image(path: str | Path) -> TextToImage:
             f"{path} is a tokenizer run (stage {kind}): it knows no captions. Give the run of a Transformer "
             f"trained on it (--tokenizer {path}); `encode` and `decode` work with tokenizer runs"
         )
-    run = load_run(path)
+    run = load_model(path)
     return TextToImage(run, TextTokenizer.load(path / "text.model"), load_tokenizer(path))

@@ -175,7 +175,7 @@ class Checkpoints:
         saved = self.shapes(step)
         if partial:
             saved = {name: saved.get(name) for name in abstract}
-        _compare(_leaves(abstract), _leaves(saved), self.path / str(step))
+        check_shapes(abstract, saved, self.path / str(step))
         try:
             with _context(partial, self.alone):
                 return ocp.load(self.path / str(step), abstract)
@@ -233,7 +233,7 @@ def load_params(path: Path, abstract: Params | None = None) -> Params:
         raise OSError(f"the parameters at {path} cannot be read: {_first_line(error)}") from error
     if abstract is None:
         abstract = on_one_device(saved)
-    _compare(_leaves(abstract), _leaves(saved), path)
+    check_shapes(abstract, saved, path)
     try:
         with _context(alone=True):
             return ocp.load(path, abstract)
@@ -318,7 +318,9 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
 
 
-def _compare(want: dict[str, Any], saved: dict[str, Any], path: Any) -> None:
+def check_shapes(want: Any, saved: Any, path: Any) -> None:
+    """Raises ValueError, which lists the differences, unless the trees have the same names, shapes and dtypes."""
+    want, saved = _leaves(want), _leaves(saved)
     lines = [f"{name}: not in the checkpoint" for name in want if name not in saved]
     lines += [f"{name}: only in the checkpoint" for name in saved if name not in want]
     for name, leaf in want.items():

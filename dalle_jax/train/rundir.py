@@ -46,7 +46,7 @@ from dalle_jax.diffusion import unet
 from dalle_jax.importers import safetensors
 from dalle_jax.nn.sharding import param_shardings, path_name
 from dalle_jax.train import bucket
-from dalle_jax.train.checkpoint import Checkpoints, load_params, on_one_device
+from dalle_jax.train.checkpoint import Checkpoints, check_shapes, load_params, on_one_device
 
 Params = dict[str, Any]
 
@@ -131,7 +131,8 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # so does a file system that is read only with what is not there
+            beside.unlink()
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -300,6 +301,16 @@ def load_run(
         checkpoints.close()
     part = PARTS.get(config.model.kind)
     return Run(config, params if part is None else params[part], local, step)
+
+
+def load_model(path: str | Path, stage: str | None = None) -> Run:
+    """The model of a run directory to draw or measure with: `load_run`, and its arrays are those of config.json.
+
+    Raises what `load_run` raises, ValueError for arrays of other names or shapes too: some of them would not fail but
+    draw something else."""
+    run = load_run(path, stage)
+    check_shapes(_shapes(run.config.model), run.params, path)
+    return run
 
 
 def write_weights(path: Path, params: Params, step: int) -> int:
