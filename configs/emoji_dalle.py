@@ -1,6 +1,6 @@
 """Real pictures and captions, English and Chinese: the Transformer over the codes of configs/emoji_dvae.py.
 
-Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score: README, "What was measured".
+Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score: docs/data.md.
 
     python train.py configs/emoji_dalle.py --data.source.path emoji-64.tar
 """

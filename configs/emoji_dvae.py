@@ -1,7 +1,7 @@
 """Real pictures: a tar of emoji (or any tar of pictures) at 32 x 32 pixels to 8 x 8
 codes of 512: the tokenizer.
 
-Paper: 2102.12092, 2.1, at a small size. Hardware: two CPU cores. Time and score: README, "What was measured".
+Paper: 2102.12092, 2.1, at a small size. Hardware: two CPU cores. Time and score: docs/data.md.
 
     python train.py configs/emoji_dvae.py --data.source.path emoji-64.tar
 """

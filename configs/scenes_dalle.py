@@ -1,7 +1,7 @@
 """Procedural scenes at 64 x 64 pixels, up to four objects, English and Chinese captions: the Transformer.
 
 Paper: 2102.12092, 2.2, at 45 million parameters. Hardware: written for one GPU and about 15 minutes; not yet run
-on one. Time and score on a GPU: to be measured (README, "What was measured", says what a CPU reached).
+on one. Time and score on a GPU: to be measured (docs/scenes.md says what a CPU reached).
 
     python train.py configs/scenes_dalle.py
     dalle-jax evaluate runs/scenes_dalle --guidance 1 1.5 2 3 4

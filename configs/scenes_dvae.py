@@ -1,7 +1,7 @@
 """Procedural scenes at 64 x 64 pixels, up to four objects, to 16 x 16 codes of 2048: the tokenizer.
 
 Paper: 2102.12092, 2.1, at a small size. Hardware: written for one GPU and about 15 minutes; not yet run on one.
-Time and score on a GPU: to be measured (README, "What was measured", says what a CPU reached).
+Time and score on a GPU: to be measured (docs/scenes.md says what a CPU reached).
 
     python train.py configs/scenes_dvae.py
 """
