@@ -1073,7 +1073,7 @@ def test_evaluate_refuses_a_wrong_classifier(made, flags, told):
     assert told in refused("evaluate", made.dvae, *(f.format(made=made.out) for f in flags))
 
 
-@pytest.mark.parametrize(("field", "other"), [("dim", 16), ("layers", 1), ("image_vocab", VOCAB * 2)])
+@pytest.mark.parametrize(("field", "other"), [("dim", 32), ("layers", 2), ("image_vocab", VOCAB * 2)])
 def test_a_checkpoint_of_another_configuration(made, tmp_path, field, other):
     """As after an edit of config.json: fewer layers or codes would draw without an error of their own."""
     path = shutil.copytree(made.dalle, tmp_path / "run")
