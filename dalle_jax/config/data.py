@@ -23,12 +23,12 @@ class ScenesSource:
 
     kind: Literal["scenes"] = "scenes"
     count: int = 1_000_000  # scenes in the training split
-    min_objects: int = 1
-    max_objects: int = 4
-    sizes: tuple[SceneSize, ...] = ("small", "medium", "large")
-    fills: tuple[SceneFill, ...] = ("solid", "striped", "dotted")
-    backgrounds: tuple[SceneBackground, ...] = ("plain", "gradient", "two-tone")
-    seed: int = 0
+    min_objects: int = 1  # in a scene
+    max_objects: int = 4  # in a scene, at most 4
+    sizes: tuple[SceneSize, ...] = ("small", "medium", "large")  # of objects, drawn from these
+    fills: tuple[SceneFill, ...] = ("solid", "striped", "dotted")  # of objects
+    backgrounds: tuple[SceneBackground, ...] = ("plain", "gradient", "two-tone")  # of scenes
+    seed: int = 0  # of all scenes; another one draws other scenes
 
     def __post_init__(self):
         require(self.count >= 1, f"ScenesSource.count is {self.count}; want at least 1")
@@ -201,9 +201,8 @@ class DataConfig:
     languages: tuple[Language, ...] = ("en", "zh")  # of the captions
     seed: int = 0  # of the shuffle and of every random choice per row
     threads: int = 2  # that read and render ahead of the device
-    workers: int = (
-        0  # processes that do it instead; threads share Python's lock, processes cost start and memory
-    )
+    # Processes that do it instead: threads share Python's lock, processes cost start and memory; 0 takes threads.
+    workers: int = 0
     prefetch: int = 4  # batches held ready
 
     def __post_init__(self):

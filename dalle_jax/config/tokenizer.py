@@ -15,8 +15,8 @@ Dtype = Literal["float32", "bfloat16"]
 class Schedule:
     """Half-cosine from `start` to `end` over `steps` updates, constant afterwards (2102.12092, A.2)."""
 
-    start: float
-    end: float
+    start: float  # value before the first update
+    end: float  # value after the last of `steps`
     steps: int  # updates; 0 means `end` from the beginning
 
     def __post_init__(self):

@@ -163,7 +163,7 @@ class TrainConfig:
     # NAME= leaves that option as the compiler has it.
     compiler_options: tuple[str, ...] = ()
     steps: int = 100_000  # updates
-    seed: int = 0
+    seed: int = 0  # of the parameters and of what is drawn in each step
     log_every: int = 10  # updates between lines of metrics.jsonl
     eval_every: int = 1_000  # updates between measurements on the evaluation split
     eval_rows: int = 256  # rows per measurement
