@@ -168,6 +168,8 @@ PROGRAM = """HloModule by_hand
   %both = (f32[8]{0}, f32[16,8]{1,0}) fusion(%flat, %eight), kind=kInput, calls=%column
   %dot = (f32[8]{0}, s8[1000]{0}) custom-call(%flat, %eight), custom_call_target="__cublas$gemm"
   %moved = f32[8,16]{1,0} fusion(%flat), kind=kInput, calls=%turned
+  %later = ((f32[16,8]{1,0}), f32[8,16]{1,0}, u32[]) fusion-start(%flat), kind=kInput, calls=%turned
+  %then = f32[8,16]{1,0} fusion-done(%later)
   %loop.1 = f32[8]{0} while(%eight), condition=%inner_cond, body=%inner, N3
   ROOT %out = (s32[], f32[100,8]) tuple(%where, %table.1)
 }
@@ -201,6 +203,7 @@ def test_kernels_by_hand():
         "both": ("fusion", 4 * 8 * 4 + 8 * 4, 8 * 4 + 16 * 8 * 4, 1),
         "dot": ("call", 16 * 8 * 4 + 8 * 4, 8 * 4, 1),
         "moved": ("copy", 16 * 8 * 4, 16 * 8 * 4, 1),
+        "later": ("copy", 16 * 8 * 4, 16 * 8 * 4, 1),
         "again": ("copy", 8 * 4, 8 * 4, 3),
     }
 
@@ -216,7 +219,7 @@ def test_the_bound_of_the_decode_loop_by_hand():
     read, written = (sum(getattr(k, name) * k.runs for k in loop.kernels) for name in ("read", "written"))
     found = roofline.decoding(PROGRAM, gpu, rows=2, least=500.0)
     assert found == {
-        "kernels": {"fusions": 3, "library_calls": 1, "copies": 4, "others": 0},
+        "kernels": {"fusions": 3, "library_calls": 1, "copies": 5, "others": 0},
         "read_bytes": read,
         "written_bytes": written,
         "least_bytes": 500.0,
@@ -282,5 +285,5 @@ def test_a_report_tells_an_estimate_from_a_run(monkeypatch):
     report["decoding"] = roofline.decoding(PROGRAM, GPUS["l4"], 2, 1000.0)
     text = text_of(report)
     assert "at least 2 s by the data sheet (products 0.5, memory 2, links 0); not a run" in text
-    assert "8 kernels a pass of 2 codes: 3 fusions, 1 library calls, 4 copies" in text
+    assert "9 kernels a pass of 2 codes: 3 fusions, 1 library calls, 5 copies" in text
     assert "an estimate from the program, not a run" in text

@@ -114,7 +114,7 @@ def _kernel(found: Computations, held: dict[str, Instruction], one: Instruction)
         return Kernel(one.name, base, sort, read, written, 1, one.line)
 
     base = one.op.removesuffix("-start")
-    if one.op == "fusion":
+    if base == "fusion":
         inside = found[one.called]
         reads, written = _touched(found, inside)
         sort = "copy" if {part.op for part in inside} <= _MOVES else "fusion"
