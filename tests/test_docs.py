@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import math
 import re
 import shlex
 from pathlib import Path
@@ -12,9 +13,10 @@ import tyro
 
 from dalle_jax.cli import VERBS, verbs
 from dalle_jax.train import command, compile_only
+from dalle_jax.train.rundir import load_config, shapes_by_name
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENVIRONMENT = re.compile(r"^(?:[A-Z_]+=\S+ )+")
 
 
@@ -101,3 +103,27 @@ def test_python_parses_and_its_imports_work(page):
         tree = ast.parse(inspect.cleandoc(code))
         imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         exec(compile(ast.Module(imports, []), page.name, "exec"), {})
+
+
+def table_of_configurations() -> list[tuple[str, str]]:
+    """Every file of README's table and its size there, in the order of both."""
+    rows = re.findall(r"^\| (`\w+\.py`.*?) \|.*?\| ([^|]* [MB]) \|", PAGES[0].read_text(), re.MULTILINE)
+    pairs = []
+    for files, sizes in rows:
+        names = re.findall(r"`(\w+\.py)`", files)
+        pairs += zip(names, re.split(r" \+ |; ", sizes), strict=True)
+    return pairs
+
+
+def test_sizes_of_configurations():
+    table = table_of_configurations()
+    files = {path.name for path in (ROOT / "configs").glob("*.py")}
+    assert {name for name, _ in table} == files - {"finetune.py"}  # whose model is that of a run
+    for name, shown in table:
+        number, unit = shown.split()
+        last = 10.0 ** -len(number.partition(".")[2]) * {"M": 1e6, "B": 1e9}[unit]  # worth of its last digit
+        shapes = shapes_by_name(load_config(ROOT / "configs" / name).model)
+        count = sum(math.prod(leaf.shape) for leaf in shapes.values())
+        assert abs(count - float(number) * {"M": 1e6, "B": 1e9}[unit]) <= 0.51 * last, (
+            f"{name}: {count:,}, not {shown}"
+        )
