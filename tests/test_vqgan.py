@@ -302,7 +302,7 @@ def test_gradients_are_those_of_the_written_loss(params, kind):
     against = dataclasses.replace(AGAINST, loss=kind, start=0, ramp=0, r1_every=1)
     cfg = dataclasses.replace(TINY, adversarial=against)
     x, step = images(), jnp.int32(5)
-    grads, measures = jax.jit(adversarial.gradients, static_argnums=0)(cfg, params, None, x, key(1), step)
+    grads, measures, _ = jax.jit(adversarial.gradients, static_argnums=0)(cfg, params, None, x, key(1), step)
     real, scores = 2 * x - 1, params["discriminator"]
 
     def parts(tokenizer):
@@ -341,10 +341,10 @@ def test_gradients_are_those_of_the_written_loss(params, kind):
 def test_before_the_start_nothing_of_the_discriminator_moves(params):
     x = images()
     step = jax.jit(adversarial.gradients, static_argnums=0)
-    grads, measures = step(TINY, params, None, x, key(1), jnp.int32(2))
+    grads, measures, _ = step(TINY, params, None, x, key(1), jnp.int32(2))
     assert optax.tree.norm(grads["discriminator"]) == 0 and math.isnan(measures["log_d_real"])
     alone = dataclasses.replace(TINY, adversarial=None)
-    want, _ = step(alone, {"tokenizer": params["tokenizer"]}, None, x, key(1), jnp.int32(2))
+    want, *_ = step(alone, {"tokenizer": params["tokenizer"]}, None, x, key(1), jnp.int32(2))
     assert optax.tree.norm(optax.tree.sub(want["tokenizer"], grads["tokenizer"])) < 1e-5
     tx = adversarial.optimizer(TINY, optax.sgd(0.1))
     state = tx.init(params)
@@ -360,9 +360,10 @@ def test_before_the_start_nothing_of_the_discriminator_moves(params):
 
 
 def run_config(run, steps):
-    """Through the switch-on after the third update, on eight devices, two microbatches an update."""
+    """Through the switch-on after the third update, on eight devices, two microbatches an update, codes restarted."""
+    quantizer = dataclasses.replace(TINY.quantizer, restart_after=2)
     return tiny_config(
-        run, model=dataclasses.replace(TINY, image_size=32), steps=steps,
+        run, model=dataclasses.replace(TINY, image_size=32, quantizer=quantizer), steps=steps,
         data={"batch": 8, "source": ScenesSource(max_objects=1)}, optim={"accumulate": 2},
         eval_rows=8, eval_every=6, save_every=3, sample_every=6,
     )  # fmt: skip
@@ -376,6 +377,7 @@ def test_a_run_is_a_tokenizer_like_any_other(tmp_path, capfd):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     log_d = [row["log_d_real"] for row in rows if "log_d_real" in row]
     assert log_d[:3] == [None] * 3 and all(value < 0 for value in log_d[3:])
+    assert sum(row.get("codes_restarted", 0) for row in rows) > 0
     assert set(outcome.state.params) == {"tokenizer", "discriminator"}
     assert set(outcome.state.ema) == {"tokenizer"}  # nobody uses an average of the discriminator
     run = load_run(tmp_path / "run")
@@ -391,8 +393,7 @@ def test_stop_at_the_switch_on_and_resume(tmp_path):
     whole = loop.run(run_config(tmp_path / "whole", 6))
     loop.run(run_config(tmp_path / "parts", 3))
     parts = loop.run(run_config(tmp_path / "parts", 6))
-    a, b = jax.device_get((whole.state.params, parts.state.params))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((whole.state, parts.state)))
 
 
 @pytest.mark.slow

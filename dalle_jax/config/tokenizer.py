@@ -81,9 +81,14 @@ class VectorQuantizer:
     normalize: bool = False  # compare on the unit sphere (Yu et al. 2021, 2110.04627, 3.2)
     codebook_weight: float = 1.0  # of the term that pulls codes to the encoder's output
     commitment: float = 0.25  # of the term that pulls the encoder's output to its code
+    restart_after: int = 0  # updates without use after which a code begins anew; 0 is off (2005.08520)
 
     def __post_init__(self):
         require(self.vocab >= 2, f"VectorQuantizer.vocab is {self.vocab}; want at least 2")
+        require(
+            self.restart_after >= 0,
+            f"VectorQuantizer.restart_after is {self.restart_after}; want 0 (off) or a number of updates",
+        )
         require(self.dim >= 1, f"VectorQuantizer.dim is {self.dim}; want at least 1")
         require(
             self.codebook_weight >= 0 and self.commitment >= 0,
@@ -204,6 +209,11 @@ class VQGANConfig:
     @property
     def vocab(self) -> int:
         return self.quantizer.vocab
+
+    @property
+    def restarts(self) -> bool:
+        """Whether training restarts codes that are not used."""
+        return isinstance(self.quantizer, VectorQuantizer) and self.quantizer.restart_after > 0
 
     @property
     def downsample(self) -> int:

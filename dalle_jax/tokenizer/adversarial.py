@@ -15,7 +15,7 @@ the discriminator learns, and R1 (Mescheder et al. 2018, 1801.04406) keeps its s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -73,15 +73,16 @@ def gradients(
     images_BHWC: jax.Array,
     key: jax.Array,
     step: jax.Array,
-) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradients of both networks at one batch, and measures.
+) -> tuple[Params, dict[str, jax.Array], dict[str, jax.Array]]:
+    """Gradients of both networks at one batch, measures, and what each picture leaves for `quantize.restart`.
 
     params: of `init`. lpips: of `perceptual.load_lpips`, or None for the pyramid. images_BHWC: float in [0, 1].
     step: int32, updates done. Returns gradients of the form of `params` (zeros for a discriminator that has not
     begun) and float32 scalars: `loss` (the tokenizer's, without the adversarial term), `pixel`, `perceptual`,
     `quantizer`, `psnr`, `codebook_use`, `perplexity`; with a discriminator also `discriminator_loss`, `log_d_real`,
     `log_d_fake` (log D(x'), not log(1 - D)), `adversarial_ramp`, `adaptive_weight`, and the norms of the two
-    gradients at the last layer, `norm_reconstruction`, `norm_adversarial`: NaN before it begins.
+    gradients at the last layer, `norm_reconstruction`, `norm_adversarial`: NaN before it begins. What pictures leave
+    is `latents` and `codes`, (B, h, w, ...), or {} where no codes are restarted.
     """
     k_quantize = key
     tau = jnp.float32(1.0)
@@ -91,14 +92,14 @@ def gradients(
 
     def forward(tokenizer):
         out = vqgan.reconstruct(cfg, tokenizer, images_BHWC, k_quantize, tau)
-        return (out.pixels, out.loss), (out.features, out.codes)
+        return (out.pixels, out.loss), (out.features, out.latents, out.codes)
 
     def reconstruction(pixels):
         pixel = jnp.mean(jnp.abs(real - pixels))
         seen = perceptual_distance(cfg, lpips, real, pixels)
         return cfg.pixel_weight * pixel + cfg.perceptual_weight * seen, (pixel, seen)
 
-    (pixels, quantizer_loss), backward, (features, codes) = jax.vjp(
+    (pixels, quantizer_loss), backward, (features, latents, codes) = jax.vjp(
         forward, params["tokenizer"], has_aux=True
     )
     (value, (pixel, seen)), grad = jax.value_and_grad(reconstruction, has_aux=True)(pixels)
@@ -121,7 +122,7 @@ def gradients(
         grad += push
         measures |= more
     grads["tokenizer"] = backward((grad, jnp.ones_like(quantizer_loss)))[0]
-    return grads, measures
+    return grads, measures, {"latents": latents, "codes": codes} if cfg.restarts else {}
 
 
 def perceptual_distance(cfg: VQGANConfig, lpips: Params | None, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -180,13 +181,34 @@ def _against(cfg, params, real, pixels, grad_rec, last, step):
     return push, grads, {**measures, "adversarial_ramp": ramp(cfg, step)}
 
 
+class WithIdle(NamedTuple):
+    """State of an optimizer, and int32 (V,), the updates since each code was used (`quantize.restart`)."""
+
+    networks: Any
+    idle: jax.Array
+
+
 def optimizer(cfg: VQGANConfig, tokenizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """`tokenizer` for the tokenizer; Adam for the discriminator, which rests, moments too, until it begins.
 
-    Adam would count the updates before the start, and its first steps afterwards would be too long.
+    Adam would count the updates before the start, and its first steps afterwards would be too long. Where codes are
+    restarted the state is a `WithIdle`, whose count the updates themselves leave as it is.
     """
-    if cfg.adversarial is None:
-        return tokenizer
+    tx = tokenizer if cfg.adversarial is None else _with_discriminator(cfg, tokenizer)
+    if not cfg.restarts:
+        return tx
+
+    def init(params):
+        return WithIdle(tx.init(params), jnp.zeros(cfg.vocab, jnp.int32))
+
+    def update(updates, state, params=None):
+        updates, networks = tx.update(updates, state.networks, params)
+        return updates, state._replace(networks=networks)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _with_discriminator(cfg, tokenizer):
     own = cfg.adversarial
     adam = optax.adam(own.learning_rate, b1=own.b1, b2=own.b2)
     waiting = optax.conditionally_mask(adam, lambda step: step >= own.start)

@@ -3,7 +3,9 @@
 Nearest code (van den Oord et al. 2017, 1711.00937; on the unit sphere: Yu et al. 2021, 2110.04627), Gumbel-softmax
 (Jang et al. 2016, 1611.01144) and rounding without a codebook (FSQ, Mentzer et al. 2023, 2309.15505). Each has
 `init`, `codes` (deterministic, for use), `lookup`, and `quantize` (for training).
-B batch, h w code grid, C input channels, D width of a code, V codebook.
+B batch, h w code grid, C input channels, D width of a code, V codebook, P = B*h*w places.
+
+A code that no vector is nearest to gets no gradient and stays where it is: `restart` puts it where one is missed.
 """
 
 from __future__ import annotations
@@ -116,6 +118,45 @@ def quantize(
             rounded = bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)
             return Quantized(rounded / _half(cfg), codes(cfg, params, z), jnp.float32(0.0))
     raise ValueError(f"no quantizer {type(cfg).__name__}")
+
+
+class Restart(NamedTuple):
+    """idle: int32 (V,), updates since a code was used. due: bool (V,), the codes that begin anew. vectors: float32
+    (V, D), where those do; the other rows mean nothing."""
+
+    idle: jax.Array
+    due: jax.Array
+    vectors: jax.Array
+
+
+def restart(
+    cfg: VectorQuantizer,
+    params: Params,
+    idle_V: jax.Array,
+    z_BhwD: jax.Array,
+    codes_Bhw: jax.Array,
+    key: jax.Array,
+) -> Restart:
+    """Which codes were not used for `cfg.restart_after` updates, this one counted, and vectors in their place.
+
+    Random restarts (Lancucki et al. 2020, 2005.08520; Dhariwal et al. 2020, 2005.00341) take vectors of the batch.
+    Here they are drawn without replacement, each in proportion to its squared distance from its code, as k-means++
+    draws its centres (Arthur and Vassilvitskii 2007): uniform draws would mostly be of what is frequent and has codes
+    already. Where more codes are due than there are vectors, the last ones wait.
+    """
+    z_PD, codes_P = z_BhwD.astype(jnp.float32).reshape(-1, cfg.dim), codes_Bhw.reshape(-1)
+    z_PD = _unit(z_PD) if cfg.normalize else z_PD
+    uses_V = jnp.zeros(cfg.vocab, jnp.int32).at[codes_P].add(1)
+    idle_V = jnp.where(uses_V > 0, 0, idle_V + 1)
+    due_V = idle_V >= cfg.restart_after
+    far_P = jnp.sum(jnp.square(z_PD - lookup(cfg, params, codes_P)), axis=1)
+    # The places of the largest log-weights with Gumbel noise are such a draw (Kool et al. 2019, 1903.06059).
+    count = min(cfg.vocab, len(z_PD))
+    _, places = jax.lax.top_k(jnp.log(far_P) + jax.random.gumbel(key, far_P.shape), count)
+    turn_V = jnp.cumsum(due_V) - 1
+    due_V &= turn_V < count
+    vectors_VD = z_PD[places[jnp.clip(turn_V, 0, count - 1)]]
+    return Restart(jnp.where(due_V, 0, idle_V), due_V, vectors_VD)
 
 
 def _dot(x, y):

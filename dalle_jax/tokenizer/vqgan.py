@@ -110,10 +110,11 @@ class Decoder(nn.Module):
 
 class Reconstruction(NamedTuple):
     """pixels: float32 (B, H, W, 3) in the networks' range, unclipped. features: what the decoder's last convolution
-    reads. codes: int32 (B, h, w). loss: of the quantizer."""
+    reads. latents: float32 (B, h, w, D), what the quantizer reads. codes: int32 (B, h, w). loss: of the quantizer."""
 
     pixels: jax.Array
     features: jax.Array
+    latents: jax.Array
     codes: jax.Array
     loss: jax.Array
 
@@ -196,4 +197,4 @@ def reconstruct(
     z = latents(cfg, params, images_BHWC)
     found = quantize.quantize(cfg.quantizer, params.get("quantize", {}), z, key, tau)
     pixels, features = _draw(cfg, params, found.z)
-    return Reconstruction(pixels, features, found.codes, found.loss)
+    return Reconstruction(pixels, features, z, found.codes, found.loss)

@@ -72,7 +72,9 @@ class Task(Protocol):
     def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
     # A task whose networks do not all descend one loss has, in its place, `gradients` with the same arguments,
-    # which returns (gradients, measures with `loss`), and `optimizer(params)`.
+    # which returns (gradients, measures with `loss`, arrays with a row for each of the batch), and `optimizer(params)`.
+    # Where it leaves such arrays, `renew(state, arrays, key)` returns the state after the update as it shall be, and
+    # more measures.
 
     def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]: ...
     def eval_batches(self) -> list[Batch]: ...

@@ -26,6 +26,7 @@ Params = dict[str, Any]
 
 # Training step s uses fold_in(key(seed), s); these numbers, out of reach of s, make the other keys.
 INIT, EVALUATE, PICTURES = 2**32 - 1, 2**32 - 2, 2**32 - 3
+RENEW = np.uint32(2**32 - 1)  # folded into the key of a step, out of reach of its microbatches
 
 
 class State(NamedTuple):
@@ -173,20 +174,23 @@ def make_step(
 
     def grads_of(params, frozen, batch, key, step):
         if hasattr(task, "gradients"):  # a task whose networks do not descend one loss
-            grads, measures = task.gradients(params, frozen, batch, key, step)
-            return jax.lax.with_sharding_constraint(grads, shardings.params), measures
+            grads, measures, left = task.gradients(params, frozen, batch, key, step)
+            return jax.lax.with_sharding_constraint(grads, shardings.params), measures, left
 
         def loss(params):
             value, measures = task.loss(params, frozen, batch, key, step)
             return value, {**measures, "loss": value}
 
         (_, measures), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return jax.lax.with_sharding_constraint(grads, shardings.params), measures
+        return jax.lax.with_sharding_constraint(grads, shardings.params), measures, {}
 
     def split(x):
         # Microbatch i takes the rows i, i + pieces, ...: each device finds its part among its own rows.
         x = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(x, rows)
+
+    def join(x):  # inverse of `split`
+        return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
     def mean_grads(params, frozen, batch, key, step):
         if pieces == 1:
@@ -194,22 +198,22 @@ def make_step(
         microbatches = jax.tree.map(split, batch)
         keys = jax.random.split(key, pieces)
         first = jax.tree.map(lambda x: x[0], microbatches)
-        shapes = jax.eval_shape(grads_of, params, frozen, first, key, step)
+        *shapes, _ = jax.eval_shape(grads_of, params, frozen, first, key, step)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def add(total, piece):
             microbatch, key = piece
-            new = grads_of(params, frozen, microbatch, key, step)
-            return jax.tree.map(jnp.add, total, new), None
+            *new, left = grads_of(params, frozen, microbatch, key, step)
+            return jax.tree.map(jnp.add, total, new), left
 
-        total, _ = jax.lax.scan(add, zeros, (microbatches, keys))
-        return jax.tree.map(lambda x: x / pieces, total)
+        total, left = jax.lax.scan(add, zeros, (microbatches, keys))
+        return *jax.tree.map(lambda x: x / pieces, total), jax.tree.map(join, left)
 
     def step_fn(state: State, frozen: Params, batch: dict[str, jax.Array]):
         batch = dict(batch)
         stop = batch.pop("stop", None)
         key = run_key(config.seed, state.step)
-        grads, measures = mean_grads(state.params, frozen, batch, key, state.step)
+        grads, measures, left = mean_grads(state.params, frozen, batch, key, state.step)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(measures["loss"]) & jnp.isfinite(norm)
 
@@ -219,6 +223,9 @@ def make_step(
             number = state.step + 1
             ema = update_ema(state.ema, averaged(task, params), config.optim, number)
             new = State(number, params, opt_state, ema)
+            if left:
+                new, more = task.renew(new, left, jax.random.fold_in(key, RENEW))
+                measures |= more
             # A select fuses into the update; a cond would make a GPU wait for the host.
             new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
 

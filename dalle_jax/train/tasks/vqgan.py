@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dalle_jax.config import TrainConfig
 from dalle_jax.data.images import to_floats
-from dalle_jax.tokenizer import adversarial, perceptual
+from dalle_jax.tokenizer import adversarial, perceptual, quantize
 from dalle_jax.train.optim import make_optimizer
+from dalle_jax.train.state import State
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
 
 Params = dict[str, Any]
@@ -49,6 +51,22 @@ class VQGANTask(TokenizerTask):
     def gradients(self, params, frozen, batch, key, step):
         images = to_floats(batch["image"])
         return adversarial.gradients(self.model, params, frozen.get("lpips"), images, key, step)
+
+    def renew(self, state: State, left: Params, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        """Codes that were not used for a while begin anew, in the average too: it would come to them late."""
+        cfg, params = self.model.quantizer, state.params["tokenizer"]["quantize"]
+        idle, due, vectors = quantize.restart(
+            cfg, params, state.opt_state.idle, left["latents"], left["codes"], key
+        )
+
+        def place(parts):
+            if "tokenizer" not in parts:  # no average
+                return parts
+            table = jnp.where(due[:, None], vectors, parts["tokenizer"]["quantize"]["embedding"])
+            return {**parts, "tokenizer": {**parts["tokenizer"], "quantize": {"embedding": table}}}
+
+        new = State(state.step, place(state.params), state.opt_state._replace(idle=idle), place(state.ema))
+        return new, {"codes_restarted": jnp.sum(due)}
 
     def evaluate(self, params, frozen, batch, key):
         return super().evaluate(params["tokenizer"], frozen, batch, key)
