@@ -280,6 +280,19 @@ def test_captions_are_drawn_by_what_the_command_made(tmp_path, captioned):
     np.testing.assert_array_equal(*drawn)
 
 
+def test_a_run_on_captions_is_described_and_exported(tmp_path, captioned, capsys):
+    """`info` counts the encoder of captions; `export` takes it along, with its vocabulary and the tokenizer."""
+    assert cli.main(["info", str(captioned), "--json"]) == 0
+    found, run = json.loads(capsys.readouterr().out), load_run(captioned)
+    assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    assert found["parts"]["t5"] == sum(leaf.size for leaf in jax.tree.leaves(run.params["t5"]))
+    assert cli.main(["export", str(captioned), "--out", str(tmp_path / "again")]) == 0
+    again = load_run(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, again.params, run.params)
+    for name in ("text.model", "tokenizer/config.json", f"tokenizer/{WEIGHTS}"):
+        assert (tmp_path / "again" / name).read_bytes() == (captioned / name).read_bytes()
+
+
 def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
     """`sample` draws with its vocabulary and tokenizer, guided too; `info` and `export` take it."""
     files = GOLDEN / "llamagen" / "c2i_tiny_64.pt"
