@@ -1,13 +1,15 @@
 """dVAE, VQGAN and FSQ side by side: as many parameters, codes, pictures and updates each, on the demo's scenes.
 
-    python -m benchmarks.tokenizers --out runs/tokenizers [--steps 1500] [--lpips FILE.npz] [--fid-weights FILE.npz]
+    python -m benchmarks.tokenizers --out runs/tokenizers [--only vqgan restarts] [--steps 1500] [--lpips FILE.npz]
+        [--fid-weights FILE.npz]
 
-Trains three tokenizers of 8 x 8 codes out of 128 for pictures of 32 x 32 pixels, goes on where it was stopped, and
+Trains four tokenizers of 8 x 8 codes out of 128 for pictures of 32 x 32 pixels, goes on where it was stopped, and
 prints a table of held-out pictures: PSNR, share of the codebook in use and its perplexity, the share of
 reconstructions that the verifier reads right, with --lpips the LPIPS distance, with --fid-weights the FID of
 reconstructions (docs/evaluation.md; it compares at the same count only). OUT/tokenizers.png shows the same
 pictures from each. All train without a discriminator, so that the codes are what differs; the VQGAN architecture
-stands twice, with a learned codebook and with finite scalars (Mentzer et al. 2023, arXiv 2309.15505).
+stands three times, with a learned codebook, with one whose unused codes begin anew (`restarts`), and with finite
+scalars (Mentzer et al. 2023, arXiv 2309.15505).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from dalle_jax.train import loop
 
 
 def configs(out: Path, steps: int) -> dict[str, TrainConfig]:
-    """The three runs; parameters within 1% of each other."""
+    """The four runs; parameters within 1% of each other."""
     demo = dvae_config()
     tau = Schedule(start=1.0, end=0.3, steps=steps)
     convolutional = VQGANConfig(
@@ -44,14 +46,17 @@ def configs(out: Path, steps: int) -> dict[str, TrainConfig]:
     models = {
         "dvae": dataclasses.replace(demo.model, width=40, decoder_width=32, tau=tau),
         "vqgan": convolutional,
+        "restarts": dataclasses.replace(
+            convolutional, quantizer=dataclasses.replace(convolutional.quantizer, restart_after=20)
+        ),
         "fsq": dataclasses.replace(convolutional, quantizer=FiniteScalarQuantizer(levels=(8, 4, 4))),
     }
-    rates = {"dvae": demo.optim.learning_rate, "vqgan": 2e-3, "fsq": 2e-3}
+    rates = {"dvae": demo.optim.learning_rate}
     often = max(1, steps // 4)
     return {
         name: dataclasses.replace(
             demo, run=str(out / name), model=model, steps=steps, eval_every=often, save_every=often,
-            sample_every=steps, optim=dataclasses.replace(demo.optim, learning_rate=rates[name]),
+            sample_every=steps, optim=dataclasses.replace(demo.optim, learning_rate=rates.get(name, 2e-3)),
         )
         for name, model in models.items()
     }  # fmt: skip
@@ -79,6 +84,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/tokenizers"))
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="of dvae, vqgan, restarts, fsq; all without it"
+    )
     parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--count", type=int, default=256, help="held-out pictures that are measured")
     parser.add_argument("--lpips", default=None, help="npz with the weights of LPIPS (docs/tokenizers.md)")
@@ -90,7 +98,11 @@ def main() -> None:
         truth = measures.true_moments(network, dvae_config().data, 32, args.count)
     weights = None if args.lpips is None else perceptual.load_lpips(args.lpips)
     rows, shown, labels = {}, [], []
-    for name, config in configs(args.out, args.steps).items():
+    runs = configs(args.out, args.steps)
+    if unknown := set(args.only or ()) - set(runs):
+        parser.error(f"--only {' '.join(sorted(unknown))}; want some of {', '.join(runs)}")
+    for name in args.only or runs:
+        config = runs[name]
         if not loop.run(config).finished:
             return
         tokenizer = load_tokenizer(config.run)
@@ -112,7 +124,7 @@ def main() -> None:
     images.save_png(
         args.out / "tokenizers.png", images.grid(np.concatenate(shown), 8, labels=labels, scale=3)
     )
-    names = list(rows["dvae"])
+    names = list(next(iter(rows.values())))
     print(f"{args.steps} updates of {dvae_config().data.batch} pictures; {args.count} held-out pictures")
     print("  ".join(["        ", *names]))
     for name, row in rows.items():
