@@ -61,7 +61,9 @@ EVERY = [
         tau=Schedule(start=0.9, end=0.1, steps=3), kl_weight=Schedule(start=1.0, end=2.0, steps=4),
         balance_weight=Schedule(start=0.5, end=0.0, steps=5), min_scale=0.01,
     ),
-    VectorQuantizer(vocab=5, dim=3, normalize=True, codebook_weight=0.5, commitment=0.1),
+    VectorQuantizer(
+        vocab=5, dim=3, normalize=True, codebook_weight=0.5, commitment=0.1, restart_after=9
+    ),
     GumbelQuantizer(vocab=5, dim=3, tau=Schedule(start=0.9, end=0.1, steps=3), kl_weight=0.1),
     FiniteScalarQuantizer(levels=(5, 3)),
     AdversarialConfig(
