@@ -12,7 +12,7 @@ import jax
 
 from dalle_jax import bart, dalle
 from dalle_jax.config import BartConfig, Kernels, TransformerConfig, Weights
-from dalle_jax.nn.matrices import by_output, join, quantize
+from dalle_jax.nn.matrices import by_output, by_tiles, join, quantize
 
 Params = dict[str, Any]
 Cache = dalle.Cache | bart.Cache
@@ -39,14 +39,15 @@ def loss(cfg: TransformerConfig, params: Params, text_BT: jax.Array, codes_BN: j
 
 
 def unstack(
-    cfg: TransformerConfig, params: Params, weights: Weights | None = None, *, gpu: bool | None = None
+    cfg: TransformerConfig, params: Params, weights: Weights | None = None, *, platform: str | None = None
 ) -> Params:
     """The parameters as sampling wants them (nn/matrices.py): the (decoder's) `blocks` a tuple of layers, with
     queries, keys and values in one matrix; matrices in the compute dtype, or quantised as `weights` says. A frozen
     text encoder stays in the compute dtype.
 
-    Done once here instead of once per token. Parameters in this form are returned as they are. gpu: whether matrices
-    lie as a GPU wants them; None asks for the default device. Either form gives the same results everywhere.
+    Done once here instead of once per token. Parameters in this form are returned as they are. platform: "cpu", "gpu"
+    or "tpu", whose way of laying matrices is taken; None asks the default device. Each gives the same results
+    everywhere.
     Raises ValueError for unknown `weights`, where they are wanted of parameters that have the form already, and for
     parameters of another number of layers: an index past the end would give the last one again.
     """
@@ -66,11 +67,12 @@ def unstack(
 
     matrices = {n: params[n] for n in ("blocks", "image_head")}
     cast = jax.tree_util.tree_map_with_path(one, matrices) if weights is None else quantize(matrices, weights)
-    laid = (
-        by_output if (jax.default_backend() == "gpu" if gpu is None else gpu) else lambda matrices: matrices
-    )
+    platform = jax.default_backend() if platform is None else platform
+    laid = {"gpu": by_output, "cpu": by_tiles}.get(platform, lambda matrices: matrices)
     layers = (jax.tree.map(lambda a, i=i: a[i], cast["blocks"]) for i in range(cfg.layers))
-    cast = {"blocks": tuple(laid(join(layer)) for layer in layers), "image_head": laid(cast["image_head"])}
+    # The other rows that bart has are no codes.
+    head = {name: x[..., : cfg.image_vocab] for name, x in cast["image_head"].items()}
+    cast = {"blocks": tuple(laid(join(layer)) for layer in layers), "image_head": laid(head)}
     reads = {n: params[n] for n in ("t5", "text_proj") if n in params}
     return {**params, **jax.tree_util.tree_map_with_path(one, reads), **cast}
 

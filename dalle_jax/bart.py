@@ -167,10 +167,9 @@ def encode(cfg: BartConfig, params: Params, text_BT: jax.Array) -> tuple[jax.Arr
 
 def _head(cfg: BartConfig, params: Params, x_BQD: jax.Array) -> jax.Array:
     """Products in the compute dtype, sums and result in float32; the rows that are codes."""
-    head = {
-        name: x[: cfg.image_vocab] if name == "kernel_t" else x[..., : cfg.image_vocab]
-        for name, x in params["image_head"].items()
-    }
+    head = params["image_head"]
+    if isinstance(params["blocks"], dict):  # `autoregressive.unstack` has cut it
+        head = {name: x[..., : cfg.image_vocab] for name, x in head.items()}
     y_BQV = product(head, _norm(params["norm_out"], x_BQD), cfg.dtype, out=jnp.float32)
     return constrain(y_BQV, "batch", None, "vocab")
 

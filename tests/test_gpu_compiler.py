@@ -58,7 +58,7 @@ def on_gpu(program, tree, *static, gpu="h200", **options):
 
 def prepared(cfg):
     return jax.eval_shape(
-        lambda key: autoregressive.unstack(cfg, dalle.init(cfg, key), gpu=True), jax.random.key(0)
+        lambda key: autoregressive.unstack(cfg, dalle.init(cfg, key), platform="gpu"), jax.random.key(0)
     )
 
 

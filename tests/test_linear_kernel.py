@@ -84,7 +84,7 @@ def test_a_step_is_the_block(choices):
 @pytest.mark.parametrize("name", ["mindalle", "llamagen"])
 def test_scores_are_those_of_xla(name):
     cfg = FAMILIES[name]
-    ready = autoregressive.unstack(cfg, test_families.lively(cfg), gpu=True)
+    ready = autoregressive.unstack(cfg, test_families.lively(cfg), platform="gpu")
     assert serves(ready, 2) and not serves(ready, ROWS + 1)
     text, codes = test_families.rows(cfg, 2)
     _, cache = autoregressive.prefill(cfg, ready, text)
@@ -94,7 +94,7 @@ def test_scores_are_those_of_xla(name):
     )
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     for other in (
-        autoregressive.unstack(cfg, test_families.lively(cfg), "w8a8", gpu=True),
+        autoregressive.unstack(cfg, test_families.lively(cfg), "w8a8", platform="gpu"),
         {"blocks": (BY_INPUT,)},
     ):
         assert not serves(other, 1)

@@ -1,5 +1,5 @@
-"""Laws of matrices as sampling prepares them: joined or by output they give what they gave; in 8 bits rounding is as
-written, products are those of the rounded matrix, scores are near the true ones.
+"""Laws of matrices as sampling prepares them: joined, by output or in tiles they give what they gave; in 8 bits
+rounding is as written, products are those of the rounded matrix, scores are near the true ones.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import test_families
 from test_families import FAMILIES
 
 from dalle_jax import autoregressive
-from dalle_jax.nn.matrices import by_output, join, product, products, quantize
+from dalle_jax.nn import matrices
+from dalle_jax.nn.matrices import by_output, by_tiles, join, product, products, quantize
 from dalle_jax.sampling.generate import generate, row_keys
 
 WEIGHTS = ("int8", "fp8", "w8a8")
@@ -93,19 +94,41 @@ def test_join_by_hand():
 
 @pytest.mark.parametrize("weights", [None, *WEIGHTS])
 @pytest.mark.parametrize("name", ["llamagen", "dalle_mini", "malevich_v2"])
-def test_a_gpus_form_gives_the_same(name, weights):
-    """Scores after two codes, from matrices that lie by input and by output."""
+def test_each_platforms_form_gives_the_same(name, weights, monkeypatch):
+    """Scores after two codes, from matrices that lie by input, by output and in tiles, which 8 bits do not."""
+    monkeypatch.setattr(matrices, "_TILE", 8)
+    laid = {"tpu": "kernel", "gpu": "kernel_t", "cpu": "kernel" if weights else "kernel_tiles"}
     cfg = FAMILIES[name]
     params = test_families.lively(cfg)
     text, codes = test_families.rows(cfg, 2)
     found = []
-    for gpu in (False, True):
-        ready = autoregressive.unstack(cfg, params, weights, gpu=gpu)
+    for platform, want in laid.items():
+        ready = autoregressive.unstack(cfg, params, weights, platform=platform)
         kernels = {path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(ready["blocks"])[0]}
-        assert ("kernel_t" in kernels) == gpu and ("kernel" in kernels) != gpu
+        assert want in kernels and not kernels & ({*laid.values()} - {want, "kernel"})
         _, cache = autoregressive.prefill(cfg, ready, text, codes[:, :1])
         found.append(autoregressive.decode_step(cfg, ready, cache, codes[:, 1], 1)[0])
-    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+    for got in found[1:]:
+        np.testing.assert_allclose(got, found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1), (3, 2), (700, 1)])
+def test_tiles(lead):
+    """Products with a matrix in tiles of its columns, alone and joined, are those with the matrix, for few rows and
+    many; other widths and 8 bits stay as they are."""
+    alone, joined = rng.normal(size=(24, 192)), rng.normal(size=(24, 3, 128))
+    p = {"up": {"kernel": jnp.float32(alone)}, "attn": {"q_k_v": {"kernel": jnp.float32(joined)}}}
+    tiled = by_tiles(p)
+    assert tiled["up"]["kernel_tiles"].shape == (3, 24, 64)
+    assert tiled["attn"]["q_k_v"]["kernel_tiles"].shape == (3, 2, 24, 64)
+    x = rng.normal(size=(*lead, 24))
+    times = jax.jit(product, static_argnums=2)
+    got = times(tiled["up"], jnp.float32(x), jnp.float32)
+    np.testing.assert_allclose(got, x @ alone, rtol=1e-4, atol=1e-4)
+    got = times(tiled["attn"]["q_k_v"], jnp.float32(x), jnp.float32)
+    np.testing.assert_allclose(got, np.tensordot(x, joined, 1), rtol=1e-4, atol=1e-4)
+    for kept in ({"kernel": MATRIX}, quantize(p["up"], "int8"), {"kernel": jnp.ones((24, 64), jnp.bfloat16)}):
+        assert by_tiles(kept) == kept
 
 
 @pytest.mark.parametrize(
@@ -150,7 +173,7 @@ def test_a_quarter_of_the_bytes():
         kernels = [
             x
             for path, x in jax.tree_util.tree_flatten_with_path((ready["blocks"], ready["image_head"]))[0]
-            if path[-1].key == "kernel"
+            if path[-1].key.startswith("kernel")
         ]
         return sum(x.size * x.dtype.itemsize for x in kernels)
 

@@ -29,7 +29,7 @@ DRAW_BATCH = 8  # pictures drawn at once where the caller does not say
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _unstack(cfg, params, weights: Weights | None, kernels: Kernels):
-    return autoregressive.unstack(cfg, params, weights, gpu=None if kernels == "xla" else True)
+    return autoregressive.unstack(cfg, params, weights, platform=None if kernels == "xla" else "gpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

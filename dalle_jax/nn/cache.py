@@ -96,12 +96,24 @@ def fill(cfg: DalleConfig, kind: AttentionKind, new: KV) -> KV:
 def write(cfg: DalleConfig, kind: AttentionKind, cache: KV, new: KV, place: jax.Array) -> KV:
     """Puts one token per row, (B, H, 1, K), at raster `place`: one for all rows, or int32 (B,)."""
     where = slot(cfg, kind, place)
-    if place.ndim or kind == "column":
-        # For columns always: XLA joins a slice that is written with one that is read, and copies the cache for it.
-        rows, where = jnp.arange(len(new.k)), jnp.broadcast_to(where, len(new.k))
-        return KV(*(c.at[rows, :, where].set(n[:, :, 0]) for c, n in zip(cache, new, strict=True)))
-    start = (0, 0, where, 0)
-    return KV(*(jax.lax.dynamic_update_slice(c, n, start) for c, n in zip(cache, new, strict=True)))
+
+    def put(c, n):
+        if (
+            place.ndim == 0 and len(n) == 1
+        ):  # without the axis of rows: `flat` in sampling/generate.py says why
+            c, n = c[0], n[0]
+        if place.ndim or kind == "column":
+            # For columns always: XLA joins a slice that is written with one that is read, and copies the cache for it.
+            first = jnp.arange(len(n))
+            if n.ndim == 3:
+                c = c.at[first, jnp.broadcast_to(where, len(n))].set(n[:, 0])
+            else:
+                c = c.at[first, :, jnp.broadcast_to(where, len(n))].set(n[:, :, 0])
+        else:
+            c = jax.lax.dynamic_update_slice_in_dim(c, n, where, axis=c.ndim - 2)
+        return c.reshape(-1, *c.shape[-3:])
+
+    return KV(*map(put, cache, new))
 
 
 def span(cfg: DalleConfig, kind: AttentionKind, place):

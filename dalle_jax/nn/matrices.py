@@ -3,7 +3,9 @@
 A matrix is a dict {"kernel": (D, F), "bias"?: (F,)}. For sampling those that meet the same input are joined to one,
 (D, M, F), since a step at a small batch is made of many short products; and on a GPU matrices lie by output, (F, D) or
 (M, F, D) as `kernel_t`: XLA computes the product of one row with a matrix there by multiplying and summing, and writes
-all of the products to memory unless what it sums lies together (benchmarks/RESULTS.md).
+all of the products to memory unless what it sums lies together. On a CPU float32 matrices lie in tiles of 64 columns,
+(N, D, 64) or (M, N, D, 64) as `kernel_tiles`: the product of 2 to 16 rows with a whole matrix first packs it into
+such tiles, each time, which takes as long as the product itself (benchmarks/RESULTS.md).
 
 Weights of 8 bits have a scale for each output column.
 
@@ -12,7 +14,7 @@ run in the compute dtype. `w8a8` rounds what comes in to int8 as well, with a sc
 (LLM.int8(), Dettmers et al. 2022, 2208.07339, without its outliers), so that the products are of integers.
 A quantised matrix has int8 or float8 in `kernel` and float32 (F,) beside it, `scale` for weights alone, `scale_w8a8`
 for both.
-D channels in, F channels out, M matrices joined.
+D channels in, F channels out, M matrices joined, N tiles.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from dalle_jax.config import Weights
 Params = dict[str, Any]
 
 _SCALES = ("scale", "scale_w8a8")
+_LAID = ("kernel_t", "kernel_tiles")
+_TILE = 64  # columns; of 128 XLA packs each tile again
 _JOINED = {"attn": (("q", "k", "v"),), "mlp": (("gate", "up"),)}  # by the part of a block that has them
 
 
@@ -80,6 +84,16 @@ def by_output(params: Params) -> Params:
     return found
 
 
+def by_tiles(params: Params) -> Params:
+    """Every float32 `kernel` in nested dicts whose columns fill tiles as `kernel_tiles`."""
+    found = {k: by_tiles(v) if isinstance(v, dict) else v for k, v in params.items()}
+    kernel = params.get("kernel")
+    if kernel is None or isinstance(kernel, dict) or kernel.dtype != jnp.float32 or kernel.shape[-1] % _TILE:
+        return found
+    tiles = found.pop("kernel").reshape(*kernel.shape[:-1], -1, _TILE)
+    return found | {"kernel_tiles": jnp.moveaxis(tiles, 0, -2)}
+
+
 def products(p: Params, names: tuple[str, ...], x: jax.Array, dtype: Any) -> list[jax.Array]:
     """`affine` of each of the matrices `names` of `p`: one product where they are joined."""
     if (joined := "_".join(names)) in names or joined not in p:
@@ -98,6 +112,8 @@ def product(p: Params, x: jax.Array, dtype: Any, *, out: Any = None) -> jax.Arra
     """x (..., D) times the matrix, in the compute dtype `dtype`, without the bias. Returns (..., F) in `out`, which
     is `dtype` where it is not given."""
     out = dtype if out is None else out
+    if "kernel_tiles" in p:
+        return _times_tiles(x.astype(dtype), p["kernel_tiles"].astype(dtype), out)
     kernel, axis = (p["kernel"], 0) if "kernel" in p else (p["kernel_t"], p["kernel_t"].ndim - 1)
     x = x.astype(dtype)
     if not any(name in p for name in _SCALES):
@@ -129,6 +145,23 @@ def _product(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any, sums: Any) 
     return jax.lax.platform_dependent(x, kernel, cpu=twice if single else dot, default=dot)
 
 
+def _times_tiles(x: jax.Array, tiles: jax.Array, out: Any) -> jax.Array:
+    """x (..., D) times the matrix whose tiles these are, (N, D, 64) or (M, N, D, 64)."""
+    *joined, count, depth, width = tiles.shape
+    rows = math.prod(x.shape[:-1])
+    if rows > 512:  # here packing hardly counts, and one large product is the faster one
+        return _dot(x, jnp.moveaxis(tiles, -2, 0).reshape(depth, *joined, -1), 0, out)
+    x_XRD = x.reshape(1, rows, depth)
+    if rows == 1:  # XLA reads a matrix faster for two rows; the barrier hides that they are equal
+        x_XRD = jax.lax.optimization_barrier(jnp.concatenate([x_XRD, x_XRD], axis=1))
+    tiles_XDC = tiles.reshape(-1, depth, width)
+    x_XRD = jnp.broadcast_to(x_XRD, (len(tiles_XDC), *x_XRD.shape[1:]))
+    y_XRC = jax.lax.dot_general(x_XRD, tiles_XDC, (((2,), (1,)), ((0,), (0,))), preferred_element_type=out)
+    if rows == 1:
+        y_XRC = jax.lax.optimization_barrier(y_XRC)[:, :1]
+    return jnp.moveaxis(y_XRC, 0, 1).reshape(*x.shape[:-1], *joined, count * width)
+
+
 def _dot(x: jax.Array, kernel: jax.Array, axis: int, out: Any) -> jax.Array:
     """Over the last axis of `x` and `axis` of the kernel."""
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=out)
@@ -148,9 +181,9 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        prepared = (name for name in ("kernel_t", *_SCALES) if self.has_variable("params", name))
+        prepared = (name for name in (*_LAID, *_SCALES) if self.has_variable("params", name))
         p = {name: self.get_variable("params", name) for name in prepared}
-        if "kernel_t" not in p:
+        if not any(name in p for name in _LAID):
             p["kernel"] = self.param("kernel", self.kernel_init, (x.shape[-1], self.width))
         if self.use_bias:
             p["bias"] = self.param("bias", nn.initializers.zeros, (self.width,))

@@ -44,19 +44,31 @@ def buckets(cfg: TransformerConfig, given: int) -> list[tuple[int, int, int]]:
 BUCKETS = 4
 
 
+def flat(cache: autoregressive.Cache) -> autoregressive.Cache:
+    """The caches as a loop carries them: a single row's without the axis of rows.
+
+    XLA leaves that axis out of the products, and would copy each cache in every step from one shape to the other and
+    back (tests/test_cache.py).
+    """
+    return jax.tree.map(lambda x: x[0] if x.ndim == 4 and len(x) == 1 else x, cache)
+
+
 def _advance(cfg, params, cache, code_B, keys_B, first, count, kernels, options):
     """Feeds `count` codes, `code_B` at place `first` to begin with. Returns codes (count, B), and the caches."""
-    guided = options["guidance"] is not None
+    guided, like = options["guidance"] is not None, cache
+
+    def whole(cache):
+        return jax.tree.map(lambda x, old: x.reshape(old.shape), cache, like)
 
     def step(carry, place):
         code_B, cache = carry
         fed = jnp.concatenate([code_B, code_B]) if guided else code_B
-        logits, cache = autoregressive.decode_step(cfg, params, cache, fed, place, kernels)
+        logits, cache = autoregressive.decode_step(cfg, params, whole(cache), fed, place, kernels)
         next_B = pick(logits, keys_B, place + 1, **options)
-        return (next_B, cache), next_B
+        return (next_B, flat(cache)), next_B
 
-    (_, cache), codes = jax.lax.scan(step, (code_B, cache), first + jnp.arange(count))
-    return codes, cache
+    (_, cache), codes = jax.lax.scan(step, (code_B, flat(cache)), first + jnp.arange(count))
+    return codes, whole(cache)
 
 
 def _begin(cfg, params, text_CT, keys_B, prime_BP, options):
@@ -112,7 +124,7 @@ def generate(
         raise ValueError(f"jacobi is {jacobi}; want 2 to {cfg.num_codes} codes at once, or None for one")
     if jacobi is not None and kernels != "xla":
         raise ValueError(f"kernels {kernels} draws one code a pass; leave out jacobi, or take xla")
-    params = autoregressive.unstack(cfg, params, gpu=None if kernels == "xla" else True)
+    params = autoregressive.unstack(cfg, params, platform=None if kernels == "xla" else "gpu")
     code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, options)
     given = 0 if prime_BP is None else prime_BP.shape[1]
     codes = [] if prime_BP is None else [prime_BP]
@@ -168,7 +180,7 @@ def generate_rows(
         options.pop("kernels", "xla"),
     )
     options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
-    params = autoregressive.unstack(cfg, params, gpu=None if kernels == "xla" else True)
+    params = autoregressive.unstack(cfg, params, platform=None if kernels == "xla" else "gpu")
     begin, resize, advance = _programs(cfg, top_k, kernels)
     code_B, cache = begin(params, text_CT, keys_B, prime_BP, options)
     done = [] if prime_BP is None else [np.asarray(prime_BP)]

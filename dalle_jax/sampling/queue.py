@@ -173,7 +173,7 @@ class Queue:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; want at least 1, or None to keep every code")
         self._cfg = cfg
-        self._params = autoregressive.unstack(cfg, params, gpu=None if kernels == "xla" else True)
+        self._params = autoregressive.unstack(cfg, params, platform=None if kernels == "xla" else "gpu")
         self._top_k, self._kernels = top_k, kernels
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._tickets = itertools.count()

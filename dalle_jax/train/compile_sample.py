@@ -114,11 +114,11 @@ def codes_drawing(
     model: TransformerConfig, rows: int, mesh: Mesh, *, weights: Weights | None = None, guided: bool = False
 ) -> Codes:
     """Drawing `rows` pictures of as many captions on the one device of `mesh`, as the command `sample` does it."""
-    gpu = mesh.devices.flat[0].platform == "gpu"
+    platform = mesh.devices.flat[0].platform
     stored = _shapes(lambda: autoregressive.init(model, jax.random.key(0)), mesh)
     params = _shapes(
         lambda: autoregressive.unstack(
-            model, autoregressive.init(model, jax.random.key(0)), weights=weights, gpu=gpu
+            model, autoregressive.init(model, jax.random.key(0)), weights=weights, platform=platform
         ),
         mesh,
     )
