@@ -2,7 +2,8 @@
 
 torch: a decoder with a static cache under torch.compile, in the manner of gpt-fast, written here with the layers
 that our Transformer has. llama, gpt2: transformers' `generate` with a static cache, its forward pass compiled for
-llama-compiled. llamagen: the class of a checkout of LlamaGen at $LLAMAGEN, its own `generate`.
+llama-compiled. llamagen: the class of a checkout of LlamaGen at $LLAMAGEN, its own `generate`, which
+draws two codes at least.
 B batch, T text positions, S positions, H heads, K width of a head.
 """
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.sample import timed
+from benchmarks.sample import in_turn
 
 
 def draw(logits_BV: torch.Tensor, k: int) -> torch.Tensor:
@@ -78,12 +79,12 @@ def torch_compiled(job: dict[str, Any], device: str, dtype: torch.dtype):
     text, n = job["text_len"], job["grid"] ** 2
     places = torch.arange(text + n, device=device)  # made once: a copy to the device would wait for it
 
-    def call(seed):
+    def call(seed, count=n):
         torch.manual_seed(seed)
         ids = torch.zeros(job["batch"], text, dtype=torch.long, device=device)
         code = step(ids, places[:text])
         codes = [code]
-        for place in range(n - 1):
+        for place in range(count - 1):
             where = places[text + place : text + place + 1]
             code = compiled(code + text, where).clone()
             codes.append(code)
@@ -118,7 +119,7 @@ def transformers_model(job: dict[str, Any], device: str, dtype: torch.dtype):
     text, n = job["text_len"], job["grid"] ** 2
     places = torch.arange(text + n, device=device)  # made once: a copy to the device would wait for it
 
-    def call(seed):
+    def call(seed, count=n):
         torch.manual_seed(seed)
         cache = transformers.StaticCache(config=config, max_cache_len=length)
         ids = torch.zeros(job["batch"], text, dtype=torch.long, device=device)
@@ -127,7 +128,7 @@ def transformers_model(job: dict[str, Any], device: str, dtype: torch.dtype):
             cache_position=places[:text],
         )  # fmt: skip
         code = draw(out.logits[:, -1], job["top_k"])
-        for place in range(n - 1):
+        for place in range(count - 1):
             where = places[text + place : text + place + 1]
             out = forward(input_ids=code, past_key_values=cache, use_cache=True, cache_position=where,
                           position_ids=where[None].expand(job["batch"], 1))  # fmt: skip
@@ -149,12 +150,13 @@ def llamagen(job: dict[str, Any], device: str, dtype: torch.dtype):
         cls_token_num=job["text_len"], block_size=job["grid"] ** 2, caption_dim=job["dim"],
     )  # fmt: skip
     model = Transformer(args).to(device, dtype).eval()
+    n = job["grid"] ** 2
     caption = torch.zeros(job["batch"], job["text_len"], job["dim"], device=device, dtype=dtype)
 
-    def call(seed):
+    def call(seed, count=n):
         torch.manual_seed(seed)
         return generate(
-            model, caption, job["grid"] ** 2, cfg_scale=1.0, temperature=1.0, top_k=job["top_k"], top_p=1.0
+            model, caption, max(2, count), cfg_scale=1.0, temperature=1.0, top_k=job["top_k"], top_p=1.0
         )
 
     return call
@@ -176,15 +178,20 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with torch.inference_mode(), contextlib.redirect_stdout(sys.stderr):
         call = PEERS[job["name"]](job, device, getattr(torch, job["dtype"]))
-        done = (lambda seed: (call(seed), torch.cuda.synchronize())) if device == "cuda" else call
+
+        def done(seed, **count):
+            call(seed, **count)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
         begin = time.perf_counter()
         done(0)
         first = time.perf_counter() - begin
-        seconds = timed(done, job["repeats"])
+        seconds, prefill = in_turn([done, lambda seed: done(seed, count=1)], job["repeats"])
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     print(json.dumps({
-        "seconds": seconds, "compile": max(0.0, first - min(seconds)), "version": f"torch {torch.__version__}",
-        "device": name,
+        "seconds": seconds, "prefill": prefill, "compile": max(0.0, first - min(seconds)),
+        "version": f"torch {torch.__version__}", "device": name,
     }))  # fmt: skip
 
 
