@@ -12,13 +12,13 @@ import argparse
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from jax.sharding import Mesh
 
 from dalle_jax import dalle
-from dalle_jax.config import DalleConfig, TrainConfig
+from dalle_jax.config import DalleConfig, Kernels, TrainConfig, Weights
 from dalle_jax.nn import flash
 from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings
 from dalle_jax.train import compile_report, compile_sample
@@ -113,6 +113,8 @@ def split_flags(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--compile-only")
     parser.add_argument("--sample", type=int)
+    parser.add_argument("--weights", choices=get_args(Weights))
+    parser.add_argument("--kernels", choices=get_args(Kernels), default="xla")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--hlo")
@@ -127,8 +129,11 @@ def main(config: TrainConfig, flags: argparse.Namespace, prog: str) -> int:
     try:
         if flags.sample is not None:
             report = compile_sample.compile_sample(
-                config, flags.compile_only, flags.sample, flags.slices, flags.hlo
-            )
+                config, flags.compile_only, flags.sample, flags.slices, flags.hlo,
+                weights=flags.weights, kernels=flags.kernels,
+            )  # fmt: skip
+        elif flags.weights is not None or flags.kernels != "xla":
+            raise ValueError("--weights and --kernels say how to draw; give --sample ROWS as well")
         else:
             report = compile_step(config, flags.compile_only, flags.slices, flags.hlo)
     except ValueError as error:

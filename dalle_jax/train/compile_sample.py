@@ -22,6 +22,7 @@ from dalle_jax import autoregressive, dalle
 from dalle_jax.config import (
     DalleConfig,
     DiffusionConfig,
+    Kernels,
     MeshConfig,
     TrainConfig,
     TransformerConfig,
@@ -53,14 +54,22 @@ class _Drawing(NamedTuple):
 
 
 def compile_sample(
-    config: TrainConfig, target: str, rows: int, slices: int = 1, keep: str | None = None
+    config: TrainConfig,
+    target: str,
+    rows: int,
+    slices: int = 1,
+    keep: str | None = None,
+    *,
+    weights: Weights | None = None,
+    kernels: Kernels = "xla",
 ) -> Report:
     """Compiles drawing `rows` pictures on one device of `target` and describes it.
 
-    keep: file for the text of the compiled program. Returns the fields of `compile_only.compile_step`, times for all
-    rows; in `memory_gib` the KV cache, `cache`, is a part of `temporaries`, and `stored` the parameters of a run, which
-    the command `sample` keeps beside those that it prepares; `decoding`, of a Transformer on a GPU, is
-    what `roofline.decoding` says. Raises ValueError for a stage that draws nothing, no rows, or a target of more than
+    weights, kernels: of a Transformer, as `unstack` and `generate` have them. keep: file for the text of the compiled
+    program. Returns the fields of `compile_only.compile_step`, times for all rows; in `memory_gib` the KV cache,
+    `cache`, is a part of `temporaries`, and `stored` the parameters of a run, which the command `sample` keeps beside
+    those that it prepares; `decoding`, of a Transformer on a GPU, is what `roofline.decoding` says. Raises ValueError
+    for a stage that draws nothing or not so, no rows, kernels that the target does not run, or a target of more than
     one chip.
     """
     model = config.model
@@ -68,10 +77,14 @@ def compile_sample(
         raise ValueError(f"--sample draws with the stages dalle, bart and diffusion, not {model.kind}")
     if rows < 1:
         raise ValueError(f"--sample is {rows}; want at least 1 row")
+    if isinstance(model, DiffusionConfig) and (weights is not None or kernels != "xla"):
+        raise ValueError("--weights and --kernels are for Transformers; this is a diffusion model")
     where = one_device(target, "--sample", slices)
     mesh = make_mesh(MeshConfig(data=1), where.devices)
-    draw = _of_diffusion if isinstance(model, DiffusionConfig) else _of_codes
-    drawing = draw(model, rows, mesh)
+    if isinstance(model, DiffusionConfig):
+        drawing = _of_diffusion(model, rows, mesh)
+    else:
+        drawing = _of_codes(model, rows, mesh, weights, kernels)
     report = where.about() | {
         "program": drawing.what,
         "mesh": dict(mesh.shape),
@@ -84,8 +97,8 @@ def compile_sample(
     found, costs, hlo_text = measure(drawing.lower, mesh, where, known, keep, drawing.held)
     if drawing.cache is not None:  # it stands among the temporaries too
         found["memory_gib"]["cache"] = drawing.cache
-    kernels = None if costs is None or costs.kernels else 0.0
-    times, decoding = estimate(costs, hlo_text, where, drawing.flops, kernels), None
+    inside = None if costs is None or costs.kernels else 0.0  # operations of kernels that are not XLA's
+    times, decoding = estimate(costs, hlo_text, where, drawing.flops, inside), None
     if drawing.least is not None and where.devices[0].platform == "gpu":
         decoding = roofline.decoding(hlo_text, where.gpu, rows, drawing.least)
     return report | found | times | {"decoding": decoding}
@@ -111,7 +124,13 @@ class Codes(NamedTuple):
 
 
 def codes_drawing(
-    model: TransformerConfig, rows: int, mesh: Mesh, *, weights: Weights | None = None, guided: bool = False
+    model: TransformerConfig,
+    rows: int,
+    mesh: Mesh,
+    *,
+    weights: Weights | None = None,
+    guided: bool = False,
+    kernels: Kernels = "xla",
 ) -> Codes:
     """Drawing `rows` pictures of as many captions on the one device of `mesh`, as the command `sample` does it."""
     platform = mesh.devices.flat[0].platform
@@ -124,12 +143,16 @@ def codes_drawing(
     )
     text = _shapes(lambda: jnp.zeros((rows, model.text_len), jnp.int32), mesh)
     keys = _shapes(lambda: row_keys(jnp.arange(rows)), mesh)
-    lower = partial(generate.lower, model, params, text, keys, guidance=1.5 if guided else None)
+    lower = partial(
+        generate.lower, model, params, text, keys, guidance=1.5 if guided else None, kernels=kernels
+    )
     return Codes(lower, (params, text, keys), _size(stored), _size(params), _size((text, keys)))
 
 
-def _of_codes(model: TransformerConfig, rows: int, mesh: Mesh) -> _Drawing:
-    codes = codes_drawing(model, rows, mesh)
+def _of_codes(
+    model: TransformerConfig, rows: int, mesh: Mesh, weights: Weights | None, kernels: Kernels
+) -> _Drawing:
+    codes = codes_drawing(model, rows, mesh, weights=weights, kernels=kernels)
     params, text, _ = codes.arguments
     cache = jax.eval_shape(lambda: autoregressive.init_cache(model, rows))
     if isinstance(model, DalleConfig):
