@@ -36,7 +36,15 @@ from dalle_jax.data.codes import CodesRows
 from dalle_jax.data.pipeline import eval_batch, open_train_source
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import classifier, fid, inception, measures
-from dalle_jax.inference import Sampling, decode_codes, encode_images, load_text_to_image, load_tokenizer
+from dalle_jax.inference import (
+    Sampling,
+    decode_codes,
+    drawing,
+    encode_images,
+    load_text_to_image,
+    load_tokenizer,
+    loading,
+)
 from dalle_jax.nn.sharding import make_mesh
 from dalle_jax.sampling.queue import Request
 from dalle_jax.text import TextTokenizer
@@ -968,6 +976,21 @@ def test_info_on_a_run(made):
     assert np.isfinite(found["measures"]["eval_loss"])
     done = run("info", made.dvae, "--shapes")
     assert all(word in done.out for word in ("encoder/input/kernel", "eval_psnr", "KiB"))
+
+
+def test_a_run_stays_on_the_host_where_it_only_draws(made, monkeypatch):
+    """Another device stands for the host: what draws is made there, goes to the first device, and is the same."""
+    host, first = jax.devices()[3], jax.devices()[0]
+    monkeypatch.setattr(loading, "host", lambda: host)
+    here, there = load_text_to_image(made.dalle), load_text_to_image(made.dalle, on_host=True)
+    for model, device in ((here, first), (there, host)):
+        assert {d for x in jax.tree.leaves(model.run.params) for d in x.devices()} == {device}
+        ready = drawing._prepared(model, None, "xla")
+        assert {d for x in jax.tree.leaves(ready) for d in x.devices()} == {first}
+    want, got = (
+        drawing.draw_codes(model, ["a red disc"], [5], Sampling(guidance=2.0)) for model in (here, there)
+    )
+    np.testing.assert_array_equal(got, want)
 
 
 def test_info_says_what_drawing_takes(made):

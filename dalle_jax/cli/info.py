@@ -156,9 +156,9 @@ def describe_sampling(
     `generate` out; nothing is allocated.
 
     where: a device that is not here, in place of the first.
-    Parts of `total`: `stored`, the parameters of the run, `parameters`, their copy in the form that sampling wants,
-    and `caches`. The image tokenizer is not counted. `device` is the memory that the device has, `largest_batch` the
-    most pictures that fit there, from how `total` grows between one picture and `batch`.
+    Parts of `total`: `stored`, on a CPU the parameters of the run, `parameters`, their copy in the form that sampling
+    wants, and `caches`. The image tokenizer is not counted. `device` is the memory that the device has,
+    `largest_batch` the most pictures that fit there, from how `total` grows between one picture and `batch`.
     Raises ValueError for a batch below 1.
     """
     if batch < 1:

@@ -77,7 +77,7 @@ def sample(args: Sample) -> dict[str, Any]:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=args.guidance,
         jacobi=args.jacobi, weights=args.weights, kernels=args.kernels,
     )  # fmt: skip
-    model = load_text_to_image(args.run)
+    model = load_text_to_image(args.run, on_host=True)
     clip = None if args.clip is None else load_clip(args.clip)
     prefix = None if args.prefix is None else _prefix(model, args.prefix, args.prefix_rows)
     decoder = None if args.decoder is None else load_diffusion(args.decoder)

@@ -32,6 +32,12 @@ def _unstack(cfg, params, weights: Weights | None, kernels: Kernels):
     return autoregressive.unstack(cfg, params, weights, platform=None if kernels == "xla" else "gpu")
 
 
+def _prepared(model: TextToImage, weights: Weights | None, kernels: Kernels) -> dict:
+    """The parameters as sampling wants them, on the first device; made where those of the run are."""
+    params = _unstack(model.config, model.run.params, weights, kernels)
+    return jax.device_put(params, jax.local_devices()[0])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How codes are drawn; checked when made. A guidance of 1 is no guidance."""
@@ -99,7 +105,7 @@ def queue_of(
 ) -> Queue:
     """A queue that draws with the model; its requests have the ids of `text_rows`."""
     top_k = None if top_k is None else min(top_k, model.config.image_vocab)
-    params = _unstack(model.config, model.run.params, weights, kernels)
+    params = _prepared(model, weights, kernels)
     return Queue(model.config, params, slots, top_k=top_k, kernels=kernels)
 
 
@@ -222,7 +228,7 @@ def _drawn(
     if prefix is not None:
         options["prime_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix)))
 
-    params = _unstack(cfg, model.run.params, sampling.weights, sampling.kernels)  # once, not in every batch
+    params = _prepared(model, sampling.weights, sampling.kernels)  # once, not in every batch
     done = 0
     for first in range(0, len(captions), at_once):
         text = padded(text_CT[first : first + at_once], at_once)

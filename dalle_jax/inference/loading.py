@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from dalle_jax.config import ClipConfig, TokenizerConfig, TransformerConfig
 from dalle_jax.text import TextTokenizer
 from dalle_jax.train.bucket import local_dir
@@ -52,9 +54,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(*load_frozen(path / "tokenizer"))
 
 
-def load_text_to_image(path: str | Path) -> TextToImage:
+def host() -> jax.Device:
+    """The processor as a device of jax; the first device where jax was told to leave it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
+def load_text_to_image(path: str | Path, *, on_host: bool = False) -> TextToImage:
     """The Transformer of a run directory, ready to draw.
 
+    on_host: its float32 parameters stay in the memory of the host, for a program that draws and does not measure:
+    what draws is prepared there, and only that goes to the device.
     Raises FileNotFoundError for a run that is missing or has no checkpoint, ValueError for a run of another
     stage, OSError for files that cannot be read.
     """
@@ -72,5 +84,5 @@ def load_text_to_image(path: str | Path) -> TextToImage:
             f"{path} is a tokenizer run (stage {kind}): it knows no captions. Give the run of a Transformer "
             f"trained on it (--tokenizer {path}); `encode` and `decode` work with tokenizer runs"
         )
-    run = load_model(path)
+    run = load_model(path, device=host() if on_host else None)
     return TextToImage(run, TextTokenizer.load(path / "text.model"), load_tokenizer(path))

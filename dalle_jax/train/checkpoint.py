@@ -241,9 +241,9 @@ def load_params(path: Path, abstract: Params | None = None) -> Params:
         raise OSError(f"the parameters at {path} cannot be read: {_first_line(error)}") from error
 
 
-def on_one_device(shapes: Any) -> Any:
-    """ShapeDtypeStructs of `shapes`, whole on the first device of this process."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def on_one_device(shapes: Any, device: jax.Device | None = None) -> Any:
+    """ShapeDtypeStructs of `shapes`, whole on `device`, or the first one of this process."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0] if device is None else device)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 

@@ -67,10 +67,10 @@ def compile_sample(
 
     weights, kernels: of a Transformer, as `unstack` and `generate` have them. keep: file for the text of the compiled
     program. Returns the fields of `compile_only.compile_step`, times for all rows; in `memory_gib` the KV cache,
-    `cache`, is a part of `temporaries`, and `stored` the parameters of a run, which the command `sample` keeps beside
-    those that it prepares; `decoding`, of a Transformer on a GPU, is what `roofline.decoding` says. Raises ValueError
-    for a stage that draws nothing or not so, no rows, kernels that the target does not run, or a target of more than
-    one chip.
+    `cache`, is a part of `temporaries`, and `stored`, for a CPU, the parameters of a run, which the command `sample`
+    keeps in the memory of the host; `decoding`, of a Transformer on a GPU, is what `roofline.decoding` says. Raises
+    ValueError for a stage that draws nothing or not so, no rows, kernels that the target does not run, or a target of
+    more than one chip.
     """
     model = config.model
     if not isinstance(model, TransformerConfig | DiffusionConfig):
@@ -114,7 +114,8 @@ def _shapes(make: Callable[[], Any], mesh: Mesh) -> Any:
 
 class Codes(NamedTuple):
     """The drawing of codes: `generate` lowered on demand, its arguments as shapes, and what lies on the device before
-    it runs, in bytes: `stored`, the parameters of a run; `prepared`, those of sampling; `given`, captions and keys."""
+    it runs, in bytes: `stored`, the parameters of a run, which stay in the memory of the host: 0 where that is another;
+    `prepared`, those of sampling; `given`, captions and keys."""
 
     lower: Callable[[], Any]
     arguments: tuple[Any, Any, Any]
@@ -146,7 +147,8 @@ def codes_drawing(
     lower = partial(
         generate.lower, model, params, text, keys, guidance=1.5 if guided else None, kernels=kernels
     )
-    return Codes(lower, (params, text, keys), _size(stored), _size(params), _size((text, keys)))
+    in_run = _size(stored) if platform == "cpu" else 0
+    return Codes(lower, (params, text, keys), in_run, _size(params), _size((text, keys)))
 
 
 def _of_codes(
@@ -168,7 +170,7 @@ def _of_codes(
         flops,
         f"drawing the codes of {rows} pictures at once",
         least_bytes(model, params, cache, rows),
-        {"stored": codes.stored / GIB, "parameters": codes.prepared / GIB},
+        ({"stored": codes.stored / GIB} if codes.stored else {}) | {"parameters": codes.prepared / GIB},
         (codes.stored + codes.prepared + codes.given) / GIB,
     )
 

@@ -251,6 +251,7 @@ def load_run(
     which: Literal["best", "latest"] | int = "best",
     ema: bool = True,
     mesh: Mesh | None = None,
+    device: jax.Device | None = None,
 ) -> Run:
     """The model of a run directory, ready for use; reads its parameters only, writes nothing.
 
@@ -260,7 +261,7 @@ def load_run(
         or `latest`, or the number of a saved step.
       ema: take the averaged parameters if the run has them.
       mesh: where to put the parameters, by the sharding table, and then all processes must call; None is whole on
-        the first device of this process.
+        `device`, or the first one of this process.
 
     Raises FileNotFoundError for no directory, no config.json or no checkpoint yet; ValueError for another
     stage or a checkpoint that does not fit; OSError for one that cannot be read.
@@ -272,7 +273,7 @@ def load_run(
     directory = bucket.checkpoints_of(local)
     if not directory.is_dir() and (local / WEIGHTS).is_file():
         params, step = read_weights(local / WEIGHTS, config.model)
-        where = jax.local_devices()[0] if mesh is None else param_shardings(mesh, params)
+        where = (device or jax.local_devices()[0]) if mesh is None else param_shardings(mesh, params)
         return Run(config, jax.device_put(params, where), local, step)
     if not directory.is_dir():
         raise FileNotFoundError(f"{path} has no checkpoint yet; train it first, or wait for its first save")
@@ -289,7 +290,7 @@ def load_run(
         name = "ema" if ema and saved.get("ema") else "params"
         shapes = saved[name]
         if mesh is None:
-            abstract = on_one_device(shapes)
+            abstract = on_one_device(shapes, device)
         else:
             abstract = jax.tree.map(
                 lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h),
@@ -303,12 +304,12 @@ def load_run(
     return Run(config, params if part is None else params[part], local, step)
 
 
-def load_model(path: str | Path, stage: str | None = None) -> Run:
+def load_model(path: str | Path, stage: str | None = None, device: jax.Device | None = None) -> Run:
     """The model of a run directory to draw or measure with: `load_run`, and its arrays are those of config.json.
 
     Raises what `load_run` raises, ValueError for arrays of other names or shapes too: some of them would not fail but
     draw something else."""
-    run = load_run(path, stage)
+    run = load_run(path, stage, device=device)
     check_shapes(_shapes(run.config.model), run.params, path)
     return run
 
