@@ -407,6 +407,11 @@ def test_pictures_are_shown_as_they_are_drawn(made, tmp_path, monkeypatch):
         edge = rows * (SIZE // GRID) * scale
         assert (first[edge + 4 :] == grey).all() and (first[: edge - 4] != grey).any()
     np.testing.assert_array_equal(grids[-1], final)
+    grids.clear()
+    told = json_of(*call, "--show-rows", 3, "--jacobi", 6, "--out", tmp_path / "faster")
+    for name in ("c000_s0000.png", "c001_s0000.png", "grid.png"):
+        assert (tmp_path / "at_once" / name).read_bytes() == (tmp_path / "faster" / name).read_bytes()
+    assert len(grids) in (3, 4) and 1 <= told["codes_per_pass"] <= 6
 
 
 def test_jacobi_draws_the_same_and_8_bits_nearly(made, tmp_path):
@@ -523,20 +528,17 @@ def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypa
 
 
 def test_a_picture_of_a_file_is_the_one_sampled_alone(made, tmp_path):
+    """Whether the queue draws one code a pass or several."""
     path, rows = job_file(tmp_path / "captions.jsonl")
-    json_of(
-        "sample",
-        made.dalle,
-        "--captions-file",
-        path,
-        "--n",
-        1,
-        *GUIDED,
-        "--batch",
-        4,
-        "--out",
-        tmp_path / "s",
-    )
+    call = ("sample", made.dalle, "--captions-file", path, "--n", 1, *GUIDED, "--batch", 4)
+    assert "codes_per_pass" not in json_of(*call, "--out", tmp_path / "s")
+    faster = json_of(*call, "--jacobi", 6, "--out", tmp_path / "faster")
+    assert 1 <= faster["codes_per_pass"] <= 6
+    for name, codes in codes_of(tmp_path / "s").items():
+        np.testing.assert_array_equal(codes_of(tmp_path / "faster")[name], codes)
+    assert "codes_per_pass" not in json_of(*call, "--jacobi", 6, "--out", tmp_path / "faster")  # nothing left
+    told = refused(*call, "--jacobi", GRID * GRID + 1, "--out", tmp_path / "none")
+    assert f"want 2 to {GRID * GRID} codes at once" in told and not (tmp_path / "none").exists()
     for j in (0, 1, 2, 10):
         own = {"guidance": 100, **rows[j]}
         flags = [x for k, v in own.items() if k != "caption" for x in ("--" + k.replace("_", "-"), v)]
@@ -591,10 +593,9 @@ def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
         (("--prefix-rows", 2), "give --prefix"),
         (("--show-rows", 0), "--show-rows is 0; want at least 1"),
         (("--jacobi", 1), "jacobi is 1; want at least 2 codes at once"),
-        (("--jacobi", GRID * GRID + 1), f"this model's pictures have {GRID * GRID} codes"),
+        (("--jacobi", GRID * GRID + 1), f"want 2 to {GRID * GRID} codes at once, or None for one"),
         (("--kernels", "pallas"), "kernels pallas needs an NVIDIA GPU, jax runs on cpu; take xla"),
         (("--kernels", "pallas", "--jacobi", 4), "kernels pallas draws one code a pass; leave out jacobi"),
-        (("--jacobi", 4, "--show-rows", 2), "--jacobi draws several codes a pass, --show-rows and"),
         (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
         (("--prefix", "missing.png"), "cannot read the picture missing.png"),
     ],

@@ -20,7 +20,7 @@ from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig, MeshConfig
 from dalle_jax.nn import decode_kernel
 from dalle_jax.nn.sharding import make_mesh, replicated
-from dalle_jax.sampling import queue
+from dalle_jax.sampling import slots
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.train import hlo
 from dalle_jax.train.gpus import GPUS, gpu_devices
@@ -68,19 +68,11 @@ def sampler(cfg, rows, **options):
     return on_gpu(generate, (params, text, row_keys(range(rows))), cfg, top_k=8, **options)
 
 
-def steps_of_queue(**options):
-    params = prepared(CFG)
-    rows = 4
-    slots = jax.eval_shape(
-        lambda: queue._Slots(
-            cache=autoregressive.init_cache(CFG, rows),
-            codes_SN=jnp.zeros((rows, CFG.num_codes), jnp.int32),
-            keys_S=row_keys(range(rows)),
-            **{f"{name}_S": jnp.ones(rows) for name in ("temperature", "top_p", "guidance")},
-            **{f"{name}_S": jnp.zeros(rows, jnp.int32) for name in ("place", "given", "leader", "null")},
-        )
+def queue(program, *counts, **options):
+    held = jax.eval_shape(lambda: slots.empty(CFG, 4))
+    return on_gpu(
+        program, (prepared(CFG), held, *map(jnp.int32, counts)), CFG, top_k=8, nucleus=False, **options
     )
-    return on_gpu(queue._steps, (params, slots, jnp.int32(1)), CFG, top_k=8, nucleus=False, **options)
 
 
 PROGRAMS = {
@@ -88,9 +80,10 @@ PROGRAMS = {
     "eight rows": lambda: sampler(CFG, 8),
     "guided": lambda: sampler(CFG, 1, guidance=1.5),
     "jacobi": lambda: sampler(CFG, 2, jacobi=4),
-    "queue": steps_of_queue,
+    "queue": lambda: queue(slots.steps, 1, kernels="xla"),
+    "queue, jacobi": lambda: queue(slots.passes, 1, 1, window=4),
     "our kernel": lambda: sampler(CFG, 2, kernels="pallas"),
-    "our kernel, queue": lambda: steps_of_queue(kernels="pallas"),
+    "our kernel, queue": lambda: queue(slots.steps, 1, kernels="pallas"),
 }
 
 

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_families
-from test_families import FAMILIES
-from test_sampling import CAPTIONS, TINY, greedy, lively, uncached
+from test_sampling import CAPTIONS, TINY, lively, uncached
 
 from dalle_jax import autoregressive, dalle
 from dalle_jax.nn import cache, drafts
@@ -27,74 +25,80 @@ def params():
     return autoregressive.unstack(CFG, lively(CFG))
 
 
-@pytest.mark.parametrize(
-    ("window", "options"),
-    [
-        pytest.param(4, {"temperature": 0.4}, id="window-below-rings"),
-        pytest.param(
-            9,
-            {"temperature": jnp.array([0.3, 1.0, 0.0]), "guidance": 1.5, "top_k": 5, "top_p": 0.9},
-            id="window-above-rings-guided",
-        ),
-    ],
-)
-def test_the_same_pictures_in_fewer_passes(params, window, options):
+WINDOW = 4
+drawn = functools.partial(generate, CFG, return_passes=True)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 0.0])
+def test_the_same_pictures_in_fewer_passes(params, temperature):
     keys = row_keys([3, 4, 5])
-    want, most = generate(CFG, params, CAPTIONS, keys, return_passes=True, **options)
+    want, most = drawn(params, CAPTIONS, keys, temperature=temperature)
     np.testing.assert_array_equal(most, [N - 1] * 3)
-    got, passes = generate(CFG, params, CAPTIONS, keys, jacobi=window, return_passes=True, **options)
+    got, passes = drawn(params, CAPTIONS, keys, temperature=temperature, jacobi=WINDOW)
     assert got.dtype == jnp.int32 and passes.dtype == jnp.int32
     np.testing.assert_array_equal(got, want)
-    assert (passes < N - 1).all() and (passes >= -(-(N - 1) // window)).all()
-    if window == 4:
-        begun = {**options, "prime_BP": jnp.asarray(want[:, :7])}
-        np.testing.assert_array_equal(generate(CFG, params, CAPTIONS, keys, jacobi=4, **begun), want)
+    assert (passes < N - 1).all() and (passes >= -(-(N - 1) // WINDOW)).all()
 
 
-@pytest.mark.parametrize("name", ["malevich_v2", "llamagen_t2i", "dalle_mini"])
-def test_every_family(name):
-    """Windows that do not wrap or wrap round the square, rotary positions, captions that hide positions, an encoder;
-    candidates of a caption."""
-    cfg = FAMILIES[name]
-    params = autoregressive.unstack(cfg, test_families.lively(cfg))
-    text, keys = test_families.rows(cfg, 2)[0], row_keys(range(4))
-    options = {"temperature": 0.5, "guidance": jnp.array([1.0, 2.0, 0.5, 1.0])}
-    want = generate(cfg, params, text, keys, **options)
-    got, passes = generate(cfg, params, text, keys, jacobi=6, return_passes=True, **options)
+def test_windows_beyond_rings_with_guidance_filters_and_given_codes(params):
+    keys = row_keys([3, 4, 5])
+    options = {"temperature": jnp.array([0.3, 1.0, 0.0]), "guidance": 1.5, "top_k": 5, "top_p": 0.9}
+    want, _ = drawn(params, CAPTIONS, keys, **options)
+    got, passes = drawn(params, CAPTIONS, keys, jacobi=9, prime_BP=want[:, :7], **options)
     np.testing.assert_array_equal(got, want)
-    assert (passes < cfg.num_codes - 1).all()
+    assert (passes < N - 1 - 7).all()
 
 
-def test_length_buckets():
-    """A full layer's cache grows as the fastest row needs it."""
+def test_length_buckets_and_rows_as_they_come(monkeypatch):
+    """A full layer's cache grows as the fastest row needs it. In parts the picture is the same: whole rows of the
+    raster, two more each time at least, when the slowest has them, and the passes up to there."""
+    monkeypatch.setattr("dalle_jax.sampling.generate.BUCKETS", 2)
     cfg = dataclasses.replace(TINY, grid=12, attention=("full",), layers=1)
     params = autoregressive.unstack(cfg, lively(cfg))
     keys = row_keys([0, 1, 2])
     want = generate(cfg, params, CAPTIONS, keys, temperature=0.3)
-    got, passes = generate(cfg, params, CAPTIONS, keys, temperature=0.3, jacobi=7, return_passes=True)
+    options = {"temperature": 0.3, "jacobi": 7, "return_passes": True}
+    got, passes = generate(cfg, params, CAPTIONS, keys, **options)
     np.testing.assert_array_equal(got, want)
-    assert (passes < cfg.num_codes - 1).all()
+    assert (passes < cfg.num_codes - 1).all() and len(set(np.asarray(passes))) > 1
+    parts = list(generate_rows(cfg, params, CAPTIONS, keys, rows=2, **options))
+    lengths = [codes.shape[1] for codes, _ in parts]
+    for codes, _ in parts:
+        np.testing.assert_array_equal(codes, want[:, : codes.shape[1]])
+    assert not np.any(np.array(lengths) % 12) and min(np.diff([0, *lengths])) >= 24 and len(parts) > 3
+    counts = np.array([passes for _, passes in parts])
+    assert (np.diff(counts, axis=0) >= 0).all() and (counts[0] >= 23 / 7).all()
+    np.testing.assert_array_equal(counts[-1], passes)
 
 
-def test_greedy_is_greedy():
-    got = generate(TINY, lively(TINY), CAPTIONS, row_keys([0, 1, 2]), temperature=0.0, jacobi=4)
-    np.testing.assert_array_equal(got, greedy(lively(TINY), CAPTIONS))
+def test_rows_by_hand():
+    """Where every guess is right, in a raster of 5 x 5: after the first code, or after seven given ones and the one
+    that comes with them, four a pass, and of all of them the whole rows."""
+    cfg = dataclasses.replace(CFG, layers=1)
+    flat = jax.tree.map(jnp.zeros_like, lively(cfg))
+    options = {"temperature": 0.0, "jacobi": WINDOW, "return_passes": True}
+    for given, want in {
+        0: [(5, 1), (10, 3), (15, 4), (20, 5), (25, 6)],
+        7: [(10, 1), (15, 2), (20, 3), (25, 5)],
+    }.items():
+        begun = {"prime_BP": jnp.zeros((3, given), jnp.int32)} if given else {}
+        parts = generate_rows(cfg, flat, CAPTIONS, row_keys([0, 1, 2]), **options, **begun)
+        assert [(codes.shape[1], *set(passes)) for codes, passes in parts] == want
 
 
 def test_passes_by_hand():
-    """Where every guess is right a pass gives as many codes as it looks at, and a row on its own stops the rest not."""
-    flat = jax.tree.map(jnp.zeros_like, lively(CFG))
-    options = {"temperature": 0.0, "return_passes": True}
-    codes, passes = generate(CFG, flat, CAPTIONS, row_keys([0, 1, 2]), jacobi=7, **options)
+    """Where every guess is right a pass gives as many codes as it looks at."""
+    flat = autoregressive.unstack(CFG, jax.tree.map(jnp.zeros_like, lively(CFG)))
+    codes, passes = drawn(flat, CAPTIONS, row_keys([0, 1, 2]), temperature=0.0, jacobi=WINDOW)
     np.testing.assert_array_equal(codes, 0)
-    np.testing.assert_array_equal(passes, [4] * 3)  # 24 codes after the first, 7 a pass
+    np.testing.assert_array_equal(passes, [6] * 3)  # 24 codes after the first, 4 a pass
 
 
 def test_a_row_is_its_caption_and_seed_alone(params):
-    options = {"temperature": 0.4, "jacobi": 6, "return_passes": True}
-    codes, passes = generate(CFG, params, CAPTIONS, row_keys([3, 4, 5]), **options)
+    options = {"temperature": 0.4, "jacobi": WINDOW}
+    codes, passes = drawn(params, CAPTIONS, row_keys([3, 4, 5]), **options)
     moved = CAPTIONS[np.array([2, 2, 0])]
-    other, mine = generate(CFG, params, moved, row_keys([5, 9, 3]), **options)
+    other, mine = drawn(params, moved, row_keys([5, 9, 3]), **options)
     np.testing.assert_array_equal(other[np.array([2, 0])], codes[np.array([0, 2])])
     np.testing.assert_array_equal(mine[np.array([2, 0])], passes[np.array([0, 2])])
     assert len(set(np.asarray(passes))) > 1  # each row at its own pace
@@ -115,13 +119,12 @@ def stepped(cfg, params, cache, codes_BN, place_B):
     return scores, jax.tree.map(chosen, fresh, cache)
 
 
-@pytest.mark.parametrize(
-    ("kind", "in_raster"),
-    [*((kind, False) for kind in (*KINDS, "conv_torus", "conv_clamped")), ("row", True), ("column", True)],
-)
-def test_a_pass_is_as_many_steps_and_wrong_guesses_leave_no_trace(kind, in_raster):
-    """Rows at places of their own. Scores after each code are those of no cache; what is kept is what steps keep."""
-    cfg = dataclasses.replace(TINY, grid=5, attention=(kind,), layers=2, text_in_raster=in_raster)
+@pytest.mark.parametrize("in_raster", [False, True])
+def test_a_pass_is_as_many_steps_and_wrong_guesses_leave_no_trace(in_raster):
+    """A layer of each kind, rows at places of their own. Scores after each code are those of no cache; what is kept is
+    what steps keep."""
+    kinds = ("row", "column") if in_raster else (*KINDS, "conv_torus", "conv_clamped")
+    cfg = dataclasses.replace(TINY, grid=5, attention=kinds, layers=len(kinds), text_in_raster=in_raster)
     params = autoregressive.unstack(cfg, lively(cfg))
     rng = np.random.default_rng(2)
     codes = jnp.asarray(rng.integers(0, V, (3, N)), jnp.int32)
@@ -205,5 +208,5 @@ def test_bad_windows(params):
     for window in (1, N + 1):
         with pytest.raises(ValueError, match=f"jacobi is {window}; want 2 to {N} codes at once"):
             generate(CFG, params, CAPTIONS, row_keys([0, 1, 2]), jacobi=window)
-    with pytest.raises(ValueError, match="rows as they come are drawn one code a pass; leave out jacobi"):
-        next(generate_rows(CFG, params, CAPTIONS, row_keys([0, 1, 2]), jacobi=4))
+        with pytest.raises(ValueError, match=f"jacobi is {window}; want 2 to {N} codes at once"):
+            next(generate_rows(CFG, params, CAPTIONS, row_keys([0, 1, 2]), jacobi=window))

@@ -1,4 +1,5 @@
-"""Laws of the queue: a picture is the one sampled alone, whatever shares the batch, and nothing compiles again."""
+"""Laws of the queue: a picture is the one sampled alone, whatever shares the batch, one code a pass and several, and
+nothing compiles again."""
 
 import dataclasses
 import gc
@@ -12,12 +13,12 @@ from test_families import FAMILIES
 from test_sampling import CAPTIONS, TINY, lively
 
 from dalle_jax import autoregressive, dalle
-from dalle_jax.sampling import queue as queues
+from dalle_jax.sampling import slots as device
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.sampling.queue import Queue, Request
 
-# A ring and columns; tests/test_cache.py has rows at places of their own for every kind.
-CFG = dataclasses.replace(TINY, grid=5, attention=("row", "column"), layers=2)
+# A ring; tests/test_cache.py and tests/test_jacobi.py have rows at places of their own for every kind.
+CFG = dataclasses.replace(TINY, grid=5, attention=("row",), layers=1)
 N, V = CFG.num_codes, CFG.image_vocab
 
 
@@ -43,88 +44,139 @@ def requests(count):
     ]
 
 
-def alone(params, request, top_k=None):
+def alone(params, request):
     """The same picture by `generate`, in a batch of one."""
     prime = {"prime_BP": jnp.asarray(request.prime)[None]} if len(request.prime) else {}
-    guided = {"guidance": jnp.float32(request.guidance)} if request.guidance != 1 else {}
     return np.asarray(
         generate(
-            CFG, params, jnp.asarray(request.text_T)[None], row_keys([request.seed]), top_k=top_k,
-            temperature=jnp.float32(request.temperature), top_p=jnp.float32(request.top_p), **prime, **guided,
+            CFG, params, jnp.asarray(request.text_T)[None], row_keys([request.seed]),
+            temperature=jnp.float32(request.temperature), top_p=jnp.float32(request.top_p),
+            guidance=jnp.float32(request.guidance), **prime,
         )
     )[0]  # fmt: skip
 
 
+COUNT, SLOTS, WINDOW = 20, 9, 6
+one_code_or_several = pytest.mark.parametrize("jacobi", [None, WINDOW])
+
+
 @pytest.fixture(scope="module")
 def wanted(params):
-    return [alone(params, request) for request in requests(12)]
+    return [alone(params, request) for request in requests(COUNT)]
 
 
-def test_every_picture_is_the_one_sampled_alone(params, wanted):
+@one_code_or_several
+def test_every_picture_is_the_one_sampled_alone(params, wanted, jacobi):
     """With seeds, guidance, temperature, top-p and given codes of all lengths mixed; slots end at all times."""
-    queue = Queue(CFG, params, slots=3)
-    assert [queue.submit(request) for request in requests(12)] == list(range(12))
+    queue = Queue(CFG, params, SLOTS, jacobi=jacobi)
+    assert [queue.submit(request) for request in requests(COUNT)] == list(range(COUNT))
+    assert queue.codes_per_pass is None
     found = dict(queue.drain())
-    assert sorted(found) == list(range(12)) and len(queue) == 0
+    assert sorted(found) == list(range(COUNT)) and len(queue) == 0
     for ticket, want in enumerate(wanted):
-        np.testing.assert_array_equal(found[ticket], want, err_msg=str(requests(12)[ticket]))
-    assert len(np.unique(wanted, axis=0)) == 12
+        np.testing.assert_array_equal(found[ticket], want, err_msg=str(requests(COUNT)[ticket]))
+    assert len(np.unique(wanted, axis=0)) == COUNT
+    assert queue.codes_per_pass == 1 if jacobi is None else 1.2 < queue.codes_per_pass < WINDOW
 
 
-@pytest.mark.parametrize("name", ["dalle_mini", "malevich_v2", "llamagen_t2i"])
-def test_other_families(name):
-    """An encoder with a decoder, and text in the raster; more requests than slots, with and without guidance."""
-    cfg = FAMILIES[name]
+OTHERS = {  # with as few layers as have all of their choices
+    "dalle_mini": dataclasses.replace(FAMILIES["dalle_mini"], encoder_layers=1, layers=1),
+    "malevich_v2": dataclasses.replace(FAMILIES["malevich_v2"], attention=("row",), layers=2),
+    "llamagen_t2i": dataclasses.replace(
+        FAMILIES["llamagen_t2i"],
+        layers=1,
+        text_encoder=dataclasses.replace(FAMILIES["llamagen_t2i"].text_encoder, layers=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("cfg", OTHERS.values(), ids=OTHERS)
+def test_other_families(cfg):
+    """An encoder with a decoder, text in the raster, windows round the square, rotary positions, captions that hide
+    positions: one code a pass and several, together and in a queue, with and without guidance, draw the same."""
     params = autoregressive.unstack(cfg, test_families.lively(cfg))
-    text = np.asarray(test_families.rows(cfg, 3)[0])
+    text, scales = test_families.rows(cfg, 2)[0], [1.0, 2.0, 1.0, 0.5]
+    options = {"temperature": jnp.float32(0.5), "guidance": jnp.array(scales)}
+    want = generate(cfg, params, text, row_keys(range(4)), **options)
+    got, passes = generate(
+        cfg, params, text, row_keys(range(4)), jacobi=WINDOW, return_passes=True, **options
+    )
+    np.testing.assert_array_equal(got, want)
+    assert (passes < cfg.num_codes - 1).all()
     asked = [
-        Request(text[i % 3], seed=i, guidance=[1.0, 2.0][i % 2], prime=np.arange(i % 2 * 2, dtype=np.int32))
-        for i in range(6)
+        Request(np.asarray(text)[i // 2], seed=i, temperature=0.5, guidance=scale, prime=want[i, : i % 2 * 2])
+        for i, scale in enumerate(scales)
     ]
-    queue = Queue(cfg, params, slots=3)
-    for request in asked:
-        queue.submit(request)
-    for ticket, codes in queue.drain():
-        request = asked[ticket]
-        want = generate(
-            cfg, params, jnp.asarray(request.text_T)[None], row_keys([request.seed]),
-            guidance=jnp.float32(request.guidance) if request.guidance != 1 else None,
-            prime_BP=jnp.asarray(request.prime)[None] if len(request.prime) else None,
-        )  # fmt: skip
-        np.testing.assert_array_equal(codes, want[0], err_msg=str(ticket))
+    for jacobi in (None, WINDOW):
+        queue, found = Queue(cfg, params, slots=3, jacobi=jacobi), {}
+        for request in asked:  # one by one, to places of their own
+            queue.submit(request)
+            found |= dict(queue.step(most=3))
+        found |= dict(queue.drain())
+        for ticket, codes in found.items():
+            np.testing.assert_array_equal(codes, want[ticket], err_msg=f"{ticket}, {jacobi}")
+        assert len(found) == 4
 
 
-def test_requests_that_come_while_others_are_drawn(params, wanted):
+@one_code_or_several
+def test_requests_that_come_while_others_are_drawn(params, wanted, jacobi):
     """In the midst of the work a new request takes a slot, and no other moves."""
-    queue, found, waiting = Queue(CFG, params, slots=3), {}, requests(12)
+    queue, found, waiting = Queue(CFG, params, SLOTS, jacobi=jacobi), {}, requests(COUNT)
     while waiting or len(queue):
         for request in waiting[:2]:
             queue.submit(request)
         waiting = waiting[2:]
-        found |= dict(queue.step(most=7))
+        found |= dict(queue.step(most=7 if jacobi is None else 2))
     for ticket, want in enumerate(wanted):
         np.testing.assert_array_equal(found[ticket], want)
 
 
-def test_four_programs_are_enough(params):
+def test_codes_per_pass_by_hand():
+    """Where every guess is right: 24 codes after the first in passes of 6, and the last 14 of 25 in the three passes
+    that go beyond what was given."""
+    queue = Queue(CFG, jax.tree.map(jnp.zeros_like, lively(CFG)), SLOTS, jacobi=WINDOW)
+    text = np.asarray(CAPTIONS[0])
+    queue.submit(Request(text, seed=0, temperature=0.0))
+    queue.submit(Request(text, seed=0, temperature=0.0, guidance=2.0, prime=np.zeros(11, np.int32)))
+    for _, codes in queue.drain():
+        np.testing.assert_array_equal(codes, 0)
+    assert queue.codes_per_pass == (24 + 14) / (4 + 3)
+
+
+def test_slots_are_filled_an_eighth_at_once(params):
+    """With several codes a pass some picture ends in nearly every one: while requests wait, the device goes on until
+    two of the nine slots are free. Afterwards each picture comes when it is done."""
+    queue = Queue(CFG, params, SLOTS, jacobi=WINDOW)
+    for request in requests(2 * COUNT):
+        if request.guidance == 1:
+            queue.submit(request)
+    waited, after = [], []
+    while len(queue):
+        (waited if len(queue) > SLOTS else after).append(len(queue.step()))
+    assert min(waited) >= 2 and min(after) == 1 and sum(waited + after) == COUNT
+
+
+@one_code_or_several
+def test_five_programs_are_enough(params, jacobi):
     """One request, and many with top-p among them; then others, in other numbers and orders, compile nothing more."""
-    queue = Queue(CFG, params, slots=3)
-    for many in (requests(1), requests(12)):
+    programs = [device.steps, device.passes, device.admit]
+    queue = Queue(CFG, params, SLOTS, jacobi=jacobi)
+    for many in (requests(1), requests(2), requests(COUNT)):
         for request in many:
             queue.submit(request)
         list(queue.drain())
-    programs = queues._steps._cache_size(), queues._admit._cache_size()
-    for request in reversed(requests(20)):
+    compiled = [program._cache_size() for program in programs]
+    for request in reversed(requests(COUNT)):
         queue.submit(request._replace(guidance=request.guidance * 1.1, temperature=0.3))
         if len(queue) > 5:
             queue.step(most=4)
     assert len(dict(queue.drain())) > 0
-    assert (queues._steps._cache_size(), queues._admit._cache_size()) == programs
+    assert [program._cache_size() for program in programs] == compiled
 
 
 def test_memory_stays(params):
     """The device holds the slots, not what was drawn."""
-    queue = Queue(CFG, params, slots=3)
+    queue = Queue(CFG, params, SLOTS)
 
     def held(rounds):
         for request in requests(5) * rounds:
@@ -161,3 +213,6 @@ def test_bad_queues(params):
         Queue(CFG, params, slots=0)
     with pytest.raises(ValueError, match="top_k is 0; want at least 1"):
         Queue(CFG, params, slots=1, top_k=0)
+    for window in (1, N + 1):
+        with pytest.raises(ValueError, match=f"jacobi is {window}; want 2 to {N} codes at once"):
+            Queue(CFG, params, slots=1, jacobi=window)

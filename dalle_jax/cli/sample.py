@@ -45,10 +45,6 @@ def sample(args: Sample) -> dict[str, Any]:
         raise ValueError(
             f"--show-rows is {args.show_rows}; want at least 1, and neither --captions-file nor --clip"
         )
-    if args.jacobi is not None and (args.show_rows is not None or args.captions_file is not None):
-        raise ValueError(
-            "--jacobi draws several codes a pass, --show-rows and --captions-file one; leave out one"
-        )
     if is_diffusion(args.run):
         refuse_flags(
             args,

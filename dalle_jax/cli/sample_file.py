@@ -148,6 +148,8 @@ def sample_file(
     texts = text_rows(model, [caption for caption, _ in asked])
     for row, picture in enumerate(wanted[:: args.n]):
         check_null(model, texts[row : row + 1], picture.sampling.guidance)
+    guided = any(p.sampling.guidance != 1 for p in wanted)
+    queue = queue_of(model, args.batch * (2 if guided else 1), sampling)
     out = output.directory(args.out)
     prime = np.zeros(0, np.int32) if prefix is None else np.asarray(prefix, np.int32)
     about = [
@@ -161,9 +163,6 @@ def sample_file(
     }  # fmt: skip
     manifest = Manifest(out / "manifest.jsonl", job)
     codes = _codes(out / "codes.npy", len(wanted), cfg.num_codes, fresh=not manifest.done)
-    guided = any(p.sampling.guidance != 1 for p in wanted)
-    slots, how = args.batch * (2 if guided else 1), {"weights": sampling.weights, "kernels": sampling.kernels}
-    queue = queue_of(model, slots, top_k=sampling.top_k, **how)
     left = iter([i for i, p in enumerate(wanted) if p.file not in manifest.done])
     before, row_of, progress, first = len(manifest.done), {}, Counter("pictures"), True
     trimmed = before
@@ -192,7 +191,11 @@ def sample_file(
                 told(len(rows))
                 first = False
             progress(len(manifest.done), len(wanted))
-        return _end(args, out, wanted, codes, manifest, model)
+        faster = {}
+        if sampling.jacobi is not None and queue.codes_per_pass is not None:
+            faster = {"codes_per_pass": queue.codes_per_pass}
+            print(f"{queue.codes_per_pass:.2f} codes a pass")
+        return {**_end(args, out, wanted, codes, manifest, model), **faster}
     finally:
         manifest.close()
 

@@ -126,7 +126,7 @@ class Sample:
     """pictures drawn at once"""
     jacobi: int | None = None
     """draw this many codes per pass of the network, as far as they turn out right: the same pictures in fewer passes,
-    each of more work (docs/sampling.md); None is one. Neither with a captions file nor with --show-rows"""
+    each of more work (docs/sampling.md); None is one"""
     weights: Weights | None = None
     """matrices in 8 bits: int8 or fp8 stores weights so, w8a8 also rounds what they are multiplied with"""
     kernels: Kernels = "xla"

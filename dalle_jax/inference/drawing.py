@@ -22,6 +22,7 @@ from dalle_jax.inference.batches import Progress, padded
 from dalle_jax.inference.loading import TextToImage, Tokenizer
 from dalle_jax.inference.pixels import decode_codes
 from dalle_jax.sampling.generate import generate, generate_rows, row_keys
+from dalle_jax.sampling.jacobi import check_window
 from dalle_jax.sampling.queue import Queue
 
 DRAW_BATCH = 8  # pictures drawn at once where the caller does not say
@@ -95,18 +96,14 @@ def check_null(model: TextToImage, text_CT: np.ndarray, guidance: float) -> None
         )
 
 
-def queue_of(
-    model: TextToImage,
-    slots: int,
-    *,
-    top_k: int | None = None,
-    weights: Weights | None = None,
-    kernels: Kernels = "xla",
-) -> Queue:
-    """A queue that draws with the model; its requests have the ids of `text_rows`."""
-    top_k = None if top_k is None else min(top_k, model.config.image_vocab)
-    params = _prepared(model, weights, kernels)
-    return Queue(model.config, params, slots, top_k=top_k, kernels=kernels)
+def queue_of(model: TextToImage, slots: int, sampling: Sampling = Sampling()) -> Queue:
+    """A queue that draws with the model; its requests have the ids of `text_rows`, and of `sampling` what is not
+    theirs to say: top-k, codes looked at together, weights and kernels."""
+    cfg, kernels = model.config, sampling.kernels
+    check_window(cfg, sampling.jacobi, kernels)
+    top_k = None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab)
+    params = _prepared(model, sampling.weights, kernels)
+    return Queue(cfg, params, slots, top_k=top_k, jacobi=sampling.jacobi, kernels=kernels)
 
 
 def draw_codes(
@@ -151,7 +148,7 @@ def draw_pictures(
     rows: after so many rows of codes of a batch, each time, `shown` is called with its unfinished pictures, uint8
     (b, H, W, 3), grey where nothing is drawn yet; the device draws on meanwhile. passed: called after each batch with
     the passes of the network that each picture took after its first code, int32 (b,).
-    Raises what `draw_codes` does, and ValueError for `rows` below 1 or with `sampling.jacobi`.
+    Raises what `draw_codes` does, and ValueError for `rows` below 1.
     """
     tokenizer = model.tokenizer
 
@@ -207,11 +204,7 @@ def _drawn(
         raise ValueError(f"seeds from {min(seeds)} to {max(seeds)}; want integers in [0, 2**32)")
     if batch < 1:
         raise ValueError(f"batch is {batch}; want at least 1 picture at once")
-    if sampling.jacobi is not None:
-        if rows is not None:
-            raise ValueError("unfinished pictures are shown of those drawn one code a pass; leave out jacobi")
-        if sampling.jacobi > cfg.num_codes:
-            raise ValueError(f"jacobi is {sampling.jacobi}; this model's pictures have {cfg.num_codes} codes")
+    check_window(cfg, sampling.jacobi)
     text_CT = text_rows(model, captions)
     check_null(model, text_CT, sampling.guidance)
     guided = sampling.guidance != 1
@@ -220,7 +213,9 @@ def _drawn(
         "top_k": None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab),
         "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
         "guidance": jnp.float32(sampling.guidance) if guided else None,
+        "jacobi": sampling.jacobi,
         "kernels": sampling.kernels,
+        "return_passes": True,
     }
     seeds_CK = np.asarray(seeds, np.uint32).reshape(len(captions), -1)
     at_once, copies = batch_shape(*seeds_CK.shape, batch)
@@ -240,14 +235,16 @@ def _drawn(
                 codes = np.asarray(codes).reshape(at_once, copies, -1)[: len(here), : here.shape[1]]
                 return codes.reshape(here.size, -1)
 
-            if rows is None:
-                options |= {"jacobi": sampling.jacobi, "return_passes": True}
-                codes, passes_B = generate(cfg, params, jnp.asarray(text), keys, **options)
-                if passed is not None:
-                    passed(asked(passes_B)[:, 0])
-            else:
-                for codes in generate_rows(cfg, params, jnp.asarray(text), keys, rows=rows, **options):
-                    shown(asked(codes))
+            drawn = (cfg, params, jnp.asarray(text), keys)
+            parts = (
+                [generate(*drawn, **options)] if rows is None else generate_rows(*drawn, rows=rows, **options)
+            )
+            for part in parts:
+                if rows is not None:
+                    shown(asked(part[0]))
+            codes, passes_B = part
+            if passed is not None:
+                passed(asked(passes_B)[:, 0])
             done += here.size
             if progress:
                 progress(done, seeds_CK.size)

@@ -1,5 +1,5 @@
 """Codes from captions in one jitted program: a prefill, then scans over the places that are left, or with `jacobi`
-passes over several places at once (jacobi.py).
+passes over several places at once (jacobi.py). `generate_rows` has them in parts, as rows of the raster are done.
 
 B rows, C captions, T text positions, N codes, P codes given in advance, V image vocabulary.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from dalle_jax import autoregressive
 from dalle_jax.config import Kernels, TransformerConfig
 from dalle_jax.sampling.filters import pick
-from dalle_jax.sampling.jacobi import draw_ahead
+from dalle_jax.sampling.jacobi import Ahead, begin_ahead, check_window, draw_ahead
 
 Params = dict[str, Any]
 
@@ -120,10 +120,7 @@ def generate(
     cannot run here or with `jacobi`.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    if jacobi is not None and not 2 <= jacobi <= cfg.num_codes:
-        raise ValueError(f"jacobi is {jacobi}; want 2 to {cfg.num_codes} codes at once, or None for one")
-    if jacobi is not None and kernels != "xla":
-        raise ValueError(f"kernels {kernels} draws one code a pass; leave out jacobi, or take xla")
+    check_window(cfg, jacobi, kernels)
     params = autoregressive.unstack(cfg, params, platform=None if kernels == "xla" else "gpu")
     code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, options)
     given = 0 if prime_BP is None else prime_BP.shape[1]
@@ -132,10 +129,10 @@ def generate(
     passes_B = jnp.full(len(keys_B), cfg.num_codes - 1 - given)
     with jax.named_scope("decode"):
         if jacobi is not None:
-            limits = [limit for _, _, limit in buckets(cfg, given)]
-            known = jnp.concatenate(codes, axis=1)
-            codes, passes_B = draw_ahead(cfg, params, cache, known, keys_B, jacobi, limits, options)
-            return (codes, passes_B) if return_passes else codes
+            state = begin_ahead(cfg, cache, jnp.concatenate(codes, axis=1), jacobi)
+            for _, _, limit in buckets(cfg, given):  # the next where a row could go beyond
+                state = draw_ahead(cfg, params, state, keys_B, cfg.num_codes - 1, limit, jacobi, options)
+            return (state.codes_BN, state.passes_B) if return_passes else state.codes_BN
         for first, end, limit in buckets(cfg, given):
             cache = autoregressive.resize_cache(cfg, cache, limit)
             rest, cache = _advance(
@@ -147,45 +144,77 @@ def generate(
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(cfg: TransformerConfig, top_k: int | None, kernels: Kernels):
-    """Prefill and steps as programs of their own; the caches of a call are taken over by the next."""
+def _programs(cfg: TransformerConfig, top_k: int | None, jacobi: int | None, kernels: Kernels):
+    """Prefill, another room in the caches, and steps as programs of their own; the caches of a call are taken over by
+    the next."""
 
     def begin(params, text_CT, keys_B, prime_BP, options):
-        return _begin(cfg, params, text_CT, keys_B, prime_BP, {**options, "top_k": top_k})
+        code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, {**options, "top_k": top_k})
+        if jacobi is None:
+            return code_B, cache
+        known = [code_B[:, None]] if prime_BP is None else [prime_BP, code_B[:, None]]
+        cache, *state = begin_ahead(cfg, cache, jnp.concatenate(known, axis=1), jacobi)
+        return state, cache
 
     def advance(params, cache, code_B, keys_B, first, count, options):
         options = {**options, "top_k": top_k}
         return _advance(cfg, params, cache, code_B, keys_B, first, count, kernels, options)
 
+    def ahead(params, cache, state, keys_B, goal, limit, options):
+        options = {**options, "top_k": top_k}
+        cache, *state = draw_ahead(cfg, params, Ahead(cache, *state), keys_B, goal, limit, jacobi, options)
+        return state, cache
+
     resize = jax.jit(autoregressive.resize_cache, static_argnums=(0, 2))
-    return jax.jit(begin), resize, jax.jit(advance, static_argnums=5, donate_argnums=1)
+    return jax.jit(begin), resize, jax.jit(ahead if jacobi else advance, static_argnums=5, donate_argnums=1)
 
 
 def generate_rows(
-    cfg: TransformerConfig, params: Params, text_CT: jax.Array, keys_B: jax.Array, *, rows: int = 1, **options
-) -> Iterator[np.ndarray]:
+    cfg: TransformerConfig,
+    params: Params,
+    text_CT: jax.Array,
+    keys_B: jax.Array,
+    *,
+    rows: int = 1,
+    return_passes: bool = False,
+    **options,
+) -> Iterator[Any]:
     """The codes of `generate` as they come: int32 (B, M) after every `rows` rows of the raster, M to N.
 
-    Takes the options of `generate` but `jacobi`. The next rows are under way while the caller looks at these.
+    Takes the options of `generate`; with `return_passes` pairs of codes and passes so far, int32 (B,). With `jacobi`
+    a part comes when the slowest picture has its rows, and has what that one has, which can be more rows at once.
+    The next rows are under way while the caller looks at these.
     Raises ValueError for `rows` below 1, and what `generate` does.
     """
-    if options.pop("jacobi", None) is not None:
-        raise ValueError("rows as they come are drawn one code a pass; leave out jacobi")
     if rows < 1:
         raise ValueError(f"rows is {rows}; want a picture every 1 or more rows of codes")
     options = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None, **options}
-    prime_BP, top_k, kernels = (
-        options.pop("prime_BP", None),
-        options.pop("top_k"),
-        options.pop("kernels", "xla"),
-    )
+    prime_BP, top_k, jacobi = (options.pop(name, None) for name in ("prime_BP", "top_k", "jacobi"))
+    kernels = options.pop("kernels", "xla")
+    check_window(cfg, jacobi, kernels)
     options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
     params = autoregressive.unstack(cfg, params, platform=None if kernels == "xla" else "gpu")
-    begin, resize, advance = _programs(cfg, top_k, kernels)
-    code_B, cache = begin(params, text_CT, keys_B, prime_BP, options)
-    done = [] if prime_BP is None else [np.asarray(prime_BP)]
-    given = 0 if prime_BP is None else prime_BP.shape[1]
+    programs = _programs(cfg, top_k, jacobi, kernels)
+    begun = programs[0](params, text_CT, keys_B, prime_BP, options)
+    given = None if prime_BP is None else np.asarray(prime_BP)
+    if jacobi is None:
+        parts = _rows(cfg, params, programs, begun, keys_B, given, rows, options)
+    else:
+        parts = _rows_ahead(cfg, params, programs, begun, keys_B, given, rows, jacobi, options)
+    for codes, passes_B in parts:
+        yield (codes, passes_B) if return_passes else codes
+
+
+def _rows(cfg, params, programs, begun, keys_B, given_BP, rows, options):
+    """All pictures are at one place: the codes up to there, and the passes."""
+    (_, resize, advance), (code_B, cache) = programs, begun
+    done = [] if given_BP is None else [given_BP]
+    given = sum(part.shape[1] for part in done)
     place, new, room = given, code_B[None], None
+
+    def part():
+        return np.concatenate(done, axis=1), np.full(len(keys_B), place - given, np.int32)
+
     while place < cfg.num_codes - 1:
         rows_done = (place + 1) // cfg.grid  # `new` ends with the code of `place`
         end = min((rows_done + rows) * cfg.grid, cfg.num_codes) - 1
@@ -195,6 +224,33 @@ def generate_rows(
         codes, cache = advance(params, cache, new[-1], keys_B, place, end - place, options)
         done.append(np.asarray(new).T)  # waits for the codes before, while the next are on their way
         if place > given:
-            yield np.concatenate(done, axis=1)
+            yield part()
         place, new = end, codes
-    yield np.concatenate([*done, np.asarray(new).T], axis=1)
+    done.append(np.asarray(new).T)
+    yield part()
+
+
+def _rows_ahead(cfg, params, programs, begun, keys_B, given_BP, rows, jacobi, options):
+    """Each picture is at a place of its own: the rows that all have, and the passes."""
+    _, resize, ahead = programs
+    (codes_BN, place_B, passes_B), cache = begun
+    last = cfg.num_codes - 1
+    limits = [limit for _, _, limit in buckets(cfg, 0)]
+    slowest = fastest = 0 if given_BP is None else given_BP.shape[1]
+    goal, room, part = slowest, None, None
+    while slowest < last:
+        if slowest >= goal:
+            goal = min(((slowest + 1) // cfg.grid + rows) * cfg.grid, cfg.num_codes) - 1
+        limit = next((limit for limit in limits if fastest + jacobi <= limit), limits[-1])
+        if limit != room:
+            cache, room = resize(cfg, cache, limit), limit
+        (codes_BN, place_B, passes_B), cache = ahead(
+            params, cache, (codes_BN, place_B, passes_B), keys_B, goal, limit, options
+        )
+        if part is not None:
+            yield part
+        places = np.asarray(place_B)
+        slowest, fastest = places.min(), places.max()
+        whole = (slowest + 1) // cfg.grid * cfg.grid
+        part = None if slowest < goal else (np.asarray(codes_BN)[:, :whole], np.asarray(passes_B))
+    yield part if part is not None else (np.asarray(codes_BN), np.asarray(passes_B))

@@ -14,71 +14,121 @@ B rows, N codes, P codes known, Q places at once, V image vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dalle_jax import autoregressive
-from dalle_jax.config import TransformerConfig
+from dalle_jax.config import Kernels, TransformerConfig
 from dalle_jax.sampling.filters import pick
+
+Params = dict[str, Any]
+
+
+def check_window(cfg: TransformerConfig, window: int | None, kernels: Kernels = "xla") -> None:
+    """Raises ValueError for a number of places that cannot be looked at together, or not with `kernels`; None is one
+    code a pass."""
+    if window is not None and not 2 <= window <= cfg.num_codes:
+        raise ValueError(f"jacobi is {window}; want 2 to {cfg.num_codes} codes at once, or None for one")
+    if window is not None and kernels != "xla":
+        raise ValueError(f"kernels {kernels} draws one code a pass; leave out jacobi, or take xla")
+
+
+def one_pass(
+    cfg: TransformerConfig,
+    params: Params,
+    cache: autoregressive.Cache,
+    codes_BN: jax.Array,
+    place_B: jax.Array,
+    given_B: jax.Array,
+    window: int,
+    draw: Callable[[jax.Array, jax.Array], jax.Array],
+    guided: bool = False,
+) -> tuple[autoregressive.Cache, jax.Array, jax.Array]:
+    """Looks at Q places of each row, from `place_B` on; codes up to there are known, those after it guesses.
+
+    given_B: codes below this place are not drawn. draw: the codes, int32 (B, Q), of the raster places int32 (B, Q) by
+    their scores, float32 (B, Q, V). guided: the cache and the scores have 2 B rows, the second half for the null
+    caption. Returns the cache, the codes with new guesses among them, and how many more are known of each row, int32
+    (B,): 0 of one that is finished.
+    """
+    last = cfg.num_codes - 1
+    places_BQ = place_B[:, None] + jnp.arange(window)[None]
+    after_BQ = places_BQ + 1
+    fed_BQ, there_BQ = (
+        jnp.take_along_axis(codes_BN, jnp.minimum(at, last), axis=1) for at in (places_BQ, after_BQ)
+    )
+    both, at = (jnp.concatenate([x, x]) if guided else x for x in (fed_BQ, place_B))
+    scores, fresh = autoregressive.decode_drafts(cfg, params, cache, both, at)
+    drawn_BQ = jnp.where(after_BQ < given_B[:, None], there_BQ, draw(scores, after_BQ))
+    right_BQ = jnp.cumprod(drawn_BQ[:, :-1] == fed_BQ[:, 1:], axis=1)
+    count_B = jnp.minimum(1 + right_BQ.sum(axis=1), last - place_B)
+    kept = jnp.concatenate([count_B, count_B]) if guided else count_B
+    cache = autoregressive.keep_drafts(cfg, cache, fresh, at, kept)
+    codes_BN = codes_BN.at[jnp.arange(len(codes_BN))[:, None], after_BQ].set(drawn_BQ, mode="drop")
+    return cache, guess(cfg.grid, codes_BN, place_B + window, given_B, window), count_B
+
+
+class Ahead(NamedTuple):
+    """Rows under way: of codes up to `place_B` the caches, in which that code is not, and the passes that it took."""
+
+    cache: autoregressive.Cache
+    codes_BN: jax.Array
+    place_B: jax.Array
+    passes_B: jax.Array
+
+
+def begin_ahead(
+    cfg: TransformerConfig, cache: autoregressive.Cache, known_BP: jax.Array, window: int
+) -> Ahead:
+    """The start of `draw_ahead`: the first P codes are known, the cache is as after P - 1."""
+    rows, known = known_BP.shape
+    codes_BN = jnp.pad(known_BP, ((0, 0), (0, cfg.num_codes - known)), mode="edge")
+    place_B = jnp.full(rows, known - 1)
+    codes_BN = guess(cfg.grid, codes_BN, place_B, jnp.zeros(rows, jnp.int32), window)
+    return Ahead(cache, codes_BN, place_B, jnp.zeros(rows, jnp.int32))
 
 
 def draw_ahead(
     cfg: TransformerConfig,
-    params: dict[str, Any],
-    cache: autoregressive.Cache,
-    known_BP: jax.Array,
+    params: Params,
+    state: Ahead,
     keys_B: jax.Array,
+    goal: jax.Array | int,
+    limit: int,
     window: int,
-    limits: list[int],
     options: dict[str, Any],
-) -> tuple[jax.Array, jax.Array]:
-    """The codes after the first P, each row as fast as its guesses are right.
+) -> Ahead:
+    """Draws until the codes up to place `goal` are known of every row, each as fast as its guesses are right.
 
-    cache: after P - 1 codes. window: Q >= 2. limits: room of full layers for image tokens, growing, the last N (or
-    empty where P is N); the next is taken when a row could go beyond. options: of `pick`.
-    Returns int32 (B, N), and int32 (B,), the passes of each row.
+    limit: room of full layers for image tokens, to which the cache is resized; it ends before a row goes beyond.
+    window: Q >= 2. options: of `pick`.
     """
-    rows, known = known_BP.shape
     last = cfg.num_codes - 1
-    codes_BN = jnp.pad(known_BP, ((0, 0), (0, cfg.num_codes - known)), mode="edge")
-    guided = options["guidance"] is not None
     each = {name: _each_place(value, window) for name, value in options.items() if name != "top_k"}
     each["top_k"] = options["top_k"]
     keys_X = jnp.repeat(keys_B, window, axis=0)
-    ahead_1Q = jnp.arange(window)[None]
+    none_B = jnp.zeros(len(keys_B), jnp.int32)
 
-    def one_pass(state):
-        cache, codes_BN, place_B, passes_B = state
-        places_BQ = place_B[:, None] + ahead_1Q
-        fed_BQ = jnp.take_along_axis(codes_BN, jnp.minimum(places_BQ, last), axis=1)
-        both, at = (jnp.concatenate([x, x]) if guided else x for x in (fed_BQ, place_B))
-        logits, fresh = autoregressive.decode_drafts(cfg, params, cache, both, at)
-        after_BQ = places_BQ + 1
-        drawn_X = pick(logits.reshape(-1, logits.shape[-1]), keys_X, after_BQ.ravel(), **each)
-        drawn_BQ = drawn_X.reshape(rows, window)
-        right_BQ = jnp.cumprod(drawn_BQ[:, :-1] == fed_BQ[:, 1:], axis=1)
-        count_B = jnp.minimum(1 + right_BQ.sum(axis=1), last - place_B)  # 0 for a row that is finished
-        kept = jnp.concatenate([count_B, count_B]) if guided else count_B
-        cache = autoregressive.keep_drafts(cfg, cache, fresh, at, kept)
-        codes_BN = codes_BN.at[jnp.arange(rows)[:, None], after_BQ].set(drawn_BQ, mode="drop")
-        codes_BN = _guess(cfg.grid, codes_BN, place_B + window, window)
-        return cache, codes_BN, place_B + count_B, passes_B + (count_B > 0)
+    def draw(scores, after_BQ):
+        drawn_X = pick(scores.reshape(-1, scores.shape[-1]), keys_X, after_BQ.ravel(), **each)
+        return drawn_X.reshape(after_BQ.shape)
 
-    place_B, passes_B = jnp.full(rows, known - 1), jnp.zeros(rows, jnp.int32)
-    codes_BN = _guess(cfg.grid, codes_BN, place_B, window)
-    state = cache, codes_BN, place_B, passes_B
-    for limit in limits:
-        state = (autoregressive.resize_cache(cfg, state[0], limit), *state[1:])
+    def go(state: Ahead) -> Ahead:
+        cache, codes_BN, count_B = one_pass(
+            cfg, params, state.cache, state.codes_BN, state.place_B, none_B, window, draw,
+            guided=options["guidance"] is not None,
+        )  # fmt: skip
+        return Ahead(cache, codes_BN, state.place_B + count_B, state.passes_B + (count_B > 0))
 
-        def goes_on(state, limit=limit):
-            place_B = state[2]
-            room = (limit > last) | (place_B.max() + window <= limit)
-            return (place_B < last).any() & room
+    def goes_on(state: Ahead) -> jax.Array:
+        room = (limit > last) | (state.place_B.max() + window <= limit)
+        return (state.place_B.min() < goal) & room
 
-        state = jax.lax.while_loop(goes_on, one_pass, state)
-    return state[1], state[3]
+    state = state._replace(cache=autoregressive.resize_cache(cfg, state.cache, limit))
+    return jax.lax.while_loop(goes_on, go, state)
 
 
 def _each_place(value: Any, window: int) -> Any:
@@ -86,11 +136,13 @@ def _each_place(value: Any, window: int) -> Any:
     return jnp.repeat(value, window, axis=0) if value is not None and jnp.ndim(value) else value
 
 
-def _guess(grid: int, codes_BN: jax.Array, top_B: jax.Array, count: int) -> jax.Array:
-    """First guesses for the `count` places after `top_B`: the code above, in the last row there is; else the one at
-    `top_B`."""
-    top_B1 = jnp.minimum(top_B, codes_BN.shape[1] - 1)[:, None]
+def guess(grid: int, codes_BN: jax.Array, top_B: jax.Array, given_B: jax.Array, count: int) -> jax.Array:
+    """First guesses for the `count` places after `top_B`, but for the `given_B` first: the code above, in the last row
+    there is; else the one at `top_B`."""
+    codes = codes_BN.shape[1]
+    top_B1 = jnp.minimum(top_B, codes - 1)[:, None]
     ahead_1Q = jnp.arange(1, count + 1)[None]
     above_BQ = top_B1 + ahead_1Q - grid * -(-ahead_1Q // grid)
     guess_BQ = jnp.take_along_axis(codes_BN, jnp.where(above_BQ >= 0, above_BQ, top_B1), axis=1)
-    return codes_BN.at[jnp.arange(len(codes_BN))[:, None], top_B1 + ahead_1Q].set(guess_BQ, mode="drop")
+    places_BQ = jnp.where(top_B1 + ahead_1Q < given_B[:, None], codes, top_B1 + ahead_1Q)
+    return codes_BN.at[jnp.arange(len(codes_BN))[:, None], places_BQ].set(guess_BQ, mode="drop")
