@@ -432,6 +432,8 @@ GOOD_TEXT, GOOD_CODES = jnp.zeros((2, T), jnp.int32), jnp.zeros((2, N), jnp.int3
 def test_refuses_wrong_arrays(params, caption, codes, match):
     with pytest.raises(ValueError, match=match):
         dalle.logits(TINY, params, caption, codes)
+    with pytest.raises(ValueError, match=match):
+        dalle.loss(TINY, params, caption, codes, jax.random.key(0))
 
 
 def test_parameters_of_another_number_of_layers(params):

@@ -170,8 +170,9 @@ def loss(
     """Weighted cross-entropy of text and image tokens (1/8 and 7/8; 2102.12092, 2.2), in nats per token.
 
     A share `cfg.null_rate` of the rows, drawn with `key`, has the null caption instead of its own.
-    Returns float32 scalar and metrics `text_loss`, `image_loss`.
+    Returns float32 scalar and metrics `text_loss`, `image_loss`. Raises ValueError for other shapes or dtypes.
     """
+    check_ids(cfg, text_BT, codes_BN)
     drop_B = jax.random.bernoulli(key, cfg.null_rate, (len(text_BT),))
     text_BT = jnp.where(drop_B[:, None], null_texts(cfg, text_BT), text_BT)
     text_BTD, image_BND = _before_heads(cfg, params, text_BT, codes_BN)
