@@ -200,7 +200,7 @@ def test_a_picture_that_is_not_finite_names_its_step(trained, tmp_path):
     path = exported(tmp_path / "bad", config, model.run.params)
     (path / "text.model").write_bytes((trained.run / "text.model").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dalle_jax.inference.diffusion.load_run", lambda *_: Run(config, bad, path, 7))
+        patch.setattr("dalle_jax.inference.diffusion.load_model", lambda *_: Run(config, bad, path, 7))
         done = run("sample", path, "x", "--n", 1, "--steps", 4, "--out", tmp_path / "out")
     assert done.code == 3 and "sampling step 1 gave values that are not finite (rows 0)" in done.err
 
