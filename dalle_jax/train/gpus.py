@@ -43,7 +43,9 @@ class Gpu(NamedTuple):
 # Peaks, bandwidth, links, cores and clocks: NVIDIA's data sheets of H100, H200, A100 and L4 (SXM where there are
 # several forms) and the white papers of Ampere, Ada and Hopper; the link is one direction, half of what data sheets
 # count, of L4 PCIe 4.0 x16. Threads and shared memory: CUDA C++ Programming Guide, technical specifications per
-# compute capability. Memory: what `cudaMemGetInfo` gives as the whole.
+# compute capability. Memory: what `cudaMemGetInfo` gives as the whole. Those of H100, H200 and A100 were compared with
+# XLA's own descriptions of them; the rates, all of the L4 and the memory of H200 and L4 were written from memory and
+# want a look at the source, or at the GPU.
 _HOPPER = {"capability": (9, 0), "cores": 132, "fpus": 128, "threads": 2048, "shared": 228, "block": 227}
 _AMPERE = {"capability": (8, 0), "cores": 108, "fpus": 64, "threads": 2048, "shared": 164, "block": 163}
 _ADA = {"capability": (8, 9), "cores": 58, "fpus": 128, "threads": 1536, "shared": 100, "block": 99}
