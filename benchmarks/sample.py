@@ -25,7 +25,6 @@ from typing import Any
 SIZES = {"dim": 512, "layers": 8, "heads": 8, "text_len": 256, "grid": 16, "codes": 8192}
 OURS = ("full", "sparse")
 WEIGHTS = ("whole", "int8", "fp8", "w8a8")
-KERNELS = ("xla", "pallas")
 
 
 def timed(call, repeats: int) -> list[float]:
@@ -48,7 +47,7 @@ def in_turn(calls, repeats: int) -> list[list[float]]:
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     """kind `full`: every layer reads the whole cache, as the peers do; `sparse`: the paper's layers. Beside that, where
-    the job says so, `weights` in 8 bits, `kernels` and other `buckets` than the sampler's own."""
+    the job says so, `weights` in 8 bits and other `buckets` than the sampler's own."""
     import jax
     import jax.numpy as jnp
 
@@ -74,8 +73,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     text = jnp.zeros((job["batch"], job["text_len"]), jnp.int32)
     before = time.perf_counter()
     args = (text, row_keys(range(job["batch"])))
-    kernels = job.get("kernels", "xla")
-    program = generate.lower(cfg, params, *args, top_k=job["top_k"], kernels=kernels).compile()
+    program = generate.lower(cfg, params, *args, top_k=job["top_k"]).compile()
     compiled = time.perf_counter() - before
 
     def call(seed):
@@ -134,9 +132,6 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=[], help="of benchmarks/peers.py")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has torch")
     parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=["whole"], help="of ours")
-    parser.add_argument(
-        "--kernels", nargs="*", choices=KERNELS, default=["xla"], help="of ours; pallas on a GPU"
-    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--top-k", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
@@ -157,17 +152,15 @@ def main() -> None:
     for batch in args.batch:
         job["batch"] = batch
         rates = {}
-        asked = itertools.product(args.weights, args.ours, args.kernels)
-        for weights, name, kernels in [*((None, name, None) for name in args.peers), *asked]:
+        asked = itertools.product(args.weights, args.ours)
+        for weights, name in [*((None, name) for name in args.peers), *asked]:
             mine = weights is not None
             this = {**job, "name": name, "weights": None if weights == "whole" else weights}
-            this |= {"kernels": kernels} if mine else {}
             bound = read / bytes_per_code(this)
             module = "benchmarks.sample" if mine else "benchmarks.peers"
             found = child(sys.executable if mine else args.peer_python, module, this)
             label = f"dalle_jax, {name}" if mine else name
             label += f" {weights}" if this["weights"] else ""
-            label += f" {kernels}" if kernels == "pallas" else ""
             if isinstance(found, str):
                 print(f"batch {batch:3d}  {label:24s} did not run: {found}", flush=True)
                 continue

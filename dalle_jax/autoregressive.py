@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from dalle_jax import bart, dalle
-from dalle_jax.config import BartConfig, Kernels, TransformerConfig, Weights
+from dalle_jax.config import BartConfig, TransformerConfig, Weights
 from dalle_jax.nn.matrices import by_output, by_tiles, join, quantize
 
 Params = dict[str, Any]
@@ -101,9 +101,8 @@ def decode_step(
     cache: Cache,
     code_B: jax.Array,
     place: jax.Array,
-    kernels: Kernels = "xla",
 ):
-    return _of(cfg).decode_step(cfg, params, cache, code_B, place, kernels)
+    return _of(cfg).decode_step(cfg, params, cache, code_B, place)
 
 
 def decode_drafts(

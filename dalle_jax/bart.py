@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.config import BartConfig, Kernels
+from dalle_jax.config import BartConfig
 from dalle_jax.nn.cache import KV
 from dalle_jax.nn.ids import check_ids
 from dalle_jax.nn.matrices import affine, product, products
@@ -327,16 +327,11 @@ def decode_step(
     cache: Cache,
     code_B: jax.Array,
     place: jax.Array,
-    kernels: Kernels = "xla",
 ) -> tuple[jax.Array, Cache]:
     """Feed the code of raster place `place` < N - 1: one for all rows, or int32 (B,), each row its own.
 
-    Returns float32 (B, V), the logits of the next code, and the caches. Raises ValueError for other kernels than XLA's.
+    Returns float32 (B, V), the logits of the next code, and the caches.
     """
-    if kernels != "xla":
-        raise ValueError(
-            f"kernels {kernels} draws with a Transformer of one stream, not with this one: take xla"
-        )
     logits, cache = _decode(cfg, params, cache, code_B[:, None], jnp.asarray(place)[..., None])
     return logits[:, 0], cache
 

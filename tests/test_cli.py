@@ -594,8 +594,6 @@ def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
         (("--show-rows", 0), "--show-rows is 0; want at least 1"),
         (("--jacobi", 1), "jacobi is 1; want at least 2 codes at once"),
         (("--jacobi", GRID * GRID + 1), f"want 2 to {GRID * GRID} codes at once, or None for one"),
-        (("--kernels", "pallas"), "kernels pallas needs an NVIDIA GPU, jax runs on cpu; take xla"),
-        (("--kernels", "pallas", "--jacobi", 4), "kernels pallas draws one code a pass; leave out jacobi"),
         (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
         (("--prefix", "missing.png"), "cannot read the picture missing.png"),
     ],
@@ -986,7 +984,7 @@ def test_a_run_stays_on_the_host_where_it_only_draws(made, monkeypatch):
     here, there = load_text_to_image(made.dalle), load_text_to_image(made.dalle, on_host=True)
     for model, device in ((here, first), (there, host)):
         assert {d for x in jax.tree.leaves(model.run.params) for d in x.devices()} == {device}
-        ready = drawing._prepared(model, None, "xla")
+        ready = drawing._prepared(model, None)
         assert {d for x in jax.tree.leaves(ready) for d in x.devices()} == {first}
     want, got = (
         drawing.draw_codes(model, ["a red disc"], [5], Sampling(guidance=2.0)) for model in (here, there)

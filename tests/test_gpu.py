@@ -13,9 +13,8 @@ import pytest
 from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig, DiffusionConfig, DVAEConfig
 from dalle_jax.diffusion import unet
-from dalle_jax.nn import cache as kv
-from dalle_jax.nn import decode_kernel, flash, linear_kernel, matrices
-from dalle_jax.nn.attention import activate, attend, norm
+from dalle_jax.nn import flash
+from dalle_jax.nn.attention import attend
 from dalle_jax.nn.masks import attention_mask
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.tokenizer import dvae
@@ -111,70 +110,6 @@ def test_greedy_codes_are_those_of_the_cpu():
         assert abs(one - other) < 1e-3, (
             f"row {row}, code {place}: scores {one} on the GPU, {other} on the CPU"
         )
-
-
-@pytest.mark.parametrize("kind", ["full", "row", "column", "conv"])
-@pytest.mark.parametrize(("captions", "copies"), [(1, 1), (2, 8), (24, 1)])
-def test_decode_kernel(kind, captions, copies):
-    """One step of attention by the kernel against XLA: few rows, whose blocks are shared, rows that share a caption,
-    and rows at places of their own; the caches are equal bit for bit, the rest to the rounding of bfloat16."""
-    cfg = dataclasses.replace(CFG, dim=256, heads=4, text_len=100, grid=16, dtype="bfloat16")
-    rows = 2 * captions * copies
-    keys = iter(jax.random.split(jax.random.key(0), 9))
-
-    def random(*shape):
-        return jax.random.normal(next(keys), shape, jnp.bfloat16)
-
-    text = tuple(
-        kv.KV(*(random(n, cfg.heads, cfg.text_len, cfg.head_dim) for _ in "kv")) for n in (captions, 1)
-    )
-    image = kv.KV(*(random(*kv.empty(cfg, kind, rows).k.shape) for _ in "kv"))
-    new = tuple(random(rows, 1, cfg.heads, cfg.head_dim) for _ in range(3))
-    cache = kv.LayerCache(text, image)
-    for place in (0, 37, 255) if copies > 1 else (jnp.arange(rows) * 5,):
-        place = jnp.asarray(place)
-        got, want = (
-            jax.jit(step, static_argnums=(0, 1))(cfg, kind, cache, new, place)
-            for step in (decode_kernel.attend_step, kv.attend_step)
-        )
-        np.testing.assert_allclose(*(np.asarray(x[0], np.float32) for x in (got, want)), rtol=0, atol=2e-2)
-        for a, b in zip(got[1].image, want[1].image, strict=True):
-            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
-
-
-@pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("weights", [None, "int8", "fp8"])
-def test_linear_kernel(rows, weights):
-    """Against the product of XLA, in bfloat16, channels and outputs no multiples of the tiles."""
-    k_w, k_x, k_y = jax.random.split(jax.random.key(0), 3)
-    p = {"kernel": jax.random.normal(k_w, (1000, 200)) / 30, "bias": jnp.ones(200)}
-    p = (
-        {**p, "kernel": p["kernel"].astype(jnp.bfloat16)}
-        if weights is None
-        else matrices.quantize(p, weights)
-    )
-    x, y = (
-        jax.random.normal(k_x, (rows, 1000), jnp.bfloat16),
-        jax.random.normal(k_y, (rows, 200), jnp.bfloat16),
-    )
-    own = {"scale": jnp.full(1000, 1.1), "bias": jnp.full(1000, 0.1)}
-    normed = norm("layer").apply({"params": own}, x)
-    want = y + activate("gelu-tanh", matrices.affine(p, normed, jnp.bfloat16))
-    got = linear_kernel.linear(
-        matrices.by_output(p), x, jnp.bfloat16, norm=("layer", own, 1e-5), activation="gelu-tanh", residual_BF=y
-    )  # fmt: skip
-    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0, atol=0.1)
-
-
-def test_decode_kernel_draws_the_same_codes():
-    """Greedy, in float32: equal but where two scores are as good as equal, as rows part for good from there on."""
-    params, (text, _) = lively(dalle.init(CFG, jax.random.key(0))), rows(CFG, 4)
-    with jax.default_matmul_precision("float32"):
-        xla, pallas = (
-            generate(CFG, params, text, row_keys(range(4)), temperature=0.0, guidance=1.5, kernels=kernels)
-            for kernels in ("xla", "pallas")
-        )
-    assert (np.asarray(xla) == np.asarray(pallas)).mean() > 0.9
 
 
 def test_tokenizer_and_unet():

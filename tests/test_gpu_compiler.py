@@ -18,13 +18,11 @@ import pytest
 
 from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig, MeshConfig
-from dalle_jax.nn import decode_kernel
 from dalle_jax.nn.sharding import make_mesh, replicated
 from dalle_jax.sampling import slots
 from dalle_jax.sampling.generate import generate, row_keys
-from dalle_jax.train import hlo
 from dalle_jax.train.gpus import GPUS, gpu_devices
-from dalle_jax.train.kernels import kernels, loops
+from dalle_jax.train.kernels import loops
 
 pytestmark = [
     pytest.mark.cuda,
@@ -80,10 +78,8 @@ PROGRAMS = {
     "eight rows": lambda: sampler(CFG, 8),
     "guided": lambda: sampler(CFG, 1, guidance=1.5),
     "jacobi": lambda: sampler(CFG, 2, jacobi=4),
-    "queue": lambda: queue(slots.steps, 1, kernels="xla"),
+    "queue": lambda: queue(slots.steps, 1),
     "queue, jacobi": lambda: queue(slots.passes, 1, 1, window=4),
-    "our kernel": lambda: sampler(CFG, 2, kernels="pallas"),
-    "our kernel, queue": lambda: queue(slots.steps, 1, kernels="pallas"),
 }
 
 
@@ -108,30 +104,6 @@ def test_the_loop_copies_no_cache(decode):
 def test_no_kernel_writes_a_matrix(decode):
     """A step reads weights; what it writes is vectors."""
     assert not [k.line for k in decode[1] if k.written >= MATRIX]
-
-
-@pytest.mark.parametrize(
-    ("gpu", "kind", "dtype"),
-    [
-        *(("h200", kind, "bfloat16") for kind in KINDS),
-        ("h200", "full", "float32"),
-        ("a100-80", "full", "bfloat16"),
-    ],
-)
-def test_our_kernel_compiles(gpu, kind, dtype):
-    """Attention of a step and the writing of its keys: one kernel, or two where programs share the blocks of a head,
-    beside the mask of the place; nothing is copied."""
-    cfg = dataclasses.replace(CFG, attention=(kind,), layers=1, dtype=dtype)
-    program = jax.jit(decode_kernel.attend_step, static_argnums=(0, 1), donate_argnums=2)
-    for captions, copies, count in ((1, 1, 2), (16, 4, 1)):
-        (layer,) = jax.eval_shape(
-            lambda n=captions, m=copies: autoregressive.init_cache(cfg, n, m, guided=True)
-        )
-        new = (jnp.zeros((2 * captions * copies, 1, cfg.heads, cfg.head_dim), dtype),) * 3
-        text = on_gpu(program, (layer, new, jnp.int32(1)), cfg, kind, gpu=gpu).as_text()
-        entry, found = hlo.computations(text)
-        ran = kernels(found, entry)
-        assert [k.sort for k in ran if " = s8[" not in k.line] == ["call", "fusion"][:count]
 
 
 def test_memory_grows_by_the_cache_alone():

@@ -48,7 +48,7 @@ def sample(args: Sample) -> dict[str, Any]:
     if is_diffusion(args.run):
         refuse_flags(
             args,
-            ("decoder", "clip", "show_rows", "jacobi", "weights", "kernels"),
+            ("decoder", "clip", "show_rows", "jacobi", "weights"),
             "a Transformer; this is the run of a diffusion model",
         )
         if any(own for _, own in asked):
@@ -71,7 +71,7 @@ def sample(args: Sample) -> dict[str, Any]:
         raise ValueError("--prefix-rows says how much of --prefix to keep; give --prefix PICTURE as well")
     sampling = Sampling(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=args.guidance,
-        jacobi=args.jacobi, weights=args.weights, kernels=args.kernels,
+        jacobi=args.jacobi, weights=args.weights,
     )  # fmt: skip
     model = load_text_to_image(args.run, on_host=True)
     clip = None if args.clip is None else load_clip(args.clip)

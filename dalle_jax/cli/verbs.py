@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from dalle_jax.config import Kernels, SamplerName, Spacing, Weights
+from dalle_jax.config import SamplerName, Spacing, Weights
 from dalle_jax.importers.families import FAMILIES
 
 Runs = Annotated[str, arg(metavar="RUN")]
@@ -129,9 +129,6 @@ class Sample:
     each of more work (docs/sampling.md); None is one"""
     weights: Weights | None = None
     """matrices in 8 bits: int8 or fp8 stores weights so, w8a8 also rounds what they are multiplied with"""
-    kernels: Kernels = "xla"
-    """what attends to the caches: XLA, or pallas on an NVIDIA GPU, not measured on one yet (docs/sampling.md);
-    pallas-interpret is the same in slow motion on any device, to test it. Not with --jacobi"""
     show_rows: int | None = None
     """write grid.png anew after every so many rows of codes, grey where nothing is drawn yet; neither with a captions
     file nor with --clip"""

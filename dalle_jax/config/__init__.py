@@ -8,7 +8,7 @@ arXiv 2102.12092).
 
 from dalle_jax.config.bart import BartConfig
 from dalle_jax.config.clip import ClipConfig, TowerConfig
-from dalle_jax.config.dalle import AttentionKind, DalleConfig, Kernels, T5Config, Weights
+from dalle_jax.config.dalle import AttentionKind, DalleConfig, T5Config, Weights
 from dalle_jax.config.data import (
     MIXTURE_PERIOD,
     ArraysSource,
@@ -76,7 +76,6 @@ __all__ = [
     "FiniteScalarQuantizer",
     "FolderSource",
     "GumbelQuantizer",
-    "Kernels",
     "Language",
     "MeshConfig",
     "MixtureSource",

@@ -10,8 +10,6 @@ from dalle_jax.config.tokenizer import Dtype
 AttentionKind = Literal["full", "row", "column", "conv", "conv_clamped", "conv_torus"]
 AttentionKernel = Literal["auto", "dense", "splash", "cudnn"]
 Weights = Literal["int8", "fp8", "w8a8"]  # 8-bit matrices for sampling (nn/matrices.py)
-# What attends in a step of sampling (nn/decode_kernel.py); pallas-interpret is for tests, on any device.
-Kernels = Literal["xla", "pallas", "pallas-interpret"]
 Remat = Literal["none", "full", "dots", "mlp", "matrices"]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.config import DalleConfig, Kernels
+from dalle_jax.config import DalleConfig
 from dalle_jax.dalle.stream import (
     Params,
     block_of,
@@ -20,8 +20,7 @@ from dalle_jax.dalle.stream import (
     turns_at,
 )
 from dalle_jax.nn import cache as kv
-from dalle_jax.nn import decode_kernel, drafts, linear_kernel
-from dalle_jax.nn.attention import EPSILON
+from dalle_jax.nn import drafts
 from dalle_jax.nn.cache import KV, LayerCache
 from dalle_jax.nn.ids import check_ids
 
@@ -166,17 +165,12 @@ def decode_step(
     cache: Cache,
     code_B: jax.Array,
     place: jax.Array,
-    kernels: Kernels = "xla",
 ) -> tuple[jax.Array, Cache]:
     """Feed the code of raster place `place`: one for all rows, or int32 (B,), each row its own.
 
-    kernels: what attends, and with few rows takes the products: XLA, or `pallas` on an NVIDIA GPU (nn/decode_kernel.py,
-    nn/linear_kernel.py). Returns float32 (B, V), the logits of the next code, and the caches. Raises ValueError for
-    kernels that cannot run.
+    Returns float32 (B, V), the logits of the next code, and the caches.
     """
-    place, attend_step = jnp.asarray(place), decode_kernel.chosen(kernels, cfg)
-    block, fused = block_of(cfg), kernels != "xla" and linear_kernel.serves(params, len(code_B))
-    interpret = kernels == "pallas-interpret"
+    place, block = jnp.asarray(place), block_of(cfg)
     place_B1 = place[..., None]  # (1,) for all rows, or (B, 1)
     x_B1D, turns = embed_codes(cfg, params, code_B[:, None], place_B1), turns_at(cfg, cfg.text_len + place_B1)
     if cfg.text_in_raster:
@@ -185,20 +179,11 @@ def decode_step(
     for layer, kind, before in zip(params["blocks"], cfg.layer_kinds, cache, strict=True):
 
         def look(*new, kind=kind, before=before):
-            return attend_step(cfg, kind, before, new, place)
+            return kv.attend_step(cfg, kind, before, new, place)
 
-        if fused:
-            x_B1D, new = linear_kernel.block_step(block, layer, x_B1D, look, turns, interpret=interpret)
-        else:
-            x_B1D, new = block.apply({"params": layer}, x_B1D, look=look, turns=turns)
+        x_B1D, new = block.apply({"params": layer}, x_B1D, look=look, turns=turns)
         after.append(new)
-    if not fused or cfg.head_norm:
-        return _image_logits(cfg, params, x_B1D), tuple(after)
-    last = cfg.norm, params["norm_out"], EPSILON
-    logits = linear_kernel.linear(
-        params["image_head"], x_B1D[:, 0], cfg.dtype, norm=last, out=jnp.float32, interpret=interpret
-    )
-    return logits, tuple(after)
+    return _image_logits(cfg, params, x_B1D), tuple(after)
 
 
 def decode_drafts(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import autoregressive
-from dalle_jax.config import Kernels, Weights
+from dalle_jax.config import Weights
 from dalle_jax.data.images import to_bytes
 from dalle_jax.inference.batches import Progress, padded
 from dalle_jax.inference.loading import TextToImage, Tokenizer
@@ -28,14 +28,14 @@ from dalle_jax.sampling.queue import Queue
 DRAW_BATCH = 8  # pictures drawn at once where the caller does not say
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _unstack(cfg, params, weights: Weights | None, kernels: Kernels):
-    return autoregressive.unstack(cfg, params, weights, platform=None if kernels == "xla" else "gpu")
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _unstack(cfg, params, weights: Weights | None):
+    return autoregressive.unstack(cfg, params, weights)
 
 
-def _prepared(model: TextToImage, weights: Weights | None, kernels: Kernels) -> dict:
+def _prepared(model: TextToImage, weights: Weights | None) -> dict:
     """The parameters as sampling wants them, on the first device; made where those of the run are."""
-    params = _unstack(model.config, model.run.params, weights, kernels)
+    params = _unstack(model.config, model.run.params, weights)
     return jax.device_put(params, jax.local_devices()[0])
 
 
@@ -49,7 +49,6 @@ class Sampling:
     guidance: float = 1.0  # scale of classifier-free guidance
     jacobi: int | None = None  # codes that one pass looks at: same pictures, fewer passes; None is one
     weights: Weights | None = None  # 8-bit matrices; None is the compute dtype
-    kernels: Kernels = "xla"  # what attends to the caches (nn/decode_kernel.py)
 
     def __post_init__(self):
         for holds, message in (
@@ -64,14 +63,6 @@ class Sampling:
             (
                 self.weights in (None, *typing.get_args(Weights)),
                 f"weights is {self.weights!r}; want one of {', '.join(typing.get_args(Weights))}, or None",
-            ),
-            (
-                self.kernels in typing.get_args(Kernels),
-                f"kernels is {self.kernels!r}; want one of {', '.join(typing.get_args(Kernels))}",
-            ),
-            (
-                self.kernels == "xla" or self.jacobi is None,
-                f"kernels {self.kernels} draws one code a pass; leave out jacobi, or take xla",
             ),
         ):
             if not holds:
@@ -98,12 +89,12 @@ def check_null(model: TextToImage, text_CT: np.ndarray, guidance: float) -> None
 
 def queue_of(model: TextToImage, slots: int, sampling: Sampling = Sampling()) -> Queue:
     """A queue that draws with the model; its requests have the ids of `text_rows`, and of `sampling` what is not
-    theirs to say: top-k, codes looked at together, weights and kernels."""
-    cfg, kernels = model.config, sampling.kernels
-    check_window(cfg, sampling.jacobi, kernels)
+    theirs to say: top-k, codes looked at together, and weights."""
+    cfg = model.config
+    check_window(cfg, sampling.jacobi)
     top_k = None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab)
-    params = _prepared(model, sampling.weights, kernels)
-    return Queue(cfg, params, slots, top_k=top_k, jacobi=sampling.jacobi, kernels=kernels)
+    params = _prepared(model, sampling.weights)
+    return Queue(cfg, params, slots, top_k=top_k, jacobi=sampling.jacobi)
 
 
 def draw_codes(
@@ -214,7 +205,6 @@ def _drawn(
         "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
         "guidance": jnp.float32(sampling.guidance) if guided else None,
         "jacobi": sampling.jacobi,
-        "kernels": sampling.kernels,
         "return_passes": True,
     }
     seeds_CK = np.asarray(seeds, np.uint32).reshape(len(captions), -1)
@@ -223,7 +213,7 @@ def _drawn(
     if prefix is not None:
         options["prime_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix)))
 
-    params = _prepared(model, sampling.weights, sampling.kernels)  # once, not in every batch
+    params = _prepared(model, sampling.weights)  # once, not in every batch
     done = 0
     for first in range(0, len(captions), at_once):
         text = padded(text_CT[first : first + at_once], at_once)

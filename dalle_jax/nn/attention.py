@@ -59,17 +59,6 @@ def norm(kind: Norm, name: str | None = None, epsilon: float = EPSILON) -> nn.Mo
     return make(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
-def ready(
-    scales: dict[str, jax.Array], q_BTHK: jax.Array, k_BTHK: jax.Array, turns: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Queries and keys as they meet: normed where there are scales, turned where positions are rotary."""
-    if "q_scale" in scales:
-        q_BTHK, k_BTHK = _rms_norm(q_BTHK, scales["q_scale"]), _rms_norm(k_BTHK, scales["k_scale"])
-    if turns is not None:
-        q_BTHK, k_BTHK = rotate(q_BTHK, turns), rotate(k_BTHK, turns)
-    return q_BTHK, k_BTHK
-
-
 def _products(module: nn.Module, names: tuple[str, ...], x: jax.Array, width: int) -> list[jax.Array]:
     """What Dense layers of a module make of the same input, or the one matrix to which sampling has joined them."""
     if module.has_variable("params", joined := "_".join(names)):
@@ -98,12 +87,11 @@ class Attention(nn.Module):
             return constrain(y_BTD.reshape(*lead, self.heads, width), "batch", None, "heads", None)
 
         q, k, v = map(split, _products(self, ("q", "k", "v"), x_BTD, dim))
-        scales = {}
         if self.qk_norm:
-            scales = {
-                name: self.param(name, nn.initializers.ones, (width,)) for name in ("q_scale", "k_scale")
-            }
-        q, k = ready(scales, q, k, turns)
+            q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, (width,)))
+            k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, (width,)))
+        if turns is not None:
+            q, k = rotate(q, turns), rotate(k, turns)
         cache = None
         with jax.named_scope("attend"):
             if look is None:

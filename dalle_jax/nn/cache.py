@@ -116,13 +116,6 @@ def write(cfg: DalleConfig, kind: AttentionKind, cache: KV, new: KV, place: jax.
     return KV(*map(put, cache, new))
 
 
-def span(cfg: DalleConfig, kind: AttentionKind, place):
-    """The slots that hold what a query at a raster place may see, its own token among them: the first, and how many."""
-    if kind == "column":
-        return place % cfg.grid * cfg.grid, place // cfg.grid + 1
-    return 0 * place, jnp.minimum(place + 1, kept(cfg, kind))
-
-
 def visible(cfg: DalleConfig, kind: AttentionKind, slots: int, place: jax.Array) -> jax.Array:
     """Which of R slots a query at raster `place`, scalar or (B,), sees: bool (1 or B, R). They are those of a column,
     or all `slots` of the cache."""
@@ -142,7 +135,7 @@ def window(cfg: DalleConfig, kind: AttentionKind, cache: KV, place: jax.Array) -
     seen_BR = visible(cfg, kind, cache.k.shape[2], place)
     if kind != "column":
         return cache, seen_BR
-    first, _ = span(cfg, kind, place)
+    first = place % cfg.grid * cfg.grid
 
     def column(x):
         if not place.ndim:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import autoregressive
-from dalle_jax.config import Kernels, TransformerConfig
+from dalle_jax.config import TransformerConfig
 from dalle_jax.sampling.filters import pick
 from dalle_jax.sampling.jacobi import Ahead, begin_ahead, check_window, draw_ahead
 
@@ -53,7 +53,7 @@ def flat(cache: autoregressive.Cache) -> autoregressive.Cache:
     return jax.tree.map(lambda x: x[0] if x.ndim == 4 and len(x) == 1 else x, cache)
 
 
-def _advance(cfg, params, cache, code_B, keys_B, first, count, kernels, options):
+def _advance(cfg, params, cache, code_B, keys_B, first, count, options):
     """Feeds `count` codes, `code_B` at place `first` to begin with. Returns codes (count, B), and the caches."""
     guided, like = options["guidance"] is not None, cache
 
@@ -63,7 +63,7 @@ def _advance(cfg, params, cache, code_B, keys_B, first, count, kernels, options)
     def step(carry, place):
         code_B, cache = carry
         fed = jnp.concatenate([code_B, code_B]) if guided else code_B
-        logits, cache = autoregressive.decode_step(cfg, params, whole(cache), fed, place, kernels)
+        logits, cache = autoregressive.decode_step(cfg, params, whole(cache), fed, place)
         next_B = pick(logits, keys_B, place + 1, **options)
         return (next_B, flat(cache)), next_B
 
@@ -87,7 +87,7 @@ def _begin(cfg, params, text_CT, keys_B, prime_BP, options):
         return pick(logits, keys_B, given, **options), cache
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "jacobi", "kernels", "return_passes"))
+@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "jacobi", "return_passes"))
 def generate(
     cfg: TransformerConfig,
     params: Params,
@@ -100,7 +100,6 @@ def generate(
     guidance: jax.Array | float | None = None,
     prime_BP: jax.Array | None = None,
     jacobi: int | None = None,
-    kernels: Kernels = "xla",
     return_passes: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Draw the codes of one picture per row.
@@ -113,15 +112,13 @@ def generate(
     doubled batch; None samples the conditional model in a single batch. prime_BP: int32, the first P < N codes
     of every picture. Temperature, top_p and guidance are traced, scalars or (B,): another value does not
     compile again. jacobi: static, codes that one pass of the network looks at: the pictures are the same, up to
-    rounding, in fewer passes, each of more work (jacobi.py); None draws one code a pass. kernels: static, what attends
-    to the caches in each step, XLA's or on an NVIDIA GPU one of our own (nn/decode_kernel.py).
+    rounding, in fewer passes, each of more work (jacobi.py); None draws one code a pass.
     Returns int32 (B, N), the given codes included; with `return_passes` also int32 (B,), the passes that each row took
-    after the prefill. Raises ValueError for wrong shapes, P >= N, `jacobi` outside 2 to N, or `kernels` that
-    cannot run here or with `jacobi`.
+    after the prefill. Raises ValueError for wrong shapes, P >= N, or `jacobi` outside 2 to N.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    check_window(cfg, jacobi, kernels)
-    params = autoregressive.unstack(cfg, params, platform=None if kernels == "xla" else "gpu")
+    check_window(cfg, jacobi)
+    params = autoregressive.unstack(cfg, params)
     code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, options)
     given = 0 if prime_BP is None else prime_BP.shape[1]
     codes = [] if prime_BP is None else [prime_BP]
@@ -135,16 +132,14 @@ def generate(
             return (state.codes_BN, state.passes_B) if return_passes else state.codes_BN
         for first, end, limit in buckets(cfg, given):
             cache = autoregressive.resize_cache(cfg, cache, limit)
-            rest, cache = _advance(
-                cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, kernels, options
-            )
+            rest, cache = _advance(cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, options)
             codes.append(rest.T)
     codes = jnp.concatenate(codes, axis=1).astype(jnp.int32)
     return (codes, passes_B) if return_passes else codes
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(cfg: TransformerConfig, top_k: int | None, jacobi: int | None, kernels: Kernels):
+def _programs(cfg: TransformerConfig, top_k: int | None, jacobi: int | None):
     """Prefill, another room in the caches, and steps as programs of their own; the caches of a call are taken over by
     the next."""
 
@@ -158,7 +153,7 @@ def _programs(cfg: TransformerConfig, top_k: int | None, jacobi: int | None, ker
 
     def advance(params, cache, code_B, keys_B, first, count, options):
         options = {**options, "top_k": top_k}
-        return _advance(cfg, params, cache, code_B, keys_B, first, count, kernels, options)
+        return _advance(cfg, params, cache, code_B, keys_B, first, count, options)
 
     def ahead(params, cache, state, keys_B, goal, limit, options):
         options = {**options, "top_k": top_k}
@@ -190,11 +185,10 @@ def generate_rows(
         raise ValueError(f"rows is {rows}; want a picture every 1 or more rows of codes")
     options = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None, **options}
     prime_BP, top_k, jacobi = (options.pop(name, None) for name in ("prime_BP", "top_k", "jacobi"))
-    kernels = options.pop("kernels", "xla")
-    check_window(cfg, jacobi, kernels)
+    check_window(cfg, jacobi)
     options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
-    params = autoregressive.unstack(cfg, params, platform=None if kernels == "xla" else "gpu")
-    programs = _programs(cfg, top_k, jacobi, kernels)
+    params = autoregressive.unstack(cfg, params)
+    programs = _programs(cfg, top_k, jacobi)
     begun = programs[0](params, text_CT, keys_B, prime_BP, options)
     given = None if prime_BP is None else np.asarray(prime_BP)
     if jacobi is None:

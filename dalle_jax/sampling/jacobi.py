@@ -21,19 +21,16 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import autoregressive
-from dalle_jax.config import Kernels, TransformerConfig
+from dalle_jax.config import TransformerConfig
 from dalle_jax.sampling.filters import pick
 
 Params = dict[str, Any]
 
 
-def check_window(cfg: TransformerConfig, window: int | None, kernels: Kernels = "xla") -> None:
-    """Raises ValueError for a number of places that cannot be looked at together, or not with `kernels`; None is one
-    code a pass."""
+def check_window(cfg: TransformerConfig, window: int | None) -> None:
+    """Raises ValueError for a number of places that cannot be looked at together; None is one code a pass."""
     if window is not None and not 2 <= window <= cfg.num_codes:
         raise ValueError(f"jacobi is {window}; want 2 to {cfg.num_codes} codes at once, or None for one")
-    if window is not None and kernels != "xla":
-        raise ValueError(f"kernels {kernels} draws one code a pass; leave out jacobi, or take xla")
 
 
 def one_pass(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import autoregressive
-from dalle_jax.config import Kernels, TransformerConfig
+from dalle_jax.config import TransformerConfig
 from dalle_jax.sampling import slots as device
 from dalle_jax.sampling.generate import row_keys
 from dalle_jax.sampling.jacobi import check_window
@@ -51,7 +51,6 @@ class Queue:
 
     params: as `autoregressive.unstack` returns them. top_k: of all requests, static; None keeps every code. jacobi:
     codes that one pass of the network looks at, static; the pictures are the same, up to rounding; None is one.
-    kernels: as of `generate`.
     """
 
     def __init__(
@@ -62,16 +61,15 @@ class Queue:
         *,
         top_k: int | None = None,
         jacobi: int | None = None,
-        kernels: Kernels = "xla",
     ):
         if slots < 1:
             raise ValueError(f"slots is {slots}; want at least 1, and 2 for guidance")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; want at least 1, or None to keep every code")
-        check_window(cfg, jacobi, kernels)
+        check_window(cfg, jacobi)
         self._cfg = cfg
-        self._params = autoregressive.unstack(cfg, params, platform=None if kernels == "xla" else "gpu")
-        self._top_k, self._window, self._kernels = top_k, jacobi, kernels
+        self._params = autoregressive.unstack(cfg, params)
+        self._top_k, self._window = top_k, jacobi
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._tickets = itertools.count()
         self._free = list(range(slots))
@@ -155,7 +153,6 @@ class Queue:
         if self._window is None:
             left = last - max(self._place.values())
             count = left if most is None else min(left, most)
-            how["kernels"] = self._kernels
             self._slots = device.steps(cfg, self._params, self._slots, jnp.int32(count), **how)
             self._place = {slot: place + count for slot, place in self._place.items()}
             return

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import autoregressive
-from dalle_jax.config import Kernels, TransformerConfig
+from dalle_jax.config import TransformerConfig
 from dalle_jax.sampling.filters import draw, guide
 from dalle_jax.sampling.generate import row_keys
 from dalle_jax.sampling.jacobi import guess, one_pass
@@ -67,18 +67,14 @@ def _pick(logits_SV, nulls_SV, guided_S, guidance_S, keys_S, place_S, temperatur
     return draw(logits_SV, keys_S, temperature=temperature_S, top_k=top_k, top_p=top_p)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "nucleus", "kernels"), donate_argnames="slots")
-def steps(
-    cfg: TransformerConfig, params: Params, slots: Slots, count, top_k, nucleus: bool, kernels: Kernels
-) -> Slots:
+@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "nucleus"), donate_argnames="slots")
+def steps(cfg: TransformerConfig, params: Params, slots: Slots, count, top_k, nucleus: bool) -> Slots:
     """`count` codes of all slots, one a pass; finished and empty ones stay where they are."""
     rows, last = jnp.arange(len(slots.place_S)), cfg.num_codes - 1
 
     def step(_, slots: Slots) -> Slots:
         code_S = slots.codes_SN[rows, slots.place_S]
-        logits_SV, cache = autoregressive.decode_step(
-            cfg, params, slots.cache, code_S, slots.place_S, kernels
-        )
+        logits_SV, cache = autoregressive.decode_step(cfg, params, slots.cache, code_S, slots.place_S)
         after_S = jnp.minimum(slots.place_S + 1, last)
         drawn_S = _pick(
             logits_SV, logits_SV[slots.null_S], slots.null_S != rows, slots.guidance_S, slots.keys_S, after_S,

@@ -21,8 +21,7 @@ from dalle_jax.train.start import apply_flags
 def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     """`CONFIG.py [--field value ...]`: trains, and returns the exit code.
 
-    With `--compile-only TARGET [--slices N | --sample ROWS [--weights KIND] [--kernels KIND]] [--json] [--hlo FILE]` it
-    compiles instead
+    With `--compile-only TARGET [--slices N | --sample ROWS [--weights KIND]] [--json] [--hlo FILE]` it compiles instead
     (train/compile_only.py): 0 where the program fits, 2 for a mesh, batch, target or compiler option that does not
     go with the rest, 3 where it does not fit.
 
@@ -54,7 +53,7 @@ def _main(argv: list[str] | None, prog: str) -> int:
         f"usage: {prog} CONFIG.py [--field value ...]\n       {prog} CONFIG.py --help lists the fields\n"
         "       --data.path PATH reads a folder, tar files, an npz file or a TFDS data set\n"
         f"       {prog} CONFIG.py --compile-only v5p:4x4x4 [--slices N] [--json] [--hlo FILE]\n"
-        f"       {prog} CONFIG.py --compile-only h200 --sample ROWS [--weights int8] [--kernels pallas] [--json]\n"
+        f"       {prog} CONFIG.py --compile-only h200 --sample ROWS [--weights int8] [--json]\n"
         "       compiles the step or the drawing of pictures for a TPU topology, GPUs (h200:8) or what is here (local)"
     )
     if not argv or argv[0].startswith("-"):

@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from dalle_jax import dalle
-from dalle_jax.config import DalleConfig, Kernels, TrainConfig, Weights
+from dalle_jax.config import DalleConfig, TrainConfig, Weights
 from dalle_jax.nn import flash
 from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings
 from dalle_jax.train import compile_report, compile_sample
@@ -114,7 +114,6 @@ def split_flags(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
     parser.add_argument("--compile-only")
     parser.add_argument("--sample", type=int)
     parser.add_argument("--weights", choices=get_args(Weights))
-    parser.add_argument("--kernels", choices=get_args(Kernels), default="xla")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--hlo")
@@ -130,10 +129,10 @@ def main(config: TrainConfig, flags: argparse.Namespace, prog: str) -> int:
         if flags.sample is not None:
             report = compile_sample.compile_sample(
                 config, flags.compile_only, flags.sample, flags.slices, flags.hlo,
-                weights=flags.weights, kernels=flags.kernels,
+                weights=flags.weights,
             )  # fmt: skip
-        elif flags.weights is not None or flags.kernels != "xla":
-            raise ValueError("--weights and --kernels say how to draw; give --sample ROWS as well")
+        elif flags.weights is not None:
+            raise ValueError("--weights says how to draw; give --sample ROWS as well")
         else:
             report = compile_step(config, flags.compile_only, flags.slices, flags.hlo)
     except ValueError as error:

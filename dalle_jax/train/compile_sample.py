@@ -22,7 +22,6 @@ from dalle_jax import autoregressive, dalle
 from dalle_jax.config import (
     DalleConfig,
     DiffusionConfig,
-    Kernels,
     MeshConfig,
     TrainConfig,
     TransformerConfig,
@@ -61,30 +60,28 @@ def compile_sample(
     keep: str | None = None,
     *,
     weights: Weights | None = None,
-    kernels: Kernels = "xla",
 ) -> Report:
     """Compiles drawing `rows` pictures on one device of `target` and describes it.
 
-    weights, kernels: of a Transformer, as `unstack` and `generate` have them. keep: file for the text of the compiled
+    weights: of a Transformer, as `unstack` has them. keep: file for the text of the compiled
     program. Returns the fields of `compile_only.compile_step`, times for all rows; in `memory_gib` the KV cache,
     `cache`, is a part of `temporaries`, and `stored`, for a CPU, the parameters of a run, which the command `sample`
     keeps in the memory of the host; `decoding`, of a Transformer on a GPU, is what `roofline.decoding` says. Raises
-    ValueError for a stage that draws nothing or not so, no rows, kernels that the target does not run, or a target of
-    more than one chip.
+    ValueError for a stage that draws nothing or not so, no rows, or a target of more than one chip.
     """
     model = config.model
     if not isinstance(model, TransformerConfig | DiffusionConfig):
         raise ValueError(f"--sample draws with the stages dalle, bart and diffusion, not {model.kind}")
     if rows < 1:
         raise ValueError(f"--sample is {rows}; want at least 1 row")
-    if isinstance(model, DiffusionConfig) and (weights is not None or kernels != "xla"):
-        raise ValueError("--weights and --kernels are for Transformers; this is a diffusion model")
+    if isinstance(model, DiffusionConfig) and weights is not None:
+        raise ValueError("--weights is for Transformers; this is a diffusion model")
     where = one_device(target, "--sample", slices)
     mesh = make_mesh(MeshConfig(data=1), where.devices)
     if isinstance(model, DiffusionConfig):
         drawing = _of_diffusion(model, rows, mesh)
     else:
-        drawing = _of_codes(model, rows, mesh, weights, kernels)
+        drawing = _of_codes(model, rows, mesh, weights)
     report = where.about() | {
         "program": drawing.what,
         "mesh": dict(mesh.shape),
@@ -131,7 +128,6 @@ def codes_drawing(
     *,
     weights: Weights | None = None,
     guided: bool = False,
-    kernels: Kernels = "xla",
 ) -> Codes:
     """Drawing `rows` pictures of as many captions on the one device of `mesh`, as the command `sample` does it."""
     platform = mesh.devices.flat[0].platform
@@ -144,17 +140,13 @@ def codes_drawing(
     )
     text = _shapes(lambda: jnp.zeros((rows, model.text_len), jnp.int32), mesh)
     keys = _shapes(lambda: row_keys(jnp.arange(rows)), mesh)
-    lower = partial(
-        generate.lower, model, params, text, keys, guidance=1.5 if guided else None, kernels=kernels
-    )
+    lower = partial(generate.lower, model, params, text, keys, guidance=1.5 if guided else None)
     in_run = _size(stored) if platform == "cpu" else 0
     return Codes(lower, (params, text, keys), in_run, _size(params), _size((text, keys)))
 
 
-def _of_codes(
-    model: TransformerConfig, rows: int, mesh: Mesh, weights: Weights | None, kernels: Kernels
-) -> _Drawing:
-    codes = codes_drawing(model, rows, mesh, weights=weights, kernels=kernels)
+def _of_codes(model: TransformerConfig, rows: int, mesh: Mesh, weights: Weights | None) -> _Drawing:
+    codes = codes_drawing(model, rows, mesh, weights=weights)
     params, text, _ = codes.arguments
     cache = jax.eval_shape(lambda: autoregressive.init_cache(model, rows))
     if isinstance(model, DalleConfig):
