@@ -25,21 +25,48 @@ def qkv(rows=1, heads=1, width=8):
     return [jax.random.normal(k, (rows, TEXT + GRID**2, heads, width)) for k in keys]
 
 
+EPS = np.finfo(np.float32).eps
+
+
+def output_and_gradients(look):
+    """Attention output and gradients of queries, keys and values, all of the shape of `qkv()`."""
+    weights = jax.random.normal(jax.random.key(1), qkv()[0].shape)
+
+    def weighted_sum(x):
+        y = look(*x)
+        return (y * weights).sum(), y
+
+    gradients, y = jax.jit(jax.grad(weighted_sum, has_aux=True))(tuple(qkv()))
+    return y, *gradients
+
+
+def assert_same_attention(got, want):
+    """Each number to n * EPS of the largest of its array, n = 149 positions.
+
+    Each is a sum over at most n positions. In any order its rounding is at most n * EPS / 2 times the sum of the
+    absolute summands, which is of the size of the largest number: softmax weights of one query sum to 1.
+    """
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=b.shape[1] * EPS * np.abs(b).max())
+
+
 @pytest.mark.parametrize("number", range(4), ids=KINDS)
 def test_splash_is_dense(number):
     """Output and the gradients of queries, keys and values; the kernel is interpreted here."""
-    weights = jax.random.normal(jax.random.key(1), qkv()[0].shape)
+    got = output_and_gradients(lambda q, k, v: flash.splash(q, k, v, MASKS[number : number + 1], 0))
+    want = output_and_gradients(lambda q, k, v: attend(q, k, v, jnp.asarray(MASKS[number])))
+    assert_same_attention(got, want)
 
-    def run(look):
-        return jax.jit(jax.value_and_grad(lambda x: (look(*x) * weights).sum(), argnums=0, has_aux=False))(
-            tuple(qkv())
-        )
 
-    got = run(lambda q, k, v: flash.splash(q, k, v, MASKS[number : number + 1], 0))
-    want = run(lambda q, k, v: attend(q, k, v, jnp.asarray(MASKS[number])))
-    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-4)  # a sum of 1192 products
-    for a, b in zip(got[1], want[1], strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+def test_one_wrong_pair_of_the_mask_exceeds_the_attention_bounds():
+    """In the output and in each gradient by itself."""
+    wrong = MASKS[0].copy()
+    wrong[100, 50] = False
+    got = output_and_gradients(lambda q, k, v: flash.splash(q, k, v, wrong[None], 0))
+    want = output_and_gradients(lambda q, k, v: attend(q, k, v, jnp.asarray(MASKS[0])))
+    for pair in zip(got, want, strict=True):
+        with pytest.raises(AssertionError, match="Not equal to tolerance"):
+            assert_same_attention(*([x] for x in pair))
 
 
 MODEL = DalleConfig(
@@ -49,10 +76,13 @@ MODEL = DalleConfig(
 )  # fmt: skip
 
 
+ROWS = 4
+
+
 def loss_and_gradients(cfg, mesh=None):
     params = jax.tree.map(lambda a: 8 * a, dalle.init(MODEL, jax.random.key(0)))
-    text = jax.random.randint(jax.random.key(1), (4, MODEL.text_len), 0, MODEL.text_vocab)
-    codes = jax.random.randint(jax.random.key(2), (4, MODEL.num_codes), 0, MODEL.image_vocab)
+    text = jax.random.randint(jax.random.key(1), (ROWS, MODEL.text_len), 0, MODEL.text_vocab)
+    codes = jax.random.randint(jax.random.key(2), (ROWS, MODEL.num_codes), 0, MODEL.image_vocab)
     run = jax.jit(jax.value_and_grad(lambda p: dalle.loss(cfg, p, text, codes, jax.random.key(3))[0]))
     if mesh is None:
         return jax.device_get(run(params))
@@ -66,12 +96,21 @@ def plain():
 
 
 def assert_same(got, want, share=2e-5):
-    """The loss to 1e-6 of it, gradients to `share` of the largest of their array: sums run in another order."""
+    """The loss to 1e-6 of it, gradients to `share` of the largest of their array: sums run in another order.
+
+    A gradient may cancel: that of a key bias is zero, as softmax ignores a constant added to all scores. Its rounding
+    is still that of its summands, hence n * EPS * m on top. Each gradient is a sum over n = rows * length tokens; in
+    any order its rounding is at most n * EPS / 2 times the sum of the absolute summands c. m, the largest gradient in
+    the same dict, bounds that sum: the kernel beside a bias sums x * c, where x has left a norm of scale 8, so m is
+    about 8 * sqrt(sum(c**2)), and sum(|c|) / 2 <= sqrt(n) / 2 * sqrt(sum(c**2)) = 0.6 * m for n = 88.
+    """
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
-    for (path, a), b in zip(
-        jax.tree_util.tree_flatten_with_path(got[1])[0], jax.tree.leaves(want[1]), strict=True
-    ):
-        near = share * np.abs(b).max() + 1e-6
+    leaves = jax.tree_util.tree_flatten_with_path(want[1])[0]
+    largest = {}
+    for path, b in leaves:
+        largest[path[:-1]] = max(largest.get(path[:-1], 0), np.abs(b).max())
+    for (path, b), a in zip(leaves, jax.tree.leaves(got[1]), strict=True):
+        near = share * np.abs(b).max() + ROWS * MODEL.length * EPS * largest[path[:-1]]
         np.testing.assert_allclose(a, b, rtol=0, atol=near, err_msg=jax.tree_util.keystr(path))
 
 
@@ -85,6 +124,17 @@ def test_splash_in_the_model_over_a_mesh(plain, remat):
     """Three kinds by a switch inside the scan, rows over 2 x 2 devices, heads over 2."""
     cfg = dataclasses.replace(MODEL, attention_kernel="splash", remat=remat)
     assert_same(loss_and_gradients(cfg, make_mesh(MeshConfig(data=2, fsdp=2, model=2))), plain, 1e-4)
+
+
+def test_a_wrong_mask_or_gradient_exceeds_the_bounds(plain):
+    """Without the loss, at the wider share: the last layer's convolution 5 wide for 3, and a key bias off by 1e-3."""
+    _, wrong = loss_and_gradients(dataclasses.replace(MODEL, conv_kernel=5))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_same((plain[0], wrong), plain, 1e-4)
+    wrong = jax.tree.map(np.copy, plain[1])
+    wrong["blocks"]["attn"]["k"]["bias"][1, 3] += 1e-3
+    with pytest.raises(AssertionError, match=r"'k'.*'bias'"):
+        assert_same((plain[0], wrong), plain, 1e-4)
 
 
 def kept(cfg):
