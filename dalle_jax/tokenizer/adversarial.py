@@ -213,7 +213,7 @@ def _with_discriminator(cfg, tokenizer):
     adam = optax.adam(own.learning_rate, b1=own.b1, b2=own.b2)
     waiting = optax.conditionally_mask(adam, lambda step: step >= own.start)
     by_part = {"tokenizer": tokenizer, "discriminator": waiting}
-    return optax.multi_transform(by_part, {name: name for name in by_part})
+    return optax.transforms.partition(by_part, {name: name for name in by_part})
 
 
 def tokenizer_part(params: Params) -> Params:

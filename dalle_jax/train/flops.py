@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dalle_jax.config import DalleConfig
 
@@ -76,13 +75,14 @@ def encoder_flops(model: DalleConfig, rows: int) -> float:
     return 2.0 * rows * model.text_len * encoder.layers * block
 
 
-def products(traced: ClosedJaxpr | Jaxpr) -> float:
+def products(traced: Any) -> float:
     """Operations of all products in a traced function: a loop as often as it runs, a branch by its dearest arm.
 
-    Raises ValueError where a kernel hides what it computes.
+    traced: what `jax.make_jaxpr` returns, or a jaxpr inside of it, with constants or without: jax 0.12 joins the two
+    classes, so anything with equations counts as one. Raises ValueError where a kernel hides what it computes.
     """
     total = 0.0
-    for eqn in (traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced).eqns:
+    for eqn in traced.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
@@ -99,6 +99,6 @@ def products(traced: ClosedJaxpr | Jaxpr) -> float:
         elif name == "cond":
             total += max(products(branch) for branch in params["branches"])
         else:
-            inner = [v for v in params.values() if isinstance(v, (ClosedJaxpr, Jaxpr))]
+            inner = [v for v in params.values() if hasattr(v, "eqns")]
             total += params.get("length", 1) * sum(products(j) for j in inner)
     return total

@@ -77,7 +77,7 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
     if not any(name in params for name in FROZEN):
         return tx
     labels = {name: jax.tree.map(lambda _, n=name: n in FROZEN, part) for name, part in params.items()}
-    return optax.multi_transform({False: tx, True: optax.set_to_zero()}, labels)
+    return optax.transforms.partition({False: tx, True: optax.set_to_zero()}, labels)
 
 
 def _kept_in_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransformation:
