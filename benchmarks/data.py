@@ -27,11 +27,11 @@ import numpy as np
 from PIL import Image
 
 from dalle_jax.config import DataConfig, FolderSource
-from dalle_jax.data.codes import CodesInfo, ShardWriter, begin, described
-from dalle_jax.data.images import decode
-from dalle_jax.data.pipeline import open_train_source, train_batches
-from dalle_jax.data.sources import open_source, source_of
-from dalle_jax.text import TextTokenizer, train
+from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_source, open_codes_dir
+from dalle_jax.data.images import decode_image
+from dalle_jax.data.loader.pipeline import open_train_source, train_batches
+from dalle_jax.data.sources import infer_source, open_source
+from dalle_jax.text.tokenizers import TextTokenizer, train_text_tokenizer
 
 FILES, LINKS, BATCH = (
     128,
@@ -110,8 +110,10 @@ def plain_loader(paths: list[Path], size: int, workers: int) -> Iterator:
 
 
 def ours(folder: Path, size: int, threads: int, workers: int, seconds: float) -> float:
-    source = FolderSource(path=str(folder), eval_share=0.0)
-    data = DataConfig(source=source, batch=BATCH, crop="random", threads=threads, workers=workers)
+    source = FolderSource(path=str(folder), eval_fraction=0.0)
+    data = DataConfig(
+        source=source, batch_size=BATCH, crop="random", num_threads=threads, num_workers=workers
+    )
     rows = open_source(source, "train", languages=())
     with train_batches(data, rows, start=0, image_size=size) as batches:
         return rate(batches, seconds)
@@ -128,7 +130,7 @@ def parts(paths: list[Path], size: int, seconds: float) -> str:
             picture.load()
 
     loaded = each(load, seconds)
-    whole = each(lambda i: decode(files[i], size, crop="random", rng=rng), seconds)
+    whole = each(lambda i: decode_image(files[i], size, crop="random", rng=rng), seconds)
     return f"read {read:.0f}, decompress {loaded:.0f}, crop and resize {whole - loaded:.0f} us"
 
 
@@ -137,18 +139,18 @@ def codes(work: Path, threads: int, workers: int, seconds: float) -> None:
     rng, source = np.random.default_rng(0), FolderSource(path="none")
     info = CodesInfo(
         rows=16_384, shard_rows=4096, num_codes=CODES, vocab=VOCAB, image_size=256, crop="center", tokenizer="",
-        languages=("en", "zh"), classes=(), source=described(source), identity="{}",
+        languages=("en", "zh"), classes=(), source=describe_source(source), fingerprint="{}",
     )  # fmt: skip
-    begin(work / "codes", info)
+    open_codes_dir(work / "codes", info)
     for k in range(info.shards):
         with ShardWriter(work / "codes", info, k) as writer:
             for i in info.shard(k):
                 said = {"en": (CAPTION.format(i), CAPTION.format(-i))}
                 writer.add(rng.integers(0, VOCAB, CODES), said, None)
-    rows = open_train_source(DataConfig(source=source, codes=str(work / "codes"), batch=BATCH))
-    train((CAPTION.format(i) for i in range(1000)), work / "text.model", vocab=400)
+    rows = open_train_source(DataConfig(source=source, codes=str(work / "codes"), batch_size=BATCH))
+    train_text_tokenizer((CAPTION.format(i) for i in range(1000)), work / "text_tokenizer.model", vocab=400)
     text = {
-        "text": TextTokenizer.load(work / "text.model"),
+        "text": TextTokenizer.load(work / "text_tokenizer.model"),
         "text_vocab": 400,
         "text_len": 256,
         "dropout": 0.1,
@@ -160,7 +162,7 @@ def codes(work: Path, threads: int, workers: int, seconds: float) -> None:
     for name, options in (("codes", {}), ("codes and captions", text)):
         rates = []
         for count in (0, workers) if workers else (0,):
-            data = DataConfig(source=source, batch=BATCH, threads=threads, workers=count)
+            data = DataConfig(source=source, batch_size=BATCH, num_threads=threads, num_workers=count)
             with train_batches(data, rows, start=0, image_size=None, **options) as batches:
                 rates.append(f"{rate(batches, seconds):.0f} rows/s on {count or threads} {KINDS[count > 0]}")
         print(f"{name}: {', '.join(rates)}; one row: read {read:.0f}, caption {merge:.0f} us", flush=True)
@@ -176,7 +178,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--peer", action="store_true")
     args = parser.parse_args()
-    source = open_source(source_of(args.path), "train", languages=())
+    source = open_source(infer_source(args.path), "train", languages=())
     with tempfile.TemporaryDirectory() as work:
         for case in args.cases:
             if case == "codes":

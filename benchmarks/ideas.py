@@ -57,16 +57,16 @@ def quality(run: str, count: int, temperature: float, guidance: float) -> None:
     import jax
     import jax.numpy as jnp
 
-    from dalle_jax import autoregressive
-    from dalle_jax.evaluate.measures import measure_faithfulness, unseen_captions
-    from dalle_jax.inference import Sampling, draw_codes, load_text_to_image, text_rows
+    from dalle_jax.evaluate.metrics import caption_accuracy, unseen_captions
+    from dalle_jax.models import autoregressive
+    from dalle_jax.pipelines import SamplingConfig, load_text_to_image, sample_code_rows, tokenize_captions
 
     model = load_text_to_image(run)
-    cfg, sampling = model.config, Sampling(temperature=temperature, guidance=guidance)
+    cfg, sampling = model.config, SamplingConfig(temperature=temperature, guidance_scale=guidance)
     captions = [caption.text for caption, _ in unseen_captions(model.run.config.data, "one_object", 64)]
-    text = jnp.asarray(text_rows(model, captions))
-    codes = jnp.asarray(draw_codes(model, captions, range(64), sampling, batch=64))
-    unstack = jax.jit(autoregressive.unstack, static_argnums=(0, 2))
+    text = jnp.asarray(tokenize_captions(model, captions))
+    codes = jnp.asarray(sample_code_rows(model, captions, range(64), sampling, batch=64))
+    prepare_for_decode = jax.jit(autoregressive.prepare_for_decode, static_argnums=(0, 2))
 
     @jax.jit
     def scores(params):
@@ -79,14 +79,14 @@ def quality(run: str, count: int, temperature: float, guidance: float) -> None:
 
         return jnp.concatenate([first[None], jax.lax.scan(step, cache, jnp.arange(cfg.num_codes - 1))[1]])
 
-    true = scores(unstack(cfg, model.run.params, None))
+    true = scores(prepare_for_decode(cfg, model.run.params, None))
     for weights in (None, *WEIGHTS[1:]):
-        found = scores(unstack(cfg, model.run.params, weights))
+        found = scores(prepare_for_decode(cfg, model.run.params, weights))
         error = float(jnp.sqrt(jnp.mean((found - true) ** 2)) / jnp.std(true))
         nats = jax.nn.log_softmax(true)
         apart = float(jnp.mean(jnp.sum(jnp.exp(nats) * (nats - jax.nn.log_softmax(found)), axis=-1)))
-        how = Sampling(temperature=temperature, guidance=guidance, weights=weights)
-        right = measure_faithfulness(model, count, how)
+        how = SamplingConfig(temperature=temperature, guidance_scale=guidance, quantization=weights)
+        right = caption_accuracy(model, count, how)
         right = "  ".join(f"{k} {v:.3f}" for k, v in right.items() if k.count("_") == 2)
         name = f"{weights} weights" if weights else "float32"
         print(f"{name:14s} error of scores {error:.4f}, divergence {apart:.5f} nats  {right}", flush=True)
@@ -94,19 +94,19 @@ def quality(run: str, count: int, temperature: float, guidance: float) -> None:
 
 def jacobi(run: str, count: int, batch: int, windows: list[int], temperature: float, guidance: float) -> None:
     """Passes, time, and pictures that are the same, against one code a pass."""
-    from dalle_jax.evaluate.measures import unseen_captions
-    from dalle_jax.inference import Sampling, draw_pictures, load_text_to_image
+    from dalle_jax.evaluate.metrics import unseen_captions
+    from dalle_jax.pipelines import SamplingConfig, load_text_to_image, sample_images
 
     model = load_text_to_image(run)
     captions = [caption.text for caption, _ in unseen_captions(model.run.config.data, "one_object", count)]
 
     def drawn(window, temperature, guidance):
         passes: list[np.ndarray] = []
-        how = Sampling(temperature=temperature, guidance=guidance, jacobi=window)
+        how = SamplingConfig(temperature=temperature, guidance_scale=guidance, draft_len=window)
         rest = {"batch": batch, "passed": passes.append}
-        list(draw_pictures(model, captions[:batch], range(batch), how, batch=batch))  # compiles
+        list(sample_images(model, captions[:batch], range(batch), how, batch=batch))  # compiles
         begin = time.perf_counter()
-        codes = [codes for codes, _ in draw_pictures(model, captions, range(count), how, **rest)]
+        codes = [codes for codes, _ in sample_images(model, captions, range(count), how, **rest)]
         return np.concatenate(codes), np.concatenate(passes), time.perf_counter() - begin
 
     for warm, guided in {(1.0, 1.0), (temperature, guidance)}:
@@ -126,9 +126,9 @@ def rows(batch: int, repeats: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from dalle_jax import autoregressive
     from dalle_jax.config import DalleConfig
-    from dalle_jax.sampling.generate import generate, generate_rows, row_keys
+    from dalle_jax.models import autoregressive
+    from dalle_jax.sampling.generate import generate, generate_stream, row_keys
 
     size = SIZES
     cfg = DalleConfig(
@@ -137,14 +137,14 @@ def rows(batch: int, repeats: int) -> None:
         last_attention=None,
     )  # fmt: skip
     params = jax.jit(autoregressive.init, static_argnums=0)(cfg, jax.random.key(0))
-    params = jax.jit(autoregressive.unstack, static_argnums=0)(cfg, params)
+    params = jax.jit(autoregressive.prepare_for_decode, static_argnums=0)(cfg, params)
     text = jnp.zeros((batch, cfg.text_len), jnp.int32)
 
     def whole(seed):
         np.asarray(generate(cfg, params, text, row_keys(range(seed, seed + batch)), top_k=256))
 
     def parts(seed):
-        for _ in generate_rows(cfg, params, text, row_keys(range(seed, seed + batch)), rows=4, top_k=256):
+        for _ in generate_stream(cfg, params, text, row_keys(range(seed, seed + batch)), rows=4, top_k=256):
             pass
 
     one, many = min(timed(whole, repeats)), min(timed(parts, repeats))

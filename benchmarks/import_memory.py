@@ -20,9 +20,10 @@ from pathlib import Path
 
 import jax
 
-from dalle_jax import byte_pairs, tokenizer
+from dalle_jax.checkpoint.run_dir import PARAMS_FILE, write_params
 from dalle_jax.config import TrainConfig, VectorQuantizer, VQGANConfig, to_json
-from dalle_jax.train.rundir import WEIGHTS, write_weights
+from dalle_jax.models import tokenizer
+from dalle_jax.text import byte_bpe
 
 DIM, HEADS, GLU, TEXT, IMAGE = 2048, 32, 4096, 50_272, 16_415
 
@@ -89,11 +90,11 @@ def write(path: Path, layers: int) -> int:
 def write_tokenizer(path: Path) -> None:
     """A run of a tiny tokenizer with the codes that Mega reads."""
     model = VQGANConfig(
-        width=4, multipliers=(1,) * 5, blocks=1, attention_levels=(), latent_width=4, adversarial=None,
+        width=4, channel_multipliers=(1,) * 5, blocks=1, attention_levels=(), latent_width=4, adversarial=None,
         quantizer=VectorQuantizer(vocab=16_384, dim=4),
     )  # fmt: skip
     path.mkdir()
-    write_weights(path / WEIGHTS, tokenizer.init(model, jax.random.key(0)), 0)
+    write_params(path / PARAMS_FILE, tokenizer.init(model, jax.random.key(0)), 0)
     (path / "config.json").write_text(to_json(TrainConfig(model=model)), encoding="utf-8")
 
 
@@ -112,7 +113,7 @@ def main() -> None:
         "normalize_text": True,
     }  # fmt: skip
     (source / "config.json").write_text(json.dumps(settings))
-    letters = byte_pairs._letters()
+    letters = byte_bpe._letters()
     vocab = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", *letters])}
     (source / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     (source / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")

@@ -24,11 +24,12 @@ import numpy as np
 
 def captions(path: Path, count: int) -> list[dict]:
     """Captions in English and Chinese, of one to all of their words or characters."""
-    from dalle_jax.data import scene_captions, scenes
+    from dalle_jax.data.scenes import captions as scene_captions
+    from dalle_jax.data.scenes import generator
 
     rng, rows = np.random.default_rng(0), []
     for i in range(count):
-        scene = scenes.scene(i, max_objects=1, sizes=("large",), fills=("solid",), backgrounds=("plain",))
+        scene = generator.scene(i, max_objects=1, sizes=("large",), fills=("solid",), backgrounds=("plain",))
         text = scene_captions.captions(scene, index=i)[i % 2].text
         words, between = (text.split(), " ") if i % 2 == 0 else (list(text), "")
         rows.append({
@@ -118,13 +119,15 @@ def check(out: Path, rows: list[dict], before: dict[str, int]) -> None:
 
 
 def alone(run: str, rows: list[dict], codes: np.ndarray, step: int) -> None:
-    from dalle_jax.inference import Sampling, draw_codes, load_text_to_image
+    from dalle_jax.pipelines import SamplingConfig, load_text_to_image, sample_code_rows
 
     model, same, which = load_text_to_image(run), 0, range(0, len(rows), step)
     for i in which:
         row = rows[i]
-        how = Sampling(temperature=row["temperature"], top_p=row["top_p"], guidance=row["guidance"])
-        (found,) = draw_codes(model, [row["caption"]], [row["seed"]], how, batch=1)
+        how = SamplingConfig(
+            temperature=row["temperature"], top_p=row["top_p"], guidance_scale=row["guidance"]
+        )
+        (found,) = sample_code_rows(model, [row["caption"]], [row["seed"]], how, batch=1)
         same += bool((found == codes[i]).all())
     print(f"{same} of {len(which)} drawn alone are the same, code for code")
 

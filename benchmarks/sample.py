@@ -51,13 +51,13 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from dalle_jax import autoregressive, dalle
     from dalle_jax.config import DalleConfig
+    from dalle_jax.models import autoregressive, dalle
     from dalle_jax.sampling import generate as sampler
-    from dalle_jax.sampling.filters import pick
     from dalle_jax.sampling.generate import generate, row_keys
+    from dalle_jax.sampling.logits import sample_codes
 
-    sampler.BUCKETS = job.get("buckets", sampler.BUCKETS)
+    sampler.CACHE_BUCKETS = job.get("buckets", sampler.CACHE_BUCKETS)
     kinds = (
         {"attention": ("row", "column", "row", "row"), "last_attention": "conv"}
         if job["name"] == "sparse"
@@ -68,8 +68,8 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         dim=job["dim"], layers=job["layers"], heads=job["heads"], dtype=job["dtype"], **kinds,
     )  # fmt: skip
     params = jax.jit(dalle.init, static_argnums=0)(cfg, jax.random.key(0))
-    unstack = jax.jit(autoregressive.unstack, static_argnums=(0, 2))
-    params = jax.block_until_ready(unstack(cfg, params, job.get("weights")))
+    prepare_for_decode = jax.jit(autoregressive.prepare_for_decode, static_argnums=(0, 2))
+    params = jax.block_until_ready(prepare_for_decode(cfg, params, job.get("weights")))
     text = jnp.zeros((job["batch"], job["text_len"]), jnp.int32)
     before = time.perf_counter()
     args = (text, row_keys(range(job["batch"])))
@@ -82,7 +82,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     @jax.jit
     def first(params, text, keys):
         logits, cache = autoregressive.prefill(cfg, params, text)
-        return pick(logits, keys, 0, top_k=job["top_k"]), cache
+        return sample_codes(logits, keys, 0, top_k=job["top_k"]), cache
 
     def begin(seed):
         jax.block_until_ready(first(params, text, row_keys(range(seed, seed + job["batch"]))))

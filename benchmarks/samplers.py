@@ -15,9 +15,9 @@ import time
 import jax
 
 from dalle_jax.config import SamplerName
-from dalle_jax.evaluate import inception, measures
-from dalle_jax.inference.batches import Counter
-from dalle_jax.inference.diffusion import Denoising, draw, load_diffusion
+from dalle_jax.evaluate import inception, metrics
+from dalle_jax.pipelines.batching import ProgressPrinter
+from dalle_jax.pipelines.diffusion import DiffusionSamplingConfig, denoise_images, load_diffusion
 
 SAMPLERS = SamplerName.__args__
 TWICE = ("heun", "pc")  # evaluations of the network a step
@@ -36,28 +36,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     try:
-        network, model = inception.load(args.fid_weights), load_diffusion(args.run)
+        network, model = inception.load_inception(args.fid_weights), load_diffusion(args.run)
     except (ValueError, OSError) as error:
         print(f"benchmarks.samplers: error: {error}", file=sys.stderr)
         return 1
-    options = {"languages": measures.languages(model), "progress": Counter("features of true pictures")}
-    data, size = model.run.config.data, measures.image_size(model)
-    true = measures.true_moments(network, data, size, args.count, **options)
+    options = {
+        "languages": metrics.model_languages(model),
+        "progress": ProgressPrinter("features of true pictures"),
+    }
+    data, size = model.run.config.data, metrics.image_size(model)
+    true = metrics.reference_stats(network, data, size, args.count, **options)
     where = f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(f"{args.run}, {model.run.step} updates; {true.count} pictures; {where}", file=sys.stderr)
     rows = []
     for steps in args.steps:
         for sampler in args.samplers:
-            how = Denoising(sampler=sampler, steps=steps, guidance=args.guidance)
-            found = measures.measure_fid(network, model, true, args.count, how)
+            how = DiffusionSamplingConfig(sampler=sampler, num_steps=steps, guidance_scale=args.guidance)
+            found = metrics.measure_fid(network, model, true, args.count, how)
             rows.append(
                 {"sampler": sampler, "steps": steps, "calls": steps * (1 + (sampler in TWICE)), **found}
             )
-            if model.text is None and not model.config.classes:
-                draw(model, range(measures.BATCH), how, batch=measures.BATCH)  # compiled by now
+            if model.text is None and not model.config.num_classes:
+                denoise_images(
+                    model, range(metrics.EVAL_ROWS), how, batch=metrics.EVAL_ROWS
+                )  # compiled by now
                 begin = time.perf_counter()
-                draw(model, range(measures.BATCH), how, batch=measures.BATCH)
-                rows[-1]["pictures_per_second"] = measures.BATCH / (time.perf_counter() - begin)
+                denoise_images(model, range(metrics.EVAL_ROWS), how, batch=metrics.EVAL_ROWS)
+                rows[-1]["pictures_per_second"] = metrics.EVAL_ROWS / (time.perf_counter() - begin)
             print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
                   file=sys.stderr if args.json else sys.stdout, flush=True)  # fmt: skip
     if args.json:

@@ -18,10 +18,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dalle_jax import dalle
+from dalle_jax.checkpoint.manager import CheckpointManager
 from dalle_jax.config import DalleConfig, DataConfig, MeshConfig, TrainConfig
-from dalle_jax.nn.sharding import batch_sharding, make_mesh
-from dalle_jax.train.checkpoint import Checkpoints
+from dalle_jax.models import dalle
+from dalle_jax.parallel.sharding import batch_sharding, make_mesh
 from dalle_jax.train.state import init_state, make_step, task_optimizer
 
 
@@ -50,7 +50,7 @@ def main() -> int:
         text_vocab=512, text_len=32, image_vocab=512, grid=16, dim=args.dim, layers=args.layers, heads=4,
         dtype="float32",
     )  # fmt: skip
-    config = TrainConfig(model=model, data=DataConfig(batch=args.batch), mesh=MeshConfig())
+    config = TrainConfig(model=model, data=DataConfig(batch_size=args.batch), mesh=MeshConfig())
     mesh, task = make_mesh(config.mesh), _Task(config)
     rng = np.random.default_rng(0)
     batch = {
@@ -63,7 +63,7 @@ def main() -> int:
         state = init_state(task, tx, mesh)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         step = make_step(task, tx, config, mesh)
-        checkpoints = Checkpoints(Path(directory) / "checkpoints", keep=1)
+        checkpoints = CheckpointManager(Path(directory) / "checkpoints", keep=1)
 
         def steps(state, count):
             times = []

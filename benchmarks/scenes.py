@@ -7,8 +7,8 @@ second, by CPU time, the best of three rounds: other programs on the machine do 
 
 import time
 
-from dalle_jax.data.scenes import LANGUAGES, captions, render, scene
-from dalle_jax.evaluate.verifier import check
+from dalle_jax.data.scenes.generator import LANGUAGES, captions, render, scene
+from dalle_jax.evaluate.scenes.verifier import verify
 
 
 def seconds(work, count: int) -> float:
@@ -49,7 +49,7 @@ def main() -> None:
     for side in (32, 64, 128):
         images = [render(scenes[i], side) for i in range(100)]
         facts = [words(scenes[i], i)[0].facts for i in range(100)]
-        each = seconds(lambda i, images=images, facts=facts: check(images[i], facts[i]), 100)
+        each = seconds(lambda i, images=images, facts=facts: verify(images[i], facts[i]), 100)
         print(f"{side:3} px  verifier {1e3 * each:5.1f} ms = {1 / each:5.0f} pictures/s")
 
 

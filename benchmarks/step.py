@@ -1,12 +1,12 @@
 """Speed and use of the chip's peak of one training step: python -m benchmarks.step CONFIG.py [--field value ...]
 
 The very step that training runs, on the devices that are here, with random rows that lie on them already, so that
-reading data costs nothing. Prints seconds per step, rows and tokens per second, and model FLOP/s utilisation: the
+reading data costs nothing. Prints seconds per step, rows and tokens per second, and model FLOP/s mfu: the
 operations of the model (train/flops.py: nothing that is computed twice counts) over the peak of dense bf16 products
 by the data sheet.
 
     python -m benchmarks.step configs/dalle_12b.py --model.dim 2048 --model.layers 24 --model.heads 32 \
-        --data.batch 32 --trace step_trace                                       # 1.3 B on one GPU
+        --data.batch_size 32 --trace step_trace                                       # 1.3 B on one GPU
     python -m benchmarks.step configs/ddpm_cifar10.py --peer-python PEERS/bin/python
     python -m benchmarks.step configs/dvae_openai.py
 
@@ -29,14 +29,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from dalle_jax.aot.compile_only import step_and_arguments
+from dalle_jax.aot.tpu_targets import peak_flops
+from dalle_jax.cli.train import parse
 from dalle_jax.config import DiffusionConfig, TrainConfig
-from dalle_jax.nn.sharding import batch_sharding, make_mesh
-from dalle_jax.train.command import parse
-from dalle_jax.train.compile_only import step_and_arguments
+from dalle_jax.parallel.sharding import batch_sharding, make_mesh
 from dalle_jax.train.flops import train_flops
 from dalle_jax.train.state import check_batch, init_state, task_optimizer
 from dalle_jax.train.tasks import make_task
-from dalle_jax.train.topology import peak_flops
 
 WARM = 2
 
@@ -91,12 +91,12 @@ def measure(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any
         "devices": mesh.size,
         "jax": jax.__version__,
         "parameters": parameters,
-        "batch": config.data.batch,
+        "batch": config.data.batch_size,
         "seconds_per_step": seconds,
-        "rows_per_second": config.data.batch / seconds,
-        "tokens_per_second": config.data.batch * getattr(config.model, "length", 0) / seconds or None,
+        "rows_per_second": config.data.batch_size / seconds,
+        "tokens_per_second": config.data.batch_size * getattr(config.model, "length", 0) / seconds or None,
         "flops_per_step": flops,
-        "utilisation": flops / seconds / (peak * mesh.size) if flops and peak else None,
+        "mfu": flops / seconds / (peak * mesh.size) if flops and peak else None,
         "peak_gib": stats["peak_bytes_in_use"] / 2**30 if stats else None,
         "compile_seconds": compile_seconds,
     }
@@ -107,16 +107,23 @@ def peer_job(config: TrainConfig, steps: int) -> dict[str, Any]:
     model = config.model
     if not isinstance(model, DiffusionConfig):
         raise ValueError(f"--peer-python trains the U-Net of diffusion, not stage {model.kind}")
-    if model.text or model.classes or model.codes or model.low_size or model.patch != 1 or model.scale_shift:
-        raise ValueError("--peer-python trains a U-Net without conditions, patches and scale_shift")
+    if (
+        model.text
+        or model.num_classes
+        or model.codes
+        or model.low_res_size
+        or model.patch_size != 1
+        or model.scale_shift_norm
+    ):
+        raise ValueError("--peer-python trains a U-Net without conditions, patches and scale_shift_norm")
     names = ("image_size", "width", "multipliers", "blocks", "attention_sizes", "dropout", "dtype")
     groups = {"groups": model.groups or 32}
     return {name: getattr(model, name) for name in names} | groups | {
-        "batch": config.data.batch, "steps": steps, "warm": WARM,
+        "batch": config.data.batch_size, "steps": steps, "warm": WARM,
     }  # fmt: skip
 
 
-def text_of(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     lines = [f"{report['devices']} x {report['device']}, jax {report['jax']}, {report['parameters']:,} parameters, "
              f"batch {report['batch']}; compiled in {report['compile_seconds']:.1f} s"]  # fmt: skip
     line = f"ours    {report['seconds_per_step']:.4f} s/step  {report['rows_per_second']:.1f} rows/s"
@@ -124,8 +131,8 @@ def text_of(report: dict[str, Any]) -> str:
         line += f"  {report['tokens_per_second']:,.0f} tokens/s"
     if report["flops_per_step"]:
         line += f"  {report['flops_per_step'] / report['seconds_per_step'] / 1e12:.3g} TFLOP/s of the model"
-    if report["utilisation"]:
-        line += f", {report['utilisation']:.1%} of peak"
+    if report["mfu"]:
+        line += f", {report['mfu']:.1%} of peak"
     if report["peak_gib"]:
         line += f"  {report['peak_gib']:.2f} GiB"
     lines.append(line)
@@ -160,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         command = [args.peer_python, "-m", "benchmarks.step_peer", json.dumps(job)]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         report["peer"] = json.loads(answer.splitlines()[-1])
-    print(text_of(report), file=sys.stderr if args.json else sys.stdout)
+    print(format_report(report), file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(report))
     return 0

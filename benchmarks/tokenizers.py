@@ -23,15 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax import tokenizer as tokenizers
+from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import FiniteScalarQuantizer, Schedule, TrainConfig, VectorQuantizer, VQGANConfig
 from dalle_jax.data import images
-from dalle_jax.data.pipeline import eval_batch
+from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.sources import open_source
-from dalle_jax.demo import dvae_config
-from dalle_jax.evaluate import inception, measures
-from dalle_jax.inference import Tokenizer, decode_codes, encode_images, load_tokenizer
-from dalle_jax.tokenizer import perceptual
+from dalle_jax.evaluate import inception, metrics
+from dalle_jax.models import lpips
+from dalle_jax.models import tokenizer as tokenizers
+from dalle_jax.pipelines import ImageTokenizer, decode_codes, encode_images, load_image_tokenizer
 from dalle_jax.train import loop
 
 
@@ -40,14 +40,14 @@ def configs(out: Path, steps: int) -> dict[str, TrainConfig]:
     demo = dvae_config()
     tau = Schedule(start=1.0, end=0.3, steps=steps)
     convolutional = VQGANConfig(
-        image_size=32, width=16, multipliers=(1, 2, 2), blocks=1, attention_levels=(2,), latent_width=32,
+        image_size=32, width=16, channel_multipliers=(1, 2, 2), blocks=1, attention_levels=(2,), latent_width=32,
         quantizer=VectorQuantizer(vocab=128, dim=8, normalize=True), adversarial=None,
     )  # fmt: skip
     models = {
         "dvae": dataclasses.replace(demo.model, width=40, decoder_width=32, tau=tau),
         "vqgan": convolutional,
         "restarts": dataclasses.replace(
-            convolutional, quantizer=dataclasses.replace(convolutional.quantizer, restart_after=20)
+            convolutional, quantizer=dataclasses.replace(convolutional.quantizer, dead_code_restart_steps=20)
         ),
         "fsq": dataclasses.replace(convolutional, quantizer=FiniteScalarQuantizer(levels=(8, 4, 4))),
     }
@@ -68,15 +68,15 @@ def parameters(model) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def again(tokenizer: Tokenizer, pictures: np.ndarray) -> np.ndarray:
+def again(tokenizer: ImageTokenizer, pictures: np.ndarray) -> np.ndarray:
     """Pictures from their codes, uint8."""
-    return images.to_bytes(decode_codes(tokenizer, encode_images(tokenizer, pictures)))
+    return images.to_uint8(decode_codes(tokenizer, encode_images(tokenizer, pictures)))
 
 
 def lpips_of(weights: dict, true: np.ndarray, made: np.ndarray) -> float:
     """Mean LPIPS distance of uint8 pictures."""
     x, y = (jnp.asarray(p, jnp.float32) / 127.5 - 1 for p in (true, made))
-    return float(jnp.mean(jax.jit(perceptual.lpips)(weights, x, y)))
+    return float(jnp.mean(jax.jit(lpips.lpips)(weights, x, y)))
 
 
 def main() -> None:
@@ -94,18 +94,18 @@ def main() -> None:
     args = parser.parse_args()
     network, truth = None, None
     if args.fid_weights is not None:
-        network = inception.load(args.fid_weights)
-        truth = measures.true_moments(network, dvae_config().data, 32, args.count)
-    weights = None if args.lpips is None else perceptual.load_lpips(args.lpips)
+        network = inception.load_inception(args.fid_weights)
+        truth = metrics.reference_stats(network, dvae_config().data, 32, args.count)
+    weights = None if args.lpips is None else lpips.load_lpips(args.lpips)
     rows, shown, labels = {}, [], []
     runs = configs(args.out, args.steps)
     if unknown := set(args.only or ()) - set(runs):
         parser.error(f"--only {' '.join(sorted(unknown))}; want some of {', '.join(runs)}")
     for name in args.only or runs:
         config = runs[name]
-        if not loop.run(config).finished:
+        if not loop.train(config).finished:
             return
-        tokenizer = load_tokenizer(config.run)
+        tokenizer = load_image_tokenizer(config.run)
         source = open_source(config.data.source, "eval", languages=())
         true = eval_batch(config.data, source, args.count, image_size=32)["image"]
         if not shown:
@@ -113,19 +113,21 @@ def main() -> None:
         made = again(tokenizer, true)
         shown.append(made[:8])
         labels += [name] * 8
-        found = measures.measure_tokenizer(tokenizer, config.data, args.count)
+        found = metrics.measure_tokenizer(tokenizer, config.data, args.count)
         found |= {
-            "right": measures.measure_ceiling(tokenizer, config.data, args.count)["right_reconstruction"]
+            "right": metrics.reconstruction_accuracy(tokenizer, config.data, args.count)[
+                "accuracy_reconstruction"
+            ]
         }
         found |= {} if weights is None else {"lpips": lpips_of(weights, true, made)}
         if network is not None:
-            found["rfid"] = measures.measure_rfid(network, tokenizer, config.data, truth, args.count)["rfid"]
+            found["rfid"] = metrics.measure_rfid(network, tokenizer, config.data, truth, args.count)["rfid"]
         rows[name] = {"parameters": parameters(config.model), **found}
     images.save_png(
-        args.out / "tokenizers.png", images.grid(np.concatenate(shown), 8, labels=labels, scale=3)
+        args.out / "tokenizers.png", images.image_grid(np.concatenate(shown), 8, labels=labels, scale=3)
     )
     names = list(next(iter(rows.values())))
-    print(f"{args.steps} updates of {dvae_config().data.batch} pictures; {args.count} held-out pictures")
+    print(f"{args.steps} updates of {dvae_config().data.batch_size} pictures; {args.count} held-out pictures")
     print("  ".join(["        ", *names]))
     for name, row in rows.items():
         print(

@@ -5,22 +5,22 @@ pictures".
 
     dalle-jax encode runs/cifar10_dvae --data cifar10.npz --out cifar10_codes
     python train.py configs/cifar10_dalle.py --data.source.path cifar10.npz --data.codes cifar10_codes
-    dalle-jax evaluate runs/cifar10_dalle --classifier resnet20_cifar10.npz --guidance 1 2 3
+    dalle-jax evaluate runs/cifar10_dalle --classifier resnet20_cifar10.npz --guidance-scale 1 2 3
 """
 
 import dataclasses
 
+from dalle_jax.cli.demo_run import dalle_config
 from dalle_jax.config import ArraysSource, DataConfig, TextConfig
-from dalle_jax.demo import dalle_config
 
 _demo = dalle_config()
 
 config = dataclasses.replace(
     _demo,
     run="runs/cifar10_dalle",
-    tokenizer="runs/cifar10_dvae",
+    image_tokenizer="runs/cifar10_dvae",
     model=dataclasses.replace(_demo.model, text_vocab=320, text_len=8, image_vocab=1024),
-    data=DataConfig(source=ArraysSource(), batch=_demo.data.batch),
+    data=DataConfig(source=ArraysSource(), batch_size=_demo.data.batch_size),
     text=TextConfig(train_captions=1_000, dropout=0.0),
     steps=1_500,
     eval_every=500,

@@ -8,8 +8,8 @@ images". Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real
 
 import dataclasses
 
+from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import ArraysSource, DataConfig, Schedule
-from dalle_jax.demo import dvae_config
 
 _demo = dvae_config()
 STEPS = 1_500
@@ -18,7 +18,7 @@ config = dataclasses.replace(
     _demo,
     run="runs/cifar10_dvae",
     model=dataclasses.replace(_demo.model, vocab=1024, tau=Schedule(start=1.0, end=0.3, steps=STEPS)),
-    data=DataConfig(source=ArraysSource(), batch=_demo.data.batch),
+    data=DataConfig(source=ArraysSource(), batch_size=_demo.data.batch_size),
     steps=STEPS,
     eval_every=500,
     save_every=500,

@@ -19,12 +19,17 @@ from dalle_jax.config import (
 
 config = TrainConfig(
     run="runs/dalle_12b",
-    tokenizer="runs/dvae_openai",
-    # The defaults are the paper's sizes; null_rate is ours, for guidance. remat mlp is for 64 chips or GPUs of 80 GB
+    image_tokenizer="runs/dvae_openai",
+    # The defaults are the paper's sizes; cond_drop_prob is ours, for guidance. remat mlp is for 64 chips or GPUs of 80 GB
     # and more; with less memory take full (docs/pods.md).
     model=DalleConfig(remat="mlp"),
     data=DataConfig(
-        source=TarSource(path=""), batch=1024, crop="narrow", languages=("en",), threads=16, prefetch=8
+        source=TarSource(path=""),
+        batch_size=1024,
+        crop="narrow",
+        languages=("en",),
+        num_threads=16,
+        prefetch=8,
     ),
     text=TextConfig(train_captions=2_000_000, dropout=0.1),
     optim=OptimConfig(),  # AdamW of B.2; the paper halved the rate on plateaus, ours follows a cosine to 1/32

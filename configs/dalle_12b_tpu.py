@@ -10,7 +10,7 @@ Not trained here; `--compile-only v5p:4x4x4` compiles it for a TPU without one.
 import dataclasses
 from pathlib import Path
 
-from dalle_jax.train.rundir import load_config
+from dalle_jax.checkpoint.run_dir import load_config
 
 _paper = load_config(Path(__file__).with_name("dalle_12b.py"))
 config = dataclasses.replace(

@@ -13,7 +13,7 @@ from dalle_jax.config import DataConfig, DiffusionConfig, OptimConfig, TfdsSourc
 config = TrainConfig(
     run="runs/ddpm_cifar10",
     model=DiffusionConfig(dtype="bfloat16"),  # the defaults are the paper's network
-    data=DataConfig(source=TfdsSource(path="cifar10"), batch=128, threads=8, prefetch=16),
+    data=DataConfig(source=TfdsSource(path="cifar10"), batch_size=128, num_threads=8, prefetch=16),
     optim=OptimConfig(
         learning_rate=2e-4, warmup_steps=5_000, schedule="constant", b2=0.999, weight_decay=0.0, clip_norm=1.0,
         ema_decay=0.9999, ema_every=1,

@@ -7,8 +7,8 @@ Score: docs/clip.md.
     dalle-jax sample runs/demo/dalle "a red circle" --clip runs/demo_clip --candidates 64 --keep 4
 """
 
+from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import ClipConfig, DataConfig, OptimConfig, TextConfig, TowerConfig, TrainConfig
-from dalle_jax.demo import dvae_config
 
 _demo = dvae_config()
 STEPS = 2_000
@@ -17,7 +17,7 @@ config = TrainConfig(
     run="runs/demo_clip",
     model=ClipConfig(
         image_size=32,
-        patch=8,
+        patch_size=8,
         vision=TowerConfig(dim=128, layers=4, heads=4),
         text=TowerConfig(dim=128, layers=2, heads=4),
         text_vocab=768,
@@ -28,7 +28,7 @@ config = TrainConfig(
         dtype="float32",
         scan_unroll=4,
     ),
-    data=DataConfig(batch=64, source=_demo.data.source),
+    data=DataConfig(batch_size=64, source=_demo.data.source),
     text=TextConfig(train_captions=20_000, dropout=0.0),
     optim=OptimConfig(
         learning_rate=1e-3,

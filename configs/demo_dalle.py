@@ -5,6 +5,6 @@ The same configuration that `dalle-jax demo` trains; two CPU cores, minutes, aft
     python train.py configs/demo_dalle.py
 """
 
-from dalle_jax.demo import dalle_config
+from dalle_jax.cli.demo_run import dalle_config
 
 config = dalle_config()

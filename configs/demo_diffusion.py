@@ -4,13 +4,13 @@ Paper: Ho et al. 2020, arXiv 2006.11239, with captions as in 2112.10741, at a sm
 one place of the network. Hardware: two CPU cores. Time and score: docs/diffusion.md.
 
     python train.py configs/demo_diffusion.py
-    dalle-jax sample runs/demo_diffusion "a large red star" --n 4 --guidance 2
+    dalle-jax sample runs/demo_diffusion "a large red star" --num-images 4 --guidance-scale 2
 """
 
 import dataclasses
 
+from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import DiffusionConfig, NoiseConfig, TextConfig, TextEncoderConfig, TrainConfig
-from dalle_jax.demo import dvae_config
 
 _demo = dvae_config()
 STEPS = 6_000
@@ -19,9 +19,9 @@ config = TrainConfig(
     run="runs/demo_diffusion",
     model=DiffusionConfig(
         image_size=32,
-        patch=2,
+        patch_size=2,
         width=32,
-        multipliers=(1, 2, 4),
+        channel_multipliers=(1, 2, 4),
         blocks=1,
         attention_sizes=(8,),
         dropout=0.0,
@@ -29,7 +29,7 @@ config = TrainConfig(
         noise=NoiseConfig(kind="cosine"),
         prediction="x0",  # weighs high noise, where colour and shape are decided, as much as low
     ),
-    data=dataclasses.replace(_demo.data, batch=32, languages=("en",)),
+    data=dataclasses.replace(_demo.data, batch_size=32, languages=("en",)),
     text=TextConfig(train_captions=20_000, dropout=0.0),
     optim=dataclasses.replace(
         _demo.optim, learning_rate=2e-3, weight_decay=0.0, clip_norm=1.0, ema_decay=0.995, ema_every=1

@@ -5,6 +5,6 @@ The same configuration that `dalle-jax demo` trains; two CPU cores, minutes.
     python train.py configs/demo_dvae.py
 """
 
-from dalle_jax.demo import dvae_config
+from dalle_jax.cli.demo_run import dvae_config
 
 config = dvae_config()

@@ -8,8 +8,8 @@ Score: docs/tokenizers.md.
 
 import dataclasses
 
+from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import AdversarialConfig, TrainConfig, VectorQuantizer, VQGANConfig
-from dalle_jax.demo import dvae_config
 
 _demo = dvae_config()
 STEPS = 1_500
@@ -19,13 +19,13 @@ config = TrainConfig(
     model=VQGANConfig(
         image_size=32,
         width=16,
-        multipliers=(1, 2, 2),
+        channel_multipliers=(1, 2, 2),
         blocks=1,
         attention_levels=(2,),
         latent_width=32,
         quantizer=VectorQuantizer(vocab=128, dim=8, normalize=True),
         adversarial=AdversarialConfig(
-            start=STEPS // 2, ramp=STEPS // 6, width=16, layers=2, learning_rate=2e-4
+            disc_start_step=STEPS // 2, disc_warmup_steps=STEPS // 6, width=16, layers=2, learning_rate=2e-4
         ),
     ),
     data=_demo.data,

@@ -10,19 +10,19 @@ two CPU cores, minutes, after configs/demo_dvae.py. Time and score: docs/diffusi
 
 import dataclasses
 
+from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import CodesConfig, DiffusionConfig, NoiseConfig, TrainConfig
-from dalle_jax.demo import dvae_config
 
 _demo = dvae_config()
 
 config = TrainConfig(
     run="runs/diffusion_decoder",
-    tokenizer=_demo.run,
+    image_tokenizer=_demo.run,
     model=DiffusionConfig(
         image_size=32,
-        patch=2,
+        patch_size=2,
         width=32,
-        multipliers=(1, 2),
+        channel_multipliers=(1, 2),
         blocks=1,
         attention_sizes=(),
         dropout=0.0,

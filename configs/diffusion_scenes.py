@@ -4,7 +4,7 @@ Paper: 2006.11239 and 2112.10741 at 34 million parameters, v-prediction (2202.00
 written for one GPU; not yet run on one. Time and score on a GPU: to be measured.
 
     python train.py configs/diffusion_scenes.py
-    dalle-jax evaluate runs/diffusion_scenes --guidance 1 2 4
+    dalle-jax evaluate runs/diffusion_scenes --guidance-scale 1 2 4
 """
 
 from dalle_jax.config import (
@@ -22,12 +22,12 @@ config = TrainConfig(
     run="runs/diffusion_scenes",
     model=DiffusionConfig(
         image_size=64,
-        patch=2,
+        patch_size=2,
         width=128,
-        multipliers=(1, 2, 2),
+        channel_multipliers=(1, 2, 2),
         attention_sizes=(16, 8),
-        head_width=64,
-        scale_shift=True,
+        head_dim=64,
+        scale_shift_norm=True,
         dropout=0.0,
         text=TextEncoderConfig(vocab=1024, length=64, width=256, layers=6, heads=4),
         noise=NoiseConfig(kind="cosine"),
@@ -35,7 +35,7 @@ config = TrainConfig(
         weighting="min_snr",
         dtype="bfloat16",
     ),
-    data=DataConfig(source=ScenesSource(count=4_000_000), batch=128, threads=12, prefetch=16),
+    data=DataConfig(source=ScenesSource(count=4_000_000), batch_size=128, num_threads=12, prefetch=16),
     text=TextConfig(train_captions=100_000, dropout=0.1),
     optim=OptimConfig(
         learning_rate=3e-4,

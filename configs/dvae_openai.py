@@ -12,13 +12,18 @@ config = TrainConfig(
     run="runs/dvae_openai",
     model=DVAEConfig(dtype="bfloat16"),  # every other field has the paper's value by default
     data=DataConfig(
-        source=TarSource(path=""), batch=512, crop="random", languages=("en",), threads=16, prefetch=8
+        source=TarSource(path=""),
+        batch_size=512,
+        crop="random",
+        languages=("en",),
+        num_threads=16,
+        prefetch=8,
     ),
     optim=OptimConfig(
         learning_rate=1e-4,
         warmup_steps=0,
         decay_steps=1_200_000,
-        end_factor=0.0125,  # to 1.25e-6
+        final_lr_ratio=0.0125,  # to 1.25e-6
         b2=0.999,
         weight_decay=1e-4,
         clip_norm=0.0,

@@ -7,17 +7,17 @@ Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score
 
 import dataclasses
 
+from dalle_jax.cli.demo_run import dalle_config
 from dalle_jax.config import DataConfig, TarSource, TextConfig
-from dalle_jax.demo import dalle_config
 
 _demo = dalle_config()
 
 config = dataclasses.replace(
     _demo,
     run="runs/emoji_dalle",
-    tokenizer="runs/emoji_dvae",
+    image_tokenizer="runs/emoji_dvae",
     model=dataclasses.replace(_demo.model, text_vocab=4096, text_len=24, image_vocab=512),
-    data=DataConfig(source=TarSource(path=""), batch=_demo.data.batch),
+    data=DataConfig(source=TarSource(path=""), batch_size=_demo.data.batch_size),
     text=TextConfig(train_captions=100_000, dropout=0.1),
     steps=12_000,
     eval_every=1_000,

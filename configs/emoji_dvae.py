@@ -8,8 +8,8 @@ Paper: 2102.12092, 2.1, at a small size. Hardware: two CPU cores. Time and score
 
 import dataclasses
 
+from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import DataConfig, Schedule, TarSource
-from dalle_jax.demo import dvae_config
 
 _demo = dvae_config()
 STEPS = 12_000
@@ -22,7 +22,7 @@ config = dataclasses.replace(
         vocab=512,
         tau=Schedule(start=1.0, end=0.3, steps=STEPS),
     ),
-    data=DataConfig(source=TarSource(path=""), batch=_demo.data.batch),
+    data=DataConfig(source=TarSource(path=""), batch_size=_demo.data.batch_size),
     steps=STEPS,
     eval_every=1_000,
     save_every=1_000,

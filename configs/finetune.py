@@ -4,7 +4,7 @@ The model, its vocabulary and its tokenizer are those of RUN; a small learning r
 what it knows. docs/finetune.md takes a folder to samples.
 
     python train.py configs/finetune.py --init-from RUN --data.path FOLDER --run runs/mine
-    dalle-jax sample runs/mine "a caption" --n 4 --out samples
+    dalle-jax sample runs/mine "a caption" --num-images 4 --out samples
 """
 
 from dalle_jax.config import DalleConfig, DataConfig, FolderSource, OptimConfig, TextConfig, TrainConfig
@@ -12,7 +12,7 @@ from dalle_jax.config import DalleConfig, DataConfig, FolderSource, OptimConfig,
 config = TrainConfig(
     run="runs/finetune",
     model=DalleConfig(),  # replaced by the model of --init-from
-    data=DataConfig(source=FolderSource(), batch=32, crop="narrow"),
+    data=DataConfig(source=FolderSource(), batch_size=32, crop="narrow"),
     text=TextConfig(dropout=0.1),
     optim=OptimConfig(learning_rate=1e-4, warmup_steps=50, clip_norm=1.0, ema_decay=0.99, ema_every=1),
     steps=1_000,

@@ -9,17 +9,17 @@ Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score
 
 import dataclasses
 
+from dalle_jax.cli.demo_run import dalle_config
 from dalle_jax.config import DataConfig, TarSource, TextConfig
-from dalle_jax.demo import dalle_config
 
 _demo = dalle_config()
 
 config = dataclasses.replace(
     _demo,
     run="runs/flickr8k_dalle",
-    tokenizer="runs/flickr8k_dvae",
+    image_tokenizer="runs/flickr8k_dvae",
     model=dataclasses.replace(_demo.model, text_vocab=4096, text_len=24, image_vocab=512),
-    data=DataConfig(source=TarSource(), batch=_demo.data.batch),
+    data=DataConfig(source=TarSource(), batch_size=_demo.data.batch_size),
     text=TextConfig(train_captions=60_000, dropout=0.1),
     steps=2_500,
     eval_every=500,

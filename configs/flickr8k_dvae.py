@@ -8,8 +8,8 @@ Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real pictures
 
 import dataclasses
 
+from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import DataConfig, Schedule, TarSource
-from dalle_jax.demo import dvae_config
 
 _demo = dvae_config()
 STEPS = 2_500
@@ -18,7 +18,7 @@ config = dataclasses.replace(
     _demo,
     run="runs/flickr8k_dvae",
     model=dataclasses.replace(_demo.model, vocab=512, tau=Schedule(start=1.0, end=0.3, steps=STEPS)),
-    data=DataConfig(source=TarSource(), batch=_demo.data.batch),
+    data=DataConfig(source=TarSource(), batch_size=_demo.data.batch_size),
     steps=STEPS,
     eval_every=500,
     save_every=500,

@@ -21,7 +21,7 @@ config = TrainConfig(
     run="runs/scenes_clip",
     model=ClipConfig(
         image_size=64,
-        patch=8,
+        patch_size=8,
         vision=TowerConfig(dim=384, layers=8, heads=6),
         text=TowerConfig(dim=256, layers=8, heads=4),
         text_vocab=1024,
@@ -30,7 +30,7 @@ config = TrainConfig(
         pixel_mean=(0.5, 0.5, 0.5),
         pixel_std=(0.25, 0.25, 0.25),
     ),
-    data=DataConfig(source=ScenesSource(count=4_000_000), batch=512, threads=12, prefetch=16),
+    data=DataConfig(source=ScenesSource(count=4_000_000), batch_size=512, num_threads=12, prefetch=16),
     text=TextConfig(train_captions=100_000, dropout=0.1),
     optim=OptimConfig(
         learning_rate=1e-3,

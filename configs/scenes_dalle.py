@@ -4,14 +4,14 @@ Paper: 2102.12092, 2.2, at 45 million parameters. Hardware: written for one GPU 
 on one. Time and score on a GPU: to be measured (docs/scenes.md says what a CPU reached).
 
     python train.py configs/scenes_dalle.py
-    dalle-jax evaluate runs/scenes_dalle --guidance 1 1.5 2 3 4
+    dalle-jax evaluate runs/scenes_dalle --guidance-scale 1 1.5 2 3 4
 """
 
 from dalle_jax.config import DalleConfig, DataConfig, OptimConfig, ScenesSource, TextConfig, TrainConfig
 
 config = TrainConfig(
     run="runs/scenes_dalle",
-    tokenizer="runs/scenes_dvae",
+    image_tokenizer="runs/scenes_dvae",
     model=DalleConfig(
         text_vocab=1024,
         text_len=64,
@@ -24,7 +24,7 @@ config = TrainConfig(
         dtype="bfloat16",
         remat="none",
     ),
-    data=DataConfig(source=ScenesSource(count=4_000_000), batch=128, threads=12, prefetch=16),
+    data=DataConfig(source=ScenesSource(count=4_000_000), batch_size=128, num_threads=12, prefetch=16),
     text=TextConfig(train_captions=100_000, dropout=0.1),
     optim=OptimConfig(
         learning_rate=1e-3, warmup_steps=500, b2=0.98, clip_norm=1.0, ema_decay=0.999, ema_every=1

@@ -14,7 +14,12 @@ config = TrainConfig(
     run="runs/vqgan_imagenet",
     model=VQGANConfig(dtype="bfloat16"),  # every other field has the published value by default
     data=DataConfig(
-        source=TarSource(path=""), batch=BATCH, crop="random", languages=("en",), threads=16, prefetch=8
+        source=TarSource(path=""),
+        batch_size=BATCH,
+        crop="random",
+        languages=("en",),
+        num_threads=16,
+        prefetch=8,
     ),
     optim=OptimConfig(
         learning_rate=4.5e-6 * BATCH,  # the published base rate, times the batch

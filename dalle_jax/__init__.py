@@ -1,41 +1,43 @@
-"""dalle_jax: the DALL-E family in JAX.
+"""The DALL-E family in JAX.
 
-Submodules load on first use, so `import dalle_jax` is fast and touches no device:
+    from dalle_jax import dalle, dvae
+    params = dalle.init(cfg, key)
 
-    import dalle_jax as dj
-    params = dj.dalle.init(cfg, jax.random.key(0))
+Subpackages and models are imported on first access: `import dalle_jax` itself imports nothing heavy.
 """
 
 import importlib
 
 _ROOMS = (
     "config",
+    "typing",
     "text",
+    "parallel",
     "nn",
-    "tokenizer",
-    "dalle",
-    "clip",
-    "diffusion",
-    "sampling",
+    "models",
     "data",
-    "train",
-    "inference",
-    "ranking",
-    "evaluate",
+    "sampling",
     "importers",
-    "demo",
+    "checkpoint",
+    "train",
+    "aot",
+    "pipelines",
+    "evaluate",
     "cli",
 )
+_MODELS = ("tokenizer", "dvae", "vqgan", "dalle", "bart", "clip", "diffusion")
 
-__all__ = list(_ROOMS)
+__all__ = [*_ROOMS, *_MODELS]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
     if name in _ROOMS:
         return importlib.import_module(f"dalle_jax.{name}")
-    raise AttributeError(f"module 'dalle_jax' has no attribute {name!r}; it has {', '.join(_ROOMS)}")
+    if name in _MODELS:
+        return importlib.import_module(f"dalle_jax.models.{name}")
+    raise AttributeError(f"module 'dalle_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__():
-    return sorted([*globals(), *_ROOMS])
+    return sorted([*globals(), *__all__])

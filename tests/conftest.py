@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax.config import DataConfig, DVAEConfig, MeshConfig, OptimConfig, ProfileConfig, TrainConfig
-from dalle_jax.train.processes import fetch
+from dalle_jax.parallel.processes import gather_to_host
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -70,7 +70,7 @@ class FakeTask:
         self.traces = 0
 
     def prepare(self, run_dir):
-        (run_dir / "text.model").write_text("prepared")
+        (run_dir / "text_tokenizer.model").write_text("prepared")
 
     def init(self, key):
         kernel = jax.random.normal(key, (4, 8)) * 0.1
@@ -90,7 +90,7 @@ class FakeTask:
 
     def _rows(self, *seed):
         rng = np.random.default_rng(seed)
-        x = rng.normal(size=(self.config.data.batch, 4)).astype(np.float32)
+        x = rng.normal(size=(self.config.data.batch_size, 4)).astype(np.float32)
         return {"x": x, "y": np.concatenate([x, x**2], axis=1)}
 
     def batches(self, start, rows=None):
@@ -108,8 +108,8 @@ class FakeTask:
     def evaluate(self, params, frozen, batch, key):
         return {"eval_loss": self._error(params, frozen, batch)}
 
-    def pictures(self, params, frozen, key):
-        gray = (fetch(jax.nn.sigmoid(params["text_head"]["kernel"])) * 255).astype(np.uint8)
+    def sample_grid(self, params, frozen, key):
+        gray = (gather_to_host(jax.nn.sigmoid(params["text_head"]["kernel"])) * 255).astype(np.uint8)
         return Image.fromarray(gray)
 
 
@@ -118,7 +118,7 @@ def tiny_config(run="", **changes) -> TrainConfig:
     values = {
         "model": DVAEConfig(image_size=8, groups=1, width=4, decoder_width=4, vocab=8),
         "run": str(run),
-        "data": {"batch": 16},
+        "data": {"batch_size": 16},
         "optim": {"learning_rate": 0.02, "warmup_steps": 2, "ema_every": 2, "clip_norm": 1.0},
         "mesh": {"data": 2, "fsdp": 2, "model": 2},
         "profile": {},
@@ -127,7 +127,7 @@ def tiny_config(run="", **changes) -> TrainConfig:
         "eval_every": 4,
         "sample_every": 5,
         "save_every": 4,
-        "keep": 2,
+        "max_checkpoints": 2,
     }
     for name, value in changes.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value

@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from conftest import FakeTask, tiny_config
 
+from dalle_jax.checkpoint import run_dir
+from dalle_jax.checkpoint.manager import CheckpointManager, on_one_device
 from dalle_jax.config import TrainConfig
-from dalle_jax.train import loop, rundir
-from dalle_jax.train.checkpoint import Checkpoints, on_one_device
+from dalle_jax.train import loop
 from dalle_jax.train.metrics import read_metrics
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["conftest", "dalle_jax.train.command"])
+CONTEXT.set_forkserver_preload(["conftest", "dalle_jax.cli.train"])
 
 CHANGES = {
     "steps": 24,
@@ -72,7 +73,7 @@ def train(
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    from dalle_jax.train import command
+    from dalle_jax.cli import train as command
 
     jax.config.update("jax_num_cpu_devices", devices)
     if isinstance(config, dict):
@@ -122,7 +123,7 @@ class Job:
         for p, log in enumerate(self.logs):
             argv = ["config.py", "--run", url or str(run), *flags]
             if count > 1:
-                where = {"coordinator": f"localhost:{port}", "processes": count, "process": p}
+                where = {"coordinator_address": f"localhost:{port}", "num_processes": count, "process_id": p}
                 argv += [word for n, v in where.items() for word in (f"--distributed.{n}", str(v))]
             args = (log, devices, (what, int(who), int(when)), config or CHANGES | changes, argv, env)
             self.processes.append(CONTEXT.Process(target=train, args=args, daemon=True))
@@ -175,7 +176,7 @@ def assert_close(got: list[dict], want: list[dict], rtol=1e-5, atol=1e-6) -> Non
 
 
 def same_weights(a: Path, b: Path, rtol=1e-5, atol=1e-6) -> None:
-    mine, other = (rundir.load_run(run, which="latest").params for run in (a, b))
+    mine, other = (run_dir.load_run(run, which="latest").params for run in (a, b))
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(mine), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(x, y, rtol, atol, err_msg=jax.tree_util.keystr(path))
 
@@ -183,7 +184,7 @@ def same_weights(a: Path, b: Path, rtol=1e-5, atol=1e-6) -> None:
 def straight_run(run: Path, **changes) -> Path:
     """One process, eight devices, nothing happens."""
     config = tiny_config(run, **CHANGES | changes)
-    loop.run(config, FakeTask(config))
+    loop.train(config, FakeTask(config))
     return run
 
 
@@ -192,7 +193,7 @@ def saved_steps(run: Path) -> list[int]:
     path = run / "checkpoints"
     if not path.is_dir():
         return []
-    checkpoints = Checkpoints(path)
+    checkpoints = CheckpointManager(path)
     try:
         assert checkpoints.steps == sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal())
         for step in checkpoints.steps:
@@ -214,7 +215,7 @@ def told_by_first_alone(job: Job) -> None:
     assert "loss" in job.log(0)
     assert not any("loss" in job.log(p) for p in range(1, len(job.logs)))
     written = json.loads((job.run / "config.json").read_text())["distributed"]
-    assert written["coordinator"] is written["processes"] is written["process"] is None
+    assert written["coordinator_address"] is written["num_processes"] is written["process_id"] is None
 
 
 def starved(job: Job) -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import tyro
 
-from dalle_jax.cli import VERBS, verbs
-from dalle_jax.train import command, compile_only
-from dalle_jax.train.rundir import load_config, shapes_by_name
+from dalle_jax.aot import compile_only
+from dalle_jax.checkpoint.run_dir import load_config, shapes_by_name
+from dalle_jax.cli import VERBS, train, verbs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,7 +62,7 @@ def test_commands_are_understood(page, line, monkeypatch, capsys):
         if not rest[0].startswith("configs/"):
             return
         rest = [word for i, word in enumerate(rest) if word != "--init-from" and rest[i - 1] != "--init-from"]
-        assert command.parse(rest) is not None
+        assert train.parse(rest) is not None
         return
     kind = getattr(verbs, VERBS[verb][0])
     known = {"--help", *("--" + field.name.replace("_", "-") for field in dataclasses.fields(kind))}

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import autoregressive, dalle
 from dalle_jax.config import DalleConfig, DiffusionConfig, DVAEConfig
-from dalle_jax.diffusion import unet
+from dalle_jax.models import autoregressive, dalle, dvae
+from dalle_jax.models.diffusion import unet
 from dalle_jax.nn import flash
-from dalle_jax.nn.attention import attend
+from dalle_jax.nn.attention import dense_attention
 from dalle_jax.nn.masks import attention_mask
 from dalle_jax.sampling.generate import generate, row_keys
-from dalle_jax.tokenizer import dvae
 
 pytestmark = pytest.mark.gpu
 
@@ -75,13 +74,15 @@ def test_cudnn_attention_is_dense(kind):
 
     got = run(lambda *x: flash.cudnn(*x, None if kind == "full" else mask), q, k, v)
     with jax.default_matmul_precision("float32"):
-        want = run(lambda q, k, v: attend(q, k, v, mask), *(x.astype(jnp.float32) for x in (q, k, v)))
+        want = run(
+            lambda q, k, v: dense_attention(q, k, v, mask), *(x.astype(jnp.float32) for x in (q, k, v))
+        )
     assert_near(jax.tree.map(lambda x: np.asarray(x, np.float32), got[1]), want[1], 3e-2)
 
 
 def test_transformer_loss_and_gradients():
     params, (text, codes) = lively(dalle.init(CFG, jax.random.key(0))), rows(CFG, 4)
-    cfg = dataclasses.replace(CFG, null_rate=0.0)
+    cfg = dataclasses.replace(CFG, cond_drop_prob=0.0)
 
     def run(params, text, codes):
         return jax.value_and_grad(lambda p: dalle.loss(cfg, p, text, codes, jax.random.key(4))[0])(params)
@@ -120,14 +121,14 @@ def test_tokenizer_and_unet():
     assert_near(got, want, 1e-3)
 
     net = DiffusionConfig(
-        image_size=16, width=32, multipliers=(1, 2), blocks=1, attention_sizes=(8,), dropout=0.0
+        image_size=16, width=32, channel_multipliers=(1, 2), blocks=1, attention_sizes=(8,), dropout=0.0
     )
     weights = lively(unet.init(net, jax.random.key(0)))
     noised = jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
     times, one = jnp.full((2,), 0.5), jnp.full((2,), 0.7)
 
     def predict(p, x):
-        return unet.predict(net, p, x, times, one, one, unet.read_conditions(net, p, unet.Conditions()))
+        return unet.predict(net, p, x, times, one, one, unet.encode_conditions(net, p, unet.Conditions()))
 
     assert_near(*on_both(predict, weights, noised), 1e-3)
 
@@ -136,7 +137,9 @@ def test_the_sampler_takes_no_more_memory_than_it_says():
     """`memory_analysis`, which `info --batch` and `--compile-only --sample` print, bounds what the device saw."""
     device = jax.devices("gpu")[0]
     cfg = dataclasses.replace(CFG, dim=512, heads=8, layers=8, grid=16, dtype="bfloat16")
-    params = jax.device_put(autoregressive.unstack(cfg, dalle.init(cfg, jax.random.key(0))), device)
+    params = jax.device_put(
+        autoregressive.prepare_for_decode(cfg, dalle.init(cfg, jax.random.key(0))), device
+    )
     text, keys = jax.device_put((rows(cfg, 64)[0], row_keys(range(64))), device)
     compiled = generate.lower(cfg, params, text, keys).compile()
     stats = compiled.memory_analysis()

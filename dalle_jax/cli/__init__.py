@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dalle-jax: no verb {verb!r}; {hint}", file=sys.stderr)
         return 2
     if verb == "train":
-        from dalle_jax.train import command
+        from dalle_jax.cli import train
 
-        return command.main(rest, prog="dalle-jax train")
+        return train.main(rest, prog="dalle-jax train")
     try:
         return _run(verb, rest)
     except SystemExit as stop:  # tyro has told what it did not understand, or --help
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, so that closing it at exit is silent
         return 1
     except (ValueError, OSError, ArithmeticError) as error:
-        not_finite = type(error).__name__ in ("NotFiniteError", "NotFiniteSample")
+        not_finite = type(error).__name__ in ("NonFiniteError", "NonFiniteSampleError")
         if os.environ.get("DALLE_JAX_TRACEBACK") or (isinstance(error, ArithmeticError) and not not_finite):
             raise
         print(f"dalle-jax {verb}: error: {_told(error)}", file=sys.stderr)
@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: list[str]) -> int:
-    from dalle_jax.cli import start
+    from dalle_jax.cli import startup
 
-    start.begin()  # before anything imports jax
+    startup.start_command()  # before anything imports jax
     import tyro
 
     from dalle_jax.cli import verbs

@@ -10,26 +10,26 @@ from typing import Any
 
 import numpy as np
 
+from dalle_jax.checkpoint.run_dir import load_config, read_config
 from dalle_jax.cli import output
 from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
 from dalle_jax.cli.verbs import Decode, Encode
 from dalle_jax.config import DataConfig, TrainConfig
 from dalle_jax.data import images
-from dalle_jax.data.codes import EVAL, is_whole
-from dalle_jax.data.images import to_bytes, to_floats
-from dalle_jax.data.sources import open_source, source_of
-from dalle_jax.inference import (
-    PIXEL_BATCH,
-    Counter,
-    Tokenizer,
+from dalle_jax.data.codes import EVAL, is_complete
+from dalle_jax.data.images import to_float, to_uint8
+from dalle_jax.data.sources import infer_source, open_source
+from dalle_jax.parallel.processes import process_share
+from dalle_jax.pipelines import (
+    IMAGE_BATCH,
+    ImageTokenizer,
+    ProgressPrinter,
     decode_codes,
     encode_images,
     encode_source,
-    load_tokenizer,
-)  # fmt: skip
-from dalle_jax.inference.diffusion import DiffusionModel, draw, is_diffusion, load_diffusion
-from dalle_jax.train.processes import own_share
-from dalle_jax.train.rundir import load_config, read_config
+    load_image_tokenizer,
+)
+from dalle_jax.pipelines.diffusion import DiffusionModel, denoise_images, is_diffusion, load_diffusion
 
 
 def encode(args: Encode) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def encode(args: Encode) -> dict[str, Any]:
     ]
     if given:
         raise ValueError(f"{', '.join(given)} is for --data; leave it out to encode every picture given")
-    tokenizer, out = load_tokenizer(args.run), output.file(args.out)
-    codes = _encode_files(tokenizer, args.images, Counter("rows"))
+    tokenizer, out = load_image_tokenizer(args.run), output.file(args.out)
+    codes = _encode_files(tokenizer, args.images, ProgressPrinter("rows"))
     made_by = np.array(tokenizer.fingerprint)
     output.save_npz(out, codes=codes, names=np.array(args.images), tokenizer=made_by)
     print(
@@ -59,15 +59,15 @@ _AHEAD = ("rows", "eval_rows", "shard_rows", "process", "processes")
 
 
 def _encode_ahead(args: Encode) -> dict[str, Any]:
-    data = data_of(args.data)
-    tokenizer, out = load_tokenizer(args.run), output.directory(args.out)
+    data = resolve_data(args.data)
+    tokenizer, out = load_image_tokenizer(args.run), output.directory(args.out)
     if (args.process is None) != (args.processes is None):
         raise ValueError("--process and --processes go together: --process 0 --processes 4")
-    process = own_share() if args.process is None else (args.process, args.processes)
+    process = process_share() if args.process is None else (args.process, args.processes)
     options = {"rows": args.rows, "shard_rows": args.shard_rows, "process": process}
-    info, made = encode_source(tokenizer, data, out, progress=Counter("rows"), **options)
+    info, made = encode_source(tokenizer, data, out, progress=ProgressPrinter("rows"), **options)
     held_out = _encode_held_out(args, tokenizer, data, out / EVAL, process)
-    missing = [k for k in range(info.shards) if not is_whole(out, info, k)]
+    missing = [k for k in range(info.shards) if not is_complete(out, info, k)]
     told = f"{len(missing)} of {info.shards} shards are still missing, of other processes"
     print(
         f"{info.rows} x {info.num_codes} codes in {out}: {made} of {info.shards} shards made now; "
@@ -80,7 +80,7 @@ def _encode_ahead(args: Encode) -> dict[str, Any]:
 
 
 def _encode_held_out(
-    args: Encode, tokenizer: Tokenizer, data: DataConfig, out: Path, process: tuple[int, int]
+    args: Encode, tokenizer: ImageTokenizer, data: DataConfig, out: Path, process: tuple[int, int]
 ) -> int:
     """The first rows of the evaluation split, beside the others; 0 where nothing is held out or wanted."""
     if args.eval_rows < 0:
@@ -93,15 +93,15 @@ def _encode_held_out(
         print(f"no rows are held out for evaluation: {error}", file=sys.stderr)
         return 0
     options = {"rows": rows, "shard_rows": args.shard_rows, "process": process, "split": "eval"}
-    encode_source(tokenizer, data, out, progress=Counter("rows held out"), **options)
+    encode_source(tokenizer, data, out, progress=ProgressPrinter("rows held out"), **options)
     return rows
 
 
-def _encode_files(tokenizer: Tokenizer, paths: tuple[str, ...], progress: Counter) -> np.ndarray:
+def _encode_files(tokenizer: ImageTokenizer, paths: tuple[str, ...], progress: ProgressPrinter) -> np.ndarray:
     size, found = tokenizer.config.image_size, []
-    batch = min(PIXEL_BATCH, len(paths))
+    batch = min(IMAGE_BATCH, len(paths))
     for start in range(0, len(paths), batch):
-        pictures = np.stack([images.load_picture(path, size) for path in paths[start : start + batch]])
+        pictures = np.stack([images.load_image(path, size) for path in paths[start : start + batch]])
         found.append(encode_images(tokenizer, pictures))
         progress(start + len(pictures), len(paths))
     return np.concatenate(found)
@@ -114,10 +114,10 @@ def decode(args: Decode) -> dict[str, Any]:
     if decoder is None:
         refuse_flags(
             args,
-            ("seed", "steps", "sampler"),
+            ("seed", "num_steps", "sampler"),
             "a diffusion model",
         )
-    tokenizer = load_tokenizer(args.run) if decoder is None else _own_tokenizer(decoder, args.run)
+    tokenizer = load_image_tokenizer(args.run) if decoder is None else _own_tokenizer(decoder, args.run)
     to_file = args.out.endswith(".npz")
     out = output.file(args.out) if to_file else output.directory(args.out)
     if made_by is not None and made_by != tokenizer.fingerprint:
@@ -128,30 +128,32 @@ def decode(args: Decode) -> dict[str, Any]:
         )
     try:
         if decoder is None:
-            pictures = decode_codes(tokenizer, codes, progress=Counter("pictures"))
+            pictures = decode_codes(tokenizer, codes, progress=ProgressPrinter("pictures"))
         else:
-            progress = Counter("denoising steps")
+            progress = ProgressPrinter("denoising steps")
             seeds = range(args.seed, args.seed + len(codes))
-            drawn = draw(decoder, seeds, denoising(args), codes=codes, batch=PIXEL_BATCH, progress=progress)
-            pictures = to_floats(drawn.images)
+            drawn = denoise_images(
+                decoder, seeds, denoising(args), codes=codes, batch=IMAGE_BATCH, progress=progress
+            )
+            pictures = to_float(drawn.images)
     except ValueError as error:
         raise ValueError(f"{args.codes}: {error}") from None
     if to_file:
         output.save_npz(out, images=pictures)
     else:
-        for i, picture in enumerate(to_bytes(pictures)):
+        for i, picture in enumerate(to_uint8(pictures)):
             images.save_png(out / f"{i:05d}.png", picture)
     print(f"{len(pictures)} pictures in {out}")
     return {"images": str(out), "pictures": len(pictures), **_about(tokenizer)}
 
 
-def _own_tokenizer(decoder: DiffusionModel, run: str) -> Tokenizer:
+def _own_tokenizer(decoder: DiffusionModel, run: str) -> ImageTokenizer:
     if decoder.tokenizer is None:
         raise ValueError(f"{run} is a diffusion model that reads no codes; give one with model.codes")
     return decoder.tokenizer
 
 
-def _about(tokenizer: Tokenizer) -> dict[str, Any]:
+def _about(tokenizer: ImageTokenizer) -> dict[str, Any]:
     cfg = tokenizer.config
     return {"image_size": cfg.image_size, "vocab": cfg.vocab, "tokenizer": tokenizer.fingerprint}
 
@@ -181,13 +183,13 @@ def _read_codes(path: str) -> tuple[np.ndarray, str | None]:
         raise ValueError(f"{path} is not an npz file of numbers; {want}") from None
 
 
-def config_of(path: str) -> TrainConfig:
+def resolve_config(path: str) -> TrainConfig:
     """The configuration of a run directory, or of a Python file."""
     return load_config(path) if path.endswith(".py") or Path(path).is_file() else read_config(path)
 
 
-def data_of(path: str) -> DataConfig:
+def resolve_data(path: str) -> DataConfig:
     """The data of a configuration file or of a run, else what is at `path` in the usual way of reading it."""
     if path.endswith(".py") or (Path(path) / "config.json").is_file():
-        return config_of(path).data
-    return DataConfig(source=source_of(path))
+        return resolve_config(path).data
+    return DataConfig(source=infer_source(path))

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from dalle_jax.cli import output
-from dalle_jax.cli.codes import data_of
+from dalle_jax.cli.codes import resolve_data
 from dalle_jax.cli.verbs import Data
 from dalle_jax.config import MixtureSource, SourceConfig
 from dalle_jax.data import images
-from dalle_jax.data.build import build_tfds
-from dalle_jax.data.duplicates import Pictures, find_duplicates, small
-from dalle_jax.data.images import BadImage
-from dalle_jax.data.sources import Source, open_source
-from dalle_jax.data.sources.rows import StoredRows
-from dalle_jax.inference import Counter as Told
+from dalle_jax.data.duplicates import ImagePool, find_duplicates, thumbnail
+from dalle_jax.data.images import BadImageError
+from dalle_jax.data.sources import Dataset, open_source
+from dalle_jax.data.sources.dataset import StoredDataset
+from dalle_jax.data.tfds_builder import build_tfds
+from dalle_jax.pipelines import ProgressPrinter as Told
 
 DRAWN = 1_000  # scenes whose captions are counted
 PAIRS = 32  # pairs of pictures shown, those that differ most first
@@ -31,10 +31,12 @@ PAIRS = 32  # pairs of pictures shown, those that differ most first
 
 def data(args: Data) -> dict[str, Any]:
     """Reads every row of both splits and prints what is there."""
-    if (args.to is None) != (args.out is None):
-        raise ValueError("--to and --out go together: dalle-jax data PATH --to tfds --out DIR")
-    source = lenient(data_of(args.path).source, args.max_bad_share)
-    opened: dict[str, Source] = {}
+    if (args.convert_to is None) != (args.out is None):
+        raise ValueError(
+            "--convert-to and --out go together: dalle-jax data PATH --convert-to tfds --out DIR"
+        )
+    source = allow_bad_records(resolve_data(args.path).source, args.max_bad_fraction)
+    opened: dict[str, Dataset] = {}
     for split in ("train", "eval"):
         try:
             opened[split] = open_source(source, split, languages=())
@@ -45,11 +47,11 @@ def data(args: Data) -> dict[str, Any]:
     captioned = {split: _captioned(source, split) or rows for split, rows in opened.items()}
     result: dict[str, Any] = {"kind": source.kind, "splits": {}}
     for split, rows in captioned.items():  # building decodes them as well
-        found = _decode_all(rows) if args.to is None else Counter()
+        found = _decode_all(rows) if args.convert_to is None else Counter()
         result["splits"][split] = _about(rows, found)
     if args.duplicates is not None:
         result["duplicates"] = _duplicates(opened, output.directory(args.duplicates))
-    if args.to is not None:
+    if args.convert_to is not None:
         name = (
             re.sub(r"\W+", "_", Path(args.path.split(",")[0]).name.split(".")[0]).strip("_").lower() or "data"
         )
@@ -74,18 +76,22 @@ def data(args: Data) -> dict[str, Any]:
     return result
 
 
-def lenient(source: SourceConfig, share: float) -> SourceConfig:
+def allow_bad_records(source: SourceConfig, share: float) -> SourceConfig:
     """`source` that does not stop below this share of unusable records, so that they can be told."""
     if isinstance(source, MixtureSource):
-        return dataclasses.replace(source, parts=tuple(lenient(part, share) for part in source.parts))
-    return dataclasses.replace(source, max_bad_share=share) if hasattr(source, "max_bad_share") else source
+        return dataclasses.replace(
+            source, parts=tuple(allow_bad_records(part, share) for part in source.parts)
+        )
+    return (
+        dataclasses.replace(source, max_bad_fraction=share) if hasattr(source, "max_bad_fraction") else source
+    )
 
 
 def _split_name(name: str, default: str) -> str:
     return name if re.fullmatch(r"\w+", name) else default
 
 
-def _captioned(source: Any, split: str) -> Source | None:
+def _captioned(source: Any, split: str) -> Dataset | None:
     """The rows with captions, or None where none has any."""
     try:
         return open_source(source, split, languages=("en", "zh"))
@@ -93,18 +99,18 @@ def _captioned(source: Any, split: str) -> Source | None:
         return None
 
 
-def _parts(rows: Source) -> Sequence[Source]:
+def _parts(rows: Dataset) -> Sequence[Dataset]:
     return getattr(rows, "parts", (rows,))
 
 
-def _decode_all(rows: Source) -> Counter[str]:
+def _decode_all(rows: Dataset) -> Counter[str]:
     told, found = Told("rows"), Counter()
-    pictures = Pictures([rows])
+    pictures = ImagePool([rows])
 
     def check(i: int) -> str | None:
         try:
             pictures.stored(i)
-        except BadImage as error:
+        except BadImageError as error:
             return f"picture {error.cause}"
         return None
 
@@ -115,10 +121,10 @@ def _decode_all(rows: Source) -> Counter[str]:
     return found
 
 
-def _about(rows: Source, broken: Counter[str]) -> dict[str, Any]:
+def _about(rows: Dataset, broken: Counter[str]) -> dict[str, Any]:
     captions: Counter[str] = Counter()
     for part in _parts(rows):
-        looked = range(len(part) if isinstance(part, StoredRows) else min(len(part), DRAWN))
+        looked = range(len(part) if isinstance(part, StoredDataset) else min(len(part), DRAWN))
         for i in looked:  # of scenes, which are drawn, the first speak for all
             captions.update(
                 {name: len(texts) * len(part) // len(looked) for name, texts in part.captions(i).items()}
@@ -132,9 +138,9 @@ def _about(rows: Source, broken: Counter[str]) -> dict[str, Any]:
     }
 
 
-def _duplicates(opened: dict[str, Source], out: Path) -> dict[str, Any]:
+def _duplicates(opened: dict[str, Dataset], out: Path) -> dict[str, Any]:
     """Writes duplicates.jsonl and, if there are any, duplicates.png; tells how many there are."""
-    train, evaluation = Pictures([opened["train"]]), Pictures([opened["eval"]])
+    train, evaluation = ImagePool([opened["train"]]), ImagePool([opened["eval"]])
     found = find_duplicates(train, evaluation, progress=Told("pictures"))
     lines = [
         {"eval": evaluation.name(d.eval), "train": train.name(d.train), "exact": d.exact, "bits": d.bits,
@@ -146,12 +152,13 @@ def _duplicates(opened: dict[str, Source], out: Path) -> dict[str, Any]:
     if shown := sorted(found, key=lambda d: -d.difference)[:PAIRS]:
         cells = [
             np.concatenate(
-                [small(rows.stored(i), 96) for rows, i in ((evaluation, d.eval), (train, d.train))], axis=1
+                [thumbnail(rows.stored(i), 96) for rows, i in ((evaluation, d.eval), (train, d.train))],
+                axis=1,
             )
             for d in shown
         ]
         labels = ["same file" if d.exact else f"{d.bits} bits, {d.difference:.1f}" for d in shown]
-        images.save_png(out / "duplicates.png", images.grid(np.stack(cells), 4, labels))
+        images.save_png(out / "duplicates.png", images.image_grid(np.stack(cells), 4, labels))
     exact = {d.eval for d in found if d.exact}
     near = {d.eval for d in found} - exact
     print(

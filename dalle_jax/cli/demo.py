@@ -1,13 +1,13 @@
-"""`dalle-jax demo`: dalle_jax/demo.py, with its flags and its table."""
+"""`dalle-jax demo`: dalle_jax/cli/demo_run.py, with its flags and its table."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from dalle_jax import demo as job
+from dalle_jax.cli import demo_run as job
 from dalle_jax.cli import output
 from dalle_jax.cli.verbs import Demo
-from dalle_jax.evaluate import measures
+from dalle_jax.evaluate import metrics
 
 
 def demo(args: Demo) -> dict[str, Any]:
@@ -24,9 +24,9 @@ def demo(args: Demo) -> dict[str, Any]:
     )
     if result["finished"]:
         seconds = result["seconds"]
-        print(measures.describe(result["figures"]))
+        print(metrics.format_metrics(result["figures"]))
         print(f"seconds: {'  '.join(f'{name} {value:.0f}' for name, value in seconds.items())}")
         print(f"pictures: {out / 'grid.png'}  {out / 'reconstructions.png'}")
-        scale = job.SAMPLING.guidance
-        print(f'draw your own: dalle-jax sample {out / "dalle"} "a red circle" --guidance {scale:g}')
+        scale = job.SAMPLING.guidance_scale
+        print(f'draw your own: dalle-jax sample {out / "dalle"} "a red circle" --guidance-scale {scale:g}')
     return result

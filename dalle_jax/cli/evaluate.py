@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from typing import Any, NamedTuple
 
+from dalle_jax.checkpoint.run_dir import fingerprint, load_run, read_config
 from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
 from dalle_jax.cli.verbs import Evaluate
 from dalle_jax.config import (
@@ -17,21 +18,27 @@ from dalle_jax.config import (
     ModelConfig,
     TransformerConfig,
 )
-from dalle_jax.data.sources import source_of
-from dalle_jax.evaluate import classifier, fid, inception, measures, reranking, retrieval
-from dalle_jax.evaluate import denoising as diffusion
-from dalle_jax.inference import Counter, Sampling, TextToImage, Tokenizer, load_text_to_image
-from dalle_jax.inference.diffusion import DiffusionModel, check_decoder, load_diffusion
-from dalle_jax.ranking import Clip, load_clip
-from dalle_jax.train.rundir import fingerprint, load_run, read_config
+from dalle_jax.data.sources import infer_source
+from dalle_jax.evaluate import classifier, diffusion, fid, inception, metrics, reranking, retrieval
+from dalle_jax.pipelines import (
+    ImageTokenizer,
+    ProgressPrinter,
+    SamplingConfig,
+    TextToImage,
+    load_text_to_image,
+)
+from dalle_jax.pipelines.diffusion import DiffusionModel, check_decoder, load_diffusion
+from dalle_jax.pipelines.ranking import ClipRanker, load_clip
 
 
 def evaluate(args: Evaluate) -> dict[str, Any]:
     """Measures and prints a table."""
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; want at least 1 row")
-    if not args.guidance:
-        raise ValueError("--guidance has no value; want one scale or several, e.g. --guidance 1 2 4")
+    if not args.guidance_scale:
+        raise ValueError(
+            "--guidance-scale has no value; want one scale or several, e.g. --guidance-scale 1 2 4"
+        )
     if not args.fid_weights and (args.fid_reference or args.fid_save):
         raise ValueError("--fid-reference and --fid-save need --fid-weights, the npz file of Inception-v3")
     if args.fid_reference and args.fid_save:
@@ -42,28 +49,32 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
-        "weights": args.weights,
+        "quantization": args.quantization,
     }
-    samplings = [Sampling(guidance=scale, **options) for scale in args.guidance]
+    samplings = [SamplingConfig(guidance_scale=scale, **options) for scale in args.guidance_scale]
     model = read_config(args.run).model
     _check_clip(args, model)
     match model:
         case ClipConfig():
-            refuse_flags(args, ("steps", "sampler", "bits_per_dim", "decoder", "weights"), "models that draw")
+            refuse_flags(
+                args, ("num_steps", "sampler", "bits_per_dim", "decoder", "quantization"), "models that draw"
+            )
             result = _clip(args)
         case DiffusionConfig():
-            refuse_flags(args, ("temperature", "top_k", "top_p", "weights", "decoder"), "a Transformer")
+            refuse_flags(args, ("temperature", "top_k", "top_p", "quantization", "decoder"), "a Transformer")
             result = _diffusion(args)
         case DalleConfig() | BartConfig():
             refuse_flags(args, ("bits_per_dim",), "a diffusion model")
             if not args.decoder:
-                refuse_flags(args, ("steps", "sampler"), "a diffusion model, or for --decoder")
+                refuse_flags(args, ("num_steps", "sampler"), "a diffusion model, or for --decoder")
             result = _transformer(args, samplings)
         case _:
-            refuse_flags(args, ("steps", "sampler", "bits_per_dim", "decoder", "weights"), "models that draw")
+            refuse_flags(
+                args, ("num_steps", "sampler", "bits_per_dim", "decoder", "quantization"), "models that draw"
+            )
             result = _tokenizer(args)
     curve = result.pop("curve", None)
-    print(measures.describe(result))
+    print(metrics.format_metrics(result))
     if curve:
         print("\n" + _table(curve))
         result["curve"] = curve
@@ -90,19 +101,19 @@ class _Truth(NamedTuple):
     """What pictures are compared with."""
 
     network: inception.Inception
-    true: fid.Moments
+    true: fid.FeatureStats
 
 
 def _truth(args: Evaluate, data: DataConfig, image_size: int, languages: tuple[str, ...]) -> _Truth | None:
     """None without --fid-weights. Before all other work, so that a wrong file is told at once."""
     if not args.fid_weights:
         return None
-    network = inception.load(args.fid_weights)
-    settings = measures.fid_settings(network, image_size)
+    network = inception.load_inception(args.fid_weights)
+    settings = metrics.fid_settings(network, image_size)
     if args.fid_reference:
         return _Truth(network, fid.load_reference(args.fid_reference, settings))
-    progress = Counter("features of true pictures")
-    true = measures.true_moments(
+    progress = ProgressPrinter("features of true pictures")
+    true = metrics.reference_stats(
         network, data, image_size, args.count, languages=languages, progress=progress
     )
     if args.fid_save:
@@ -115,42 +126,42 @@ def _judge(args: Evaluate, data: DataConfig) -> classifier.Classifier | None:
     """None without --classifier. Before all other work, so that a wrong file is told at once."""
     if not args.classifier:
         return None
-    judge = classifier.load(args.classifier)
+    judge = classifier.load_classifier(args.classifier)
     classifier.check_classes(judge, data, args.classifier)
     return judge
 
 
 def _tokenizer(args: Evaluate) -> dict[str, Any]:
     run = load_run(args.run)
-    tokenizer = Tokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
+    tokenizer = ImageTokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
     truth = _truth(args, run.config.data, run.config.model.image_size, ())
     judge = _judge(args, run.config.data)
     result = {
         "stage": run.config.model.kind,
         "step": run.step,
         "count": args.count,
-        **_told(measures.measure_tokenizer(tokenizer, run.config.data, args.count)),
-        **_told(measures.measure_ceiling(tokenizer, run.config.data, args.count)),
+        **_told(metrics.measure_tokenizer(tokenizer, run.config.data, args.count)),
+        **_told(metrics.reconstruction_accuracy(tokenizer, run.config.data, args.count)),
     }
     if truth:
-        progress = Counter("features of reconstructions")
+        progress = ProgressPrinter("features of reconstructions")
         rest = (tokenizer, run.config.data, truth.true, args.count)
-        result |= _told(measures.measure_rfid(truth.network, *rest, progress=progress))
+        result |= _told(metrics.measure_rfid(truth.network, *rest, progress=progress))
     if judge:
         result |= _ceiling(judge, tokenizer, run.config.data, run.config.model.image_size, args.count)
     return result
 
 
 def _ceiling(judge, tokenizer, data: DataConfig, image_size: int, count: int) -> dict[str, float]:
-    progress = Counter("classes of true pictures")
+    progress = ProgressPrinter("classes of true pictures")
     return _told(classifier.measure_true(judge, tokenizer, data, image_size, count, progress=progress))
 
 
 def _clip(args: Evaluate) -> dict[str, Any]:
     clip = load_clip(args.run)
-    data, progress = clip.run.config.data, Counter("pictures")
+    data, progress = clip.run.config.data, ProgressPrinter("pictures")
     if args.data is not None:
-        data = dataclasses.replace(data, source=source_of(args.data))
+        data = dataclasses.replace(data, source=infer_source(args.data))
     options = {"templates": args.templates, "progress": progress}
     return {
         "stage": "clip",
@@ -162,37 +173,37 @@ def _clip(args: Evaluate) -> dict[str, Any]:
 
 
 def _diffusion(args: Evaluate) -> dict[str, Any]:
-    hows = [denoising(args, scale) for scale in args.guidance]
+    hows = [denoising(args, scale) for scale in args.guidance_scale]
     model = load_diffusion(args.run)
     cfg, data = model.config, model.run.config.data
     if args.bits_per_dim < 0:
         raise ValueError(f"--bits-per-dim is {args.bits_per_dim}; want a number of rows, 0 for none")
-    truth = _truth(args, data, cfg.image_size, measures.languages(model))
+    truth = _truth(args, data, cfg.image_size, metrics.model_languages(model))
     judge = _judge(args, data)
     result = {
         "stage": cfg.kind,
         "step": model.run.step,
         "count": args.count,
         "sampler": hows[0].sampler,
-        "steps": hows[0].steps,
-        **_told(diffusion.measure_error(model, args.count)),
+        "steps": hows[0].num_steps,
+        **_told(diffusion.measure_denoising_error(model, args.count)),
     }
     if args.bits_per_dim:
-        progress = Counter("likelihood of rows")
-        result |= _told(diffusion.measure_likelihood(model, args.bits_per_dim, progress=progress))
+        progress = ProgressPrinter("likelihood of rows")
+        result |= _told(diffusion.measure_bits_per_dim(model, args.bits_per_dim, progress=progress))
     if judge:
         result |= _ceiling(judge, None, data, cfg.image_size, args.count)
     if cfg.codes is not None:
-        progress = Counter("denoising steps")
+        progress = ProgressPrinter("denoising steps")
         rest = (args.count, hows[0])
         result |= _told(diffusion.measure_decoder(model, *rest, seed=args.seed, progress=progress))
         if truth:
-            progress = Counter("features of what is made of codes")
+            progress = ProgressPrinter("features of what is made of codes")
             rest = (truth.network, model, truth.true, *rest)
             result |= _told(diffusion.measure_decoder_rfid(*rest, seed=args.seed, progress=progress))
         return result
-    kinds = measures.scene_kinds(data, cfg.image_size) if model.text is not None else ()
-    if cfg.low_size or not (
+    kinds = metrics.scene_kinds(data, cfg.image_size) if model.text is not None else ()
+    if cfg.low_res_size or not (
         kinds or truth or judge
     ):  # one that makes pictures large needs more than a caption
         return result
@@ -205,32 +216,32 @@ def _curve(
     """The figures of drawn pictures at the first guidance scale, and those of all under `curve`."""
     curve = []
     for how in hows:
-        progress, found = Counter(f"guidance {how.guidance:g}: drawing"), {}
+        progress, found = ProgressPrinter(f"guidance {how.guidance_scale:g}: drawing"), {}
         if verify:
-            found = measures.measure_faithfulness(model, args.count, how, seed=args.seed, progress=progress)
+            found = metrics.caption_accuracy(model, args.count, how, seed=args.seed, progress=progress)
         if truth:
-            progress = Counter(f"guidance {how.guidance:g}: features of drawn pictures")
+            progress = ProgressPrinter(f"guidance {how.guidance_scale:g}: features of drawn pictures")
             rest = (model, truth.true, args.count, how)
-            found |= measures.measure_fid(truth.network, *rest, seed=args.seed, progress=progress)
+            found |= metrics.measure_fid(truth.network, *rest, seed=args.seed, progress=progress)
         if judge is not None:
-            progress = Counter(f"guidance {how.guidance:g}: classes of drawn pictures")
+            progress = ProgressPrinter(f"guidance {how.guidance_scale:g}: classes of drawn pictures")
             rest = {"seed": args.seed, "progress": progress}
             found |= classifier.measure_classes(judge, model, args.count, how, **rest)
         if clip is not None:
             found |= _ranked(args, model, clip, how)
-        curve.append({"guidance": how.guidance, **found})
+        curve.append({"guidance_scale": how.guidance_scale, **found})
         _told(found)
     return curve[0] | ({"curve": curve} if len(curve) > 1 else {})  # one alone stays flat
 
 
-def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
+def _transformer(args: Evaluate, samplings: list[SamplingConfig]) -> dict[str, Any]:
     model = load_text_to_image(args.run)
     clip = None if args.clip is None else load_clip(args.clip)
     decoder = None if args.decoder is None else load_diffusion(args.decoder)
     if decoder is not None:
         check_decoder(decoder, model.tokenizer)
     data = model.run.config.data
-    kinds = measures.scene_kinds(data, model.tokenizer.config.image_size)
+    kinds = metrics.scene_kinds(data, model.tokenizer.config.image_size)
     truth = _truth(args, data, model.tokenizer.config.image_size, data.languages)
     judge = _judge(args, data)
     if not kinds and judge is None:
@@ -239,9 +250,9 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
         "stage": "dalle",
         "step": model.run.step,
         "count": args.count,
-        **_told(measures.measure_likelihood(model, args.count)),
-        **_told(measures.measure_tokenizer(model.tokenizer, data, args.count)),
-        **_told(measures.measure_ceiling(model.tokenizer, data, args.count)),
+        **_told(metrics.measure_nll(model, args.count)),
+        **_told(metrics.measure_tokenizer(model.tokenizer, data, args.count)),
+        **_told(metrics.reconstruction_accuracy(model.tokenizer, data, args.count)),
     }
     if judge:
         result |= _ceiling(judge, model.tokenizer, data, model.tokenizer.config.image_size, args.count)
@@ -250,7 +261,7 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
     curve = _curve(args, model, samplings, truth, bool(kinds), clip, judge)
     result |= {"temperature": args.temperature, **curve}
     if decoder is not None:
-        progress = Counter("denoising steps")
+        progress = ProgressPrinter("denoising steps")
         result |= _told(
             diffusion.measure_decoded(
                 model, decoder, args.count, samplings[0], denoising(args), seed=args.seed, progress=progress
@@ -259,8 +270,10 @@ def _transformer(args: Evaluate, samplings: list[Sampling]) -> dict[str, Any]:
     return result
 
 
-def _ranked(args: Evaluate, model: TextToImage, clip: Clip, sampling: Sampling) -> dict[str, float]:
-    progress = Counter(f"guidance {sampling.guidance:g}: pictures for the CLIP")
+def _ranked(
+    args: Evaluate, model: TextToImage, clip: ClipRanker, sampling: SamplingConfig
+) -> dict[str, float]:
+    progress = ProgressPrinter(f"guidance {sampling.guidance_scale:g}: pictures for the CLIP")
     rest = {"seed": args.seed, "progress": progress}
     found = reranking.measure_clip_score(model, clip, args.count, sampling, **rest)
     if args.candidates is not None:

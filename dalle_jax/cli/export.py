@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from dalle_jax.checkpoint.run_dir import PARAMS_FILE, load_run, write_atomically, write_params
 from dalle_jax.cli.output import new_directory
 from dalle_jax.cli.verbs import Export
 from dalle_jax.config import to_json
-from dalle_jax.train.rundir import WEIGHTS, load_run, write_atomically, write_weights
 
 
 def export(args: Export) -> dict[str, Any]:
@@ -17,13 +17,13 @@ def export(args: Export) -> dict[str, Any]:
     run = load_run(args.run)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if (run.path / "text.model").is_file():
-            shutil.copyfile(run.path / "text.model", out / "text.model")
+        if (run.path / "text_tokenizer.model").is_file():
+            shutil.copyfile(run.path / "text_tokenizer.model", out / "text_tokenizer.model")
         if (run.path / "tokenizer").is_dir():
             shutil.copytree(run.path / "tokenizer", out / "tokenizer")
     except OSError as error:
         raise OSError(f"cannot write --out {out}: {error.strerror or error}; choose another --out") from error
-    count = write_weights(out / WEIGHTS, run.params, run.step)
+    count = write_params(out / PARAMS_FILE, run.params, run.step)
     write_atomically(out / "config.json", to_json(run.config))  # last: a directory that has it is whole
-    print(f"{count:,} parameters of step {run.step} in {out / WEIGHTS}; use {out} like a run")
-    return {"run": str(out), "weights": str(out / WEIGHTS), "parameters": count, "step": run.step}
+    print(f"{count:,} parameters of step {run.step} in {out / PARAMS_FILE}; use {out} like a run")
+    return {"run": str(out), "weights": str(out / PARAMS_FILE), "parameters": count, "step": run.step}

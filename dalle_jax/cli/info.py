@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 
-from dalle_jax import autoregressive, clip, tokenizer
-from dalle_jax.cli.codes import config_of
+from dalle_jax.aot import sampler
+from dalle_jax.aot.report import Target, one_device
+from dalle_jax.checkpoint.manager import CheckpointManager
+from dalle_jax.cli.codes import resolve_config
 from dalle_jax.cli.verbs import Info
 from dalle_jax.config import (
     BartConfig,
@@ -20,40 +22,38 @@ from dalle_jax.config import (
     DiffusionConfig,
     DVAEConfig,
     MeshConfig,
+    Quantization,
     TrainConfig,
     TransformerConfig,
     VQGANConfig,
-    Weights,
 )
-from dalle_jax.diffusion import unet
-from dalle_jax.nn.sharding import make_mesh, path_name
-from dalle_jax.tokenizer import adversarial
-from dalle_jax.train import compile_sample
-from dalle_jax.train.checkpoint import Checkpoints
-from dalle_jax.train.compile_report import Target, one_device
+from dalle_jax.models import autoregressive, clip, tokenizer
+from dalle_jax.models.diffusion import unet
+from dalle_jax.models.vqgan import adversarial
+from dalle_jax.parallel.sharding import make_mesh, path_name
 from dalle_jax.train.metrics import read_metrics
 from dalle_jax.train.optim import make_optimizer
 
 
 def info(args: Info) -> dict[str, Any]:
     """Counts and prints."""
-    for name, value in (("weights", args.weights), ("device", args.device)):
-        if args.batch is None and value is not None:
-            raise ValueError(f"--{name} is for what drawing takes; give --batch as well")
+    for name, value in (("quantization", args.quantization), ("device", args.device)):
+        if args.batch_size is None and value is not None:
+            raise ValueError(f"--{name} is for what drawing takes; give --batch-size as well")
     # First of all: what makes an array has jax look for its devices, and leave compilers for others out.
     try:
         where = None if args.device is None else one_device(args.device, "--device")
     except ModuleNotFoundError as error:
         raise ValueError(error) from None
-    config = config_of(args.target)
+    config = resolve_config(args.target)
     result = describe_model(config)
-    if args.batch is not None:
+    if args.batch_size is not None:
         if not isinstance(config.model, TransformerConfig):
             raise ValueError(
-                f"--batch asks what drawing takes; {args.target} is of stage {config.model.kind}"
+                f"--batch-size asks what drawing takes; {args.target} is of stage {config.model.kind}"
             )
         result["sampling"] = describe_sampling(
-            config.model, args.batch, guided=args.guided, weights=args.weights, where=where
+            config.model, args.batch_size, guided=args.use_cfg, weights=args.quantization, where=where
         )
     if Path(args.target).is_dir():
         result |= describe_run(Path(args.target))
@@ -86,13 +86,13 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
                 "image_vocab": model.image_vocab,
                 "length": model.length,
                 "layers": model.layers,
-                "tokenizer": config.tokenizer,
+                "tokenizer": config.image_tokenizer,
             }
         case ClipConfig():
             shapes = jax.eval_shape(partial(clip.init, model), jax.random.key(0))
             about = {
                 "image_size": model.image_size,
-                "patch": model.patch,
+                "patch": model.patch_size,
                 "text_vocab": model.text_vocab,
                 "text_len": model.text_len,
                 "embed_dim": model.embed_dim,
@@ -101,9 +101,9 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
             shapes = jax.eval_shape(partial(unet.init, model), jax.random.key(0))
             reads = {
                 "captions": model.text,
-                "labels": model.classes,
+                "labels": model.num_classes,
                 "codes": model.codes,
-                "low": model.low_size,
+                "low": model.low_res_size,
             }
             about = {
                 "image_size": model.image_size,
@@ -115,8 +115,8 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
     trained, tx = shapes, make_optimizer(config.optim, config.steps, shapes)
     if isinstance(model, VQGANConfig):  # trains with a discriminator beside it
         trained = jax.eval_shape(partial(adversarial.init, model), jax.random.key(0))
-        own = make_optimizer(config.optim, config.steps, adversarial.tokenizer_part(trained))
-        tx = adversarial.optimizer(model, own)
+        own = make_optimizer(config.optim, config.steps, adversarial.tokenizer_params(trained))
+        tx = adversarial.adversarial_optimizer(model, own)
         about["discriminator_parameters"] = _count(trained.get("discriminator", {}))
     size = _bytes(trained)
     memory = {
@@ -134,7 +134,7 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
         "parts": {name: _count(part) for name, part in shapes.items()},
         **about,
         "dtype": model.dtype,
-        "batch": config.data.batch,
+        "batch": config.data.batch_size,
         "steps": config.steps,
         "memory": memory,
         "shapes": {
@@ -149,7 +149,7 @@ def describe_sampling(
     batch: int,
     *,
     guided: bool = False,
-    weights: Weights | None = None,
+    weights: Quantization | None = None,
     where: Target | None = None,
 ) -> dict[str, Any]:
     """What drawing `batch` pictures of as many captions takes, in bytes, as the compiler of the first device lays
@@ -162,12 +162,12 @@ def describe_sampling(
     Raises ValueError for a batch below 1.
     """
     if batch < 1:
-        raise ValueError(f"--batch is {batch}; want at least 1 picture")
+        raise ValueError(f"--batch-size is {batch}; want at least 1 picture")
     where = one_device("local", "--device") if where is None else where
     mesh = make_mesh(MeshConfig(data=1), where.devices)
 
-    def total(rows: int) -> tuple[compile_sample.Codes, int]:
-        codes = compile_sample.codes_drawing(cfg, rows, mesh, weights=weights, guided=guided)
+    def total(rows: int) -> tuple[sampler.CompiledSampler, int]:
+        codes = sampler.lower_sampler(cfg, rows, mesh, weights=weights, guided=guided)
         with jax.set_mesh(mesh):
             size = codes.lower().compile().memory_analysis()
         taken = size.output_size_in_bytes + size.temp_size_in_bytes + size.generated_code_size_in_bytes
@@ -180,7 +180,7 @@ def describe_sampling(
     return {
         "batch": batch,
         "guided": guided,
-        "weights": weights,
+        "quantization": weights,
         "on": where.devices[0].device_kind,
         "stored": codes.stored,
         "parameters": codes.prepared,
@@ -201,7 +201,7 @@ def describe_run(path: Path) -> dict[str, Any]:
     """How far a run is: `step` (None without a checkpoint), `saved_steps`, `best_step` and its `measures`."""
     result: dict[str, Any] = {"run": str(path), "step": None, "saved_steps": [], "best_step": None}
     if (path / "checkpoints").is_dir():
-        checkpoints = Checkpoints(path / "checkpoints")
+        checkpoints = CheckpointManager(path / "checkpoints")
         try:
             result |= {
                 "step": checkpoints.latest,

@@ -8,8 +8,8 @@ import numpy as np
 
 from dalle_jax.cli.verbs import Rerank
 from dalle_jax.data import images
-from dalle_jax.inference import PIXEL_BATCH, Counter
-from dalle_jax.ranking import embed_captions, embed_pictures, load_clip
+from dalle_jax.pipelines import IMAGE_BATCH, ProgressPrinter
+from dalle_jax.pipelines.ranking import embed_captions, embed_images, load_clip
 
 
 def rerank(args: Rerank) -> dict[str, Any]:
@@ -18,17 +18,17 @@ def rerank(args: Rerank) -> dict[str, Any]:
         raise ValueError("no pictures; give the files to rank after the caption")
     if not args.caption.strip():
         raise ValueError("the caption has no text: nothing to rank the pictures by")
-    if args.keep is not None and not 1 <= args.keep <= len(args.images):
-        raise ValueError(f"--keep is {args.keep}; want 1 to {len(args.images)}, the pictures given")
+    if args.top is not None and not 1 <= args.top <= len(args.images):
+        raise ValueError(f"--top is {args.top}; want 1 to {len(args.images)}, the pictures given")
     clip = load_clip(args.run)
-    progress, found = Counter("pictures"), []
-    for start in range(0, len(args.images), PIXEL_BATCH):
-        paths = args.images[start : start + PIXEL_BATCH]
-        pictures = np.stack([images.load_picture(path, clip.config.image_size) for path in paths])
-        found.append(embed_pictures(clip, pictures))
+    progress, found = ProgressPrinter("pictures"), []
+    for start in range(0, len(args.images), IMAGE_BATCH):
+        paths = args.images[start : start + IMAGE_BATCH]
+        pictures = np.stack([images.load_image(path, clip.config.image_size) for path in paths])
+        found.append(embed_images(clip, pictures))
         progress(start + len(paths), len(args.images))
     score_R = np.concatenate(found) @ embed_captions(clip, [args.caption])[0]
-    order = np.argsort(-score_R, kind="stable")[: args.keep]
+    order = np.argsort(-score_R, kind="stable")[: args.top]
     for i in order:
         print(f"{score_R[i]:.4f}  {args.images[i]}")
     ranked = [{"file": args.images[i], "score": float(score_R[i])} for i in order]

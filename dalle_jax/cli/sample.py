@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dalle_jax.cli import output, sample_diffusion, sample_file, start
+from dalle_jax.cli import output, sample_diffusion, sample_file, startup
 from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
-from dalle_jax.cli.sample_file import Asked
+from dalle_jax.cli.sample_file import CaptionRequest
 from dalle_jax.cli.verbs import Sample
 from dalle_jax.data import images
-from dalle_jax.inference import (
-    Counter,
-    Sampling,
+from dalle_jax.pipelines import (
+    ProgressPrinter,
+    SamplingConfig,
     TextToImage,
-    draw_pictures,
     encode_images,
     load_text_to_image,
-)  # fmt: skip
-from dalle_jax.inference.diffusion import check_decoder, draw, is_diffusion, load_diffusion
-from dalle_jax.ranking import Clip, draw_best, load_clip
-from dalle_jax.text import TextTokenizer
+    sample_images,
+)
+from dalle_jax.pipelines.diffusion import check_decoder, denoise_images, is_diffusion, load_diffusion
+from dalle_jax.pipelines.ranking import ClipRanker, load_clip, sample_and_rerank
+from dalle_jax.text.tokenizers import TextTokenizer
 
 NO_CAPTION = "(no caption)"
 
@@ -33,22 +33,24 @@ def sample(args: Sample) -> dict[str, Any]:
     """Draws, writes and lists the pictures."""
     asked = _captions(args)
     captions = [caption for caption, _ in asked]
-    if args.n < 1:
-        raise ValueError(f"--n is {args.n}; want at least 1 picture per caption")
-    if args.clip is None and (args.candidates is not None or args.keep is not None):
+    if args.num_images < 1:
+        raise ValueError(f"--num-images is {args.num_images}; want at least 1 picture per caption")
+    if args.clip is None and (args.candidates is not None or args.top is not None):
         raise ValueError(
-            "--candidates and --keep need --clip, the run of the CLIP that ranks; --n draws without one"
+            "--candidates and --top need --clip, the run of the CLIP that ranks; --num-images draws without one"
         )
-    if args.clip is not None and args.n != 4:
-        raise ValueError("--n is for drawing without --clip; with it, --keep says how many pictures stay")
-    if args.show_rows is not None and (args.show_rows < 1 or args.captions_file or args.clip):
+    if args.clip is not None and args.num_images != 4:
         raise ValueError(
-            f"--show-rows is {args.show_rows}; want at least 1, and neither --captions-file nor --clip"
+            "--num-images is for drawing without --clip; with it, --top says how many pictures stay"
+        )
+    if args.preview_rows is not None and (args.preview_rows < 1 or args.captions_file or args.clip):
+        raise ValueError(
+            f"--preview-rows is {args.preview_rows}; want at least 1, and neither --captions-file nor --clip"
         )
     if is_diffusion(args.run):
         refuse_flags(
             args,
-            ("decoder", "clip", "show_rows", "jacobi", "weights"),
+            ("decoder", "clip", "preview_rows", "draft_len", "quantization"),
             "a Transformer; this is the run of a diffusion model",
         )
         if any(own for _, own in asked):
@@ -59,19 +61,19 @@ def sample(args: Sample) -> dict[str, Any]:
             'no captions; give one or more, e.g. "a red circle", or --unconditional to draw without'
         )
     if args.decoder is None:
-        flags = ("sampler", "steps", "spacing", "eta", "threshold")
+        flags = ("sampler", "num_steps", "spacing", "eta", "threshold")
         refuse_flags(args, flags, "a diffusion model, or for --decoder")
     elif args.clip is not None or args.captions_file is not None:
         raise ValueError(
             "--decoder goes with captions on the command line, without --clip; leave out the other"
         )
-    flags = ("guidance_times", "image", "mask", "strength", "label", "low", "filmstrip")
+    flags = ("guidance_interval", "image", "mask", "strength", "label", "low_res", "filmstrip")
     refuse_flags(args, flags, "a diffusion model; this is the run of a Transformer")
     if args.prefix_rows is not None and args.prefix is None:
         raise ValueError("--prefix-rows says how much of --prefix to keep; give --prefix PICTURE as well")
-    sampling = Sampling(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance=args.guidance,
-        jacobi=args.jacobi, weights=args.weights,
+    sampling = SamplingConfig(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance_scale=args.guidance_scale,
+        draft_len=args.draft_len, quantization=args.quantization,
     )  # fmt: skip
     model = load_text_to_image(args.run, on_host=True)
     clip = None if args.clip is None else load_clip(args.clip)
@@ -91,21 +93,21 @@ def sample(args: Sample) -> dict[str, Any]:
     if clip is not None:
         return _best(args, model, clip, captions, sampling, prefix, cut, out)
 
-    rows = [(j, args.seed + i) for j in range(len(captions)) for i in range(args.n)]
+    rows = [(j, args.seed + i) for j in range(len(captions)) for i in range(args.num_images)]
     names = [f"c{j:03d}_s{seed:04d}.png" for j, seed in rows]
     seeds = [seed for _, seed in rows]
     parts, passes = [], []
 
     labels = [captions[j] or NO_CAPTION for j, _ in rows]
-    columns = args.n if len(captions) > 1 else min(args.n, 8)
+    columns = args.num_images if len(captions) > 1 else min(args.num_images, 8)
 
     def shown(unfinished: np.ndarray) -> None:
         so_far = np.concatenate([*(pictures for _, pictures in parts), unfinished])
         _save_grid(out, so_far, labels[: len(so_far)], columns)
 
-    for part in draw_pictures(
-        model, captions, seeds, sampling, prefix=prefix, batch=args.batch, progress=Counter("pictures"),
-        rows=args.show_rows, shown=shown, passed=passes.append,
+    for part in sample_images(
+        model, captions, seeds, sampling, prefix_codes=prefix, batch=args.batch_size, progress=ProgressPrinter("pictures"),
+        preview_rows=args.preview_rows, on_preview=shown, on_batch=passes.append,
     ):  # fmt: skip
         if not parts:
             _tell_first(len(part[0]))
@@ -115,16 +117,16 @@ def sample(args: Sample) -> dict[str, Any]:
         parts.append(part)
     codes, pictures = (np.concatenate(kind) for kind in zip(*parts, strict=True))
     if decoder is not None:  # the same codes, seen by another
-        progress = Counter("denoising steps")
-        pictures = draw(
-            decoder, seeds, denoising(args), codes=codes, batch=args.batch, progress=progress
+        progress = ProgressPrinter("denoising steps")
+        pictures = denoise_images(
+            decoder, seeds, denoising(args), codes=codes, batch=args.batch_size, progress=progress
         ).images
         for name, picture in zip(names, pictures, strict=True):
             images.save_png(out / name, picture)
     _save_all(model, out, names, codes, pictures, labels, columns)
     print(f"{len(names)} pictures in {out}, all with their captions in {out / 'grid.png'}")
     faster = {}
-    if args.jacobi is not None:
+    if args.draft_len is not None:
         drawn = model.config.num_codes - 1 - (0 if prefix is None else len(prefix))
         faster = {"codes_per_pass": drawn / float(np.concatenate(passes).mean())}
         print(f"{faster['codes_per_pass']:.2f} codes a pass")
@@ -141,30 +143,30 @@ def sample(args: Sample) -> dict[str, Any]:
 def _best(
     args: Sample,
     model: TextToImage,
-    clip: Clip,
+    clip: ClipRanker,
     captions: list[str],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     prefix: np.ndarray | None,
     cut: list[int],
     out: Path,
 ) -> dict[str, Any]:
     """Draws the candidates of each caption, writes and lists the best of them."""
     candidates = 64 if args.candidates is None else args.candidates
-    keep = min(4, candidates) if args.keep is None else args.keep
+    keep = min(4, candidates) if args.top is None else args.top
     if candidates < 1:
         raise ValueError(f"--candidates is {candidates}; want at least 1 picture per caption")
     seeds = [args.seed + i for _ in captions for i in range(candidates)]
-    options = {"prefix": prefix, "batch": args.batch, "progress": Counter("pictures")}
+    options = {"prefix_codes": prefix, "batch": args.batch_size, "progress": ProgressPrinter("pictures")}
     listed, codes, pictures = [], [], []
-    for best in draw_best(model, clip, captions, seeds, keep, sampling, **options):
+    for best in sample_and_rerank(model, clip, captions, seeds, keep, sampling, **options):
         for place, which in enumerate(best.which):
             seed = args.seed + int(which)
             name = f"c{best.number:03d}_s{seed:04d}.png"
-            images.save_png(out / name, best.pictures[place])
+            images.save_png(out / name, best.images[place])
             row = {"file": str(out / name), "caption": captions[best.number], "seed": seed}
             listed.append({**row, "score": float(best.score[place]), "tokens_cut": cut[best.number]})
         codes.append(best.codes)
-        pictures.append(best.pictures)
+        pictures.append(best.images)
     names = [Path(row["file"]).name for row in listed]
     labels = [f"{row['score']:.3f} {row['caption']}" for row in listed]
     _save_all(model, out, names, np.concatenate(codes), np.concatenate(pictures), labels, min(keep, 8))
@@ -191,7 +193,7 @@ def _save_all(
 
 def _save_grid(out: Path, pictures: np.ndarray, labels: list[str], columns: int) -> None:
     scale = max(1, 128 // pictures.shape[1])
-    images.save_png(out / "grid.png", images.grid(pictures, columns, labels=labels, scale=scale))
+    images.save_png(out / "grid.png", images.image_grid(pictures, columns, labels=labels, scale=scale))
 
 
 def _about(model: TextToImage, out: Path) -> dict[str, Any]:
@@ -201,17 +203,20 @@ def _about(model: TextToImage, out: Path) -> dict[str, Any]:
 
 def _tell_first(count: int) -> None:
     told = "the first picture" if count == 1 else f"the first {count} pictures"
-    print(f"{told} after {start.seconds():.1f} s, starting up and compiling included", file=sys.stderr)
+    print(
+        f"{told} after {startup.seconds_since_start():.1f} s, starting up and compiling included",
+        file=sys.stderr,
+    )
 
 
-def _captions(args: Sample) -> list[Asked]:
-    captions = [Asked(caption, {}) for caption in args.captions]
+def _captions(args: Sample) -> list[CaptionRequest]:
+    captions = [CaptionRequest(caption, {}) for caption in args.captions]
     if args.captions_file is not None:
-        captions += sample_file.read(args.captions_file)
+        captions += sample_file.read_requests(args.captions_file)
     if args.unconditional and captions:
         raise ValueError("--unconditional draws without a caption; leave the captions out, or the flag")
     if args.unconditional:
-        return [Asked("", {})]
+        return [CaptionRequest("", {})]
     return captions
 
 
@@ -242,7 +247,7 @@ def _prefix(model: TextToImage, path: str, rows: int | None) -> np.ndarray:
 
 def _exact_picture(path: str, side: int, flag: str) -> np.ndarray:
     """The picture in a file, uint8 (side, side, 3). Raises ValueError for another size."""
-    picture = images.load_picture(path, side)
+    picture = images.load_image(path, side)
     with Image.open(path) as header:
         width, height = header.size
     if (width, height) != (side, side):

@@ -24,30 +24,43 @@ import numpy as np
 from dalle_jax.cli import output
 from dalle_jax.cli.verbs import Sample
 from dalle_jax.data import images
-from dalle_jax.data.images import to_bytes
-from dalle_jax.inference import Counter, Sampling, TextToImage, check_null, decode_codes, queue_of, text_rows
-from dalle_jax.sampling.queue import Request
+from dalle_jax.data.images import to_uint8
+from dalle_jax.pipelines import (
+    ProgressPrinter,
+    SamplingConfig,
+    TextToImage,
+    check_null,
+    decode_codes,
+    make_batcher,
+    tokenize_captions,
+)
+from dalle_jax.sampling.batcher import Request
 
-_OWN = {"seed": int, "temperature": float, "top_p": float, "guidance": float}  # what a line may say by itself
+_OWN = {
+    "seed": int,
+    "temperature": float,
+    "top_p": float,
+    "guidance_scale": float,
+}  # what a line may say by itself
 
 
-class Asked(NamedTuple):
+class CaptionRequest(NamedTuple):
     """One line: a caption, and what it says beside it."""
 
     caption: str
     own: dict[str, Any]
 
 
-class Picture(NamedTuple):
+class OutputImage(NamedTuple):
     """One picture of the job and how it is drawn."""
 
     file: str
     caption: str
     seed: int
-    sampling: Sampling
+    sampling: SamplingConfig
 
 
-def read(path: str) -> list[Asked]:
+def read_requests(path: str) -> list[CaptionRequest]:
     """The captions of a file. Raises OSError or ValueError, naming the line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -59,11 +72,11 @@ def read(path: str) -> list[Asked]:
     if not lines:
         raise ValueError(f"--captions-file {path} has no captions; want one a line")
     if not path.endswith(".jsonl"):
-        return [Asked(line, {}) for _, line in lines]
+        return [CaptionRequest(line, {}) for _, line in lines]
     return [_parsed(f"--captions-file {path}, line {i}", line) for i, line in lines]
 
 
-def _parsed(where: str, line: str) -> Asked:
+def _parsed(where: str, line: str) -> CaptionRequest:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -76,10 +89,12 @@ def _parsed(where: str, line: str) -> Asked:
             raise ValueError(f"{where} has {name!r}; want caption, {', '.join(_OWN)}")
         if isinstance(value, bool) or not isinstance(value, (int, _OWN[name])):
             raise ValueError(f"{where}: {name} is {value!r}; want a number")
-    return Asked(row["caption"], own)
+    return CaptionRequest(row["caption"], own)
 
 
-def pictures(asked: list[Asked], n: int, seed: int, sampling: Sampling) -> list[Picture]:
+def output_images(
+    asked: list[CaptionRequest], n: int, seed: int, sampling: SamplingConfig
+) -> list[OutputImage]:
     """All pictures of the job, n for each caption, with the names that `sample` gives them."""
     found = []
     for j, (caption, own) in enumerate(asked):
@@ -92,7 +107,7 @@ def pictures(asked: list[Asked], n: int, seed: int, sampling: Sampling) -> list[
         if not (first >= 0 and first + n <= 2**32):
             raise ValueError(f"caption {j} has seeds from {first}; want integers in [0, 2**32)")
         for i in range(n):
-            found.append(Picture(f"c{j:03d}_s{first + i:04d}.png", caption, first + i, mine))
+            found.append(OutputImage(f"c{j:03d}_s{first + i:04d}.png", caption, first + i, mine))
     return found
 
 
@@ -135,36 +150,37 @@ class Manifest:
 
 def sample_file(
     args: Sample,
-    asked: list[Asked],
+    asked: list[CaptionRequest],
     model: TextToImage,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     prefix: np.ndarray | None,
     told: Callable[[int], None],
 ) -> dict[str, Any]:
     """Draws what the manifest does not have yet. `told` is called with the number of the first pictures."""
-    if args.batch < 1:
-        raise ValueError(f"batch is {args.batch}; want at least 1 picture at once")
-    cfg, wanted = model.config, pictures(asked, args.n, args.seed, sampling)
-    texts = text_rows(model, [caption for caption, _ in asked])
-    for row, picture in enumerate(wanted[:: args.n]):
-        check_null(model, texts[row : row + 1], picture.sampling.guidance)
-    guided = any(p.sampling.guidance != 1 for p in wanted)
-    queue = queue_of(model, args.batch * (2 if guided else 1), sampling)
+    if args.batch_size < 1:
+        raise ValueError(f"batch is {args.batch_size}; want at least 1 picture at once")
+    cfg, wanted = model.config, output_images(asked, args.num_images, args.seed, sampling)
+    texts = tokenize_captions(model, [caption for caption, _ in asked])
+    for row, picture in enumerate(wanted[:: args.num_images]):
+        check_null(model, texts[row : row + 1], picture.sampling.guidance_scale)
+    guided = any(p.sampling.guidance_scale != 1 for p in wanted)
+    queue = make_batcher(model, args.batch_size * (2 if guided else 1), sampling)
     out = output.directory(args.out)
     prime = np.zeros(0, np.int32) if prefix is None else np.asarray(prefix, np.int32)
     about = [
-        [p.file, p.caption, p.sampling.temperature, p.sampling.top_p, p.sampling.guidance] for p in wanted
+        [p.file, p.caption, p.sampling.temperature, p.sampling.top_p, p.sampling.guidance_scale]
+        for p in wanted
     ]
     job = {
         "run": str(model.run.path), "step": model.run.step, "tokenizer": model.tokenizer.fingerprint,
-        "top_k": sampling.top_k, "weights": sampling.weights, "pictures": len(wanted),
+        "top_k": sampling.top_k, "quantization": sampling.quantization, "pictures": len(wanted),
         "captions": hashlib.sha256(json.dumps(about).encode()).hexdigest(),
         "prefix": hashlib.sha256(prime.tobytes()).hexdigest() if len(prime) else None,
     }  # fmt: skip
     manifest = Manifest(out / "manifest.jsonl", job)
     codes = _codes(out / "codes.npy", len(wanted), cfg.num_codes, fresh=not manifest.done)
     left = iter([i for i, p in enumerate(wanted) if p.file not in manifest.done])
-    before, row_of, progress, first = len(manifest.done), {}, Counter("pictures"), True
+    before, row_of, progress, first = len(manifest.done), {}, ProgressPrinter("pictures"), True
     trimmed = before
     if before:
         print(f"{before} of {len(wanted)} pictures are there already", file=sys.stderr)
@@ -173,17 +189,17 @@ def sample_file(
             while len(queue) < 2 * queue.slots and (row := next(left, None)) is not None:
                 own = wanted[row].sampling
                 request = Request(
-                    texts[row // args.n], wanted[row].seed, own.temperature,
-                    1.0 if own.top_p is None else own.top_p, own.guidance, prime,
+                    texts[row // args.num_images], wanted[row].seed, own.temperature,
+                    1.0 if own.top_p is None else own.top_p, own.guidance_scale, prime,
                 )  # fmt: skip
                 row_of[queue.submit(request)] = row
             if not len(queue):
                 break
             finished = queue.step()
             rows = [row_of.pop(ticket) for ticket, _ in finished]
-            for start in range(0, len(rows), args.batch):
-                _finish(model, args, out, wanted, rows[start : start + args.batch],
-                        [c for _, c in finished[start : start + args.batch]], codes, manifest)  # fmt: skip
+            for start in range(0, len(rows), args.batch_size):
+                _finish(model, args, out, wanted, rows[start : start + args.batch_size],
+                        [c for _, c in finished[start : start + args.batch_size]], codes, manifest)  # fmt: skip
             if len(manifest.done) - trimmed >= TRIM_EVERY:
                 trimmed = len(manifest.done)
                 _give_back()
@@ -192,7 +208,7 @@ def sample_file(
                 first = False
             progress(len(manifest.done), len(wanted))
         faster = {}
-        if sampling.jacobi is not None and queue.codes_per_pass is not None:
+        if sampling.draft_len is not None and queue.codes_per_pass is not None:
             faster = {"codes_per_pass": queue.codes_per_pass}
             print(f"{queue.codes_per_pass:.2f} codes a pass")
         return {**_end(args, out, wanted, codes, manifest, model), **faster}
@@ -224,9 +240,9 @@ def _codes(path: Path, rows: int, columns: int, *, fresh: bool) -> np.ndarray:
 
 def _finish(model, args, out, wanted, rows, codes, kept, manifest) -> None:
     """Picture, codes, then the line in the manifest: what has a line is whole."""
-    short = args.batch - len(rows)
-    shown = to_bytes(
-        decode_codes(model.tokenizer, np.stack([*codes, *[codes[-1]] * short]), batch=args.batch)
+    short = args.batch_size - len(rows)
+    shown = to_uint8(
+        decode_codes(model.tokenizer, np.stack([*codes, *[codes[-1]] * short]), batch=args.batch_size)
     )
     lines = []
     for row, own, picture in zip(rows, codes, shown, strict=False):
@@ -235,7 +251,7 @@ def _finish(model, args, out, wanted, rows, codes, kept, manifest) -> None:
         said = wanted[row].sampling
         lines.append({
             "file": wanted[row].file, "caption": wanted[row].caption, "seed": wanted[row].seed,
-            "temperature": said.temperature, "top_p": said.top_p, "guidance": said.guidance,
+            "temperature": said.temperature, "top_p": said.top_p, "guidance_scale": said.guidance_scale,
             "tokens_cut": max(0, model.text.count(wanted[row].caption) - model.config.text_len),
         })  # fmt: skip
     kept.flush()
@@ -252,12 +268,13 @@ def _end(args, out, wanted, codes, manifest, model) -> dict[str, Any]:
     os.unlink(out / "codes.npy")
     result = {"run": str(model.run.path), "step": model.run.step, "grid": None}
     if len(wanted) <= GRID_MOST:
-        shown = np.stack(
-            [images.load_picture(out / name, model.tokenizer.config.image_size) for name in names]
+        shown = np.stack([images.load_image(out / name, model.tokenizer.config.image_size) for name in names])
+        columns, scale = (
+            min(len(wanted), 8) if args.num_images == 1 else args.num_images,
+            max(1, 128 // shown.shape[1]),
         )
-        columns, scale = min(len(wanted), 8) if args.n == 1 else args.n, max(1, 128 // shown.shape[1])
         labels = [p.caption or "(no caption)" for p in wanted]
-        images.save_png(out / "grid.png", images.grid(shown, columns, labels=labels, scale=scale))
+        images.save_png(out / "grid.png", images.image_grid(shown, columns, labels=labels, scale=scale))
         result["grid"] = str(out / "grid.png")
     print(f"{len(wanted)} pictures in {out}, listed in {manifest.path}")
     rows = {row["file"]: row for row in manifest.rows()} if args.json else {}

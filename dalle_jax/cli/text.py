@@ -6,12 +6,12 @@ import time
 from typing import Any
 
 from dalle_jax.cli import output
-from dalle_jax.cli.codes import data_of
-from dalle_jax.cli.data import lenient
+from dalle_jax.cli.codes import resolve_data
+from dalle_jax.cli.data import allow_bad_records
 from dalle_jax.cli.verbs import Text
 from dalle_jax.config import MixtureSource, SourceConfig
 from dalle_jax.data.sources import open_source, sample_captions
-from dalle_jax.text import TextTokenizer, statistics, train
+from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, train_text_tokenizer
 
 _MEASURED = 10_000  # captions of each language
 
@@ -21,17 +21,17 @@ def text(args: Text) -> dict[str, Any]:
     if args.captions < 1 or args.text_len < 1:
         raise ValueError(f"--captions {args.captions}, --text-len {args.text_len}; want at least 1 each")
     out = output.file(args.out)
-    source = lenient(data_of(args.path).source, 1.0)  # rows may lack one of the languages
+    source = allow_bad_records(resolve_data(args.path).source, 1.0)  # rows may lack one of the languages
     captions = list(sample_captions(open_source(source, "train"), args.captions))
     begin = time.monotonic()
-    train(captions, out, vocab=args.vocab, lowercase=not args.case, nfkc=args.nfkc)
+    train_text_tokenizer(captions, out, vocab=args.vocab, lowercase=not args.case, nfkc=args.nfkc)
     seconds = time.monotonic() - begin
     tokenizer, languages = TextTokenizer.load(out), {}
     for language in ("en", "zh"):
         held_out = _held_out(source, language)
         if not held_out:
             continue
-        found = statistics(tokenizer, held_out, text_len=args.text_len)
+        found = caption_statistics(tokenizer, held_out, text_len=args.text_len)
         languages[language] = found
         print(
             f"{language}: {found['captions']} held-out captions, {found['tokens'] / found['captions']:.2f} tokens "
@@ -39,7 +39,7 @@ def text(args: Text) -> dict[str, Any]:
             f"{args.text_len}"
         )
     print(
-        f"{tokenizer.size} pieces from {len(captions)} captions in {seconds:.1f} s; next: --text.model {out}"
+        f"{tokenizer.size} pieces from {len(captions)} captions in {seconds:.1f} s; next: --text.tokenizer-path {out}"
     )
     return {"pieces": tokenizer.size, "captions": len(captions), "seconds": seconds, "languages": languages}
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from dalle_jax.config import SamplerName, Spacing, Weights
+from dalle_jax.config import Quantization, SamplerName, Spacing
 from dalle_jax.importers.families import FAMILIES
 
 Runs = Annotated[str, arg(metavar="RUN")]
@@ -40,27 +40,27 @@ class Data:
     captions, classes, and records that cannot be used, by cause. Every picture is decoded. Of a configuration or a
     run it is the data that it trains on, mixtures too.
 
-    With --to tfds it also builds a TFDS data set in array_record format, the same rows in the same order,
+    With --convert-to tfds it also builds a TFDS data set in array_record format, the same rows in the same order,
     without what cannot be used; no network and no TensorFlow."""
 
     path: Positional[Annotated[str, arg(metavar="PATH")]]
     """folder, tar files (commas, globs), npz file, TFDS directory or name; or a configuration file or run"""
-    to: Literal["tfds"] | None = None
+    convert_to: Literal["tfds"] | None = None
     """format to build"""
     out: str | None = None
     """directory of the data set that is built, new or empty"""
     size: int | None = None
-    """with --to: store squares of this side, cropped to the centre; None stores the files as they are"""
+    """with --convert-to: store squares of this side, cropped to the centre; None stores the files as they are"""
     duplicates: str | None = None
     """look for evaluation pictures that training has too; directory for duplicates.jsonl and a grid of pairs"""
-    max_bad_share: float = 1.0
+    max_bad_fraction: float = 1.0
     """share of unusable records above which to stop"""
     json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Trains a byte-pair vocabulary on the captions of a data set, for --text.model of a Transformer.
+    """Trains a byte-pair vocabulary on the captions of a data set, for --text.tokenizer-path of a Transformer.
 
     Prints tokens per caption and per character in each language, on captions of the evaluation split where
     there is one, and how many captions are longer than --text-len."""
@@ -92,7 +92,7 @@ class Sample:
     File c000_s0007.png is caption 0 with seed 7: it depends on that caption and that seed alone, whatever
     else is drawn with it. codes.npz holds the codes of all pictures, for `decode`.
 
-    With --captions-file the pictures go through a queue that keeps all of --batch busy, and manifest.jsonl lists
+    With --captions-file the pictures go through a queue that keeps all of --batch-size busy, and manifest.jsonl lists
     those that are done: the same command again, after it was killed, draws the rest."""
 
     run: Positional[Runs]
@@ -101,7 +101,7 @@ class Sample:
     """what to draw; "" draws without a caption"""
     out: str = "samples"
     """directory for the pictures"""
-    n: int = 4
+    num_images: int = 4
     """pictures per caption, with the seeds SEED, SEED + 1, ..."""
     seed: int = 0
     """of the first picture of each caption"""
@@ -111,7 +111,7 @@ class Sample:
     """draw among this many most probable codes; None is all"""
     top_p: float | None = None
     """draw among the most probable codes that share this much of the probability; None is all"""
-    guidance: float = 1.0
+    guidance_scale: float = 1.0
     """scale of classifier-free guidance: above 1 the caption counts for more; 1 is none"""
     prefix: str | None = None
     """picture whose top rows every drawn picture begins with; of the model's size"""
@@ -122,24 +122,24 @@ class Sample:
     caption, and where it differs from the flags seed, temperature, top_p, guidance"""
     unconditional: bool = False
     """draw without a caption"""
-    batch: int = 8
+    batch_size: int = 8
     """pictures drawn at once"""
-    jacobi: int | None = None
+    draft_len: int | None = None
     """draw this many codes per pass of the network, as far as they turn out right: the same pictures in fewer passes,
     each of more work (docs/sampling.md); None is one"""
-    weights: Weights | None = None
+    quantization: Quantization | None = None
     """matrices in 8 bits: int8 or fp8 stores weights so, w8a8 also rounds what they are multiplied with"""
-    show_rows: int | None = None
+    preview_rows: int | None = None
     """write grid.png anew after every so many rows of codes, grey where nothing is drawn yet; neither with a captions
     file nor with --clip"""
     clip: str | None = None
-    """directory of a trained CLIP: draw --candidates pictures of each caption and keep the --keep that fit it best,
-    in place of --n"""
+    """directory of a trained CLIP: draw --candidates pictures of each caption and keep the --top that fit it best,
+    in place of --num-images"""
     candidates: int | None = None
     """with --clip: pictures drawn for each caption; None is 64"""
-    keep: int | None = None
+    top: int | None = None
     """with --clip: pictures kept of each caption, best first; None is 4"""
-    steps: int | None = None
+    num_steps: int | None = None
     """diffusion: evaluations of the network (heun and pc take two a step); None is 50"""
     sampler: SamplerName | None = None
     """diffusion: how the noise is taken away; None is dpm++2m"""
@@ -149,7 +149,7 @@ class Sample:
     """diffusion, ddim: noise put back in each step; 0 is none, 1 as much as the ancestral sampler"""
     threshold: float | None = None
     """diffusion: quantile that clean pictures are held in on the way, e.g. 0.995; None clips them"""
-    guidance_times: tuple[float, float] | None = None
+    guidance_interval: tuple[float, float] | None = None
     """diffusion: guidance only where the time, 1 for noise and 0 for the picture, lies between these two"""
     image: str | None = None
     """diffusion: picture to begin from, with --strength or --mask; of the model's size"""
@@ -159,7 +159,7 @@ class Sample:
     """diffusion: picture of --image's size; what is white is drawn anew, what is black is kept"""
     label: tuple[int, ...] = ()
     """diffusion on classes: numbers of the classes to draw"""
-    low: str | None = None
+    low_res: str | None = None
     """diffusion on small pictures: the one to make large"""
     filmstrip: int | None = None
     """diffusion: also write filmstrip.png, this many looks of each picture on its way"""
@@ -179,7 +179,7 @@ class Rerank:
     """what the pictures should show"""
     images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ...")]]
     """picture files"""
-    keep: int | None = None
+    top: int | None = None
     """list only the best; None lists all"""
     json: Json = False
 
@@ -230,7 +230,7 @@ class Decode:
     """where to write: a file that ends in .npz, or else a directory"""
     seed: int = 0
     """diffusion: of the first picture"""
-    steps: int | None = None
+    num_steps: int | None = None
     """diffusion: steps of the sampler; None is 50"""
     sampler: SamplerName | None = None
     """diffusion: how the noise is taken away; None is dpm++2m"""
@@ -242,22 +242,22 @@ class Evaluate:
     """Measures a run on rows and captions that it was not trained on.
 
     psnr, mse, codebook_use, codebook_perplexity: of the tokenizer. loss, image_loss, text_loss: of the
-    Transformer, nats per token. right_one_object, right_two_objects, right_held_out: share of captions whose
-    drawn picture shows what the caption says, read back by image analysis; right_reconstruction: the same of
+    Transformer, nats per token. accuracy_one_object, accuracy_two_objects, accuracy_held_out: share of captions whose
+    drawn picture shows what the caption says, read back by image analysis; accuracy_reconstruction: the same of
     true pictures that went through the tokenizer. The right_ figures exist for procedural scenes only. With
     --fid-weights: rfid, distance of a tokenizer's reconstructions from true pictures; fid, of the pictures that a
-    Transformer or diffusion model draws. With --classifier: right_class, share of drawn pictures that it puts into the
-    class asked for; right_class_true and right_class_reconstruction, of true pictures and of these after the
+    Transformer or diffusion model draws. With --classifier: accuracy_class, share of drawn pictures that it puts into the
+    class asked for; accuracy_class_true and accuracy_class_reconstruction, of true pictures and of these after the
     tokenizer. Of a Transformer with --clip: clip_score, mean cosine of captions and drawn pictures, clip_score_true of
-    true ones; with --candidates also right_KIND_best_of_N, where the best of N pictures by that CLIP is taken, and
-    right_KIND_any_of_N.
+    true ones; with --candidates also accuracy_KIND_best_of_N, where the best of N pictures by that CLIP is taken, and
+    accuracy_KIND_any_of_N.
 
     Of a CLIP: image_to_text_recall_K and text_to_image_recall_K among the rows measured; zero_shot_top1 and
     zero_shot_top5 where there are classes.
 
     Of a diffusion model: loss, eps_mse, band_1 (least noise) to band_4, squared errors. One on codes is set beside
-    its tokenizer: psnr and right_reconstruction are of what it draws from the codes of true pictures,
-    tokenizer_psnr and tokenizer_right_reconstruction of what the tokenizer makes of the same codes; so are, with
+    its tokenizer: psnr and accuracy_reconstruction are of what it draws from the codes of true pictures,
+    tokenizer_psnr and tokenizer_accuracy_reconstruction of what the tokenizer makes of the same codes; so are, with
     --fid-weights, rfid and tokenizer_rfid."""
 
     run: Positional[Runs]
@@ -266,7 +266,7 @@ class Evaluate:
     """rows, and captions of each kind"""
     seed: int = 0
     """of the drawn pictures"""
-    guidance: tuple[float, ...] = (1.0,)
+    guidance_scale: tuple[float, ...] = (1.0,)
     """scales of classifier-free guidance; several give a curve"""
     temperature: float = 1.0
     """of the drawn pictures"""
@@ -274,16 +274,16 @@ class Evaluate:
     """draw among this many most probable codes; None is all"""
     top_p: float | None = None
     """draw among the most probable codes that share this much of the probability; None is all"""
-    weights: Weights | None = None
+    quantization: Quantization | None = None
     """Transformer: draw with its matrices in 8 bits"""
-    steps: int | None = None
+    num_steps: int | None = None
     """diffusion: steps of the sampler; None is 50"""
     sampler: SamplerName | None = None
     """diffusion: how the noise is taken away; None is dpm++2m"""
     bits_per_dim: int = 0
     """diffusion: also measure bits_per_dim, the likelihood by the ODE, of this many rows; slow"""
     decoder: str | None = None
-    """Transformer: run of a diffusion model on its tokenizer's codes; adds right_KIND_decoder, the share of the same
+    """Transformer: run of a diffusion model on its tokenizer's codes; adds accuracy_KIND_decoder, the share of the same
     codes when it draws the pixels"""
     fid_weights: str | None = None
     """npz or pth file of the Inception-v3 of FID; adds rfid or fid, which compare at the same count only, and the
@@ -357,12 +357,12 @@ class Info:
     """run directory or configuration file"""
     shapes: bool = False
     """list the shape of every parameter (--json always does)"""
-    batch: int | None = None
+    batch_size: int | None = None
     """pictures drawn at once: adds what that takes, by the compiler, and the largest batch that fits the device"""
-    guided: bool = False
-    """with --batch: drawn with classifier-free guidance"""
-    weights: Weights | None = None
-    """with --batch: drawn with the matrices in 8 bits"""
+    use_cfg: bool = False
+    """with --batch-size: drawn with classifier-free guidance"""
+    quantization: Quantization | None = None
+    """with --batch-size: drawn with the matrices in 8 bits"""
     device: str | None = None
-    """with --batch: on a device that is not here, named as for train.py --compile-only: h200, v5e:1x1"""
+    """with --batch-size: on a device that is not here, named as for train.py --compile-only: h200, v5e:1x1"""
     json: Json = False

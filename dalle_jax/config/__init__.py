@@ -8,7 +8,7 @@ arXiv 2102.12092).
 
 from dalle_jax.config.bart import BartConfig
 from dalle_jax.config.clip import ClipConfig, TowerConfig
-from dalle_jax.config.dalle import AttentionKind, DalleConfig, T5Config, Weights
+from dalle_jax.config.dalle import AttentionKind, DalleConfig, Quantization, T5Config
 from dalle_jax.config.data import (
     MIXTURE_PERIOD,
     ArraysSource,
@@ -36,7 +36,7 @@ from dalle_jax.config.diffusion import (
     TextEncoderConfig,
     Weighting,
 )
-from dalle_jax.config.json import from_json, to_json
+from dalle_jax.config.serialization import from_json, to_json
 from dalle_jax.config.tokenizer import (
     AdversarialConfig,
     Dtype,
@@ -85,6 +85,7 @@ __all__ = [
     "OptimConfig",
     "Prediction",
     "ProfileConfig",
+    "Quantization",
     "Quantizer",
     "SamplerName",
     "SceneBackground",
@@ -106,7 +107,6 @@ __all__ = [
     "VQGANConfig",
     "VectorQuantizer",
     "Weighting",
-    "Weights",
     "from_json",
     "to_json",
 ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dalle_jax.config.checks import configuration, require
+from dalle_jax.config.schema import frozen_config, require
 from dalle_jax.config.tokenizer import Dtype
 
 
-@configuration
+@frozen_config
 class BartConfig:
     """Captions through an encoder, codes through a decoder that looks at it (Dayma et al. 2021; BART, 1910.13461)."""
 
@@ -16,18 +16,18 @@ class BartConfig:
     text_vocab: int = 50_264  # pieces
     text_len: int = 64  # text positions; a caption that is shorter is padded
     image_vocab: int = 16_384  # the tokenizer's codes
-    image_rows: int = 16_385  # of the decoder's embedding and logits, which hold more than the codes
-    start: int = 16_384  # row of that embedding that stands before the first code
+    decoder_vocab: int = 16_385  # of the decoder's embedding and logits, which hold more than the codes
+    decoder_start_id: int = 16_384  # row of that embedding that stands before the first code
     grid: int = 16  # image tokens form a grid x grid raster
     dim: int = 1024
     encoder_layers: int = 12
     layers: int = 12  # of the decoder
     heads: int = 16
     mlp_width: int = 2730  # channels between the gated layers (2002.05202)
-    pad_piece: int = 1  # stands after a caption, and is not seen
-    begin_piece: int = 0  # before a caption
-    end_piece: int = 2  # after a caption
-    null_rate: float = 0.1  # share of training captions replaced by the null caption, for guidance
+    pad_id: int = 1  # stands after a caption, and is not seen
+    bos_id: int = 0  # before a caption
+    eos_id: int = 2  # after a caption
+    cond_drop_prob: float = 0.1  # share of training captions replaced by the null caption, for guidance
     dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, logits and losses stay float32
     remat: Literal["none", "full"] = "full"  # what the backward pass computes again
 
@@ -45,15 +45,18 @@ class BartConfig:
             f"dim {self.dim} is not divisible by heads {self.heads}; change one of them",
         )
         require(
-            max(self.image_vocab, self.start + 1) <= self.image_rows,
-            f"image_rows is {self.image_rows}; want room for {self.image_vocab} codes and the start {self.start}",
+            max(self.image_vocab, self.decoder_start_id + 1) <= self.decoder_vocab,
+            f"decoder_vocab is {self.decoder_vocab}; want room for {self.image_vocab} codes and the start {self.decoder_start_id}",
         )
-        for name in ("pad_piece", "begin_piece", "end_piece"):
+        for name in ("pad_id", "bos_id", "eos_id"):
             require(
                 0 <= getattr(self, name) < self.text_vocab,
                 f"{name} is {getattr(self, name)}; want a piece in [0, {self.text_vocab})",
             )
-        require(0.0 <= self.null_rate <= 1.0, f"null_rate is {self.null_rate}; want a share in [0, 1]")
+        require(
+            0.0 <= self.cond_drop_prob <= 1.0,
+            f"cond_drop_prob is {self.cond_drop_prob}; want a share in [0, 1]",
+        )
 
     @property
     def head_dim(self) -> int:

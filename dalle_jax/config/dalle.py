@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dalle_jax.config.checks import configuration, require
+from dalle_jax.config.schema import frozen_config, require
 from dalle_jax.config.tokenizer import Dtype
 
 AttentionKind = Literal["full", "row", "column", "conv", "conv_clamped", "conv_torus"]
 AttentionKernel = Literal["auto", "dense", "splash", "cudnn"]
-Weights = Literal["int8", "fp8", "w8a8"]  # 8-bit matrices for sampling (nn/matrices.py)
-Remat = Literal["none", "full", "dots", "mlp", "matrices"]
+Quantization = Literal["int8", "fp8", "w8a8"]  # 8-bit matrices for sampling (nn/linear.py)
+Remat = Literal["none", "full", "dots", "mlp", "save_attention"]
 
 
-@configuration
+@frozen_config
 class T5Config:
     """A T5 v1.1 encoder (1910.10683); the defaults are flan-t5-xl's. Its vocabulary is the Transformer's."""
 
@@ -21,8 +21,8 @@ class T5Config:
     layers: int = 24
     heads: int = 32
     mlp_width: int = 5120  # channels between the gated layers (2002.05202)
-    buckets: int = 32  # of the distances between positions
-    end_piece: int = 1  # after a caption
+    num_relative_buckets: int = 32  # of the distances between positions
+    eos_id: int = 1  # after a caption
 
     def __post_init__(self):
         for name in ("dim", "layers", "heads", "mlp_width"):
@@ -32,13 +32,13 @@ class T5Config:
             f"T5 of dim {self.dim} is not divisible by heads {self.heads}; change one of them",
         )
         require(
-            self.buckets >= 4 and self.buckets % 4 == 0,
-            f"buckets is {self.buckets}; want a multiple of 4: two directions, near and far",
+            self.num_relative_buckets >= 4 and self.num_relative_buckets % 4 == 0,
+            f"buckets is {self.num_relative_buckets}; want a multiple of 4: two directions, near and far",
         )
-        require(self.end_piece >= 0, f"end_piece is {self.end_piece}; want a piece")
+        require(self.eos_id >= 0, f"eos_id is {self.eos_id}; want a piece")
 
 
-@configuration
+@frozen_config
 class DalleConfig:
     """The autoregressive Transformer over text and image tokens (2102.12092, 2.2 and B)."""
 
@@ -55,28 +55,28 @@ class DalleConfig:
     # of the MLP; swiglu is gated (2002.05202)
     activation: Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu"] = "gelu-tanh"
     norm: Literal["layer", "rms"] = "layer"  # RMS norms have a scale alone (1910.07467)
-    sandwich: bool = False  # a norm of what attention and MLP give too, before the sum (2105.13290, 2.4)
+    sandwich_norm: bool = False  # a norm of what attention and MLP give too, before the sum (2105.13290, 2.4)
     biases: bool = True  # of the matrices of the blocks
     # What marks an image place: embeddings of its row and column, one embedding of its own, or queries and keys turned
-    # by row and column (2104.09864). With "rope" text positions are not marked, and their queries and keys are zero,
+    # by row and column (2104.09864). With "rope2d" text positions are not marked, and their queries and keys are zero,
     # as LlamaGen has it (2406.06525).
-    positions: Literal["grid", "raster", "rope"] = "grid"
-    pad_piece: int | None = None  # piece at every position after a caption; None: each position has its own
+    pos_embed: Literal["axial", "learned", "rope2d"] = "axial"
+    pad_id: int | None = None  # piece at every position after a caption; None: each position has its own
     # A frozen encoder that reads captions, as LlamaGen's t2i models have it: what it makes of the pieces stands at the
     # text positions, the end of the caption at the last of them, and those before its begin are not seen. None: each
     # piece has an embedding of its own.
     text_encoder: T5Config | None = None
-    head_norm: bool = False  # a second norm after the last
+    second_final_norm: bool = False  # a second norm after the last
     head_bias: bool = False
     attention: tuple[AttentionKind, ...] = ("row", "column", "row", "row")  # cycled over the layers; B.1
     last_attention: AttentionKind | None = "conv"  # kind of the last layer; None continues the cycle; B.1
     # Masks take the last text token for the raster's first place, and so each code for the place after its own, as
     # ruDALL-E Malevich v2 has it.
-    text_in_raster: bool = False
+    shift_masks: bool = False
     conv_kernel: int = 11  # side of the conv mask's window, odd; B.1
     qk_norm: bool = False  # RMS-normalise queries and keys per head; not in the paper, allows larger steps
     text_loss_weight: float = 1 / 8  # of the text cross-entropy; the image has the rest; 0: no text head; 2.2
-    null_rate: float = 0.1  # share of training captions replaced by the null caption, for guidance
+    cond_drop_prob: float = 0.1  # share of training captions replaced by the null caption, for guidance
     dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, logits and losses stay float32
     # What computes attention in training: splash is for TPU, cudnn for NVIDIA GPUs in bfloat16, dense for
     # anything; auto takes what suits the devices (nn/flash.py).
@@ -84,7 +84,7 @@ class DalleConfig:
     # What the backward pass computes again instead of keeping it, least memory first: full, everything of a layer;
     # matrices, everything but attention itself; mlp, the MLP alone; dots, all but products with weights; none.
     remat: Remat = "full"
-    vocab_chunk: int = 2048  # columns of a head whose scores the loss holds at once; 0 holds all
+    loss_vocab_chunk: int = 2048  # columns of a head whose scores the loss holds at once; 0 holds all
     scan_unroll: int = 1  # layers per iteration of the scan; more compiles longer and may run faster
 
     def __post_init__(self):
@@ -92,7 +92,10 @@ class DalleConfig:
             "text_vocab", "text_len", "image_vocab", "grid", "dim", "layers", "heads", "mlp_ratio", "scan_unroll",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"DalleConfig.{name} is {getattr(self, name)}; want at least 1")
-        require(self.vocab_chunk >= 0, f"vocab_chunk is {self.vocab_chunk}; want 0 (all at once) or more")
+        require(
+            self.loss_vocab_chunk >= 0,
+            f"loss_vocab_chunk is {self.loss_vocab_chunk}; want 0 (all at once) or more",
+        )
         require(
             self.dim % self.heads == 0,
             f"dim {self.dim} is not divisible by heads {self.heads}; change one of them",
@@ -102,11 +105,11 @@ class DalleConfig:
             f"DalleConfig.mlp_width is {self.mlp_width}; want at least 1, or None for mlp_ratio * dim",
         )
         require(
-            self.pad_piece is None or 0 <= self.pad_piece < self.text_vocab,
-            f"pad_piece is {self.pad_piece}; want a piece in [0, {self.text_vocab}), or None",
+            self.pad_id is None or 0 <= self.pad_id < self.text_vocab,
+            f"pad_id is {self.pad_id}; want a piece in [0, {self.text_vocab}), or None",
         )
         require(
-            self.positions != "rope" or self.head_dim % 4 == 0,
+            self.pos_embed != "rope2d" or self.head_dim % 4 == 0,
             f"heads are {self.head_dim} wide; positions='rope' turns pairs by row and by column: want a multiple of 4",
         )
         require(len(self.attention) > 0, "DalleConfig.attention is empty; name at least one kind, e.g. full")
@@ -120,11 +123,14 @@ class DalleConfig:
         )
         if self.text_encoder is not None:
             self._check_text_encoder(self.text_encoder)
-        require(0.0 <= self.null_rate <= 1.0, f"null_rate is {self.null_rate}; want a share in [0, 1]")
+        require(
+            0.0 <= self.cond_drop_prob <= 1.0,
+            f"cond_drop_prob is {self.cond_drop_prob}; want a share in [0, 1]",
+        )
 
     def _check_text_encoder(self, encoder: T5Config) -> None:
         """Captions that an encoder reads are no tokens of the stream, and their padding is not seen."""
-        for name, wanted in (("text_loss_weight", 0.0), ("pad_piece", None), ("text_in_raster", False)):
+        for name, wanted in (("text_loss_weight", 0.0), ("pad_id", None), ("shift_masks", False)):
             value = getattr(self, name)
             require(value == wanted, f"{name} is {value}; a Transformer with a text_encoder has {wanted}")
         require(
@@ -133,8 +139,8 @@ class DalleConfig:
             "of its own, which only dense computes",
         )
         require(
-            encoder.end_piece < self.text_vocab,
-            f"text_encoder.end_piece is {encoder.end_piece}; want a piece in [0, {self.text_vocab})",
+            encoder.eos_id < self.text_vocab,
+            f"text_encoder.eos_id is {encoder.eos_id}; want a piece in [0, {self.text_vocab})",
         )
 
     @property
@@ -149,7 +155,7 @@ class DalleConfig:
     @property
     def text_ids(self) -> int:
         """Rows of the text embedding: the pieces, and a pad token for each position or none."""
-        pads = self.pad_piece is None and self.text_encoder is None
+        pads = self.pad_id is None and self.text_encoder is None
         return self.text_vocab + (self.text_len if pads else 0)
 
     @property

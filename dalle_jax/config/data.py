@@ -7,7 +7,7 @@ from dataclasses import field
 from fractions import Fraction
 from typing import Literal
 
-from dalle_jax.config.checks import configuration, require
+from dalle_jax.config.schema import frozen_config, require
 
 Language = Literal["en", "zh"]
 SceneSize = Literal["small", "medium", "large"]
@@ -17,9 +17,9 @@ SceneBackground = Literal["plain", "gradient", "two-tone"]
 MIXTURE_PERIOD = 10_000  # rows after which the order of the parts of a mixture repeats
 
 
-@configuration
+@frozen_config
 class ScenesSource:
-    """Procedural captioned scenes, drawn on the fly (dalle_jax/data/scenes.py)."""
+    """Procedural captioned scenes, drawn on the fly (dalle_jax/data/scenes/generator.py)."""
 
     kind: Literal["scenes"] = "scenes"
     count: int = 1_000_000  # scenes in the training split
@@ -44,7 +44,7 @@ class ScenesSource:
         )
 
 
-@configuration
+@frozen_config
 class TarSource:
     """Tar files of `NAME.(webp|png|jpg)` beside `NAME.json` or `NAME.txt`, indexed once and read by random access.
 
@@ -59,7 +59,7 @@ class TarSource:
     captions_field: str = "captions"
     captions_zh_field: str = "captions_zh"
     exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
-    max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
+    max_bad_fraction: float = 0.05  # share of unusable records above which reading stops with a report
     min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
     max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
 
@@ -67,7 +67,7 @@ class TarSource:
         _check_limits(self)
 
 
-@configuration
+@frozen_config
 class FolderSource:
     """A folder of pictures: captions from captions.jsonl, metadata.csv/jsonl, NAME.txt or NAME.json beside each
     picture, or the names of subfolders as classes (dalle_jax/data/sources/folder.py)."""
@@ -76,22 +76,22 @@ class FolderSource:
     path: str = ""
     train_split: str = "train"
     eval_split: str = "val"
-    eval_share: float = 0.05  # held out by a hash of the names, where nothing names a split
+    eval_fraction: float = 0.05  # held out by a hash of the names, where nothing names a split
     captions_field: str = "captions"  # or `caption` or `text`
     captions_zh_field: str = "captions_zh"
     templates: tuple[str, ...] = ("{}",)  # captions of a class; {} is its name
     exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
-    max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
+    max_bad_fraction: float = 0.05  # share of unusable records above which reading stops with a report
     min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
     max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
 
     def __post_init__(self):
         _check_limits(self)
         _check_templates(self)
-        require(0 <= self.eval_share < 1, f"eval_share is {self.eval_share}; want a share in [0, 1)")
+        require(0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; want a share in [0, 1)")
 
 
-@configuration
+@frozen_config
 class TfdsSource:
     """A prepared TensorFlow Datasets directory in array_record or tfrecord format: captioned, labelled or neither."""
 
@@ -106,7 +106,7 @@ class TfdsSource:
     label_field: str = "label"
     templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
     exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
-    max_bad_share: float = 0.05  # share of unusable records above which reading stops with a report
+    max_bad_fraction: float = 0.05  # share of unusable records above which reading stops with a report
     min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
     max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
 
@@ -115,7 +115,7 @@ class TfdsSource:
         _check_templates(self)
 
 
-@configuration
+@frozen_config
 class ArraysSource:
     """An npz file of small labelled pictures, `train_x`, `train_y`, `test_x`, `test_y`, `label_names`."""
 
@@ -131,8 +131,8 @@ class ArraysSource:
 
 
 def _check_limits(source) -> None:
-    share, side, aspect = source.max_bad_share, source.min_side, source.max_aspect
-    require(0 <= share <= 1, f"max_bad_share is {share}; want a share in [0, 1]")
+    share, side, aspect = source.max_bad_fraction, source.min_side, source.max_aspect
+    require(0 <= share <= 1, f"max_bad_fraction is {share}; want a share in [0, 1]")
     require(side >= 1 and aspect >= 1, f"min_side is {side}, max_aspect {aspect}; want at least 1 each")
 
 
@@ -146,7 +146,7 @@ def _check_templates(source) -> None:
 PartSource = ScenesSource | TarSource | FolderSource | TfdsSource | ArraysSource
 
 
-@configuration
+@frozen_config
 class MixtureSource:
     """Rows of several sources, each by its weight (dalle_jax/data/sources/mixture.py)."""
 
@@ -188,27 +188,27 @@ class MixtureSource:
 SourceConfig = PartSource | MixtureSource
 
 
-@configuration
+@frozen_config
 class DataConfig:
     """Which rows a step sees."""
 
     source: SourceConfig = field(default_factory=ScenesSource)
     codes: str | None = None  # directory of `dalle-jax encode RUN --data`: train on codes encoded ahead
-    batch: int = 64  # global batch, rows per update over all devices and accumulation steps
+    batch_size: int = 64  # global batch, rows per update over all devices and accumulation steps
     # none squashes a picture that is not square; random is the paper's for the tokenizer (A.2), narrow that for the
     # Transformer (B.1)
     crop: Literal["none", "center", "random", "narrow"] = "center"
     languages: tuple[Language, ...] = ("en", "zh")  # of the captions
     seed: int = 0  # of the shuffle and of every random choice per row
-    threads: int = 2  # that read and render ahead of the device
+    num_threads: int = 2  # that read and render ahead of the device
     # Processes that do it instead: threads share Python's lock, processes cost start and memory; 0 takes threads.
-    workers: int = 0
+    num_workers: int = 0
     prefetch: int = 4  # batches held ready
 
     def __post_init__(self):
-        require(self.batch >= 1, f"data.batch is {self.batch}; want at least 1")
-        require(self.threads >= 1, f"data.threads is {self.threads}; want at least 1")
-        require(self.workers >= 0, f"data.workers is {self.workers}; want 0 (threads) or more")
+        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; want at least 1")
+        require(self.num_threads >= 1, f"data.num_threads is {self.num_threads}; want at least 1")
+        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; want 0 (threads) or more")
         require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; want at least 1")
         require(
             len(self.languages) > 0 and len(set(self.languages)) == len(self.languages),
@@ -216,11 +216,13 @@ class DataConfig:
         )
 
 
-@configuration
+@frozen_config
 class TextConfig:
     """Byte-pair encoding of the captions (2102.12092, 2.2: 16,384 pieces, lower case, 10% dropout)."""
 
-    model: str | None = None  # a vocabulary to use (docs/data.md); None trains one from the source's captions
+    tokenizer_path: str | None = (
+        None  # a vocabulary to use (docs/data.md); None trains one from the source's captions
+    )
     train_captions: int = 200_000  # captions read when training the vocabulary
     dropout: float = 0.1  # probability of skipping a merge while training
     lowercase: bool = True

@@ -6,7 +6,7 @@ import math
 from dataclasses import field
 from typing import Literal
 
-from dalle_jax.config.checks import configuration, require
+from dalle_jax.config.schema import frozen_config, require
 from dalle_jax.config.tokenizer import Dtype
 
 NoiseKind = Literal["linear", "cosine", "ddpm", "ve", "edm"]
@@ -16,7 +16,7 @@ SamplerName = Literal["ancestral", "ddim", "euler", "heun", "dpm++2m", "pc"]
 Spacing = Literal["uniform", "log_snr", "karras"]  # of a sampler's times
 
 
-@configuration
+@frozen_config
 class NoiseConfig:
     """How noise grows with time t in [0, 1]: x_t = alpha(t) x_0 + sigma(t) eps.
 
@@ -62,7 +62,7 @@ class NoiseConfig:
         )
 
 
-@configuration
+@frozen_config
 class TextEncoderConfig:
     """The Transformer that reads a caption for the U-Net (2112.10741, 2.2)."""
 
@@ -83,7 +83,7 @@ class TextEncoderConfig:
         )
 
 
-@configuration
+@frozen_config
 class CodesConfig:
     """Image tokens as a condition: the U-Net draws the pixels of a tokenizer's codes."""
 
@@ -96,7 +96,7 @@ class CodesConfig:
             require(getattr(self, name) >= 1, f"CodesConfig.{name} is {getattr(self, name)}; want at least 1")
 
 
-@configuration
+@frozen_config
 class DiffusionConfig:
     """A diffusion model of pixels: U-Net (2006.11239, B; 2105.05233, 3), conditions, noise and loss.
 
@@ -105,23 +105,30 @@ class DiffusionConfig:
 
     kind: Literal["diffusion"] = "diffusion"
     image_size: int = 32  # side of the picture, pixels
-    patch: int = 1  # side of the square of pixels that is one place of the network; 2301.11093, 3.3
+    patch_size: int = 1  # side of the square of pixels that is one place of the network; 2301.11093, 3.3
     width: int = 128  # channels of the first level
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)  # of width, one for each level; sides halve between levels
+    channel_multipliers: tuple[int, ...] = (
+        1,
+        2,
+        2,
+        2,
+    )  # of width, one for each level; sides halve between levels
     blocks: int = 2  # residual blocks of a level on the way down; one more on the way up
     # Sides, in places, of the levels with attention; the middle has it in any case.
     attention_sizes: tuple[int, ...] = (16,)
-    head_width: int | None = None  # channels of an attention head; None is one head of all channels
-    scale_shift: bool = False  # the time scales and shifts after the norm, else it is added; 2105.05233, 3.1
+    head_dim: int | None = None  # channels of an attention head; None is one head of all channels
+    scale_shift_norm: bool = (
+        False  # the time scales and shifts after the norm, else it is added; 2105.05233, 3.1
+    )
     resample: Literal["conv", "block"] = "conv"  # sides are halved and doubled by a convolution or a block
     # Of the norms. None is 32, or as many as leave 4 channels to each: groups of one channel cancel an added time.
     groups: int | None = None
     dropout: float = 0.1  # inside residual blocks
     text: TextEncoderConfig | None = None  # captions
-    classes: int = 0  # labels 0 to classes - 1; 0 is no such condition
+    num_classes: int = 0  # labels 0 to num_classes - 1; 0 is no such condition
     codes: CodesConfig | None = None  # image tokens
-    low_size: int = 0  # side of a small version of the picture, pixels; 0 is no such condition
-    null_rate: float = 0.1  # share of training rows without caption and label, for guidance; 2207.12598
+    low_res_size: int = 0  # side of a small version of the picture, pixels; 0 is no such condition
+    cond_drop_prob: float = 0.1  # share of training rows without caption and label, for guidance; 2207.12598
     noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(kind="ddpm"))
     prediction: Prediction = "eps"
     weighting: Weighting = "simple"
@@ -129,49 +136,52 @@ class DiffusionConfig:
     remat: bool = False  # compute the inside of blocks again in the backward pass
 
     def __post_init__(self):
-        for name in ("image_size", "patch", "width", "blocks"):
+        for name in ("image_size", "patch_size", "width", "blocks"):
             require(
                 getattr(self, name) >= 1, f"DiffusionConfig.{name} is {getattr(self, name)}; want at least 1"
             )
         require(
-            len(self.multipliers) > 0 and min(self.multipliers) >= 1,
-            f"DiffusionConfig.multipliers is {self.multipliers}; want one whole number of at least 1 per level",
+            len(self.channel_multipliers) > 0 and min(self.channel_multipliers) >= 1,
+            f"DiffusionConfig.channel_multipliers is {self.channel_multipliers}; want one whole number of at least 1 per level",
         )
-        halved = self.patch * 2 ** (len(self.multipliers) - 1)
+        halved = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
         require(
             self.image_size % halved == 0,
-            f"image_size {self.image_size} is not divisible by {halved}, the patch {self.patch} halved "
-            f"{len(self.multipliers) - 1} times; change image_size, patch or the number of multipliers",
+            f"image_size {self.image_size} is not divisible by {halved}, the patch_size {self.patch_size} halved "
+            f"{len(self.channel_multipliers) - 1} times; change image_size, patch_size or the number of channel_multipliers",
         )
         missing = [side for side in self.attention_sizes if side not in self.sizes]
         require(
             not missing,
             f"attention_sizes {self.attention_sizes}: no level has side {missing[:1]}; they have {self.sizes}",
         )
-        widths = [self.width * m for m, s in zip(self.multipliers, self.sizes, strict=True)
+        widths = [self.width * m for m, s in zip(self.channel_multipliers, self.sizes, strict=True)
                   if s in self.attention_sizes or s == self.sizes[-1]]  # fmt: skip
         require(
-            self.head_width is None
-            or (self.head_width >= 1 and all(w % self.head_width == 0 for w in widths)),
-            f"head_width is {self.head_width}; want a divisor of the widths with attention, {widths}",
+            self.head_dim is None or (self.head_dim >= 1 and all(w % self.head_dim == 0 for w in widths)),
+            f"head_dim is {self.head_dim}; want a divisor of the widths with attention, {widths}",
         )
         require(
             self.groups is None or self.groups >= 1,
             f"DiffusionConfig.groups is {self.groups}; want at least 1",
         )
         require(0 <= self.dropout < 1, f"DiffusionConfig.dropout is {self.dropout}; want a share in [0, 1)")
-        require(self.classes >= 0, f"DiffusionConfig.classes is {self.classes}; want 0 (none) or more")
         require(
-            0 <= self.low_size < self.image_size
-            and (not self.low_size or self.image_size % self.low_size == 0),
-            f"low_size is {self.low_size}; want 0 (none) or a divisor of image_size {self.image_size} below it",
+            self.num_classes >= 0, f"DiffusionConfig.num_classes is {self.num_classes}; want 0 (none) or more"
         )
-        places = self.image_size // self.patch
+        require(
+            0 <= self.low_res_size < self.image_size
+            and (not self.low_res_size or self.image_size % self.low_res_size == 0),
+            f"low_res_size is {self.low_res_size}; want 0 (none) or a divisor of image_size {self.image_size} below it",
+        )
+        places = self.image_size // self.patch_size
         require(
             self.codes is None or places % self.codes.grid == 0,
             f"codes.grid {getattr(self.codes, 'grid', 0)} does not divide the {places} places of a side",
         )
-        require(0 <= self.null_rate <= 1, f"null_rate is {self.null_rate}; want a share in [0, 1]")
+        require(
+            0 <= self.cond_drop_prob <= 1, f"cond_drop_prob is {self.cond_drop_prob}; want a share in [0, 1]"
+        )
         require(
             not (self.noise.zero_terminal_snr and self.prediction in ("eps", "score")),
             f"prediction {self.prediction} says nothing at a terminal SNR of zero; use v or x0",
@@ -180,9 +190,11 @@ class DiffusionConfig:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Side of each level, places."""
-        return tuple(self.image_size // self.patch >> level for level in range(len(self.multipliers)))
+        return tuple(
+            self.image_size // self.patch_size >> level for level in range(len(self.channel_multipliers))
+        )
 
     @property
-    def guidable(self) -> bool:
+    def supports_cfg(self) -> bool:
         """Is there a condition that guidance can strengthen?"""
-        return self.text is not None or self.classes > 0
+        return self.text is not None or self.num_classes > 0

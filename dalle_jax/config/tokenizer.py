@@ -6,12 +6,12 @@ import math
 from dataclasses import field
 from typing import Literal
 
-from dalle_jax.config.checks import configuration, require
+from dalle_jax.config.schema import frozen_config, require
 
 Dtype = Literal["float32", "bfloat16"]
 
 
-@configuration
+@frozen_config
 class Schedule:
     """Half-cosine from `start` to `end` over `steps` updates, constant afterwards (2102.12092, A.2)."""
 
@@ -23,7 +23,7 @@ class Schedule:
         require(self.steps >= 0, f"Schedule.steps is {self.steps}; want 0 or more updates")
 
 
-@configuration
+@frozen_config
 class DVAEConfig:
     """Discrete VAE: sizes of the network and the schedules of its loss (2102.12092, 2.1 and A)."""
 
@@ -38,7 +38,7 @@ class DVAEConfig:
     kl_weight: Schedule = Schedule(start=0.0, end=6.6, steps=5_000)  # beta; A.2
     # Of the KL divergence of a batch's mean code distribution from uniform; keeps the codebook alive in short
     # trainings; not in the paper.
-    balance_weight: Schedule = Schedule(start=0.0, end=0.0, steps=0)
+    code_usage_weight: Schedule = Schedule(start=0.0, end=0.0, steps=0)
     # Least scale b of the logit-Laplace density; above 0, flat pictures do not spend the likelihood on fractions of a
     # grey level while their edges stay soft; 0 in the paper.
     min_scale: float = 0.0
@@ -71,7 +71,7 @@ class DVAEConfig:
         return self.grid**2
 
 
-@configuration
+@frozen_config
 class VectorQuantizer:
     """Nearest code of a learned codebook (van den Oord et al. 2017, 1711.00937)."""
 
@@ -80,23 +80,25 @@ class VectorQuantizer:
     dim: int = 256  # width of a code; with `normalize` a small one, e.g. 8, keeps a large codebook alive
     normalize: bool = False  # compare on the unit sphere (Yu et al. 2021, 2110.04627, 3.2)
     codebook_weight: float = 1.0  # of the term that pulls codes to the encoder's output
-    commitment: float = 0.25  # of the term that pulls the encoder's output to its code
-    restart_after: int = 0  # updates without use after which a code begins anew; 0 is off (2005.08520)
+    commitment_weight: float = 0.25  # of the term that pulls the encoder's output to its code
+    dead_code_restart_steps: int = (
+        0  # updates without use after which a code begins anew; 0 is off (2005.08520)
+    )
 
     def __post_init__(self):
         require(self.vocab >= 2, f"VectorQuantizer.vocab is {self.vocab}; want at least 2")
         require(
-            self.restart_after >= 0,
-            f"VectorQuantizer.restart_after is {self.restart_after}; want 0 (off) or a number of updates",
+            self.dead_code_restart_steps >= 0,
+            f"VectorQuantizer.dead_code_restart_steps is {self.dead_code_restart_steps}; want 0 (off) or a number of updates",
         )
         require(self.dim >= 1, f"VectorQuantizer.dim is {self.dim}; want at least 1")
         require(
-            self.codebook_weight >= 0 and self.commitment >= 0,
-            f"VectorQuantizer weights {self.codebook_weight}, {self.commitment}; want 0 or more",
+            self.codebook_weight >= 0 and self.commitment_weight >= 0,
+            f"VectorQuantizer weights {self.codebook_weight}, {self.commitment_weight}; want 0 or more",
         )
 
 
-@configuration
+@frozen_config
 class GumbelQuantizer:
     """Gumbel-softmax over a learned codebook, straight-through (Jang et al. 2016, 1611.01144)."""
 
@@ -114,7 +116,7 @@ class GumbelQuantizer:
             require(tau > 0, f"GumbelQuantizer.tau must stay positive, got {self.tau}")
 
 
-@configuration
+@frozen_config
 class FiniteScalarQuantizer:
     """Every channel rounded to a few levels; no codebook to learn (Mentzer et al. 2023, 2309.15505)."""
 
@@ -139,15 +141,17 @@ class FiniteScalarQuantizer:
 Quantizer = VectorQuantizer | GumbelQuantizer | FiniteScalarQuantizer
 
 
-@configuration
+@frozen_config
 class AdversarialConfig:
     """A discriminator of patches that trains against the decoder (Esser et al. 2020, 2012.09841, 3.1)."""
 
     loss: Literal["non-saturating", "hinge"] = "hinge"
     weight: float = 0.8  # of the decoder's adversarial term, times the adaptive weight
-    start: int = 250_001  # updates before the discriminator begins to learn
-    ramp: int = 10_000  # updates after `start` over which `weight` rises from 0 in a line; 0 is at once
-    max_adaptive: float = 1e4  # the adaptive weight, a ratio of gradient norms, is clipped to this
+    disc_start_step: int = 250_001  # updates before the discriminator begins to learn
+    disc_warmup_steps: int = (
+        10_000  # updates after `start` over which `weight` rises from 0 in a line; 0 is at once
+    )
+    max_adaptive_weight: float = 1e4  # the adaptive weight, a ratio of gradient norms, is clipped to this
     # Gamma of the gradient penalty on real pictures (Mescheder et al. 2018, 1801.04406); 0 is off.
     r1_weight: float = 10.0
     r1_every: int = 16  # updates between penalties, each weighed by as much (Karras et al. 2019, 1912.04958)
@@ -160,25 +164,27 @@ class AdversarialConfig:
     def __post_init__(self):
         for name in ("r1_every", "width", "layers"):
             require(getattr(self, name) >= 1, f"adversarial.{name} is {getattr(self, name)}; want at least 1")
-        for name in ("weight", "start", "ramp", "r1_weight"):
+        for name in ("weight", "disc_start_step", "disc_warmup_steps", "r1_weight"):
             require(getattr(self, name) >= 0, f"adversarial.{name} is {getattr(self, name)}; want 0 or more")
-        for name in ("max_adaptive", "learning_rate"):
+        for name in ("max_adaptive_weight", "learning_rate"):
             require(getattr(self, name) > 0, f"adversarial.{name} is {getattr(self, name)}; want more than 0")
 
 
-@configuration
+@frozen_config
 class VQGANConfig:
     """Convolutional tokenizer with a choice of quantizers, trained adversarially (2012.09841)."""
 
     kind: Literal["vqgan"] = "vqgan"
     image_size: int = 256  # side of the square picture, pixels
     width: int = 128  # channels at full resolution
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of `width`, one per resolution
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of `width`, one per resolution
     blocks: int = 2  # residual blocks per resolution; the decoder has one more
     attention_levels: tuple[int, ...] = (4,)  # resolutions with attention after each block; 0 is the full one
     latent_width: int = 256  # channels between the networks and the quantizer
     quantizer: Quantizer = field(default_factory=VectorQuantizer)
-    pixels: Literal["symmetric", "unit"] = "symmetric"  # what the networks see: [-1, 1], or [0, 1] unchanged
+    pixel_range: Literal["symmetric", "unit"] = (
+        "symmetric"  # what the networks see: [-1, 1], or [0, 1] unchanged
+    )
     pixel_weight: float = 1.0  # of the mean absolute error of the pixels, in the networks' range
     perceptual_weight: float = 1.0  # of LPIPS, or without its weights of the Laplacian pyramid's distance
     lpips: str | None = None  # npz with the weights of LPIPS (AlexNet or VGG16); None takes the pyramid
@@ -189,17 +195,17 @@ class VQGANConfig:
         for name in ("image_size", "width", "blocks", "latent_width"):
             require(getattr(self, name) >= 1, f"VQGANConfig.{name} is {getattr(self, name)}; want at least 1")
         require(
-            len(self.multipliers) > 0 and min(self.multipliers) >= 1,
-            f"VQGANConfig.multipliers is {self.multipliers}; want one or more numbers of at least 1",
+            len(self.channel_multipliers) > 0 and min(self.channel_multipliers) >= 1,
+            f"VQGANConfig.channel_multipliers is {self.channel_multipliers}; want one or more numbers of at least 1",
         )
         require(
             self.image_size % self.downsample == 0,
             f"image_size {self.image_size} is not divisible by {self.downsample} (= 2**(resolutions-1) with "
-            f"{len(self.multipliers)} multipliers); change image_size or multipliers",
+            f"{len(self.channel_multipliers)} channel_multipliers); change image_size or channel_multipliers",
         )
         require(
-            all(0 <= level < len(self.multipliers) for level in self.attention_levels),
-            f"attention_levels is {self.attention_levels}; want numbers in [0, {len(self.multipliers)})",
+            all(0 <= level < len(self.channel_multipliers) for level in self.attention_levels),
+            f"attention_levels is {self.attention_levels}; want numbers in [0, {len(self.channel_multipliers)})",
         )
         require(
             self.pixel_weight >= 0 and self.perceptual_weight >= 0,
@@ -211,13 +217,13 @@ class VQGANConfig:
         return self.quantizer.vocab
 
     @property
-    def restarts(self) -> bool:
+    def restarts_dead_codes(self) -> bool:
         """Whether training restarts codes that are not used."""
-        return isinstance(self.quantizer, VectorQuantizer) and self.quantizer.restart_after > 0
+        return isinstance(self.quantizer, VectorQuantizer) and self.quantizer.dead_code_restart_steps > 0
 
     @property
     def downsample(self) -> int:
-        return 2 ** (len(self.multipliers) - 1)
+        return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def grid(self) -> int:

@@ -7,11 +7,11 @@ from dataclasses import field
 from typing import Literal
 
 from dalle_jax.config.bart import BartConfig
-from dalle_jax.config.checks import configuration, require
 from dalle_jax.config.clip import ClipConfig
 from dalle_jax.config.dalle import DalleConfig
 from dalle_jax.config.data import DataConfig, TextConfig
 from dalle_jax.config.diffusion import DiffusionConfig
+from dalle_jax.config.schema import frozen_config, require
 from dalle_jax.config.tokenizer import TokenizerConfig
 
 Optimizer = Literal["adamw", "adamw_bf16", "adafactor"]
@@ -19,7 +19,7 @@ TransformerConfig = DalleConfig | BartConfig  # from text to codes
 ModelConfig = TokenizerConfig | TransformerConfig | ClipConfig | DiffusionConfig
 
 
-@configuration
+@frozen_config
 class OptimConfig:
     """Optimizer with decay on matrices only, clipping, warm-up and a schedule; averaged parameters."""
 
@@ -30,13 +30,13 @@ class OptimConfig:
     warmup_steps: int = 5_000  # linear from 0; B.2
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
     decay_steps: int | None = None  # updates from the start to the schedule's end; None is all of `steps`
-    end_factor: float = 1 / 32  # last learning rate over the highest; B.2
+    final_lr_ratio: float = 1 / 32  # last learning rate over the highest; B.2
     b1: float = 0.9
     b2: float = 0.96  # B.2
     eps: float = 1e-8
     weight_decay: float = 4.5e-2  # B.2
     clip_norm: float = 4.0  # of the global gradient norm; 0 turns it off; B.2
-    accumulate: int = 1  # microbatches per update; the gradient is their mean
+    grad_accum_steps: int = 1  # microbatches per update; the gradient is their mean
     ema_decay: float = 0.99  # of the averaged parameters used for sampling; 0 turns averaging off; B.2
     ema_every: int = 25  # updates between averages; B.2
 
@@ -48,14 +48,16 @@ class OptimConfig:
         )
         require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; want more than 0")
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; want 0 or more")
-        require(self.accumulate >= 1, f"optim.accumulate is {self.accumulate}; want at least 1")
+        require(
+            self.grad_accum_steps >= 1, f"optim.grad_accum_steps is {self.grad_accum_steps}; want at least 1"
+        )
         require(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}; want 0 (off) or more")
         require(0 <= self.ema_decay < 1, f"optim.ema_decay is {self.ema_decay}; want [0, 1)")
         require(self.ema_every >= 1, f"optim.ema_every is {self.ema_every}; want at least 1")
-        require(0 <= self.end_factor <= 1, f"optim.end_factor is {self.end_factor}; want [0, 1]")
+        require(0 <= self.final_lr_ratio <= 1, f"optim.final_lr_ratio is {self.final_lr_ratio}; want [0, 1]")
 
 
-@configuration
+@frozen_config
 class MeshConfig:
     """Devices along each axis of the mesh; one of them may be -1: all devices that are left."""
 
@@ -81,7 +83,7 @@ class MeshConfig:
         )
 
 
-@configuration
+@frozen_config
 class DistributedConfig:
     """How the processes of one training find each other, and when they give each other up (docs/pods.md).
 
@@ -89,37 +91,37 @@ class DistributedConfig:
     and processes, and its own process. processes=1 trains alone whatever the surroundings say.
     """
 
-    coordinator: str | None = None  # HOST:PORT of process 0; None asks the cluster
-    processes: int | None = None
-    process: int | None = None  # number of this process, from 0
+    coordinator_address: str | None = None  # HOST:PORT of process 0; None asks the cluster
+    num_processes: int | None = None
+    process_id: int | None = None  # number of this process, from 0
     start_seconds: int = 300  # wait for all processes to come up
     heartbeat_seconds: int = 100  # a process not heard of for so long is lost, and the others end
     stall_seconds: int = 1800  # no step, save or compilation may take longer, or all end; 0 turns it off
 
     def __post_init__(self):
-        given = (self.coordinator, self.processes, self.process)
-        alone = self.processes == 1 and self.coordinator is None and self.process in (None, 0)
+        given = (self.coordinator_address, self.num_processes, self.process_id)
+        alone = self.num_processes == 1 and self.coordinator_address is None and self.process_id in (None, 0)
         require(
             alone or all(x is None for x in given) or None not in given,
-            f"distributed coordinator={self.coordinator} processes={self.processes} process={self.process}; "
+            f"distributed coordinator_address={self.coordinator_address} num_processes={self.num_processes} process_id={self.process_id}; "
             "want all three, or none on a cluster that is found by itself",
         )
-        if self.coordinator is not None:
-            port = self.coordinator.rpartition(":")[2]
+        if self.coordinator_address is not None:
+            port = self.coordinator_address.rpartition(":")[2]
             require(
-                ":" in self.coordinator and port.isdecimal() and 0 < int(port) < 65536,
-                f"distributed.coordinator is {self.coordinator!r}; want HOST:PORT of process 0",
+                ":" in self.coordinator_address and port.isdecimal() and 0 < int(port) < 65536,
+                f"distributed.coordinator_address is {self.coordinator_address!r}; want HOST:PORT of process 0",
             )
             require(
-                self.processes >= 1 and 0 <= self.process < self.processes,
-                f"distributed.process is {self.process} of {self.processes}; want 0 to processes - 1",
+                self.num_processes >= 1 and 0 <= self.process_id < self.num_processes,
+                f"distributed.process_id is {self.process_id} of {self.num_processes}; want 0 to num_processes - 1",
             )
         for name, least in (("start_seconds", 1), ("heartbeat_seconds", 1), ("stall_seconds", 0)):
             value = getattr(self, name)
             require(value >= least, f"distributed.{name} is {value}; want at least {least}")
 
 
-@configuration
+@frozen_config
 class ProfileConfig:
     """A window of steps recorded for XProf or Perfetto, in `profile/` of the run directory."""
 
@@ -142,7 +144,7 @@ class ProfileConfig:
         return int(first), int(last)
 
 
-@configuration
+@frozen_config
 class TrainConfig:
     """One training run. The type of `model` is the stage."""
 
@@ -152,7 +154,7 @@ class TrainConfig:
     text: TextConfig = field(default_factory=TextConfig)  # stages that read captions
     # Run directory of a trained tokenizer: whose codes are learned; of a clip, which then sees every second picture as
     # that tokenizer reconstructs it.
-    tokenizer: str | None = None
+    image_tokenizer: str | None = None
     init_from: str | None = None  # run directory whose weights a new run begins with
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -169,11 +171,11 @@ class TrainConfig:
     eval_rows: int = 256  # rows per measurement
     sample_every: int = 5_000  # updates between PNG grids
     save_every: int = 1_000  # updates between checkpoints
-    keep: int = 3  # latest checkpoints kept; the best by the stage's measure is kept as well
+    max_checkpoints: int = 3  # latest checkpoints kept; the best by the stage's measure is kept as well
 
     def __post_init__(self):
         require(self.steps >= 1, f"steps is {self.steps}; want at least 1")
-        for name in ("log_every", "eval_every", "eval_rows", "sample_every", "save_every", "keep"):
+        for name in ("log_every", "eval_every", "eval_rows", "sample_every", "save_every", "max_checkpoints"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; want at least 1")
         for option in self.compiler_options:
             require(
@@ -181,8 +183,8 @@ class TrainConfig:
                 f"compiler_options has {option!r}; want NAME=VALUE, as xla_tpu_scoped_vmem_limit_kib=65536",
             )
         require(
-            self.data.batch % self.optim.accumulate == 0,
-            f"data.batch {self.data.batch} is not divisible by optim.accumulate {self.optim.accumulate}; change one",
+            self.data.batch_size % self.optim.grad_accum_steps == 0,
+            f"data.batch_size {self.data.batch_size} is not divisible by optim.grad_accum_steps {self.optim.grad_accum_steps}; change one",
         )
         require(
             self.data.codes is None or isinstance(self.model, TransformerConfig),
@@ -190,29 +192,30 @@ class TrainConfig:
         )
         if isinstance(self.model, DiffusionConfig):
             require(
-                self.model.codes is not None or self.tokenizer is None,
+                self.model.codes is not None or self.image_tokenizer is None,
                 "tokenizer is for a model that reads image tokens; set model.codes, or leave tokenizer out",
             )
         elif not isinstance(self.model, (TransformerConfig, ClipConfig)):
             require(
-                self.tokenizer is None,
+                self.image_tokenizer is None,
                 f"tokenizer is for dalle, diffusion and clip; remove it from the configuration of a {self.model.kind}",
             )
         if isinstance(self.model, ClipConfig):
             require(
-                self.optim.accumulate == 1,
-                f"optim.accumulate is {self.optim.accumulate}: a clip would compare the rows of a microbatch only; "
-                "set model.chunks to it instead, which saves the memory and compares all rows",
+                self.optim.grad_accum_steps == 1,
+                f"optim.grad_accum_steps is {self.optim.grad_accum_steps}: a clip would compare the rows of a microbatch only; "
+                "set model.grad_cache_chunks to it instead, which saves the memory and compares all rows",
             )
             require(
-                self.data.batch % self.model.chunks == 0,
-                f"data.batch {self.data.batch} is not divisible by model.chunks {self.model.chunks}; change one",
+                self.data.batch_size % self.model.grad_cache_chunks == 0,
+                f"data.batch_size {self.data.batch_size} is not divisible by model.grad_cache_chunks {self.model.grad_cache_chunks}; change one",
             )
             require(
-                self.tokenizer is None or self.data.batch % 2 == 0,
-                f"data.batch is {self.data.batch}; with a tokenizer every second picture is its reconstruction: want "
+                self.image_tokenizer is None or self.data.batch_size % 2 == 0,
+                f"data.batch_size is {self.data.batch_size}; with a tokenizer every second picture is its reconstruction: want "
                 "an even number",
             )
             require(
-                self.data.batch >= 2, "data.batch is 1; a clip compares rows with each other: want 2 or more"
+                self.data.batch_size >= 2,
+                "data.batch_size is 1; a clip compares rows with each other: want 2 or more",
             )

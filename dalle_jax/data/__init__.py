@@ -1,6 +1,6 @@
 """Pictures and captions: sources of rows, decoding, the input pipeline, codes encoded ahead.
 
-Submodules load on first use: `dalle_jax.data.scenes` needs NumPy alone, `pipeline` imports grain.
+Submodules load on first use: `dalle_jax.data.scenes.generator` needs NumPy alone, `pipeline` imports grain.
 """
 
 import importlib

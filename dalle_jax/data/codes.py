@@ -28,8 +28,8 @@ _ABOUT = "codes.json"
 _MOST_OPEN = 256  # shards kept open: files and buffers of a reader are not free
 EVAL = "eval"  # folder of the evaluation rows in a directory of codes
 # Of a source: where it lies, and what rows of the split do not depend on.
-_PLACES = ("path", "data_dir", "max_bad_share")
-_OTHERS = {"train": ("eval_split", "eval_share"), "eval": ("train_split", "exclude")}
+_PLACES = ("path", "data_dir", "max_bad_fraction")
+_OTHERS = {"train": ("eval_split", "eval_fraction"), "eval": ("train_split", "exclude")}
 _AGAIN = "run the same `dalle-jax encode RUN --data` again"
 
 
@@ -47,7 +47,7 @@ class CodesInfo:
     languages: tuple[config.Language, ...]  # of the captions
     classes: tuple[str, ...]  # names of the labels
     source: str  # `described()` of the source
-    identity: str  # `identity()` of the opened source
+    fingerprint: str  # `identity()` of the opened source
     format: int = _FORMAT
 
     @property
@@ -59,7 +59,7 @@ class CodesInfo:
         return range(k * self.shard_rows, min((k + 1) * self.shard_rows, self.rows))
 
 
-def described(source: config.SourceConfig, split: Split = "train") -> str:
+def describe_source(source: config.SourceConfig, split: Split = "train") -> str:
     """JSON of a source's configuration that is equal for two sources if the same records become rows of the split."""
     dropped = (*_PLACES, *_OTHERS[split])
 
@@ -71,7 +71,7 @@ def described(source: config.SourceConfig, split: Split = "train") -> str:
     return json.dumps(bare(dataclasses.asdict(source)), ensure_ascii=False, sort_keys=True)
 
 
-def begin(directory: str | os.PathLike, info: CodesInfo) -> None:
+def open_codes_dir(directory: str | os.PathLike, info: CodesInfo) -> None:
     """Makes the directory, or checks that it was begun for the same codes. Any number of processes may call.
 
     Raises ValueError, saying what differs, for a directory of other codes, and for one of something else.
@@ -88,14 +88,14 @@ def begin(directory: str | os.PathLike, info: CodesInfo) -> None:
             part = about.with_name(f".{_ABOUT}.{os.getpid()}")
             part.write_text(json.dumps(_plain(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(part, about)
-    have, want = _plain(read_info(directory)), _plain(info)
+    have, want = _plain(read_codes_info(directory)), _plain(info)
     if differing := [f"{n} {have[n]!r} there, {want[n]!r} now" for n in want if have[n] != want[n]]:
         raise ValueError(
             f"{directory} holds other codes ({'; '.join(differing)}); choose another --out or delete it"
         )
 
 
-def read_info(directory: str | os.PathLike) -> CodesInfo:
+def read_codes_info(directory: str | os.PathLike) -> CodesInfo:
     """What the directory is of. Raises ValueError, naming it, if it is missing, broken or no directory of codes."""
     path = Path(directory) / _ABOUT
     make = "want a directory that `dalle-jax encode RUN --data CONFIG --out DIR` wrote"
@@ -116,7 +116,7 @@ def read_info(directory: str | os.PathLike) -> CodesInfo:
     return info
 
 
-def is_whole(directory: str | os.PathLike, info: CodesInfo, k: int) -> bool:
+def is_complete(directory: str | os.PathLike, info: CodesInfo, k: int) -> bool:
     """Whether shard k is there with all its rows."""
     path = _path(Path(directory), info, k)
     try:
@@ -165,13 +165,13 @@ class ShardWriter:
             raise ValueError(f"{self._added} rows for {self._path.name}; want {len(self._rows)}")
 
 
-class CodesRows:
+class CodesDataset:
     """The rows of a directory of codes, in the order of the source that was encoded, so that training sees the
     same rows and captions in the same order. Any number of threads may read."""
 
     def __init__(self, directory: str | os.PathLike):
         """Raises ValueError, saying what to do, unless every shard is there."""
-        self._directory, self.info = Path(directory), read_info(directory)
+        self._directory, self.info = Path(directory), read_codes_info(directory)
         missing = [k for k in range(self.info.shards) if not _path(self._directory, self.info, k).is_file()]
         if missing:
             raise ValueError(
@@ -211,10 +211,10 @@ class CodesRows:
     def captions(self, i: int) -> Captions:
         return self.row(i)[1]
 
-    def take_findings(self) -> None:
+    def take_read_errors(self) -> None:
         return None
 
-    def add_findings(self, findings: None) -> None:
+    def add_read_errors(self, findings: None) -> None:
         pass
 
     def __getstate__(self) -> dict[str, Any]:
@@ -243,10 +243,10 @@ class CodesRows:
             return reader
 
 
-def check_codes(rows: CodesRows, data: config.DataConfig, split: Split = "train") -> None:
+def check_codes_dataset(rows: CodesDataset, data: config.DataConfig, split: Split = "train") -> None:
     """Raises ValueError, saying what differs, if a run on `data` without codes would see other rows of the split,
     captions or pictures than `rows` holds, as far as the configuration tells."""
-    info, want = rows.info, described(data.source, split)
+    info, want = rows.info, describe_source(data.source, split)
     made, here = json.loads(info.source), json.loads(want)
     crop = "none" if data.crop == "none" else "center"
     differing = [

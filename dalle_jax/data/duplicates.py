@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dalle_jax.data.images import BadImage, decode, fit
-from dalle_jax.data.sources.rows import Source, StoredRows
+from dalle_jax.data.images import BadImageError, crop_and_resize, decode_image
+from dalle_jax.data.sources.dataset import Dataset, StoredDataset
 
-SIDE = 32  # pixels of the pictures that are compared
-BITS = 6  # of 63 that may differ for two pictures to be compared
-DIFFERENCE = 12.0  # root mean square of the difference of two pictures, of 255, below which they are one
+THUMBNAIL_SIDE = 32  # pixels of the pictures that are compared
+HASH_BITS = 6  # of 63 that may differ for two pictures to be compared
+MAX_RMS = 12.0  # root mean square of the difference of two pictures, of 255, below which they are one
 _COMPARED = 16  # training pictures compared with an evaluation picture at most, the closest hashes first
 _CHUNK = 2**20  # training hashes looked at together
 
@@ -36,19 +36,19 @@ class Duplicate:
     difference: float  # root mean square at 32 x 32, of 255
 
 
-class Pictures:
+class ImagePool:
     """The stored pictures of several sources, one source after the other."""
 
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[Dataset]):
         """sources: a mixture counts as its parts. Drawn scenes have no stored pictures and are left out."""
         parts = [part for source in sources for part in getattr(source, "parts", (source,))]
-        self._parts = [part for part in parts if isinstance(part, StoredRows)]
+        self._parts = [part for part in parts if isinstance(part, StoredDataset)]
         self._ends = np.cumsum([len(part) for part in self._parts])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._parts else 0
 
-    def _place(self, i: int) -> tuple[StoredRows, int]:
+    def _place(self, i: int) -> tuple[StoredDataset, int]:
         part = int(np.searchsorted(self._ends, i, side="right"))
         return self._parts[part], i - int(self._ends[part]) + len(self._parts[part])
 
@@ -63,8 +63,8 @@ class Pictures:
 
 
 def find_duplicates(
-    train: Pictures,
-    evaluation: Pictures,
+    train: ImagePool,
+    evaluation: ImagePool,
     *,
     threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
@@ -91,9 +91,9 @@ def find_duplicates(
         for bits, row in _close(marks_T, own):
             if row in same:
                 continue
-            picture = small(evaluation.stored(i)) if picture is None else picture
-            difference = _rms(picture, small(train.stored(row)))
-            if difference < DIFFERENCE:
+            picture = thumbnail(evaluation.stored(i)) if picture is None else picture
+            difference = _rms(picture, thumbnail(train.stored(row)))
+            if difference < MAX_RMS:
                 near.append(Duplicate(i, row, False, bits, difference))
         found += sorted(near, key=lambda d: d.difference)
     return found
@@ -101,8 +101,10 @@ def find_duplicates(
 
 def perceptual_hash(picture_SS3: np.ndarray) -> int:
     """63 bits of a picture, uint8 (32, 32, 3): whether each low frequency is above the median of them."""
-    if picture_SS3.shape != (SIDE, SIDE, 3) or picture_SS3.dtype != np.uint8:
-        raise ValueError(f"want uint8 ({SIDE}, {SIDE}, 3), got {picture_SS3.dtype} {picture_SS3.shape}")
+    if picture_SS3.shape != (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3) or picture_SS3.dtype != np.uint8:
+        raise ValueError(
+            f"want uint8 ({THUMBNAIL_SIDE}, {THUMBNAIL_SIDE}, 3), got {picture_SS3.dtype} {picture_SS3.shape}"
+        )
     grey_SS = picture_SS3.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     low = (
         (_COSINES @ grey_SS @ _COSINES.T).reshape(-1)[1:].round()
@@ -112,15 +114,15 @@ def perceptual_hash(picture_SS3: np.ndarray) -> int:
 
 def _cosines(count: int) -> np.ndarray:
     """The first `count` vectors of the discrete cosine transform (II), (count, SIDE)."""
-    k, n = np.arange(count)[:, None], np.arange(SIDE)[None]
-    return np.cos(np.pi * k * (2 * n + 1) / (2 * SIDE)).astype(np.float32)
+    k, n = np.arange(count)[:, None], np.arange(THUMBNAIL_SIDE)[None]
+    return np.cos(np.pi * k * (2 * n + 1) / (2 * THUMBNAIL_SIDE)).astype(np.float32)
 
 
 _COSINES = _cosines(8)
 
 
 def _marks(
-    rows: Pictures, threads: int, progress: Callable[[int, int], None] | None, done: int, total: int
+    rows: ImagePool, threads: int, progress: Callable[[int, int], None] | None, done: int, total: int
 ) -> np.ndarray:
     """Digest of the bytes, perceptual hash and mean colour of each picture, uint64 (N, 3); zeros for one that
     cannot be used."""
@@ -128,11 +130,11 @@ def _marks(
     def one(i: int) -> tuple[int, int, int]:
         try:
             data = rows.stored(i)
-        except BadImage:
+        except BadImageError:
             return 0, 0, 0
         raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
-        picture = small(data)
+        picture = thumbnail(data)
         mean = sum(int(m) << 16 * k for k, m in enumerate(picture.mean(axis=(0, 1)).round()))
         return max(1, digest), perceptual_hash(picture), mean
 
@@ -152,10 +154,10 @@ def _close(marks_T: np.ndarray, own: np.ndarray) -> Iterator[tuple[int, int]]:
     for start in range(0, len(marks_T), _CHUNK):
         chunk = marks_T[start : start + _CHUNK]
         bits = np.bitwise_count(chunk[:, 1] ^ own[1])
-        rows = np.flatnonzero((bits <= BITS) & (chunk[:, 0] != 0))
+        rows = np.flatnonzero((bits <= HASH_BITS) & (chunk[:, 0] != 0))
         apart = [np.abs(_channel(chunk[rows, 2], k) - _channel(own[2], k)) for k in range(3)]
         rows = rows[
-            np.max(apart, axis=0) <= np.sqrt(3) * DIFFERENCE + 1
+            np.max(apart, axis=0) <= np.sqrt(3) * MAX_RMS + 1
         ]  # farther, and DIFFERENCE is out of reach
         near += [
             (int(bits[row]), start + int(row))
@@ -168,9 +170,9 @@ def _channel(mean: np.ndarray, k: int) -> np.ndarray:
     return ((mean >> np.uint64(16 * k)) & np.uint64(0xFFFF)).astype(np.int64)
 
 
-def small(data: bytes | np.ndarray, side: int = SIDE) -> np.ndarray:
+def thumbnail(data: bytes | np.ndarray, side: int = THUMBNAIL_SIDE) -> np.ndarray:
     """The whole picture, squashed to a square: uint8 (side, side, 3)."""
-    return (fit if isinstance(data, np.ndarray) else decode)(data, side, crop="none")
+    return (crop_and_resize if isinstance(data, np.ndarray) else decode_image)(data, side, crop="none")
 
 
 def _rms(a: np.ndarray, b: np.ndarray) -> float:

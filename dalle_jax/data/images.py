@@ -61,17 +61,17 @@ _CJK_FONTS = (
 )
 
 
-class Limits(NamedTuple):
+class ImageLimits(NamedTuple):
     """Which pictures are of use: those with sides and a shape that leave something after cropping."""
 
     min_side: int = 1  # pixels of the shorter side
     max_aspect: float = math.inf  # longer side over shorter
 
 
-ANY_SIZE = Limits()
+ANY_SIZE = ImageLimits()
 
 
-class BadImage(ValueError):
+class BadImageError(ValueError):
     """A picture that cannot be used. `cause` says why in a word or two: empty, not an image, truncated, bomb,
     broken, too small, too long."""
 
@@ -80,19 +80,19 @@ class BadImage(ValueError):
         self.cause = cause
 
     def __reduce__(self):
-        return BadImage, (self.cause, str(self))
+        return BadImageError, (self.cause, str(self))
 
 
 # --- in -------------------------------------------------------------------------------------------------
 
 
-def decode(
+def decode_image(
     data: bytes,
     size: int,
     *,
     crop: Crop = "center",
     rng: np.random.Generator | None = None,
-    limits: Limits = ANY_SIZE,
+    limits: ImageLimits = ANY_SIZE,
 ) -> np.ndarray:
     """One encoded picture as a square.
 
@@ -110,23 +110,27 @@ def decode(
     """
     _check_rng(crop, rng)
     if not data:
-        raise BadImage("empty", "the picture is empty (0 bytes)")
+        raise BadImageError("empty", "the picture is empty (0 bytes)")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
             width, height = picture.size
             if width * height > _MAX_PIXELS:
-                raise BadImage(
+                raise BadImageError(
                     "bomb", f"the picture claims {width} x {height} pixels, more than {_MAX_PIXELS}"
                 )
             if width < 1 or height < 1:
-                raise BadImage("broken", f"the picture claims {width} x {height} pixels")
+                raise BadImageError("broken", f"the picture claims {width} x {height} pixels")
             check_sides(width, height, limits)
             if picture.mode in ("RGB", "L", "CMYK", "YCbCr"):
                 least = round(_ZOOM[crop][1] * size) if crop in _ZOOM else size
                 picture.draft(None, (least, least))  # JPEG: decode at 1/2, 1/4 or 1/8 where that is enough
             large = picture.width * picture.height > _LARGE_PIXELS  # after draft has made a JPEG smaller
             if large and not threading.current_thread().name.startswith(_LARGE_THREAD):
-                return _large_thread().submit(decode, data, size, crop=crop, rng=rng, limits=limits).result()
+                return (
+                    _large_thread()
+                    .submit(decode_image, data, size, crop=crop, rng=rng, limits=limits)
+                    .result()
+                )
             turn = _TURNS.get(_orientation(picture))  # of a PNG this loads the pixels
             picture.load()
             rgb = _to_rgb(picture)
@@ -135,30 +139,30 @@ def decode(
             if turn is not None:
                 rgb = rgb.transpose(turn)
             return np.array(rgb)
-    except (BadImage, MemoryError):
+    except (BadImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("bomb", str(error)) from None
+        raise BadImageError("bomb", str(error)) from None
     except Image.UnidentifiedImageError:
-        raise BadImage("not an image", f"not a picture of a known format ({len(data)} bytes)") from None
+        raise BadImageError("not an image", f"not a picture of a known format ({len(data)} bytes)") from None
     except Exception as error:  # decoders meet hostile bytes and answer with exceptions of every kind
         cause = "truncated" if "truncated" in str(error).lower() else "broken"
-        raise BadImage(cause, f"the picture does not decode: {error}") from None
+        raise BadImageError(cause, f"the picture does not decode: {error}") from None
 
 
-def check_sides(width: int, height: int, limits: Limits) -> None:
+def check_sides(width: int, height: int, limits: ImageLimits) -> None:
     """Raises BadImage for a picture outside `limits`."""
     short, long = sorted((width, height))
     if short < limits.min_side:
-        raise BadImage(
+        raise BadImageError(
             "too small", f"the picture is {width} x {height}, want sides of {limits.min_side} pixels"
         )
     if long > short * limits.max_aspect:
         told = f"the picture is {width} x {height}, want sides of at most {limits.max_aspect:g} to 1"
-        raise BadImage("too long", told)
+        raise BadImageError("too long", told)
 
 
-def fit(
+def crop_and_resize(
     image_HW3: np.ndarray, size: int, *, crop: Crop = "center", rng: np.random.Generator | None = None
 ) -> np.ndarray:
     """A decoded picture, uint8 (H, W, 3), as a square: what `decode` does with the pixels of a file."""
@@ -171,16 +175,16 @@ def fit(
     return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))
 
 
-def load_picture(path: str | os.PathLike, size: int, *, crop: Crop = "center") -> np.ndarray:
+def load_image(path: str | os.PathLike, size: int, *, crop: Crop = "center") -> np.ndarray:
     """The picture in a file, uint8 (size, size, 3). Raises BadImage naming the path if it cannot be used."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise BadImage("missing", f"cannot read the picture {path}: {error.strerror}") from None
+        raise BadImageError("missing", f"cannot read the picture {path}: {error.strerror}") from None
     try:
-        return decode(data, size, crop=crop)
-    except BadImage as error:
-        raise BadImage(error.cause, f"{path}: {error}") from None
+        return decode_image(data, size, crop=crop)
+    except BadImageError as error:
+        raise BadImageError(error.cause, f"{path}: {error}") from None
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -277,7 +281,7 @@ def save_png(path: str | os.PathLike, picture: np.ndarray | Image.Image) -> None
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def grid(
+def image_grid(
     images_NHWC: np.ndarray, columns: int, labels: Sequence[str] | None = None, scale: int = 1
 ) -> Image.Image:
     """Pictures in rows of `columns` on white, row by row from the top left.
@@ -378,13 +382,13 @@ def _fit(word: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 # --- value range: uint8 in files and batches, float32 in [0, 1] in models ---------------------------------
 
 
-def to_floats(image_u8: Any) -> Any:
+def to_float(image_u8: Any) -> Any:
     """uint8 pictures, arrays of NumPy or of jax, to float32 in [0, 1]."""
     if image_u8.dtype != np.uint8:
         raise ValueError(f"pictures are {image_u8.dtype}; want uint8, in [0, 255]")
     return image_u8.astype(np.float32) / np.float32(255.0)
 
 
-def to_bytes(image: Any) -> np.ndarray:
+def to_uint8(image: Any) -> np.ndarray:
     """Float pictures in [0, 1] to uint8, rounded."""
     return np.round(np.clip(np.asarray(image, np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)

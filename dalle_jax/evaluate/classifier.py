@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,16 @@ import numpy as np
 from jax import lax
 
 from dalle_jax.config import DataConfig
-from dalle_jax.data.images import decode, encode_png, to_bytes, to_floats
-from dalle_jax.data.pipeline import eval_batch
-from dalle_jax.data.sources import Source, open_source
-from dalle_jax.evaluate import measures
-from dalle_jax.evaluate.weights import read_npz
-from dalle_jax.inference import Progress, Sampling, Tokenizer, decode_codes, encode_images
-from dalle_jax.inference.diffusion import Denoising
+from dalle_jax.data.images import decode_image, encode_png, to_float, to_uint8
+from dalle_jax.data.loader.pipeline import eval_batch
+from dalle_jax.data.sources import Dataset, open_source
+from dalle_jax.evaluate import metrics
+from dalle_jax.evaluate.npz_files import read_npz
+from dalle_jax.pipelines import ImageTokenizer, ProgressFn, SamplingConfig, decode_codes, encode_images
+from dalle_jax.pipelines.diffusion import DiffusionSamplingConfig
+from dalle_jax.typing import Params
 
-Params = dict[str, Any]
-
-SIDE = 32
+CIFAR_SIDE = 32
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels, of values in [0, 1]
 _EPSILON = 1e-5  # of the batch norms
 _STAGES = 3
@@ -46,7 +45,7 @@ class Classifier(NamedTuple):
         return self.params["linear"]["bias"].size
 
 
-def apply(params: Params, blocks: int, images_BHWC: jax.Array) -> jax.Array:
+def apply_resnet(params: Params, blocks: int, images_BHWC: jax.Array) -> jax.Array:
     """Logits of pictures of 32 x 32, float32 in [0, 1], RGB: float32 (B, K)."""
 
     def convolve(name: str, x_BHWC: jax.Array, stride: int = 1) -> jax.Array:
@@ -75,24 +74,24 @@ def apply(params: Params, blocks: int, images_BHWC: jax.Array) -> jax.Array:
     return x_BHWC.mean(axis=(1, 2)) @ params["linear"]["kernel"] + params["linear"]["bias"][None]
 
 
-_apply = jax.jit(apply, static_argnums=1)
+_apply = jax.jit(apply_resnet, static_argnums=1)
 
 
-def logits(classifier: Classifier, images: np.ndarray, *, batch: int = 256) -> np.ndarray:
+def class_logits(classifier: Classifier, images: np.ndarray, *, batch: int = 256) -> np.ndarray:
     """Of pictures, uint8 (R, H, W, 3), `batch` at a time: float32 (R, K). Those of another side than 32 are resized.
 
     Raises ValueError for another shape or dtype, or no pictures.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
         raise ValueError(f"pictures are {images.dtype} {images.shape}; want uint8 (rows, height, width, 3)")
-    if images.shape[1:3] != (SIDE, SIDE):
-        images = np.stack([decode(encode_png(image), SIDE, crop="none") for image in images])
+    if images.shape[1:3] != (CIFAR_SIDE, CIFAR_SIDE):
+        images = np.stack([decode_image(encode_png(image), CIFAR_SIDE, crop="none") for image in images])
     found = []
     for start in range(0, len(images), batch):
         rows = images[start : start + batch]
         fill = min(batch, len(images)) - len(rows)  # one shape, so that it compiles once
-        padded = np.concatenate([rows, np.zeros((fill, SIDE, SIDE, 3), np.uint8)])
-        out = _apply(classifier.params, classifier.blocks, jnp.asarray(to_floats(padded)))
+        padded = np.concatenate([rows, np.zeros((fill, CIFAR_SIDE, CIFAR_SIDE, 3), np.uint8)])
+        out = _apply(classifier.params, classifier.blocks, jnp.asarray(to_float(padded)))
         found.append(np.asarray(out)[: len(rows)])
     return np.concatenate(found)
 
@@ -100,7 +99,7 @@ def logits(classifier: Classifier, images: np.ndarray, *, batch: int = 256) -> n
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
-def shapes(blocks: int, width: int, classes: int) -> dict[str, tuple[int, ...]]:
+def resnet_shapes(blocks: int, width: int, classes: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a weight file; kernels are (out, in, h, w). width: channels of stage 1."""
     found: dict[str, tuple[int, ...]] = {}
 
@@ -120,16 +119,16 @@ def shapes(blocks: int, width: int, classes: int) -> dict[str, tuple[int, ...]]:
     return {**found, "linear.weight": (classes, wide), "linear.bias": (classes,)}
 
 
-def load(path: str | Path) -> Classifier:
+def load_classifier(path: str | Path) -> Classifier:
     """The network with the weights of an npz file; `shapes` says its names, any float dtype will do.
 
     Raises FileNotFoundError, or ValueError naming the tensor for one that is missing, unknown, of another shape or
     dtype, or holds what no trained network holds.
     """
-    return fold(read_npz(path, _WANT), str(path))
+    return fold_resnet_batch_norm(read_npz(path, _WANT), str(path))
 
 
-def fold(tensors: dict[str, np.ndarray], told: str = "these weights") -> Classifier:
+def fold_resnet_batch_norm(tensors: dict[str, np.ndarray], told: str = "these weights") -> Classifier:
     """The network of named tensors, each batch norm folded into its convolution. told: what the messages call them.
     Raises ValueError as `load` does."""
     first, last = tensors.get("conv1.weight"), tensors.get("linear.bias")
@@ -138,7 +137,7 @@ def fold(tensors: dict[str, np.ndarray], told: str = "these weights") -> Classif
     blocks = 0
     while f"layer1.{blocks}.conv1.weight" in tensors:
         blocks += 1
-    wanted = shapes(blocks, first.shape[0], last.size)
+    wanted = resnet_shapes(blocks, first.shape[0], last.size)
     for names, what in (
         (wanted.keys() - tensors.keys(), "lack"),
         (tensors.keys() - wanted.keys(), "hold unknown"),
@@ -194,23 +193,23 @@ def check_classes(classifier: Classifier, data: DataConfig, path: str) -> None:
 
 def measure_true(
     classifier: Classifier,
-    tokenizer: Tokenizer | None,
+    tokenizer: ImageTokenizer | None,
     data: DataConfig,
     image_size: int,
     count: int = 256,
     *,
-    progress: Progress | None = None,
-) -> measures.Figures:
-    """What drawn pictures can reach: `right_class_true`, the share of the first `count` rows of the evaluation split
-    whose true picture the classifier puts into the row's class, and with a tokenizer `right_class_reconstruction`,
+    progress: ProgressFn | None = None,
+) -> metrics.Metrics:
+    """What drawn pictures can reach: `accuracy_class_true`, the share of the first `count` rows of the evaluation split
+    whose true picture the classifier puts into the row's class, and with a tokenizer `accuracy_class_reconstruction`,
     of their reconstructions. Rows without a class are left out."""
 
     def again(images: np.ndarray) -> np.ndarray:
-        return to_bytes(decode_codes(tokenizer, encode_images(tokenizer, images)))
+        return to_uint8(decode_codes(tokenizer, encode_images(tokenizer, images)))
 
-    made: dict[str, Callable[[dict], np.ndarray]] = {"right_class_true": lambda asked: asked["image"]}
+    made: dict[str, Callable[[dict], np.ndarray]] = {"accuracy_class_true": lambda asked: asked["image"]}
     if tokenizer is not None:
-        made["right_class_reconstruction"] = lambda asked: again(asked["image"])
+        made["accuracy_class_reconstruction"] = lambda asked: again(asked["image"])
     source = open_source(data.source, "eval", languages=())
     return {
         name: _share(classifier, source, data, image_size, count, make, progress)
@@ -220,44 +219,44 @@ def measure_true(
 
 def measure_classes(
     classifier: Classifier,
-    model: measures.Model,
+    model: metrics.TextToImageModel,
     count: int = 256,
-    sampling: Sampling | Denoising = Sampling(),  # noqa: B008, frozen
+    sampling: SamplingConfig | DiffusionSamplingConfig = SamplingConfig(),  # noqa: B008, frozen
     *,
     seed: int = 0,
-    progress: Progress | None = None,
-) -> measures.Figures:
-    """`right_class`: share of drawn pictures that the classifier puts into the class asked for. One picture is drawn
+    progress: ProgressFn | None = None,
+) -> metrics.Metrics:
+    """`accuracy_class`: share of drawn pictures that the classifier puts into the class asked for. One picture is drawn
     for each of the first `count` rows of the evaluation split, with its caption and label as far as the model reads
     them, row i with seed `seed + i`. Rows without a class are left out."""
-    data, size = model.run.config.data, measures.image_size(model)
+    data, size = model.run.config.data, metrics.image_size(model)
 
     def draw(asked: dict) -> np.ndarray:
-        labels = asked["label"] if measures.reads_labels(model) else None
+        labels = asked["label"] if metrics.is_class_conditional(model) else None
         seeds = [seed + i for i in asked["rows"]]
-        return measures.draw_pictures(model, asked["caption"], seeds, sampling, labels=labels)
+        return metrics.sample_for_captions(model, asked["caption"], seeds, sampling, labels=labels)
 
-    source = open_source(data.source, "eval", languages=measures.languages(model))
-    return {"right_class": _share(classifier, source, data, size, count, draw, progress)}
+    source = open_source(data.source, "eval", languages=metrics.model_languages(model))
+    return {"accuracy_class": _share(classifier, source, data, size, count, draw, progress)}
 
 
 def _share(
     classifier: Classifier,
-    source: Source,
+    source: Dataset,
     data: DataConfig,
     image_size: int,
     count: int,
     make: Callable[[dict], np.ndarray],
-    progress: Progress | None,
+    progress: ProgressFn | None,
 ) -> float:
     """Share of rows whose made picture is put into their class. make: a batch with its `rows` to uint8 pictures."""
     right: list[Sequence[bool]] = []
     total = min(count, len(source))
-    for start in range(0, total, measures.BATCH):
-        rows = range(start, min(start + measures.BATCH, total))
+    for start in range(0, total, metrics.EVAL_ROWS):
+        rows = range(start, min(start + metrics.EVAL_ROWS, total))
         asked = {**eval_batch(data, source, rows, image_size=image_size, labels=True), "rows": rows}
         named = asked["label"] >= 0
-        found = logits(classifier, make(asked), batch=measures.BATCH).argmax(axis=1)
+        found = class_logits(classifier, make(asked), batch=metrics.EVAL_ROWS).argmax(axis=1)
         right.append(found[named] == asked["label"][named])
         if progress:
             progress(rows.stop, total)

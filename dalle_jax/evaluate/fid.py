@@ -24,7 +24,7 @@ import numpy as np
 _FORMAT = 1
 
 
-class Moments(NamedTuple):
+class FeatureStats(NamedTuple):
     """Mean and scatter of `count` rows. mean_D: float64. scatter_DD: float64, the sum over rows of the outer
     product of the row's difference from the mean with itself."""
 
@@ -40,7 +40,7 @@ class Moments(NamedTuple):
         return self.scatter_DD / (self.count - 1)
 
 
-def moments(rows_ND: np.ndarray) -> Moments:
+def feature_stats(rows_ND: np.ndarray) -> FeatureStats:
     """Of one part of the rows. Raises ValueError for no rows, or, naming the row, for one not finite."""
     rows_ND = np.asarray(rows_ND, np.float64)
     if rows_ND.ndim != 2 or not rows_ND.size:
@@ -52,10 +52,10 @@ def moments(rows_ND: np.ndarray) -> Moments:
         )
     mean_D = rows_ND.mean(axis=0)
     off_ND = rows_ND - mean_D
-    return Moments(len(rows_ND), mean_D, off_ND.T @ off_ND)
+    return FeatureStats(len(rows_ND), mean_D, off_ND.T @ off_ND)
 
 
-def merge(a: Moments, b: Moments) -> Moments:
+def merge_stats(a: FeatureStats, b: FeatureStats) -> FeatureStats:
     """Of the rows of both parts together (Chan, Golub and LeVeque 1979: no large sums are subtracted).
 
     Raises ValueError for parts of different width.
@@ -64,7 +64,7 @@ def merge(a: Moments, b: Moments) -> Moments:
         raise ValueError(f"features of {a.mean_D.size} and {b.mean_D.size} columns do not go together")
     count, apart_D = a.count + b.count, b.mean_D - a.mean_D
     scatter_DD = a.scatter_DD + b.scatter_DD + np.outer(apart_D, apart_D) * (a.count * b.count / count)
-    return Moments(count, a.mean_D + apart_D * (b.count / count), scatter_DD)
+    return FeatureStats(count, a.mean_D + apart_D * (b.count / count), scatter_DD)
 
 
 def frechet_distance(
@@ -89,7 +89,7 @@ def _root(cov_DD: np.ndarray) -> np.ndarray:
     return (vectors_DD * np.sqrt(values_D)) @ vectors_DD.T
 
 
-def fid(a: Moments, b: Moments) -> float:
+def fid(a: FeatureStats, b: FeatureStats) -> float:
     """Frechet distance of two sets of features. Raises ValueError for different widths or fewer than two rows."""
     if a.mean_D.shape != b.mean_D.shape:
         raise ValueError(f"features of {a.mean_D.size} and {b.mean_D.size} columns cannot be compared")
@@ -99,7 +99,7 @@ def fid(a: Moments, b: Moments) -> float:
 # --- reference statistics -----------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
+class FIDSettings(NamedTuple):
     """What has to agree for two sets of features to be comparable."""
 
     weights: str  # fingerprint of the Inception weights
@@ -107,7 +107,7 @@ class Settings(NamedTuple):
     image_size: int  # side of the pictures before they are resized, pixels
 
 
-def save_reference(path: str | os.PathLike, found: Moments, settings: Settings) -> None:
+def save_reference(path: str | os.PathLike, found: FeatureStats, settings: FIDSettings) -> None:
     """Writes the statistics of true pictures, whole or not at all: `mean`, `scatter` and `about` (JSON: the
     settings, the number of pictures, a hash of all of it)."""
     about = {"format": _FORMAT, "count": found.count, **settings._asdict()}
@@ -121,7 +121,7 @@ def save_reference(path: str | os.PathLike, found: Moments, settings: Settings) 
     os.replace(part, path)
 
 
-def load_reference(path: str | os.PathLike, settings: Settings) -> Moments:
+def load_reference(path: str | os.PathLike, settings: FIDSettings) -> FeatureStats:
     """Reads what `save_reference` wrote, for use with features of `settings`.
 
     Raises FileNotFoundError, or ValueError for a file that is broken or was changed, that was made with other
@@ -131,9 +131,9 @@ def load_reference(path: str | os.PathLike, settings: Settings) -> Moments:
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
-            found = Moments(int(about["count"]), file["mean"], file["scatter"])
+            found = FeatureStats(int(about["count"]), file["mean"], file["scatter"])
         same = about.pop("hash") == _hash(found, about)
-        saved = Settings(*(about[name] for name in Settings._fields))
+        saved = FIDSettings(*(about[name] for name in FIDSettings._fields))
     except FileNotFoundError:
         raise FileNotFoundError(f"no reference statistics {path}; {again}") from None
     except (
@@ -144,7 +144,7 @@ def load_reference(path: str | os.PathLike, settings: Settings) -> Moments:
         raise ValueError(f"{path} is not what was written: its hash differs; {again}")
     if about["format"] != _FORMAT:
         raise ValueError(f"{path} has format {about['format']}, this version reads {_FORMAT}; {again}")
-    for name, want, got in zip(Settings._fields, settings, saved, strict=True):
+    for name, want, got in zip(FIDSettings._fields, settings, saved, strict=True):
         if want != got:
             raise ValueError(f"{path} was made with {name} {got!r}, this measure has {want!r}; {again}")
     if found.count < 2:
@@ -152,7 +152,7 @@ def load_reference(path: str | os.PathLike, settings: Settings) -> Moments:
     return found
 
 
-def _hash(found: Moments, about: dict) -> str:
+def _hash(found: FeatureStats, about: dict) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for array in (found.mean_D, found.scatter_DD):
         digest.update(f"{array.dtype} {array.shape}".encode())

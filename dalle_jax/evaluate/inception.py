@@ -13,20 +13,19 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dalle_jax.evaluate.weights import read_npz
+from dalle_jax.evaluate.npz_files import read_npz
 from dalle_jax.importers.inception import CLASSES, CLASSIFIER, PREFIX, read_inception
+from dalle_jax.typing import Params
 
-Params = dict[str, Any]
-
-FEATURES = 2048
-SIDE = 299
+NUM_FEATURES = 2048
+INCEPTION_SIDE = 299
 PREPROCESSING = "299 px, bilinear between pixel centres, no antialias, (x - 128) / 128"
 _EPSILON = 1e-3  # of the batch norms
 _PARTS = ("weight", "beta", "mean", "var")
@@ -45,7 +44,7 @@ class Inception(NamedTuple):
 # --- the network as data ------------------------------------------------------------------------------------
 
 
-class Conv(NamedTuple):
+class ConvLayer(NamedTuple):
     """A convolution without bias, batch norm, ReLU."""
 
     name: str
@@ -61,7 +60,7 @@ class Pool(NamedTuple):
     kind: str  # "mean" of the pixels inside the picture, or "max"
 
 
-class Halve(NamedTuple):
+class Downsample(NamedTuple):
     """A max pool over 3 x 3 with stride 2, without padding."""
 
 
@@ -73,84 +72,86 @@ class Branches(NamedTuple):
 
 def _block_35(name: str, pooled: int) -> Branches:
     return Branches((
-        (Conv(f"{name}.conv", 64),),
-        (Conv(f"{name}.tower.conv", 48), Conv(f"{name}.tower.conv_1", 64, (5, 5))),
-        (Conv(f"{name}.tower_1.conv", 64), Conv(f"{name}.tower_1.conv_1", 96, (3, 3)),
-         Conv(f"{name}.tower_1.conv_2", 96, (3, 3))),
-        (Pool("mean"), Conv(f"{name}.tower_2.conv", pooled)),
+        (ConvLayer(f"{name}.conv", 64),),
+        (ConvLayer(f"{name}.tower.conv", 48), ConvLayer(f"{name}.tower.conv_1", 64, (5, 5))),
+        (ConvLayer(f"{name}.tower_1.conv", 64), ConvLayer(f"{name}.tower_1.conv_1", 96, (3, 3)),
+         ConvLayer(f"{name}.tower_1.conv_2", 96, (3, 3))),
+        (Pool("mean"), ConvLayer(f"{name}.tower_2.conv", pooled)),
     ))  # fmt: skip
 
 
 def _block_17(name: str, inner: int) -> Branches:
     return Branches((
-        (Conv(f"{name}.conv", 192),),
-        (Conv(f"{name}.tower.conv", inner), Conv(f"{name}.tower.conv_1", inner, (1, 7)),
-         Conv(f"{name}.tower.conv_2", 192, (7, 1))),
-        (Conv(f"{name}.tower_1.conv", inner), Conv(f"{name}.tower_1.conv_1", inner, (7, 1)),
-         Conv(f"{name}.tower_1.conv_2", inner, (1, 7)), Conv(f"{name}.tower_1.conv_3", inner, (7, 1)),
-         Conv(f"{name}.tower_1.conv_4", 192, (1, 7))),
-        (Pool("mean"), Conv(f"{name}.tower_2.conv", 192)),
+        (ConvLayer(f"{name}.conv", 192),),
+        (ConvLayer(f"{name}.tower.conv", inner), ConvLayer(f"{name}.tower.conv_1", inner, (1, 7)),
+         ConvLayer(f"{name}.tower.conv_2", 192, (7, 1))),
+        (ConvLayer(f"{name}.tower_1.conv", inner), ConvLayer(f"{name}.tower_1.conv_1", inner, (7, 1)),
+         ConvLayer(f"{name}.tower_1.conv_2", inner, (1, 7)), ConvLayer(f"{name}.tower_1.conv_3", inner, (7, 1)),
+         ConvLayer(f"{name}.tower_1.conv_4", 192, (1, 7))),
+        (Pool("mean"), ConvLayer(f"{name}.tower_2.conv", 192)),
     ))  # fmt: skip
 
 
 def _block_8(name: str, pool: str) -> Branches:
     def spread(tower: str) -> Branches:
         return Branches((
-            (Conv(f"{name}.{tower}_mixed_conv", 384, (1, 3)),),
-            (Conv(f"{name}.{tower}_mixed_conv_1", 384, (3, 1)),),
+            (ConvLayer(f"{name}.{tower}_mixed_conv", 384, (1, 3)),),
+            (ConvLayer(f"{name}.{tower}_mixed_conv_1", 384, (3, 1)),),
         ))  # fmt: skip
 
     return Branches((
-        (Conv(f"{name}.conv", 320),),
-        (Conv(f"{name}.tower_conv", 384), spread("tower")),
-        (Conv(f"{name}.tower_1_conv", 448), Conv(f"{name}.tower_1_conv_1", 384, (3, 3)), spread("tower_1")),
-        (Pool(pool), Conv(f"{name}.tower_2_conv", 192)),
+        (ConvLayer(f"{name}.conv", 320),),
+        (ConvLayer(f"{name}.tower_conv", 384), spread("tower")),
+        (ConvLayer(f"{name}.tower_1_conv", 448), ConvLayer(f"{name}.tower_1_conv_1", 384, (3, 3)), spread("tower_1")),
+        (Pool(pool), ConvLayer(f"{name}.tower_2_conv", 192)),
     ))  # fmt: skip
 
 
 NETWORK: tuple = (  # 1512.00567, table 1 and figures 5 to 7, 10
-    Conv("conv", 32, (3, 3), 2, "VALID"),
-    Conv("conv_1", 32, (3, 3), 1, "VALID"),
-    Conv("conv_2", 64, (3, 3)),
-    Halve(),
-    Conv("conv_3", 80),
-    Conv("conv_4", 192, (3, 3), 1, "VALID"),
-    Halve(),
+    ConvLayer("conv", 32, (3, 3), 2, "VALID"),
+    ConvLayer("conv_1", 32, (3, 3), 1, "VALID"),
+    ConvLayer("conv_2", 64, (3, 3)),
+    Downsample(),
+    ConvLayer("conv_3", 80),
+    ConvLayer("conv_4", 192, (3, 3), 1, "VALID"),
+    Downsample(),
     _block_35("mixed", 32),
     _block_35("mixed_1", 64),
     _block_35("mixed_2", 64),
     Branches((
-        (Conv("mixed_3.conv", 384, (3, 3), 2, "VALID"),),
-        (Conv("mixed_3.tower.conv", 64), Conv("mixed_3.tower.conv_1", 96, (3, 3)),
-         Conv("mixed_3.tower.conv_2", 96, (3, 3), 2, "VALID")),
-        (Halve(),),
+        (ConvLayer("mixed_3.conv", 384, (3, 3), 2, "VALID"),),
+        (ConvLayer("mixed_3.tower.conv", 64), ConvLayer("mixed_3.tower.conv_1", 96, (3, 3)),
+         ConvLayer("mixed_3.tower.conv_2", 96, (3, 3), 2, "VALID")),
+        (Downsample(),),
     )),
     _block_17("mixed_4", 128),
     _block_17("mixed_5", 160),
     _block_17("mixed_6", 160),
     _block_17("mixed_7", 192),
     Branches((
-        (Conv("mixed_8.tower.conv", 192), Conv("mixed_8.tower.conv_1", 320, (3, 3), 2, "VALID")),
-        (Conv("mixed_8.tower_1.conv", 192), Conv("mixed_8.tower_1.conv_1", 192, (1, 7)),
-         Conv("mixed_8.tower_1.conv_2", 192, (7, 1)),
-         Conv("mixed_8.tower_1.conv_3", 192, (3, 3), 2, "VALID")),
-        (Halve(),),
+        (ConvLayer("mixed_8.tower.conv", 192), ConvLayer("mixed_8.tower.conv_1", 320, (3, 3), 2, "VALID")),
+        (ConvLayer("mixed_8.tower_1.conv", 192), ConvLayer("mixed_8.tower_1.conv_1", 192, (1, 7)),
+         ConvLayer("mixed_8.tower_1.conv_2", 192, (7, 1)),
+         ConvLayer("mixed_8.tower_1.conv_3", 192, (3, 3), 2, "VALID")),
+        (Downsample(),),
     )),
     _block_8("mixed_9", "mean"),
     _block_8("mixed_10", "max"),
 )  # fmt: skip
 
 
-def _walk(steps: tuple, x_BHWC: jax.Array, convolve: Callable[[Conv, jax.Array], jax.Array]) -> jax.Array:
+def _walk(
+    steps: tuple, x_BHWC: jax.Array, convolve: Callable[[ConvLayer, jax.Array], jax.Array]
+) -> jax.Array:
     for step in steps:
         match step:
-            case Conv():
+            case ConvLayer():
                 x_BHWC = convolve(step, x_BHWC)
             case Pool(kind="mean"):
                 x_BHWC = mean_pool(x_BHWC)
             case Pool(kind="max"):
                 x_BHWC = _max_pool(x_BHWC, 1, "SAME")
-            case Halve():
+            case Downsample():
                 x_BHWC = _max_pool(x_BHWC, 2, "VALID")
             case Branches(chains=chains):
                 x_BHWC = jnp.concatenate([_walk(chain, x_BHWC, convolve) for chain in chains], axis=-1)
@@ -177,15 +178,15 @@ def mean_pool(x_BHWC: jax.Array) -> jax.Array:
 
 def resize(x_BHWC: jax.Array) -> jax.Array:
     """Bilinear between pixel centres to 299 x 299; a larger picture is not smoothed before. Keeps the dtype."""
-    shape = (x_BHWC.shape[0], SIDE, SIDE, x_BHWC.shape[3])
+    shape = (x_BHWC.shape[0], INCEPTION_SIDE, INCEPTION_SIDE, x_BHWC.shape[3])
     return jax.image.resize(x_BHWC, shape, "bilinear", antialias=False, precision=lax.Precision.HIGHEST)
 
 
-def apply(params: Params, images_BHWC: jax.Array) -> jax.Array:
+def apply_inception(params: Params, images_BHWC: jax.Array) -> jax.Array:
     """The pooled features of pictures. images_BHWC: values in [0, 255], RGB, any side, any real dtype; float32
     arithmetic throughout. Returns float32 (B, 2048)."""
 
-    def convolve(step: Conv, x_BHWC: jax.Array) -> jax.Array:
+    def convolve(step: ConvLayer, x_BHWC: jax.Array) -> jax.Array:
         layer = params[step.name]
         out = lax.conv_general_dilated(
             x_BHWC,
@@ -201,10 +202,10 @@ def apply(params: Params, images_BHWC: jax.Array) -> jax.Array:
     return _walk(NETWORK, x_BHWC, convolve).mean(axis=(1, 2))
 
 
-_apply = jax.jit(apply)
+_apply = jax.jit(apply_inception)
 
 
-def features(inception: Inception, images: np.ndarray, *, batch: int = 32) -> np.ndarray:
+def inception_features(inception: Inception, images: np.ndarray, *, batch: int = 32) -> np.ndarray:
     """Features of pictures, `batch` at a time: uint8 (R, H, W, 3) to float32 (R, 2048).
 
     Raises ValueError for another shape or dtype, or no pictures.
@@ -229,11 +230,11 @@ def class_scores(inception: Inception, features: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def shapes() -> dict[str, tuple[int, ...]]:
+def inception_shapes() -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a weight file holds; kernels are (out, in, h, w)."""
     found: dict[str, tuple[int, ...]] = {}
 
-    def convolve(step: Conv, x_BHWC: jax.Array) -> jax.Array:
+    def convolve(step: ConvLayer, x_BHWC: jax.Array) -> jax.Array:
         kernel = (*step.kernel, x_BHWC.shape[-1], step.width)
         found[f"{PREFIX}{step.name}.weight"] = (step.width, x_BHWC.shape[-1], *step.kernel)
         found.update({f"{PREFIX}{step.name}.{part}": (step.width,) for part in _PARTS[1:]})
@@ -243,12 +244,13 @@ def shapes() -> dict[str, tuple[int, ...]]:
         )  # fmt: skip
 
     jax.eval_shape(
-        lambda x: _walk(NETWORK, x, convolve), jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+        lambda x: _walk(NETWORK, x, convolve),
+        jax.ShapeDtypeStruct((1, INCEPTION_SIDE, INCEPTION_SIDE, 3), jnp.float32),
     )
     return found
 
 
-def load(path: str | Path) -> Inception:
+def load_inception(path: str | Path) -> Inception:
     """The network with the weights of an npz file, `shapes()` says its names, any float dtype will do; or of the
     torch file that pytorch-fid and torch-fidelity download, read without torch.
 
@@ -258,15 +260,15 @@ def load(path: str | Path) -> Inception:
     path = Path(path)
     torch = path.suffix in (".pth", ".pt") and path.is_file()
     want = "give the npz or pth file of the FID Inception-v3 of 2015"
-    return fold(read_inception(path) if torch else read_npz(path, want), str(path))
+    return fold_batch_norm(read_inception(path) if torch else read_npz(path, want), str(path))
 
 
-def fold(tensors: dict[str, np.ndarray], told: str = "these weights") -> Inception:
+def fold_batch_norm(tensors: dict[str, np.ndarray], told: str = "these weights") -> Inception:
     """The network of named tensors, the batch norm of each convolution folded into kernel and bias.
 
     told: what the messages call them. Raises ValueError as `load` does.
     """
-    wanted = shapes()
+    wanted = inception_shapes()
     classifier = tensors.get(CLASSIFIER)
     tensors = {name: tensor for name, tensor in tensors.items() if name != CLASSIFIER}
     for names, what in (
@@ -297,9 +299,9 @@ def fold(tensors: dict[str, np.ndarray], told: str = "these weights") -> Incepti
             "bias": jnp.asarray(beta - mean * scale, jnp.float32),
         }
     if classifier is not None:
-        if classifier.shape != (CLASSES, FEATURES) or not np.isfinite(classifier).all():
+        if classifier.shape != (CLASSES, NUM_FEATURES) or not np.isfinite(classifier).all():
             raise ValueError(
-                f"{told}: {CLASSIFIER} is {classifier.dtype} {classifier.shape}; want finite floats {CLASSES, FEATURES}"
+                f"{told}: {CLASSIFIER} is {classifier.dtype} {classifier.shape}; want finite floats {CLASSES, NUM_FEATURES}"
             )
         classifier = np.ascontiguousarray(classifier.T, np.float32)
     return Inception(params, digest.hexdigest(), classifier)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-PARTS = 10
+NUM_SPLITS = 10
 
 
-class Sums(NamedTuple):
+class ScoreSums(NamedTuple):
     """Of each part: pictures, the sum of sum_y p log p, and the sum of p. float64."""
 
     count_S: np.ndarray
@@ -22,11 +22,11 @@ class Sums(NamedTuple):
     p_SC: np.ndarray
 
 
-def empty(classes: int, parts: int = PARTS) -> Sums:
-    return Sums(np.zeros(parts), np.zeros(parts), np.zeros((parts, classes)))
+def init_sums(classes: int, parts: int = NUM_SPLITS) -> ScoreSums:
+    return ScoreSums(np.zeros(parts), np.zeros(parts), np.zeros((parts, classes)))
 
 
-def add(sums: Sums, logits_RC: np.ndarray, first: int, total: int) -> Sums:
+def add_logits(sums: ScoreSums, logits_RC: np.ndarray, first: int, total: int) -> ScoreSums:
     """With rows `first`, `first + 1`, ... of a set of `total`.
 
     Raises ValueError for logits that are not finite, naming the row, or rows beyond the set.
@@ -45,10 +45,10 @@ def add(sums: Sums, logits_RC: np.ndarray, first: int, total: int) -> Sums:
     np.add.at(count_S, part_R, 1)
     np.add.at(negative_S, part_R, (p_RC * log_p_RC).sum(axis=1))
     np.add.at(p_SC, part_R, p_RC)
-    return Sums(count_S, negative_S, p_SC)
+    return ScoreSums(count_S, negative_S, p_SC)
 
 
-def score(sums: Sums) -> tuple[float, float]:
+def inception_score(sums: ScoreSums) -> tuple[float, float]:
     """Mean and standard deviation over the parts. Raises ValueError for a part without pictures."""
     if not sums.count_S.all():
         raise ValueError(

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from dalle_jax.config import DataConfig, ScenesSource
-from dalle_jax.data import scenes
-from dalle_jax.data.scene_model import COLOURS, SHAPES
-from dalle_jax.data.sources import Source, open_source
-from dalle_jax.evaluate.measures import BATCH, Figures, scene_kinds, unseen_captions
-from dalle_jax.inference import Progress
-from dalle_jax.ranking import Clip, embed_captions, embed_pictures
+from dalle_jax.data.scenes import generator
+from dalle_jax.data.scenes.scene import COLORS, SHAPES
+from dalle_jax.data.sources import Dataset, open_source
+from dalle_jax.evaluate.metrics import EVAL_ROWS, Metrics, scene_kinds, unseen_captions
+from dalle_jax.pipelines import ProgressFn
+from dalle_jax.pipelines.ranking import ClipRanker, embed_captions, embed_images
 
 KS = (1, 5, 10)
 SCENE_TEMPLATES = ("a {}",)
@@ -32,14 +32,14 @@ def ranks(score_QA: np.ndarray, right_QA: np.ndarray) -> np.ndarray:
     return np.sum(~right_QA & (score_QA >= best_Q1), axis=1)
 
 
-def recalls(name: str, rank_Q: np.ndarray, answers: int) -> Figures:
+def recalls(name: str, rank_Q: np.ndarray, answers: int) -> Metrics:
     """`NAME_recall_K`: share of queries with a right answer among the first K, for each K below `answers`."""
     return {f"{name}_recall_{k}": float(np.mean(rank_Q < k)) for k in KS if k < answers}
 
 
 def measure_retrieval(
-    clip: Clip, data: DataConfig, count: int = 256, *, progress: Progress | None = None
-) -> Figures:
+    clip: ClipRanker, data: DataConfig, count: int = 256, *, progress: ProgressFn | None = None
+) -> Metrics:
     """Both ways among the first `count` rows of the evaluation split, with all their captions.
 
     A caption that several rows share is one text, and right for each of them. Returns `image_to_text_recall_K`
@@ -66,7 +66,7 @@ def measure_retrieval(
     }
 
 
-def class_vectors(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+def class_vectors(clip: ClipRanker, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """A vector for each class, float32 (C, E) of length 1: the mean of its name in each template (3.1.4).
 
     Raises ValueError for a template without `{}`, where the name goes.
@@ -78,7 +78,7 @@ def class_vectors(clip: Clip, names: Sequence[str], templates: Sequence[str]) ->
     return mean_CE / np.linalg.norm(mean_CE, axis=1, keepdims=True)
 
 
-def zero_shot(name: str, image_RE: np.ndarray, label_R: np.ndarray, class_CE: np.ndarray) -> Figures:
+def zero_shot(name: str, image_RE: np.ndarray, label_R: np.ndarray, class_CE: np.ndarray) -> Metrics:
     """`NAME_top1` and, of more than 5 classes, `NAME_top5`: shares of rows whose class is among the nearest."""
     right_RC = np.arange(len(class_CE))[None] == np.asarray(label_R)[:, None]
     rank_R = ranks(image_RE @ class_CE.T, right_RC)
@@ -86,13 +86,13 @@ def zero_shot(name: str, image_RE: np.ndarray, label_R: np.ndarray, class_CE: np
 
 
 def measure_zero_shot(
-    clip: Clip,
+    clip: ClipRanker,
     data: DataConfig,
     count: int = 256,
     *,
     templates: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Figures:
+    progress: ProgressFn | None = None,
+) -> Metrics:
     """Zero-shot classification of the first `count` rows of the evaluation split of a source with labels.
 
     templates: of the texts for a class; () takes those of the source. Returns `zero_shot_top1`,
@@ -117,29 +117,29 @@ def measure_zero_shot(
     return {**found, "classes": len(source.classes)}
 
 
-def _scene_classes(clip: Clip, data: DataConfig, count: int, templates: Sequence[str]) -> Figures:
+def _scene_classes(clip: ClipRanker, data: DataConfig, count: int, templates: Sequence[str]) -> Metrics:
     size, figures = clip.config.image_size, {}
-    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    pairs = [(colour, shape) for colour in COLORS for shape in SHAPES]
     vectors = class_vectors(clip, [" ".join(pair) for pair in pairs], templates)
     for kind in scene_kinds(data, size):
         asked = [scene for _, scene in unseen_captions(data, kind, count) if len(scene.objects) == 1]
         if not asked or kind == "two_objects":
             continue
-        image_RE = embed_pictures(clip, np.stack([scenes.render(scene, size) for scene in asked]))
-        labels = np.array([pairs.index((s.objects[0].colour, s.objects[0].shape)) for s in asked])
+        image_RE = embed_images(clip, np.stack([generator.render(scene, size) for scene in asked]))
+        labels = np.array([pairs.index((s.objects[0].color, s.objects[0].shape)) for s in asked])
         figures |= zero_shot(f"zero_shot_{kind}", image_RE, labels, vectors)
     return {**figures, "classes": len(pairs)} if figures else {}
 
 
 def _embed_rows(
-    clip: Clip, data: DataConfig, source: Source, rows: range, progress: Progress | None
+    clip: ClipRanker, data: DataConfig, source: Dataset, rows: range, progress: ProgressFn | None
 ) -> np.ndarray:
     """Vectors of the pictures of rows, read and embedded batch by batch."""
     crop, found = "none" if data.crop == "none" else "center", []
-    for start in range(0, len(rows), BATCH):
-        here = rows[start : start + BATCH]
+    for start in range(0, len(rows), EVAL_ROWS):
+        here = rows[start : start + EVAL_ROWS]
         pictures = np.stack([source.image(i, clip.config.image_size, crop) for i in here])
-        found.append(embed_pictures(clip, pictures, batch=BATCH))
+        found.append(embed_images(clip, pictures, batch=EVAL_ROWS))
         if progress:
             progress(start + len(here), len(rows))
     return np.concatenate(found)

@@ -11,23 +11,23 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dalle_jax import byte_pairs
 from dalle_jax.config import ClipConfig, TowerConfig
-from dalle_jax.importers.blocks import block_rules, dense, fused, norm
-from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.blocks import block_rules, dense_rules, fused_rules, norm_rules
+from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    Imported,
-    Model,
-    Rule,
+    ImportedRun,
+    LazyModel,
+    ParamRule,
     Tensors,
     check_names,
-    conv,
-    counted,
-    linear,
-    one,
-    same,
-    shape_of,
+    count_layers,
+    from_tensor,
+    identity,
+    tensor_shape,
+    transpose_conv,
+    transpose_linear,
 )
+from dalle_jax.text import byte_bpe
 
 _HEAD = 64  # width of a head in every published model
 _ABOUT = "CLIP"
@@ -38,17 +38,17 @@ _LEFT_ENDS = (".attn_mask", ".position_ids", ".causal_mask")
 _ACTIVATIONS = {"quick_gelu": "quick-gelu", "gelu": "gelu"}
 
 
-def load(path: Path, text: str | None = None) -> Imported:
+def load_params(path: Path, text: str | None = None) -> ImportedRun:
     """The model of a file or of a directory of Hugging Face, whose config.json tells heads and activation.
 
     text: its vocabulary, `bpe_simple_vocab_16e6.txt.gz` or vocab.json with merges.txt, taken from the directory where
     those are in it. Without one the run has none, and captions cannot be read.
     """
-    found, files = model(path, read_tensors(path)), {}
+    found, files = from_tensors(path, read_tensors(path)), {}
     if text is None and (path / "vocab.json").is_file():
         text = str(path)
     if text is not None:
-        pairs = byte_pairs.load(Path(text))
+        pairs = byte_bpe.load_byte_bpe(Path(text))
         if pairs is None:
             raise ValueError(
                 f"--text {text} is no vocabulary of CLIP; want bpe_simple_vocab_16e6.txt.gz or vocab.json"
@@ -57,11 +57,11 @@ def load(path: Path, text: str | None = None) -> Imported:
             raise ValueError(
                 f"--text {text} has {pairs.size} pieces, the model has {found.config.text_vocab}"
             )
-        files["text.model"] = pairs.serialized().decode()
-    return Imported(found, files)
+        files["text_tokenizer.model"] = pairs.serialized().decode()
+    return ImportedRun(found, files)
 
 
-def model(path: Path, tensors: Tensors) -> Model:
+def from_tensors(path: Path, tensors: Tensors) -> LazyModel:
     """The model that `tensors` make. Raises ValueError naming what is missing or too many."""
     tensors = {
         name: tensor
@@ -75,7 +75,7 @@ def model(path: Path, tensors: Tensors) -> Model:
     else:
         config, rules = _hugging_face(path, tensors)
     check_names(rules, tensors, path, _ABOUT)
-    return Model(config, rules, tensors)
+    return LazyModel(config, rules, tensors)
 
 
 def _config(
@@ -93,7 +93,7 @@ def _config(
             f"{path}: {positions} positions and patches of {patch[2:]}; want a square of square patches"
         )
     return ClipConfig(
-        image_size=side * patch[2], patch=patch[2], vision=towers[0], text=towers[1], text_vocab=text[0],
+        image_size=side * patch[2], patch_size=patch[2], vision=towers[0], text=towers[1], text_vocab=text[0],
         text_len=text[1], embed_dim=embed_dim, activation=activation, dtype="float32",
     )  # fmt: skip
 
@@ -101,14 +101,14 @@ def _config(
 # --- OpenAI ----------------------------------------------------------------------------------------------
 
 
-def _openai(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, Rule]]:
+def _openai(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, ParamRule]]:
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        return shape_of(tensors, name, path, ndim, _ABOUT)
+        return tensor_shape(tensors, name, path, ndim, _ABOUT)
 
     def tower(prefix: str, dim: int) -> TowerConfig:
         blocks = prefix + "transformer.resblocks.{}."
         wide = shape(blocks.format(0) + "mlp.c_fc.weight", 2)[0]
-        return _tower(path, dim, counted(tensors, blocks + "ln_1.weight"), None, wide)
+        return _tower(path, dim, count_layers(tensors, blocks + "ln_1.weight"), None, wide)
 
     patch, vocab = shape("visual.conv1.weight", 4), shape("token_embedding.weight", 2)
     towers = tower("visual.", patch[0]), tower("", vocab[1])
@@ -117,23 +117,25 @@ def _openai(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, Rule]]:
         (vocab[0], shape("positional_embedding", 2)[0]), shape("text_projection", 2)[1],
     )  # fmt: skip
     rules = {
-        "logit_scale": one("logit_scale", same),
-        "vision/patch/kernel": one("visual.conv1.weight", conv),
-        "vision/class_embed": one("visual.class_embedding", same),
-        "vision/pos": one("visual.positional_embedding", same),
-        "vision/proj/kernel": one("visual.proj", same),
+        "logit_scale": from_tensor("logit_scale", identity),
+        "vision/patch/kernel": from_tensor("visual.conv1.weight", transpose_conv),
+        "vision/class_embed": from_tensor("visual.class_embedding", identity),
+        "vision/pos": from_tensor("visual.positional_embedding", identity),
+        "vision/proj/kernel": from_tensor("visual.proj", identity),
         **_norm("vision/norm_in", "visual.ln_pre"),
         **_norm("vision/norm_out", "visual.ln_post"),
-        "text/embed": one("token_embedding.weight", same),
-        "text/pos": one("positional_embedding", same),
-        "text/proj/kernel": one("text_projection", same),
+        "text/embed": from_tensor("token_embedding.weight", identity),
+        "text/pos": from_tensor("positional_embedding", identity),
+        "text/proj/kernel": from_tensor("text_projection", identity),
         **_norm("text/norm_out", "ln_final"),
     }
     for to, prefix, tower in (("vision", "visual.", config.vision), ("text", "", config.text)):
         block = prefix + "transformer.resblocks.{}."
-        table = fused(block + "attn.in_proj", join="_") | dense("attn/out", block + "attn.out_proj")
-        table |= dense("mlp/up", block + "mlp.c_fc") | dense("mlp/down", block + "mlp.c_proj")
-        table |= norm("norm_attn", block + "ln_1") | norm("norm_mlp", block + "ln_2")
+        table = fused_rules(block + "attn.in_proj", join="_") | dense_rules(
+            "attn/out", block + "attn.out_proj"
+        )
+        table |= dense_rules("mlp/up", block + "mlp.c_fc") | dense_rules("mlp/down", block + "mlp.c_proj")
+        table |= norm_rules("norm_attn", block + "ln_1") | norm_rules("norm_mlp", block + "ln_2")
         rules |= block_rules(tower.layers, table, f"{to}/blocks")
     return config, rules
 
@@ -141,17 +143,17 @@ def _openai(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, Rule]]:
 # --- Hugging Face ----------------------------------------------------------------------------------------
 
 
-def _hugging_face(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, Rule]]:
+def _hugging_face(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, ParamRule]]:
     settings = _settings(path)
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        return shape_of(tensors, name, path, ndim, _ABOUT)
+        return tensor_shape(tensors, name, path, ndim, _ABOUT)
 
     def tower(name: str, dim: int) -> TowerConfig:
         layers = f"{name}_model.encoder.layers."
         wide = shape(layers + "0.mlp.fc1.weight", 2)[0]
         heads = settings.get(f"{name}_config", {}).get("num_attention_heads")
-        return _tower(path, dim, counted(tensors, layers + "{}.layer_norm1.weight"), heads, wide)
+        return _tower(path, dim, count_layers(tensors, layers + "{}.layer_norm1.weight"), heads, wide)
 
     patch = shape("vision_model.embeddings.patch_embedding.weight", 4)
     vocab = shape("text_model.embeddings.token_embedding.weight", 2)
@@ -167,25 +169,27 @@ def _hugging_face(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, R
         shape("text_projection.weight", 2)[0], _ACTIVATIONS[acts.pop()],
     )  # fmt: skip
     rules = {
-        "logit_scale": one("logit_scale", same),
-        "vision/patch/kernel": one("vision_model.embeddings.patch_embedding.weight", conv),
-        "vision/class_embed": one("vision_model.embeddings.class_embedding", same),
-        "vision/pos": one("vision_model.embeddings.position_embedding.weight", same),
-        "vision/proj/kernel": one("visual_projection.weight", linear),
+        "logit_scale": from_tensor("logit_scale", identity),
+        "vision/patch/kernel": from_tensor("vision_model.embeddings.patch_embedding.weight", transpose_conv),
+        "vision/class_embed": from_tensor("vision_model.embeddings.class_embedding", identity),
+        "vision/pos": from_tensor("vision_model.embeddings.position_embedding.weight", identity),
+        "vision/proj/kernel": from_tensor("visual_projection.weight", transpose_linear),
         **_norm("vision/norm_in", "vision_model.pre_layrnorm"),  # so it is spelt there
         **_norm("vision/norm_out", "vision_model.post_layernorm"),
-        "text/embed": one("text_model.embeddings.token_embedding.weight", same),
-        "text/pos": one("text_model.embeddings.position_embedding.weight", same),
-        "text/proj/kernel": one("text_projection.weight", linear),
+        "text/embed": from_tensor("text_model.embeddings.token_embedding.weight", identity),
+        "text/pos": from_tensor("text_model.embeddings.position_embedding.weight", identity),
+        "text/proj/kernel": from_tensor("text_projection.weight", transpose_linear),
         **_norm("text/norm_out", "text_model.final_layer_norm"),
     }
     for to, tower in (("vision", config.vision), ("text", config.text)):
         block, table = f"{to}_model.encoder.layers." + "{}.", {}
         for name in ("q", "k", "v"):
-            table |= dense(f"attn/{name}", f"{block}self_attn.{name}_proj")
-        table |= dense("attn/out", block + "self_attn.out_proj")
-        table |= dense("mlp/up", block + "mlp.fc1") | dense("mlp/down", block + "mlp.fc2")
-        table |= norm("norm_attn", block + "layer_norm1") | norm("norm_mlp", block + "layer_norm2")
+            table |= dense_rules(f"attn/{name}", f"{block}self_attn.{name}_proj")
+        table |= dense_rules("attn/out", block + "self_attn.out_proj")
+        table |= dense_rules("mlp/up", block + "mlp.fc1") | dense_rules("mlp/down", block + "mlp.fc2")
+        table |= norm_rules("norm_attn", block + "layer_norm1") | norm_rules(
+            "norm_mlp", block + "layer_norm2"
+        )
         rules |= block_rules(tower.layers, table, f"{to}/blocks")
     return config, rules
 
@@ -215,5 +219,8 @@ def _tower(path: Path, dim: int, layers: int, heads: int | None, wide: int) -> T
     return TowerConfig(dim=dim, layers=layers, heads=heads or max(dim // _HEAD, 1), mlp_ratio=wide // dim)
 
 
-def _norm(to: str, source: str) -> dict[str, Rule]:
-    return {f"{to}/scale": one(f"{source}.weight", same), f"{to}/bias": one(f"{source}.bias", same)}
+def _norm(to: str, source: str) -> dict[str, ParamRule]:
+    return {
+        f"{to}/scale": from_tensor(f"{source}.weight", identity),
+        f"{to}/bias": from_tensor(f"{source}.bias", identity),
+    }

@@ -11,11 +11,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dalle_jax import byte_pairs
-from dalle_jax.bart_text import BartCaptions
 from dalle_jax.config import BartConfig
-from dalle_jax.importers.files import read_tensors
-from dalle_jax.importers.tensors import Imported, Model, Rule, Tensors, check_names, one, same, shape_of
+from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.tensors import (
+    ImportedRun,
+    LazyModel,
+    ParamRule,
+    Tensors,
+    check_names,
+    from_tensor,
+    identity,
+    tensor_shape,
+)
+from dalle_jax.text import byte_bpe
+from dalle_jax.text.bart import BartTokenizer
 
 _ABOUT = "DALL-E Mini or Mega"
 _FILES = ("flax_model.msgpack", "config.json", "vocab.json", "merges.txt")
@@ -29,7 +38,7 @@ _FIXED = {
 }  # fmt: skip
 
 
-def load(path: Path) -> Imported:
+def load_params(path: Path) -> ImportedRun:
     """The directory of a published model.
 
     Raises FileNotFoundError, and ValueError for files of another model.
@@ -44,7 +53,9 @@ def load(path: Path) -> Imported:
     config = _config(file, tensors, settings, text.size)
     rules = _rules()
     check_names(rules, tensors, file, _ABOUT)
-    return Imported(Model(config, rules, tensors), files={"text.model": text.serialized().decode()})
+    return ImportedRun(
+        LazyModel(config, rules, tensors), files={"text_tokenizer.model": text.serialized().decode()}
+    )
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -62,18 +73,18 @@ def _settings(path: Path) -> dict[str, Any]:
     return found
 
 
-def _vocabulary(path: Path, settings: dict[str, Any]) -> BartCaptions:
+def _vocabulary(path: Path, settings: dict[str, Any]) -> BartTokenizer:
     try:
-        pairs = byte_pairs.load(path / "vocab.json")
+        pairs = byte_bpe.load_byte_bpe(path / "vocab.json")
         ends = [settings.get(name, i) for name, i in (("bos_token_id", 0), ("eos_token_id", 2))]
-        return BartCaptions(pairs, *ends, simplify=bool(settings.get("normalize_text", False)))
+        return BartTokenizer(pairs, *ends, simplify=bool(settings.get("normalize_text", False)))
     except ValueError as error:
         raise ValueError(f"{path / 'vocab.json'} with merges.txt is no vocabulary of BART: {error}") from None
 
 
 def _config(path: Path, tensors: Tensors, settings: dict[str, Any], pieces: int) -> BartConfig:
     def shape(name: str, ndim: int = 2) -> tuple[int, ...]:
-        return shape_of(tensors, name, path, ndim, _ABOUT)
+        return tensor_shape(tensors, name, path, ndim, _ABOUT)
 
     text_vocab, dim = shape("model/encoder/embed_tokens/embedding")
     if pieces > text_vocab:
@@ -88,28 +99,28 @@ def _config(path: Path, tensors: Tensors, settings: dict[str, Any], pieces: int)
         text_len=shape("model/encoder/embed_positions/embedding")[0],
         # Mega's table holds rows that are no codes; the tokenizer's codes end where the start token stands.
         image_vocab=min(start, settings.get("image_vocab_size", start)),
-        image_rows=shape("model/decoder/embed_tokens/embedding")[0],
-        start=start,
+        decoder_vocab=shape("model/decoder/embed_tokens/embedding")[0],
+        decoder_start_id=start,
         grid=math.isqrt(positions),
         dim=dim,
         encoder_layers=shape(layer.format("model/encoder", "FlaxBartEncoderLayers"), 3)[0],
         layers=shape(layer.format("model/decoder", "FlaxBartDecoderLayers"), 3)[0],
         heads=settings.get("encoder_attention_heads", 16),
         mlp_width=shape("model/encoder/layers/FlaxBartEncoderLayers/GLU_0/Dense_0/kernel", 3)[2],
-        pad_piece=settings.get("pad_token_id", 1),
-        begin_piece=settings.get("bos_token_id", 0),
-        end_piece=settings.get("eos_token_id", 2),
+        pad_id=settings.get("pad_token_id", 1),
+        bos_id=settings.get("bos_token_id", 0),
+        eos_id=settings.get("eos_token_id", 2),
     )
 
 
-def _rules() -> dict[str, Rule]:
-    rules: dict[str, Rule] = {"image_head/kernel": one("lm_head/kernel", same)}
+def _rules() -> dict[str, ParamRule]:
+    rules: dict[str, ParamRule] = {"image_head/kernel": from_tensor("lm_head/kernel", identity)}
     for ours, part, norm in (("text", "encoder", "norm_text_out"), ("image", "decoder", "norm_out")):
-        rules[f"{ours}_embed"] = one(f"model/{part}/embed_tokens/embedding", same)
-        rules[f"{ours}_pos"] = one(f"model/{part}/embed_positions/embedding", same)
+        rules[f"{ours}_embed"] = from_tensor(f"model/{part}/embed_tokens/embedding", identity)
+        rules[f"{ours}_pos"] = from_tensor(f"model/{part}/embed_positions/embedding", identity)
         for kind in ("scale", "bias"):
-            rules[f"{ours}_norm/{kind}"] = one(f"model/{part}/layernorm_embedding/{kind}", same)
-        rules[f"{norm}/bias"] = one(f"model/{part}/final_ln/bias", same)
+            rules[f"{ours}_norm/{kind}"] = from_tensor(f"model/{part}/layernorm_embedding/{kind}", identity)
+        rules[f"{norm}/bias"] = from_tensor(f"model/{part}/final_ln/bias", identity)
     for ours, part, names in (
         ("text_blocks", "encoder", ("attn",)),
         ("blocks", "decoder", ("attn", "cross")),
@@ -117,14 +128,16 @@ def _rules() -> dict[str, Rule]:
         layer = f"model/{part}/layers/FlaxBart{part.title()}Layers"
         for i, name in enumerate(names):
             for k in ("q", "k", "v", "out"):
-                rules[f"{ours}/{name}/{k}/kernel"] = one(
-                    f"{layer}/FlaxBartAttention_{i}/{k}_proj/kernel", same
+                rules[f"{ours}/{name}/{k}/kernel"] = from_tensor(
+                    f"{layer}/FlaxBartAttention_{i}/{k}_proj/kernel", identity
                 )
-            rules[f"{ours}/norm_{name}/bias"] = one(f"{layer}/LayerNorm_{2 * i}/bias", same)
+            rules[f"{ours}/norm_{name}/bias"] = from_tensor(f"{layer}/LayerNorm_{2 * i}/bias", identity)
             for kind in ("scale", "bias"):
-                rules[f"{ours}/norm_{name}_out/{kind}"] = one(f"{layer}/LayerNorm_{2 * i + 1}/{kind}", same)
-        rules[f"{ours}/norm_mlp/bias"] = one(f"{layer}/GLU_0/LayerNorm_0/bias", same)
-        rules[f"{ours}/mlp/norm/bias"] = one(f"{layer}/GLU_0/LayerNorm_1/bias", same)
+                rules[f"{ours}/norm_{name}_out/{kind}"] = from_tensor(
+                    f"{layer}/LayerNorm_{2 * i + 1}/{kind}", identity
+                )
+        rules[f"{ours}/norm_mlp/bias"] = from_tensor(f"{layer}/GLU_0/LayerNorm_0/bias", identity)
+        rules[f"{ours}/mlp/norm/bias"] = from_tensor(f"{layer}/GLU_0/LayerNorm_1/bias", identity)
         for i, name in enumerate(("gate", "up", "down")):
-            rules[f"{ours}/mlp/{name}/kernel"] = one(f"{layer}/GLU_0/Dense_{i}/kernel", same)
+            rules[f"{ours}/mlp/{name}/kernel"] = from_tensor(f"{layer}/GLU_0/Dense_{i}/kernel", identity)
     return rules

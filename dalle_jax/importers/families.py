@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dalle_jax.importers.tensors import Imported
+from dalle_jax.importers.tensors import ImportedRun
 
-FAMILIES = {  # family: (module, and its function where that is not `load`, of the path and options; one line of help)
+FAMILIES = {  # family: (module, and its function where that is not `load_params`, of the path and options; one line of help)
     "openai-dvae": ("openai_dvae", "OpenAI's dVAE: a directory with encoder.pkl and decoder.pkl"),
     "taming-vqgan": (
         "vqgan:taming",
@@ -26,7 +26,7 @@ FAMILIES = {  # family: (module, and its function where that is not `load`, of t
 }
 
 
-def load(family: str, path: Path, **options: Any) -> Imported:
+def load_family(family: str, path: Path, **options: Any) -> ImportedRun:
     """The model that `path` holds, its tensors not yet read.
 
     options: those that are None are left to the family. Raises ValueError for a family that is not known, an option
@@ -37,8 +37,8 @@ def load(family: str, path: Path, **options: Any) -> Imported:
         hint = f"perhaps you meant {near[0]!r}" if near else f"want one of {', '.join(FAMILIES)}"
         raise ValueError(f"no family {family!r}; {hint}")
     module, _, function = FAMILIES[family][0].partition(":")
-    found: Callable[..., Imported] = getattr(
-        importlib.import_module(f"{__package__}.{module}"), function or "load"
+    found: Callable[..., ImportedRun] = getattr(
+        importlib.import_module(f"{__package__}.{module}"), function or "load_params"
     )
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:

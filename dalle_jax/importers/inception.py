@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensors
 
 PREFIX = "net.layers."
 CLASSIFIER = f"{PREFIX}output.weight"

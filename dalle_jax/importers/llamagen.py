@@ -13,24 +13,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dalle_jax import labels
 from dalle_jax.config import DalleConfig
 from dalle_jax.importers import t5 as encoders
-from dalle_jax.importers.blocks import block_rules, dense, fused
-from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.blocks import block_rules, dense_rules, fused_rules
+from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    Imported,
-    Model,
-    Rule,
+    ImportedRun,
+    LazyModel,
+    ParamRule,
     Tensors,
     check_names,
-    counted,
-    learned,
-    linear,
-    one,
-    same,
-    shape_of,
+    count_layers,
+    drop_buffers,
+    from_tensor,
+    identity,
+    tensor_shape,
+    transpose_linear,
 )
+from dalle_jax.text import class_labels
 
 _ABOUT = "a LlamaGen GPT"
 _CLASSES = "cls_embedding.embedding_table.weight"
@@ -39,13 +39,13 @@ _T5 = "t5:"  # before the names of its tensors
 _BUFFERS = ("freqs_cis", "causal_mask", "k_cache", "v_cache")  # computed, not learned
 
 
-def load(
+def load_params(
     path: Path,
     text: str | None = None,
     heads: int | None = None,
     image_size: int | None = None,
     t5: str | None = None,
-) -> Imported:
+) -> ImportedRun:
     """The Transformer of a published file (c2i_B_256.pt to c2i_3B_384.pt, t2i_XL_stage1_256.pt, t2i_XL_stage2_512.pt).
 
     text: names of the classes, one a line; without it they are called by their numbers. heads: of attention; 32 where
@@ -54,14 +54,14 @@ def load(
 
     Raises FileNotFoundError, and ValueError for files of another model.
     """
-    tensors = learned(read_tensors(path), _BUFFERS)
+    tensors = drop_buffers(read_tensors(path), _BUFFERS)
     size = image_size or next((n for n in (256, 512) if str(n) in path.name), 384)
     if size % 16:
         raise ValueError(f"--image-size is {size}; want a multiple of 16, e.g. 256 or 384")
     if _NULL not in tensors:
         if t5 is not None:
             raise ValueError(f"--t5 is for models on captions (t2i); {path} is one on classes: leave it out")
-        found = model(path, tensors, size // 16, heads)
+        found = from_tensors(path, tensors, size // 16, heads)
         words = _names(text, found.config.text_vocab).serialized().decode()
     else:
         if t5 is None:
@@ -73,91 +73,91 @@ def load(
             raise ValueError(
                 "--text names classes; a model on captions (t2i) has the vocabulary of --t5: leave it out"
             )
-        found = caption_model(path, tensors, Path(t5), encoders.read_encoder(Path(t5)), size // 16, heads)
-        words = encoders.vocabulary(Path(t5), found.config.text_vocab)
-    return Imported(found, files={"text.model": words})
+        found = from_t2i_tensors(path, tensors, Path(t5), encoders.read_encoder(Path(t5)), size // 16, heads)
+        words = encoders.read_tokenizer(Path(t5), found.config.text_vocab)
+    return ImportedRun(found, files={"text_tokenizer.model": words})
 
 
-def model(path: Path, tensors: Tensors, grid: int, heads: int | None = None) -> Model:
+def from_tensors(path: Path, tensors: Tensors, grid: int, heads: int | None = None) -> LazyModel:
     """The model on classes that all of `tensors` make. Raises ValueError naming what is missing or too many."""
-    classes, dim = shape_of(tensors, _CLASSES, path, 2, _ABOUT)
+    classes, dim = tensor_shape(tensors, _CLASSES, path, 2, _ABOUT)
     config = _config(path, tensors, dim, heads, grid, text_vocab=classes - 1, text_len=1)
-    rules = _rules(config) | {"text_embed": one(_CLASSES, same)}
+    rules = _rules(config) | {"text_embed": from_tensor(_CLASSES, identity)}
     check_names(rules, tensors, path, _ABOUT)
-    return Model(config, rules, tensors)
+    return LazyModel(config, rules, tensors)
 
 
-def caption_model(
+def from_t2i_tensors(
     path: Path, tensors: Tensors, t5_path: Path, t5_tensors: Tensors, grid: int, heads: int | None = None
-) -> Model:
+) -> LazyModel:
     """The model on captions that all of `tensors` make with the encoder of all of `t5_tensors`.
 
     Raises ValueError naming what is missing or too many, or for an encoder of another width than the model reads."""
-    length, width = shape_of(tensors, _NULL, path, 2, _ABOUT)
-    encoder, vocab, t5_rules = encoders.encoder(t5_path, t5_tensors, _T5)
+    length, width = tensor_shape(tensors, _NULL, path, 2, _ABOUT)
+    encoder, vocab, t5_rules = encoders.from_tensors(t5_path, t5_tensors, _T5)
     if encoder.dim != width:
         raise ValueError(
             f"the T5 of {t5_path} is {encoder.dim} wide, {path} reads one of {width}: want flan-t5-xl"
         )
-    dim = shape_of(tensors, "cls_embedding.cap_proj.fc2.weight", path, 2, _ABOUT)[0]
+    dim = tensor_shape(tensors, "cls_embedding.cap_proj.fc2.weight", path, 2, _ABOUT)[0]
     config = _config(path, tensors, dim, heads, grid, text_vocab=vocab, text_len=length, text_encoder=encoder)
     rules = _rules(config) | {
-        "text_null": one(_NULL, same),
-        "text_proj/up/kernel": one("cls_embedding.cap_proj.fc1.weight", linear),
-        "text_proj/down/kernel": one("cls_embedding.cap_proj.fc2.weight", linear),
+        "text_null": from_tensor(_NULL, identity),
+        "text_proj/up/kernel": from_tensor("cls_embedding.cap_proj.fc1.weight", transpose_linear),
+        "text_proj/down/kernel": from_tensor("cls_embedding.cap_proj.fc2.weight", transpose_linear),
     }
     check_names(rules, tensors, path, _ABOUT)
     rules |= {f"t5/{name}": rule for name, rule in t5_rules.items()}
-    return Model(config, rules, tensors | {_T5 + name: tensor for name, tensor in t5_tensors.items()})
+    return LazyModel(config, rules, tensors | {_T5 + name: tensor for name, tensor in t5_tensors.items()})
 
 
-def _names(text: str | None, classes: int) -> labels.Labels:
+def _names(text: str | None, classes: int) -> class_labels.ClassLabelTokenizer:
     if text is None:
-        return labels.Labels([str(i) for i in range(classes)])
+        return class_labels.ClassLabelTokenizer([str(i) for i in range(classes)])
     if not Path(text).is_file():
         raise FileNotFoundError(f"no file {text}; want the names of the classes, one a line")
     names = Path(text).read_text(encoding="utf-8").splitlines()
     if len(names) != classes:
         raise ValueError(f"{text} has {len(names)} lines; want the names of {classes} classes, one a line")
-    return labels.Labels(names)
+    return class_labels.ClassLabelTokenizer(names)
 
 
 def _config(path: Path, tensors: Tensors, dim: int, heads: int | None, grid: int, **text: Any) -> DalleConfig:
     return DalleConfig(
         **text,
-        image_vocab=shape_of(tensors, "tok_embeddings.weight", path, 2, _ABOUT)[0],
+        image_vocab=tensor_shape(tensors, "tok_embeddings.weight", path, 2, _ABOUT)[0],
         grid=grid,
         dim=dim,
-        layers=counted(tensors, "layers.{}.attention_norm.weight"),
+        layers=count_layers(tensors, "layers.{}.attention_norm.weight"),
         heads=heads or (32 if dim == 3200 else max(1, dim // 64)),
-        mlp_width=shape_of(tensors, "layers.0.feed_forward.w1.weight", path, 2, _ABOUT)[0],
+        mlp_width=tensor_shape(tensors, "layers.0.feed_forward.w1.weight", path, 2, _ABOUT)[0],
         activation="swiglu",
         norm="rms",
         biases=False,
-        positions="rope",
+        pos_embed="rope2d",
         attention=("full",),
         last_attention=None,
         text_loss_weight=0.0,
-        null_rate=0.1,
+        cond_drop_prob=0.1,
     )
 
 
-def _rules(cfg: DalleConfig) -> dict[str, Rule]:
+def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
     blocks = {
-        "norm_attn/scale": ("layers.{}.attention_norm.weight", same),
-        "norm_mlp/scale": ("layers.{}.ffn_norm.weight", same),
-        **fused("layers.{}.attention.wqkv", bias=False),
+        "norm_attn/scale": ("layers.{}.attention_norm.weight", identity),
+        "norm_mlp/scale": ("layers.{}.ffn_norm.weight", identity),
+        **fused_rules("layers.{}.attention.wqkv", bias=False),
     }
     for name, source in {
         "attn/out": "attention.wo",
         "mlp/gate": "feed_forward.w1",
         "mlp/up": "feed_forward.w3",
     }.items():
-        blocks |= dense(name, f"layers.{{}}.{source}", bias=False)
-    blocks |= dense("mlp/down", "layers.{}.feed_forward.w2", bias=False)
+        blocks |= dense_rules(name, f"layers.{{}}.{source}", bias=False)
+    blocks |= dense_rules("mlp/down", "layers.{}.feed_forward.w2", bias=False)
     return {
-        "image_embed": one("tok_embeddings.weight", same),
-        "norm_out/scale": one("norm.weight", same),
-        "image_head/kernel": one("output.weight", linear),
+        "image_embed": from_tensor("tok_embeddings.weight", identity),
+        "norm_out/scale": from_tensor("norm.weight", identity),
+        "image_head/kernel": from_tensor("output.weight", transpose_linear),
         **block_rules(cfg.layers, blocks),
     }

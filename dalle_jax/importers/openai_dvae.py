@@ -5,24 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from dalle_jax.config import DVAEConfig
-from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    Imported,
-    Model,
-    Rule,
+    ImportedRun,
+    LazyModel,
+    ParamRule,
     Tensors,
     check_names,
-    conv,
-    counted,
-    one,
-    same,
-    shape_of,
-)  # fmt: skip
+    count_layers,
+    from_tensor,
+    identity,
+    tensor_shape,
+    transpose_conv,
+)
 
 _ABOUT = "OpenAI's dVAE"
 
 
-def load(path: Path, image_size: int | None = None) -> Imported:
+def load_params(path: Path, image_size: int | None = None) -> ImportedRun:
     """The tokenizer in a directory that holds both files.
 
     Raises FileNotFoundError, and ValueError for files of another model.
@@ -33,34 +33,34 @@ def load(path: Path, image_size: int | None = None) -> Imported:
         if not file.is_file():
             raise FileNotFoundError(f"no file {file}; want a directory with encoder.pkl and decoder.pkl")
         tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensors(file).items()}
-    return Imported(model(path, tensors, image_size))
+    return ImportedRun(from_tensors(path, tensors, image_size))
 
 
-def model(path: Path, tensors: Tensors, image_size: int | None) -> Model:
+def from_tensors(path: Path, tensors: Tensors, image_size: int | None) -> LazyModel:
     """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
     config = _config(path, tensors, image_size)
     rules = _rules(config)
     check_names(rules, tensors, path, _ABOUT)
-    return Model(config, rules, tensors)
+    return LazyModel(config, rules, tensors)
 
 
 def _config(path: Path, tensors: Tensors, image_size: int | None) -> DVAEConfig:
-    width = shape_of(tensors, "encoder.blocks.input.w", path, 4, _ABOUT)[0]
-    decoder_width, vocab = shape_of(tensors, "decoder.blocks.input.w", path, 4, _ABOUT)[:2]
-    groups = counted(tensors, "encoder.blocks.group_{}.block_1.res_path.conv_1.w", first=1)
-    blocks = counted(tensors, "encoder.blocks.group_1.block_{}.res_path.conv_1.w", first=1)
+    width = tensor_shape(tensors, "encoder.blocks.input.w", path, 4, _ABOUT)[0]
+    decoder_width, vocab = tensor_shape(tensors, "decoder.blocks.input.w", path, 4, _ABOUT)[:2]
+    groups = count_layers(tensors, "encoder.blocks.group_{}.block_1.res_path.conv_1.w", first=1)
+    blocks = count_layers(tensors, "encoder.blocks.group_1.block_{}.res_path.conv_1.w", first=1)
     return DVAEConfig(
         image_size=image_size or 256, groups=groups, blocks=blocks,
         width=width, decoder_width=decoder_width, vocab=vocab,
     )  # fmt: skip
 
 
-def _rules(cfg: DVAEConfig) -> dict[str, Rule]:
+def _rules(cfg: DVAEConfig) -> dict[str, ParamRule]:
     rules = {}
 
     def add(to: str, source: str) -> None:
-        rules[f"{to}/kernel"] = one(f"{source}.w", conv)
-        rules[f"{to}/bias"] = one(f"{source}.b", same)
+        rules[f"{to}/kernel"] = from_tensor(f"{source}.w", transpose_conv)
+        rules[f"{to}/bias"] = from_tensor(f"{source}.b", identity)
 
     up = [cfg.width * 2**g for g in range(cfg.groups)]
     for part, before, widths in (("encoder", cfg.width, up), ("decoder", cfg.decoder_width, up[::-1])):

@@ -14,32 +14,32 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_jax import character_pairs
 from dalle_jax.config import DalleConfig
-from dalle_jax.importers.blocks import block_rules, dense, fused, norm
-from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.blocks import block_rules, dense_rules, fused_rules, norm_rules
+from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    Imported,
-    Model,
-    Rule,
+    ImportedRun,
+    LazyModel,
+    ParamRule,
     Tensors,
     check_names,
-    counted,
-    learned,
-    linear,
-    one,
-    same,
-    shape_of,
+    count_layers,
+    drop_buffers,
+    from_tensor,
+    identity,
+    tensor_shape,
+    transpose_linear,
 )
+from dalle_jax.text import char_bpe
 
 _ABOUT = "ruDALL-E"
 _BEGIN = 2  # the piece that v2 puts before captions once more
 _VERSIONS = ("v2", "v3")
 
 
-def load(
+def load_params(
     path: Path, text: str | None = None, version: str | None = None, heads: int | None = None
-) -> Imported:
+) -> ImportedRun:
     """The Transformer of a published file, with a vocabulary.
 
     text: the file bpe.model. version: v2 or v3, told by the published file names of Malevich. heads: of attention;
@@ -57,27 +57,27 @@ def load(
             f"{path.name} does not tell its version: give --version v3 (Malevich_v3, Surrealist, Kandinsky) or "
             "--version v2 (Malevich_v2, Emojich)"
         )
-    tensors = learned(read_tensors(path), ("row_mask", "col_mask", "conv_mask"))
-    found = model(path, tensors, version, heads)
+    tensors = drop_buffers(read_tensors(path), ("row_mask", "col_mask", "conv_mask"))
+    found = from_tensors(path, tensors, version, heads)
     try:
         lines = Path(text).read_text(encoding="utf-8")
-        pieces = character_pairs.youtokentome(lines, begins=2 if version == "v2" else 1)
+        pieces = char_bpe.youtokentome_bpe(lines, begins=2 if version == "v2" else 1)
     except ValueError as error:
         raise ValueError(f"{text}: {error}") from None
-    return Imported(found, files={"text.model": pieces.serialized().decode()})
+    return ImportedRun(found, files={"text_tokenizer.model": pieces.serialized().decode()})
 
 
-def model(path: Path, tensors: Tensors, version: str, heads: int | None = None) -> Model:
+def from_tensors(path: Path, tensors: Tensors, version: str, heads: int | None = None) -> LazyModel:
     """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
     config = _config(path, tensors, version, heads)
     rules = _rules(config)
     check_names(rules, tensors, path, _ABOUT)
-    return Model(config, rules, tensors)
+    return LazyModel(config, rules, tensors)
 
 
 def _config(path: Path, tensors: Tensors, version: str, heads: int | None) -> DalleConfig:
     def shape(name: str) -> tuple[int, ...]:
-        return shape_of(tensors, name, path, 2, _ABOUT)
+        return tensor_shape(tensors, name, path, 2, _ABOUT)
 
     words, dim = shape("text_embeddings.weight")
     positions = shape("text_pos_embeddings.weight")[0]  # one more than captions have tokens
@@ -87,47 +87,49 @@ def _config(path: Path, tensors: Tensors, version: str, heads: int | None) -> Da
         image_vocab=shape("image_embeddings.weight")[0],
         grid=shape("image_row_embeddings.weight")[0],
         dim=dim,
-        layers=counted(tensors, "transformer.layers.{}.input_layernorm.weight"),
+        layers=count_layers(tensors, "transformer.layers.{}.input_layernorm.weight"),
         heads=heads or (16 if dim == 2048 else max(1, dim // 64)),
         attention=("row", "column", "row", "row"),
         last_attention="conv_torus" if version == "v2" else "conv_clamped",
-        text_in_raster=version == "v2",
-        sandwich=True,
-        head_norm=True,
+        shift_masks=version == "v2",
+        sandwich_norm=True,
+        second_final_norm=True,
         head_bias=True,
-        null_rate=0.0,
+        cond_drop_prob=0.0,
     )
 
 
-def _rules(cfg: DalleConfig) -> dict[str, Rule]:
+def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
     layer = "transformer.layers.{}."
     blocks = (
-        norm("norm_attn", f"{layer}input_layernorm")
-        | norm("norm_attn_out", f"{layer}before_first_addition_layernorm")
-        | norm("norm_mlp", f"{layer}post_attention_layernorm")
-        | norm("norm_mlp_out", f"{layer}before_second_addition_layernorm")
-        | fused(f"{layer}attention.query_key_value")
-        | dense("attn/out", f"{layer}attention.dense")
-        | dense("mlp/up", f"{layer}mlp.dense_h_to_4h")
-        | dense("mlp/down", f"{layer}mlp.dense_4h_to_h")
+        norm_rules("norm_attn", f"{layer}input_layernorm")
+        | norm_rules("norm_attn_out", f"{layer}before_first_addition_layernorm")
+        | norm_rules("norm_mlp", f"{layer}post_attention_layernorm")
+        | norm_rules("norm_mlp_out", f"{layer}before_second_addition_layernorm")
+        | fused_rules(f"{layer}attention.query_key_value")
+        | dense_rules("attn/out", f"{layer}attention.dense")
+        | dense_rules("mlp/up", f"{layer}mlp.dense_h_to_4h")
+        | dense_rules("mlp/down", f"{layer}mlp.dense_4h_to_h")
     )
-    shifted = cfg.text_in_raster
+    shifted = cfg.shift_masks
     words = cfg.text_ids - shifted  # rows of text in the file: its text logits, and the first of the image's
     pads = partial(_pads_moved, vocab=cfg.text_vocab) if shifted else lambda x, fill=None: x
     return {
-        "text_embed": one("text_embeddings.weight", pads),
-        "text_pos": one("text_pos_embeddings.weight", lambda x: x[: cfg.text_len]),
-        "image_embed": one("image_embeddings.weight", same),
-        "image_row": one("image_row_embeddings.weight", same),
-        "image_col": one("image_col_embeddings.weight", same),
-        "norm_out/scale": one("transformer.final_layernorm.weight", same),
-        "norm_out/bias": one("transformer.final_layernorm.bias", same),
-        "norm_head/scale": one("to_logits.0.weight", same),
-        "norm_head/bias": one("to_logits.0.bias", same),
-        "text_head/kernel": one("to_logits.1.weight", lambda x: linear(pads(x[:words], fill=0.0))),
-        "text_head/bias": one("to_logits.1.bias", lambda x: pads(x[:words], fill=-1e4)),
-        "image_head/kernel": one("to_logits.1.weight", lambda x: linear(x[words:])),
-        "image_head/bias": one("to_logits.1.bias", lambda x: x[words:]),
+        "text_embed": from_tensor("text_embeddings.weight", pads),
+        "text_pos": from_tensor("text_pos_embeddings.weight", lambda x: x[: cfg.text_len]),
+        "image_embed": from_tensor("image_embeddings.weight", identity),
+        "image_row": from_tensor("image_row_embeddings.weight", identity),
+        "image_col": from_tensor("image_col_embeddings.weight", identity),
+        "norm_out/scale": from_tensor("transformer.final_layernorm.weight", identity),
+        "norm_out/bias": from_tensor("transformer.final_layernorm.bias", identity),
+        "norm_head/scale": from_tensor("to_logits.0.weight", identity),
+        "norm_head/bias": from_tensor("to_logits.0.bias", identity),
+        "text_head/kernel": from_tensor(
+            "to_logits.1.weight", lambda x: transpose_linear(pads(x[:words], fill=0.0))
+        ),
+        "text_head/bias": from_tensor("to_logits.1.bias", lambda x: pads(x[:words], fill=-1e4)),
+        "image_head/kernel": from_tensor("to_logits.1.weight", lambda x: transpose_linear(x[words:])),
+        "image_head/bias": from_tensor("to_logits.1.bias", lambda x: x[words:]),
         **block_rules(cfg.layers, blocks),
     }
 

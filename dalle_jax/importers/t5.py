@@ -8,12 +8,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dalle_jax import t5_text
 from dalle_jax.config import T5Config
-from dalle_jax.importers.blocks import block_rules, dense
-from dalle_jax.importers.files import read_tensors
-from dalle_jax.importers.tensors import Rule, Tensors, check_names, counted, one, same, shape_of
-from dalle_jax.text import TextTokenizer
+from dalle_jax.importers.blocks import block_rules, dense_rules
+from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.tensors import (
+    ParamRule,
+    Tensors,
+    check_names,
+    count_layers,
+    from_tensor,
+    identity,
+    tensor_shape,
+)
+from dalle_jax.text import t5
+from dalle_jax.text.tokenizers import TextTokenizer
 
 _ABOUT = "the encoder of a T5 v1.1 (Flan-T5)"
 _EMBED = "shared.weight"
@@ -52,30 +60,32 @@ def read_encoder(path: Path) -> Tensors:
     return {n: tensor for n, tensor in tensors.items() if n != _TIED and not n.startswith(_LEFT)}
 
 
-def encoder(path: Path, tensors: Tensors, prefix: str = "") -> tuple[T5Config, int, dict[str, Rule]]:
+def from_tensors(
+    path: Path, tensors: Tensors, prefix: str = ""
+) -> tuple[T5Config, int, dict[str, ParamRule]]:
     """The encoder that all of `tensors` make, its vocabulary's size, and its rules, with `prefix` before all names.
 
     Raises ValueError naming what is missing or too many."""
 
     def shape(name: str) -> tuple[int, ...]:
-        return shape_of(tensors, name, path, 2, _ABOUT)
+        return tensor_shape(tensors, name, path, 2, _ABOUT)
 
     vocab, dim = shape(_EMBED)
     relative = _BLOCK.format(0) + "0.SelfAttention.relative_attention_bias.weight"
     buckets, heads = shape(relative)
     config = T5Config(
         dim=dim,
-        layers=counted(tensors, _BLOCK + "0.layer_norm.weight"),
+        layers=count_layers(tensors, _BLOCK + "0.layer_norm.weight"),
         heads=heads,
         mlp_width=shape(_BLOCK.format(0) + "1.DenseReluDense.wi_0.weight")[0],
-        buckets=buckets,
-        end_piece=_END,
+        num_relative_buckets=buckets,
+        eos_id=_END,
     )
     check_names(_rules(config, relative, ""), tensors, path, _ABOUT)
     return config, vocab, _rules(config, relative, prefix)
 
 
-def vocabulary(path: Path, vocab: int) -> str:
+def read_tokenizer(path: Path, vocab: int) -> str:
     """spiece.model of the directory, as the file of a run's vocabulary. Raises FileNotFoundError and ValueError."""
     file = path / "spiece.model"
     if not file.is_file():
@@ -83,7 +93,7 @@ def vocabulary(path: Path, vocab: int) -> str:
             f"no file {file}; want the vocabulary of the T5, which is published beside its weights"
         )
     data = file.read_bytes()
-    text = t5_text.serialized(data, _END).decode()
+    text = t5.serialized(data, _END).decode()
     try:
         pieces = TextTokenizer(text.encode()).size
     except ValueError as error:
@@ -93,19 +103,19 @@ def vocabulary(path: Path, vocab: int) -> str:
     return text
 
 
-def _rules(cfg: T5Config, relative: str, prefix: str) -> dict[str, Rule]:
+def _rules(cfg: T5Config, relative: str, prefix: str) -> dict[str, ParamRule]:
     block = prefix + _BLOCK
     table = {
-        "norm_attn/scale": (f"{block}0.layer_norm.weight", same),
-        "norm_mlp/scale": (f"{block}1.layer_norm.weight", same),
+        "norm_attn/scale": (f"{block}0.layer_norm.weight", identity),
+        "norm_mlp/scale": (f"{block}1.layer_norm.weight", identity),
     }
     for name, source in {"q": "q", "k": "k", "v": "v", "out": "o"}.items():
-        table |= dense(f"attn/{name}", f"{block}0.SelfAttention.{source}", bias=False)
+        table |= dense_rules(f"attn/{name}", f"{block}0.SelfAttention.{source}", bias=False)
     for name, source in {"gate": "wi_0", "up": "wi_1", "down": "wo"}.items():
-        table |= dense(f"mlp/{name}", f"{block}1.DenseReluDense.{source}", bias=False)
+        table |= dense_rules(f"mlp/{name}", f"{block}1.DenseReluDense.{source}", bias=False)
     return {
-        "embed": one(prefix + _EMBED, same),
-        "relative": one(prefix + relative, same),
-        "norm_out/scale": one(f"{prefix}encoder.final_layer_norm.weight", same),
+        "embed": from_tensor(prefix + _EMBED, identity),
+        "relative": from_tensor(prefix + relative, identity),
+        "norm_out/scale": from_tensor(f"{prefix}encoder.final_layer_norm.weight", identity),
         **block_rules(cfg.layers, table),
     }

@@ -29,60 +29,60 @@ _PIECE = 1 << 24  # numbers in memory at once
 Transform = Callable[..., np.ndarray]
 
 
-class Part(NamedTuple):
+class ParamPart(NamedTuple):
     """One slice of a parameter: `transform(*tensors named)`."""
 
     names: tuple[str, ...]
     transform: Transform
 
 
-class Rule(NamedTuple):
+class ParamRule(NamedTuple):
     """How one parameter is made. stacked: each part is one index of its first axis; else there is one part."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ParamPart, ...]
     stacked: bool
 
 
-class Model(NamedTuple):
+class LazyModel(NamedTuple):
     """A model found in foreign files. config: of the library's stage. rules: one for each parameter, by its path
     `a/b/c`. tensors: what the rules name."""
 
     config: Any
-    rules: dict[str, Rule]
+    rules: dict[str, ParamRule]
     tensors: Tensors
 
 
-class Imported(NamedTuple):
+class ImportedRun(NamedTuple):
     """What an importer makes of its files: a model, and what else its run directory holds. files: texts or files
     to copy, by name. tokenizer: for the Transformer stages, a tokenizer to keep beside it."""
 
-    model: Model
+    model: LazyModel
     files: Mapping[str, Any] = {}
-    tokenizer: Model | None = None
+    tokenizer: LazyModel | None = None
 
 
-def one(names: str | Iterable[str], transform: Transform) -> Rule:
+def from_tensor(names: str | Iterable[str], transform: Transform) -> ParamRule:
     """A parameter that is `transform` of one tensor, or of several."""
     names = (names,) if isinstance(names, str) else tuple(names)
-    return Rule((Part(names, transform),), False)
+    return ParamRule((ParamPart(names, transform),), False)
 
 
-def stack(names: Iterable[str | Iterable[str]], transform: Transform) -> Rule:
+def stack_layers(names: Iterable[str | Iterable[str]], transform: Transform) -> ParamRule:
     """A parameter with a leading axis: `transform` of the tensor or tensors of each index."""
     rows = [(row,) if isinstance(row, str) else tuple(row) for row in names]
-    return Rule(tuple(Part(row, transform) for row in rows), True)
+    return ParamRule(tuple(ParamPart(row, transform) for row in rows), True)
 
 
-def same(x: np.ndarray) -> np.ndarray:
+def identity(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def linear(x: np.ndarray) -> np.ndarray:
+def transpose_linear(x: np.ndarray) -> np.ndarray:
     """Torch's Linear (out, in) to (in, out)."""
     return np.transpose(x)
 
 
-def conv(x: np.ndarray) -> np.ndarray:
+def transpose_conv(x: np.ndarray) -> np.ndarray:
     """Torch's convolution (out, in, height, width) to (height, width, in, out)."""
     return np.transpose(x, (2, 3, 1, 0))
 
@@ -92,13 +92,13 @@ def conv_as_linear(x: np.ndarray) -> np.ndarray:
     return np.transpose(x[:, :, 0, 0])
 
 
-def learned(tensors: Tensors, computed: tuple[str, ...]) -> Tensors:
+def drop_buffers(tensors: Tensors, computed: tuple[str, ...]) -> Tensors:
     """Without those whose names end in one of `computed`, and without the `module.` that parallel training puts before
     names."""
     return {n.removeprefix("module."): tensor for n, tensor in tensors.items() if not n.endswith(computed)}
 
 
-def check_names(rules: Mapping[str, Rule], tensors: Tensors, path: Any, about: str) -> None:
+def check_names(rules: Mapping[str, ParamRule], tensors: Tensors, path: Any, about: str) -> None:
     """Raises ValueError naming what `rules` want and `tensors` lack, or what no rule takes."""
     wanted = {name: None for rule in rules.values() for part in rule.parts for name in part.names}
     missing = [name for name in wanted if name not in tensors]
@@ -109,7 +109,7 @@ def check_names(rules: Mapping[str, Rule], tensors: Tensors, path: Any, about: s
             raise ValueError(f"{path} {what} {', '.join(names[:5])}{more}")
 
 
-def shape_of(tensors: Tensors, name: str, path: Any, ndim: int, about: str) -> tuple[int, ...]:
+def tensor_shape(tensors: Tensors, name: str, path: Any, ndim: int, about: str) -> tuple[int, ...]:
     """The shape of a tensor that the configuration is read from.
 
     Raises ValueError where it is missing or has another number of axes.
@@ -122,7 +122,7 @@ def shape_of(tensors: Tensors, name: str, path: Any, ndim: int, about: str) -> t
     return shape
 
 
-def counted(tensors: Tensors, pattern: str, first: int = 0) -> int:
+def count_layers(tensors: Tensors, pattern: str, first: int = 0) -> int:
     """How many of pattern.format(first), pattern.format(first + 1), ... are there, without a gap."""
     count = 0
     while pattern.format(first + count) in tensors:
@@ -130,7 +130,9 @@ def counted(tensors: Tensors, pattern: str, first: int = 0) -> int:
     return count
 
 
-def parts_of(name: str, rule: Rule, model: Model, shape: tuple[int, ...], path: Any) -> Iterable[np.ndarray]:
+def iter_param_chunks(
+    name: str, rule: ParamRule, model: LazyModel, shape: tuple[int, ...], path: Any
+) -> Iterable[np.ndarray]:
     """Parameter `name` some rows after others, float32, checked.
 
     Raises ValueError naming the tensor whose shape does not give `shape`, that is not of numbers, or that has a

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dalle_jax.config import GumbelQuantizer, VectorQuantizer, VQGANConfig
-from dalle_jax.importers.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    Imported,
-    Model,
-    Rule,
+    ImportedRun,
+    LazyModel,
+    ParamRule,
     Tensors,
     check_names,
-    conv,
     conv_as_linear,
-    counted,
-    one,
-    same,
-    shape_of,
+    count_layers,
+    from_tensor,
+    identity,
+    tensor_shape,
+    transpose_conv,
 )
 
 Pixels = Literal["symmetric", "unit"]
@@ -57,51 +57,53 @@ LLAMAGEN = Naming(
 )  # fmt: skip
 
 
-def taming(path: Path, image_size: int | None = None, pixels: Pixels | None = None) -> Imported:
+def taming(path: Path, image_size: int | None = None, pixels: Pixels | None = None) -> ImportedRun:
     """A Lightning checkpoint; its discriminator and LPIPS network, under `loss`, are left behind."""
-    return Imported(model(path, without(read_tensors(path), "loss."), TAMING, image_size, pixels))
+    return ImportedRun(
+        from_tensors(path, drop_training_tensors(read_tensors(path), "loss."), TAMING, image_size, pixels)
+    )
 
 
-def flax(path: Path, image_size: int | None = None, pixels: Pixels | None = None) -> Imported:
+def flax(path: Path, image_size: int | None = None, pixels: Pixels | None = None) -> ImportedRun:
     """`flax_model.msgpack` of `dalle-mini/vqgan_imagenet_f16_16384`.
 
     DALL-E Mini feeds it pixels in [0, 1], although its weights were trained on [-1, 1]; so does this by default.
     """
     tensors = {name.removeprefix("params/"): tensor for name, tensor in read_tensors(path).items()}
-    return Imported(model(path, tensors, FLAX, image_size, pixels or "unit"))
+    return ImportedRun(from_tensors(path, tensors, FLAX, image_size, pixels or "unit"))
 
 
-def llamagen(path: Path, image_size: int | None = None) -> Imported:
+def llamagen(path: Path, image_size: int | None = None) -> ImportedRun:
     """`vq_ds16_c2i.pt`, `vq_ds16_t2i.pt` or `vq_ds8_c2i.pt`; codes are compared on the unit sphere."""
-    tensors = without(read_tensors(path), "quantize.codebook_used")
-    return Imported(model(path, tensors, LLAMAGEN, image_size, None))
+    tensors = drop_training_tensors(read_tensors(path), "quantize.codebook_used")
+    return ImportedRun(from_tensors(path, tensors, LLAMAGEN, image_size, None))
 
 
-def without(tensors: Tensors, *prefixes: str) -> Tensors:
+def drop_training_tensors(tensors: Tensors, *prefixes: str) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
-def model(
+def from_tensors(
     path: Path, tensors: Tensors, naming: Naming, image_size: int | None, pixels: Pixels | None
-) -> Model:
+) -> LazyModel:
     """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
     cfg = _config(path, tensors, naming, image_size or 256, pixels or "symmetric")
     rules = _rules(cfg, naming)
     check_names(rules, tensors, path, naming.about)
-    return Model(cfg, rules, tensors)
+    return LazyModel(cfg, rules, tensors)
 
 
 def _config(path, tensors, naming, image_size, pixels) -> VQGANConfig:
     join, kernel, table = naming.join, naming.weights[0], naming.weights[2]
 
     def shape(*words: str, ndim: int = 4) -> tuple[int, ...]:
-        return shape_of(tensors, join.join(words), path, ndim, naming.about)
+        return tensor_shape(tensors, join.join(words), path, ndim, naming.about)
 
     out = 3 if naming.flax else 0  # axis of a convolution's outputs
     width = shape("encoder", "conv_in", kernel)[out]
     level = join.join(["encoder", naming.levels[0]])
-    levels = counted(tensors, join.join([level, naming.block.format(0), "conv1", kernel]))
-    blocks = counted(tensors, join.join([level.format(0), naming.block, "conv1", kernel]))
+    levels = count_layers(tensors, join.join([level, naming.block.format(0), "conv1", kernel]))
+    blocks = count_layers(tensors, join.join([level.format(0), naming.block, "conv1", kernel]))
     firsts = [shape(level.format(i), naming.block.format(0), "conv1", kernel)[out] for i in range(levels)]
     if levels == 0 or any(first % width for first in firsts):
         raise ValueError(
@@ -118,28 +120,30 @@ def _config(path, tensors, naming, image_size, pixels) -> VQGANConfig:
         vocab, dim = shape("quantize", "embedding", table, ndim=2)
         quantizer = VectorQuantizer(vocab=vocab, dim=dim, normalize=naming is LLAMAGEN)
     return VQGANConfig(
-        image_size=image_size, width=width, multipliers=tuple(first // width for first in firsts), blocks=blocks,
+        image_size=image_size, width=width, channel_multipliers=tuple(first // width for first in firsts), blocks=blocks,
         attention_levels=tuple(attention), latent_width=shape("encoder", "conv_out", kernel)[out],
-        quantizer=quantizer, pixels=pixels,
+        quantizer=quantizer, pixel_range=pixels,
     )  # fmt: skip
 
 
-def _rules(cfg: VQGANConfig, naming: Naming) -> dict[str, Rule]:
+def _rules(cfg: VQGANConfig, naming: Naming) -> dict[str, ParamRule]:
     rules = {}
     for to, source, kind in _layers(cfg, naming):
         of_conv = kind == "conv"
         name = naming.weights[0 if of_conv else 1]
-        how = conv if of_conv and not naming.flax else same
-        rules[f"{to}/{'kernel' if of_conv else 'scale'}"] = one(naming.join.join([*source, name]), how)
-        rules[f"{to}/bias"] = one(naming.join.join([*source, "bias"]), same)
+        how = transpose_conv if of_conv and not naming.flax else identity
+        rules[f"{to}/{'kernel' if of_conv else 'scale'}"] = from_tensor(
+            naming.join.join([*source, name]), how
+        )
+        rules[f"{to}/bias"] = from_tensor(naming.join.join([*source, "bias"]), identity)
     quantize, table = "quantize" + naming.join, naming.join + naming.weights[2]
     if isinstance(cfg.quantizer, GumbelQuantizer):
         proj = f"{quantize}proj{naming.join}"
-        rules["quantize/proj/kernel"] = one(proj + naming.weights[0], conv_as_linear)
-        rules["quantize/proj/bias"] = one(proj + "bias", same)
-        rules["quantize/embedding"] = one(f"{quantize}embed{table}", same)
+        rules["quantize/proj/kernel"] = from_tensor(proj + naming.weights[0], conv_as_linear)
+        rules["quantize/proj/bias"] = from_tensor(proj + "bias", identity)
+        rules["quantize/embedding"] = from_tensor(f"{quantize}embed{table}", identity)
     else:
-        rules["quantize/embedding"] = one(f"{quantize}embedding{table}", same)
+        rules["quantize/embedding"] = from_tensor(f"{quantize}embedding{table}", identity)
     return rules
 
 
@@ -147,7 +151,7 @@ def _layers(cfg: VQGANConfig, naming: Naming) -> Iterator[tuple[str, list[str], 
     """(path of the library, words of the source's name, `conv` or `norm`) of every layer with weights."""
     for name in ("quant_conv", "post_quant_conv"):
         yield name, [name], "conv"
-    deepest = len(cfg.multipliers) - 1
+    deepest = len(cfg.channel_multipliers) - 1
     for part, way, resample in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
         decoder = part == "decoder"
         for name, kind in (("conv_in", "conv"), ("norm_out", "norm"), ("conv_out", "conv")):
@@ -155,17 +159,17 @@ def _layers(cfg: VQGANConfig, naming: Naming) -> Iterator[tuple[str, list[str], 
         for name, theirs in zip(("block_1", "attn_1", "block_2"), naming.middle, strict=True):
             yield from _of_block(f"{part}/mid/{name}", [part, "mid", theirs], name.startswith("attn"), False)
         # What enters the first block of each level; the decoder begins at the deepest.
-        before = cfg.multipliers[-1] if decoder else 1
+        before = cfg.channel_multipliers[-1] if decoder else 1
         for level in range(deepest, -1, -1) if decoder else range(deepest + 1):
             number = deepest - level if decoder and naming.deepest_first else level
             there = naming.levels[decoder].format(number)
             for j in range(cfg.blocks + decoder):
                 to, source = f"{part}/{way}_{level}", [part, there]
-                widens = before != cfg.multipliers[level]
+                widens = before != cfg.channel_multipliers[level]
                 yield from _of_block(f"{to}_block_{j}", [*source, naming.block.format(j)], False, widens)
                 if level in cfg.attention_levels:
                     yield from _of_block(f"{to}_attn_{j}", [*source, naming.attention.format(j)], True, False)
-                before = cfg.multipliers[level]
+                before = cfg.channel_multipliers[level]
             if level != (0 if decoder else deepest):
                 yield f"{part}/{way}_{level}_{resample}", [part, there, resample, "conv"], "conv"
 

@@ -16,25 +16,25 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dalle_jax.nn.matrices import Dense, products
-from dalle_jax.nn.rotary import rotate
-from dalle_jax.nn.sharding import constrain
+from dalle_jax.nn.linear import Dense, fused_linear
+from dalle_jax.nn.rope import apply_rope
+from dalle_jax.parallel.sharding import constrain
 
 # Of the MLP; swiglu and geglu are gated (2002.05202), geglu by the tanh form, as T5 has it.
 Activation = Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu", "geglu"]
 Norm = Literal["layer", "rms"]
-EPSILON = 1e-5  # of norms, where nothing else is said
+NORM_EPSILON = 1e-5  # of norms, where nothing else is said
 
 # Names under which a remat policy finds queries, keys and values, what attention makes of them, and the stream
 # between attention and MLP; each has the size of the stream.
-QKV, ATTENDED, MIDDLE = "qkv", "attended", "middle"
+QKV, ATTN_OUT, POST_ATTN = "qkv", "attended", "middle"
 
 # Queries, keys and values of the positions given, (B, T, H, K) each, to what they attend to, (B, T, H, K), and
 # whatever the caller wants back.
-Look = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-def attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask: jax.Array) -> jax.Array:
+def dense_attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention, scores and softmax in float32; a position sees where `mask`, (T, S) or (B, T, S), is True.
 
     Every row of the mask must see something. Returns (B, T, H, K) in the dtype of `v`.
@@ -53,7 +53,7 @@ def _rms_norm(x: jax.Array, scale_K: jax.Array) -> jax.Array:
     return (x32 * scale_K.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def norm(kind: Norm, name: str | None = None, epsilon: float = EPSILON) -> nn.Module:
+def make_norm(kind: Norm, name: str | None = None, epsilon: float = NORM_EPSILON) -> nn.Module:
     """A norm over the last axis, in float32."""
     make = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind]
     return make(epsilon=epsilon, dtype=jnp.float32, name=name)
@@ -62,7 +62,7 @@ def norm(kind: Norm, name: str | None = None, epsilon: float = EPSILON) -> nn.Mo
 def _products(module: nn.Module, names: tuple[str, ...], x: jax.Array, width: int) -> list[jax.Array]:
     """What Dense layers of a module make of the same input, or the one matrix to which sampling has joined them."""
     if module.has_variable("params", joined := "_".join(names)):
-        return products({joined: module.get_variable("params", joined)}, names, x, module.dtype)
+        return fused_linear({joined: module.get_variable("params", joined)}, names, x, module.dtype)
     init = nn.initializers.normal(0.02)
     layers = (Dense(width, module.biases, module.dtype, init, name=name) for name in names)
     return [layer(x) for layer in layers]
@@ -76,7 +76,7 @@ class Attention(nn.Module):
     biases: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD, mask_TS, look: Look | None = None, turns=None):
+    def __call__(self, x_BTD, mask_TS, attention_fn: AttentionFn | None = None, rope=None):
         *lead, dim = x_BTD.shape
         width = dim // self.heads
 
@@ -90,17 +90,17 @@ class Attention(nn.Module):
         if self.qk_norm:
             q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, (width,)))
             k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, (width,)))
-        if turns is not None:
-            q, k = rotate(q, turns), rotate(k, turns)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         cache = None
         with jax.named_scope("attend"):
-            if look is None:
-                y_BTHK = attend(q, k, v, mask_TS)
+            if attention_fn is None:
+                y_BTHK = dense_attention(q, k, v, mask_TS)
             else:
-                y_BTHK, cache = look(q, k, v)
+                y_BTHK, cache = attention_fn(q, k, v)
         init = nn.initializers.normal(self.out_std)
         out = Dense(dim, self.biases, self.dtype, init, name="out")
-        return out(checkpoint_name(y_BTHK.reshape(*lead, dim), ATTENDED)), cache
+        return out(checkpoint_name(y_BTHK.reshape(*lead, dim), ATTN_OUT)), cache
 
 
 def activate(name: Activation, x: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ def activate(name: Activation, x: jax.Array) -> jax.Array:
     raise ValueError(f"activation is {name!r}; want one of {', '.join(get_args(Activation))}")
 
 
-GATES = {"swiglu": nn.silu, "geglu": nn.gelu}
+GATED_ACTIVATIONS = {"swiglu": nn.silu, "geglu": nn.gelu}
 
 
 class MLP(nn.Module):
@@ -130,10 +130,10 @@ class MLP(nn.Module):
             init = nn.initializers.normal(std)
             return Dense(width, self.biases, self.dtype, init, name=name)
 
-        if self.activation in GATES:
+        if self.activation in GATED_ACTIVATIONS:
             both = _products(self, ("gate", "up"), x_BTD, self.width)
             gate_BTF, x_BTF = (constrain(y_BTF, "batch", None, "mlp") for y_BTF in both)
-            x_BTF = GATES[self.activation](gate_BTF) * x_BTF
+            x_BTF = GATED_ACTIVATIONS[self.activation](gate_BTF) * x_BTF
         else:
             x_BTF = constrain(dense("up", self.width, 0.02)(x_BTD), "batch", None, "mlp")
             x_BTF = activate(self.activation, x_BTF)
@@ -154,22 +154,22 @@ class Block(nn.Module):
     dtype: Any
     activation: Activation = "gelu-tanh"
     norm: Norm = "layer"
-    sandwich: bool = False  # a norm of what attention and MLP give too, before each sum
+    sandwich_norm: bool = False  # a norm of what attention and MLP give too, before each sum
     biases: bool = True
-    epsilon: float = EPSILON  # of the norms
+    epsilon: float = NORM_EPSILON  # of the norms
 
     @nn.compact
-    def __call__(self, x_BTD, mask_TS=None, look: Look | None = None, turns=None):
+    def __call__(self, x_BTD, mask_TS=None, attention_fn: AttentionFn | None = None, rope=None):
         def normed(name, x_BTD):
-            return norm(self.norm, name, self.epsilon)(x_BTD).astype(self.dtype)
+            return make_norm(self.norm, name, self.epsilon)(x_BTD).astype(self.dtype)
 
         attention = Attention(self.heads, self.qk_norm, self.out_std, self.dtype, self.biases, name="attn")
-        y_BTD, cache = attention(normed("norm_attn", x_BTD), mask_TS, look, turns)
-        if self.sandwich:
+        y_BTD, cache = attention(normed("norm_attn", x_BTD), mask_TS, attention_fn, rope)
+        if self.sandwich_norm:
             y_BTD = normed("norm_attn_out", y_BTD)
-        x_BTD = checkpoint_name(constrain(x_BTD + y_BTD, "batch", None, "embed"), MIDDLE)
+        x_BTD = checkpoint_name(constrain(x_BTD + y_BTD, "batch", None, "embed"), POST_ATTN)
         mlp = MLP(self.mlp_width, self.out_std, self.dtype, self.activation, self.biases, name="mlp")
         y_BTD = mlp(normed("norm_mlp", x_BTD))
-        if self.sandwich:
+        if self.sandwich_norm:
             y_BTD = normed("norm_mlp_out", y_BTD)
         return constrain(x_BTD + y_BTD, "batch", None, "embed"), cache

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.nn.sharding import constrain
+from dalle_jax.parallel.sharding import constrain
 
 
-def scores(x_BTD: jax.Array, kernel_DV: jax.Array, bias_V: jax.Array | None = None) -> jax.Array:
+def head_logits(x_BTD: jax.Array, kernel_DV: jax.Array, bias_V: jax.Array | None = None) -> jax.Array:
     """x times kernel, both in the compute dtype, and bias; sums and result, (B, T, V), in float32."""
     y_BTV = jnp.einsum("btd,dv->btv", x_BTD, kernel_DV, preferred_element_type=jnp.float32)
     if bias_V is not None:
@@ -42,7 +42,7 @@ def cross_entropy(
     x_BTD, kernel_DV = x_BTD.astype(dtype), kernel_DV.astype(dtype)
     width, vocab = kernel_DV.shape
     if not chunk or chunk >= vocab:
-        y_BTV = scores(x_BTD, kernel_DV, bias_V)
+        y_BTV = head_logits(x_BTD, kernel_DV, bias_V)
         picked = jnp.take_along_axis(y_BTV, ids_BT[..., None], axis=-1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(y_BTV, axis=-1) - picked)
     groups = -(-vocab // chunk)
@@ -59,7 +59,7 @@ def cross_entropy(
 def _group(vocab: int, x_BTD, kernel_DE, bias_E, ids_BT, number, groups: int):
     """Scores of one group, with those of columns that only fill it up out of the way; and where the ids are."""
     columns = jnp.arange(kernel_DE.shape[1]) * groups + number
-    y_BTE = scores(x_BTD, kernel_DE, bias_E)
+    y_BTE = head_logits(x_BTD, kernel_DE, bias_E)
     y_BTE = jnp.where((columns < vocab)[None, None], y_BTE, jnp.finfo(jnp.float32).min)
     return y_BTE, ids_BT[..., None] == columns[None, None]
 

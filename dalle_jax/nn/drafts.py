@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.config.dalle import AttentionKind
-from dalle_jax.nn import cache as kv
-from dalle_jax.nn.cache import KV, LayerCache
-from dalle_jax.nn.masks import seen_back
+from dalle_jax.nn import kv_cache as kv
+from dalle_jax.nn.kv_cache import KV, LayerCache
+from dalle_jax.nn.masks import causal_offset_mask
 
 
 def _held(cfg: DalleConfig, kind: AttentionKind, slots: int, place_B: jax.Array) -> jax.Array:
@@ -42,13 +42,13 @@ def _visible(cfg: DalleConfig, kind: AttentionKind, slots: int, place_B: jax.Arr
     other_BS = jnp.concatenate([held_BR, places_BQ], axis=1)
     there_BS = jnp.concatenate([there_BR, jnp.ones_like(places_BQ, bool)], axis=1)
     back_BQS = places_BQ[:, :, None] - other_BS[:, None]
-    table = jnp.asarray(seen_back(kind, cfg.grid, cfg.conv_kernel))
+    table = jnp.asarray(causal_offset_mask(kind, cfg.grid, cfg.conv_kernel))
     near_BQS = (back_BQS >= 0) & (back_BQS < table.shape[1])
     seen_BQS = table[jnp.minimum(places_BQ, len(table) - 1)[:, :, None], jnp.where(near_BQS, back_BQS, 0)]
     return there_BS[:, None] & near_BQS & seen_BQS
 
 
-def attend(
+def attend_drafts(
     cfg: DalleConfig,
     kind: AttentionKind,
     cache: LayerCache,
@@ -60,9 +60,9 @@ def attend(
     The cache is as after the tokens before `place_B`. Returns (B, Q, H, K), and what `keep` takes.
     """
     q, k, v = new
-    fresh, slots = kv.stored(k, v), cache.image.k.shape[2]
+    fresh, slots = kv.to_cache_layout(k, v), cache.image.k.shape[2]
     visible_BQS = _visible(cfg, kind, slots, place_B, q.shape[1])
-    return kv.attend_kept(q, cache.text, (cache.image, fresh), visible_BQS, cache.seen), fresh
+    return kv.attend_cached(q, cache.text, (cache.image, fresh), visible_BQS, cache.text_mask), fresh
 
 
 def _targets(
@@ -71,11 +71,11 @@ def _targets(
     """The slot of each of `tokens` tokens, int32 (B, Q), `slots` for one that is not kept."""
     token_1Q, count_B1 = jnp.arange(tokens)[None], count_B[:, None]
     # Of more tokens than a ring has slots the newest stay: two writes to one slot have no order.
-    stays_BQ = (token_1Q < count_B1) & (token_1Q >= count_B1 - kv.kept(cfg, kind))
-    return jnp.where(stays_BQ, kv.slot(cfg, kind, place_B[:, None] + token_1Q), slots)
+    stays_BQ = (token_1Q < count_B1) & (token_1Q >= count_B1 - kv.cache_size(cfg, kind))
+    return jnp.where(stays_BQ, kv.slot_index(cfg, kind, place_B[:, None] + token_1Q), slots)
 
 
-def keep(
+def commit(
     cfg: DalleConfig,
     kind: AttentionKind,
     cache: LayerCache,

@@ -21,10 +21,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from dalle_jax.config.dalle import AttentionKernel, AttentionKind
-from dalle_jax.nn.sharding import fit
+from dalle_jax.parallel.sharding import partition_spec
 
 LANES = 128  # of a TPU: what the sides of splash's blocks are multiples of
-SAVED = (
+RESIDUALS_NAME = (
     "attention"  # the name under which a remat policy finds what splash's backward pass needs of the forward
 )
 
@@ -35,7 +35,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def choose(
+def select_kernel(
     wanted: AttentionKernel, kinds: Sequence[AttentionKind], length: int, dtype: str
 ) -> Literal["dense", "splash", "cudnn"]:
     """The kernel for layers of these kinds over `length` positions on the platform in force.
@@ -64,10 +64,10 @@ def choose(
 
 def block_size(length: int) -> int:
     """Side of splash's blocks: 256 where it divides the padded length, else 128."""
-    return 256 if padded(length) % 256 == 0 else LANES
+    return 256 if padded_length(length) % 256 == 0 else LANES
 
 
-def padded(length: int) -> int:
+def padded_length(length: int) -> int:
     """Positions that splash computes for `length`."""
     return -(-length // LANES) * LANES
 
@@ -75,12 +75,12 @@ def padded(length: int) -> int:
 def _padded_mask(mask_TT: np.ndarray) -> np.ndarray:
     """The mask over the padded positions, which see themselves and are seen by nobody else."""
     length = len(mask_TT)
-    mask = np.eye(padded(length), dtype=bool)
+    mask = np.eye(padded_length(length), dtype=bool)
     mask[:length, :length] = mask_TT
     return mask
 
 
-def computed_share(mask_TT: np.ndarray) -> float:
+def block_density(mask_TT: np.ndarray) -> float:
     """Part of the (padded) square whose blocks hold anything: what splash computes of full attention."""
     side = block_size(len(mask_TT))
     mask = _padded_mask(mask_TT)
@@ -99,7 +99,7 @@ def splash(
     """
     length, width = q_BTHK.shape[1], q_BTHK.shape[3]
     interpret = platform() == "cpu"
-    pads = ((0, 0), (0, padded(length) - length), (0, 0), (0, 0))
+    pads = ((0, 0), (0, padded_length(length) - length), (0, 0), (0, 0))
 
     def switch(do, which, *x_BTHK):
         """`do` with the kernel of mask `which` on arrays (B, H, T, K) of whole blocks; what it returns, cut again."""
@@ -112,7 +112,7 @@ def splash(
     def over_mesh(do, outputs, which, *x_BTHK):
         run, mesh = functools.partial(switch, do), jax.sharding.get_abstract_mesh()
         if not mesh.empty:
-            spec = fit(mesh, ("batch", None, "heads", None), x_BTHK[0].shape)
+            spec = partition_spec(mesh, ("batch", None, "heads", None), x_BTHK[0].shape)
             # Pallas calls say nothing about which mesh axes their results vary over: that is not checked.
             specs = (PartitionSpec(), *[spec] * len(x_BTHK))
             out = spec if outputs == 1 else (spec,) * outputs

@@ -21,7 +21,7 @@ from dalle_jax.config import AttentionKind
 
 
 @functools.lru_cache(maxsize=64)
-def seen_back(kind: AttentionKind, grid: int, conv_kernel: int = 11) -> np.ndarray:
+def causal_offset_mask(kind: AttentionKind, grid: int, conv_kernel: int = 11) -> np.ndarray:
     """bool (G*G, G*G), or (1, G*G) where all places see alike: [place, n] is True where the image token at `place`
     of the raster sees the one n places before it. Places before the first do not count.
 
@@ -57,7 +57,7 @@ def seen_back(kind: AttentionKind, grid: int, conv_kernel: int = 11) -> np.ndarr
 
 def _image_mask(kind: AttentionKind, grid: int, conv_kernel: int) -> np.ndarray:
     """bool (G*G, G*G): may raster index q (first axis) see raster index k (second axis)?"""
-    seen = np.broadcast_to(seen_back(kind, grid, conv_kernel), (grid**2, grid**2))
+    seen = np.broadcast_to(causal_offset_mask(kind, grid, conv_kernel), (grid**2, grid**2))
     back = np.arange(grid**2)[:, None] - np.arange(grid**2)[None, :]
     return (back >= 0) & np.take_along_axis(seen, np.maximum(back, 0), axis=1)
 
@@ -77,6 +77,6 @@ def attention_mask(kind: AttentionKind, text_len: int, grid: int, conv_kernel: i
     return mask
 
 
-def hide(mask_TT: jax.Array, seen_BT: jax.Array) -> jax.Array:
+def mask_padding(mask_TT: jax.Array, seen_BT: jax.Array) -> jax.Array:
     """bool (B, T, T): `mask_TT` without the positions that nobody sees in a row, but that each sees itself."""
     return (mask_TT[None] & seen_BT[:, None]) | jnp.eye(len(mask_TT), dtype=bool)[None]

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.config import T5Config
-from dalle_jax.nn.attention import Block, norm
-from dalle_jax.nn.sharding import constrain
+from dalle_jax.nn.attention import Block, make_norm
+from dalle_jax.parallel.sharding import constrain
+from dalle_jax.typing import Params
 
-Params = dict[str, Any]
-EPSILON = 1e-6  # of the norms
-FAR = 128  # distance from which on all share the last bucket
+T5_NORM_EPSILON = 1e-6  # of the norms
+MAX_DISTANCE = 128  # distance from which on all share the last bucket
 
 
 def _block(cfg: T5Config, dtype: Any) -> Block:
@@ -34,7 +34,7 @@ def _block(cfg: T5Config, dtype: Any) -> Block:
         activation="geglu",
         norm="rms",
         biases=False,
-        epsilon=EPSILON,
+        epsilon=T5_NORM_EPSILON,
     )
 
 
@@ -45,13 +45,13 @@ def init(cfg: T5Config, vocab: int, key: jax.Array) -> Params:
     make = jax.vmap(lambda k: _block(cfg, jnp.float32).init(k, x_BTD, mask_TT)["params"])
     return {
         "embed": 0.02 * jax.random.normal(k_embed, (vocab, cfg.dim)),
-        "relative": 0.02 * jax.random.normal(k_relative, (cfg.buckets, cfg.heads)),
+        "relative": 0.02 * jax.random.normal(k_relative, (cfg.num_relative_buckets, cfg.heads)),
         "blocks": make(jax.random.split(k_blocks, cfg.layers)),
         "norm_out": {"scale": jnp.ones(cfg.dim)},
     }
 
 
-def buckets(length: int, count: int) -> np.ndarray:
+def relative_position_buckets(length: int, count: int) -> np.ndarray:
     """Which of `count` buckets the distance from query to key is in: int (length, length).
 
     The second half is for keys that come later. Of a half, half again are of one distance each, the others cut the
@@ -60,7 +60,7 @@ def buckets(length: int, count: int) -> np.ndarray:
     half, own = count // 2, count // 4
     distance = np.arange(length)[None] - np.arange(length)[:, None]
     far = np.maximum(np.abs(distance), own) / own
-    shared = own + np.log(far) / math.log(FAR / own) * (half - own)
+    shared = own + np.log(far) / math.log(MAX_DISTANCE / own) * (half - own)
     shared = np.minimum(
         np.floor(shared + 1e-9).astype(int), half - 1
     )  # a whole number may come out just below it
@@ -70,20 +70,24 @@ def buckets(length: int, count: int) -> np.ndarray:
 def encode(cfg: T5Config, params: Params, ids_BT: jax.Array, seen_BT: jax.Array, dtype: Any) -> jax.Array:
     """What the encoder makes of pieces, (B, T, D) in `dtype`; positions look where `seen_BT` is True."""
     x_BTD = constrain(params["embed"][ids_BT], "batch", None, "embed").astype(dtype)
-    table = jnp.asarray(buckets(ids_BT.shape[1], cfg.buckets))
+    table = jnp.asarray(relative_position_buckets(ids_BT.shape[1], cfg.num_relative_buckets))
     added_BHTS = jnp.moveaxis(params["relative"][table], -1, 0)[None]
     added_BHTS = jnp.where(seen_BT[:, None, None], added_BHTS, jnp.finfo(jnp.float32).min)
 
-    def look(q_BTHK, k_BSHK, v_BSHK):
+    def attention_fn(q_BTHK, k_BSHK, v_BSHK):
         att_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
         att_BHTS = jax.nn.softmax(att_BHTS + added_BHTS, axis=-1).astype(v_BSHK.dtype)
         return jnp.einsum("bhts,bshk->bthk", att_BHTS, v_BSHK), None
 
     block = _block(cfg, dtype)
     x_BTD, _ = jax.lax.scan(
-        lambda x, layer: (block.apply({"params": layer}, x, look=look)[0], None), x_BTD, params["blocks"]
+        lambda x, layer: (block.apply({"params": layer}, x, attention_fn=attention_fn)[0], None),
+        x_BTD,
+        params["blocks"],
     )
-    return norm("rms", epsilon=EPSILON).apply({"params": params["norm_out"]}, x_BTD).astype(dtype)
+    return (
+        make_norm("rms", epsilon=T5_NORM_EPSILON).apply({"params": params["norm_out"]}, x_BTD).astype(dtype)
+    )
 
 
 def lengths(text_BT: jax.Array, vocab: int) -> jax.Array:
@@ -92,7 +96,7 @@ def lengths(text_BT: jax.Array, vocab: int) -> jax.Array:
     return jnp.where(pieces_B > 0, pieces_B, text_BT[:, -1] - vocab + 1)
 
 
-def read(
+def encode_captions(
     cfg: T5Config, params: Params, text_BT: jax.Array, vocab: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Captions at the right of the text positions: what the encoder makes of them, (B, T, D), and where they are, bool
@@ -104,7 +108,7 @@ def read(
     length = text_BT.shape[1]
     place_T, pieces_B1 = jnp.arange(length), lengths(text_BT, vocab)[:, None]
     cut_B = text_BT[:, -1] < vocab
-    ids_BT = text_BT.at[:, -1].set(jnp.where(cut_B, cfg.end_piece, text_BT[:, -1]))
+    ids_BT = text_BT.at[:, -1].set(jnp.where(cut_B, cfg.eos_id, text_BT[:, -1]))
     x_BTD = encode(cfg, params, jnp.minimum(ids_BT, vocab - 1), place_T[None] < pieces_B1, dtype)
     from_BT = (place_T[None] + pieces_B1) % length
     return jnp.take_along_axis(x_BTD, from_BT[..., None], axis=1), place_T[None] >= length - pieces_B1

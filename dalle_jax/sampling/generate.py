@@ -1,5 +1,5 @@
 """Codes from captions in one jitted program: a prefill, then scans over the places that are left, or with `jacobi`
-passes over several places at once (jacobi.py). `generate_rows` has them in parts, as rows of the raster are done.
+passes over several places at once (jacobi.py). `generate_stream` has them in parts, as rows of the raster are done.
 
 B rows, C captions, T text positions, N codes, P codes given in advance, V image vocabulary.
 """
@@ -14,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax import autoregressive
 from dalle_jax.config import TransformerConfig
-from dalle_jax.sampling.filters import pick
-from dalle_jax.sampling.jacobi import Ahead, begin_ahead, check_window, draw_ahead
-
-Params = dict[str, Any]
+from dalle_jax.models import autoregressive
+from dalle_jax.sampling.logits import sample_codes
+from dalle_jax.sampling.speculative import (
+    SpeculativeState,
+    check_draft_len,
+    init_speculative,
+    speculative_decode,
+)
+from dalle_jax.typing import Params
 
 
 def row_keys(seeds) -> jax.Array:
@@ -27,28 +31,28 @@ def row_keys(seeds) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def buckets(cfg: TransformerConfig, given: int) -> list[tuple[int, int, int]]:
+def cache_schedule(cfg: TransformerConfig, given: int) -> list[tuple[int, int, int]]:
     """(first, end, limit) of the scans that feed the places from `given` on, but the last, to the model.
 
     The caches of full layers have room for `limit` image tokens in each, and a step reads no more. One scan where
     no layer is full: the others read no more than they see in any case, and each scan is compiled by itself.
     """
     last = cfg.num_codes - 1
-    ways = BUCKETS if "full" in cfg.layer_kinds and cfg.num_codes >= 128 else 1
+    ways = CACHE_BUCKETS if "full" in cfg.layer_kinds and cfg.num_codes >= 128 else 1
     ends = [cfg.num_codes * (i + 1) // ways for i in range(ways)]
     starts = [0, *ends[:-1]]
     found = [(max(a, given), min(b, last), b) for a, b in zip(starts, ends, strict=True)]
     return [(a, b, limit) for a, b, limit in found if a < b]
 
 
-BUCKETS = 4
+CACHE_BUCKETS = 4
 
 
-def flat(cache: autoregressive.Cache) -> autoregressive.Cache:
+def squeeze_batch(cache: autoregressive.Cache) -> autoregressive.Cache:
     """The caches as a loop carries them: a single row's without the axis of rows.
 
     XLA leaves that axis out of the products, and would copy each cache in every step from one shape to the other and
-    back (tests/test_cache.py).
+    back (tests/nn/test_cache.py).
     """
     return jax.tree.map(lambda x: x[0] if x.ndim == 4 and len(x) == 1 else x, cache)
 
@@ -64,14 +68,14 @@ def _advance(cfg, params, cache, code_B, keys_B, first, count, options):
         code_B, cache = carry
         fed = jnp.concatenate([code_B, code_B]) if guided else code_B
         logits, cache = autoregressive.decode_step(cfg, params, whole(cache), fed, place)
-        next_B = pick(logits, keys_B, place + 1, **options)
-        return (next_B, flat(cache)), next_B
+        next_B = sample_codes(logits, keys_B, place + 1, **options)
+        return (next_B, squeeze_batch(cache)), next_B
 
-    (_, cache), codes = jax.lax.scan(step, (code_B, flat(cache)), first + jnp.arange(count))
+    (_, cache), codes = jax.lax.scan(step, (code_B, squeeze_batch(cache)), first + jnp.arange(count))
     return codes, whole(cache)
 
 
-def _begin(cfg, params, text_CT, keys_B, prime_BP, options):
+def _begin(cfg, params, text_CT, keys_B, prefix_BP, options):
     """Returns the codes of place P, int32 (B,), and the caches."""
     if keys_B.ndim != 1 or not len(keys_B) or len(keys_B) % len(text_CT):
         raise ValueError(
@@ -81,10 +85,10 @@ def _begin(cfg, params, text_CT, keys_B, prime_BP, options):
     copies = len(keys_B) // len(text_CT)
     with jax.named_scope("prefill"):
         logits, cache = autoregressive.prefill(
-            cfg, params, text_CT, prime_BP, copies=copies, guided=options["guidance"] is not None
+            cfg, params, text_CT, prefix_BP, copies=copies, guided=options["guidance"] is not None
         )
-        given = 0 if prime_BP is None else prime_BP.shape[1]
-        return pick(logits, keys_B, given, **options), cache
+        given = 0 if prefix_BP is None else prefix_BP.shape[1]
+        return sample_codes(logits, keys_B, given, **options), cache
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top_k", "jacobi", "return_passes"))
@@ -98,18 +102,18 @@ def generate(
     top_k: int | None = None,
     top_p: jax.Array | float | None = None,
     guidance: jax.Array | float | None = None,
-    prime_BP: jax.Array | None = None,
+    prefix_BP: jax.Array | None = None,
     jacobi: int | None = None,
     return_passes: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Draw the codes of one picture per row.
 
-    params: as `dalle.init` makes them, or as `autoregressive.unstack` does, which saves a copy in each call.
+    params: as `dalle.init` makes them, or as `autoregressive.prepare_for_decode` does, which saves a copy in each call.
     text_CT: int32 (C, T); the null caption (`dalle.null_text`) samples without a caption.
     keys_B: one key per row (`row_keys`); B = n * C draws n pictures of each caption, neighbours in the result,
     and runs each caption once. temperature: 0 is greedy. top_k: static, None keeps all codes. top_p: share in
     (0, 1], None keeps all. guidance: scale of classifier-free guidance, computed with the null caption in a
-    doubled batch; None samples the conditional model in a single batch. prime_BP: int32, the first P < N codes
+    doubled batch; None samples the conditional model in a single batch. prefix_BP: int32, the first P < N codes
     of every picture. Temperature, top_p and guidance are traced, scalars or (B,): another value does not
     compile again. jacobi: static, codes that one pass of the network looks at: the pictures are the same, up to
     rounding, in fewer passes, each of more work (jacobi.py); None draws one code a pass.
@@ -117,20 +121,22 @@ def generate(
     after the prefill. Raises ValueError for wrong shapes, P >= N, or `jacobi` outside 2 to N.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    check_window(cfg, jacobi)
-    params = autoregressive.unstack(cfg, params)
-    code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, options)
-    given = 0 if prime_BP is None else prime_BP.shape[1]
-    codes = [] if prime_BP is None else [prime_BP]
+    check_draft_len(cfg, jacobi)
+    params = autoregressive.prepare_for_decode(cfg, params)
+    code_B, cache = _begin(cfg, params, text_CT, keys_B, prefix_BP, options)
+    given = 0 if prefix_BP is None else prefix_BP.shape[1]
+    codes = [] if prefix_BP is None else [prefix_BP]
     codes.append(code_B[:, None])
     passes_B = jnp.full(len(keys_B), cfg.num_codes - 1 - given)
     with jax.named_scope("decode"):
         if jacobi is not None:
-            state = begin_ahead(cfg, cache, jnp.concatenate(codes, axis=1), jacobi)
-            for _, _, limit in buckets(cfg, given):  # the next where a row could go beyond
-                state = draw_ahead(cfg, params, state, keys_B, cfg.num_codes - 1, limit, jacobi, options)
+            state = init_speculative(cfg, cache, jnp.concatenate(codes, axis=1), jacobi)
+            for _, _, limit in cache_schedule(cfg, given):  # the next where a row could go beyond
+                state = speculative_decode(
+                    cfg, params, state, keys_B, cfg.num_codes - 1, limit, jacobi, options
+                )
             return (state.codes_BN, state.passes_B) if return_passes else state.codes_BN
-        for first, end, limit in buckets(cfg, given):
+        for first, end, limit in cache_schedule(cfg, given):
             cache = autoregressive.resize_cache(cfg, cache, limit)
             rest, cache = _advance(cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, options)
             codes.append(rest.T)
@@ -143,12 +149,12 @@ def _programs(cfg: TransformerConfig, top_k: int | None, jacobi: int | None):
     """Prefill, another room in the caches, and steps as programs of their own; the caches of a call are taken over by
     the next."""
 
-    def begin(params, text_CT, keys_B, prime_BP, options):
-        code_B, cache = _begin(cfg, params, text_CT, keys_B, prime_BP, {**options, "top_k": top_k})
+    def begin(params, text_CT, keys_B, prefix_BP, options):
+        code_B, cache = _begin(cfg, params, text_CT, keys_B, prefix_BP, {**options, "top_k": top_k})
         if jacobi is None:
             return code_B, cache
-        known = [code_B[:, None]] if prime_BP is None else [prime_BP, code_B[:, None]]
-        cache, *state = begin_ahead(cfg, cache, jnp.concatenate(known, axis=1), jacobi)
+        known = [code_B[:, None]] if prefix_BP is None else [prefix_BP, code_B[:, None]]
+        cache, *state = init_speculative(cfg, cache, jnp.concatenate(known, axis=1), jacobi)
         return state, cache
 
     def advance(params, cache, code_B, keys_B, first, count, options):
@@ -157,14 +163,16 @@ def _programs(cfg: TransformerConfig, top_k: int | None, jacobi: int | None):
 
     def ahead(params, cache, state, keys_B, goal, limit, options):
         options = {**options, "top_k": top_k}
-        cache, *state = draw_ahead(cfg, params, Ahead(cache, *state), keys_B, goal, limit, jacobi, options)
+        cache, *state = speculative_decode(
+            cfg, params, SpeculativeState(cache, *state), keys_B, goal, limit, jacobi, options
+        )
         return state, cache
 
     resize = jax.jit(autoregressive.resize_cache, static_argnums=(0, 2))
     return jax.jit(begin), resize, jax.jit(ahead if jacobi else advance, static_argnums=5, donate_argnums=1)
 
 
-def generate_rows(
+def generate_stream(
     cfg: TransformerConfig,
     params: Params,
     text_CT: jax.Array,
@@ -184,13 +192,13 @@ def generate_rows(
     if rows < 1:
         raise ValueError(f"rows is {rows}; want a picture every 1 or more rows of codes")
     options = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None, **options}
-    prime_BP, top_k, jacobi = (options.pop(name, None) for name in ("prime_BP", "top_k", "jacobi"))
-    check_window(cfg, jacobi)
+    prefix_BP, top_k, jacobi = (options.pop(name, None) for name in ("prefix_BP", "top_k", "jacobi"))
+    check_draft_len(cfg, jacobi)
     options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
-    params = autoregressive.unstack(cfg, params)
+    params = autoregressive.prepare_for_decode(cfg, params)
     programs = _programs(cfg, top_k, jacobi)
-    begun = programs[0](params, text_CT, keys_B, prime_BP, options)
-    given = None if prime_BP is None else np.asarray(prime_BP)
+    begun = programs[0](params, text_CT, keys_B, prefix_BP, options)
+    given = None if prefix_BP is None else np.asarray(prefix_BP)
     if jacobi is None:
         parts = _rows(cfg, params, programs, begun, keys_B, given, rows, options)
     else:
@@ -212,7 +220,7 @@ def _rows(cfg, params, programs, begun, keys_B, given_BP, rows, options):
     while place < cfg.num_codes - 1:
         rows_done = (place + 1) // cfg.grid  # `new` ends with the code of `place`
         end = min((rows_done + rows) * cfg.grid, cfg.num_codes) - 1
-        limit = next(limit for _, upto, limit in buckets(cfg, 0) if end <= upto)
+        limit = next(limit for _, upto, limit in cache_schedule(cfg, 0) if end <= upto)
         if limit != room:
             cache, room = resize(cfg, cache, limit), limit
         codes, cache = advance(params, cache, new[-1], keys_B, place, end - place, options)
@@ -229,7 +237,7 @@ def _rows_ahead(cfg, params, programs, begun, keys_B, given_BP, rows, jacobi, op
     _, resize, ahead = programs
     (codes_BN, place_B, passes_B), cache = begun
     last = cfg.num_codes - 1
-    limits = [limit for _, _, limit in buckets(cfg, 0)]
+    limits = [limit for _, _, limit in cache_schedule(cfg, 0)]
     slowest = fastest = 0 if given_BP is None else given_BP.shape[1]
     goal, room, part = slowest, None, None
     while slowest < last:

@@ -1,4 +1,4 @@
-"""Floating-point operations that a model asks for, whatever a program spends besides: what utilisation is measured
+"""Floating-point operations that a model asks for, whatever a program spends besides: what mfu is measured
 by.
 
 Only products count, matrix products and convolutions, two operations for each multiplication. An update counts the
@@ -19,11 +19,11 @@ from dalle_jax.config import DalleConfig
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
-def rows_of(task: Any, count: int, sharding: Any = None) -> Shapes:
+def batch_shapes(task: Any, count: int, sharding: Any = None) -> Shapes:
     """A batch of `count` rows of a task, as shapes."""
     return {
         name: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding)
-        for name, (shape, dtype) in task.row_shapes.items()
+        for name, (shape, dtype) in task.batch_spec.items()
     }
 
 
@@ -35,23 +35,23 @@ def train_flops(task: Any) -> float:
     """
     config = task.config
     if isinstance(config.model, DalleConfig):
-        return 3 * dalle_flops(config.model, config.data.batch) + encoder_flops(
-            config.model, config.data.batch
+        return 3 * dalle_flops(config.model, config.data.batch_size) + encoder_flops(
+            config.model, config.data.batch_size
         )
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.frozen)
-    count = config.data.batch
+    count = config.data.batch_size
     step = jax.ShapeDtypeStruct((), jnp.int32)
 
     def traced(do):
         def run(params, frozen, batch, step):
             return do(params, frozen, batch, jax.random.key(0), step)
 
-        return jax.make_jaxpr(run)(params, frozen, rows_of(task, count), step)
+        return jax.make_jaxpr(run)(params, frozen, batch_shapes(task, count), step)
 
     if hasattr(task, "gradients"):  # two networks: what is forward and what is backward is not told apart
-        return products(traced(task.gradients))
-    return 3 * products(traced(task.loss))
+        return count_flops(traced(task.gradients))
+    return 3 * count_flops(traced(task.loss))
 
 
 def dalle_flops(model: DalleConfig, rows: int, *, text_head: bool = True) -> float:
@@ -75,7 +75,7 @@ def encoder_flops(model: DalleConfig, rows: int) -> float:
     return 2.0 * rows * model.text_len * encoder.layers * block
 
 
-def products(traced: Any) -> float:
+def count_flops(traced: Any) -> float:
     """Operations of all products in a traced function: a loop as often as it runs, a branch by its dearest arm.
 
     traced: what `jax.make_jaxpr` returns, or a jaxpr inside of it, with constants or without: jax 0.12 joins the two
@@ -97,8 +97,8 @@ def products(traced: Any) -> float:
         elif name == "pallas_call":
             raise ValueError("a Pallas kernel does not tell its operations; trace the dense form instead")
         elif name == "cond":
-            total += max(products(branch) for branch in params["branches"])
+            total += max(count_flops(branch) for branch in params["branches"])
         else:
             inner = [v for v in params.values() if hasattr(v, "eqns")]
-            total += params.get("length", 1) * sum(products(j) for j in inner)
+            total += params.get("length", 1) * sum(count_flops(j) for j in inner)
     return total

@@ -22,34 +22,32 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dalle_jax.checkpoint import remote_dir
+from dalle_jax.checkpoint.lock import run_lock
+from dalle_jax.checkpoint.manager import CheckpointManager
+from dalle_jax.checkpoint.run_dir import model_kind, opened_run_dir, sync_run_dir
 from dalle_jax.config import TrainConfig
-from dalle_jax.nn.sharding import batch_sharding, make_mesh, param_shardings, replicated
-from dalle_jax.train import bucket
-from dalle_jax.train.alone import alone
-from dalle_jax.train.checkpoint import Checkpoints
+from dalle_jax.parallel.devices import peak_flops
+from dalle_jax.parallel.preemption import Watchdog, preemption_signals
+from dalle_jax.parallel.processes import device_put_global, local_rows, make_global_batch
+from dalle_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from dalle_jax.train.flops import train_flops
-from dalle_jax.train.metrics import MetricsLog, Progress, Stopwatch
-from dalle_jax.train.processes import local_rows, place, place_rows
+from dalle_jax.train.initialize import init_from_run
+from dalle_jax.train.metrics import MetricsLog, ProgressBar, Stopwatch
 from dalle_jax.train.profile import Profiler
-from dalle_jax.train.rundir import begun_run, share, stage
-from dalle_jax.train.start import begin_from
 from dalle_jax.train.state import (
     EVALUATE,
     PICTURES,
-    State,
+    TrainState,
     abstract_state,
-    batch_ways,
     check_batch,
     init_state,
     make_step,
+    num_batch_shards,
     run_key,
     task_optimizer,
-)  # fmt: skip
-from dalle_jax.train.stop import Watchdog, stop_signals
-from dalle_jax.train.topology import peak_flops
-
-Params = dict[str, Any]
-Batch = dict[str, np.ndarray]
+)
+from dalle_jax.typing import HostBatch, Params
 
 
 class Task(Protocol):
@@ -65,7 +63,7 @@ class Task(Protocol):
     tokens_per_row: int
     frozen: Params  # parameters that are used and not trained; {} if none
     # Name to shape and dtype of a row that `loss` takes, image tokens as codes.
-    row_shapes: dict[str, tuple[tuple[int, ...], Any]]
+    batch_spec: dict[str, tuple[tuple[int, ...], Any]]
 
     def prepare(self, run_dir: Path) -> None: ...
     def init(self, key: jax.Array) -> Params: ...
@@ -73,39 +71,39 @@ class Task(Protocol):
 
     # A task whose networks do not all descend one loss has, in its place, `gradients` with the same arguments,
     # which returns (gradients, measures with `loss`, arrays with a row for each of the batch), and `optimizer(params)`.
-    # Where it leaves such arrays, `renew(state, arrays, key)` returns the state after the update as it shall be, and
+    # Where it leaves such arrays, `post_update(state, arrays, key)` returns the state after the update as it shall be, and
     # more measures.
 
-    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]: ...
-    def eval_batches(self) -> list[Batch]: ...
+    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[HostBatch]: ...
+    def eval_batches(self) -> list[HostBatch]: ...
     def evaluate(self, params, frozen, batch, key) -> dict[str, jax.Array]: ...
-    def pictures(self, params, frozen, key) -> Any: ...
+    def sample_grid(self, params, frozen, key) -> Any: ...
 
 
-class Outcome(NamedTuple):
+class TrainResult(NamedTuple):
     """What a run came to. finished: all steps are done; False when a signal stopped it."""
 
-    state: State
+    state: TrainState
     step: int
     finished: bool
     measures: dict[str, float]  # of the last evaluation in this call; {} if there was none
 
 
-class NotFiniteError(ArithmeticError):
+class NonFiniteError(ArithmeticError):
     """The loss or the gradient of a step is not finite."""
 
 
-def run(config: TrainConfig, task: Task | None = None) -> Outcome:
+def train(config: TrainConfig, task: Task | None = None) -> TrainResult:
     """Trains `config` to its last step, from where its run directory is.
 
     task: the stage; None takes the one of `config.model`. SIGINT and SIGTERM let the step finish, save and
     return with `finished=False`; a second one acts as it would have without us.
 
     Raises ValueError for a configuration that the devices or the run directory do not allow (before anything
-    is written), OSError when a save fails or a checkpoint cannot be read, NotFiniteError for a loss or
+    is written), OSError when a save fails or a checkpoint cannot be read, NonFiniteError for a loss or
     gradient that is not finite. In each case the last good checkpoint stays the last one.
 
-    On several processes (joined before, see `train.processes.begin_processes`) all call with the same arguments.
+    On several processes (joined before, see `train.processes.initialize_distributed`) all call with the same arguments.
     """
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
@@ -117,11 +115,11 @@ def run(config: TrainConfig, task: Task | None = None) -> Outcome:
         task = make_task(config)
     watchdog = Watchdog(config.distributed.stall_seconds)
     try:
-        with alone(config.run):
-            with begun_run(config) as run_dir:
+        with run_lock(config.run):
+            with opened_run_dir(config) as run_dir:
                 watchdog.at("preparing data and vocabulary")
                 task.prepare(run_dir)
-                share(run_dir)
+                sync_run_dir(run_dir)
             with jax.set_mesh(mesh):
                 return _Training(config, task, mesh, run_dir, watchdog).run()
     finally:
@@ -137,8 +135,10 @@ class _Training:
         self.first_process = jax.process_index() == 0
         self.rows_sharding = batch_sharding(mesh)
         self.tx = task_optimizer(task)
-        self.frozen = place(task.frozen, param_shardings(mesh, task.frozen)) if task.frozen else {}
-        self.rows = local_rows(self.rows_sharding, config.data.batch)
+        self.frozen = (
+            device_put_global(task.frozen, param_shardings(mesh, task.frozen)) if task.frozen else {}
+        )
+        self.rows = local_rows(self.rows_sharding, config.data.batch_size)
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         # Seconds of an update at the peak of all devices; None where that is not known.
         self.ideal = train_flops(task) / (peak * mesh.size) if peak else None
@@ -150,34 +150,34 @@ class _Training:
         self.measured_at = -1
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainResult:
         config, task = self.config, self.task
-        with _Closing() as closing, stop_signals() as stop:
+        with _Closing() as closing, preemption_signals() as stop:
             self.at("reading the checkpoint, or making the first state")
             self.checkpoints = closing.add(
-                Checkpoints(bucket.checkpoints_of(self.run_dir), config.keep, task.best)
+                CheckpointManager(remote_dir.checkpoints_of(self.run_dir), config.max_checkpoints, task.best)
             )
             abstract = abstract_state(task, self.tx, self.mesh)
             start = self.checkpoints.latest
             if start is None:
                 state, start = init_state(task, self.tx, self.mesh), 0
                 if config.init_from is not None:
-                    state = begin_from(state, config, self.mesh)
+                    state = init_from_run(state, config, self.mesh)
             else:
                 state = self.checkpoints.load(start, abstract)
             self.progress = closing.add(
-                Progress(stage(config), start, config.steps, shown=self.first_process)
+                ProgressBar(model_kind(config), start, config.steps, shown=self.first_process)
             )
             self.stop = stop
             self._greet(abstract, start)
             if start >= config.steps:
                 self.progress.say(f"{config.run} has its {config.steps} steps already: nothing to do")
-                return Outcome(state, start, True, {})
+                return TrainResult(state, start, True, {})
             if self.first_process:
                 self.log = closing.add(MetricsLog(self.run_dir, start))
             return self._steps(state, abstract, start, closing)
 
-    def _greet(self, abstract: State, start: int) -> None:
+    def _greet(self, abstract: TrainState, start: int) -> None:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
         devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
         if (count_ := jax.process_count()) > 1:
@@ -186,7 +186,7 @@ class _Training:
         begin = f"goes on from step {start}" if start else fresh
         self.progress.say(f"{self.config.run}: {begin}; {count:,} parameters on {devices}")
 
-    def _steps(self, state: State, abstract: State, start: int, closing: _Closing) -> Outcome:
+    def _steps(self, state: TrainState, abstract: TrainState, start: int, closing: _Closing) -> TrainResult:
         config = self.config
         self.at("reading the first batch")
         batches = self.task.batches(start, self.rows)
@@ -199,7 +199,9 @@ class _Training:
         self.since = start
         done = start
         while done < config.steps:
-            if done == start and self.stop.asked():  # during start-up: what is on disk is as new as the state
+            if (
+                done == start and self.stop.requested()
+            ):  # during start-up: what is on disk is as new as the state
                 break
             if self.profiler.begins(done + 1):
                 self._drain()
@@ -222,7 +224,7 @@ class _Training:
                 with self.watch.pause():
                     self.progress.say(self.profiler.stop())
             self.checkpoints.check()
-            stop = self.stop.asked()
+            stop = self.stop.requested()
 
             evaluate = last or done % config.eval_every == 0
             sample = last or done % config.sample_every == 0
@@ -247,26 +249,26 @@ class _Training:
         finished = done == config.steps
         if not finished:
             self.progress.say(f"stopped after step {done}; the same command goes on from there")
-        return Outcome(state, done, finished, self.measures)
+        return TrainResult(state, done, finished, self.measures)
 
-    def _compile(self, state: State, batch: dict[str, jax.Array]):
+    def _compile(self, state: TrainState, batch: dict[str, jax.Array]):
         begin = time.monotonic()
         fn = make_step(self.task, self.tx, self.config, self.mesh)
         compiled = fn.lower(state, self.frozen, batch | self.stop.flags(self.mesh)).compile()
         self.progress.say(f"compiled the training step in {time.monotonic() - begin:.1f} s")
         return compiled
 
-    def _put(self, batch: Batch) -> dict[str, jax.Array]:
+    def _put(self, batch: HostBatch) -> dict[str, jax.Array]:
         """The rows read by all processes as one batch over the mesh."""
-        count = self.config.data.batch
-        return {name: place_rows(x, self.rows, count, self.rows_sharding) for name, x in batch.items()}
+        count = self.config.data.batch_size
+        return {name: make_global_batch(x, self.rows, count, self.rows_sharding) for name, x in batch.items()}
 
-    def _put_whole(self, batch: Batch) -> dict[str, jax.Array]:
+    def _put_whole(self, batch: HostBatch) -> dict[str, jax.Array]:
         """A batch that every process has whole; one that does not divide goes whole to each device."""
 
         def put(x):
-            divides = len(x) % batch_ways(self.mesh) == 0
-            return place(x, self.rows_sharding if divides else replicated(self.mesh))
+            divides = len(x) % num_batch_shards(self.mesh) == 0
+            return device_put_global(x, self.rows_sharding if divides else replicated(self.mesh))
 
         return {name: put(x) for name, x in batch.items()}
 
@@ -288,7 +290,7 @@ class _Training:
         if not finite:
             with contextlib.suppress(OSError):  # a save that fails is told when the checkpoints are closed
                 self.checkpoints.wait()  # else one on its way would not be named
-            raise NotFiniteError(
+            raise NonFiniteError(
                 f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}. The update "
                 "was not made and nothing was saved after it; the last checkpoint is of step "
                 f"{self.checkpoints.latest}. "
@@ -297,7 +299,7 @@ class _Training:
         seconds = self.watch.read()
         step_seconds = seconds / (done - self.since)
         self.since = done
-        rows = self.config.data.batch / step_seconds
+        rows = self.config.data.batch_size / step_seconds
         timing = {
             "seconds": seconds,
             "step_seconds": step_seconds,
@@ -305,17 +307,17 @@ class _Training:
             "tokens_per_s": rows * self.task.tokens_per_row,
         }
         if self.ideal is not None:
-            timing["utilisation"] = self.ideal / step_seconds
+            timing["mfu"] = self.ideal / step_seconds
         if self.first_process:
             self.log.write(done, _ordered(values), timing)
         self.progress.report(done, values["loss"], timing, (self.config.steps - done) * step_seconds)
 
-    def _evaluate(self, state: State, done: int) -> None:
+    def _evaluate(self, state: TrainState, done: int) -> None:
         if self.eval_batches is None:
             self.eval_batches = [self._put_whole(batch) for batch in self.task.eval_batches()]
         key = run_key(self.config.seed, EVALUATE)
         found = [
-            self.evaluate_fn(state.weights, self.frozen, batch, jax.random.fold_in(key, i))
+            self.evaluate_fn(state.eval_params, self.frozen, batch, jax.random.fold_in(key, i))
             for i, batch in enumerate(self.eval_batches)
         ]
         if not found:
@@ -332,8 +334,8 @@ class _Training:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in self.measures.items())
         self.progress.say(f"step {done}: {figures}")
 
-    def _sample(self, state: State, done: int) -> None:
-        picture = self.task.pictures(state.weights, self.frozen, run_key(self.config.seed, PICTURES))
+    def _sample(self, state: TrainState, done: int) -> None:
+        picture = self.task.sample_grid(state.eval_params, self.frozen, run_key(self.config.seed, PICTURES))
         if not self.first_process:
             return
         path = self.run_dir / "samples" / f"step_{done:08d}.png"
@@ -345,12 +347,12 @@ class _Training:
         except OSError as error:
             beside.unlink(missing_ok=True)
             raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-        self.log.picture(done, "samples", np.asarray(picture.convert("RGB")))
+        self.log.image(done, "samples", np.asarray(picture.convert("RGB")))
 
-    def _save(self, state: State, done: int) -> None:
+    def _save(self, state: TrainState, done: int) -> None:
         if self.first_process:
             self.log.sync()
-            bucket.push(self.run_dir)
+            remote_dir.push(self.run_dir)
         self.checkpoints.save(done, state, self.measures if self.measured_at == done else None)
 
 

@@ -21,7 +21,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dalle_jax.train.rundir import write_atomically
+from dalle_jax.checkpoint.run_dir import write_atomically
 
 _FLUSH_SECONDS = 5.0  # between flushes of the TensorBoard file; each waits for the disk
 _LINE_SECONDS = 10.0  # between lines where standard error is not a terminal
@@ -95,7 +95,7 @@ class MetricsLog:
         except OSError as error:
             raise OSError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """A uint8 picture for TensorBoard."""
         event = Event(
             step=step, wall_time=time.time(), summary=summary.image(name, image_HWC, dataformats="HWC")
@@ -149,7 +149,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-class Progress:
+class ProgressBar:
     """Progress on standard error: a bar on a terminal, else a line now and then; nothing unless `shown`."""
 
     def __init__(self, name: str, start: int, steps: int, shown: bool = True):
@@ -183,8 +183,8 @@ class Progress:
             f"loss {loss:.4f}  {timing['step_seconds']:.3g} s/step  {_short(timing['rows_per_s'])} rows/s  "
             f"{_short(timing['tokens_per_s'])} tokens/s"
         )
-        if "utilisation" in timing:
-            figures += f"  {timing['utilisation']:.1%} of peak"
+        if "mfu" in timing:
+            figures += f"  {timing['mfu']:.1%} of peak"
         if self._bar:
             self._bar.update(self._task, completed=done, figures=figures)
         elif time.monotonic() - self._printed > _LINE_SECONDS or done == self._steps:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from dalle_jax.config import OptimConfig
+from dalle_jax.typing import Params
 
-Params = dict[str, Any]
 FROZEN = ("t5",)  # parts of a model that are trained elsewhere: the encoder of captions (nn/t5.py)
 
 
@@ -21,13 +21,13 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate of the update that follows `count` updates.
 
     It rises in a line from 0 to `cfg.learning_rate` over `warmup_steps` updates; then it stays (`constant`)
-    or follows half a cosine down to `end_factor` times that, reached after `decay_steps` updates counted
+    or follows half a cosine down to `final_lr_ratio` times that, reached after `decay_steps` updates counted
     from the start (`steps` where it is None), and stays there. The half-cosine has no length when the
     warm-up is longer than that; then the rate drops to its end.
 
     Returns a function of an int count (traced or not) giving a float32 scalar.
     """
-    peak, end = cfg.learning_rate, cfg.learning_rate * cfg.end_factor
+    peak, end = cfg.learning_rate, cfg.learning_rate * cfg.final_lr_ratio
     length = max(steps if cfg.decay_steps is None else cfg.decay_steps, cfg.warmup_steps) - cfg.warmup_steps
 
     def rate(count):

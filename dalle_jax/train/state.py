@@ -1,6 +1,6 @@
 """What a training run carries from step to step, and the step itself.
 
-`State` is laid over the mesh by the one table of parameters (nn/sharding.py); the optimizer's moments and the
+`State` is laid over the mesh by the one table of parameters (parallel/sharding.py); the optimizer's moments and the
 averaged parameters lie exactly as their parameters do. The step is a pure function of the state, the frozen
 parameters and the batch: its random key is derived from the seed and the step number.
 """
@@ -18,18 +18,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.config import TrainConfig
-from dalle_jax.nn.sharding import RULES, batch_sharding, check_model, param_shardings, replicated
+from dalle_jax.parallel.sharding import RULES, batch_sharding, check_model, param_shardings, replicated
 from dalle_jax.train.compiler import compiler_options
 from dalle_jax.train.optim import learning_rate, make_optimizer, update_ema
-
-Params = dict[str, Any]
+from dalle_jax.typing import Params
 
 # Training step s uses fold_in(key(seed), s); these numbers, out of reach of s, make the other keys.
 INIT, EVALUATE, PICTURES = 2**32 - 1, 2**32 - 2, 2**32 - 3
-RENEW = np.uint32(2**32 - 1)  # folded into the key of a step, out of reach of its microbatches
+POST_UPDATE = np.uint32(2**32 - 1)  # folded into the key of a step, out of reach of its microbatches
 
 
-class State(NamedTuple):
+class TrainState(NamedTuple):
     """step: int32 scalar, updates done. ema: averages of those parameters that the task has averaged, or {}."""
 
     step: jax.Array
@@ -38,7 +37,7 @@ class State(NamedTuple):
     ema: Params
 
     @property
-    def weights(self) -> Params:
+    def eval_params(self) -> Params:
         """The parameters to use the model with: averaged where they exist."""
         return {**self.params, **self.ema}
 
@@ -64,7 +63,7 @@ def task_optimizer(task) -> optax.GradientTransformation:
     return make_optimizer(task.config.optim, task.config.steps, shapes)
 
 
-def averaged(task, params: Params) -> Params:
+def ema_params(task, params: Params) -> Params:
     """The top-level parts of `params` that have an average: all, or those of `task.averaged`; {} where it is off."""
     if not task.config.optim.ema_decay:
         return {}
@@ -93,7 +92,7 @@ def _part_sharding(shape: tuple[int, ...], whole: tuple[int, ...], sharding: Nam
     return replicated(sharding.mesh)
 
 
-def abstract_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+def abstract_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocation."""
     shapes = param_shapes(task)
     shardings = param_shardings(mesh, shapes)
@@ -110,11 +109,11 @@ def abstract_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
         is_leaf=_is_masked,
     )
     params = _with_shardings(shapes, shardings)
-    return State(
+    return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=_with_shardings(opt_shapes, opt_shardings),
-        ema=averaged(task, params),
+        ema=ema_params(task, params),
     )
 
 
@@ -123,12 +122,12 @@ def shardings_of(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def init_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+def init_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first update, made in place on the mesh; equal bit for bit on every mesh."""
 
-    def make() -> State:
+    def make() -> TrainState:
         params = task.init(run_key(task.config.seed, INIT))
-        return State(jnp.int32(0), params, tx.init(params), averaged(task, params))
+        return TrainState(jnp.int32(0), params, tx.init(params), ema_params(task, params))
 
     # Random numbers for every shape are much code that runs once; on a CPU, optimizing it takes far longer.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
@@ -136,7 +135,7 @@ def init_state(task, tx: optax.GradientTransformation, mesh: Mesh) -> State:
     return jax.jit(make, out_shardings=shardings, compiler_options=options)()
 
 
-def batch_ways(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """Devices that the rows of a batch are split over."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
@@ -144,12 +143,12 @@ def batch_ways(mesh: Mesh) -> int:
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ValueError for a model or batch that the devices cannot share evenly."""
     check_model(config.model, mesh)
-    ways, pieces = batch_ways(mesh), config.optim.accumulate
-    rows = config.data.batch // pieces
+    ways, pieces = num_batch_shards(mesh), config.optim.grad_accum_steps
+    rows = config.data.batch_size // pieces
     if rows % ways:
         split = f" in {pieces} microbatches of {rows} rows (optim.accumulate)" if pieces > 1 else ""
         raise ValueError(
-            f"data.batch {config.data.batch}{split} is not divisible by the {ways} devices that share "
+            f"data.batch_size {config.data.batch_size}{split} is not divisible by the {ways} devices that share "
             f"a batch (mesh {' x '.join(f'{a}={mesh.shape[a]}' for a in RULES['batch'])}); "
             f"want a multiple of {ways * pieces}"
         )
@@ -157,17 +156,17 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
 
 def make_step(
     task, tx: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> Callable[[State, Params, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Params, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted training step `(state, frozen, batch) -> (state, metrics)`.
 
-    The state is donated: its buffers are gone after the call. `batch` holds `config.data.batch` rows; with
+    The state is donated: its buffers are gone after the call. `batch` holds `config.data.batch_size` rows; with
     `optim.accumulate` > 1 the gradient is the mean over that many microbatches, computed one after the other.
     `metrics` holds float32 scalars: what the task reports, `loss`, `grad_norm` (before clipping) and
     `learning_rate`; and `finite`, a bool. Where the loss or the gradient norm is not finite, `finite` is
     False and the state comes back as it was, step number included. Where the batch holds bools `stop` beside its
     rows, `stop` says whether one of them is True.
     """
-    pieces = config.optim.accumulate
+    pieces = config.optim.grad_accum_steps
     rate = learning_rate(config.optim, config.steps)
     shardings = shardings_of(abstract_state(task, tx, mesh))
     rows = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
@@ -209,7 +208,7 @@ def make_step(
         total, left = jax.lax.scan(add, zeros, (microbatches, keys))
         return *jax.tree.map(lambda x: x / pieces, total), jax.tree.map(join, left)
 
-    def step_fn(state: State, frozen: Params, batch: dict[str, jax.Array]):
+    def step_fn(state: TrainState, frozen: Params, batch: dict[str, jax.Array]):
         batch = dict(batch)
         stop = batch.pop("stop", None)
         key = run_key(config.seed, state.step)
@@ -221,10 +220,10 @@ def make_step(
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             number = state.step + 1
-            ema = update_ema(state.ema, averaged(task, params), config.optim, number)
-            new = State(number, params, opt_state, ema)
+            ema = update_ema(state.ema, ema_params(task, params), config.optim, number)
+            new = TrainState(number, params, opt_state, ema)
             if left:
-                new, more = task.renew(new, left, jax.random.fold_in(key, RENEW))
+                new, more = task.post_update(new, left, jax.random.fold_in(key, POST_UPDATE))
                 measures |= more
             # A select fuses into the update; a cond would make a GPU wait for the host.
             new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)

@@ -10,23 +10,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dalle_jax import config
-from dalle_jax.data.sources.arrays import ArrayRows
-from dalle_jax.data.sources.folder import FolderRows
-from dalle_jax.data.sources.mixture import MixtureRows
-from dalle_jax.data.sources.rows import Captions, Source, Split, excluded_rows
-from dalle_jax.data.sources.scenes import EVAL_SCENES, SCENE_CAPTIONS, SceneRows
-from dalle_jax.data.sources.tar import TarRows
-from dalle_jax.data.sources.tfds import TfdsRows
+from dalle_jax.data.sources.arrays import ArrayDataset
+from dalle_jax.data.sources.dataset import Captions, Dataset, Split, excluded_rows
+from dalle_jax.data.sources.folder import FolderDataset
+from dalle_jax.data.sources.mixture import MixtureDataset
+from dalle_jax.data.sources.scenes import EVAL_SCENES, SCENE_CAPTIONS, SceneDataset
+from dalle_jax.data.sources.tar import TarDataset
+from dalle_jax.data.sources.tfds import TfdsDataset
 
 __all__ = [
-    "EVAL_SCENES", "SCENE_CAPTIONS", "ArrayRows", "Captions", "FolderRows", "MixtureRows", "SceneRows",
-    "Source", "Split", "TarRows", "TfdsRows", "open_source", "sample_captions", "source_of",
+    "EVAL_SCENES",
+    "SCENE_CAPTIONS",
+    "ArrayDataset",
+    "Captions",
+    "Dataset",
+    "FolderDataset",
+    "MixtureDataset",
+    "SceneDataset",
+    "Split",
+    "TarDataset",
+    "TfdsDataset",
+    "infer_source",
+    "open_source",
+    "sample_captions",
 ]  # fmt: skip
 
 
 def open_source(
     source: config.SourceConfig, split: Split, *, languages: Sequence[str] = ("en", "zh")
-) -> Source:
+) -> Dataset:
     """The rows of one split.
 
     languages: of the captions wanted. A row that has some of them is used with what it has, a row with none
@@ -34,7 +46,7 @@ def open_source(
 
     Records that `exclude` of a source names are left out of its training split. Raises FileNotFoundError or
     ValueError, saying what was wanted and what to do, for paths that are not there, files that are not whole, splits
-    without rows, more unusable records than `max_bad_share`, and a list to exclude that names none of them.
+    without rows, more unusable records than `max_bad_fraction`, and a list to exclude that names none of them.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split is {split!r}; want 'train' or 'eval'")
@@ -48,24 +60,24 @@ def open_source(
     return rows
 
 
-def _open(source: config.SourceConfig, split: Split, languages: Sequence[str]) -> Source:
+def _open(source: config.SourceConfig, split: Split, languages: Sequence[str]) -> Dataset:
     match source:
         case config.ScenesSource():
-            return SceneRows(source, split, languages=languages)
+            return SceneDataset(source, split, languages=languages)
         case config.TarSource():
-            return TarRows(source, split, languages=languages)
+            return TarDataset(source, split, languages=languages)
         case config.FolderSource():
-            return FolderRows(source, split, languages=languages)
+            return FolderDataset(source, split, languages=languages)
         case config.TfdsSource():
-            return TfdsRows(source, split, languages=languages)
+            return TfdsDataset(source, split, languages=languages)
         case config.ArraysSource():
-            return ArrayRows(source, split, languages=languages)
+            return ArrayDataset(source, split, languages=languages)
         case config.MixtureSource():
-            return MixtureRows(source, _parts(source, split, languages), split)
+            return MixtureDataset(source, _parts(source, split, languages), split)
     raise ValueError(f"no source for a {type(source).__name__}; want one of config.SourceConfig")
 
 
-def _parts(mixture: config.MixtureSource, split: Split, languages: Sequence[str]) -> list[Source]:
+def _parts(mixture: config.MixtureSource, split: Split, languages: Sequence[str]) -> list[Dataset]:
     parts = []
     for i, part in enumerate(mixture.parts):
         try:
@@ -76,7 +88,7 @@ def _parts(mixture: config.MixtureSource, split: Split, languages: Sequence[str]
     return parts
 
 
-def sample_captions(source: Source, count: int) -> Iterator[str]:
+def sample_captions(source: Dataset, count: int) -> Iterator[str]:
     """About `count` captions from rows spread evenly over the source, every language of a row; for a
     vocabulary."""
     first = sum(len(texts) for texts in source.captions(0).values())
@@ -88,7 +100,7 @@ def sample_captions(source: Source, count: int) -> Iterator[str]:
             left -= len(texts[:left])
 
 
-def source_of(path: str) -> config.SourceConfig:
+def infer_source(path: str) -> config.SourceConfig:
     """How to read what is at `path`, by what it is: a folder of pictures, a TFDS directory or name, tar files,
     an npz file. Raises FileNotFoundError if there is nothing and it is no TFDS name."""
     here = Path(path).expanduser()

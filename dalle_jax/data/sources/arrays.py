@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dalle_jax import config
-from dalle_jax.data.sources.rows import Captions, Split, StoredRows, class_captions, local_path
+from dalle_jax.data.sources.dataset import Captions, Split, StoredDataset, class_captions, local_path
 
 
-class ArrayRows(StoredRows):
+class ArrayDataset(StoredDataset):
     """The pictures of one split; a label becomes a caption by the templates."""
 
     def __init__(self, source: config.ArraysSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):

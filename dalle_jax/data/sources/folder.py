@@ -6,7 +6,7 @@ each picture, its `file_name` relative to that file: the imagefolder form of Hug
 the name of that subfolder is its class.
 
 The split of a picture is what its record says, else the top folder if that is named train, val, validation,
-test or eval. Where nothing names a split, `eval_share` of the pictures is held out by a hash of their names:
+test or eval. Where nothing names a split, `eval_fraction` of the pictures is held out by a hash of their names:
 pictures that are added later move none of the others.
 """
 
@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from dalle_jax import config
-from dalle_jax.data.images import BadImage, Limits
-from dalle_jax.data.sources.rows import (
-    PICTURES,
+from dalle_jax.data.images import BadImageError, ImageLimits
+from dalle_jax.data.sources.dataset import (
+    IMAGE_EXTENSIONS,
     Captions,
     Split,
-    StoredRows,
+    StoredDataset,
     class_captions,
     listed_captions,
     local_path,
     parse_object,
-)  # fmt: skip
+)
 
 _METADATA = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
 _FILE_FIELDS = ("file_name", "file", "image", "path")
@@ -40,11 +40,11 @@ _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", 
 _LARGEST_FILE = 65_536  # bytes of a caption file
 
 
-class FolderRows(StoredRows):
+class FolderDataset(StoredDataset):
     """Rows in order of the pictures' paths. Holds names and captions in memory, no pictures."""
 
     def __init__(self, source: config.FolderSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
-        super().__init__(source.max_bad_share, languages, Limits(source.min_side, source.max_aspect))
+        super().__init__(source.max_bad_fraction, languages, ImageLimits(source.min_side, source.max_aspect))
         self._config, self._root = source, local_path(source.path)
         if not source.path or not self._root.is_dir():
             raise FileNotFoundError(f"data.source.path: no folder {source.path!r}; want a folder of pictures")
@@ -79,13 +79,13 @@ class FolderRows(StoredRows):
         if not self._names and not splits:
             raise ValueError(
                 f"no pictures in {self._root} and the folders below it; want files that end in "
-                f"{', '.join(sorted(PICTURES))}{self._table()}"
+                f"{', '.join(sorted(IMAGE_EXTENSIONS))}{self._table()}"
             )
         if not self._names:
             found = ", ".join(f"{s} ({n})" for s, n in Counter(splits.values()).items())
             raise ValueError(
                 f"no rows of split {wanted!r} in {self._root}; its pictures have: {found}; set "
-                f"data.source.{split}_split to one of these, or data.source.eval_share{self._table()}"
+                f"data.source.{split}_split to one of these, or data.source.eval_fraction{self._table()}"
             )
 
     def _walk(self) -> tuple[dict[str, None], list[Path]]:
@@ -98,7 +98,7 @@ class FolderRows(StoredRows):
                 path = Path(folder, file)
                 if file in _METADATA:
                     metadata.append(path)
-                elif path.suffix.lower() in PICTURES:
+                elif path.suffix.lower() in IMAGE_EXTENSIONS:
                     name = path.relative_to(self._root).as_posix()
                     if path.is_file():
                         pictures[name] = None
@@ -153,8 +153,8 @@ class FolderRows(StoredRows):
         """A split for each name by its hash; at least one picture is held out where there are two."""
         c = self._config
         share = {name: _share(name) for name in names}
-        held = {name for name in names if share[name] < c.eval_share}
-        if not held and c.eval_share > 0 and len(names) > 1:
+        held = {name for name in names if share[name] < c.eval_fraction}
+        if not held and c.eval_fraction > 0 and len(names) > 1:
             held = {min(names, key=share.__getitem__)}
         return {name: c.eval_split if name in held else c.train_split for name in names}
 
@@ -169,7 +169,7 @@ class FolderRows(StoredRows):
         try:
             return (self._root / self._names[row]).read_bytes()
         except OSError as error:
-            raise BadImage("missing", f"{self._names[row]}: {error.strerror}") from None
+            raise BadImageError("missing", f"{self._names[row]}: {error.strerror}") from None
 
     def _said(self, row: int) -> Captions:
         return self._fields[row]

@@ -18,20 +18,20 @@ import numpy as np
 
 from dalle_jax import config
 from dalle_jax.data.images import Crop
-from dalle_jax.data.sources.rows import Captions, Source, Split
+from dalle_jax.data.sources.dataset import Captions, Dataset, Split
 
 _MOST_ROWS = 2**32 - 1  # of an epoch; the shuffle counts in 32 bits
 
 
-class MixtureRows:
+class MixtureDataset:
     """A train split is as long as it takes to read every row of every part once, rows of the other parts
     repeating meanwhile; an evaluation split ends before the first row that repeats."""
 
-    def __init__(self, mixture: config.MixtureSource, parts: Sequence[Source], split: Split):
+    def __init__(self, mixture: config.MixtureSource, parts: Sequence[Dataset], split: Split):
         """parts: the opened sources of `mixture.parts`, in its order. Raises ValueError if an epoch would
         have 2^32 rows or more."""
         self.parts, self._counts, self._split = tuple(parts), mixture.counts, split
-        self._part_P = pattern(self._counts)
+        self._part_P = mixture_pattern(self._counts)
         self._places = [np.flatnonzero(self._part_P == k) for k in range(len(parts))]
         self._turn_P = np.zeros_like(self._part_P)  # how many rows of the same part the pattern has before
         for places in self._places:
@@ -53,7 +53,7 @@ class MixtureRows:
     def __len__(self) -> int:
         return self._rows
 
-    def place(self, i: int) -> tuple[int, int]:
+    def locate(self, i: int) -> tuple[int, int]:
         """The part that row i comes from, and its row there."""
         if not 0 <= i < self._rows:
             raise IndexError(f"row {i} of a source of {self._rows}")
@@ -67,34 +67,34 @@ class MixtureRows:
         return period * len(self._part_P) + int(self._places[part][at])
 
     def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
-        part, row = self.place(i)
+        part, row = self.locate(i)
         try:
             return self.parts[part].image(row, size, crop, rng)
         except ValueError as error:  # a share of unusable records, in words of a source by itself
             raise ValueError(f"data.source.parts[{part}]: {error}") from None
 
     def captions(self, i: int) -> Captions:
-        part, row = self.place(i)
+        part, row = self.locate(i)
         return self.parts[part].captions(row)
 
     def label(self, i: int) -> int | None:
         """An index into the classes of all parts; classes of one name are one class."""
-        part, row = self.place(i)
+        part, row = self.locate(i)
         label = self.parts[part].label(row)
         return None if label is None else self._labels[part][label]
 
     def name(self, i: int) -> str:
         """What row i is called in its part; a drawn scene has no name."""
-        part, row = self.place(i)
+        part, row = self.locate(i)
         return f"{self.parts[part].name(row)} of part {part}"
 
     @property
-    def stand_ins(self) -> dict[int, int]:
+    def replacements(self) -> dict[int, int]:
         """A broken picture of a part is replaced in each row that shows it, by a row of the same part; left
         out where a short evaluation split has no row of that one."""
         found = {}
         for k, part in enumerate(self.parts):
-            for broken, shown in part.stand_ins.items():
+            for broken, shown in part.replacements.items():
                 instead, turn = self._index(k, shown), broken
                 while instead < self._rows and (i := self._index(k, turn)) < self._rows:
                     found[i] = instead
@@ -108,22 +108,22 @@ class MixtureRows:
         for part in self.parts:
             part.log_to(path)
 
-    def take_findings(self) -> dict[int, Any] | None:
+    def take_read_errors(self) -> dict[int, Any] | None:
         """By number of the part."""
-        taken = {k: part.take_findings() for k, part in enumerate(self.parts)}
+        taken = {k: part.take_read_errors() for k, part in enumerate(self.parts)}
         return {k: found for k, found in taken.items() if found is not None} or None
 
-    def add_findings(self, findings: dict[int, Any]) -> None:
+    def add_read_errors(self, findings: dict[int, Any]) -> None:
         for k, found in findings.items():
-            self.parts[k].add_findings(found)
+            self.parts[k].add_read_errors(found)
 
-    def identity(self) -> str:
-        parts = [{"rows": len(part), **json.loads(part.identity())} for part in self.parts]
+    def fingerprint(self) -> str:
+        parts = [{"rows": len(part), **json.loads(part.fingerprint())} for part in self.parts]
         fields = {"counts": list(self._counts), "parts": parts}
         return json.dumps({"kind": "mixture", "split": self._split, **fields}, ensure_ascii=False)
 
 
-def pattern(counts: Sequence[int]) -> np.ndarray:
+def mixture_pattern(counts: Sequence[int]) -> np.ndarray:
     """The part of each of P = sum(counts) rows, int32 (P,), with counts[k] of part k; the first m have less
     than one row more or less than m counts[k] / P of each part, for every m."""
     period, slack = sum(counts), max(1, 2 * len(counts) - 2)

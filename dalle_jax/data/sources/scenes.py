@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from dalle_jax import config
-from dalle_jax.data import scenes
 from dalle_jax.data.images import Crop
-from dalle_jax.data.sources.rows import Captions, Split
+from dalle_jax.data.scenes import generator
+from dalle_jax.data.sources.dataset import Captions, Split
 
 EVAL_SCENES = 100_000  # rows of the evaluation split
 SCENE_CAPTIONS = 2  # captions of each scene in each language
 
 
-class SceneRows:
+class SceneDataset:
     """Procedural scenes: row i is scene i of the stream "train" or "val". Nothing is stored."""
 
     def __init__(self, source: config.ScenesSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
@@ -28,10 +28,10 @@ class SceneRows:
     def __len__(self) -> int:
         return self._count
 
-    def scene(self, i: int) -> scenes.Scene:
+    def scene(self, i: int) -> generator.Scene:
         """The scene that row i shows."""
         c = self._config
-        return scenes.scene(
+        return generator.scene(
             i,
             split=self._stream,
             seed=c.seed,
@@ -43,12 +43,12 @@ class SceneRows:
         )
 
     def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
-        return scenes.render(self.scene(i), size)  # square already: no crop
+        return generator.render(self.scene(i), size)  # square already: no crop
 
     def captions(self, i: int) -> Captions:
         if not self._languages:
             return {}
-        said = scenes.captions(
+        said = generator.captions(
             self.scene(i), index=i, seed=self._config.seed, languages=self._languages, count=SCENE_CAPTIONS
         )
         return {name: tuple(c.text for c in said if c.language == name) for name in self._languages}
@@ -62,19 +62,19 @@ class SceneRows:
         pass  # nothing is read, nothing can be unusable
 
     @property
-    def stand_ins(self) -> dict[int, int]:
+    def replacements(self) -> dict[int, int]:
         return {}
 
     def report(self) -> dict[str, int]:
         return {}
 
-    def take_findings(self) -> None:
+    def take_read_errors(self) -> None:
         return None
 
-    def add_findings(self, findings: None) -> None:
+    def add_read_errors(self, findings: None) -> None:
         pass
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         c = self._config
         fields = {"seed": c.seed, "min_objects": c.min_objects, "max_objects": c.max_objects}
         fields |= {"sizes": list(c.sizes), "fills": list(c.fills), "backgrounds": list(c.backgrounds)}

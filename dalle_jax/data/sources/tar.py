@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 
 from dalle_jax import config
-from dalle_jax.data.images import Limits
-from dalle_jax.data.sources.rows import Captions, Split, StoredRows, listed_captions, parse_object
+from dalle_jax.data.images import ImageLimits
+from dalle_jax.data.sources.dataset import Captions, Split, StoredDataset, listed_captions, parse_object
 
 _PICTURES = (".webp", ".png", ".jpg", ".jpeg")
 _LARGEST_JSON = 1_000_000  # bytes
 
 
-class TarRows(StoredRows):
+class TarDataset(StoredDataset):
     """Rows of one or several tars, indexed once; holds one open file per tar and reads by position."""
 
     def __init__(self, source: config.TarSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
-        super().__init__(source.max_bad_share, languages, Limits(source.min_side, source.max_aspect))
+        super().__init__(source.max_bad_fraction, languages, ImageLimits(source.min_side, source.max_aspect))
         self._config = source
         self._split = source.train_split if split == "train" else source.eval_split
         self._paths = _find(source.path)

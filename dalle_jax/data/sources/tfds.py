@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from dalle_jax import config
-from dalle_jax.data.images import BadImage, Limits
-from dalle_jax.data.sources.rows import (
+from dalle_jax.data.images import BadImageError, ImageLimits
+from dalle_jax.data.sources.dataset import (
     Captions,
     Split,
-    StoredRows,
+    StoredDataset,
     class_captions,
     listed_captions,
     local_path,
@@ -27,11 +27,11 @@ from dalle_jax.data.sources.rows import (
 from dalle_jax.data.sources.tfrecord import TfRecords
 
 
-class TfdsRows(StoredRows):
+class TfdsDataset(StoredDataset):
     """The rows of one split, in the order of the data set."""
 
     def __init__(self, source: config.TfdsSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
-        super().__init__(source.max_bad_share, languages, Limits(source.min_side, source.max_aspect))
+        super().__init__(source.max_bad_fraction, languages, ImageLimits(source.min_side, source.max_aspect))
         import tensorflow_datasets as tfds
 
         self._config, self._directory = source, _directory(source)
@@ -89,7 +89,7 @@ class TfdsRows(StoredRows):
     def _picture(self, row: int) -> bytes | np.ndarray:
         image = self._example(row)[self._config.image_field]
         if isinstance(image, np.ndarray) and image.dtype != np.uint8:
-            raise BadImage("broken", f"row {row} is {image.dtype}")
+            raise BadImageError("broken", f"row {row} is {image.dtype}")
         return image if isinstance(image, np.ndarray) else bytes(image)
 
     def _said(self, row: int) -> Captions:
@@ -175,6 +175,6 @@ def _directory(source: config.TfdsSource) -> Path:
             return max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
     raise FileNotFoundError(
         f"data.source.path: nothing at {source.path!r}, and no prepared TFDS data set of that name in {root}; want a "
-        "folder, tar files, an .npz, or a directory with dataset_info.json, as `dalle-jax data SOURCE --to tfds` and "
+        "folder, tar files, an .npz, or a directory with dataset_info.json, as `dalle-jax data SOURCE --convert-to tfds` and "
         "TensorFlow's `tfds build NAME --file_format=array_record` make"
     )

@@ -5,30 +5,30 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dalle_jax import text
 from dalle_jax.config import TrainConfig
-from dalle_jax.data.sources import Source, sample_captions
-from dalle_jax.train.start import copy_vocabulary
+from dalle_jax.data.sources import Dataset, sample_captions
+from dalle_jax.text import tokenizers
+from dalle_jax.train.initialize import copy_vocabulary
 
 
-def make_vocabulary(config: TrainConfig, source: Source, path: Path, most: int) -> None:
+def make_text_tokenizer(config: TrainConfig, source: Dataset, path: Path, most: int) -> None:
     """Writes the vocabulary of `config` to `path`, with at most `most` pieces where it is trained; a file that is
     there stays. Raises what `TextTokenizer.load` and `text.train` raise."""
     if path.exists():
         return
-    if config.text.model is not None:
-        text.TextTokenizer.load(config.text.model).save(path)
+    if config.text.tokenizer_path is not None:
+        tokenizers.TextTokenizer.load(config.text.tokenizer_path).save(path)
     elif not copy_vocabulary(config, path):  # the weights of init_from know that one
         captions = sample_captions(source, config.text.train_captions)
         case = {"lowercase": config.text.lowercase, "nfkc": config.text.nfkc}
-        text.train(captions, path, vocab=most, **case)
+        tokenizers.train_text_tokenizer(captions, path, vocab=most, **case)
 
 
-def tell_cut(tokenizer: text.TextTokenizer, source: Source, room: int) -> None:
+def warn_truncated(tokenizer: tokenizers.TextTokenizer, source: Dataset, room: int) -> None:
     """Says how many of a sample of captions are longer than the `room` pieces that the model reads; they are
     cut."""
     sample = list(sample_captions(source, 2_000))
-    cut = text.statistics(tokenizer, sample, text_len=room)["cut"]
+    cut = tokenizers.caption_statistics(tokenizer, sample, text_len=room)["cut"]
     if cut:
         print(
             f"{cut} of {len(sample)} captions looked at are longer than the {room} tokens that model.text_len has room "

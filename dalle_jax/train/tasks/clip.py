@@ -12,25 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dalle_jax import clip, tokenizer
+from dalle_jax.checkpoint.run_dir import load_frozen, read_config, sync_run_dir
 from dalle_jax.config import TokenizerConfig, TrainConfig
-from dalle_jax.data.images import to_floats
-from dalle_jax.data.pipeline import eval_batch, train_batches
+from dalle_jax.data.images import to_float
+from dalle_jax.data.loader.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
-from dalle_jax.text import FramedTokenizer
-from dalle_jax.train.processes import fetch
-from dalle_jax.train.rundir import load_frozen, read_config, share
-from dalle_jax.train.tasks.captions import make_vocabulary, tell_cut
-from dalle_jax.train.tasks.pictures import (
-    PICTURES,
-    eval_batches,
-    grid,
-    log_unusable,
-)  # fmt: skip
+from dalle_jax.models import clip, tokenizer
+from dalle_jax.parallel.processes import gather_to_host
+from dalle_jax.text.tokenizers import BosEosTokenizer
+from dalle_jax.train.tasks.captions import make_text_tokenizer, warn_truncated
+from dalle_jax.train.tasks.images import GRID_IMAGES, eval_batches, labeled_grid, log_bad_records  # fmt: skip
 from dalle_jax.train.tasks.prepare import prepare
-
-Params = dict[str, Any]
-Batch = dict[str, Any]
+from dalle_jax.typing import Batch, Params
 
 
 class ClipTask:
@@ -45,11 +38,11 @@ class ClipTask:
     def __init__(self, config: TrainConfig):
         self.config, self.model = config, config.model
         self.frozen: Params = {}
-        if config.tokenizer is not None:  # before the run directory is made
-            _check_tokenizer(read_config(config.tokenizer).model, config)
+        if config.image_tokenizer is not None:  # before the run directory is made
+            _check_tokenizer(read_config(config.image_tokenizer).model, config)
         self.tokens_per_row = self.model.num_patches + self.model.text_len
         size = self.model.image_size
-        self.row_shapes = {
+        self.batch_spec = {
             "image": ((size, size, 3), jnp.uint8),
             "text": ((self.model.text_len,), jnp.int32),
         }
@@ -58,16 +51,16 @@ class ClipTask:
         data = self.config.data
         self._source = open_source(data.source, "train", languages=data.languages)
         self._eval = open_source(data.source, "eval", languages=data.languages)
-        log_unusable(self._source, run_dir)
-        vocabulary = run_dir / "text.model"
+        log_bad_records(self._source, run_dir)
+        vocabulary = run_dir / "text_tokenizer.model"
         if jax.process_index() == 0:
-            make_vocabulary(self.config, self._source, vocabulary, self.model.text_vocab - 2)
-        share(run_dir)
-        self.text = FramedTokenizer.load(vocabulary)
+            make_text_tokenizer(self.config, self._source, vocabulary, self.model.text_vocab - 2)
+        sync_run_dir(run_dir)
+        self.text = BosEosTokenizer.load(vocabulary)
         self.text.encode("", **self._sizes())  # a vocabulary that is too large is told now
         if jax.process_index() == 0:
-            tell_cut(self.text, self._source, self.model.text_len - 2)
-        if self.config.tokenizer is not None:
+            warn_truncated(self.text, self._source, self.model.text_len - 2)
+        if self.config.image_tokenizer is not None:
             prepare(self.config, self._source, run_dir, vocab=None, tokenizer=True)
             self.tokenizer, self.frozen, _ = load_frozen(run_dir / "tokenizer")
 
@@ -75,7 +68,7 @@ class ClipTask:
         return clip.init(self.model, key)
 
     def loss(self, params, frozen, batch, key, step):
-        images_BHWC = to_floats(batch["image"])
+        images_BHWC = to_float(batch["image"])
         if frozen:
             images_BHWC = half_reconstructed(self.tokenizer, frozen, images_BHWC)
         return clip.loss(self.model, params, images_BHWC, batch["text"])
@@ -102,29 +95,31 @@ class ClipTask:
 
     def evaluate(self, params, frozen, batch, key):
         """Among the rows of one evaluation batch, of which there are fewer than in training, or more."""
-        model = dataclasses.replace(self.model, chunks=1)
-        value, metrics = clip.loss(model, params, to_floats(batch["image"]), batch["text"])
+        model = dataclasses.replace(self.model, grad_cache_chunks=1)
+        value, metrics = clip.loss(model, params, to_float(batch["image"]), batch["text"])
         shares = {f"eval_{name}": metrics[name] for name in ("image_to_text", "text_to_image")}
         return {"eval_loss": value, **shares}
 
-    def pictures(self, params, frozen, key) -> Image.Image:
+    def sample_grid(self, params, frozen, key) -> Image.Image:
         """Pictures of the evaluation split, each above the caption that fits it best of all that are shown, with
         its cosine; `not` stands before one that is not its own."""
         options = {"image_size": self.model.image_size, "text": self.text, **self._sizes()}
-        batch = eval_batch(self.config.data, self._eval, PICTURES, **options)
-        cosine = fetch(_cosines(self.model, params, jnp.asarray(batch["image"]), jnp.asarray(batch["text"])))
+        batch = eval_batch(self.config.data, self._eval, GRID_IMAGES, **options)
+        cosine = gather_to_host(
+            _cosines(self.model, params, jnp.asarray(batch["image"]), jnp.asarray(batch["text"]))
+        )
         labels = []
         for row, best in enumerate(cosine.argmax(axis=1)):
             right = batch["caption"][best] == batch["caption"][row]
             labels.append(f"{'' if right else 'not: '}{batch['caption'][best]} ({cosine[row, best]:.2f})")
-        return grid(batch["image"], 4, labels)
+        return labeled_grid(batch["image"], 4, labels)
 
 
 def _check_tokenizer(model: Any, config: TrainConfig) -> None:
     """Raises ValueError unless `model` is a tokenizer of pictures of the size that this CLIP reads."""
     if not isinstance(model, TokenizerConfig):
         raise ValueError(
-            f"tokenizer {config.tokenizer} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)"
+            f"tokenizer {config.image_tokenizer} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)"
         )
     if model.image_size != config.model.image_size:
         raise ValueError(
@@ -141,7 +136,7 @@ def half_reconstructed(model: TokenizerConfig, params: Params, images_BHWC: jax.
 
 def _cosines(model, params: Params, image_u8: jax.Array, text_BT: jax.Array) -> jax.Array:
     def both(params, image_u8, text_BT):
-        image_BE = clip.encode_image(model, params, to_floats(image_u8))
+        image_BE = clip.encode_image(model, params, to_float(image_u8))
         return image_BE @ clip.encode_text(model, params, text_BT).T
 
     return jax.jit(both)(params, image_u8, text_BT)

@@ -11,25 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dalle_jax import tokenizer
+from dalle_jax.checkpoint.run_dir import load_frozen
 from dalle_jax.config import TrainConfig
-from dalle_jax.data.images import to_bytes, to_floats
-from dalle_jax.data.pipeline import eval_batch, train_batches
+from dalle_jax.data.images import to_float, to_uint8
+from dalle_jax.data.loader.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
-from dalle_jax.diffusion import denoise, loss, sampler, unet
-from dalle_jax.train.processes import fetch
-from dalle_jax.train.rundir import load_frozen
-from dalle_jax.train.tasks.captions import tell_cut
-from dalle_jax.train.tasks.pictures import (
-    PICTURES,
-    eval_batches,
-    grid,
-    log_unusable,
-)  # fmt: skip
-from dalle_jax.train.tasks.prepare import check_fits, check_tokenizer, prepare
-
-Params = dict[str, Any]
-Batch = dict[str, Any]
+from dalle_jax.models import tokenizer
+from dalle_jax.models.diffusion import denoise, loss, sampler, unet
+from dalle_jax.parallel.processes import gather_to_host
+from dalle_jax.train.tasks.captions import warn_truncated
+from dalle_jax.train.tasks.images import GRID_IMAGES, eval_batches, labeled_grid, log_bad_records  # fmt: skip
+from dalle_jax.train.tasks.prepare import check_tokenizer, check_tokenizer_match, prepare
+from dalle_jax.typing import Batch, Params
 
 _STEPS = 25  # of the sampler, in pictures drawn while training
 
@@ -44,13 +37,13 @@ class DiffusionTask:
         self.frozen: Params = {}
         self.tokens_per_row = self.model.sizes[0] ** 2  # places of the network
         model, size = self.model, self.model.image_size
-        self.row_shapes = {"image": ((size, size, 3), jnp.uint8)}
+        self.batch_spec = {"image": ((size, size, 3), jnp.uint8)}
         if model.text is not None:
-            self.row_shapes["text"] = ((model.text.length,), jnp.int32)
-        if model.classes:
-            self.row_shapes["label"] = ((), jnp.int32)
+            self.batch_spec["text"] = ((model.text.length,), jnp.int32)
+        if model.num_classes:
+            self.batch_spec["label"] = ((), jnp.int32)
         if codes := model.codes:
-            self.row_shapes["codes"] = ((codes.grid**2,), jnp.int32)
+            self.batch_spec["codes"] = ((codes.grid**2,), jnp.int32)
             if not on_codes:
                 check_tokenizer(config, codes.vocab, codes.grid, "model.codes.{}")
 
@@ -59,10 +52,10 @@ class DiffusionTask:
         languages = config.data.languages if model.text else ()
         self._source = open_source(config.data.source, "train", languages=languages)
         self._eval = open_source(config.data.source, "eval", languages=languages)
-        log_unusable(self._source, run_dir)
-        if model.classes and len(self._source.classes) != model.classes:
+        log_bad_records(self._source, run_dir)
+        if model.num_classes and len(self._source.classes) != model.num_classes:
             raise ValueError(
-                f"model.classes is {model.classes}, but the data has {len(self._source.classes)}; set them equal"
+                f"model.classes is {model.num_classes}, but the data has {len(self._source.classes)}; set them equal"
             )
         vocab = None if model.text is None else model.text.vocab
         self.text = prepare(
@@ -74,10 +67,10 @@ class DiffusionTask:
             field="model.text.vocab",
         )
         if self.text is not None and jax.process_index() == 0:
-            tell_cut(self.text, self._source, model.text.length)
+            warn_truncated(self.text, self._source, model.text.length)
         if model.codes is not None:
             self.tokenizer, self.frozen, _ = load_frozen(run_dir / "tokenizer")
-            check_fits(
+            check_tokenizer_match(
                 self.tokenizer, run_dir / "tokenizer", model.codes.vocab, model.codes.grid, "model.codes.{}"
             )
             if self.tokenizer.image_size != model.image_size:
@@ -93,17 +86,17 @@ class DiffusionTask:
         """What a batch says of its pictures; the small picture is the loss's to make."""
         label, codes = batch.get("label"), batch.get("codes")
         if label is not None:
-            label = jnp.where(label < 0, self.model.classes, label)
+            label = jnp.where(label < 0, self.model.num_classes, label)
         if self.model.codes is not None and codes is None:
-            codes = tokenizer.encode(self.tokenizer, frozen, to_floats(batch["image"]))
+            codes = tokenizer.encode(self.tokenizer, frozen, to_float(batch["image"]))
         return unet.Conditions(batch.get("text"), label, codes)
 
     def loss(self, params, frozen, batch, key, step):
         given = self._given(frozen, batch)
-        return loss.loss(self.model, params, to_floats(batch["image"]), given, key)
+        return loss.loss(self.model, params, to_float(batch["image"]), given, key)
 
     def _row_options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"image_size": self.model.image_size, "labels": self.model.classes > 0}
+        options: dict[str, Any] = {"image_size": self.model.image_size, "labels": self.model.num_classes > 0}
         if self.text is not None:
             text = self.model.text
             options |= {"text": self.text, "text_vocab": text.vocab, "text_len": text.length}
@@ -126,24 +119,30 @@ class DiffusionTask:
     def evaluate(self, params, frozen, batch, key):
         """Every row keeps its caption; no dropout."""
         given = self._given(frozen, batch)
-        value, metrics = loss.loss(self.model, params, to_floats(batch["image"]), given, key, train=False)
+        value, metrics = loss.loss(self.model, params, to_float(batch["image"]), given, key, train=False)
         return {"eval_loss": value, **{f"eval_{name}": v for name, v in metrics.items()}}
 
-    def pictures(self, params, frozen, key) -> Image.Image:
+    def sample_grid(self, params, frozen, key) -> Image.Image:
         """Samples for rows of the evaluation split, no guidance, each under its caption if captions are read."""
-        batch = eval_batch(self.config.data, self._eval, PICTURES, **self._row_options())
+        batch = eval_batch(self.config.data, self._eval, GRID_IMAGES, **self._row_options())
         captions = batch.pop("caption")
 
         @jax.jit
         def draw(params, frozen, batch, keys_B):
             model, given = self.model, self._given(frozen, batch)
-            if model.low_size:
-                given = given._replace(low=loss.shrink(2 * to_floats(batch["image"]) - 1, model.low_size))
-            context = denoise.Context(params, denoise.read_guided(model, params, given, guided=False))
+            if model.low_res_size:
+                given = given._replace(
+                    low_res=loss.downsample(2 * to_float(batch["image"]) - 1, model.low_res_size)
+                )
+            context = denoise.DenoiserContext(
+                params, denoise.encode_conditions_cfg(model, params, given, guided=False)
+            )
             shape = (model.image_size, model.image_size, 3)
-            how = {"sampler": "dpm++2m", "steps": _STEPS}
-            return sampler.sample(model.noise, denoise.denoiser(model), context, keys_B, shape, **how).x
+            how = {"sampler": "dpm++2m", "num_steps": _STEPS}
+            return sampler.sample(model.noise, denoise.make_denoiser(model), context, keys_B, shape, **how).x
 
         keys_B = jax.random.split(key, len(captions))
         drawn = draw(params, frozen, jax.tree.map(jnp.asarray, batch), keys_B)
-        return grid(to_bytes(fetch(drawn) / 2 + 0.5), 4, captions if self.text is not None else None)
+        return labeled_grid(
+            to_uint8(gather_to_host(drawn) / 2 + 0.5), 4, captions if self.text is not None else None
+        )

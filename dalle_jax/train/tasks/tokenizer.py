@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dalle_jax import tokenizer
 from dalle_jax.config import TokenizerConfig, TrainConfig
-from dalle_jax.data.images import to_bytes, to_floats
-from dalle_jax.data.pipeline import eval_batch, train_batches
+from dalle_jax.data.images import to_float, to_uint8
+from dalle_jax.data.loader.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
-from dalle_jax.tokenizer import dvae, losses
-from dalle_jax.tokenizer.losses import scheduled
-from dalle_jax.train.processes import fetch
-from dalle_jax.train.tasks.pictures import (
-    PICTURES,
-    eval_batches,
-    grid,
-    log_unusable,
-)  # fmt: skip
-
-Params = dict[str, Any]
-Batch = dict[str, Any]
+from dalle_jax.models import dvae, tokenizer, tokenizer_losses
+from dalle_jax.models.tokenizer_losses import schedule_value
+from dalle_jax.parallel.processes import gather_to_host
+from dalle_jax.train.tasks.images import GRID_IMAGES, eval_batches, labeled_grid, log_bad_records  # fmt: skip
+from dalle_jax.typing import Batch, Params
 
 
 class TokenizerTask:
@@ -39,22 +30,22 @@ class TokenizerTask:
         self.config, self.model = config, config.model
         self.frozen: Params = {}
         self.tokens_per_row = self.model.num_codes
-        self.row_shapes = {"image": ((self.model.image_size, self.model.image_size, 3), jnp.uint8)}
+        self.batch_spec = {"image": ((self.model.image_size, self.model.image_size, 3), jnp.uint8)}
 
     def prepare(self, run_dir: Path) -> None:
         self._source = open_source(self.config.data.source, "train", languages=())
         self._eval = open_source(self.config.data.source, "eval", languages=())
-        log_unusable(self._source, run_dir)
+        log_bad_records(self._source, run_dir)
 
     def init(self, key: jax.Array) -> Params:
         return tokenizer.init(self.model, key)
 
     def loss(self, params, frozen, batch, key, step):
         weights = {
-            name: scheduled(getattr(self.model, name), step)
-            for name in ("tau", "kl_weight", "balance_weight")
+            name: schedule_value(getattr(self.model, name), step)
+            for name in ("tau", "kl_weight", "code_usage_weight")
         }
-        value, metrics = dvae.loss(self.model, params, to_floats(batch["image"]), key, **weights)
+        value, metrics = dvae.loss(self.model, params, to_float(batch["image"]), key, **weights)
         return value, {**metrics, **weights}
 
     def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
@@ -73,25 +64,25 @@ class TokenizerTask:
         ]
 
     def evaluate(self, params, frozen, batch, key):
-        images_BHWC = to_floats(batch["image"])
+        images_BHWC = to_float(batch["image"])
         codes_BN = tokenizer.encode(self.model, params, images_BHWC)
         decoded = tokenizer.decode(self.model, params, codes_BN)
-        use, perplexity = losses.codebook_use(codes_BN, self.model.vocab)
+        use, perplexity = tokenizer_losses.codebook_use(codes_BN, self.model.vocab)
         return {
-            "eval_psnr": jnp.mean(losses.psnr(images_BHWC, decoded)),
+            "eval_psnr": jnp.mean(tokenizer_losses.psnr(images_BHWC, decoded)),
             "eval_mse": jnp.mean(jnp.square(images_BHWC - decoded)),
             "eval_codebook_use": use,
             "eval_perplexity": perplexity,
         }
 
-    def pictures(self, params, frozen, key) -> Image.Image:
+    def sample_grid(self, params, frozen, key) -> Image.Image:
         """Pairs of a picture and, right of it, its reconstruction from codes."""
-        batch = eval_batch(self.config.data, self._eval, PICTURES, image_size=self.model.image_size)
+        batch = eval_batch(self.config.data, self._eval, GRID_IMAGES, image_size=self.model.image_size)
         decoded = _reconstruct(self.model, params, jnp.asarray(batch["image"]))
-        pairs = np.concatenate([batch["image"], to_bytes(fetch(decoded))], axis=2)
-        return grid(pairs, 4, None)
+        pairs = np.concatenate([batch["image"], to_uint8(gather_to_host(decoded))], axis=2)
+        return labeled_grid(pairs, 4, None)
 
 
 def _reconstruct(model: TokenizerConfig, params: Params, image_u8: jax.Array) -> jax.Array:
-    both = jax.jit(lambda p, x: tokenizer.decode(model, p, tokenizer.encode(model, p, to_floats(x))))
+    both = jax.jit(lambda p, x: tokenizer.decode(model, p, tokenizer.encode(model, p, to_float(x))))
     return both(params, image_u8)

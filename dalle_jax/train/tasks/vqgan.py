@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dalle_jax.config import TrainConfig
-from dalle_jax.data.images import to_floats
-from dalle_jax.tokenizer import adversarial, perceptual, quantize
+from dalle_jax.data.images import to_float
+from dalle_jax.models import lpips
+from dalle_jax.models.vqgan import adversarial, quantizers
 from dalle_jax.train.optim import make_optimizer
-from dalle_jax.train.state import State
+from dalle_jax.train.state import TrainState
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
-
-Params = dict[str, Any]
+from dalle_jax.typing import Params
 
 
 class VQGANTask(TokenizerTask):
@@ -28,7 +27,7 @@ class VQGANTask(TokenizerTask):
     def __init__(self, config: TrainConfig):
         super().__init__(config)
         if self.model.lpips is not None:  # before the run directory is made
-            self.frozen = {"lpips": perceptual.load_lpips(self.model.lpips)}
+            self.frozen = {"lpips": lpips.load_lpips(self.model.lpips)}
 
     def prepare(self, run_dir: Path) -> None:
         super().prepare(run_dir)
@@ -45,17 +44,19 @@ class VQGANTask(TokenizerTask):
 
     def optimizer(self, params: Params) -> optax.GradientTransformation:
         config = self.config
-        own = make_optimizer(config.optim, config.steps, adversarial.tokenizer_part(params))
-        return adversarial.optimizer(self.model, own)
+        own = make_optimizer(config.optim, config.steps, adversarial.tokenizer_params(params))
+        return adversarial.adversarial_optimizer(self.model, own)
 
     def gradients(self, params, frozen, batch, key, step):
-        images = to_floats(batch["image"])
-        return adversarial.gradients(self.model, params, frozen.get("lpips"), images, key, step)
+        images = to_float(batch["image"])
+        return adversarial.adversarial_gradients(self.model, params, frozen.get("lpips"), images, key, step)
 
-    def renew(self, state: State, left: Params, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def post_update(
+        self, state: TrainState, left: Params, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Codes that were not used for a while begin anew, in the average too: it would come to them late."""
         cfg, params = self.model.quantizer, state.params["tokenizer"]["quantize"]
-        idle, due, vectors = quantize.restart(
+        idle, due, vectors = quantizers.restart_dead_codes(
             cfg, params, state.opt_state.idle, left["latents"], left["codes"], key
         )
 
@@ -65,11 +66,13 @@ class VQGANTask(TokenizerTask):
             table = jnp.where(due[:, None], vectors, parts["tokenizer"]["quantize"]["embedding"])
             return {**parts, "tokenizer": {**parts["tokenizer"], "quantize": {"embedding": table}}}
 
-        new = State(state.step, place(state.params), state.opt_state._replace(idle=idle), place(state.ema))
+        new = TrainState(
+            state.step, place(state.params), state.opt_state._replace(idle=idle), place(state.ema)
+        )
         return new, {"codes_restarted": jnp.sum(due)}
 
     def evaluate(self, params, frozen, batch, key):
         return super().evaluate(params["tokenizer"], frozen, batch, key)
 
-    def pictures(self, params, frozen, key):
-        return super().pictures(params["tokenizer"], frozen, key)
+    def sample_grid(self, params, frozen, key):
+        return super().sample_grid(params["tokenizer"], frozen, key)

@@ -1,0 +1,57 @@
+"""Configurations as JSON text and back; what a class does not have is refused by the path of its field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any, Union
+
+from dalle_jax.config.schema import coerce, require
+
+
+def to_json(config: Any) -> str:
+    """The configuration as JSON text, every field written out; floats round-trip exactly."""
+    return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(cls: Any, text: str) -> Any:
+    """The configuration of class `cls` (or of one class of a union) that `text` describes.
+
+    Raises ValueError for text that is not JSON, for a field that the class does not have (with the nearest
+    name it does have), and for a value of another type; each names the path of the field.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    union = typing.get_origin(cls) in (Union, types.UnionType)
+    return coerce(cls, data, "config" if union else cls.__name__, _record)
+
+
+def _record(classes: tuple[type, ...], data: Any, path: str) -> Any:
+    """One of `classes`, which their field `kind` tells apart."""
+    if len(classes) == 1:
+        return _build(classes[0], data, path)
+    require(data is not None, f"{path}: got null, want a value")
+    kinds = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in classes}
+    kind = data.get("kind") if isinstance(data, dict) else None
+    require(kind in kinds, f"{path}.kind: got {kind!r}, want one of {', '.join(map(repr, kinds))}")
+    return _build(kinds[kind], data, path)
+
+
+def _build(cls: type, data: Any, path: str) -> Any:
+    require(isinstance(data, dict), f"{path}: got {data!r}, want an object with the fields of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    for name in data:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; perhaps you meant {near[0]!r}" if near else f"; it has {', '.join(hints)}"
+            raise ValueError(f"{path}: {cls.__name__} has no field {name!r}{hint}")
+    values = {name: coerce(hints[name], value, f"{path}.{name}", _record) for name, value in data.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:  # a required field is missing
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,63 @@
+"""The Transformer that reads captions for the U-Net (Nichol et al. 2021, 2112.10741, 2.2).
+
+Every position sees every position. Text ids lie in [0, vocab) for pieces and at vocab + i for the learned pad token
+of position i, so padding needs no mask. B batch, T text positions, D width, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.config import TextEncoderConfig
+from dalle_jax.nn.attention import Block
+from dalle_jax.parallel.sharding import constrain
+from dalle_jax.typing import Params
+
+
+class EncodedText(NamedTuple):
+    """states: (B, T, D) of the compute dtype, for cross-attention. mean: float32 (B, D), beside the time."""
+
+    states: jax.Array
+    mean: jax.Array
+
+
+def _block(cfg: TextEncoderConfig, dtype: Any) -> Block:
+    return Block(cfg.heads, cfg.mlp_ratio * cfg.width, False, 0.02 / math.sqrt(2 * cfg.layers), dtype)
+
+
+def init(cfg: TextEncoderConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters; those of the blocks are stacked over a leading axis of layers."""
+    k_embed, k_pos, k_blocks = jax.random.split(key, 3)
+    x_BTD, mask_TT = jnp.zeros((1, 1, cfg.width)), jnp.ones((1, 1), bool)
+    make = jax.vmap(lambda k: _block(cfg, jnp.float32).init(k, x_BTD, mask_TT)["params"])
+    return {
+        "embed": 0.02 * jax.random.normal(k_embed, (cfg.vocab + cfg.length, cfg.width)),
+        "pos": 0.02 * jax.random.normal(k_pos, (cfg.length, cfg.width)),
+        "blocks": make(jax.random.split(k_blocks, cfg.layers)),
+        "norm_out": {"scale": jnp.ones(cfg.width), "bias": jnp.zeros(cfg.width)},
+    }
+
+
+def null_text(cfg: TextEncoderConfig) -> jax.Array:
+    """The null caption: every position its pad token. Returns int32 (T,)."""
+    return cfg.vocab + jnp.arange(cfg.length, dtype=jnp.int32)
+
+
+def encode_text(cfg: TextEncoderConfig, params: Params, text_BT: jax.Array, dtype: Any) -> EncodedText:
+    """What the U-Net sees of captions, int32 (B, T). Raises ValueError for another shape or dtype."""
+    if text_BT.ndim != 2 or text_BT.shape[1] != cfg.length or not jnp.issubdtype(text_BT.dtype, jnp.integer):
+        raise ValueError(f"text is {text_BT.dtype} {text_BT.shape}, want integers (batch, {cfg.length})")
+    x_BTD = params["embed"][text_BT] + params["pos"][None]
+    x_BTD = constrain(x_BTD, "batch", None, "embed").astype(dtype)
+    mask_TT, block = jnp.ones((cfg.length, cfg.length), bool), _block(cfg, dtype)
+    x_BTD, _ = jax.lax.scan(
+        lambda x, layer: (block.apply({"params": layer}, x, mask_TT)[0], None), x_BTD, params["blocks"]
+    )
+    norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32)
+    x_BTD = norm.apply({"params": params["norm_out"]}, x_BTD)
+    return EncodedText(x_BTD.astype(dtype), jnp.mean(x_BTD, axis=1))

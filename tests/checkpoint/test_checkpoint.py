@@ -1,0 +1,321 @@
+"""Checkpoints: kept ones, other meshes, and every way in which a disk can fail."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FakeTask, tiny_config
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from dalle_jax.checkpoint import run_dir
+from dalle_jax.checkpoint.manager import CheckpointManager, load_params
+from dalle_jax.config import MeshConfig
+from dalle_jax.models import tokenizer
+from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.train import loop
+from dalle_jax.train.optim import make_optimizer
+from dalle_jax.train.state import abstract_state, init_state, param_shapes
+
+
+def leaves_equal(a, b):
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def setup(**mesh):
+    config = tiny_config(mesh=mesh) if mesh else tiny_config()
+    task = FakeTask(config)
+    return task, make_optimizer(config.optim, config.steps, param_shapes(task)), make_mesh(config.mesh)
+
+
+def one_array(value, rows=4):
+    return {"a": {"kernel": jnp.full((rows, 2), value, jnp.float32)}}
+
+
+def abstract_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    scores = {1: 5.0, 2: 1.0, 3: None, 4: float("nan"), 5: 9.0, 6: 3.0}
+    checkpoints = CheckpointManager(tmp_path, keep=2, best=("eval_loss", "min"))
+    for step, score in scores.items():
+        checkpoints.save(step, one_array(step), None if score is None else {"eval_loss": score, "other": 0.0})
+    checkpoints.close()
+    again = CheckpointManager(tmp_path)
+    assert again.steps == [2, 5, 6] and again.latest == 6 and again.best == 2
+    again.close()
+
+    most = CheckpointManager(tmp_path / "max", keep=1, best=("right", "max"))
+    for step, score in enumerate([0.1, 0.7, 0.7, 0.2]):
+        most.save(step, one_array(step), {"right": score})
+    most.wait()
+    assert most.steps == [2, 3] and most.best == 2  # the later one of equals
+    most.close()
+
+
+def test_restores_on_another_mesh(tmp_path):
+    task, tx, mesh = setup(data=2, fsdp=2, model=2)
+    state = init_state(task, tx, mesh)
+    checkpoints = CheckpointManager(tmp_path, keep=1)
+    checkpoints.save(0, state)
+    checkpoints.wait()
+    for sizes in ({"data": 1, "fsdp": 4, "model": 2}, {"data": 8, "fsdp": 1, "model": 1}):
+        _, _, other = setup(**sizes)
+        abstract = abstract_state(task, tx, other)
+        back = checkpoints.load(0, abstract)
+        assert type(back) is type(state) and jax.tree.structure(back) == jax.tree.structure(state)
+        leaves_equal(back, state)
+        for leaf, want in zip(jax.tree.leaves(back), jax.tree.leaves(abstract), strict=True):
+            assert leaf.sharding == want.sharding
+    checkpoints.close()
+
+
+def test_other_tree_or_shape_names_the_leaf(tmp_path):
+    task, tx, mesh = setup()
+    checkpoints = CheckpointManager(tmp_path, keep=1)
+    state = init_state(task, tx, mesh)
+    checkpoints.save(3, state)
+    checkpoints.wait()
+    abstract = abstract_state(task, tx, mesh)
+    kernel = abstract.params["text_head"]["kernel"]
+
+    def params(**head):
+        return abstract._replace(params={"text_head": abstract.params["text_head"] | head})
+
+    wide = jax.ShapeDtypeStruct((4, 16), kernel.dtype, sharding=kernel.sharding)
+    with pytest.raises(
+        ValueError, match=r"params/text_head/kernel: the checkpoint has float32 \(4, 8\), .* \(4, 16\)"
+    ):
+        checkpoints.load(3, params(kernel=wide))
+    with pytest.raises(ValueError, match=r"params/text_head/gain: not in the checkpoint"):
+        checkpoints.load(3, params(gain=kernel))
+    with pytest.raises(ValueError, match=r"ema/text_head/bias: only in the checkpoint"):
+        checkpoints.load(3, abstract._replace(ema={"text_head": {"kernel": kernel}}))
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 4"):
+        checkpoints.load(4, abstract)
+    leaves_equal(checkpoints.load(3, {"ema": abstract.ema}, partial=True)["ema"], state.ema)
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def eight_steps(tmp_path_factory):
+    run = tmp_path_factory.mktemp("eight") / "run"
+    config = tiny_config(run, steps=8)
+    loop.train(config, FakeTask(config))
+    return run
+
+
+def damage_truncate(path: Path):
+    for file in path.rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+
+
+def damage_data(path: Path):
+    biggest = max((f for f in path.rglob("d/*") if f.is_file()), key=lambda f: f.stat().st_size)
+    os.truncate(biggest, biggest.stat().st_size // 2)
+
+
+def damage_empty(path: Path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def damage_manifest(path: Path):
+    (path / "state" / "manifest.ocdbt").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_data, damage_empty, damage_manifest])
+def test_damaged_latest_checkpoint_stops_the_run(tmp_path, eight_steps, damage):
+    run = shutil.copytree(eight_steps, tmp_path / "run")
+    damage(run / "checkpoints" / "8")
+    before = sorted(p.relative_to(run) for p in run.rglob("*"))
+    longer = tiny_config(run, steps=10)
+    with pytest.raises(
+        OSError, match=r"checkpoints/8 cannot be read.*Delete that directory to go on from step 4"
+    ):
+        loop.train(longer, FakeTask(longer))
+    assert sorted(p.relative_to(run) for p in run.rglob("*")) == before
+    shutil.rmtree(run / "checkpoints" / "8")
+    assert loop.train(longer, FakeTask(longer)).finished
+
+
+def test_half_written_checkpoint_is_ignored(tmp_path, eight_steps):
+    run = shutil.copytree(eight_steps, tmp_path / "run")
+    shutil.copytree(run / "checkpoints" / "8", run / "checkpoints" / "9.orbax-checkpoint-tmp")
+    assert run_dir.load_run(run).step == 8
+    assert (run / "checkpoints" / "9.orbax-checkpoint-tmp").exists()  # reading deletes nothing
+    longer = tiny_config(run, steps=10)
+    assert loop.train(longer, FakeTask(longer)).step == 10
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "8"]
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from conftest import FakeTask, tiny_config
+from dalle_jax.train import command, loop
+rare = {"log_every": 100, "eval_every": 100, "sample_every": 100, "save_every": 2}
+config = tiny_config(sys.argv[2], steps=4, **rare)
+loop.train(config, FakeTask(config))
+
+class Big(FakeTask):
+    def batches(self, start, rows=None):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+        return super().batches(start, rows)
+
+sys.modules["dalle_jax.train.tasks"] = type(sys)("tasks")
+sys.modules["dalle_jax.train.tasks"].make_task = Big
+command.parse = lambda argv, prog: tiny_config(sys.argv[2], steps=8, **rare)
+sys.exit(command.main(["config.py"]))
+"""
+
+
+def test_a_deletion_that_is_not_ended_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """What a process that is killed while it deletes leaves: it has a part of its files, and no number any more."""
+
+    def half(path):
+        (path / "_CHECKPOINT_METADATA").unlink()
+        raise OSError("killed")
+
+    checkpoints = CheckpointManager(tmp_path, keep=1)
+    checkpoints.save(1, one_array(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path(tmp_path)), "rmtree", half)
+        checkpoints.save(2, one_array(2))
+        with pytest.raises(OSError, match=r"cannot delete the checkpoint .*/1\.deleted: killed"):
+            checkpoints.wait()
+    checkpoints.close()
+    assert len(list(tmp_path.iterdir())) == 2 and CheckpointManager(tmp_path).steps == [2]
+    CheckpointManager(tmp_path, keep=1).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
+
+
+def test_full_disk_leaves_the_earlier_checkpoints(tmp_path):
+    """A limit on the size of files stands for the full disk: the checkpoint's first file does not fit."""
+    run = tmp_path / "run"
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tests, str(run), "1000"],
+        capture_output=True, text=True, timeout=120, cwd=tests + "/..",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "error: cannot save the checkpoint of step 6" in done.stderr, done.stderr
+    assert "intact: 2, 4)" in done.stderr and "File too large" in done.stderr, done.stderr
+    assert run_dir.load_run(run).step == 4
+    config = tiny_config(run, steps=8, log_every=100)
+    assert loop.train(config, FakeTask(config)).finished
+
+
+def test_failing_save_is_told_and_stops_the_run(tmp_path, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    class Failed:
+        def result(self, timeout=None):
+            raise OSError(28, "No space left on device")
+
+    run = tmp_path / "run"
+    config = tiny_config(run, steps=10)
+    real = ocp.training.Checkpointer.save_async
+
+    def save_async(self, step, *args, **kwargs):
+        return Failed() if step == 8 else real(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_async", save_async)
+    with pytest.raises(OSError, match=r"step 8.*No space left on device.*intact: 4"):
+        loop.train(config, FakeTask(config))
+    monkeypatch.undo()
+    assert run_dir.load_run(run).step == 4
+
+
+def test_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = tiny_config(tmp_path / "file" / "run")
+    with pytest.raises(OSError, match="cannot make the run directory"):
+        loop.train(config, FakeTask(config))
+    if Path("/proc/self").exists():
+        config = tiny_config("/proc/run")
+        with pytest.raises(OSError, match="cannot make the run directory /proc/run"):
+            loop.train(config, FakeTask(config))
+
+
+def test_params_of_an_orbax_directory(tmp_path):
+    """What runs of earlier versions hold as their tokenizer."""
+    task, _, _ = setup()
+    params = task.init(jax.random.key(1))
+    ocp.save(tmp_path / "params", params)
+    leaves_equal(load_params(tmp_path / "params"), params)
+    leaves_equal(load_params(tmp_path / "params", abstract_of(params)), params)
+    with pytest.raises(ValueError, match="a/kernel"):
+        load_params(tmp_path / "params", abstract_of(one_array(1.0, rows=8)))
+    with pytest.raises(FileNotFoundError, match="no parameters at"):
+        load_params(tmp_path / "nothing")
+    damage_truncate(tmp_path / "params")
+    with pytest.raises(OSError, match="cannot be read"):
+        load_params(tmp_path / "params")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run = tmp_path_factory.mktemp("trained") / "run"
+    config = tiny_config(run)
+    return run, loop.train(config, FakeTask(config)).state
+
+
+def test_load_run_takes_what_is_asked_for(trained):
+    run, state = trained
+    best = run_dir.load_run(run)
+    assert best.step == 10 and best.config.steps == 10 and best.path == run
+    leaves_equal(best.params, state.ema)
+    leaves_equal(run_dir.load_run(run, which="latest", ema=False).params, state.params)
+    assert run_dir.load_run(run, which=8).step == 8
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    spread = run_dir.load_run(run, stage="dvae", mesh=mesh).params
+    leaves_equal(spread, state.ema)
+    assert spread["text_head"]["kernel"].sharding == state.ema["text_head"]["kernel"].sharding
+
+
+def test_frozen_model_round_trip(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    run = run_dir.Run(config, tokenizer.init(config.model, jax.random.key(0)), tmp_path / "run", 7)
+    run_dir.save_frozen(tmp_path / "tokenizer", run)
+    model, params, name = run_dir.load_frozen(tmp_path / "tokenizer")
+    assert model == run.config.model and name == run_dir.fingerprint(model, run.params) and len(name) == 16
+    leaves_equal(params, run.params)
+    other = jax.tree.map(lambda x: x.at[-1].add(1e-6), params)
+    assert run_dir.fingerprint(model, other) != name
+    (tmp_path / "tokenizer" / "config.json").unlink()  # killed before the end
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        run_dir.load_frozen(tmp_path / "tokenizer")
+
+
+def test_load_run_errors(trained, tmp_path):
+    run, _ = trained
+    with pytest.raises(ValueError, match="is a run of stage dvae, want one of stage dalle"):
+        run_dir.load_run(run, stage="dalle")
+    with pytest.raises(FileNotFoundError, match="no run directory"):
+        run_dir.load_run(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        run_dir.load_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 .* it has"):
+        run_dir.load_run(run, which=5)
+    shutil.copy(run / "config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        run_dir.load_run(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        run_dir.load_run(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"config\.json is not a configuration"):
+        run_dir.load_run(tmp_path)

@@ -1,0 +1,178 @@
+"""Export to safetensors and back: the same numbers, and files that must not be believed."""
+
+import dataclasses
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from dalle_jax import cli
+from dalle_jax.checkpoint.manager import CheckpointManager
+from dalle_jax.checkpoint.run_dir import load_run, read_params, save_frozen
+from dalle_jax.config import DalleConfig, VectorQuantizer, VQGANConfig, to_json
+from dalle_jax.importers.formats import safetensors
+from dalle_jax.models import dalle, tokenizer
+from dalle_jax.pipelines import load_image_tokenizer, load_text_to_image, sample_code_rows
+from dalle_jax.text import tokenizers
+from dalle_jax.train.initialize import apply_flags, copy_vocabulary
+
+VQGAN = VQGANConfig(
+    image_size=8, width=4, channel_multipliers=(1, 1), blocks=1, attention_levels=(), latent_width=4,
+    quantizer=VectorQuantizer(vocab=8, dim=2), adversarial=None,
+)  # fmt: skip
+
+
+def make_run(path, model=None):
+    """A run directory with the first parameters of a tiny tokenizer, saved at step 5."""
+    config = tiny_config(path) if model is None else tiny_config(path, model=model)
+    params = tokenizer.init(config.model, jax.random.key(0))
+    path.mkdir()
+    (path / "config.json").write_text(to_json(config))
+    checkpoints = CheckpointManager(path / "checkpoints", keep=1)
+    checkpoints.save(5, {"params": params if model is None else {"tokenizer": params}})
+    checkpoints.wait()
+    checkpoints.close()
+    return params
+
+
+@pytest.mark.parametrize("model", [None, VQGAN], ids=["dvae", "vqgan"])
+def test_an_exported_run_is_the_same_model(tmp_path, model):
+    params = make_run(tmp_path / "run", model)
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    loaded = load_run(tmp_path / "out")
+    assert loaded.step == 5
+    jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
+    assert (
+        load_image_tokenizer(tmp_path / "out").fingerprint
+        == load_image_tokenizer(tmp_path / "run").fingerprint
+    )
+    assert cli.main(["export", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_exported_transformer_is_the_same_model(tmp_path):
+    """With its vocabulary and the tokenizer that it was trained on; it draws the same codes, and can begin a run."""
+    model = DalleConfig(
+        text_vocab=400,
+        text_len=6,
+        image_vocab=8,
+        grid=8,
+        dim=8,
+        layers=1,
+        heads=1,
+        dtype="float32",
+        remat="none",
+    )
+    config = tiny_config(tmp_path / "run", model=model)
+    make_run(tmp_path / "dvae")
+    tokenizers.train_text_tokenizer(
+        ["a red circle", "a blue square", "红色的圆"], tmp_path / "run" / "text_tokenizer.model", vocab=400
+    )
+    save_frozen(tmp_path / "run" / "tokenizer", load_run(tmp_path / "dvae"))
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    params = jax.tree.map(lambda x: 5 * x, dalle.init(model, jax.random.key(1)))
+    checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", keep=1)
+    checkpoints.save(3, {"params": params})
+    checkpoints.wait()
+    checkpoints.close()
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    found = {p.name for p in (tmp_path / "out").iterdir()}
+    assert found == {"config.json", "model.safetensors", "text_tokenizer.model", "tokenizer"}
+    one, other = (load_text_to_image(tmp_path / name) for name in ("run", "out"))
+    jax.tree.map(np.testing.assert_array_equal, params, other.run.params)
+    assert other.run.step == 3 and other.tokenizer.fingerprint == one.tokenizer.fingerprint
+    assert (tmp_path / "out" / "text_tokenizer.model").read_bytes() == (
+        tmp_path / "run" / "text_tokenizer.model"
+    ).read_bytes()
+    codes = [sample_code_rows(m, ["a red circle"], [0], batch=1) for m in (one, other)]
+    np.testing.assert_array_equal(*codes)
+    assert len(np.unique(codes[0])) > 1
+    begun, _ = apply_flags(config, ["--init-from", str(tmp_path / "out")])
+    assert begun.model == model and copy_vocabulary(dataclasses.replace(begun, init_from=str(tmp_path / "out")),
+                                                    tmp_path / "copied")  # fmt: skip
+
+
+def test_the_file_is_what_the_format_says(tmp_path):
+    """Read back by hand from the bytes: length, table, arrays in order."""
+    arrays = {"a.b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.ones(2, ml_dtypes.bfloat16)}
+    safetensors.write_safetensors(tmp_path / "x", arrays, {"k": "v"})
+    raw = (tmp_path / "x").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0
+    assert table == {
+        "__metadata__": {"k": "v"},
+        "a.b": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "c": {"dtype": "BF16", "shape": [2], "data_offsets": [24, 28]},
+    }
+    assert raw[8 + length :] == arrays["a.b"].tobytes() + b"\x80\x3f\x80\x3f"
+    back, metadata = safetensors.read_safetensors(tmp_path / "x")
+    assert metadata == {"k": "v"} and back["c"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(back["a.b"], arrays["a.b"])
+
+
+def _raw(path, table, data=b""):
+    header = table if isinstance(table, bytes) else json.dumps(table).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+def test_hostile_files_are_refused(tmp_path):
+    def entry(**changes):
+        return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
+
+    for table, data, said in (
+        (b"\x80\x04pickle", b"", "its table is not JSON"),
+        ([1], b"", "its table is a list"),
+        (entry(), b"1234", "is cut off: array w ends at byte"),
+        (entry(shape=[3]), b"x" * 12, r"array w of float32 \(3,\) cannot lie at bytes 0 to 8"),
+        (entry(data_offsets=[-8, 0]), b"x" * 8, "array w of float32"),
+        (entry(dtype="F99"), b"x" * 8, "array w has an entry that is not understood"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            safetensors.read_safetensors(_raw(tmp_path / "bad", table, data))
+    (tmp_path / "bad").write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        safetensors.read_safetensors(tmp_path / "bad")
+    (tmp_path / "bad").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        safetensors.read_safetensors(tmp_path / "bad")
+
+
+def test_weights_must_be_those_of_the_configuration(tmp_path):
+    params = make_run(tmp_path / "run", VQGAN)
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    file = tmp_path / "out" / "model.safetensors"
+    whole, metadata = safetensors.read_safetensors(file)
+    whole = {name: np.array(array) for name, array in whole.items()}
+    name = "encoder.conv_in.bias"
+    np.testing.assert_array_equal(whole[name], params["encoder"]["conv_in"]["bias"])
+    for changes, said in (
+        ({name: None}, f"array {name} is missing"),
+        ({"extra.bias": np.zeros(1, np.float32)}, "array extra.bias is not one of a vqgan"),
+        (
+            {name: np.zeros(5, np.float32)},
+            rf"array {name} is float32 \(5,\), config.json wants float32 \(4,\)",
+        ),
+        ({name: np.zeros(4, np.float16)}, f"array {name} is float16"),
+        ({name: np.full(4, np.nan, np.float32)}, f"array {name} has values that are not finite"),
+    ):
+        changed = {k: v for k, v in (whole | changes).items() if v is not None}
+        safetensors.write_safetensors(file, changed, metadata)
+        with pytest.raises(ValueError, match=said):
+            load_run(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"array .* is missing"):
+        read_params(file, DalleConfig(dim=8, heads=1, layers=1))
+
+
+def test_export_overwrites_nothing(tmp_path, capsys):
+    make_run(tmp_path / "run")
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "run")]) == 1
+    assert "is there already; want a directory that is new or empty" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    assert "no run directory" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,0 +1,353 @@
+"""Diffusion from end to end on tiny models: the stage, the verbs on its runs, and every kind of bad input."""
+
+import dataclasses
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax.checkpoint.run_dir import Run, save_frozen, write_params
+from dalle_jax.cli import main
+from dalle_jax.config import (
+    CodesConfig,
+    DataConfig,
+    DiffusionConfig,
+    DVAEConfig,
+    NoiseConfig,
+    OptimConfig,
+    ScenesSource,
+    TextConfig,
+    TextEncoderConfig,
+    TrainConfig,
+    to_json,
+)
+from dalle_jax.data import images
+from dalle_jax.data.loader.pipeline import eval_batch
+from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate import diffusion, metrics
+from dalle_jax.models import dvae
+from dalle_jax.models.diffusion import unet
+from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.pipelines import decode_codes, encode_images
+from dalle_jax.pipelines.diffusion import (
+    DiffusionSamplingConfig,
+    check_decoder,
+    denoise_images,
+    load_diffusion,
+)
+from dalle_jax.train import loop
+from dalle_jax.train.tasks.diffusion import DiffusionTask
+
+SIZE = 32
+NET = {
+    "image_size": SIZE,
+    "patch_size": 4,
+    "width": 8,
+    "channel_multipliers": (1,),
+    "blocks": 1,
+    "attention_sizes": (),
+}
+MODEL = DiffusionConfig(
+    **NET, dropout=0.0, text=TextEncoderConfig(vocab=400, length=6, width=8, layers=1, heads=2), prediction="x0",
+    noise=NoiseConfig(kind="ddpm", steps=40),
+)  # fmt: skip
+DATA = DataConfig(batch_size=8, source=ScenesSource(count=40, max_objects=1), num_threads=1, prefetch=1)
+
+
+def run(*argv) -> SimpleNamespace:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(a) for a in argv])
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def json_of(*argv) -> tuple[dict, str]:
+    done = run(*argv, "--json")
+    assert done.code == 0, done.err
+    return json.loads(done.out), done.err
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    for room in (metrics, diffusion):
+        monkeypatch.setattr(room, "EVAL_ROWS", 2)
+
+
+def random_params(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: np.asarray(0.3 * rng.normal(size=s.shape), np.float32), shapes)
+
+
+def exported(path, config, params):
+    """A run directory as `export` makes it."""
+    path.mkdir(parents=True)
+    write_params(path / "model.safetensors", params, 7)
+    (path / "config.json").write_text(to_json(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two updates of the stage, and what they logged."""
+    out = tmp_path_factory.mktemp("diffusion") / "run"
+    config = TrainConfig(
+        model=MODEL, run=str(out), data=DATA, text=TextConfig(train_captions=40), steps=2, eval_every=2, save_every=2,
+        sample_every=2, log_every=1, eval_rows=8, optim=OptimConfig(learning_rate=0.01, warmup_steps=0, ema_every=1),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))  # compiles faster
+        outcome = loop.train(config)
+    return SimpleNamespace(run=out, outcome=outcome)
+
+
+def test_the_stage_logs_bands_and_draws(trained):
+    assert trained.outcome.finished and trained.outcome.state.ema
+    rows = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
+    bands = [f"band_{i}" for i in (1, 2, 3, 4)]
+    (row,) = (r for r in rows if r["step"] == 1 and "loss" in r)
+    assert row["loss"] == pytest.approx(np.mean([row[b] for b in bands]), rel=1e-4)  # two rows in each
+    assert "eps_mse" in row
+    (measured,) = (r for r in rows if "eval_loss" in r)
+    assert {f"eval_{b}" for b in bands} < measured.keys()
+    assert Image.open(trained.run / "samples" / "step_00000002.png").width > 4 * 128
+
+
+def test_sample(trained, tmp_path):
+    what = ("--steps", 4, "--sampler", "ddim", "--eta", 0.5, "--guidance-scale", 2, "--batch-size", 2)
+    found, err = json_of(
+        "sample",
+        trained.run,
+        "a red circle",
+        "",
+        "--num-images",
+        2,
+        *what,
+        "--filmstrip",
+        2,
+        "--out",
+        tmp_path / "a",
+    )
+    assert [p["seed"] for p in found["pictures"]] == [0, 1, 0, 1]
+    assert [p["caption"] for p in found["pictures"]] == [
+        "a red circle",
+        "a red circle",
+        "(no caption)",
+        "(no caption)",
+    ]
+    assert "denoising steps 8/8" in err  # two batches of four steps
+    pictures = [np.asarray(Image.open(p["file"])) for p in found["pictures"]]
+    assert pictures[0].shape == (SIZE, SIZE, 3) and (pictures[0] != pictures[1]).any()
+    film, grid = (Image.open(tmp_path / "a" / name) for name in ("filmstrip.png", "grid.png"))
+    assert film.height > 1.5 * film.width and grid.width > 250  # four pictures, two looks at each
+    assert found["denoising"]["sampler"] == "ddim" and found["step"] == 2
+    alone, _ = json_of(
+        "sample", trained.run, "a red circle", "--seed", 1, "--num-images", 1, *what, "--out", tmp_path / "b"
+    )
+    np.testing.assert_array_equal(np.asarray(Image.open(alone["pictures"][0]["file"])), pictures[1])
+
+
+def test_inpainting_and_image_to_image(trained, tmp_path):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    mask = np.zeros((SIZE, SIZE, 3), np.uint8)
+    mask[:, 16:] = 255
+    for name, pixels in (("picture", picture), ("mask", mask)):
+        images.save_png(tmp_path / f"{name}.png", pixels)
+    begin = ("--num-images", 1, "--steps", 4, "--image", tmp_path / "picture.png", "--out")
+    found, _ = json_of(
+        "sample", trained.run, "a red circle", *begin, tmp_path / "a", "--mask", tmp_path / "mask.png"
+    )
+    drawn = np.asarray(Image.open(found["pictures"][0]["file"])).astype(int)
+    np.testing.assert_array_equal(drawn[:, :16], picture[:, :16])
+    assert np.abs(drawn[:, 16:] - picture[:, 16:]).mean() > 20
+    for strength in ("0.5", "1.0"):
+        json_of("sample", trained.run, "a red circle", *begin, tmp_path / strength, "--strength", strength)
+    (tmp_path / "black.png").write_bytes(b"")
+    images.save_png(tmp_path / "black.png", 0 * mask)
+    done = run(
+        "sample", trained.run, "x", *begin, tmp_path / "c", "--mask", tmp_path / "black.png"
+    )  # fmt: skip
+    assert done.code == 1 and "all black: nothing is left to draw" in done.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "match"),
+    [
+        (["x", "--sampler", "euler2"], 2, "euler2"),
+        (["x", "--steps", "0"], 1, "steps is 0; want at least 1"),
+        (["x", "--steps", "41"], 1, "steps is 41; the schedule has 40 (noise.steps)"),
+        (["x", "--eta", "0.5"], 1, "eta is for ddim; dpm++2m has none"),
+        (["x", "--guidance-scale", "-1"], 1, "guidance_scale is -1.0; want 0 or more"),
+        (["x", "--guidance-interval", "0.9", "0.1"], 1, "guidance times 0.9 to 0.1"),
+        (["x", "--threshold", "1.5"], 1, "threshold is 1.5; want a quantile"),
+        (["x", "--filmstrip", "51"], 1, "--filmstrip is 51; want 1 to 50"),
+        (
+            ["x", "--mask", "small.png", "--image", "picture.png"],
+            1,
+            "--mask small.png is 16 x 16 pixels; this model's",
+        ),
+        (["x", "--image", "small.png", "--strength", "0.5"], 1, "--image small.png is 16 x 16"),
+        (["x", "--image", "picture.png"], 1, "needs a strength (image-to-image) or a mask (inpainting)"),
+        (["x", "--strength", "0.5"], 1, "a mask or a strength is for a picture to begin from"),
+        (["x", "--image", "picture.png", "--strength", "2"], 1, "strength is 2.0; want a share"),
+        (["x", "--temperature", "0.5"], 1, "--temperature is for a Transformer"),
+        (["x", "--prefix", "picture.png"], 1, "--prefix is for a Transformer"),
+        (["x", "--decoder", "runs/x"], 1, "--decoder is for a Transformer"),
+        (["x", "--draft-len", "4"], 1, "--draft-len is for a Transformer"),
+        (["x", "--quantization", "int8"], 1, "--quantization is for a Transformer"),
+        (["x", "--label", "1"], 1, "--label is for a model of classes"),
+        (["x", "--low-res", "small.png"], 1, "--low-res is for a model that draws from a small picture"),
+        ([], 1, "no captions; give one or more"),
+    ],
+)
+def test_sample_refuses(trained, tmp_path, monkeypatch, argv, code, match):
+    monkeypatch.chdir(tmp_path)
+    images.save_png(tmp_path / "picture.png", np.zeros((SIZE, SIZE, 3), np.uint8))
+    images.save_png(tmp_path / "small.png", np.zeros((16, 16, 3), np.uint8))
+    done = run("sample", trained.run, *argv, "--out", "out")
+    assert done.code == code and match in done.err and "Traceback" not in done.err, done.err
+    assert done.out == ""
+
+
+def test_a_picture_that_is_not_finite_names_its_step(trained, tmp_path):
+    model = load_diffusion(trained.run)
+    bad = jax.tree.map(lambda x: x * jnp.nan, model.run.params)
+    config = dataclasses.replace(model.run.config, run="x")
+    path = exported(tmp_path / "bad", config, model.run.params)
+    (path / "text_tokenizer.model").write_bytes((trained.run / "text_tokenizer.model").read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dalle_jax.pipelines.diffusion.load_model", lambda *_: Run(config, bad, path, 7))
+        done = run("sample", path, "x", "--num-images", 1, "--steps", 4, "--out", tmp_path / "out")
+    assert done.code == 3 and "sampling step 1 gave values that are not finite (rows 0)" in done.err
+
+
+def test_evaluate(trained):
+    found, _ = json_of("evaluate", trained.run, "--count", 2, "--steps", 4)
+    assert found["stage"] == "diffusion" and found["sampler"] == "dpm++2m" and found["steps"] == 4
+    assert {"loss", "eps_mse", "band_1", "accuracy_one_object", "accuracy_held_out"} <= found.keys()
+    done = run("evaluate", trained.run, "--top-k", 3)
+    assert done.code == 1 and "--top-k is for a Transformer" in done.err
+
+
+@pytest.mark.slow
+def test_bits_per_dim(trained):
+    """A network of two updates: far from the 8 bits of bytes taken one by one, but a number all the same."""
+    found, _ = json_of("evaluate", trained.run, "--count", 2, "--steps", 4, "--bits-per-dim", 2)
+    assert found["bits_per_dim_rows"] == 2 and 0 < found["bits_per_dim"] < 20
+
+
+# --- labels, and codes of a tokenizer ------------------------------------------------------------------------
+
+
+def test_labels(tmp_path):
+    model = DiffusionConfig(**NET, num_classes=3, prediction="x0")
+    params = random_params(jax.eval_shape(lambda: unet.init(model, jax.random.key(0))))
+    path = exported(tmp_path / "classes", TrainConfig(model=model, data=DATA), params)
+    found, _ = json_of(
+        "sample", path, "--label", 0, 2, "--num-images", 1, "--steps", 2, "--out", tmp_path / "out"
+    )
+    assert [p["caption"] for p in found["pictures"]] == ["class 0", "class 2"]
+    pictures = [np.asarray(Image.open(p["file"])) for p in found["pictures"]]
+    assert (pictures[0] != pictures[1]).any()  # the same seed
+    for argv, match in (
+        ((), "no label; give --label, 0 to 2"),
+        (("--label", 3), "labels from 3 to 3; want 0 to 2"),
+        (("a cat", "--label", 1), "reads no captions; leave them out, give --label"),
+    ):
+        done = run("sample", path, *argv, "--out", tmp_path / "x")
+        assert done.code == 1 and match in done.err
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A diffusion model on the codes of a tokenizer, both of random weights."""
+    room = tmp_path_factory.mktemp("decoder")
+    cfg = DVAEConfig(image_size=SIZE, groups=3, blocks=1, width=8, decoder_width=8, vocab=9)
+    params = random_params(jax.eval_shape(lambda: dvae.init(cfg, jax.random.key(0))))
+    tokenizer = Run(TrainConfig(model=cfg, data=DATA), params, room / "dvae", 0)
+    model = DiffusionConfig(**NET, codes=CodesConfig(vocab=9, grid=8, width=4), prediction="x0")
+    config = TrainConfig(model=model, data=DATA, image_tokenizer=str(room / "dvae"))
+    params = random_params(jax.eval_shape(lambda: unet.init(model, jax.random.key(0))))
+    path = exported(room / "run", config, params)
+    save_frozen(path / "tokenizer", tokenizer)
+    return path
+
+
+def test_decoding_codes(decoder, tmp_path):
+    codes = np.random.default_rng(0).integers(0, 9, (3, 64)).astype(np.int32)
+    np.savez(tmp_path / "codes.npz", codes=codes)
+    out = tmp_path / "images.npz"
+    found, err = json_of("decode", decoder, tmp_path / "codes.npz", "--steps", 2, "--seed", 5, "--out", out)
+    assert found["pictures"] == 3 and "denoising steps 2/2" in err
+    got = np.load(out)["images"]
+    want = denoise_images(
+        load_diffusion(decoder), [5, 6, 7], DiffusionSamplingConfig(num_steps=2), codes=codes
+    ).images
+    np.testing.assert_allclose(got, want / np.float32(255), atol=1e-6)
+    done = run("sample", decoder, "--out", tmp_path / "x")
+    assert done.code == 1 and "draws the pictures of codes: `dalle-jax decode" in done.err
+    with pytest.raises(ValueError, match=r"codes from 0 to 9; this model's are in \[0, 9\)"):
+        denoise_images(load_diffusion(decoder), [0], codes=np.full((1, 64), 9) * (np.arange(64) > 0))
+
+
+def test_decoders_side_by_side(decoder):
+    found, _ = json_of("evaluate", decoder, "--count", 2, "--steps", 2)
+    assert {
+        "psnr",
+        "tokenizer_psnr",
+        "accuracy_reconstruction",
+        "tokenizer_accuracy_reconstruction",
+    } <= found.keys()
+    model = load_diffusion(decoder)
+    check_decoder(model, model.tokenizer)
+    with pytest.raises(ValueError, match=r"was not trained on the codes of this tokenizer \(0123\)"):
+        check_decoder(model, model.tokenizer._replace(fingerprint="0123"))
+
+
+def test_rfid_is_of_what_the_decoder_draws_from_codes_of_true_pictures(decoder, monkeypatch):
+    """Row i with its own codes and seed; beside it the tokenizer's own pixels of the same codes."""
+    model, seen = load_diffusion(decoder), []
+
+    def moments(network, made, rows, progress):
+        seen.append(np.concatenate(list(made)))
+        return SimpleNamespace(count=len(seen[-1])), None
+
+    monkeypatch.setattr(metrics, "_moments", moments)
+    monkeypatch.setattr(metrics.fid, "fid", lambda a, b: float(len(seen)))
+    how, true = DiffusionSamplingConfig(num_steps=2), SimpleNamespace(count=9)
+    found = diffusion.measure_decoder_rfid(None, model, true, 3, how, seed=4)
+    assert found == {"rfid": 1.0, "rfid_count": 3, "rfid_reference_count": 9, "tokenizer_rfid": 2.0}
+    source = open_source(DATA.source, "eval", languages=())
+    codes = encode_images(model.tokenizer, eval_batch(DATA, source, 3, image_size=SIZE)["image"])
+    np.testing.assert_array_equal(seen[0], denoise_images(model, [4, 5, 6], how, codes=codes).images)
+    np.testing.assert_array_equal(seen[1], images.to_uint8(decode_codes(model.tokenizer, codes)))
+
+
+@pytest.mark.parametrize(
+    ("codes", "match"),
+    [
+        (
+            CodesConfig(vocab=10, grid=8),
+            "model.codes.vocab is 10, but the tokenizer .* has 9; set them equal",
+        ),
+        (CodesConfig(vocab=9, grid=4), "model.codes.grid is 4, but the tokenizer .* has 8"),
+    ],
+)
+def test_stage_refuses_codes_that_do_not_fit(decoder, codes, match):
+    model = dataclasses.replace(MODEL, text=None, codes=codes)
+    with pytest.raises(ValueError, match=match):
+        DiffusionTask(TrainConfig(model=model, image_tokenizer=str(decoder / "tokenizer"), run="nowhere"))
+    with pytest.raises(ValueError, match="tokenizer is not set; the stage diffusion needs the run directory"):
+        DiffusionTask(TrainConfig(model=model, run="nowhere"))
+
+
+def test_stage_refuses_classes_that_the_data_lacks(tmp_path):
+    task = DiffusionTask(TrainConfig(model=dataclasses.replace(MODEL, text=None, num_classes=4), data=DATA))
+    with pytest.raises(ValueError, match=r"model\.classes is 4, but the data has 0; set them equal"):
+        task.prepare(tmp_path)

@@ -1,0 +1,216 @@
+"""A folder as the internet fills it: every kind of bad picture and caption is counted under its cause, none stops
+the reading, and odd but whole pictures are read."""
+
+import io
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from dalle_jax import config
+from dalle_jax.data.sources import open_source
+
+GOOD = 60
+
+
+def encoded(picture, kind="PNG", **options):
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def noise(side=64):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
+
+
+def plain(size=(20, 20), colour=(220, 30, 40)):
+    return Image.new("RGB", size, colour)
+
+
+def claims(width, height):
+    """A PNG whose header tells of another size."""
+    data = encoded(plain())
+    head = data[12:16] + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
+
+
+def flipped(data, at):
+    hurt = bytearray(data)
+    hurt[at] ^= 0xFF
+    return bytes(hurt)
+
+
+def text_bomb():
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("a", "x" * 3_000_000, zip=True)
+    return encoded(plain(), pnginfo=notes)
+
+
+def pictures() -> dict[str, tuple[bytes, str]]:
+    """Name -> a file that is no usable picture, and the cause to be told."""
+    jpeg, png, smooth = encoded(noise(), "JPEG"), encoded(noise()), encoded(Image.linear_gradient("L"))
+    return {
+        "zero-bytes.jpg": (b"", "picture empty"),
+        "one-byte.jpg": (b"\xff", "picture not an image"),
+        "text.png": (b"hello, I am a picture", "picture not an image"),
+        "error-page.jpg": (b"<!DOCTYPE html><html>404</html>", "picture not an image"),
+        "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "picture not an image"),
+        "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "picture not an image"),
+        "document.png": (b"%PDF-1.7\n%\xe2\xe3\n1 0 obj\n", "picture not an image"),
+        "archive.png": (b"PK\x03\x04" + bytes(60), "picture not an image"),
+        "zeros.bmp": (bytes(4096), "picture not an image"),
+        "start-only.jpg": (jpeg[:2], "picture not an image"),
+        "half.jpg": (jpeg[: len(jpeg) // 2], "picture truncated"),
+        "half.png": (png[: len(png) // 2], "picture truncated"),
+        "half.webp": (encoded(noise(), "WEBP")[:2000], "picture broken"),
+        "half.gif": (encoded(noise().quantize(64), "GIF")[:1500], "picture truncated"),
+        "flipped.png": (flipped(smooth, len(smooth) // 2), "picture truncated"),
+        "claims-81-million.png": (claims(9000, 9000), "picture bomb"),
+        "claims-4-billion.png": (claims(2**16, 2**16), "picture bomb"),
+        "100-million.png": (encoded(Image.new("1", (10_000, 10_000))), "picture bomb"),
+        "compressed-notes.png": (text_bomb(), "picture broken"),
+        "no-width.png": (claims(0, 20), "picture not an image"),
+        "pixel.gif": (encoded(plain((1, 1)), "GIF"), "picture too small"),
+        "thin.png": (encoded(plain((40, 7))), "picture too small"),
+        "banner.png": (encoded(plain((400, 20))), "picture too long"),
+    }
+
+
+def captions() -> dict[str, tuple[str, bytes, str]]:
+    """Name -> ending and bytes of a caption file beside a good picture, and the cause to be told."""
+    return {
+        "latin1": (".txt", "caf\xe9".encode("latin-1"), "caption file broken"),
+        "utf16": (".txt", "a cat".encode("utf-16"), "caption file broken"),
+        "huge": (".txt", b"word " * 20_000, "caption file broken"),
+        "binary": (".txt", bytes(range(128, 256)), "caption file broken"),
+        "half-json": (".json", b'{"caption": "a', "caption file broken"),
+        "list": (".json", b'["a cat"]', "caption file broken"),
+        "deep": (".json", b"[" * 60_000, "caption file broken"),
+        "no-bytes": (".txt", b"", "no caption in en or zh"),
+        "spaces": (".txt", b" \n\t\n \r\n", "no caption in en or zh"),
+        "null": (".json", b'{"caption": null}', "no caption in en or zh"),
+        "number": (".json", b'{"caption": 7, "captions_zh": [1, {}]}', "no caption in en or zh"),
+        "silent": (".json", b'{"captions": ["", "  "]}', "no caption in en or zh"),
+        "other-field": (".json", b'{"title": "a cat"}', "no caption in en or zh"),
+    }
+
+
+def odd() -> dict[str, bytes]:
+    """Pictures that must be read: whole, if unusual. All are one colour."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey16 = Image.fromarray(np.full((20, 20), 40_000, np.uint16))
+    red = plain((30, 20))
+    return {
+        "cmyk.jpg": encoded(red.convert("CMYK"), "JPEG"), "grey.jpg": encoded(red.convert("L"), "JPEG"),
+        "16-bit.png": encoded(grey16), "palette.png": encoded(red.quantize(4)),
+        "alpha.png": encoded(Image.new("RGBA", (20, 20), (9, 9, 9, 0))),
+        "moving.gif": encoded(red, "GIF", save_all=True, append_images=[plain((30, 20), "blue")]),
+        "turned.jpg": encoded(red, "JPEG", exif=exif.tobytes()),
+        "bad-exif.jpg": encoded(red, "JPEG", exif=b"Exif\0\0garbage"),
+        "one-bit.png": encoded(Image.new("1", (20, 20), 1)), "wrong-ending.png": encoded(red, "JPEG"),
+        "UPPER.JPG": encoded(red, "JPEG"), "\u732b \U0001f431.png": encoded(red),
+        "trailing.jpg": encoded(red, "JPEG") + b"rubbish", "least.png": encoded(plain((8, 128))),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "folder"
+    root.mkdir()
+    for i in range(GOOD):
+        (root / f"good-{i:03d}.png").write_bytes(encoded(plain(colour=(i, 100, 200))))
+        (root / f"good-{i:03d}.txt").write_text(f"good {i}")
+    for name, data in odd().items():
+        (root / name).write_bytes(data)
+        (root / name).with_suffix(".txt").write_text(name)
+    for name, (data, _) in pictures().items():
+        (root / name).write_bytes(data)
+        (root / f"{name.rpartition('.')[0]}.txt").write_text("said")
+    for name, (kind, data, _) in captions().items():
+        (root / f"{name}.png").write_bytes(encoded(plain()))
+        (root / f"{name}{kind}").write_bytes(data)
+    (root / "alone.png").write_bytes(encoded(plain()))  # no caption beside it
+    (root / "gone.png").symlink_to(root / "nothing")
+    (root / "round.png").symlink_to(root / "round.png")
+    (root / "directory.png").mkdir()  # a subfolder like any other
+    os.mkfifo(root / "pipe.png")  # opening it would wait for ever
+    return root
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow remarks, then we refuse
+def test_a_hostile_folder_is_read_and_each_kind_is_counted(folder, tmp_path):
+    bad = [cause for _, cause in pictures().values()] + [cause for *_, cause in captions().values()]
+    bad += ["no caption in en or zh"] + 3 * ["picture missing"]
+    assert len(bad) >= 25 + 10
+    rows = open_source(
+        config.FolderSource(path=str(folder), eval_fraction=0.0, max_bad_fraction=0.9), "train"
+    )
+    rows.log_to(tmp_path / "bad_records.jsonl")
+    assert len(rows) == GOOD + len(odd()) + len(pictures())  # broken pictures are found when they are read
+    for i in range(len(rows)):
+        picture = rows.image(i, 8, "center")
+        said = rows.captions(i)["en"][0]
+        if said.startswith("good"):
+            assert (picture == (int(said.split()[1]), 100, 200)).all(), said
+    got = rows.report()
+    assert got == {cause: bad.count(cause) for cause in bad}
+    listed = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
+    causes = {line["name"]: line["cause"] for line in listed}
+    assert len(listed) == len(causes) == len(bad)
+    assert {name: causes[name] for name in pictures()} == {n: c for n, (_, c) in pictures().items()}
+    assert {name: causes[f"{name}.png"] for name in captions()} == {n: c for n, (*_, c) in captions().items()}
+    assert not set(odd()) & set(causes)
+
+
+def test_lines_of_metadata_that_cannot_be_used(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.png").write_bytes(encoded(plain()))
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"n {i}"}).encode() for i in range(15)]
+    kinds = [
+        (b"{", "broken line of metadata"), (b"\xff\xfe", "broken line of metadata"), (b"[]", "broken line of metadata"),
+        (b'{"file_name": "15.png", "text": "\xe9"}', "broken line of metadata"),
+        (b'{"text": "whose"}', "line without a file name"),
+        (b'{"file_name": 3, "text": "x"}', "line without a file name"),
+        (b'{"file_name": "gone.png", "text": "x"}', "picture missing"),
+        (b'{"file_name": "0.png", "text": "again"}', "picture listed twice"),
+        (b'{"file_name": "../x.png", "text": "x"}', "picture outside the folder"),
+        (b'{"file_name": "/etc/hostname", "text": "x"}', "picture outside the folder"),
+        (b'{"file_name": "16.png"}', "no caption in en or zh"),
+    ]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_bytes(b"\n".join([*lines, *(line for line, _ in kinds)]))
+    rows = open_source(
+        config.FolderSource(path=str(tmp_path), eval_fraction=0.0, max_bad_fraction=0.9), "train"
+    )
+    want = [cause for _, cause in kinds] + 4 * ["no line of metadata"]  # 15, 17, 18, 19
+    assert len(rows) == 15 and rows.report() == {cause: want.count(cause) for cause in want}
+
+
+def test_limits_are_those_of_the_configuration(tmp_path):
+    for side in (4, 8, 30, 500):
+        (tmp_path / f"{side:03d}.png").write_bytes(encoded(plain((side, 8))))
+
+    def shown(**limits):
+        source = config.FolderSource(path=str(tmp_path), eval_fraction=0.0, max_bad_fraction=1.0, **limits)
+        rows = open_source(source, "train", languages=())
+        for i in range(4):
+            rows.image(i, 8, "center")
+        return rows.report(), rows.replacements
+
+    assert shown(min_side=1, max_aspect=1000) == ({}, {})
+    assert shown(min_side=1) == ({"picture too long": 1}, {3: 0})
+    assert shown(min_side=8, max_aspect=2) == (
+        {"picture too long": 2, "picture too small": 1},
+        {0: 1, 2: 1, 3: 1},
+    )
+    with pytest.raises(ValueError, match=r"min_side is 0, max_aspect 0\.5; want at least 1 each"):
+        config.TarSource(path="x", min_side=0, max_aspect=0.5)
+    rows = open_source(
+        config.FolderSource(path=str(tmp_path), eval_fraction=0.0, min_side=9), "train", languages=()
+    )
+    with pytest.raises(ValueError, match=r"(?s)max_bad_fraction.*picture too small"):
+        rows.image(0, 8, "center")

@@ -1,0 +1,500 @@
+"""Imported Transformers against their reference implementations: the same text ids, the same scores.
+
+Default: small golden files that the reference implementations wrote and answered (golden/*_reference.py have the
+commands). With `-m parity`, where the packages are installed: made anew.
+"""
+
+import dataclasses
+import functools
+import gzip
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import cli
+from dalle_jax.checkpoint.run_dir import PARAMS_FILE, load_run, shapes_by_name, write_params
+from dalle_jax.cli.train import main
+from dalle_jax.config import T5Config, TrainConfig, VectorQuantizer, VQGANConfig, to_json
+from dalle_jax.importers import llamagen, mindalle, rudalle
+from dalle_jax.importers import t5 as encoders
+from dalle_jax.importers.formats import safetensors
+from dalle_jax.importers.tensors import Tensor
+from dalle_jax.models import autoregressive, dalle, tokenizer
+from dalle_jax.nn import t5
+from dalle_jax.pipelines import load_image_tokenizer
+from dalle_jax.sampling.generate import generate, row_keys
+from dalle_jax.text.tokenizers import TextTokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def relative(got, want):
+    """Largest difference over the largest number that is wanted."""
+    assert got.shape == want.shape
+    return float(np.max(np.abs(np.asarray(got) - want)) / np.max(np.abs(want)))
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Runs of image tokenizers with random weights, by the number of their codes and the side of their grid."""
+    made = {}
+
+    def run(vocab, grid):
+        if (vocab, grid) not in made:
+            levels = 2 if grid > 15 else 3  # scenes are drawn at 32 pixels and more
+            config = VQGANConfig(
+                image_size=grid * 2 ** (levels - 1), width=4, channel_multipliers=(1,) * levels, blocks=1,
+                attention_levels=(), latent_width=4, quantizer=VectorQuantizer(vocab=vocab, dim=2), adversarial=None,
+            )  # fmt: skip
+            out = tmp_path_factory.mktemp(f"tokenizer_{vocab}_{grid}")
+            (out / "config.json").write_text(to_json(TrainConfig(model=config)))
+            write_params(out / PARAMS_FILE, tokenizer.init(config, jax.random.key(0)), 0)
+            made[vocab, grid] = str(out)
+        return made[vocab, grid]
+
+    return run
+
+
+def imported(out, family, path, **flags):
+    """The run that the command makes, its vocabulary, and its model in float32."""
+    words = [w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+    assert cli.main(["import", family, str(path), "--out", str(out), *words]) == 0
+    run = load_run(out)
+    return (
+        run,
+        TextTokenizer.load(out / "text_tokenizer.model"),
+        dataclasses.replace(run.config.model, dtype="float32"),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scores(cfg, params, text_BT, codes_BN):
+    return autoregressive.logits(
+        cfg, params, jnp.asarray(text_BT, jnp.int32), jnp.asarray(codes_BN, jnp.int32)
+    )
+
+
+def ids_of(text, cfg, captions):
+    one = functools.partial(text.encode, text_vocab=cfg.text_vocab, text_len=cfg.text_len)
+    return np.stack([one(str(caption)) for caption in captions])
+
+
+def check_rudalle(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    vocab = 44  # pieces; the file's zeros are pads, whose ids follow
+    for version in ("v2", "v3"):
+        run, text, cfg = imported(
+            out / version, "rudalle", files / f"pytorch_model_{version}.bin", text=files / "bpe.model", heads=2,
+            tokenizer=tokenizers(12, 12),
+        )  # fmt: skip
+        ids = ids_of(text, cfg, want["captions"])
+        own = ids[:, 1:] if version == "v2" else ids  # v2 puts another begin before them
+        place = np.arange(own.shape[1])[None]
+        np.testing.assert_array_equal(
+            own, np.where(want["text"] == 0, vocab + place + cfg.shift_masks, want["text"])
+        )
+        words, codes = scores(cfg, run.params, ids[:1], want["codes"][:1])
+        if version == "v2":
+            assert (
+                np.all(ids[:, 0] == 2) and words[..., vocab].max() < -9e3
+            )  # the first position is never a pad
+            words = np.delete(words, vocab, axis=-1)
+        answer, first = want[version], cfg.text_len - 1
+        assert relative(words, answer[:, :first, : words.shape[-1]]) < 1e-5
+        assert relative(codes, answer[:, first:, words.shape[-1] :][:, : cfg.num_codes]) < 1e-5
+
+
+def check_llamagen(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    for name in ("c2i_tiny_64.pt", "c2i_odd_64.pt"):
+        flags = {"heads": 2, "image_size": 64, "tokenizer": tokenizers(24, 4)}
+        run, text, cfg = imported(out / name, "llamagen", files / name, **flags)
+        ids = ids_of(text, cfg, ["" if label == 10 else label for label in want["labels"]])
+        np.testing.assert_array_equal(ids[:, 0], want["labels"])
+        words, codes = scores(cfg, run.params, ids, want["codes"])
+        assert words is None
+        assert relative(codes, want[name]) < 1e-5
+
+
+def check_llamagen_t2i(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    flags = {"heads": 2, "image_size": 64, "t5": files / "flan-t5", "tokenizer": tokenizers(24, 4)}
+    run, text, cfg = imported(out / "run", "llamagen", files / "t2i_tiny_64.pt", **flags)
+    ids = ids_of(text, cfg, want["captions"])
+    padded = ids >= cfg.text_vocab
+    assert padded.any(axis=1).tolist() == [True, True, False, True, True]  # the third was cut
+    ends = np.where(~padded[:, -1:] & (np.arange(cfg.text_len) == cfg.text_len - 1), 1, ids)
+    np.testing.assert_array_equal(np.where(padded, 0, ends), want["ids"])
+    words, codes = scores(cfg, run.params, ids, want["codes"])
+    assert words is None and relative(codes, want["logits"]) < 1e-5
+    assert relative(codes, want["null_logits"]) > 0.1
+    nulls = np.asarray(dalle.null_texts(cfg, jnp.asarray(ids)))
+    assert relative(scores(cfg, run.params, nulls, want["codes"])[1], want["null_logits"]) < 1e-5
+    drawn = generate(
+        cfg, run.params, jnp.asarray(ids), row_keys(range(len(ids))), temperature=0.0, guidance=3.0
+    )
+    np.testing.assert_array_equal(drawn, want["greedy"])
+    assert len(np.unique(want["greedy"], axis=0)) == len(ids)
+    np.testing.assert_array_equal(t5.relative_position_buckets(301, 32)[0], want["buckets"][300:])
+    np.testing.assert_array_equal(t5.relative_position_buckets(301, 32)[300], want["buckets"][:301])
+
+
+def check_dalle_mini(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    run, text, cfg = imported(out / "run", "dalle-mini", files, tokenizer=tokenizers(20, 16))
+    ids = ids_of(text, cfg, want["captions"])
+    ids = np.where(ids < cfg.text_vocab, ids, cfg.pad_id)
+    cut = ids[:, -1] != cfg.pad_id
+    assert cut.any() and not cut.all()
+    ids[cut, -1] = cfg.eos_id  # as the model reads a caption that was cut
+    np.testing.assert_array_equal(ids, want["text"])
+    codes = scores(cfg, run.params, ids[:2], np.repeat(want["codes"], 2, axis=0))[1]
+    assert relative(codes, want["logits"][..., : cfg.image_vocab]) < 1e-5
+    null = autoregressive.null_text(cfg)
+    np.testing.assert_array_equal(np.where(null < cfg.text_vocab, null, cfg.pad_id), want["text"][1])
+
+
+def check_mindalle(files, out, tokenizers):
+    with np.load(files / "answers.npz") as file:
+        want = dict(file)
+    run, text, cfg = imported(out / "run", "mindalle", files)
+    ids = ids_of(text, cfg, want["captions"])
+    np.testing.assert_array_equal(np.where(ids < cfg.text_vocab, ids, cfg.pad_id), want["text"])
+    words, codes = scores(cfg, run.params, ids, want["codes"])
+    assert relative(words, want["text_logits"]) < 1e-5 and relative(codes, want["image_logits"]) < 1e-5
+    kept = load_image_tokenizer(run.path).config  # of 2 resolutions with attention in the second
+    assert (kept.vocab, kept.grid, kept.channel_multipliers, kept.attention_levels) == (
+        cfg.image_vocab,
+        cfg.grid,
+        (1, 1),
+        (1,),
+    )
+
+
+CHECKS = {
+    "mindalle": check_mindalle,
+    "rudalle": check_rudalle,
+    "llamagen": check_llamagen,
+    "llamagen_t2i": check_llamagen_t2i,
+    "dalle_mini": check_dalle_mini,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_golden(tmp_path, tokenizers, name):
+    CHECKS[name](GOLDEN / name, tmp_path, tokenizers)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", CHECKS)
+def test_reference(tmp_path, tokenizers, name):
+    reference = importlib.import_module(f"golden.{name}_reference")
+    if not reference.available():
+        pytest.skip(f"the reference is not installed: {reference.__doc__.splitlines()[2].strip()}")
+    reference.write(tmp_path / "files")
+    CHECKS[name](tmp_path / "files", tmp_path, tokenizers)
+
+
+PUBLISHED = {  # model of golden/published_transformers.json.gz: (its importer, published parameters, left behind)
+    "mindalle": (lambda tensors: mindalle.from_tensors("x", tensors, "", 0), 1_291_081_728, 0),
+    "malevich": (lambda tensors: rudalle.from_tensors("x", tensors, "v3"), 1_310_410_880, 2048),  # a position of text
+    **{
+        f"llamagen-{name}": (lambda tensors: llamagen.from_tensors("x", tensors, 16), count, 0)
+        for name, count in (
+            ("B", 110_888_448), ("L", 342_910_976), ("XL", 774_699_520), ("XXL", 1_410_972_672), ("3B", 3_096_659_200)
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_known_by_their_tensors(name):
+    """The names and shapes that the reference gives its full-size models make every parameter; nothing is allocated."""
+    importer, count, left = PUBLISHED[name]
+    shapes = json.loads(gzip.decompress((GOLDEN / "published_transformers.json.gz").read_bytes()))[name]
+    zero = np.float32(0)
+    tensors = {k: Tensor(tuple(shape), zero.dtype, None) for k, shape in shapes.items()}
+    model = importer(tensors)
+    assert sum(int(np.prod(tensor.shape)) for tensor in tensors.values()) == count
+    ours = shapes_by_name(model.config)
+    assert sum(leaf.size for leaf in ours.values()) == count - left
+    assert model.config.head_dim == {"malevich": 128, "llamagen-3B": 100}.get(name, 64)
+    for parameter, rule in model.rules.items():
+        part = rule.parts[0]
+        made = part.transform(*(np.broadcast_to(zero, tensors[n].shape) for n in part.names)).shape
+        assert ((len(rule.parts), *made) if rule.stacked else made) == ours[parameter].shape, parameter
+    assert ours.keys() == model.rules.keys()
+
+
+def test_the_published_model_on_captions_is_known_by_its_tensors():
+    """As above, of LlamaGen's file and that of flan-t5-xl, whose encoder is written down under two names."""
+    known = json.loads(gzip.decompress((GOLDEN / "published_transformers.json.gz").read_bytes()))
+    gpt, encoder = (
+        {name: Tensor(tuple(shape), np.dtype(np.float32), None) for name, shape in known[model].items()}
+        for model in ("llamagen-t2i-XL", "flan-t5-xl-encoder")
+    )
+    del encoder["encoder.embed_tokens.weight"]  # the same as shared.weight
+    model = llamagen.from_t2i_tensors("x", gpt, "y", encoder, 32)
+    config = model.config
+    assert (config.text_encoder, config.text_vocab, config.text_len) == (T5Config(), 32_128, 120)
+    assert (config.head_dim, config.layers, config.num_codes) == (64, 36, 1024)
+    counts = [sum(int(np.prod(tensor.shape)) for tensor in tensors.values()) for tensors in (gpt, encoder)]
+    assert counts == [777_923_840, 1_223_527_424]
+    ours = shapes_by_name(config)
+    assert sum(leaf.size for leaf in ours.values()) == sum(counts)
+    for parameter, rule in model.rules.items():
+        part = rule.parts[0]
+        made = part.transform(
+            *(np.broadcast_to(np.float32(0), model.tensors[n].shape) for n in part.names)
+        ).shape
+        assert ((len(rule.parts), *made) if rule.stacked else made) == ours[parameter].shape, parameter
+    assert ours.keys() == model.rules.keys()
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory, tokenizers):
+    files, out = GOLDEN / "llamagen_t2i", tmp_path_factory.mktemp("captioned") / "run"
+    words = ["llamagen", files / "t2i_tiny_64.pt", "--t5", files / "flan-t5", "--out", out, "--heads", 2]
+    words += ["--image-size", 64, "--tokenizer", tokenizers(24, 4)]
+    assert cli.main(["import", *map(str, words)]) == 0
+    return out
+
+
+def test_captions_are_drawn_by_what_the_command_made(tmp_path, captioned):
+    """`sample` reads them with the encoder of the run, also through the queue, guided; a caption gives the same codes
+    in either."""
+    lines = tmp_path / "captions.txt"
+    lines.write_text("a red circle above a blue square\nthe star\n")
+    words = ["--num-images", "1", "--guidance-scale", "3", "--batch-size", "2"]
+    for name, captions in (
+        ("queue", ["--captions-file", str(lines)]),
+        ("batch", lines.read_text().splitlines()),
+    ):
+        assert cli.main(["sample", str(captioned), *captions, "--out", str(tmp_path / name), *words]) == 0
+    drawn = [np.load(tmp_path / name / "codes.npz")["codes"] for name in ("queue", "batch")]
+    assert drawn[1].shape == (2, 16) and (drawn[1][0] != drawn[1][1]).any()
+    np.testing.assert_array_equal(*drawn)
+
+
+def test_a_run_on_captions_is_described_and_exported(tmp_path, captioned, capsys):
+    """`info` counts the encoder of captions; `export` takes it along, with its vocabulary and the tokenizer."""
+    assert cli.main(["info", str(captioned), "--json"]) == 0
+    found, run = json.loads(capsys.readouterr().out), load_run(captioned)
+    assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    assert found["parts"]["t5"] == sum(leaf.size for leaf in jax.tree.leaves(run.params["t5"]))
+    assert cli.main(["export", str(captioned), "--out", str(tmp_path / "again")]) == 0
+    again = load_run(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, again.params, run.params)
+    for name in ("text_tokenizer.model", "tokenizer/config.json", f"tokenizer/{PARAMS_FILE}"):
+        assert (tmp_path / "again" / name).read_bytes() == (captioned / name).read_bytes()
+
+
+def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
+    """`sample` draws with its vocabulary and tokenizer, guided too; `info` and `export` take it."""
+    files = GOLDEN / "llamagen" / "c2i_tiny_64.pt"
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["goldfish", *(f"thing {i}" for i in range(9))]))
+    flags = {"heads": 2, "image_size": 64, "tokenizer": tokenizers(24, 4), "text": names}
+    run, _, _ = imported(tmp_path / "run", "llamagen", files, **flags)
+    assert {p.name for p in run.path.iterdir()} == {
+        "config.json",
+        PARAMS_FILE,
+        "text_tokenizer.model",
+        "tokenizer",
+    }
+    out = tmp_path / "pictures"
+    words = [
+        "sample",
+        str(run.path),
+        "Goldfish",
+        "3",
+        "--num-images",
+        "2",
+        "--guidance-scale",
+        "2",
+        "--top-k",
+        "5",
+        "--out",
+        str(out),
+    ]
+    assert cli.main([*words, "--batch-size", "4"]) == 0
+    codes = np.load(out / "codes.npz")["codes"]
+    assert codes.shape == (4, 16) and len(np.unique(codes, axis=0)) == 4
+    assert cli.main(["sample", str(run.path), "cat", "--out", str(tmp_path / "none")]) == 1
+    assert "no class 'cat'; give the number of a class from 0 to 9" in capsys.readouterr().err
+    assert cli.main(["info", str(run.path)]) == 0
+    assert cli.main(["export", str(run.path), "--out", str(tmp_path / "again")]) == 0
+    again = load_run(tmp_path / "again").params
+    jax.tree.map(np.testing.assert_array_equal, again, run.params)
+
+
+def test_the_sampler_draws_from_an_encoder_and_decoder(tmp_path, tokenizers):
+    """Greedy drawing over the caches is the best code at every place without them, through the limits of `generate`."""
+    run, text, cfg = imported(
+        tmp_path / "run", "dalle-mini", GOLDEN / "dalle_mini", tokenizer=tokenizers(20, 16)
+    )
+    ids = ids_of(text, cfg, ["a red circle above", "a blue square"])
+    codes = np.asarray(generate(cfg, run.params, jnp.asarray(ids), row_keys([0, 1]), temperature=0.0))
+    best = np.asarray(scores(cfg, run.params, ids, codes)[1])
+    chosen = np.take_along_axis(best, codes[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen, best.max(axis=-1), rtol=1e-4, atol=1e-4)
+    assert len(np.unique(codes)) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dalle-mini", "rudalle", "llamagen"])
+def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
+    """One update too small to see, from a configuration of another Transformer: model, vocabulary and tokenizer are
+    those of the imported run."""
+    if name == "dalle-mini":
+        path, flags = GOLDEN / "dalle_mini", {"tokenizer": tokenizers(20, 16)}
+    elif name == "llamagen":
+        path = GOLDEN / "llamagen_t2i" / "t2i_tiny_64.pt"
+        flags = {
+            "t5": path.parent / "flan-t5",
+            "tokenizer": tokenizers(24, 16),
+            "heads": 2,
+            "image_size": 256,
+        }
+    else:
+        path = GOLDEN / "rudalle" / "pytorch_model_v2.bin"
+        flags = {"tokenizer": tokenizers(12, 12), "heads": 2, "text": GOLDEN / "rudalle" / "bpe.model"}
+    begun, _, _ = imported(tmp_path / "begun", name, path, **flags)
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from dalle_jax.config import *\n"
+        "config = TrainConfig(model=DalleConfig(), data=DataConfig(source=ScenesSource(), batch_size=8), "
+        "optim=OptimConfig(learning_rate=1e-9, warmup_steps=0), steps=1, eval_rows=8)\n"
+    )
+    words = [str(config), "--init-from", str(begun.path), "--run", str(tmp_path / "run")]
+    assert main(words) == 0
+    run = load_run(tmp_path / "run", ema=False)
+    assert run.config.model == begun.config.model and run.step == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, begun.params)
+    for part in {"t5"} & begun.params.keys():  # frozen
+        jax.tree.map(np.testing.assert_array_equal, run.params[part], begun.params[part])
+    assert (run.path / "text_tokenizer.model").read_bytes() == (
+        begun.path / "text_tokenizer.model"
+    ).read_bytes()
+    assert load_image_tokenizer(run.path).fingerprint == load_image_tokenizer(begun.path).fingerprint
+
+
+def refused(capsys, *words):
+    assert cli.main(["import", *map(str, words)]) == 1
+    return capsys.readouterr().err
+
+
+def test_what_is_refused(tmp_path, tokenizers, capsys):
+    """Files that lack something, another model's, and flags that do not fit; nothing is written."""
+    out = tmp_path / "run"
+    to = ["--out", out]
+    malevich = GOLDEN / "rudalle" / "pytorch_model_v3.bin"
+    text, small = ["--text", GOLDEN / "rudalle" / "bpe.model"], ["--heads", 2]
+    fit = ["--tokenizer", tokenizers(12, 12)]
+    assert "give --text bpe.model" in refused(capsys, "rudalle", malevich, *to, *small, *fit)
+    assert "give --tokenizer RUN" in refused(capsys, "rudalle", malevich, *to, *text, *small)
+    wrong = refused(capsys, "rudalle", malevich, *to, *text, *small, "--tokenizer", tokenizers(24, 4))
+    assert "model.image_vocab is 12, but the tokenizer" in wrong
+    untold = shutil.copy(malevich, tmp_path / "pytorch_model.bin")
+    assert "does not tell its version: give --version v3" in refused(
+        capsys, "rudalle", untold, *to, *text, *small, *fit
+    )
+    assert "is not ruDALL-E: it has no tensor text_embeddings.weight" in refused(
+        capsys, "rudalle", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, *text, "--version", "v3", *fit
+    )
+    assert "--version is not for the family llamagen" in refused(
+        capsys, "llamagen", malevich, *to, "--version", "v2"
+    )
+    assert "heads 5" in refused(capsys, "rudalle", malevich, *to, *text, "--heads", 5, *fit)
+    broken = tmp_path / "bpe.model"
+    broken.write_text("1 2\n3")
+    assert f"{broken}: not a model of YouTokenToMe" in refused(
+        capsys, "rudalle", malevich, *to, "--text", broken, *small, *fit
+    )
+
+    mini = shutil.copytree(GOLDEN / "dalle_mini", tmp_path / "mini")
+    (mini / "vocab.json").unlink()
+    assert "want a directory with flax_model.msgpack, config.json, vocab.json" in refused(
+        capsys, "dalle-mini", mini, *to
+    )
+    shutil.copy(GOLDEN / "dalle_mini" / "vocab.json", mini)
+    settings = json.loads((mini / "config.json").read_text())
+    (mini / "config.json").write_text(json.dumps({**settings, "ln_positions": "swinv2"}))
+    assert "ln_positions is 'swinv2'; the models that can be imported have 'normformer'" in refused(
+        capsys, "dalle-mini", mini, *to
+    )
+    lines = tmp_path / "names.txt"
+    lines.write_text("one\ntwo")
+    tiny = ["llamagen", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, "--image-size", 64, "--heads", 2]
+    assert "has 2 lines; want the names of 10 classes" in refused(capsys, *tiny, "--text", lines)
+    assert "--t5 is for models on captions (t2i)" in refused(capsys, *tiny, "--t5", tmp_path)
+    assert not out.exists()
+
+
+def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
+    """A T5 that is missing, not whole, or another than the model reads; nothing is written."""
+    files, out, folder = GOLDEN / "llamagen_t2i", tmp_path / "run", tmp_path / "t5"
+    gpt = ["llamagen", files / "t2i_tiny_64.pt", "--out", out, "--image-size", 64, "--heads", 2]
+    gpt += ["--tokenizer", tokenizers(24, 4)]
+    assert "reads them with flan-t5-xl: give --t5 DIR" in refused(capsys, *gpt)
+    assert "--text names classes" in refused(capsys, *gpt, "--t5", folder, "--text", files / "x")
+    assert f"no file {folder / 'config.json'}" in refused(capsys, *gpt, "--t5", folder)
+    tensors = {
+        name: np.asarray(tensor.read()) for name, tensor in encoders.read_encoder(files / "flan-t5").items()
+    }
+    norm, wide = (
+        "encoder.block.1.layer.0.layer_norm.weight",
+        "encoder.block.1.layer.1.DenseReluDense.wi_1.weight",
+    )
+    nan = np.where(np.arange(16) == 7, np.nan, tensors[norm]).astype(np.float32)
+    narrow = {  # a whole one, of half the width
+        name: x[..., :8] if x.shape[-1] == 16 and not name.endswith("bias.weight") else x
+        for name, x in tensors.items()
+    }
+    narrow = {name: x[:8] if len(x) == 16 and x.ndim == 2 else x for name, x in narrow.items()}
+
+    def told(settings=None, drop=(), spiece=True, **changed):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            json.dumps({"feed_forward_proj": "gated-gelu"} | (settings or {}))
+        )
+        if spiece:
+            shutil.copy(files / "flan-t5" / "spiece.model", folder)
+        kept = {name: x for name, x in (tensors | changed).items() if name not in drop}
+        safetensors.write_safetensors(folder / "model.safetensors", kept, {})
+        return refused(capsys, *gpt, "--t5", folder)
+
+    assert "feed_forward_proj is 'relu'; the T5 that can be imported has 'gated-gelu'" in told(
+        {"feed_forward_proj": "relu"}
+    )
+    assert f"lacks, of the encoder of a T5 v1.1 (Flan-T5): {wide}" in told(drop=[wide])
+    assert "is not the encoder of a T5 v1.1 (Flan-T5): it has no tensor shared.weight" in told(
+        drop=["shared.weight"]
+    )
+    assert "has what is not of the encoder of a T5 v1.1 (Flan-T5): encoder.more" in told(
+        **{"encoder.more": nan}
+    )
+    assert f"tensor t5:{norm} has values that are not finite" in told(**{norm: nan})
+    assert f"tensor t5:{wide} (20, 8)" in told(**{wide: tensors[wide][:, :8].copy()})
+    assert (
+        f"the T5 of {folder} is 8 wide, {files / 't2i_tiny_64.pt'} reads one of 16: want flan-t5-xl"
+        in told(**narrow)
+    )
+    assert f"no file {folder / 'spiece.model'}" in told(spiece=False)
+    (folder / "spiece.model").write_bytes(b"no model")
+    assert f"{folder / 'spiece.model'}: not a sentencepiece model" in refused(capsys, *gpt, "--t5", folder)
+    assert "has 26 pieces, the T5 beside it has 20" in told(
+        **{"shared.weight": tensors["shared.weight"][:20].copy()}
+    )
+    assert not out.exists() and not list(tmp_path.glob(".*.tmp"))

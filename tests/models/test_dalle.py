@@ -1,0 +1,454 @@
+"""Laws of the Transformer: what each position sees, what the loss weighs, and that how it is computed does
+not matter. The reference below is NumPy in float64, a loop over layers, written from the paper's description.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.config import DalleConfig
+from dalle_jax.models import autoregressive, dalle
+from dalle_jax.models.dalle import embedding as stream
+from dalle_jax.nn.attention import Block
+from dalle_jax.parallel.sharding import path_name
+from dalle_jax.text import tokenizers as text
+
+KINDS = ("full", "row", "column", "conv")
+TINY = DalleConfig(
+    text_vocab=6, text_len=3, image_vocab=7, grid=3, dim=16, layers=4, heads=2, mlp_ratio=2, attention=KINDS,
+    last_attention=None, conv_kernel=3, cond_drop_prob=0.0, dtype="float32", remat="none",
+)  # fmt: skip
+T, N = TINY.text_len, TINY.num_codes
+
+
+def lively(cfg, seed=0):
+    """Parameters large enough that every one of them matters to the result, biases and gains too."""
+    shapes = jax.eval_shape(lambda key: dalle.init(cfg, key), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        middle = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(middle + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def rows(cfg, batch, seed=0):
+    """Captions (with padding at their ends) and codes."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, cfg.text_vocab, (batch, cfg.text_len))
+    used = rng.integers(1, cfg.text_len + 1, (batch, 1))
+    place = np.arange(cfg.text_len)[None]
+    caption = np.where(place < used, words, cfg.text_vocab + place)
+    codes = rng.integers(0, cfg.image_vocab, (batch, cfg.num_codes))
+    return jnp.asarray(caption, jnp.int32), jnp.asarray(codes, jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return lively(TINY)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return jax.jit(dalle.init, static_argnums=0)(TINY, jax.random.key(0))
+
+
+BATCH = T + N + 1  # of every call of `logits`: one program serves all tests
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(cfg, params, text_BT, codes_BN):
+    return dalle.logits(cfg, params, text_BT, codes_BN)
+
+
+# --- against the reference -------------------------------------------------------------------------------
+
+
+def layer_norm(x, p):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * p["scale"] + p["bias"]
+
+
+def gelu(x):  # the tanh form
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def may_see(kind, q, k, cfg):
+    """Position q of the stream sees position k: the paper's masks for a window of 3, one case at a time."""
+    if k > q:
+        return False
+    if k < cfg.text_len:
+        return True
+    q, k, side = q - cfg.text_len, k - cfg.text_len, cfg.grid
+    return {
+        "full": True,
+        "row": q - k <= side,
+        "column": (q - k) % side == 0,
+        "conv": q - k in (0, 1, side - 1, side, side + 1),
+    }[kind]
+
+
+def reference(cfg, params, caption, codes):
+    """Text and image logits of one row."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    stream = [p["text_embed"][w] + p["text_pos"][i] for i, w in enumerate(caption)]
+    for i, code in enumerate(codes):
+        row, column = divmod(i, cfg.grid)
+        stream.append(p["image_embed"][code] + p["image_row"][row] + p["image_col"][column])
+    x = np.stack(stream)
+    size = cfg.dim // cfg.heads
+    for number, kind in enumerate(cfg.layer_kinds):
+        b = jax.tree.map(lambda a, i=number: a[i], p["blocks"])
+        y = layer_norm(x, b["norm_attn"])
+        out = np.zeros_like(x)
+        for h in range(cfg.heads):
+            own = slice(h * size, (h + 1) * size)
+            q, k, v = (y @ b["attn"][n]["kernel"][:, own] + b["attn"][n]["bias"][own] for n in "qkv")
+            if cfg.qk_norm:
+                q = q / np.sqrt((q**2).mean(-1, keepdims=True) + 1e-6) * b["attn"]["q_scale"]
+                k = k / np.sqrt((k**2).mean(-1, keepdims=True) + 1e-6) * b["attn"]["k_scale"]
+            for t in range(len(x)):
+                seen = [s for s in range(len(x)) if may_see(kind, t, s, cfg)]
+                weights = np.exp([q[t] @ k[s] / math.sqrt(size) for s in seen])
+                mixed = sum(w * v[s] for w, s in zip(weights / weights.sum(), seen, strict=True))
+                out[t] += mixed @ b["attn"]["out"]["kernel"][own]
+        x = x + out + b["attn"]["out"]["bias"]
+        y = layer_norm(x, b["norm_mlp"])
+        y = gelu(y @ b["mlp"]["up"]["kernel"] + b["mlp"]["up"]["bias"])
+        x = x + y @ b["mlp"]["down"]["kernel"] + b["mlp"]["down"]["bias"]
+    x = layer_norm(x, p["norm_out"])
+    text, image = x[: cfg.text_len - 1], x[cfg.text_len - 1 : -1]  # position i predicts token i + 1
+    return text @ p["text_head"]["kernel"], image @ p["image_head"]["kernel"]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_logits_equal_the_reference(qk_norm):
+    cfg = dataclasses.replace(TINY, qk_norm=qk_norm)
+    params = lively(cfg)
+    caption, codes = rows(cfg, BATCH)
+    got_text, got_image = logits(cfg, params, caption, codes)
+    assert got_text.shape == (BATCH, T - 1, 6 + T) and got_image.shape == (BATCH, N, 7)
+    assert got_text.dtype == got_image.dtype == jnp.float32
+    for b in range(2):
+        want_text, want_image = reference(cfg, params, np.asarray(caption[b]), np.asarray(codes[b]))
+        assert want_image.std() > 0.3
+        np.testing.assert_allclose(got_text[b], want_text, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got_image[b], want_image, rtol=1e-4, atol=1e-4)
+
+
+# --- who sees whom ---------------------------------------------------------------------------------------
+
+
+def moved(cfg, params, what):
+    """bool (S, S): does changing the token of position k (second axis) move row q of `what(text, codes)`?"""
+    caption, codes = rows(cfg, 1)
+    stream = np.concatenate([caption, codes], axis=1)
+    size = np.array([cfg.text_vocab] * cfg.text_len + [cfg.image_vocab] * cfg.num_codes)
+    other = np.repeat(stream, cfg.length + 1, axis=0)
+    for k in range(cfg.length):
+        other[k + 1, k] = (other[k + 1, k] + 1) % size[k]
+    out = what(cfg, params, jnp.asarray(other[:, : cfg.text_len]), jnp.asarray(other[:, cfg.text_len :]))
+    out = np.asarray(out)
+    return (out[1:] != out[:1]).any(axis=-1).T
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_layer_sees_what_its_mask_says(kind):
+    """Exactly: nothing else moves position q, and everything that it may see does."""
+    cfg = dataclasses.replace(TINY, layers=1, attention=(kind,))
+    got = moved(cfg, lively(cfg), jax.jit(dalle.hidden, static_argnums=0))
+    want = [[may_see(kind, q, k, cfg) for k in range(cfg.length)] for q in range(cfg.length)]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_no_future_leak(params):
+    """Scores of token t, read at position t - 1, follow from the tokens before t alone; and, through all
+    layers together, from every one of them that the masks can carry there."""
+
+    def scores(cfg, params, text_BT, codes_BN):
+        both = logits(cfg, params, text_BT, codes_BN)
+        return jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), (0, 16 - x.shape[-1]))) for x in both], axis=1)
+
+    got = moved(TINY, params, scores)  # [i, k]: scores of token i + 1, changed token k
+    assert got.shape == (T + N - 1, T + N)
+    reach = np.eye(T + N, dtype=bool)  # who hears of whom, over all layers
+    for kind in TINY.layer_kinds:
+        reach = np.array([[may_see(kind, q, k, TINY) for k in range(T + N)] for q in range(T + N)]) @ reach
+    assert not np.triu(got, k=1).any()
+    np.testing.assert_array_equal(got, reach[:-1])
+
+
+# --- the same numbers however they are computed ----------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_grad(cfg, params, text_BT, codes_BN, key):
+    return jax.value_and_grad(lambda p: dalle.loss(cfg, p, text_BT, codes_BN, key), has_aux=True)(params)
+
+
+def assert_close(a, b, **tolerance):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    for x, y in pairs:
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), **tolerance)
+
+
+@pytest.fixture(scope="module")
+def plain(params):
+    return loss_and_grad(TINY, params, *rows(TINY, 4), jax.random.key(0))
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_nothing(params, plain, remat):
+    cfg = dataclasses.replace(TINY, remat=remat)
+    got = loss_and_grad(cfg, params, *rows(TINY, 4), jax.random.key(0))
+    assert_close(got, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_unrolling_changes_nothing(params):
+    caption, codes = rows(TINY, BATCH)
+    got = logits(dataclasses.replace(TINY, scan_unroll=3), params, caption, codes)
+    assert_close(got, logits(TINY, params, caption, codes), rtol=1e-5, atol=1e-5)
+
+
+def test_the_remat_switch_is_wired(params):
+    """Else "remat changes nothing" would hold of a switch that does nothing."""
+    caption, codes = rows(TINY, 4)
+
+    def program(remat):
+        cfg = dataclasses.replace(TINY, remat=remat)
+        return str(jax.make_jaxpr(lambda p: dalle.logits(cfg, p, caption, codes))(params))
+
+    assert "policy=" not in program("none")
+    assert "policy=None" in program("full")
+    assert "policy=" in program("dots") and "policy=None" not in program("dots")
+
+
+def test_scan_is_a_loop_over_the_layers(params):
+    caption, codes = rows(TINY, BATCH)
+
+    @jax.jit
+    def embed(params):
+        x = stream.embed_text(TINY, params, caption)[0]
+        return jnp.concatenate(
+            [x, stream.embed_codes(TINY, params, codes[:, :-1], jnp.arange(N - 1))], axis=1
+        )
+
+    @jax.jit
+    def head(params, x):
+        return stream.apply_head(TINY, params, "image_head", stream.norm_out(TINY, params, x[:, T - 1 :]))
+
+    x = embed(params)
+    layers = jax.jit(autoregressive.prepare_for_decode, static_argnums=0)(TINY, params)["blocks"]
+    assert len(layers) == TINY.layers
+    block = Block(TINY.heads, TINY.mlp_dim, TINY.qk_norm, 0.0, jnp.float32)
+    apply = jax.jit(lambda layer, x, mask: block.apply({"params": layer}, x, mask)[0])
+    size = x.shape[1]
+    for kind, layer in zip(TINY.layer_kinds, layers, strict=True):
+        mask = [[may_see(kind, q, k, TINY) for k in range(size)] for q in range(size)]
+        x = apply(layer, x, jnp.asarray(mask))
+    x = head(params, x)
+    np.testing.assert_allclose(x, logits(TINY, params, caption, codes)[1], rtol=1e-5, atol=1e-5)
+
+
+# What all keys share, softmax does not see: without qk_norm its gradient is nought but for rounding.
+SHARED_BY_ALL_KEYS = "blocks/attn/k/bias"
+
+
+def test_bfloat16_is_close_to_float32(params, plain):
+    cfg = dataclasses.replace(TINY, dtype="bfloat16")
+    caption, codes = rows(TINY, BATCH)
+    got, want = logits(cfg, params, caption, codes), logits(TINY, params, caption, codes)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.float32
+        error = np.sqrt(np.mean((a - b) ** 2)) / np.std(b)
+        assert 1e-4 < error < 0.03  # 8 bits of mantissa; less would mean that the dtype is not used
+    (value, _), grads = loss_and_grad(cfg, params, *rows(TINY, 4), jax.random.key(0))
+    (want_value, _), want_grads = plain
+    assert abs(value - want_value) < 0.02
+    scale = np.linalg.norm(want_grads["blocks"]["attn"]["q"]["bias"])
+    wanted = jax.tree.leaves(want_grads)
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(grads)[0], wanted, strict=True):
+        assert a.dtype == jnp.float32
+        nought = path_name(path) == SHARED_BY_ALL_KEYS
+        assert np.linalg.norm(a - b) < 0.1 * (scale if nought else np.linalg.norm(b)), path_name(path)
+
+
+def test_every_parameter_learns(plain):
+    """Finite gradients, none of them nowhere; of the tables exactly the rows that the batch holds."""
+    _, grads = plain
+    for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
+        name, largest = path_name(path), np.abs(grad).max()
+        assert np.isfinite(grad).all(), name
+        assert largest < 1e-6 if name == SHARED_BY_ALL_KEYS else largest > 1e-6, name
+    caption, codes = (np.asarray(ids) for ids in rows(TINY, 4))
+    seen = np.isin(np.arange(len(grads["text_embed"])), caption)
+    assert 0 < seen.sum() < len(seen)
+    np.testing.assert_array_equal(np.abs(grads["text_embed"]).max(axis=1) > 0, seen)
+    fed = np.isin(np.arange(TINY.image_vocab), codes[:, :-1])  # the last code is fed to nothing
+    np.testing.assert_array_equal(np.abs(grads["image_embed"]).max(axis=1) > 0, fed)
+
+
+# --- the loss --------------------------------------------------------------------------------------------
+
+
+def by_hand(scores, ids):
+    scores = np.asarray(scores, np.float64)
+    log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    return -np.mean([log_p[b, t, ids[b, t]] for b in range(ids.shape[0]) for t in range(ids.shape[1])])
+
+
+def test_loss_by_hand(params, plain):
+    (total, metrics), _ = plain
+    caption, codes = rows(TINY, 4)
+    padded = [jnp.pad(x, ((0, BATCH - 4), (0, 0))) for x in (caption, codes)]
+    text_logits, image_logits = (x[:4] for x in logits(TINY, params, *padded))
+    want_text = by_hand(text_logits, np.asarray(caption)[:, 1:])
+    want_image = by_hand(image_logits, np.asarray(codes))
+    assert abs(want_text - want_image) > 0.05  # else the weights could be swapped
+    np.testing.assert_allclose(metrics["text_loss"], want_text, rtol=1e-5)
+    np.testing.assert_allclose(metrics["image_loss"], want_image, rtol=1e-5)
+    np.testing.assert_allclose(total, want_text / 8 + want_image * 7 / 8, rtol=1e-5)
+
+
+def test_fresh_parameters_know_nothing(fresh):
+    """Small random weights: the loss is that of a uniform guess, log of the number of ids."""
+    (_, metrics), _ = loss_and_grad(TINY, fresh, *rows(TINY, 4), jax.random.key(0))
+    assert abs(metrics["text_loss"] - math.log(6 + T)) < 0.05
+    assert abs(metrics["image_loss"] - math.log(7)) < 0.05
+
+
+def test_a_text_of_one_token():
+    """Has no text to predict: all loss is the image's."""
+    cfg = dataclasses.replace(TINY, text_len=1, layers=1)
+    total, metrics = jax.jit(dalle.loss, static_argnums=0)(cfg, lively(cfg), *rows(cfg, 2), jax.random.key(0))
+    assert metrics["text_loss"] == 0
+    np.testing.assert_allclose(total, metrics["image_loss"] * 7 / 8, rtol=1e-6)
+
+
+def test_null_rate(params):
+    """0 keeps every caption, 1 none; between, that share of the rows, each row by itself."""
+    caption, codes = rows(TINY, 2)
+    keys = jax.random.split(jax.random.key(5), 300)
+    null = jnp.broadcast_to(dalle.null_text(TINY), caption.shape)
+    # (row 0 null?, row 1 null?) -> the loss: that of the batch with those captions written in
+    nulled = {(i, j): jnp.where(jnp.array([[i], [j]], bool), null, caption) for i in (0, 1) for j in (0, 1)}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def losses(rate, text_BT):
+        cfg = dataclasses.replace(TINY, cond_drop_prob=rate)
+        return jax.vmap(lambda key: dalle.loss(cfg, params, text_BT, codes, key)[0])(keys)
+
+    want = {pair: float(losses(0.0, text_BT)[0]) for pair, text_BT in nulled.items()}
+    assert min(abs(a - b) for p, a in want.items() for q, b in want.items() if p < q) > 1e-3
+    got = {}
+    for rate in (0.0, 0.3, 1.0):
+        out = np.asarray(losses(rate, caption))
+        near = [min(want, key=lambda p, v=v: abs(want[p] - v)) for v in out]
+        np.testing.assert_allclose(out, [want[p] for p in near], rtol=1e-5)
+        got[rate] = np.array(near)
+    assert (got[0.0] == 0).all() and (got[1.0] == 1).all()
+    assert (abs(got[0.3].mean(axis=0) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 300)).all()
+    assert abs(np.corrcoef(got[0.3].T)[0, 1]) < 4 / math.sqrt(300)
+
+
+def test_row_order_does_not_matter(params, plain):
+    caption, codes = rows(TINY, 4)
+    order = jnp.array([2, 0, 3, 1])
+    got = loss_and_grad(TINY, params, caption[order], codes[order], jax.random.key(0))
+    assert_close(got, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_do_not_see_each_other(params):
+    caption, codes = rows(TINY, BATCH)
+    whole = logits(TINY, params, caption, codes)
+    changed = logits(TINY, params, caption.at[1:].set(0), codes.at[1:].set(0))
+    for a, b in zip(whole, changed, strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+        assert not np.array_equal(a[1], b[1])
+
+
+def test_each_position_has_its_own_pad_token(fresh):
+    null = np.asarray(dalle.null_text(TINY))
+    np.testing.assert_array_equal(null, [6, 7, 8])
+    np.testing.assert_array_equal(null, text.null_caption(TINY.text_vocab, TINY.text_len))
+    assert fresh["text_embed"].shape == (6 + 3, 16)
+    pads = np.asarray(fresh["text_embed"])[null]
+    assert np.linalg.norm(pads[:, None] - pads[None], axis=-1)[~np.eye(3, dtype=bool)].min() > 0.02
+
+
+def test_init(fresh):
+    """Normal of 0.02; what writes into the residual stream is scaled down by its depth; all draws differ."""
+    blocks = fresh["blocks"]
+    assert {name: blocks["attn"][name]["kernel"].shape for name in ("q", "k", "v", "out")} == dict.fromkeys(
+        ("q", "k", "v", "out"), (4, 16, 16)
+    )
+    random = {
+        "text_embed": 0.02, "text_pos": 0.02, "image_embed": 0.02, "image_row": 0.02, "image_col": 0.02,
+        "text_head/kernel": 0.02, "image_head/kernel": 0.02, "blocks/attn/q/kernel": 0.02,
+        "blocks/attn/k/kernel": 0.02, "blocks/attn/v/kernel": 0.02,
+        "blocks/mlp/up/kernel": 0.02, "blocks/attn/out/kernel": 0.02 / math.sqrt(8),
+        "blocks/mlp/down/kernel": 0.02 / math.sqrt(8),
+    }  # fmt: skip
+    drawn = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(fresh)[0]:
+        name, leaf = path_name(path), np.asarray(leaf)
+        if name in random:
+            assert abs(leaf.std() / random[name] - 1) < 4 / math.sqrt(2 * leaf.size), name
+            drawn[name] = leaf
+        else:
+            assert (leaf == (1.0 if name.endswith("scale") else 0.0)).all(), name
+    assert drawn.keys() == random.keys()
+    units = np.concatenate([leaf.ravel() / random[name] for name, leaf in drawn.items()])
+    assert len(np.unique(units)) > 0.99 * len(units)  # no two tables or layers from one key
+
+
+# --- refusals --------------------------------------------------------------------------------------------
+
+GOOD_TEXT, GOOD_CODES = jnp.zeros((2, T), jnp.int32), jnp.zeros((2, N), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("caption", "codes", "match"),
+    [
+        (GOOD_TEXT[:, :2], GOOD_CODES, r"text has shape \(2, 2\), want \(batch, 3\); pad or cut captions"),
+        (GOOD_TEXT[0], GOOD_CODES, r"text has shape \(3,\)"),
+        (GOOD_TEXT, GOOD_CODES[:1], r"codes have shape \(1, 9\), want \(2, 9\)"),
+        (GOOD_TEXT, GOOD_CODES[:, 1:], r"codes have shape \(2, 8\), want \(2, 9\)"),  # not a shorter picture
+        (GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32), r"codes have shape \(2, 10\), want \(2, 9\)"),
+        (GOOD_TEXT, GOOD_CODES[0], r"codes have shape \(9,\), want \(2, 9\)"),
+        (GOOD_TEXT * 1.0, GOOD_CODES, "text is float32, want int32 ids"),
+        (GOOD_TEXT, GOOD_CODES * 1.0, "codes is float32, want int32 ids"),
+        ([[0] * T] * 2, GOOD_CODES, "text is a list, want an array of int32 ids"),
+        (GOOD_TEXT - 1, GOOD_CODES, r"text has ids from -1 to -1, want ids in \[0, 9\)"),
+        (GOOD_TEXT + 9, GOOD_CODES, r"text has ids from 9 to 9, want ids in \[0, 9\)"),
+        (GOOD_TEXT, GOOD_CODES.at[0, 0].set(7), r"codes has ids from 0 to 7, want ids in \[0, 7\), which"),
+    ],
+)  # fmt: skip
+def test_refuses_wrong_arrays(params, caption, codes, match):
+    with pytest.raises(ValueError, match=match):
+        dalle.logits(TINY, params, caption, codes)
+    with pytest.raises(ValueError, match=match):
+        dalle.loss(TINY, params, caption, codes, jax.random.key(0))
+
+
+def test_parameters_of_another_number_of_layers(params):
+    more = dataclasses.replace(TINY, layers=5)
+    for given in (params, autoregressive.prepare_for_decode(TINY, params)):
+        with pytest.raises(ValueError, match=r"parameters of 4 layers, cfg\.layers is 5"):
+            autoregressive.prepare_for_decode(more, given)
+
+
+def test_hidden_takes_no_more_than_a_picture(params):
+    with pytest.raises(ValueError, match=r"codes have shape \(2, 10\), want \(2, 9\) or fewer columns"):
+        dalle.hidden(TINY, params, GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32))
+
+
+def test_prefill_wants_something_left_to_sample(params):
+    with pytest.raises(ValueError, match="9 codes are given of 9; nothing is left to sample"):
+        dalle.prefill(TINY, autoregressive.prepare_for_decode(TINY, params), GOOD_TEXT, GOOD_CODES)

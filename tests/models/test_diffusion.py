@@ -1,0 +1,428 @@
+"""Laws of the diffusion schedules and samplers, on Gaussian data whose score and likelihood are known."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.config import NoiseConfig
+from dalle_jax.models.diffusion import sampler as sampling
+from dalle_jax.models.diffusion.likelihood import bits_per_dim, log_likelihood
+from dalle_jax.models.diffusion.sampler import (
+    SAMPLERS,
+    NonFiniteSampleError,
+    check_finite,
+    combine_guidance,
+    dynamic_threshold,
+    sample,
+)
+from dalle_jax.models.diffusion.schedule import (
+    add_noise,
+    alpha_sigma,
+    betas,
+    convert_prediction,
+    loss_weight,
+    low_discrepancy_times,
+    prediction_target,
+    time_grid,
+)
+
+LINEAR = NoiseConfig()
+KINDS = {
+    "linear": LINEAR,
+    "cosine": NoiseConfig(kind="cosine"),
+    "ddpm": NoiseConfig(kind="ddpm"),
+    "ve": NoiseConfig(kind="ve"),
+    "edm": NoiseConfig(kind="edm", sigma_min=0.002, sigma_max=80.0),
+    "zero": NoiseConfig(kind="linear", zero_terminal_snr=True),
+    "shifted": NoiseConfig(kind="cosine", shift=3.0),
+    "shifted ddpm": NoiseConfig(kind="ddpm", shift=0.5, zero_terminal_snr=True),
+}
+MEAN = np.array([0.7, -0.4])
+COV = np.array([[0.5, 0.3], [0.3, 0.4]])
+GAUSS = (jnp.asarray(MEAN, jnp.float32), jnp.asarray(COV, jnp.float32))
+
+
+def gaussian_denoiser(context, x, t, alpha, sigma):
+    """E[x_0 | x_t] for normal data, in closed form."""
+    mean, cov = context
+    gain = alpha * cov @ jnp.linalg.inv(alpha**2 * cov + sigma**2 * jnp.eye(2))
+    return mean[None] + (x - alpha * mean[None]) @ gain.T
+
+
+def keys(n, seed=0):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+def draw(noise=LINEAR, n=4, context=GAUSS, seed=0, **options):
+    return sample(noise, gaussian_denoiser, context, keys(n, seed), (2,), **options)
+
+
+# --- schedules -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_derivatives_are_the_slopes(name):
+    cfg, h = KINDS[name], 1e-6
+    t = np.array([0.05003, 0.31007, 0.77003, 0.98007])
+    at, up, down = alpha_sigma(cfg, t), alpha_sigma(cfg, t + h), alpha_sigma(cfg, t - h)
+    np.testing.assert_allclose(at.d_alpha, (up.alpha - down.alpha) / (2 * h), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(at.d_sigma, (up.sigma - down.sigma) / (2 * h), rtol=1e-5, atol=1e-8)
+    traced = alpha_sigma(cfg, jnp.asarray(t, jnp.float32))
+    for a, b in zip(traced, at, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "ddpm", "zero", "shifted", "shifted ddpm"])
+def test_variance_is_preserved_and_falls_from_signal_to_noise(name):
+    at = alpha_sigma(KINDS[name], np.linspace(0, 1, 101))
+    np.testing.assert_allclose(at.alpha**2 + at.sigma**2, 1.0, rtol=1e-12)
+    assert at.alpha[0] == 1 and (np.diff(at.alpha) < 0).all()
+    assert at.alpha[-1] == 0 if KINDS[name].zero_terminal_snr else 0 < at.alpha[-1] < 0.01
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "ddpm"])
+def test_a_shift_multiplies_noise_over_signal(kind):
+    """2301.11093, eq. 6: the log SNR moves by -2 log(shift) at every time."""
+    t = np.linspace(0.01, 0.99, 7)
+    plain, moved = (alpha_sigma(NoiseConfig(kind=kind, shift=shift), t) for shift in (1.0, 4.0))
+    np.testing.assert_allclose(np.log(moved.snr), np.log(plain.snr) - 2 * math.log(4.0), rtol=1e-9)
+
+
+def test_ddpm_is_the_published_product():
+    """2006.11239, 4: T = 1000, beta from 1e-4 to 0.02; alpha-bar is the product of 1 - beta."""
+    beta = betas(KINDS["ddpm"])
+    assert (beta[0], beta[-1]) == (1e-4, 0.02)
+    bar, product = alpha_sigma(KINDS["ddpm"], np.arange(1, 1001) / 1000).alpha ** 2, 1.0
+    for i in range(1000):
+        product *= 1 - beta[i]
+        assert math.isclose(bar[i], product, rel_tol=1e-9)
+    # the continuous schedule is its limit
+    near = alpha_sigma(LINEAR, np.arange(1, 1001) / 1000).alpha
+    np.testing.assert_allclose(np.sqrt(bar), near, atol=2e-3)
+
+
+def test_exploding_levels_by_hand():
+    at = alpha_sigma(KINDS["ve"], np.array([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(at.sigma, [0.01, math.sqrt(0.01 * 50), 50.0])
+    edm = alpha_sigma(KINDS["edm"], np.array([0.0, 0.5, 1.0])).sigma
+    np.testing.assert_allclose(edm, [0.002, ((0.002 ** (1 / 7) + 80 ** (1 / 7)) / 2) ** 7, 80.0])
+
+
+@pytest.mark.parametrize("source", ["eps", "x0", "v", "score"])
+@pytest.mark.parametrize("want", ["eps", "x0", "v", "score"])
+@pytest.mark.parametrize("name", ["linear", "ve"])
+def test_predictions_convert_both_ways(source, want, name):
+    x0, noise = (jax.random.normal(k, (3, 4)) for k in keys(2))
+    t = jnp.array([0.2, 0.5, 0.8])
+    at = alpha_sigma(KINDS[name], t)
+    x = add_noise(KINDS[name], x0, noise, t)
+    given, wanted = (prediction_target(p, x0, noise, at.alpha, at.sigma) for p in (source, want))
+    got = convert_prediction(source, want, given, x, at.alpha, at.sigma)
+    scale = float(jnp.abs(wanted).max()) * max(1.0, float(at.sigma.max() / at.alpha.min()))
+    np.testing.assert_allclose(got, wanted, atol=1e-5 * scale)
+
+
+def test_score_is_the_gradient_of_the_log_density():
+    """Of x_t given x_0: -(x - alpha x_0) / sigma^2."""
+    at = alpha_sigma(LINEAR, np.asarray(0.4))
+    x0, x = jnp.array([[0.3]]), jnp.array([[0.9]])
+    log_density = lambda x: -0.5 * jnp.sum((x - at.alpha * x0) ** 2) / at.sigma**2  # noqa: E731
+    got = convert_prediction("x0", "score", x0, x, at.alpha, at.sigma)
+    np.testing.assert_allclose(got, jax.grad(log_density)(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "likelihood"])
+def test_weighted_loss_does_not_depend_on_the_prediction(weighting):
+    """The same wrong picture costs the same, however the network says it."""
+    t = jnp.array([0.15, 0.5, 0.9])
+    at = alpha_sigma(LINEAR, t)
+    x0, wrong, noise = (jax.random.normal(k, (3, 4)) for k in keys(3))
+    x = add_noise(LINEAR, x0, noise, t)
+    costs = []
+    for p in ("eps", "x0", "v", "score"):
+        error = convert_prediction("x0", p, wrong, x, at.alpha, at.sigma) - prediction_target(
+            p, x0, noise, at.alpha, at.sigma
+        )
+        costs.append(loss_weight(weighting, p, at) * jnp.mean(error**2, axis=1))
+    for cost in costs[1:]:
+        np.testing.assert_allclose(cost, costs[0], rtol=1e-3)
+    if weighting == "min_snr":
+        want = jnp.minimum(at.snr, 5.0) * jnp.mean((wrong - x0) ** 2, axis=1)
+    else:  # beta / (2 sigma^2) on eps: half the rate of the log SNR; 2107.00630, eq. 17
+        beta = LINEAR.beta_min + t * (LINEAR.beta_max - LINEAR.beta_min)
+        eps = convert_prediction("x0", "eps", wrong, x, at.alpha, at.sigma)
+        want = beta / (2 * at.sigma**2) * jnp.mean((eps - noise) ** 2, axis=1)
+    np.testing.assert_allclose(costs[0], want, rtol=1e-3)
+
+
+def test_times_have_one_in_each_stretch():
+    t = np.asarray(low_discrepancy_times(LINEAR, jax.random.key(3), 16))
+    share = (t - LINEAR.t_min) / (1 - LINEAR.t_min)
+    assert sorted(np.floor(share * 16 + 1e-4).astype(int) % 16) == list(range(16))
+    firsts = [float(low_discrepancy_times(LINEAR, k, 4)[0]) for k in keys(50)]
+    assert np.ptp(firsts) > 0.8  # each single one is uniform
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "log_snr", "karras"])
+def test_time_grids(spacing):
+    grid = time_grid(LINEAR, 20, 0.9, spacing)
+    assert grid.shape == (20,) and (np.diff(grid) < 0).all() and grid[0] == 0.9 and grid[-1] == LINEAR.t_min
+    at = alpha_sigma(LINEAR, grid)
+    even = {"uniform": grid, "log_snr": np.log(at.snr), "karras": (at.sigma / at.alpha) ** (1 / 7)}[spacing]
+    np.testing.assert_allclose(np.diff(even), np.diff(even).mean(), rtol=1e-3)
+
+
+# --- samplers on normal data ------------------------------------------------------------------------------
+
+HARD = {"ancestral": 1000, "ddim": 200, "euler": 1000, "heun": 100, "dpm++2m": 50, "pc": 500}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("kind", ["linear", "ve"])
+def test_sampler_recovers_mean_and_covariance(name, kind):
+    n, spacing = 8_000, "uniform" if name in ("ancestral", "pc") else "log_snr"
+    options = {"corrector_snr": 0.05} if name == "pc" else {}
+    x = np.asarray(
+        draw(KINDS[kind], n, sampler=name, num_steps=HARD[name], spacing=spacing, **options).x, np.float64
+    )
+    # six standard errors of the sample, and 2% of the covariance for the size of the steps
+    slack = 6 / math.sqrt(n)
+    prior = alpha_sigma(KINDS[kind], 1.0).alpha * np.abs(MEAN).max() / alpha_sigma(KINDS[kind], 1.0).sigma
+    np.testing.assert_allclose(x.mean(axis=0), MEAN, atol=slack * 0.71 + prior)
+    np.testing.assert_allclose(np.cov(x.T), COV, atol=slack * 0.71 + 0.02 * COV.max())
+
+
+def final_map(noise, **options):
+    """Deterministic samplers are linear here: the error of mean and covariance without sampling noise.
+
+    Rows start from the same keys in every call, so the map x = A z + b is read off from many z by least squares.
+    """
+    z = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), (2,)))(keys(64))
+    z = np.column_stack([np.asarray(z, np.float64), np.ones(64)])
+    x = np.asarray(draw(noise, 64, **options).x, np.float64)
+    solved, *_ = np.linalg.lstsq(z, x, rcond=None)
+    return np.abs(solved[:2].T @ solved[:2] - COV).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "spacing"),
+    [
+        ("ddim", 1, "log_snr"),
+        ("euler", 1, "log_snr"),
+        ("heun", 2, "log_snr"),
+        ("dpm++2m", 2, "log_snr"),
+        ("dpm++2m", 2, "karras"),  # steps of different lengths
+    ],
+)
+def test_order_of_convergence(name, order, spacing):
+    """Twice the steps: half the error for first order, a quarter for second."""
+    options = {"sampler": name, "spacing": spacing}
+    coarse, fine = (final_map(NoiseConfig(t_min=1e-4), num_steps=s, **options) for s in (24, 48))
+    assert fine < coarse / (1.6 if order == 1 else 2.8), (coarse, fine)
+    assert fine < (0.1 if order == 1 else 0.02)
+
+
+def test_dpm_solver_extrapolates_to_the_middle_of_the_step():
+    """2211.01095, algorithm 2: a denoised picture that is linear in the log SNR is taken at the middle of the step,
+    whatever the lengths of the steps."""
+    grid = time_grid(LINEAR, 12, spacing="karras")
+    lam = 0.5 * np.log(alpha_sigma(LINEAR, grid).snr)
+    second = np.asarray(sampling._plan(LINEAR, grid)["second"])[1:-1]
+    assert np.ptp(np.diff(lam)) > 0.1  # of different lengths
+    np.testing.assert_allclose(lam[1:-1] + second * np.diff(lam)[:-1], (lam[1:-1] + lam[2:]) / 2, rtol=1e-4)
+
+
+def test_ddim_with_eta_one_is_ancestral():
+    """The same distribution at every step, and with the same noise the same picture."""
+    a = draw(sampler="ancestral", num_steps=20, n=8).x
+    b = draw(sampler="ddim", eta=1.0, num_steps=20, n=8).x
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    assert float(jnp.abs(a - draw(sampler="ddim", num_steps=20, n=8).x).max()) > 0.1
+
+
+def test_ancestral_step_is_the_ddpm_posterior():
+    """2006.11239, eq. 7 with the betas themselves, for one step in the middle."""
+    cfg = KINDS["ddpm"]
+    i = 500  # x_i -> x_{i-1}; beta[i - 1] is the step's
+    beta, bar = betas(cfg), np.cumprod(1 - betas(cfg))
+    b, bar_t, bar_s = beta[i - 1], bar[i - 1], bar[i - 2]
+    plan = sampling._plan(cfg, np.array([i / 1000, (i - 1) / 1000]))
+    std, sigma, sigma_s = (float(plan[k][0]) for k in ("posterior", "sigma", "sigma_s"))
+    np.testing.assert_allclose(std**2, (1 - bar_s) / (1 - bar_t) * b, rtol=1e-4)
+    left = math.sqrt(sigma_s**2 - std**2)
+    x, x0 = 0.8, -0.3
+    eps = (x - math.sqrt(bar_t) * x0) / sigma
+    want = math.sqrt(bar_s) * b / (1 - bar_t) * x0 + math.sqrt(1 - b) * (1 - bar_s) / (1 - bar_t) * x
+    np.testing.assert_allclose(float(plan["alpha_s"][0]) * x0 + left * eps, want, rtol=1e-4)
+
+
+def test_zero_terminal_snr_samples():
+    x = np.asarray(draw(KINDS["zero"], 20_000, sampler="dpm++2m", num_steps=50, spacing="log_snr").x)
+    np.testing.assert_allclose(x.mean(axis=0), MEAN, atol=0.04)
+    np.testing.assert_allclose(np.cov(x.T), COV, atol=0.04)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_row_follows_from_its_own_key(name):
+    together = draw(n=4, sampler=name, num_steps=4).x
+    alone = sample(LINEAR, gaussian_denoiser, GAUSS, keys(4)[2:3], (2,), sampler=name, num_steps=4).x
+    np.testing.assert_allclose(together[2:3], alone, atol=1e-5)
+
+
+# --- guidance, thresholding, inpainting, image-to-image ---------------------------------------------------
+
+
+def test_guidance_by_hand():
+    a, b = jnp.array([3.0]), jnp.array([1.0])
+    assert combine_guidance(a, b, 2.0, 0.5)[0] == 5 and combine_guidance(a, b, 0.0, 0.5)[0] == 1
+    assert combine_guidance(a, b, 2.0, 0.5, (0.6, 1.0))[0] == 3
+
+
+def test_threshold_by_hand():
+    x = jnp.array([[0.5, -2.0, 4.0, 0.0], [0.5, -0.2, 0.1, 0.0]])
+    np.testing.assert_allclose(dynamic_threshold(x, 1.0), [[0.125, -0.5, 1, 0], x[1]])
+    np.testing.assert_allclose(dynamic_threshold(x, 0.0)[0], [0.5, -1, 1, 0])
+
+
+def test_inpainting_keeps_what_is_known_and_draws_the_rest_from_it():
+    """The known value stays to the bit; the mean of the other goes more than half of the way from its own to its
+    conditional mean. All of the way it doesn't: replacing is not an exact conditional sampler (2201.09865, 4.2)."""
+    n, value = 4000, 1.7
+    known = jnp.broadcast_to(jnp.array([value, 0.0]), (n, 2))
+    mask = jnp.broadcast_to(jnp.array([True, False]), (n, 2))
+    x = draw(n=n, sampler="ancestral", num_steps=100, known=known, mask=mask).x
+    assert (x[:, 0] == jnp.float32(value)).all()
+    conditional = MEAN[1] + COV[1, 0] / COV[0, 0] * (value - MEAN[0])  # 0.2; without regard to it -0.4
+    assert 0.5 < (float(x[:, 1].mean()) - MEAN[1]) / (conditional - MEAN[1]) < 1.05
+
+
+def test_image_to_image_keeps_more_of_a_picture_the_later_it_starts():
+    image = jnp.broadcast_to(jnp.array([2.0, 1.5]), (500, 2))
+    gaps = [
+        float(jnp.abs(draw(n=500, sampler="ddim", num_steps=20, image=image, start=s).x - image).mean())
+        for s in (0.05, 0.3, 0.8)
+    ]
+    assert gaps[0] < 0.2 and gaps[0] < gaps[1] < gaps[2]
+
+
+def test_frames_end_with_the_picture():
+    drawn = draw(sampler="ddim", num_steps=10, frames=4)
+    assert drawn.frames.shape == (4, 4, 2)
+    np.testing.assert_array_equal(drawn.frames[-1], drawn.x)
+    assert float(jnp.abs(drawn.frames[0] - drawn.x).max()) > 1e-3
+    np.testing.assert_array_equal(drawn.x, draw(sampler="ddim", num_steps=10).x)
+
+
+def test_not_finite_names_the_step():
+    def denoise(context, x, t, alpha, sigma):
+        bad = (t < context) & (jnp.arange(len(x)) == 1)
+        return jnp.where(bad[:, None], jnp.nan, 0.0 * x)
+
+    drawn = sample(LINEAR, denoise, 0.5, keys(3), (2,), sampler="ddim", num_steps=11)
+    assert list(drawn.first_bad) == [-1, 6, -1]  # times 1, 0.9, ..., of which the seventh is 0.4006
+    with pytest.raises(NonFiniteSampleError, match=r"step 7 gave values that are not finite \(rows 1\)"):
+        check_finite(drawn)
+    check_finite(draw(num_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"sampler": "plms"}, "sampler is 'plms'; want one of ancestral, ddim"),
+        ({"num_steps": 0}, "num_steps is 0; want at least 1"),
+        ({"noise": KINDS["ddpm"], "num_steps": 1001}, "num_steps is 1001; the schedule has 1000"),
+        ({"spacing": "even"}, "spacing is 'even'; want uniform"),
+        ({"frames": 51}, "frames is 51; want 0 to 50"),
+        ({"mask": jnp.ones((4, 2), bool)}, "needs both `known` and `mask`"),
+        (
+            {"mask": jnp.ones((4, 3), bool), "known": jnp.ones((4, 2))},
+            r"mask has shape \(4, 3\), want \(4, 2\)",
+        ),
+        ({"mask": jnp.ones((4, 2)), "known": jnp.ones((4, 2))}, "mask is float32, want bool"),
+        ({"start": 0.5}, "needs both `image` and a `start`"),
+        ({"image": jnp.ones((4, 2)), "start": 1e-4}, "start is t = 0.0001; want more than t_min"),
+    ],
+)
+def test_sampling_refuses(options, match):
+    with pytest.raises(ValueError, match=match):
+        draw(**options)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"beta_min": 30.0}, "want 0 < beta_min < beta_max"),
+        ({"sigma_min": 60.0}, "want 0 < sigma_min < sigma_max"),
+        ({"steps": 10}, "noise.steps is 10; want at least 2, and more than beta_max"),
+        ({"rho": 0.5}, "rho is 0.5"),
+        ({"t_min": 0.0}, r"t_min is 0.0; want a time in \(0, 1\)"),
+        ({"kind": "ve", "zero_terminal_snr": True}, "not for ve; turn it off"),
+        ({"shift": 0.0}, "noise.shift is 0.0; want more than 0"),
+        ({"kind": "edm", "shift": 2.0}, "for edm set sigma_min and sigma_max"),
+    ],
+)
+def test_noise_config_refuses(values, match):
+    with pytest.raises(ValueError, match=match):
+        NoiseConfig(**values)
+
+
+# --- likelihood -------------------------------------------------------------------------------------------
+
+
+def closed_form(centred, cov):
+    quadratic = np.einsum("bi,ij,bj->b", centred, np.linalg.inv(cov), centred)
+    return -0.5 * quadratic - 0.5 * np.log(np.linalg.det(2 * np.pi * cov))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean"),
+    [("linear", MEAN), ("linear", 0 * MEAN), ("cosine", 0 * MEAN), ("ddpm", 0 * MEAN), ("ve", MEAN)],
+)
+def test_likelihood_is_the_closed_form(kind, mean):
+    """Within 1e-3 bits per value, of the data themselves. A mean that is left in x_1 would shift the prior: it is
+    zero where the schedule leaves one."""
+    cfg = NoiseConfig(kind=kind, t_min=1e-4, sigma_min=1e-3, sigma_max=2000.0, beta_max=40.0)
+    x = np.random.default_rng(0).multivariate_normal(mean, COV, 16)
+    context = (jnp.asarray(mean, jnp.float32), GAUSS[1])
+    got = log_likelihood(
+        cfg,
+        gaussian_denoiser,
+        context,
+        jnp.asarray(x, jnp.float32),
+        jax.random.key(0),
+        steps=200,
+        trace="exact",
+    )
+    np.testing.assert_allclose(bits_per_dim(got, 2), bits_per_dim(closed_form(x - mean, COV), 2), atol=1e-3)
+
+
+def test_hutchinson_is_unbiased():
+    x = jnp.asarray(np.random.default_rng(0).multivariate_normal(MEAN, COV, 1), jnp.float32)
+    exact = log_likelihood(LINEAR, gaussian_denoiser, GAUSS, x, jax.random.key(0), steps=50, trace="exact")
+    many = jnp.broadcast_to(x, (2000, 2))
+    got = log_likelihood(LINEAR, gaussian_denoiser, GAUSS, many, jax.random.key(1), steps=50)
+    error = float(got.std()) / math.sqrt(2000)
+    assert error > 0 and abs(float(got.mean() - exact[0])) < 5 * error
+
+
+def test_bits_per_dim_by_hand():
+    """Uniform over 256 grey levels is 8 bits: density 1/2 on [-1, 1]."""
+    np.testing.assert_allclose(bits_per_dim(jnp.array([12 * math.log(0.5)]), 12, 127.5), 7.9943, atol=1e-4)
+    np.testing.assert_allclose(bits_per_dim(jnp.array([12 * math.log(0.5)]), 12, 128.0), 8.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"steps": 0}, "steps 0, probes 1; want at least 1"),
+        ({"trace": "skilling"}, "trace is 'skilling'; want hutchinson or exact"),
+        ({"cfg": KINDS["zero"]}, "zero terminal SNR"),
+    ],
+)
+def test_likelihood_refuses(options, match):
+    cfg = options.pop("cfg", LINEAR)
+    with pytest.raises(ValueError, match=match):
+        log_likelihood(cfg, gaussian_denoiser, GAUSS, jnp.ones((1, 2)), jax.random.key(0), **options)

@@ -1,0 +1,310 @@
+"""Laws of the Transformer's choices, in the combinations that public families are made of: what is cached scores as
+what is not, nothing sees the future, every parameter has one place on the mesh and a part in the loss.
+That the choices compute what the families' own programs do is the matter of the parity tests.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.config import BartConfig, DalleConfig, T5Config
+from dalle_jax.models import autoregressive, dalle
+from dalle_jax.nn.rope import apply_rope, axial_rope_table
+from dalle_jax.parallel.sharding import param_axes, path_name
+
+_TINY = DalleConfig(
+    text_vocab=6, text_len=3, image_vocab=7, grid=4, dim=16, layers=3, heads=2, mlp_ratio=2, conv_kernel=3,
+    attention=("full",), last_attention=None, dtype="float32", remat="none", cond_drop_prob=0.0,
+)  # fmt: skip
+_MALEVICH = dataclasses.replace(
+    _TINY,
+    sandwich_norm=True,
+    second_final_norm=True,
+    head_bias=True,
+    attention=("row", "column"),
+    last_attention="conv_clamped",
+)
+FAMILIES = {
+    "mindalle": dataclasses.replace(_TINY, activation="gelu", pos_embed="learned", pad_id=5),
+    "malevich_v3": _MALEVICH,
+    "malevich_v2": dataclasses.replace(
+        _MALEVICH, attention=("row", "full", "column"), last_attention="conv_torus", layers=4, shift_masks=True
+    ),
+    "llamagen": dataclasses.replace(
+        _TINY, norm="rms", biases=False, pos_embed="rope2d", activation="swiglu", mlp_width=12, text_len=1,
+        text_loss_weight=0.0,
+    ),
+    "llamagen_t2i": dataclasses.replace(
+        _TINY, norm="rms", biases=False, pos_embed="rope2d", activation="swiglu", mlp_width=12, text_loss_weight=0.0,
+        text_encoder=T5Config(dim=8, layers=2, heads=2, mlp_width=6, num_relative_buckets=4),
+    ),
+    "dalle_mini": BartConfig(
+        text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16, encoder_layers=2, layers=2,
+        heads=2, mlp_width=11, dtype="float32", remat="none", cond_drop_prob=0.0,
+    ),
+}  # fmt: skip
+family = pytest.mark.parametrize("cfg", FAMILIES.values(), ids=FAMILIES)
+
+
+def lively(cfg, seed=0):
+    """Parameters large enough that every one of them matters."""
+    shapes = jax.eval_shape(lambda key: autoregressive.init(cfg, key), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        name = path_name(path)
+        return jnp.asarray(
+            ("scale" in name) + (0.5 if "embed" in name else 0.3) * rng.normal(size=leaf.shape), "float32"
+        )
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def rows(cfg, count=3):
+    rng = np.random.default_rng(1)
+    text = rng.integers(0, cfg.text_vocab, (count, cfg.text_len))  # of BART's, piece 1 is padding too
+    text[0, -1] = cfg.text_vocab + cfg.text_len - 1  # padding
+    codes = rng.integers(0, cfg.image_vocab, (count, cfg.num_codes))
+    return jnp.asarray(text, jnp.int32), jnp.asarray(codes, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scores(cfg, params, text_BT, codes_BN):
+    return autoregressive.logits(cfg, params, text_BT, codes_BN)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def cached(cfg, params, text_CT, codes_BN, given):
+    """Image logits of the places from `given` on, over the caches; two candidates a caption, guided."""
+    params = autoregressive.prepare_for_decode(cfg, params)
+    first, cache = autoregressive.prefill(cfg, params, text_CT, codes_BN[:, :given], copies=2, guided=True)
+
+    def step(cache, place):
+        code_B = codes_BN[:, place]
+        logits, cache = autoregressive.decode_step(
+            cfg, params, cache, jnp.concatenate([code_B, code_B]), place
+        )
+        return cache, logits
+
+    _, rest = jax.lax.scan(step, cache, given + jnp.arange(cfg.num_codes - 1 - given))
+    return jnp.concatenate([first[None], rest]).swapaxes(0, 1)
+
+
+@family
+def test_the_cache_changes_no_score(cfg):
+    params = lively(cfg)
+    text, codes = rows(cfg, 4)
+    captions = text[:2]
+    own = scores(cfg, params, jnp.repeat(captions, 2, axis=0), codes)[1]
+    nulls = jnp.broadcast_to(autoregressive.null_text(cfg), text.shape)
+    if isinstance(cfg, DalleConfig):
+        nulls = dalle.null_texts(cfg, jnp.repeat(captions, 2, axis=0))
+    null = scores(cfg, params, nulls, codes)[1]
+    want = np.concatenate([own, null])
+    assert want.std() > 0.2 and np.abs(own - null).max() > 0.1
+    for given in (0, 6):
+        got = cached(cfg, params, captions, codes, given)
+        np.testing.assert_allclose(got, want[:, given:], rtol=2e-4, atol=2e-4)
+
+
+@family
+def test_nothing_sees_the_future(cfg):
+    params = lively(cfg)
+    text, codes = rows(cfg, 1)
+    changed = (codes + 1) % cfg.image_vocab
+    many = jnp.stack(
+        [jnp.where(jnp.arange(cfg.num_codes) >= t, changed[0], codes[0]) for t in range(cfg.num_codes)]
+    )
+    got = scores(cfg, params, jnp.repeat(text, len(many), axis=0), many)[1]
+    want = scores(cfg, params, jnp.repeat(text, len(many), axis=0), jnp.repeat(codes, len(many), axis=0))[1]
+    for t in range(cfg.num_codes - 1):
+        np.testing.assert_allclose(got[t, : t + 1], want[t, : t + 1], rtol=1e-5, atol=1e-5)
+        assert np.abs(got[t, t + 1] - want[t, t + 1]).max() > 1e-3
+
+
+@family
+def test_every_parameter_has_a_place_and_learns(cfg):
+    params = lively(cfg)
+    text, codes = rows(cfg, 3)
+    cfg = dataclasses.replace(cfg, cond_drop_prob=0.3)
+    loss = jax.jit(lambda p: autoregressive.loss(cfg, p, text, codes, jax.random.key(3))[0])
+    grads = jax.grad(loss)(params)
+    for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
+        name = path_name(path)
+        param_axes(name, grad.shape)
+        if name.startswith("t5/"):  # frozen
+            assert not grad.any()
+        elif name != "blocks/attn/k/bias":  # adds the same to all scores of a query
+            assert np.abs(grad).max() > 1e-6, name
+
+
+def test_padding_is_the_pad_piece():
+    """Padding ids mean the piece; the loss wants it of the text head too."""
+    cfg = FAMILIES["mindalle"]
+    params = lively(cfg)
+    text, codes = rows(cfg)
+    spelled = jnp.where(text < cfg.text_vocab, text, cfg.pad_id)
+    for one, other in zip(scores(cfg, params, text, codes), scores(cfg, params, spelled, codes), strict=True):
+        np.testing.assert_array_equal(one, other)
+    key = jax.random.key(0)
+    assert (
+        autoregressive.loss(cfg, params, text, codes, key)[0]
+        == autoregressive.loss(cfg, params, spelled, codes, key)[0]
+    )
+    assert params["text_embed"].shape[0] == cfg.text_vocab
+
+
+def test_an_encoder_does_not_see_padding():
+    """Piece 1 and padding ids are one; what stands there counts for nothing; a caption that is cut keeps its end."""
+    cfg = FAMILIES["dalle_mini"]
+    params = lively(cfg)
+    codes = rows(cfg, 4)[1][:1].repeat(4, axis=0)
+    text = np.array([[0, 5, 2, 11, 12], [0, 5, 2, 1, 1], [0, 5, 6, 7, 8], [0, 5, 6, 7, 2]])
+    got = scores(cfg, params, jnp.asarray(text), codes)[1]
+    np.testing.assert_array_equal(got[0], got[1])
+    np.testing.assert_array_equal(got[2], got[3])
+    moved = dict(params, text_pos=params["text_pos"].at[3:].multiply(-3.0))
+    other = scores(cfg, moved, jnp.asarray(text), codes)[1]
+    np.testing.assert_array_equal(other[:2], got[:2])
+    assert np.abs(other[2:] - got[2:]).max() > 1e-2
+
+
+def test_an_encoded_caption_is_the_same_whatever_room_it_has():
+    """Its pieces, alone, decide what it does: scores with room for 3 pieces are those with room for 6, of a null
+    caption too, whose vectors are the last ones. What fills all of the room was cut, and still has its end."""
+    small = FAMILIES["llamagen_t2i"]
+    large = dataclasses.replace(small, text_len=6)
+    params = lively(large)
+    cut = dict(params, text_null=params["text_null"][3:])
+    codes = rows(small, 4)[1]
+    text = np.array([[4, 1, 8, 0, 0, 0], [1, 7, 8, 0, 0, 0], [2, 5, 1, 0, 0, 0], [6, 7, 7, 0, 0, 0]])
+    wide = np.where(text > 0, text, np.array([[9, 9, 9, 9, 9, 9]] * 3 + [[7] * 6]))
+    want = scores(small, cut, jnp.asarray(text[:, :3], jnp.int32), codes)[1]
+    got = scores(large, params, jnp.asarray(wide, jnp.int32), codes)[1]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert (
+        np.abs(want[:-1] - scores(small, cut, jnp.asarray(text[1:, :3], jnp.int32), codes[:-1])[1]).max()
+        > 0.1
+    )
+    ended, unended = jnp.asarray([[2, 5, 1]], jnp.int32), jnp.asarray([[2, 5, 3]], jnp.int32)
+    np.testing.assert_array_equal(
+        scores(small, cut, ended, codes[:1])[1], scores(small, cut, unended, codes[:1])[1]
+    )
+    np.testing.assert_array_equal(
+        dalle.null_texts(large, wide), np.minimum(np.arange(6) + 6, [[7], [6], [8], [7]])
+    )
+
+
+def test_a_decoder_reads_no_further_than_it_has_room():
+    """With room for the start and 8 codes the scores are those with room for all; each row may stand at a place of
+    its own."""
+    cfg = FAMILIES["dalle_mini"]
+    params = autoregressive.prepare_for_decode(cfg, lively(cfg))
+    text, codes = rows(cfg, 2)
+    _, cache = jax.jit(autoregressive.prefill, static_argnums=0)(cfg, params, text, codes[:, :6])
+    step = jax.jit(autoregressive.decode_step, static_argnums=0)
+    want, _ = step(cfg, params, cache, codes[:, 6], jnp.int32(6))
+    small = autoregressive.resize_cache(cfg, cache, 8)
+    assert {x.shape[1] for x in jax.tree.leaves(small.own)} == {9}
+    got, small = step(cfg, params, small, codes[:, 6], jnp.int32(6))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    large = autoregressive.resize_cache(cfg, small, cfg.num_codes)
+    assert {x.shape[1] for x in jax.tree.leaves(large.own)} == {cfg.num_codes}
+    for grown, kept in zip(jax.tree.leaves(large.own), jax.tree.leaves(small.own), strict=True):
+        np.testing.assert_array_equal(grown[:, :9], kept)
+    apart, _ = step(cfg, params, cache, codes[jnp.arange(2), jnp.array([6, 2])], jnp.array([6, 2]))
+    np.testing.assert_allclose(apart[0], want[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(apart[1], scores(cfg, lively(cfg), text, codes)[1][1, 3], rtol=1e-4, atol=1e-4)
+
+
+def test_turns_by_hand():
+    """Heads of 4: one pair by the row, one by the column, angle 1 per step; text is turned to nothing."""
+    rope = axial_rope_table(2, 3, 4)
+    x = np.random.default_rng(0).normal(size=(1, 11, 1, 4))
+    got = apply_rope(jnp.asarray(x, jnp.float32), jnp.asarray(rope)[None])[0, :, 0]
+    np.testing.assert_array_equal(got[:2], 0)
+    for place in range(9):
+        row, column = divmod(place, 3)
+        pairs = np.array([x[0, 2 + place, 0, :2] @ [1, 1j], x[0, 2 + place, 0, 2:] @ [1, 1j]])
+        want = pairs * np.exp([1j * row, 1j * column])
+        np.testing.assert_allclose(
+            got[2 + place], [want[0].real, want[0].imag, want[1].real, want[1].imag], atol=1e-6
+        )
+    second = axial_rope_table(0, 3, 8)[
+        4
+    ]  # place (1, 1); the second pair of each half turns a hundredth as far
+    np.testing.assert_allclose(second[0], np.cos([1, 0.01, 1, 0.01]), atol=1e-6)
+
+
+def test_bad_choices_are_refused():
+    with pytest.raises(ValueError, match=r"pad_id is 6; want a piece in \[0, 6\), or None"):
+        dataclasses.replace(_TINY, pad_id=6)
+    with pytest.raises(
+        ValueError, match=r"heads are 2 wide; positions='rope' turns pairs by row and by column"
+    ):
+        dataclasses.replace(_TINY, pos_embed="rope2d", heads=8)
+    with pytest.raises(ValueError, match="mlp_width is 0; want at least 1"):
+        dataclasses.replace(_TINY, mlp_width=0)
+    encoded = FAMILIES["llamagen_t2i"]
+    for field, value, said in (
+        ("text_loss_weight", 0.1, "text_loss_weight is 0.1; a Transformer with a text_encoder has 0.0"),
+        ("pad_id", 2, "pad_id is 2; a Transformer with a text_encoder has None"),
+        ("attention_kernel", "splash", "attention_kernel is splash; with a text_encoder"),
+        ("text_vocab", 1, r"eos_id is 1; want a piece in \[0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dataclasses.replace(encoded, **{field: value})
+    with pytest.raises(ValueError, match="buckets is 6; want a multiple of 4"):
+        T5Config(num_relative_buckets=6)
+    with pytest.raises(ValueError, match="T5 of dim 2048 is not divisible by heads 3"):
+        T5Config(heads=3)
+    with pytest.raises(
+        ValueError, match="decoder_vocab is 16000; want room for 16384 codes and the start 16384"
+    ):
+        BartConfig(decoder_vocab=16_000)
+    with pytest.raises(ValueError, match=r"eos_id is 60000; want a piece in \[0, 50264\)"):
+        BartConfig(eos_id=60_000)
+    with pytest.raises(ValueError, match="text_len is 1; want at least 2"):
+        BartConfig(text_len=1)
+
+
+@pytest.mark.parametrize(
+    ("want", "cfg"),
+    [
+        # minDALL-E 1.3B
+        (1_291_081_728, DalleConfig(
+            text_vocab=16_384, text_len=64, image_vocab=16_384, grid=16, dim=1536, layers=42, heads=24,
+            activation="gelu", pos_embed="learned", pad_id=0)),
+        # Malevich: published with a row of text positions that v3 does not use
+        (1_310_410_880 - 2048, DalleConfig(
+            text_vocab=16_384, text_len=128, image_vocab=8192, grid=32, dim=2048, layers=24, heads=16, sandwich_norm=True,
+            second_final_norm=True, head_bias=True)),
+        # LlamaGen B, L, XL, XXL, 3B
+        *((count, DalleConfig(
+            text_vocab=1000, text_len=1, image_vocab=16_384, grid=16, dim=dim, layers=layers, heads=heads,
+            mlp_width=width, activation="swiglu", norm="rms", biases=False, pos_embed="rope2d", text_loss_weight=0.0))
+          for count, layers, dim, heads, width in (
+              (110_888_448, 12, 768, 12, 2048), (342_910_976, 24, 1024, 16, 2816), (774_699_520, 36, 1280, 20, 3584),
+              (1_410_972_672, 48, 1536, 24, 4096), (3_096_659_200, 24, 3200, 32, 8704))),
+        # LlamaGen XL on captions: what the file holds, and the encoder of flan-t5-xl
+        (777_923_840 + 1_223_527_424, DalleConfig(
+            text_vocab=32_128, text_len=120, image_vocab=16_384, grid=16, dim=1280, layers=36, heads=20,
+            mlp_width=3584, activation="swiglu", norm="rms", biases=False, pos_embed="rope2d", text_loss_weight=0.0,
+            text_encoder=T5Config())),
+        # DALL-E Mini and Mega
+        (437_833_712, BartConfig()),
+        (2_587_521_024, BartConfig(
+            text_vocab=50_272, decoder_vocab=16_416, dim=2048, encoder_layers=24, layers=24, heads=32, mlp_width=4096)),
+    ],
+)  # fmt: skip
+def test_published_sizes(want, cfg):
+    """Parameter counts of the published checkpoints; each parameter has one place on the mesh."""
+    shapes = jax.eval_shape(functools.partial(autoregressive.init, cfg), jax.random.key(0))
+    pairs = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    assert sum(leaf.size for _, leaf in pairs) == want
+    for path, leaf in pairs:
+        param_axes(path_name(path), leaf.shape)

@@ -1,0 +1,293 @@
+"""Laws of the U-Net, its loss and its denoiser: conditions count, rows are alone, layouts change nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.config import CodesConfig, DiffusionConfig, MeshConfig, NoiseConfig, TextEncoderConfig
+from dalle_jax.models.diffusion import denoise, loss, text_encoder, unet
+from dalle_jax.models.diffusion.schedule import alpha_sigma
+from dalle_jax.nn.norm import GroupNorm
+from dalle_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
+
+# Everything on: patches, two levels, attention with captions, labels, codes, a small picture.
+CFG = DiffusionConfig(
+    image_size=16, patch_size=2, width=8, channel_multipliers=(1, 2), blocks=1, attention_sizes=(4,), head_dim=4,
+    scale_shift_norm=True, resample="block", dropout=0.1, text=TextEncoderConfig(vocab=11, length=3, width=8, layers=2,
+    heads=2, mlp_ratio=2), num_classes=3, codes=CodesConfig(vocab=7, grid=4, width=3), low_res_size=4, cond_drop_prob=0.5,
+    noise=NoiseConfig(kind="cosine"), prediction="v",
+)  # fmt: skip
+# One level, for what the rest of the network has no part in.
+PLAIN = DiffusionConfig(
+    image_size=8, patch_size=2, width=8, channel_multipliers=(1,), blocks=1, attention_sizes=(), dropout=0.0,
+    noise=NoiseConfig(kind="cosine"),
+)  # fmt: skip
+ASKED = dataclasses.replace(
+    PLAIN, text=CFG.text, num_classes=3, prediction="v", dropout=0.1, cond_drop_prob=0.5
+)
+B = 8
+# Compiled without optimization: these programs run once or twice.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def random_params(cfg, seed=0):
+    """Nothing at zero: fresh parameters answer 0 whatever is asked."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: unet.init(cfg, jax.random.key(0)))
+    return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CFG)
+
+
+def images(rows=B, side=16, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).uniform(size=(rows, side, side, 3)), jnp.float32)
+
+
+def given(rows=B, seed=1):
+    rng = np.random.default_rng(seed)
+    return unet.Conditions(
+        text=jnp.asarray(rng.integers(0, 14, (rows, 3)), jnp.int32),
+        label=jnp.asarray(rng.integers(0, 3, rows), jnp.int32),
+        codes=jnp.asarray(rng.integers(0, 7, (rows, 16)), jnp.int32),
+        low_res=2 * images(rows, 4, seed) - 1,
+    )
+
+
+@quick
+def _answer(params, x, t_B, given):
+    at = alpha_sigma(CFG.noise, t_B)
+    read = unet.encode_conditions(CFG, params, given)
+    return unet.predict(CFG, params, x, t_B, at.alpha, at.sigma, read)
+
+
+def answer(params, x, given):
+    return np.asarray(_answer(params, x, jnp.linspace(0.1, 0.9, len(x)), given))
+
+
+def test_places_and_pixels():
+    """A square of pixels is one place, row by row, colours last; and back."""
+    x = jnp.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    places = unet.patchify(x, 2)
+    want = [*x[1, 2, 0], *x[1, 2, 1], *x[1, 3, 0], *x[1, 3, 1]]
+    np.testing.assert_array_equal(places[1, 1, 0], want)
+    np.testing.assert_array_equal(unet.unpatchify(places, 2), x)
+
+
+def test_sinusoids_by_hand():
+    got = np.asarray(unet.timestep_embedding(jnp.array([0.0, 2.0]), 4))  # rates 1 and 1 / 10,000
+    np.testing.assert_allclose(got[0], [0, 0, 1, 1], atol=1e-7)
+    np.testing.assert_allclose(got[1], [np.sin(2), np.sin(2e-4), np.cos(2), np.cos(2e-4)], rtol=1e-5)
+
+
+def test_every_condition_counts_and_only_in_its_row(params):
+    x, what = images(), given()
+    before = answer(params, x, what)
+    for name, value in what._asdict().items():
+        other = value.at[2].set((value[2] + 1) % 3 if name != "low_res" else -value[2])
+        after = answer(params, x, what._replace(**{name: other}))
+        changed = np.abs(after - before).max(axis=(1, 2, 3))
+        assert changed[2] > 1e-3, name
+        np.testing.assert_allclose(np.delete(changed, 2), 0, atol=1e-5, err_msg=name)
+    after = answer(params, x.at[2].add(0.5), what)
+    assert np.flatnonzero(np.abs(after - before).max(axis=(1, 2, 3)) > 1e-4).tolist() == [2]
+
+
+def test_a_norm_is_of_groups_of_neighbouring_channels():
+    """By NumPy in float64, and with fewer groups where the channels do not divide."""
+    rng = np.random.default_rng(0)
+    x, scale, bias = rng.normal(3.0, 2.0, (2, 3, 5, 12)), rng.normal(size=12), rng.normal(size=12)
+    for asked, groups in ((3, 3), (8, 4), (5, 1)):
+        split = x.reshape(2, 15, groups, -1)
+        mean, var = (f(split, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+        want = ((split - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * scale + bias
+        params = {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
+        got = GroupNorm(asked).apply({"params": params}, jnp.asarray(x, jnp.float32))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_added_time_is_not_normed_away():
+    """A norm whose groups are single channels takes out what is the same at every place: there are fewer groups."""
+    params, x, ones = random_params(PLAIN), 2 * images(2, 8) - 1, jnp.ones(2)
+    read = unet.encode_conditions(PLAIN, params, unet.Conditions())
+
+    def answer(cfg, t):
+        return np.asarray(unet.predict(cfg, params, x, t * ones, 0.6 * ones, 0.8 * ones, read))
+
+    assert np.abs(answer(PLAIN, 0.2) - answer(PLAIN, 0.9)).max() > 1e-2
+    single = dataclasses.replace(PLAIN, groups=8)
+    np.testing.assert_allclose(answer(single, 0.2), answer(single, 0.9), atol=1e-3)
+
+
+def test_null_text_is_every_pad_token():
+    np.testing.assert_array_equal(text_encoder.null_text(CFG.text), [11, 12, 13])
+    null = loss.null_conditions(CFG, given())
+    np.testing.assert_array_equal(null.text, [[11, 12, 13]] * B)
+    np.testing.assert_array_equal(null.label, [3] * B)
+    np.testing.assert_array_equal(null.codes, given().codes)
+
+
+_loss = quick(loss.loss, static_argnums=0, static_argnames="train")
+
+
+def test_fresh_network_answers_nothing():
+    """Its last convolution is 0, so that the loss of x_0 is the mean square of the pictures."""
+    cfg = dataclasses.replace(PLAIN, prediction="x0")
+    params = quick(lambda: unet.init(cfg, jax.random.key(0)))()
+    x = images(side=8)
+    value, metrics = _loss(cfg, params, x, unet.Conditions(), jax.random.key(1))
+    np.testing.assert_allclose(value, np.mean((2 * np.asarray(x) - 1) ** 2), rtol=1e-5)
+    bands = [float(metrics[f"band_{i}"]) for i in (1, 2, 3, 4)]  # 8 spread times: two rows in each quarter
+    np.testing.assert_allclose(np.mean(bands), value, rtol=1e-5)
+
+
+def test_bands_are_rows_by_time():
+    """Rows whose pictures are all 1 or all 0.5 (value 1 or 0) tell by their loss which row is in which band."""
+    cfg = dataclasses.replace(PLAIN, prediction="x0")
+    params = jax.tree.map(jnp.zeros_like, random_params(cfg))
+    key = jax.random.key(3)
+    t_B = loss.low_discrepancy_times(cfg.noise, jax.random.split(key, 4)[0], B)
+    x = jnp.full((B, 8, 8, 3), 0.5).at[int(jnp.argmax(t_B))].set(1.0)
+    _, metrics = _loss(cfg, params, x, unet.Conditions(), key)
+    got = [float(metrics[f"band_{i}"]) for i in (1, 2, 3, 4)]
+    np.testing.assert_allclose(got, [0, 0, 0, 0.5], atol=1e-6)  # the last band holds two rows
+
+
+def asked(rows=B):
+    return unet.Conditions(text=given(rows).text, label=given(rows).label)
+
+
+def test_what_training_drops():
+    """Captions and labels by `cond_drop_prob`, units by `dropout`; measuring drops nothing."""
+    params, key, what = random_params(ASKED), jax.random.key(0), asked()
+    other = what._replace(text=(what.text + 1) % 11, label=(what.label + 1) % 3)
+
+    def value(cond_drop_prob, dropout, train, what=what):
+        cfg = dataclasses.replace(ASKED, cond_drop_prob=cond_drop_prob, dropout=dropout)
+        return float(_loss(cfg, params, images(side=8), what, key, train=train)[0])
+
+    nothing = value(0.0, 0.0, True)
+    assert value(1.0, 0.0, True) == pytest.approx(value(1.0, 0.0, True, other), rel=1e-6)
+    assert abs(nothing - value(0.0, 0.0, True, other)) > 1e-4 and abs(nothing - value(1.0, 0.0, True)) > 1e-4
+    assert abs(nothing - value(0.0, 0.1, True)) > 1e-4
+    assert value(1.0, 0.1, False) == pytest.approx(nothing, rel=1e-5)
+
+
+def test_remat_and_bfloat16():
+    cfg, key, x = dataclasses.replace(PLAIN, prediction="v"), jax.random.key(0), images(side=8)
+    params = random_params(cfg)
+
+    def value_and_grad(cfg):
+        value, grads = quick(jax.value_and_grad(lambda p: loss.loss(cfg, p, x, unet.Conditions(), key)[0]))(
+            params
+        )
+        return float(value), np.asarray(grads["unet"]["conv_in"]["kernel"])
+
+    want, grads = value_and_grad(cfg)
+    got, again = value_and_grad(dataclasses.replace(cfg, remat=True))
+    assert got == pytest.approx(want, rel=1e-5)
+    np.testing.assert_allclose(again, grads, rtol=1e-3, atol=1e-4 * np.abs(grads).max())
+    half = float(_loss(dataclasses.replace(cfg, dtype="bfloat16"), params, x, unet.Conditions(), key)[0])
+    assert half == pytest.approx(want, rel=0.05) and half != want
+
+
+def test_eight_devices_are_one():
+    """Loss and gradients under a mesh that splits rows, parameters and heads."""
+    cfg = dataclasses.replace(ASKED, head_dim=4)
+    params, key = random_params(cfg), jax.random.key(0)
+    step = quick(jax.value_and_grad(lambda p, x, what: loss.loss(cfg, p, x, what, key)[0]))
+    want, grads = step(params, images(side=8), asked())
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, param_shardings(mesh, params))
+        got, again = step(spread, *jax.device_put((images(side=8), asked()), batch_sharding(mesh)))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * max(1e-3, float(jnp.abs(b).max())))
+
+
+# --- the denoiser ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asked_params():
+    return random_params(ASKED)
+
+
+def seen(params, what, *, guided, clip="none", **settings):
+    read = denoise.encode_conditions_cfg(ASKED, params, what, guided=guided)
+    context = denoise.DenoiserContext(params, read, **settings)
+    at = alpha_sigma(ASKED.noise, 0.5)
+    see = quick(denoise.make_denoiser(ASKED, guided=guided, clip=clip))
+    return np.asarray(see(context, 2 * images(4, 8) - 1, 0.5, at.alpha, at.sigma))
+
+
+def test_guidance_goes_from_null_through_the_condition(asked_params):
+    params, what = asked_params, asked(4)
+    alone, null = (seen(params, w, guided=False) for w in (what, loss.null_conditions(ASKED, what)))
+    assert np.abs(alone - null).max() > 0.01
+    for scale, want in ((1.0, alone), (0.0, null), (3.0, null + 3 * (alone - null))):
+        got = seen(params, what, guided=True, scale=jnp.float32(scale))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    outside = seen(params, what, guided=True, scale=jnp.float32(3), low=jnp.float32(0.6))  # t is 0.5
+    np.testing.assert_allclose(outside, alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max())
+
+
+def test_clean_pictures_are_held_in_range(asked_params):
+    params, what = asked_params, asked(4)
+    free = seen(params, what, guided=False)
+    assert np.abs(free).max() > 1.5  # else the next lines would say nothing
+    np.testing.assert_allclose(
+        seen(params, what, guided=False, clip="range"), np.clip(free, -1, 1), atol=1e-5
+    )
+    got = seen(params, what, guided=False, clip="quantile", share=jnp.float32(0.9))
+    s = np.maximum(np.quantile(np.abs(free).reshape(4, -1), 0.9, axis=1), 1)[:, None, None, None]
+    np.testing.assert_allclose(got, np.clip(free, -s, s) / s, rtol=1e-4, atol=1e-4)
+
+
+def test_a_denoiser_is_made_once():
+    """The samplers are compiled for a function: another one for the same settings would compile again."""
+    assert denoise.make_denoiser(CFG, guided=True) is denoise.make_denoiser(
+        dataclasses.replace(CFG), guided=True
+    )
+    assert denoise.make_denoiser(CFG, guided=True) is not denoise.make_denoiser(CFG)
+
+
+def test_exploding_noise_is_scaled_for_the_network():
+    """At sigma 50 the network sees what it sees at the same time of unit noise and a picture of 0."""
+    cfg = dataclasses.replace(PLAIN, noise=NoiseConfig(kind="ve"), prediction="score")
+    params, x = random_params(cfg), 2 * images(2, 8) - 1
+    read = unet.encode_conditions(cfg, params, unet.Conditions())
+    t, ones = jnp.full(2, 0.7), jnp.ones(2)
+    at_50 = unet.predict(cfg, params, x * jnp.sqrt(1 + 50.0**2), t, ones, 50 * ones, read)
+    at_0 = unet.predict(dataclasses.replace(cfg, prediction="eps"), params, x, t, ones, 0 * ones, read)
+    np.testing.assert_allclose(np.asarray(at_50) * 50, at_0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"text": None}, "this model needs text"),
+        ({"label": None}, "this model needs label"),
+        ({"low_res": None}, "this model needs low_res"),
+        ({"text": jnp.zeros((8, 4), jnp.int32)}, r"text is int32 \(8, 4\), want integers \(batch, 3\)"),
+        ({"codes": jnp.zeros((8, 9), jnp.int32)}, r"codes have shape \(8, 9\), want \(batch, 16\)"),
+        ({"low_res": jnp.zeros((8, 5, 5, 3))}, r"low_res has shape \(8, 5, 5, 3\), want \(batch, 4, 4, 3\)"),
+    ],
+)
+def test_conditions_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        unet.encode_conditions(CFG, {"text_encoder": {}}, given()._replace(**change))
+
+
+def test_more_refusals():
+    with pytest.raises(ValueError, match="this model reads no label"):
+        unet.encode_conditions(PLAIN, {}, unet.Conditions(label=jnp.zeros(2, jnp.int32)))
+    with pytest.raises(ValueError, match=r"pictures have shape \(2, 9, 8, 3\), want \(2, 8, 8, 3\)"):
+        unet.predict(PLAIN, {}, jnp.zeros((2, 9, 8, 3)), jnp.ones(2), jnp.ones(2), jnp.ones(2), None)

@@ -1,0 +1,424 @@
+"""VQGAN: quantizers against answers by hand, the published sizes, gradients of the adversarial step, a whole run."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny_config
+
+from dalle_jax.checkpoint.run_dir import load_run
+from dalle_jax.config import (
+    AdversarialConfig,
+    FiniteScalarQuantizer,
+    GumbelQuantizer,
+    ScenesSource,
+    TrainConfig,
+    VectorQuantizer,
+    VQGANConfig,
+    from_json,
+    to_json,
+)
+from dalle_jax.models import lpips, tokenizer
+from dalle_jax.models.vqgan import adversarial, autoencoder, discriminator, quantizers
+from dalle_jax.parallel.sharding import make_mesh, param_shardings
+from dalle_jax.pipelines import decode_codes, encode_images, load_image_tokenizer
+from dalle_jax.train import loop
+
+AGAINST = AdversarialConfig(
+    disc_start_step=3, disc_warmup_steps=2, width=4, layers=2, r1_every=2, learning_rate=1e-3
+)
+TINY = VQGANConfig(
+    image_size=16, width=8, channel_multipliers=(1, 2), blocks=1, attention_levels=(1,), latent_width=8,
+    quantizer=VectorQuantizer(vocab=16, dim=4), adversarial=AGAINST,
+)  # fmt: skip
+
+
+def key(n=0):
+    return jax.random.key(n)
+
+
+def images(n=4, size=16):
+    return jax.random.uniform(key(9), (n, size, size, 3))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return adversarial.init(TINY, key())
+
+
+# --- quantizers ---------------------------------------------------------------------------------------------
+
+
+def test_nearest_code_by_hand():
+    cfg = VectorQuantizer(vocab=3, dim=2, commitment_weight=0.25)
+    params = {"embedding": jnp.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]])}
+    z = jnp.array([[[[0.9, 0.1], [0.4, 0.0]]]])
+    out = quantizers.quantize(cfg, params, z, key())
+    np.testing.assert_array_equal(out.codes, [[[1, 0]]])  # the first of two equal codes
+    np.testing.assert_allclose(out.z, [[[[1.0, 0.0], [0.0, 0.0]]]], atol=1e-6)
+    square = (0.1**2 + 0.1**2 + 0.4**2) / 4
+    np.testing.assert_allclose(out.loss, 1.25 * square, rtol=1e-5)
+
+
+def test_commitment_moves_the_encoder_and_the_other_term_the_codebook():
+    cfg = VectorQuantizer(vocab=2, dim=1, codebook_weight=1.0, commitment_weight=0.25)
+    table, z = jnp.array([[0.0], [10.0]]), jnp.array([[[[2.0]]]])
+
+    def loss(table, z):
+        return quantizers.quantize(cfg, {"embedding": table}, z, key()).loss
+
+    to_table, to_z = jax.grad(loss, argnums=(0, 1))(table, z)
+    np.testing.assert_allclose(to_table, [[-4.0], [0.0]])  # d (2 - e)^2 / de at e = 0
+    np.testing.assert_allclose(to_z, [[[[1.0]]]])  # 0.25 d (z - 0)^2 / dz
+
+
+@pytest.mark.parametrize(
+    "cfg", [VectorQuantizer(vocab=8, dim=3), FiniteScalarQuantizer(levels=(8, 5, 4))], ids=["vq", "fsq"]
+)
+def test_gradient_passes_straight_through(cfg):
+    params = quantizers.init(cfg, key())
+    z = jax.random.normal(key(1), (1, 2, 2, 3)) * 0.1
+    grad = jax.grad(lambda z: quantizers.quantize(cfg, params, z, key()).z.sum())(z)
+    if cfg.kind == "vq":
+        np.testing.assert_allclose(grad, 1.0, rtol=1e-6)
+    else:
+        assert (np.asarray(grad) > 0).all()  # tanh is steep near 0
+
+
+def test_normalized_codes_ignore_length():
+    cfg = VectorQuantizer(vocab=2, dim=2, normalize=True)
+    params = {"embedding": jnp.array([[1.0, 0.0], [0.0, 9.0]])}
+    z = jnp.array([[[[5.0, 4.0], [0.1, 0.2]]]])
+    np.testing.assert_array_equal(quantizers.nearest_codes(cfg, params, z), [[[0, 1]]])
+    np.testing.assert_allclose(
+        quantizers.embed_codebook(cfg, params, jnp.array([[[1]]])), [[[[0.0, 1.0]]]], atol=1e-6
+    )
+
+
+def test_fsq_codes_count_through_every_level():
+    """All codes decode to different vectors on the published grid, and those vectors encode to the same codes."""
+    cfg = FiniteScalarQuantizer(levels=(5, 4, 3))
+    assert cfg.vocab == 60
+    every = jnp.arange(60).reshape(1, 6, 10)
+    z = quantizers.embed_codebook(cfg, {}, every)
+    assert len(np.unique(np.asarray(z).reshape(60, 3), axis=0)) == 60
+    np.testing.assert_allclose(np.unique(z[..., 0]), [-1, -0.5, 0, 0.5, 1])
+    np.testing.assert_allclose(np.unique(z[..., 1]), [-1, -0.5, 0, 0.5])
+    half = np.array([2, 2, 1])
+    levels = np.array([5, 4, 3])
+    spread, offset = (levels - 1) * 1.001 / 2, np.where(levels % 2 == 0, 0.5, 0)
+    raw = np.arctanh((np.asarray(z) * half + offset) / spread) - np.arctanh(offset / spread)
+    np.testing.assert_array_equal(quantizers.nearest_codes(cfg, {}, jnp.asarray(raw)), every)
+    np.testing.assert_allclose(quantizers.quantize(cfg, {}, jnp.asarray(raw), key()).z, z, atol=1e-6)
+
+
+def test_fsq_levels_of_an_even_number_begin_where_they_should():
+    """Four levels: 1.5015 tanh(z + atanh(1 / 3.003)) - 0.5, rounded to -2, -1, 0, 1 (2309.15505, A.1), by hand."""
+    cfg = FiniteScalarQuantizer(levels=(4, 5))
+    edges = [-1.1496, -0.3460, 0.4576]
+    z = [-9.0] + [edge + step for edge in edges for step in (-0.01, 0.01)] + [9.0]
+    raw = jnp.array([[[[x, 0.0] for x in z]]])
+    values = quantizers.embed_codebook(cfg, {}, quantizers.nearest_codes(cfg, {}, raw))
+    np.testing.assert_allclose(values[0, 0, :, 0], np.array([-2, -2, -1, -1, 0, 0, 1, 1]) / 2)
+    np.testing.assert_allclose(values[0, 0, :, 1], 0)
+
+
+def test_gumbel_draws_by_its_logits_and_decides_by_the_largest():
+    cfg = GumbelQuantizer(vocab=2, dim=1, kl_weight=1.0)
+    params = {
+        "proj": {"kernel": jnp.array([[math.log(3.0), 0.0]]), "bias": jnp.zeros(2)},
+        "embedding": jnp.array([[1.0], [2.0]]),
+    }
+    z = jnp.ones((1, 100, 100, 1))
+    out = quantizers.quantize(cfg, params, z, key(), tau=0.5)
+    share = float((out.codes == 0).mean())
+    assert abs(share - 0.75) < 0.02
+    np.testing.assert_allclose(out.z[..., 0], out.codes + 1.0, atol=1e-6)  # hard in the forward pass
+    np.testing.assert_allclose(
+        out.loss, math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25), rtol=1e-5
+    )
+    assert (quantizers.nearest_codes(cfg, params, z) == 0).all()
+
+
+# --- the network ----------------------------------------------------------------------------------------------
+
+
+def _count(shapes):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def test_published_sizes():
+    """Parameter counts of taming-transformers' f16-1024 and f16-16384 and of LlamaGen's VQ-16 and VQ-8."""
+    full = VQGANConfig()
+    shapes = jax.eval_shape(lambda k: autoencoder.init(full, k), key())
+    assert _count(shapes["encoder"]) == 29_298_176
+    assert _count(shapes["decoder"]) == 42_449_795
+    assert _count(shapes) == 76_073_859
+    small = dataclasses.replace(full, quantizer=VectorQuantizer(vocab=1024))
+    assert _count(jax.eval_shape(lambda k: autoencoder.init(small, k), key())) == 72_141_699
+    low = dataclasses.replace(full, quantizer=VectorQuantizer(vocab=16_384, dim=8, normalize=True))
+    assert _count(jax.eval_shape(lambda k: autoencoder.init(low, k), key())) == 71_883_403
+    eight = dataclasses.replace(low, channel_multipliers=(1, 2, 2, 4), attention_levels=(3,))
+    assert _count(jax.eval_shape(lambda k: autoencoder.init(eight, k), key())) == 70_109_835
+
+
+@pytest.mark.parametrize("quantizer", [VectorQuantizer(), GumbelQuantizer(), FiniteScalarQuantizer()])
+def test_every_parameter_has_one_sharding_rule(quantizer):
+    cfg = VQGANConfig(quantizer=quantizer)
+    mesh = make_mesh(tiny_config().mesh)
+    param_shardings(mesh, jax.eval_shape(lambda k: autoencoder.init(cfg, k), key()))
+    param_shardings(mesh, jax.eval_shape(lambda k: adversarial.init(cfg, k), key()))
+
+
+def test_downsampling_pads_on_the_right_and_at_the_bottom():
+    """A kernel of ones over a picture of ones sees 9 pixels but at the last row and column."""
+    cfg = dataclasses.replace(TINY, width=1, channel_multipliers=(1, 1), attention_levels=())
+    params = autoencoder.init(cfg, key())["encoder"]
+
+    def spy(next_fun, args, kwargs, context):
+        out = next_fun(*args, **kwargs)
+        if context.module.name == "down_0_downsample":
+            seen.append(out)
+        return out
+
+    import flax.linen as nn
+
+    seen = []
+    params = jax.tree.map(jnp.zeros_like, params)
+    params["conv_in"]["bias"] = jnp.ones(1)
+    params["down_0_downsample"]["kernel"] = jnp.ones((3, 3, 1, 1))
+    with nn.intercept_methods(spy):
+        autoencoder.VQGANEncoder(cfg).apply({"params": params}, jnp.zeros((1, 8, 8, 3)))
+    np.testing.assert_allclose(seen[0][0, :, :, 0], [[9, 9, 9, 6]] * 3 + [[6, 6, 6, 4]])
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [TINY.quantizer, GumbelQuantizer(vocab=16, dim=4), FiniteScalarQuantizer(levels=(4, 4))],
+    ids=["vq", "gumbel", "fsq"],
+)
+def test_either_tokenizer_by_the_same_functions(quantizer):
+    cfg = dataclasses.replace(TINY, quantizer=quantizer)
+    params = tokenizer.init(cfg, key())
+    codes = tokenizer.encode(cfg, params, images())
+    assert (
+        codes.shape == (4, 64) and codes.dtype == jnp.int32 and codes.min() >= 0 and codes.max() < cfg.vocab
+    )
+    pixels = tokenizer.decode(cfg, params, codes)
+    assert pixels.shape == (4, 16, 16, 3) and pixels.dtype == jnp.float32
+    assert pixels.min() >= 0 and pixels.max() <= 1
+    with pytest.raises(ValueError, match=r"images have shape \(4, 8, 8, 3\), want \(batch, 16, 16, 3\)"):
+        tokenizer.encode(cfg, params, images(size=8))
+    with pytest.raises(ValueError, match=r"codes have shape \(4, 3\), want \(batch, 64\)"):
+        tokenizer.decode(cfg, params, codes[:, :3])
+
+
+def test_configurations_round_trip_and_refuse():
+    config = TrainConfig(model=dataclasses.replace(TINY, quantizer=FiniteScalarQuantizer(levels=(8, 5))))
+    assert from_json(TrainConfig, to_json(config)) == config
+    with pytest.raises(ValueError, match="image_size 20 is not divisible by 16"):
+        VQGANConfig(image_size=20)
+    with pytest.raises(ValueError, match=r"attention_levels is \(5,\)"):
+        VQGANConfig(attention_levels=(5,))
+    with pytest.raises(ValueError, match="levels is"):
+        FiniteScalarQuantizer(levels=(8, 1))
+    with pytest.raises(ValueError, match=r"less than 3 x 3 of 16 pixels; lower adversarial\.layers"):
+        discriminator.init(AdversarialConfig(layers=3), 16, key())
+
+
+# --- perceptual losses --------------------------------------------------------------------------------------
+
+
+def test_pyramid_by_hand():
+    x = jnp.zeros((1, 2, 2, 3))
+    y = x.at[0, 0, 0].set(1.0)  # mean 1/4; bands: 3/4 at one pixel, 1/4 at three
+    np.testing.assert_allclose(
+        lpips.laplacian_pyramid_loss(x, y), ((0.75 + 3 * 0.25) / 4 + 0.25) / 2, rtol=1e-6
+    )
+
+
+def _lpips_file(path, **changes):
+    arrays, rng = {}, np.random.default_rng(0)
+    for i, (size, inputs, outputs, *_) in enumerate(lpips._ALEXNET):
+        fan = size * size * inputs
+        arrays[f"AlexNet_0.Conv_{i}.kernel"] = rng.normal(0, fan**-0.5, (size, size, inputs, outputs))
+        arrays[f"AlexNet_0.Conv_{i}.bias"] = np.zeros(outputs)
+        arrays[f"NetLinLayer_{i}.Conv_0.kernel"] = np.ones((1, 1, outputs, 1))
+    arrays |= changes
+    np.savez(path, **{k: np.asarray(v, np.float32) for k, v in arrays.items() if v is not None})
+    return path
+
+
+def test_lpips_is_a_distance_and_reads_its_file_strictly(tmp_path):
+    params = lpips.load_lpips(_lpips_file(tmp_path / "good.npz"))
+    x = images(2, 64) * 2 - 1
+    y = x.at[1].multiply(-1)
+    found = lpips.lpips(params, x, y)
+    assert found[0] == 0 and found[1] > 0
+    np.testing.assert_allclose(found, lpips.lpips(params, y, x), rtol=1e-5)
+    with pytest.raises(FileNotFoundError, match="want an npz file with the weights of LPIPS"):
+        lpips.load_lpips(tmp_path / "none.npz")
+    name = "AlexNet_0.Conv_2.bias"
+    for value, said in (
+        (None, f"array {name} is missing"),
+        (np.zeros(3), rf"array {name} has shape \(3,\), want \(384,\)"),
+        (np.full(384, np.nan), f"array {name} has values that are not finite"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            lpips.load_lpips(_lpips_file(tmp_path / "bad.npz", **{name: value}))
+    with pytest.raises(ValueError, match="array extra is not one of LPIPS"):
+        lpips.load_lpips(_lpips_file(tmp_path / "bad.npz", extra=np.zeros(1)))
+
+
+# --- the adversarial step -----------------------------------------------------------------------------------
+
+
+def test_losses_of_the_two_players_by_hand():
+    real, fake = jnp.array([0.0, 2.0]), jnp.array([0.0, -2.0])
+    np.testing.assert_allclose(adversarial.generator_loss("hinge", fake), 1.0)
+    np.testing.assert_allclose(adversarial.discriminator_loss("hinge", real, fake), (0.5 + 0.5) / 2)
+    soft = math.log(2) + math.log1p(math.exp(-2))
+    np.testing.assert_allclose(adversarial.discriminator_loss("non-saturating", real, fake), soft, rtol=1e-6)
+    other = (math.log(2) + math.log1p(math.exp(2))) / 2
+    np.testing.assert_allclose(adversarial.generator_loss("non-saturating", fake), other, rtol=1e-6)
+
+
+def test_a_pictures_score_does_not_depend_on_the_batch(params):
+    x = images() * 2 - 1
+    whole = discriminator.patch_logits(AGAINST, params["discriminator"], x)
+    alone = discriminator.patch_logits(AGAINST, params["discriminator"], x[:1])
+    np.testing.assert_allclose(whole[:1], alone, atol=1e-5)
+
+
+def test_the_ramp():
+    cfg = AdversarialConfig(disc_start_step=10, disc_warmup_steps=4)
+    found = [float(adversarial.disc_factor(cfg, jnp.int32(s))) for s in (9, 10, 11, 13, 99)]
+    assert found == [0.0, 0.25, 0.5, 1.0, 1.0]
+    assert (
+        float(
+            adversarial.disc_factor(AdversarialConfig(disc_start_step=10, disc_warmup_steps=0), jnp.int32(10))
+        )
+        == 1.0
+    )
+
+
+@pytest.mark.parametrize("kind", ["hinge", "non-saturating"])
+def test_gradients_are_those_of_the_written_loss(params, kind):
+    """One backward pass gives what differentiating the whole weighed loss gives, the weight held constant."""
+    against = dataclasses.replace(AGAINST, loss=kind, start=0, disc_warmup_steps=0, r1_every=1)
+    cfg = dataclasses.replace(TINY, adversarial=against)
+    x, step = images(), jnp.int32(5)
+    grads, measures, _ = jax.jit(adversarial.adversarial_gradients, static_argnums=0)(
+        cfg, params, None, x, key(1), step
+    )
+    real, scores = 2 * x - 1, params["discriminator"]
+
+    def parts(tokenizer):
+        out = autoencoder.reconstruct(cfg, tokenizer, x, key(1))
+        rec = jnp.abs(real - out.pixels).mean() + lpips.laplacian_pyramid_loss(real, out.pixels).mean()
+        return (
+            rec,
+            adversarial.generator_loss(kind, discriminator.patch_logits(against, scores, out.pixels)),
+            out,
+        )
+
+    def last_norm(i):
+        grad = jax.grad(lambda p: parts(p)[i])(params["tokenizer"])["decoder"]["conv_out"]["kernel"]
+        return jnp.linalg.norm(grad)
+
+    rec, adv = last_norm(0), last_norm(1)
+    np.testing.assert_allclose(measures["norm_reconstruction"], rec, rtol=1e-4)
+    np.testing.assert_allclose(measures["norm_adversarial"], adv, rtol=1e-4)
+    weight = 0.8 * rec / (adv + 1e-4)
+
+    def whole(tokenizer):
+        rec, adv, out = parts(tokenizer)
+        return rec + out.loss + weight * adv
+
+    want = jax.grad(whole)(params["tokenizer"])
+    assert optax.tree.norm(optax.tree.sub(want, grads["tokenizer"])) < 1e-4 * optax.tree.norm(want)
+
+    fake = jax.lax.stop_gradient(parts(params["tokenizer"])[2].pixels)
+
+    def judge(p):
+        loss = adversarial.discriminator_loss(
+            kind, discriminator.patch_logits(against, p, real), discriminator.patch_logits(against, p, fake)
+        )
+        return loss + against.r1_weight * adversarial.r1_penalty(against, p, real)
+
+    want = jax.grad(judge)(scores)
+    assert optax.tree.norm(optax.tree.sub(want, grads["discriminator"])) < 1e-3 * optax.tree.norm(want)
+
+
+def test_before_the_start_nothing_of_the_discriminator_moves(params):
+    x = images()
+    step = jax.jit(adversarial.adversarial_gradients, static_argnums=0)
+    grads, measures, _ = step(TINY, params, None, x, key(1), jnp.int32(2))
+    assert optax.tree.norm(grads["discriminator"]) == 0 and math.isnan(measures["log_d_real"])
+    alone = dataclasses.replace(TINY, adversarial=None)
+    want, *_ = step(alone, {"tokenizer": params["tokenizer"]}, None, x, key(1), jnp.int32(2))
+    assert optax.tree.norm(optax.tree.sub(want["tokenizer"], grads["tokenizer"])) < 1e-5
+    tx = adversarial.adversarial_optimizer(TINY, optax.sgd(0.1))
+    state = tx.init(params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    moved = []
+    for _ in range(5):
+        updates, state = tx.update(ones, state, params)
+        moved.append(float(optax.tree.norm(updates["discriminator"])))
+    # it begins at update 3, and its first step has Adam's first length: the learning rate, in every place
+    first = AGAINST.learning_rate * math.sqrt(_count(params["discriminator"]))
+    assert moved[:3] == [0, 0, 0]
+    np.testing.assert_allclose(moved[3], first, rtol=1e-3)
+
+
+def run_config(run, steps):
+    """Through the switch-on after the third update, on eight devices, two microbatches an update, codes restarted."""
+    quantizer = dataclasses.replace(TINY.quantizer, dead_code_restart_steps=2)
+    return tiny_config(
+        run, model=dataclasses.replace(TINY, image_size=32, quantizer=quantizer), steps=steps,
+        data={"batch_size": 8, "source": ScenesSource(max_objects=1)}, optim={"grad_accum_steps": 2},
+        eval_rows=8, eval_every=6, save_every=3, sample_every=6,
+    )  # fmt: skip
+
+
+def test_a_run_is_a_tokenizer_like_any_other(tmp_path, capfd):
+    """Trained through the switch-on, then loaded, encoded and decoded without knowing the kind."""
+    outcome = loop.train(run_config(tmp_path / "run", 6))
+    assert outcome.finished and "eval_psnr" in outcome.measures
+    assert "model.lpips is not set" in capfd.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    log_d = [row["log_d_real"] for row in rows if "log_d_real" in row]
+    assert log_d[:3] == [None] * 3 and all(value < 0 for value in log_d[3:])
+    assert sum(row.get("codes_restarted", 0) for row in rows) > 0
+    assert set(outcome.state.params) == {"tokenizer", "discriminator"}
+    assert set(outcome.state.ema) == {"tokenizer"}  # nobody uses an average of the discriminator
+    run = load_run(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((run.params, outcome.state.ema["tokenizer"])))
+    assert set(run.params) == {"encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"}
+    loaded = load_image_tokenizer(tmp_path / "run")
+    codes = encode_images(loaded, np.asarray(images(size=32) * 255).astype(np.uint8))
+    assert decode_codes(loaded, codes).shape == (4, 32, 32, 3)
+
+
+@pytest.mark.slow
+def test_stop_at_the_switch_on_and_resume(tmp_path):
+    whole = loop.train(run_config(tmp_path / "whole", 6))
+    loop.train(run_config(tmp_path / "parts", 3))
+    parts = loop.train(run_config(tmp_path / "parts", 6))
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((whole.state, parts.state)))
+
+
+@pytest.mark.slow
+def test_another_run_begins_from_its_weights(tmp_path):
+    """`init_from` gives the tokenizer; the discriminator begins anew."""
+    before = loop.train(run_config(tmp_path / "first", 3)).state
+    config = dataclasses.replace(run_config(tmp_path / "second", 1), init_from=str(tmp_path / "first"))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1e-12))
+    after = loop.train(config).state
+    want, got = (jax.device_get(s) for s in (before.ema["tokenizer"], after.params["tokenizer"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), want, got)

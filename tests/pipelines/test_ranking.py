@@ -1,0 +1,504 @@
+"""Laws of re-ranking: what is kept are the best of what is drawn; recalls and shares by hand; the verbs."""
+
+import dataclasses
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from dalle_jax.checkpoint.run_dir import PARAMS_FILE, Run, load_run, read_config, save_frozen, write_params
+from dalle_jax.cli import main
+from dalle_jax.config import (
+    ClipConfig,
+    DalleConfig,
+    DataConfig,
+    DVAEConfig,
+    ScenesSource,
+    TextConfig,
+    TowerConfig,
+    TrainConfig,
+    to_json,
+)
+from dalle_jax.data import images
+from dalle_jax.data.scenes import generator
+from dalle_jax.evaluate import metrics, reranking, retrieval
+from dalle_jax.models import clip as clips
+from dalle_jax.models import dalle, dvae
+from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.pipelines import SamplingConfig, load_text_to_image, ranking, sample_images
+from dalle_jax.pipelines.ranking import (
+    clip_scores,
+    embed_captions,
+    embed_images,
+    load_clip,
+    rank_images,
+    sample_and_rerank,
+)
+from dalle_jax.text import tokenizers
+from dalle_jax.train import loop
+from dalle_jax.train.tasks import make_task
+
+SIZE = 32
+DATA = DataConfig(source=ScenesSource(count=40, max_objects=1), batch_size=8, num_threads=1, prefetch=1)
+DVAE = DVAEConfig(image_size=SIZE, groups=3, blocks=1, width=8, decoder_width=8, vocab=16)
+DALLE = DalleConfig(
+    text_vocab=400,
+    text_len=8,
+    image_vocab=16,
+    grid=8,
+    dim=16,
+    layers=1,
+    heads=2,
+    dtype="float32",
+    remat="none",
+)
+CLIP = ClipConfig(
+    image_size=32, patch_size=16, vision=TowerConfig(dim=16, layers=1, heads=2), text_vocab=402, text_len=10, embed_dim=8,
+    text=TowerConfig(dim=16, layers=1, heads=2), dtype="float32",
+)  # fmt: skip
+CAPTIONS = ["a red circle", "蓝色的方块", "a green star"]
+
+
+def random(init, cfg, seed):
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    return jax.tree.map(lambda s: np.asarray(0.4 * rng.normal(size=s.shape), np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """Exported runs of random weights: `dalle` with its tokenizer, and `clip`."""
+    room = tmp_path_factory.mktemp("ranking")
+    for name, model, init in (("dalle", DALLE, dalle.init), ("clip", CLIP, clips.init)):
+        (room / name).mkdir()
+        tokenizers.train_text_tokenizer(
+            [c.text for c, _ in generator.evaluation_set("one_object", 60)],
+            room / name / "text_tokenizer.model",
+            vocab=400,
+        )
+        write_params(room / name / PARAMS_FILE, random(init, model, 1), 7)
+        (room / name / "config.json").write_text(to_json(TrainConfig(model=model, data=DATA)))
+    tokenizer = random(dvae.init, DVAE, 2)
+    save_frozen(room / "dalle" / "tokenizer", Run(TrainConfig(model=DVAE, data=DATA), tokenizer, room, 0))
+    return room
+
+
+@pytest.fixture(scope="module")
+def model(room):
+    return load_text_to_image(room / "dalle")
+
+
+@pytest.fixture(scope="module")
+def clip(room):
+    return load_clip(room / "clip")
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    for place in (metrics, reranking, retrieval):
+        monkeypatch.setattr(place, "EVAL_ROWS", 8)
+
+
+def noise(count, size=SIZE, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
+
+
+def run(*argv) -> SimpleNamespace:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(a) for a in argv])
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def json_of(*argv):
+    done = run(*argv, "--json")
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def refused(*argv) -> str:
+    done = run(*argv)
+    assert done.code == 1 and done.out == "" and "Traceback" not in done.err, (done.code, done.err)
+    return done.err
+
+
+# --- captions between a start and an end ------------------------------------------------------------------
+
+
+def test_framed_captions(clip):
+    options = {"text_vocab": 402, "text_len": 10}
+    ids = clip.text.encode("a red circle", **options)
+    inside = ids[1:].tolist().index(401)
+    assert ids[0] == 400 and (ids[1 + inside :] == 401).all()
+    assert clip.text.decode(ids[1 : 1 + inside]) == "a red circle"
+    long = clip.text.encode("a red circle " * 9, **options)  # cut, with its end
+    assert long[-1] == 401 and (long[1:-1] < 400).all()
+    assert clip.text.encode("", **options).tolist() == [400] + [401] * 9
+    with pytest.raises(ValueError, match=r"has \d+ pieces, text_vocab is 300 with a start and an end; raise"):
+        clip.text.encode("a", text_vocab=300, text_len=10)
+
+
+def test_clips_own_vocabulary_has_its_start_and_end_last():
+    """512 letters and no merge: start 512, end 513; in the published one of 49,408 they are the last two as well."""
+    pairs = tokenizers.BosEosTokenizer(b'"bpe #version: 0.2\n')
+    assert (pairs.size, pairs.pieces) == (514, 512)
+    assert pairs.encode("a", text_vocab=514, text_len=4).tolist() == [512, 320, 513, 513]
+
+
+# --- scores and ranks --------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_the_model(clip):
+    pictures, captions = noise(5), [*CAPTIONS, CAPTIONS[0], CAPTIONS[2]]
+    ids = np.stack([clip.text.encode(c, text_vocab=402, text_len=10) for c in captions])
+    want = jax.jit(clips.similarity, static_argnums=0)(CLIP, clip.run.params, pictures / np.float32(255), ids)
+    np.testing.assert_allclose(clip_scores(clip, pictures, captions), want, atol=1e-5)
+    np.testing.assert_allclose(embed_images(clip, pictures, batch=2), embed_images(clip, pictures), atol=1e-6)
+    which, best = rank_images(clip, pictures[:4].reshape(2, 2, SIZE, SIZE, 3), CAPTIONS[:2], 2)
+    each = clip_scores(clip, pictures[:4], [CAPTIONS[0]] * 2 + [CAPTIONS[1]] * 2).reshape(2, 2)
+    np.testing.assert_array_equal(which, np.argsort(-each, axis=1))
+    assert (np.diff(best, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda c: clip_scores(c, noise(2), ["a"]), "2 pictures and 1 captions"),
+        (lambda c: embed_images(c, noise(2) / 255), r"pictures are float64 .*, want uint8"),
+        (lambda c: embed_images(c, noise(2)[0]), r"want uint8 \(rows, height, width, 3\)"),
+        (lambda c: embed_captions(c, []), "no captions"),
+        (lambda c: rank_images(c, noise(2), ["a", "b"], 1), r"want \(2, candidates, height, width, 3\)"),
+        (lambda c: rank_images(c, noise(2)[None], ["a"], 3), "keep is 3; want 1 to 2"),
+    ],
+)
+def test_ranking_refuses(clip, call, match):
+    with pytest.raises(ValueError, match=match):
+        call(clip)
+
+
+def test_kept_are_the_best_of_what_is_drawn(model, clip):
+    """Whatever the batch, which parts the candidates of a caption otherwise."""
+    seeds = [10, 11, 12, 20, 21, 22, 30, 31, 32]
+    parts = list(sample_images(model, CAPTIONS, seeds, SamplingConfig(), batch=9))
+    codes, pictures = (np.concatenate(kind) for kind in zip(*parts, strict=True))
+    each = clip_scores(clip, pictures, [c for c in CAPTIONS for _ in range(3)]).reshape(3, 3)
+    assert len(np.unique(codes, axis=0)) == 9
+    for batch in (9, 2):
+        found = list(sample_and_rerank(model, clip, CAPTIONS, seeds, 2, batch=batch))
+        assert [best.number for best in found] == [0, 1, 2]
+        for i, best in enumerate(found):
+            want = np.argsort(-each[i])[:2]
+            np.testing.assert_array_equal(best.which, want)
+            np.testing.assert_allclose(best.score, each[i][want], atol=1e-5)
+            np.testing.assert_array_equal(best.codes, codes[3 * i : 3 * i + 3][want])
+            np.testing.assert_array_equal(best.images, pictures[3 * i : 3 * i + 3][want])
+
+
+# --- recalls, classes, best of n: by hand ------------------------------------------------------------------
+
+
+def test_ranks_by_hand():
+    score = np.array([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])
+    right = np.array([[True, False, False], [False, False, True], [False, True, False]])
+    assert retrieval.ranks(score, right).tolist() == [0, 2, 2]  # ties count against
+    assert retrieval.ranks(score, right | np.array([[False, True, False]] * 3)).tolist() == [0, 1, 2]
+    assert retrieval.recalls("x", np.array([0, 2, 5, 9]), 10) == {"x_recall_1": 0.25, "x_recall_5": 0.5}
+
+
+class Rows:
+    """Four pictures; the first two share a caption."""
+
+    classes = ("cat", "dog")
+
+    def __len__(self):
+        return 4
+
+    def image(self, i, size, crop, rng=None):
+        return np.full((size, size, 3), i, np.uint8)
+
+    def captions(self, i):
+        return {"en": ("shared" if i < 2 else f"own {i}",), "zh": (f"zh {i}",)}
+
+    def label(self, i):
+        return (0, 1, 1, None)[i]
+
+
+def test_retrieval_of_a_perfect_and_a_blind_model(monkeypatch, clip):
+    monkeypatch.setattr(retrieval, "open_source", lambda *_, **__: Rows())
+    axes = np.eye(4)
+    place = {"shared": axes[0] + axes[1], "own 2": axes[2], "own 3": axes[3]} | {
+        f"zh {i}": axes[i] for i in range(4)
+    }
+    monkeypatch.setattr(retrieval, "embed_images", lambda clip, x, **_: axes[x[:, 0, 0, 0]])
+    monkeypatch.setattr(
+        retrieval, "embed_captions", lambda clip, texts, **_: np.stack([place[t] for t in texts])
+    )
+    found = retrieval.measure_retrieval(clip, DATA, 9)
+    assert (found["pictures"], found["texts"]) == (4, 7)
+    assert found["image_to_text_recall_1"] == found["text_to_image_recall_1"] == 1.0
+    monkeypatch.setattr(retrieval, "embed_captions", lambda clip, texts, **_: np.ones((len(texts), 4)))
+    found = retrieval.measure_retrieval(clip, DATA, 9)
+    assert found["image_to_text_recall_1"] == found["text_to_image_recall_1"] == 0.0
+
+
+def test_classes_by_hand(monkeypatch, clip):
+    asked = []
+
+    def captions(clip, texts, **_):
+        asked.extend(texts)
+        return np.array(
+            [[1.0, 0.0] if "cat" in t else [0.0, 1.0] if "photo" in t else [0.6, 0.8] for t in texts]
+        )
+
+    monkeypatch.setattr(retrieval, "open_source", lambda *_, **__: Rows())
+    monkeypatch.setattr(retrieval, "embed_captions", captions)
+    monkeypatch.setattr(retrieval, "embed_images", lambda clip, x, **_: np.eye(2)[x[:, 0, 0, 0] % 2])
+    vectors = retrieval.class_vectors(clip, ["cat", "dog"], ["a photo of a {}", "{}"])
+    assert asked == ["a photo of a cat", "cat", "a photo of a dog", "dog"]
+    mean = np.array([0.3, 0.9])
+    np.testing.assert_allclose(vectors, [[1, 0], mean / np.linalg.norm(mean)])
+    data = SimpleNamespace(source=SimpleNamespace(templates=("{}",)), crop="center")
+    found = retrieval.measure_zero_shot(
+        clip, data, 9
+    )  # rows 0 cat, 1 dog are seen as that, row 2 a dog as a cat
+    assert found == {"zero_shot_top1": pytest.approx(2 / 3), "classes": 2}
+    with pytest.raises(ValueError, match=r"each with \{\} for the name"):
+        retrieval.class_vectors(clip, ["cat"], ["a photo"])
+
+
+def test_classes_of_scenes_are_colour_and_shape(monkeypatch, clip):
+    """A model that sees the true pair: all right, also for pairs that training never shows."""
+    index: dict[str, int] = {}
+
+    def captions(clip, texts, **_):
+        return np.eye(200)[[index.setdefault(t, len(index)) for t in texts]]
+
+    def pictures(clip, x, **_):
+        kind = kinds.pop(0)
+        said = [scene.objects[0] for _, scene in metrics.unseen_captions(DATA, kind, len(x))]
+        return np.eye(200)[[index[f"a {o.color} {o.shape}"] for o in said]]
+
+    monkeypatch.setattr(retrieval, "embed_captions", captions)
+    monkeypatch.setattr(retrieval, "embed_images", pictures)
+    kinds = ["one_object", "held_out"]
+    found = retrieval.measure_zero_shot(clip, DATA, 6)
+    assert found == {
+        "zero_shot_one_object_top1": 1.0, "zero_shot_one_object_top5": 1.0, "zero_shot_held_out_top1": 1.0,
+        "zero_shot_held_out_top5": 1.0, "classes": 120,
+    }  # fmt: skip
+
+
+def test_best_of_by_hand():
+    score = np.array([[0.1, 0.4, 0.3, 0.2], [0.5, 0.6, 0.7, 0.8]])
+    right = np.array([[0, 1, 0, 0], [1, 0, 0, 1]], bool)
+    assert reranking.best_of(score, right, 1) == 3 / 8
+    assert reranking.best_of(score, right, 2) == (1 + 0 + 0 + 1) / 4
+    assert reranking.best_of(score, right, 3) == (1 + 0) / 2  # one group of three, the fourth is left out
+    assert reranking.best_of(score, right, 4) == 1.0
+    assert reranking.best_of(-score, right, 4) == 0.5
+    with pytest.raises(ValueError, match="the best of 5 of 4 candidates; want 1 to 4"):
+        reranking.best_of(score, right, 5)
+    assert [reranking.candidate_counts(n) for n in (1, 3, 4, 64, 100)] == [
+        [1], [1, 3], [1, 4], [1, 4, 16, 64], [1, 4, 16, 64, 100]
+    ]  # fmt: skip
+
+
+def test_reranking_by_a_judge_that_knows(monkeypatch, model, clip):
+    """One candidate in four is the true picture. A CLIP that sees it finds it; one that shuns it never does."""
+    kind, count = "one_object", 6
+    pairs = metrics.unseen_captions(DATA, kind, count)
+    true = [generator.render(scene, SIZE) for _, scene in pairs]
+    blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
+
+    def draw(model, texts, seeds, sampling, **_):
+        assert len(seeds) == 4 * len(texts)
+        drawn = [true[i // 4] if i % 4 == 2 else blank for i in range(len(seeds))]
+        for start in range(0, len(drawn), 5):  # parts that do not keep to captions
+            yield None, np.stack(drawn[start : start + 5])
+
+    monkeypatch.setattr(reranking, "sample_images", draw)
+    monkeypatch.setattr(reranking, "scene_kinds", lambda *_: (kind,))
+    for sign, best in ((1, 1.0), (-1, 0.0)):
+        monkeypatch.setattr(
+            reranking,
+            "clip_scores",
+            lambda clip, x, captions, sign=sign: np.array([-sign * p.mean() for p in x]),
+        )
+        found = reranking.measure_reranking(model, clip, count, 4)
+        assert found == {
+            f"accuracy_{kind}_best_of_1": 0.25, f"accuracy_{kind}_best_of_4": best, f"accuracy_{kind}_any_of_4": 1.0
+        }  # fmt: skip
+    with pytest.raises(ValueError, match="candidates is 0"):
+        reranking.measure_reranking(model, clip, count, 0)
+
+
+# --- the command line --------------------------------------------------------------------------------------
+
+
+def test_sample_keeps_the_best(room, tmp_path, clip):
+    """Each kept picture is the one of its seed, and the scores are those of all candidates."""
+    argv = ("sample", room / "dalle", *CAPTIONS[:2], "--seed", 5)
+    every = json_of(*argv, "--num-images", 3, "--out", tmp_path / "all")["pictures"]
+    found = json_of(*argv, "--clip", room / "clip", "--candidates", 3, "--top", 2, "--out", tmp_path / "best")
+    assert found["candidates"] == 3 and found["clip"] == str(room / "clip")
+    by_seed = {(row["caption"], row["seed"]): Path(row["file"]) for row in every}
+    drawn = {key: images.load_image(file, SIZE) for key, file in by_seed.items()}
+    score = {key: float(clip_scores(clip, picture[None], [key[0]])[0]) for key, picture in drawn.items()}
+    for caption in CAPTIONS[:2]:
+        kept = [row for row in found["pictures"] if row["caption"] == caption]
+        best = sorted((key for key in score if key[0] == caption), key=lambda key: -score[key])[:2]
+        assert [row["seed"] for row in kept] == [seed for _, seed in best]
+        for row in kept:
+            key = (caption, row["seed"])
+            np.testing.assert_array_equal(images.load_image(row["file"], SIZE), drawn[key])
+            assert row["score"] == pytest.approx(score[key], abs=1e-5)
+    names = [Path(row["file"]).name for row in found["pictures"]]
+    assert {p.name for p in (tmp_path / "best").iterdir()} == {*names, "grid.png", "codes.npz"}
+    assert np.load(tmp_path / "best" / "codes.npz")["codes"].shape == (4, 64)
+
+
+def test_sample_refuses(room, tmp_path):
+    one = ("sample", room / "dalle", "a", "--out", tmp_path / "o")
+    ranked = (*one, "--clip", room / "clip")
+    assert "--candidates and --top need --clip" in refused(*one, "--top", 2)
+    assert "--num-images is for drawing without --clip" in refused(*ranked, "--num-images", 2)
+    assert "keep is 3; want 1 to 2" in refused(*ranked, "--candidates", 2, "--top", 3)
+    assert "--candidates is 0" in refused(*ranked, "--candidates", 0)
+    assert "is a run of stage dalle; want one of stage clip" in refused(*one, "--clip", room / "dalle")
+    (tmp_path / "own.jsonl").write_text('{"caption": "a", "guidance_scale": 2}')
+    told = refused(*ranked, "--captions-file", tmp_path / "own.jsonl")
+    assert "settings of their own go through the queue, which --clip has not; give plain captions" in told
+    empty = ("sample", room / "dalle", "--unconditional", "--out", tmp_path / "o", "--clip", room / "clip")
+    assert "caption 0 has no text" in refused(*empty)
+    assert "stage clip: it ranks pictures and draws none" in refused("sample", room / "clip", "a")
+    assert "stage clip: it has no image tokenizer" in refused("encode", room / "clip", "a.png", "--out", "x")
+
+
+def test_rerank_lists_the_best_first(room, tmp_path, clip):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for path, picture in zip(paths, noise(4, 20), strict=True):
+        images.save_png(path, picture)
+    found = json_of("rerank", room / "clip", "a red circle", *paths, "--top", 3)["pictures"]
+    pictures = np.stack([images.load_image(path, 32) for path in paths])
+    want = clip_scores(clip, pictures, ["a red circle"] * 4)
+    order = np.argsort(-want)[:3]
+    assert [row["file"] for row in found] == [str(paths[i]) for i in order]
+    np.testing.assert_allclose([row["score"] for row in found], want[order], atol=1e-5)
+    listed = run("rerank", room / "clip", "a red circle", *paths).out.splitlines()
+    assert len(listed) == 4 and listed[0].endswith(str(paths[order[0]]))
+    assert "no pictures" in refused("rerank", room / "clip", "a")
+    assert "the caption has no text" in refused("rerank", room / "clip", " ", paths[0])
+    assert "--top is 2; want 1 to 1" in refused("rerank", room / "clip", "a", paths[0], "--top", 2)
+    assert "cannot read the picture" in refused("rerank", room / "clip", "a", tmp_path / "none.png")
+    assert "is a run of stage dalle; want one of stage clip" in refused(
+        "rerank", room / "dalle", "a", paths[0]
+    )
+
+
+def test_evaluate_a_clip(room, tmp_path):
+    found = json_of("evaluate", room / "clip", "--count", 9)
+    assert found["stage"] == "clip" and found["pictures"] == 9 and found["step"] == 7
+    for way in ("image_to_text", "text_to_image"):
+        assert 0 <= found[f"{way}_recall_1"] <= found[f"{way}_recall_5"] <= 1
+    for i, picture in enumerate(noise(6)):
+        images.save_png(tmp_path / "labelled" / "val" / ("cat", "dog")[i % 2] / f"{i}.png", picture)
+    options = ("--data", tmp_path / "labelled", "--templates", "a {}", "{} there", "--count", 6)
+    found = json_of("evaluate", room / "clip", *options)
+    assert found["classes"] == 2 and 0 <= found["zero_shot_top1"] <= 1
+    assert found["pictures"] == 6 and found["texts"] == 2
+    assert "no data at" in refused("evaluate", room / "clip", "--data", tmp_path / "no ne")
+    assert "are for a CLIP" in refused("evaluate", room / "dalle", "--templates", "a {}")
+    assert "--candidates needs --clip" in refused("evaluate", room / "dalle", "--candidates", 4)
+    assert "--clip scores what a Transformer draws" in refused(
+        "evaluate", room / "clip", "--clip", room / "clip"
+    )
+
+
+def test_evaluate_by_a_clip(room):
+    """The figures of re-ranking beside those that are there without."""
+    options = ("--count", 2, "--candidates", 4, "--clip", room / "clip")
+    found = json_of("evaluate", room / "dalle", *options)
+    assert -1 <= found["clip_score"] <= 1 and -1 <= found["clip_score_true"] <= 1
+    for n in (1, 4):
+        assert 0 <= found[f"accuracy_one_object_best_of_{n}"] <= found["accuracy_one_object_any_of_4"] <= 1
+
+
+# --- the stage ---------------------------------------------------------------------------------------------
+
+
+def test_a_clip_trains_and_its_export_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))  # compiles faster
+    config = TrainConfig(
+        model=CLIP, run=str(tmp_path / "run"), data=DATA, text=TextConfig(train_captions=40, dropout=0.0),
+        steps=2, eval_every=2, save_every=2, sample_every=2, eval_rows=8, log_every=1,
+    )  # fmt: skip
+    outcome = loop.train(config)
+    assert outcome.finished and set(outcome.measures) == {
+        "eval_loss",
+        "eval_image_to_text",
+        "eval_text_to_image",
+    }
+    assert (tmp_path / "run" / "samples" / "step_00000002.png").exists()
+    clip = load_clip(tmp_path / "run")
+    assert clip.run.step == 2 and len(clip_scores(clip, noise(1), ["a red circle"])) == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if "loss" in row)
+    assert first["loss"] == pytest.approx(np.log(8), abs=1.5) and first["scale"] == pytest.approx(
+        1 / 0.07, rel=1e-3
+    )
+    assert run("export", tmp_path / "run", "--out", tmp_path / "out").code == 0
+    again = load_clip(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, clip.run.params, again.run.params)
+    np.testing.assert_array_equal(
+        clip_scores(again, noise(3), CAPTIONS), clip_scores(clip, noise(3), CAPTIONS)
+    )
+    assert read_config(tmp_path / "out").model == CLIP and load_run(tmp_path / "out", "clip").step == 2
+    assert ranking.load_clip(str(tmp_path / "out")).config == CLIP
+
+
+def test_a_clip_sees_every_second_picture_as_a_tokenizer_makes_it(room, tmp_path):
+    """With a tokenizer the loss is that of a batch whose rows 1, 3, ... went through codes and back."""
+    tokenizer = random(dvae.init, DVAE, 2)
+    (tmp_path / "dvae").mkdir()
+    write_params(tmp_path / "dvae" / PARAMS_FILE, tokenizer, 1)
+    (tmp_path / "dvae" / "config.json").write_text(to_json(TrainConfig(model=DVAE, data=DATA)))
+    config = TrainConfig(
+        model=CLIP, run=str(tmp_path / "run"), data=DATA, image_tokenizer=str(tmp_path / "dvae"),
+        text=TextConfig(tokenizer_path=str(room / "clip" / "text_tokenizer.model")),
+    )  # fmt: skip
+    task = make_task(config)
+    (tmp_path / "run").mkdir()
+    task.prepare(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(task.frozen), tokenizer)
+    params, pixels = random(clips.init, CLIP, 1), noise(4)
+    text_BT = np.stack([task.text.encode(c, text_vocab=402, text_len=10) for c in [*CAPTIONS, "a dot"]])
+    seen = images.to_float(pixels)
+    seen[1::2] = dvae.decode(DVAE, tokenizer, dvae.encode(DVAE, tokenizer, seen[1::2]))
+    assert np.abs(seen[1::2] - images.to_float(pixels)[1::2]).max() > 0.1
+    got, _ = task.loss(params, task.frozen, {"image": pixels, "text": text_BT}, None, None)
+    np.testing.assert_allclose(got, clips.loss(CLIP, params, seen, text_BT)[0], rtol=1e-6)
+    large = dataclasses.replace(DVAE, image_size=64)
+    for model, match in (
+        (CLIP, "is a run of stage clip, want a tokenizer"),
+        (large, "image_size is 32, the tokenizer's is 64"),
+    ):
+        (tmp_path / "dvae" / "config.json").write_text(to_json(TrainConfig(model=model, data=DATA)))
+        with pytest.raises(ValueError, match=match):
+            make_task(config)
+
+
+def test_a_vocabulary_that_leaves_no_room_for_the_end(room, tmp_path):
+    small = ClipConfig(**{**vars(CLIP), "text_vocab": 300})
+    config = TrainConfig(
+        model=small,
+        run=str(tmp_path / "run"),
+        data=DATA,
+        text=TextConfig(tokenizer_path=str(room / "clip" / "text_tokenizer.model")),
+    )
+    with pytest.raises(ValueError, match="text_vocab is 300 with a start and an end; raise text_vocab to"):
+        loop.train(config)

@@ -1,0 +1,229 @@
+"""Laws of the queue: a picture is the one sampled alone, whatever shares the batch, one code a pass and several, and
+nothing compiles again."""
+
+import dataclasses
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_families
+from test_families import FAMILIES
+from test_sampling import CAPTIONS, TINY, lively
+
+from dalle_jax.models import autoregressive, dalle
+from dalle_jax.sampling import decode_state as device
+from dalle_jax.sampling.batcher import ContinuousBatcher, Request
+from dalle_jax.sampling.generate import generate, row_keys
+
+# A ring; tests/nn/test_cache.py and tests/sampling/test_jacobi.py have rows at places of their own for every kind.
+CFG = dataclasses.replace(TINY, grid=5, attention=("row",), layers=1)
+N, V = CFG.num_codes, CFG.image_vocab
+
+
+@pytest.fixture(scope="module")
+def params():
+    return autoregressive.prepare_for_decode(CFG, lively(CFG))
+
+
+def requests(count):
+    """Mixtures of caption, seed, temperature, top-p, guidance and given codes."""
+    rng = np.random.default_rng(0)
+    texts = [*np.asarray(CAPTIONS), np.asarray(dalle.null_text(CFG))]
+    return [
+        Request(
+            texts[i // 2 % 4],
+            seed=int(rng.integers(2**32)),
+            temperature=[1.0, 0.7, 0.0][i % 3],
+            top_p=[1.0, 0.8][i // 2 % 2],
+            guidance_scale=[1.0, 3.0, 1.0, 0.5][i % 4],
+            prefix_codes=rng.integers(0, V, [0, 0, 11, 0][i % 4]).astype(np.int32),
+        )
+        for i in range(count)
+    ]
+
+
+def alone(params, request):
+    """The same picture by `generate`, in a batch of one."""
+    prime = {"prefix_BP": jnp.asarray(request.prefix_codes)[None]} if len(request.prefix_codes) else {}
+    return np.asarray(
+        generate(
+            CFG, params, jnp.asarray(request.text_T)[None], row_keys([request.seed]),
+            temperature=jnp.float32(request.temperature), top_p=jnp.float32(request.top_p),
+            guidance=jnp.float32(request.guidance_scale), **prime,
+        )
+    )[0]  # fmt: skip
+
+
+COUNT, SLOTS, WINDOW = 20, 9, 6
+one_code_or_several = pytest.mark.parametrize("jacobi", [None, WINDOW])
+
+
+@pytest.fixture(scope="module")
+def wanted(params):
+    return [alone(params, request) for request in requests(COUNT)]
+
+
+@one_code_or_several
+def test_every_picture_is_the_one_sampled_alone(params, wanted, jacobi):
+    """With seeds, guidance, temperature, top-p and given codes of all lengths mixed; slots end at all times."""
+    queue = ContinuousBatcher(CFG, params, SLOTS, jacobi=jacobi)
+    assert [queue.submit(request) for request in requests(COUNT)] == list(range(COUNT))
+    assert queue.codes_per_pass is None
+    found = dict(queue.drain())
+    assert sorted(found) == list(range(COUNT)) and len(queue) == 0
+    for ticket, want in enumerate(wanted):
+        np.testing.assert_array_equal(found[ticket], want, err_msg=str(requests(COUNT)[ticket]))
+    assert len(np.unique(wanted, axis=0)) == COUNT
+    assert queue.codes_per_pass == 1 if jacobi is None else 1.2 < queue.codes_per_pass < WINDOW
+
+
+OTHERS = {  # with as few layers as have all of their choices
+    "dalle_mini": dataclasses.replace(FAMILIES["dalle_mini"], encoder_layers=1, layers=1),
+    "malevich_v2": dataclasses.replace(FAMILIES["malevich_v2"], attention=("row",), layers=2),
+    "llamagen_t2i": dataclasses.replace(
+        FAMILIES["llamagen_t2i"],
+        layers=1,
+        text_encoder=dataclasses.replace(FAMILIES["llamagen_t2i"].text_encoder, layers=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("cfg", OTHERS.values(), ids=OTHERS)
+def test_other_families(cfg):
+    """An encoder with a decoder, text in the raster, windows round the square, rotary positions, captions that hide
+    positions: one code a pass and several, together and in a queue, with and without guidance, draw the same."""
+    params = autoregressive.prepare_for_decode(cfg, test_families.lively(cfg))
+    text, scales = test_families.rows(cfg, 2)[0], [1.0, 2.0, 1.0, 0.5]
+    options = {"temperature": jnp.float32(0.5), "guidance": jnp.array(scales)}
+    want = generate(cfg, params, text, row_keys(range(4)), **options)
+    got, passes = generate(
+        cfg, params, text, row_keys(range(4)), jacobi=WINDOW, return_passes=True, **options
+    )
+    np.testing.assert_array_equal(got, want)
+    assert (passes < cfg.num_codes - 1).all()
+    asked = [
+        Request(
+            np.asarray(text)[i // 2],
+            seed=i,
+            temperature=0.5,
+            guidance_scale=scale,
+            prefix_codes=want[i, : i % 2 * 2],
+        )
+        for i, scale in enumerate(scales)
+    ]
+    for jacobi in (None, WINDOW):
+        queue, found = ContinuousBatcher(cfg, params, slots=3, jacobi=jacobi), {}
+        for request in asked:  # one by one, to places of their own
+            queue.submit(request)
+            found |= dict(queue.step(most=3))
+        found |= dict(queue.drain())
+        for ticket, codes in found.items():
+            np.testing.assert_array_equal(codes, want[ticket], err_msg=f"{ticket}, {jacobi}")
+        assert len(found) == 4
+
+
+@one_code_or_several
+def test_requests_that_come_while_others_are_drawn(params, wanted, jacobi):
+    """In the midst of the work a new request takes a slot, and no other moves."""
+    queue, found, waiting = ContinuousBatcher(CFG, params, SLOTS, jacobi=jacobi), {}, requests(COUNT)
+    while waiting or len(queue):
+        for request in waiting[:2]:
+            queue.submit(request)
+        waiting = waiting[2:]
+        found |= dict(queue.step(most=7 if jacobi is None else 2))
+    for ticket, want in enumerate(wanted):
+        np.testing.assert_array_equal(found[ticket], want)
+
+
+def test_codes_per_pass_by_hand():
+    """Where every guess is right: 24 codes after the first in passes of 6, and the last 14 of 25 in the three passes
+    that go beyond what was given."""
+    queue = ContinuousBatcher(CFG, jax.tree.map(jnp.zeros_like, lively(CFG)), SLOTS, jacobi=WINDOW)
+    text = np.asarray(CAPTIONS[0])
+    queue.submit(Request(text, seed=0, temperature=0.0))
+    queue.submit(
+        Request(text, seed=0, temperature=0.0, guidance_scale=2.0, prefix_codes=np.zeros(11, np.int32))
+    )
+    for _, codes in queue.drain():
+        np.testing.assert_array_equal(codes, 0)
+    assert queue.codes_per_pass == (24 + 14) / (4 + 3)
+
+
+def test_slots_are_filled_an_eighth_at_once(params):
+    """With several codes a pass some picture ends in nearly every one: while requests wait, the device goes on until
+    two of the nine slots are free. Afterwards each picture comes when it is done."""
+    queue = ContinuousBatcher(CFG, params, SLOTS, jacobi=WINDOW)
+    for request in requests(2 * COUNT):
+        if request.guidance_scale == 1:
+            queue.submit(request)
+    waited, after = [], []
+    while len(queue):
+        (waited if len(queue) > SLOTS else after).append(len(queue.step()))
+    assert min(waited) >= 2 and min(after) == 1 and sum(waited + after) == COUNT
+
+
+@one_code_or_several
+def test_five_programs_are_enough(params, jacobi):
+    """One request, and many with top-p among them; then others, in other numbers and orders, compile nothing more."""
+    programs = [device.decode_steps, device.speculative_passes, device.prefill_slots]
+    queue = ContinuousBatcher(CFG, params, SLOTS, jacobi=jacobi)
+    for many in (requests(1), requests(2), requests(COUNT)):
+        for request in many:
+            queue.submit(request)
+        list(queue.drain())
+    compiled = [program._cache_size() for program in programs]
+    for request in reversed(requests(COUNT)):
+        queue.submit(request._replace(guidance_scale=request.guidance_scale * 1.1, temperature=0.3))
+        if len(queue) > 5:
+            queue.step(most=4)
+    assert len(dict(queue.drain())) > 0
+    assert [program._cache_size() for program in programs] == compiled
+
+
+def test_memory_stays(params):
+    """The device holds the slots, not what was drawn."""
+    queue = ContinuousBatcher(CFG, params, SLOTS)
+
+    def held(rounds):
+        for request in requests(5) * rounds:
+            queue.submit(request)
+        list(queue.drain())
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    assert held(1) == held(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"text_T": np.zeros(2, np.int32)}, r"text is int32 \(2,\); want integers \(3,\)"),
+        ({"text_T": np.zeros(3)}, "text is float64"),
+        ({"seed": -1}, "seed is -1; want an integer in"),
+        ({"temperature": float("nan")}, "temperature is nan; want 0"),
+        ({"top_p": 0.0}, "top_p is 0.0; want a share"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0; want 0 or more"),
+        ({"guidance_scale": 2.0}, "guidance takes two slots, this queue has one"),
+        (
+            {"prefix_codes": np.zeros(N, np.int32)},
+            rf"prefix_codes is int32 \({N},\); want integers, fewer than {N}",
+        ),
+    ],
+)
+def test_what_it_cannot_draw(params, change, match):
+    queue = ContinuousBatcher(CFG, params, slots=1)
+    with pytest.raises(ValueError, match=match):
+        queue.submit(requests(1)[0]._replace(**change))
+    assert len(queue) == 0 and queue.step() == []
+
+
+def test_bad_queues(params):
+    with pytest.raises(ValueError, match="slots is 0; want at least 1"):
+        ContinuousBatcher(CFG, params, slots=0)
+    with pytest.raises(ValueError, match="top_k is 0; want at least 1"):
+        ContinuousBatcher(CFG, params, slots=1, top_k=0)
+    for window in (1, N + 1):
+        with pytest.raises(ValueError, match=f"jacobi is {window}; want 2 to {N} codes at once"):
+            ContinuousBatcher(CFG, params, slots=1, jacobi=window)

@@ -1,0 +1,321 @@
+"""Laws of the stages: codes made ahead train as pictures do, and what does not fit together is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.checkpoint.run_dir import Run, fingerprint, save_frozen
+from dalle_jax.config import (
+    DalleConfig,
+    DataConfig,
+    DVAEConfig,
+    ScenesSource,
+    Schedule,
+    T5Config,
+    TextConfig,
+    TrainConfig,
+    to_json,
+)
+from dalle_jax.data.images import to_float, to_uint8
+from dalle_jax.data.sources import open_source
+from dalle_jax.models import dalle, dvae
+from dalle_jax.pipelines import ImageTokenizer, encode_source
+from dalle_jax.text.tokenizers import train_text_tokenizer
+from dalle_jax.train.tasks import DalleTask, TokenizerTask, make_task
+
+ROWS, BATCH = 21, 4
+SCENES = ScenesSource(count=ROWS, max_objects=2)
+TOKENIZER = DVAEConfig(
+    image_size=32, groups=3, blocks=1, width=8, decoder_width=4, vocab=13,
+    tau=Schedule(start=1.0, end=0.5, steps=10), kl_weight=Schedule(start=0.0, end=2.0, steps=4),
+    code_usage_weight=Schedule(start=1.0, end=0.0, steps=2),
+)  # fmt: skip
+MODEL = DalleConfig(
+    text_vocab=400, text_len=6, image_vocab=13, grid=8, dim=16, layers=2, heads=2, mlp_ratio=2, conv_kernel=3,
+    attention=("row",), dtype="float32", remat="none", cond_drop_prob=0.2,
+)  # fmt: skip
+
+encode = jax.jit(dvae.encode, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """A vocabulary, a tokenizer of random weights and its run directory without checkpoints."""
+    room = tmp_path_factory.mktemp("tasks")
+    captions = ["a red circle", "a large blue square on white", "红色的圆", "一个蓝色的方块"]
+    train_text_tokenizer(captions, room / "bpe.model", vocab=400)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: dvae.init(TOKENIZER, key), jax.random.key(0))
+    params = jax.tree.map(lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32), shapes)
+    config = TrainConfig(model=TOKENIZER, run=str(room / "dvae"))
+    (room / "dvae").mkdir()
+    (room / "dvae" / "config.json").write_text(to_json(config))
+    return room, Run(config, params, room / "dvae", 0)
+
+
+def dalle_config(room, **changes):
+    values = {
+        "model": MODEL,
+        "run": str(room / "run"),
+        "data": DataConfig(source=SCENES, batch_size=BATCH, num_threads=1, prefetch=1),
+        "text": TextConfig(tokenizer_path=str(room / "bpe.model"), dropout=0.1),
+        "image_tokenizer": str(room / "dvae"),
+        "eval_rows": 5,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def prepared(config, tokenizer: Run, run_dir: Path):
+    """A task over a run directory that has its frozen tokenizer, as after its first start."""
+    run_dir.mkdir()
+    save_frozen(run_dir / "tokenizer", tokenizer)
+    task = DalleTask(config)
+    task.prepare(run_dir)
+    return task
+
+
+def first(task, steps):
+    batches = task.batches(0)
+    try:
+        return [next(batches) for _ in range(steps)]
+    finally:
+        batches.close()
+
+
+def write_codes(path, tokenizer, rows=ROWS, params=None):
+    """A directory of the codes of the first `rows` train rows, in shards of 8."""
+    params = tokenizer.params if params is None else params
+    model = ImageTokenizer(TOKENIZER, params, fingerprint(TOKENIZER, params))
+    encode_source(model, DataConfig(source=SCENES), path, rows=rows, shard_rows=8)
+
+
+@pytest.fixture(scope="module")
+def pixels(room):
+    room, tokenizer = room
+    return prepared(dalle_config(room), tokenizer, room / "pixels")
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda key: dalle.init(MODEL, key), jax.random.key(0))
+    return jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def ahead(room):
+    room, tokenizer = room
+    write_codes(room / "codes", tokenizer)
+    data = DataConfig(source=SCENES, batch_size=BATCH, num_threads=1, prefetch=1, codes=str(room / "codes"))
+    return prepared(dalle_config(room, data=data), tokenizer, room / "ahead")
+
+
+def test_codes_path_is_the_pixel_path(pixels, ahead, params):
+    """Same rows, same captions, same codes, same loss, into the second epoch."""
+    steps = ROWS // BATCH + 2
+    losses = []
+    loss = {name: jax.jit(task.loss) for name, task in (("pixels", pixels), ("ahead", ahead))}
+    for step, (a, b) in enumerate(zip(first(pixels, steps), first(ahead, steps), strict=True)):
+        assert a.keys() == {"image", "text"} and b.keys() == {"codes", "text"}
+        np.testing.assert_array_equal(a["text"], b["text"])
+        key, number = jax.random.key(step), jnp.int32(step)
+        want, want_metrics = loss["pixels"](params, pixels.frozen, a, key, number)
+        got, metrics = loss["ahead"](params, ahead.frozen, b, key, number)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        assert metrics.keys() == want_metrics.keys()
+        losses.append(float(got))
+    assert len(set(np.round(losses, 5))) == steps  # batches differ, so equal losses say something
+    assert len(np.unique(b["codes"])) > 2
+
+
+def test_no_gradient_and_no_update_for_the_frozen_tokenizer(pixels, params):
+    (batch,) = first(pixels, 1)
+
+    def value(frozen):
+        return pixels.loss(params, frozen, batch, jax.random.key(0), jnp.int32(0))[0]
+
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(value))(pixels.frozen)):
+        assert (leaf == 0).all()
+
+
+def test_evaluation_keeps_every_caption(pixels, params):
+    """Whatever `cond_drop_prob`, with any key; on the first `eval_rows` rows of the evaluation split."""
+    (batch,) = pixels.eval_batches()
+    assert batch["image"].shape == (5, 32, 32, 3) and batch["text"].shape == (5, 6)
+    codes = encode(TOKENIZER, pixels.frozen, to_float(jnp.asarray(batch["image"])))
+    plain = dataclasses.replace(MODEL, cond_drop_prob=0.0)
+    loss = jax.jit(dalle.loss, static_argnums=0)
+    want, metrics = loss(plain, params, batch["text"], codes, jax.random.key(0))
+    evaluate = jax.jit(pixels.evaluate)
+    for seed in range(3):
+        got = evaluate(params, pixels.frozen, batch, jax.random.key(seed))
+        np.testing.assert_allclose(got["eval_loss"], want, rtol=1e-5)
+        np.testing.assert_allclose(got["eval_image_loss"], metrics["image_loss"], rtol=1e-5)
+    assert pixels.best == ("eval_loss", "min")
+
+
+# --- what does not fit together --------------------------------------------------------------------------
+
+
+def test_codes_of_another_tokenizer_are_refused(room):
+    room, tokenizer = room
+    other = jax.tree.map(lambda x: x + 1, tokenizer.params)
+    write_codes(room / "other_codes", tokenizer, params=other)
+    data = DataConfig(source=SCENES, batch_size=BATCH, codes=str(room / "other_codes"))
+    with pytest.raises(ValueError, match=r"encoded by tokenizer [0-9a-f]{16}, this run's tokenizer is"):
+        prepared(dalle_config(room, data=data), tokenizer, room / "stale")
+
+
+def test_codes_of_the_first_rows_only(room, pixels):
+    """A directory of M rows trains on those M."""
+    room, tokenizer = room
+    write_codes(room / "part_codes", tokenizer, rows=9)
+    data = DataConfig(
+        source=SCENES, batch_size=BATCH, num_threads=1, prefetch=1, codes=str(room / "part_codes")
+    )
+    task = prepared(dalle_config(room, data=data), tokenizer, room / "part")
+    got = np.concatenate([batch["codes"] for batch in first(task, 9)])
+    source = open_source(SCENES, "train")
+    pictures = np.stack([source.image(i, 32, "center") for i in range(9)])
+    codes = np.asarray(encode(TOKENIZER, tokenizer.params, to_float(jnp.asarray(pictures))))
+    want = np.sort(np.concatenate([codes] * 4), axis=0)
+    np.testing.assert_array_equal(np.sort(got, axis=0), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"image_vocab": 14}, "model.image_vocab is 14, but the tokenizer .*dvae has 13; set them equal"),
+        ({"grid": 4}, "model.grid is 4, but the tokenizer .*dvae has 8"),
+    ],
+)
+def test_sizes_must_agree_with_the_tokenizer(room, change, match):
+    """Found out from the configurations alone, before anything is written."""
+    room, _ = room
+    with pytest.raises(ValueError, match=match):
+        make_task(dalle_config(room, model=dataclasses.replace(MODEL, **change)))
+
+
+def test_a_tokenizer_is_needed(room):
+    room, _ = room
+    with pytest.raises(ValueError, match="tokenizer is not set; the stage dalle needs the run directory"):
+        make_task(dalle_config(room, image_tokenizer=None, run=str(room / "nowhere")))
+    half = room / "half"  # killed while it copied its tokenizer
+    (half / "tokenizer" / "params").mkdir(parents=True)
+    with pytest.raises(ValueError, match="tokenizer is not set"):
+        make_task(dalle_config(room, image_tokenizer=None, run=str(half)))
+    with pytest.raises(
+        FileNotFoundError, match=r"--tokenizer: no run directory .*nowhere.*train the tokenizer first"
+    ):
+        make_task(dalle_config(room, image_tokenizer=str(room / "nowhere")))
+
+
+def test_a_frozen_encoder_comes_from_another_run(room):
+    room, _ = room
+    model = dataclasses.replace(MODEL, text_encoder=T5Config(), text_loss_weight=0.0)
+    with pytest.raises(
+        ValueError, match=r"model\.text_encoder is frozen, so it must be trained already: begin from"
+    ):
+        make_task(dalle_config(room, model=model))
+
+
+def test_a_transformer_is_no_tokenizer(room, tmp_path):
+    room, _ = room
+    (tmp_path / "config.json").write_text(to_json(dalle_config(room)))
+    with pytest.raises(ValueError, match=r"is a run of stage dalle, want a tokenizer \(dvae, vqgan\)"):
+        make_task(dalle_config(room, image_tokenizer=str(tmp_path)))
+
+
+def test_a_run_with_its_own_copy_needs_no_tokenizer(room, pixels):
+    room, _ = room
+    task = make_task(dalle_config(room, image_tokenizer=None, run=str(room / "pixels")))
+    task.prepare(room / "pixels")
+    np.testing.assert_array_equal(
+        task.frozen["encoder"]["input"]["kernel"], pixels.frozen["encoder"]["input"]["kernel"]
+    )
+
+
+def test_a_public_vocabulary(room):
+    """The run directory keeps it as one file, so the run needs the folder no more."""
+    room, tokenizer = room
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    pieces = [*map(chr, kept), *(chr(256 + i) for i in range(68)), "re", "red"]
+    (room / "gpt2").mkdir()
+    (room / "gpt2" / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (room / "gpt2" / "merges.txt").write_text("#version: 0.2\nr e\nre d\n")
+    config = dalle_config(room, text=TextConfig(tokenizer_path=str(room / "gpt2"), dropout=0.0))
+    prepared(config, tokenizer, room / "public")
+    shutil.rmtree(room / "gpt2")
+    again = DalleTask(config)
+    again.prepare(room / "public")
+    ids = again.text.encode("red", text_vocab=400, text_len=6)
+    assert ids.tolist() == [257, 401, 402, 403, 404, 405]
+    assert first(again, 1)[0]["text"].shape == (BATCH, 6)
+
+
+def test_a_vocabulary_too_large(room):
+    room, tokenizer = room
+    config = dalle_config(room, model=dataclasses.replace(MODEL, text_vocab=270))
+    with pytest.raises(ValueError, match=r"pieces, model\.text_vocab is 270; raise it"):
+        prepared(config, tokenizer, room / "large")
+
+
+# --- the tokenizer's own stage ---------------------------------------------------------------------------
+
+
+def test_make_task(room):
+    room, _ = room
+    assert isinstance(make_task(dalle_config(room)), DalleTask)
+    task = make_task(TrainConfig(model=TOKENIZER))
+    assert isinstance(task, TokenizerTask)
+    assert task.tokens_per_row == 64 and make_task(dalle_config(room)).tokens_per_row == 6 + 64
+    assert task.best == ("eval_psnr", "max")
+
+
+def test_tokenizer_loss_follows_the_schedules(room, tmp_path):
+    _, tokenizer = room
+    data = DataConfig(source=SCENES, batch_size=BATCH, num_threads=1, prefetch=1)
+    task = make_task(TrainConfig(model=TOKENIZER, data=data, eval_rows=3))
+    task.prepare(tmp_path)
+    (batch,) = first(task, 1)
+    assert batch.keys() == {"image"} and batch["image"].dtype == np.uint8
+    key = jax.random.key(4)
+    loss = jax.jit(task.loss)
+
+    @jax.jit
+    def by_hand(tau, kl, balance):
+        images = jnp.asarray(batch["image"]) / 255.0
+        weights = {"tau": tau, "kl_weight": kl, "code_usage_weight": balance}
+        return dvae.loss(TOKENIZER, tokenizer.params, images, key, **weights)[0]
+
+    # tau 1 to 1/2 in 10, KL 0 to 2 in 4, balance 1 to 0 in 2 steps, half cosines
+    for step, weights in ((0, (1.0, 0.0, 1.0)), (1, None), (5, (0.75, 2.0, 0.0)), (99, (0.5, 2.0, 0.0))):
+        value, metrics = loss(tokenizer.params, {}, batch, key, jnp.int32(step))
+        if weights is None:
+            np.testing.assert_allclose(metrics["code_usage_weight"], 0.5, rtol=1e-5)
+            continue
+        # Two programs sum the float32 terms in their own order; a wrong weight would differ by far more.
+        np.testing.assert_allclose(value, by_hand(*weights), rtol=1e-4)
+        np.testing.assert_allclose(metrics["tau"], weights[0], rtol=1e-5)
+    (shown,) = task.eval_batches()
+    measures = jax.jit(task.evaluate)(tokenizer.params, {}, shown, key)
+    images = np.asarray(shown["image"]) / np.float32(255)
+    codes = encode(TOKENIZER, tokenizer.params, jnp.asarray(images))
+    error = np.asarray(jax.jit(dvae.decode, static_argnums=0)(TOKENIZER, tokenizer.params, codes)) - images
+    psnr = -10 * np.log10((error**2).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(measures["eval_psnr"], psnr.mean(), rtol=1e-4)
+    np.testing.assert_allclose(measures["eval_mse"], (error**2).mean(), rtol=1e-4)
+    np.testing.assert_allclose(measures["eval_codebook_use"], len(np.unique(codes)) / 13, rtol=1e-5)
+
+
+def test_bytes_and_floats():
+    every = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(to_float(jnp.asarray(every))), every)
+    odd = np.array([-0.1, 0.0, 0.001, 0.003, 0.7, 1.0, 1.3])
+    np.testing.assert_array_equal(to_uint8(odd), [0, 0, 0, 1, 178, 255, 255])
