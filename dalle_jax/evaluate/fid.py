@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dalle_jax.importers.formats.zips import check_inflated_size
+
 _FORMAT = 1
 
 
@@ -129,6 +131,7 @@ def load_reference(path: str | os.PathLike, settings: FIDSettings) -> FeatureSta
     """
     again = "make it again with `dalle-jax evaluate RUN --fid-weights PATH --fid-save STATS`"
     try:
+        check_inflated_size(Path(path))
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             found = FeatureStats(int(about["count"]), file["mean"], file["scatter"])
@@ -137,7 +140,8 @@ def load_reference(path: str | os.PathLike, settings: FIDSettings) -> FeatureSta
     except FileNotFoundError:
         raise FileNotFoundError(f"no reference statistics {path}; {again}") from None
     except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error
+        OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile,
+        zlib.error,
     ) as error:  # fmt: skip
         raise ValueError(f"{path} is not a whole file of reference statistics ({error}); {again}") from None
     if not same:

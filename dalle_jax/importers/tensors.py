@@ -25,6 +25,7 @@ class Tensor(NamedTuple):
 
 
 Tensors = dict[str, Tensor]
+_MAX_NAME = 500  # characters of a tensor's name
 _PIECE = 1 << 24  # numbers in memory at once
 Transform = Callable[..., np.ndarray]
 
@@ -96,6 +97,16 @@ def drop_buffers(tensors: Tensors, computed: tuple[str, ...]) -> Tensors:
     """Without those whose names end in one of `computed`, and without the `module.` that parallel training puts before
     names."""
     return {n.removeprefix("module."): tensor for n, tensor in tensors.items() if not n.endswith(computed)}
+
+
+def check_tensor_name(name: str, path: Any) -> None:
+    """Raises ValueError for a name that is long or would reach a terminal as more than text: so later messages may
+    show names as they are."""
+    if len(name) > _MAX_NAME or not name.isprintable():
+        raise ValueError(
+            f"{path}: Expected a tensor's name of at most {_MAX_NAME} printable characters, got {name[:80]!a} "
+            f"({len(name)} characters). Rename it in the file."
+        )
 
 
 def check_names(rules: Mapping[str, ParamRule], tensors: Tensors, path: Any, about: str) -> None:

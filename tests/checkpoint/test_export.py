@@ -126,22 +126,30 @@ def test_hostile_files_are_refused(tmp_path):
     def entry(**changes):
         return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
 
+    two = {"w": entry()["w"], "v": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}
     for table, data, said in (
-        (b"\x80\x04pickle", b"", "its table is not JSON"),
-        ([1], b"", "its table is a list"),
-        (entry(), b"1234", "is cut off: array w ends at byte"),
-        (entry(shape=[3]), b"x" * 12, r"array w of float32 \(3,\) cannot lie at bytes 0 to 8"),
-        (entry(data_offsets=[-8, 0]), b"x" * 8, "array w of float32"),
-        (entry(dtype="F99"), b"x" * 8, "array w has an entry that is not understood"),
+        (b"\x80\x04pickle", b"", "invalid UTF-8 in header"),
+        ([1], b"", "invalid JSON in header: invalid type: sequence"),
+        (entry(), b"1234", "file not fully covered"),
+        (entry(shape=[3]), b"x" * 12, "invalid shape, data type, or offset for tensor"),
+        (entry(data_offsets=[-8, 0]), b"x" * 8, "integer `-8`, expected usize"),
+        (entry(dtype="\x1b[31m"), b"x" * 8, r"unknown variant `\\x1b\[31m`"),
+        (two, b"x" * 12, "invalid offset for tensor `v`"),  # they overlap
+        ({"v": two["v"]}, b"x" * 12, "invalid offset for tensor `v`"),  # bytes of no array before it
+    ):
+        with pytest.raises(ValueError, match=f"Expected a whole safetensors file, got .*bad: .*{said}"):
+            safetensors.read_safetensors(_raw(tmp_path / "bad", table, data))
+    for data in (b"\xff" * 100, b""):
+        (tmp_path / "bad").write_bytes(data)
+        with pytest.raises(ValueError, match=r"Expected a whole safetensors file, got .*bad: .*header too"):
+            safetensors.read_safetensors(tmp_path / "bad")
+    for table, said in (
+        ({"w\x1b[31m": entry()["w"]}, r"printable characters, got 'w\\x1b\[31m'"),
+        (entry(dtype="F8_E4M3", shape=[8]), "Expected array w of a dtype in F64, .*, got F8_E4M3"),
+        (entry(shape=[1] * 70 + [2]), "array w .* at most 64 axes, got F32 of 71 axes"),
     ):
         with pytest.raises(ValueError, match=said):
-            safetensors.read_safetensors(_raw(tmp_path / "bad", table, data))
-    (tmp_path / "bad").write_bytes(b"\xff" * 100)
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        safetensors.read_safetensors(tmp_path / "bad")
-    (tmp_path / "bad").write_bytes(b"")
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        safetensors.read_safetensors(tmp_path / "bad")
+            safetensors.read_safetensors(_raw(tmp_path / "bad", table, b"x" * 8))
 
 
 def test_weights_must_be_those_of_the_configuration(tmp_path):

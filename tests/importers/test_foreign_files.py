@@ -1,9 +1,13 @@
 """Files of torch and Flax read with NumPy alone, and files that must not be believed."""
 
+import io
 import itertools
 import json
 import mmap
+import os
 import re
+import subprocess
+import sys
 import zipfile
 
 import flax.serialization
@@ -14,8 +18,9 @@ import pytest
 from dalle_jax import cli
 from dalle_jax.checkpoint.run_dir import shapes_by_name
 from dalle_jax.config import DVAEConfig
+from dalle_jax.evaluate.npz_files import read_npz
 from dalle_jax.importers import openai_dvae
-from dalle_jax.importers.formats import flax_files, safetensors, torch_files
+from dalle_jax.importers.formats import flax_files, safetensors, torch_files, zips
 from dalle_jax.importers.formats.files import read_tensors
 
 STORAGES = {
@@ -326,6 +331,162 @@ def test_indices_that_must_not_be_believed(tmp_path):
         index.write_text(text)
         with pytest.raises(ValueError, match="is no index of weights: want JSON with a weight_map"):
             read_tensors(tmp_path)
+
+
+# --- small files that would take the time or memory of a large one ----------------------------------------------
+
+LIMITED = """
+import os, resource, sys, time
+from dalle_jax.importers.formats.files import read_tensors
+pages = int(open("/proc/self/statm").read().split()[0]) if os.path.exists("/proc/self/statm") else 1 << 20
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30),) * 2)
+for path in sys.argv[1:]:
+    start = time.process_time()
+    try:
+        print("READ", len(read_tensors(path)), flush=True)
+    except ValueError as error:
+        said = str(error)
+        assert len(said) < len(path) + 600 and said.isprintable(), said[:600]
+        print(said.replace(path, "FILE"), flush=True)
+    assert time.process_time() - start < 20
+"""
+
+
+def read_in_a_limited_process(files, tmp_path):
+    """What reading says of each of `files`, {name: bytes}, in a process that may grow by 1 GiB."""
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    paths = [str(tmp_path / name) for name in files]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *paths], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return dict(zip(files, done.stdout.splitlines(), strict=True))
+
+
+def zip_of(table, more=(), kind=zipfile.ZIP_STORED):
+    """The bytes of a zip archive of torch.save with this data.pkl."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", kind) as archive:
+        archive.writestr("archive/data.pkl", table)
+        archive.writestr("archive/data/0", bytes(8))
+        for name, data in more:
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+GRAPH = b"N" + b"2\x86" * 60  # t = (t, t), 60 times: 2**60 elements to whoever hashes or shows it
+DEEP = b"N" + b"\x85" * 1_000_000
+GET = b"h\x00"  # what stands first in the memo
+LEGACY = b"\x80\x02\x8a\x0a" + torch_files.LEGACY_MAGIC.to_bytes(10, "little") + b"." + b"\x80\x02K\x01." * 2
+WEIGHT = tensor("0", np.zeros(2, np.float32))
+
+
+def rebuilt(storage, shape=b")", strides=b")"):
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + shape + strides + b"tR"
+
+
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x02tQ"
+HOSTILE_PICKLES = {  # name -> (pickle without its end, part of the answer)
+    "graph_as_key": (b"}(" + GRAPH + b"Nu", "holds no tensors"),
+    "graph_as_key_of_a_marked_dict": (b"(" + GRAPH + b"Nd", "holds no tensors"),
+    "graph_as_one_key": (b"}" + GRAPH + b"Ns", "holds no tensors"),
+    "graph_as_key_of_pairs": (b"ccollections\nOrderedDict\n]" + GRAPH + b"N\x86a\x85R", "holds no tensors"),
+    "graph_in_a_set": (b"\x8f(" + GRAPH + b"\x90", "holds no tensors"),
+    "graph_in_a_frozenset": (b"(" + GRAPH + b"\x91", "holds no tensors"),
+    "graph_as_identifier": (GRAPH + b"Q", "an identifier, a tuple, is not one of"),
+    "graph_as_storage_type": (b"(" + text("storage") + GRAPH + b"N" * 3 + b"tQ", "an identifier, a tuple, is not"),
+    "graph_as_shape": (rebuilt(STORAGE, GRAPH, GRAPH), "a tensor has shape"),
+    "graph_as_callee": (GRAPH + b")R", "it calls a tuple"),
+    "graph_as_argument": (b"cos\nsystem\n" + GRAPH + b"\x85R", "would run os.system"),
+    "graph_as_name": (GRAPH + text("system") + b"\x93", "a name is not text"),
+    "deep_tuple_as_key": (b"}(" + DEEP + b"Nu", "holds no tensors"),
+    "deep_tuple": (DEEP, "holds no tensors"),
+    "deep_lists": (b"]" + b"]" * 900_000 + b"a" * 900_000, "holds no tensors"),
+    "deep_dicts": ((b"}" + text("a")) * 5000 + b"N" + b"s" * 5000, "nested more than 128 deep"),
+    "deep_modules": ((b"}" + text("_parameters")) * 5000 + b"}" + b"s" * 5000, "nested more than 128 deep"),
+    "deep_objects": (b"ca\nB\n)\x81" * 200_000 + b"}" + b"b" * 200_000, "holds no tensors"),
+    "empty_lists": (b"(" + b"]" * 20_000_000 + b"t", "at most 2097152 opcodes"),
+    "empty_dicts": (b"(" + b"}\x94" * 5_000_000 + b"t", "at most 2097152 opcodes"),
+    "objects": (b"ca\nB\nq\0(" + (GET + b")\x81") * 2_000_000 + b"t", "at most 2097152 opcodes"),
+    "long_list_as_many_dicts": (b"](" + text("k") + b"N\x86" + b"2" * 100_000 + b"eq\0(" + (
+        b"ccollections\nOrderedDict\n" + GET + b"\x85R") * 100_000 + b"t", "at most 2097152 opcodes"),
+    "long_arguments_of_many_calls": (b"(" + b"N" * 100_000 + b"tq\0(" + (b"ca\nB\n" + GET + b"\x81") * 100_000
+                                     + b"t", "at most 2097152 opcodes"),
+    "list_as_arguments": (b"ccollections\nOrderedDict\n]R", "it calls a Name with a list"),
+    "many_axes": (rebuilt(STORAGE, *[b"(" + b"K\x01" * 100_000 + b"t"] * 2), "a tensor has shape and strides of"),
+    "huge_numbers": (rebuilt(STORAGE, *[b"\x8b" + (100_000).to_bytes(4, "little") + b"\1" * 100_000 + b"\x85"] * 2),
+                     "a tensor has shape, strides or offset"),
+    "far_in_the_memo": (b"Nr\xff\xff\xff\xff", "holds no tensors"),
+    "text_longer_than_the_file": (b"\x8d" + (1 << 40).to_bytes(8, "little") + b"text", "is not a whole pickle"),
+    "bytes_longer_than_the_file": (b"\x8e" + (1 << 62).to_bytes(8, "little") + b"data", "is not a whole pickle"),
+    "array_longer_than_the_file": (b"\x96" + (1 << 40).to_bytes(8, "little") + b"data", "is not a whole pickle"),
+    "long_name_of_a_class": (b"c" + b"torch.nn." + b"x" * 1000 + b"\nB\n)R", "a name is not text of at most 256"),
+    "long_name_of_a_tensor": (b"}" + text("x" * 10_000_000) + WEIGHT + b"s", "at most 500 printable characters"),
+    "long_names_of_dicts": ((b"}" + text("x" * 400)) * 60 + WEIGHT + b"s" * 60, "at most 500 printable characters"),
+    "escape_in_a_name": (b"}" + text("w\x1b[31m") + WEIGHT + b"s", r"got 'w\x1b[31m'"),
+    "escape_in_a_call": (text("os\x1b[31m") + text("system") + b"\x93)R", r"would run os\x1b[31m.system"),
+    "escape_in_a_storage": (b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("\x1b[31m") + text("cpu")
+                            + b"K\x02tQ", r"a storage has the key '\x1b[31m'"),
+    "extension": (b"\x82\x01)R", "opcode EXT1"),
+    "out_of_band_buffer": (b"\x97", "opcode NEXT_BUFFER"),
+}  # fmt: skip
+
+
+def test_pickles_that_would_take_much_time_or_memory(tmp_path):
+    files = {name: zip_of(b"\x80\x02" + table + b".") for name, (table, _) in HOSTILE_PICKLES.items()}
+    wants = {name: want for name, (_, want) in HOSTILE_PICKLES.items()}
+    for name, data, want in (
+        ("legacy_graph", b"\x80\x02" + GRAPH + b".", "is a pickle but not one of torch.save"),
+        ("legacy_graph_as_key", LEGACY + b"\x80\x02}(" + GRAPH + b"Nu.\x80\x02].", "holds no tensors"),
+        ("legacy_graph_in_list", LEGACY + b"\x80\x02}.\x80\x02]" + GRAPH + b"a.", "belongs to no tensor"),
+        ("legacy_long_text", b"\x80\x02\x8d" + (1 << 40).to_bytes(8, "little"), "is not a whole pickle"),
+        ("legacy_lists", b"\x80\x02" + b"]" * 20_000_000, "at most 2097152 opcodes"),
+        ("compressed", zip_of(b"\x80\x02}.", kind=zipfile.ZIP_DEFLATED), "'archive/data.pkl' is compressed"),
+        ("large", zip_of(bytes(1 << 26) + b"."), "Expected a data.pkl of at most 67108864 bytes"),
+        ("many_entries", many_entries(250_000), "Expected a directory of at most 8388608 bytes"),
+        ("many_headers", b"PK\3\4" * 1_000_000, "is cut off or damaged"),
+        ("many_maps", b"\x81\xa1a\xdd" + (5_000_000).to_bytes(4, "big") + b"\x80" * 5_000_000,
+         "Expected a Flax file of at most 1048576 values"),
+        ("long_key", b"\x81\xdb" + (1 << 20).to_bytes(4, "big") + b"k" * (1 << 20), "has text of 1048576 bytes"),
+        ("escape_in_a_key", b"\x81\xa2a\x1b\x80", r"got 'a\x1b'"),
+        ("list_as_key", b"\x81\xdd" + (500_000).to_bytes(4, "big") + b"\x90" * 500_000, "has the name of a list"),
+        ("many_axes_of_flax", flax_array(b"\xdd" + (100_000).to_bytes(4, "big") + (b"\xcf" + b"\xff" * 8) * 100_000),
+         "array a has an entry that is not understood"),
+    ):  # fmt: skip
+        files[name], wants[name] = data, want
+    for name, said in read_in_a_limited_process(files, tmp_path).items():
+        assert wants[name] in said, (name, said)
+
+
+def many_entries(count):
+    """A zip archive of one data.pkl whose directory names it over and over."""
+    whole = zip_of(b"\x80\x02}.")
+    start, end = whole.index(b"PK\1\2"), whole.index(b"PK\5\6")
+    entry = whole[start : whole.index(b"PK\1\2", start + 1)]
+    sizes = (count * len(entry)).to_bytes(4, "little") + start.to_bytes(4, "little")
+    return whole[:start] + entry * count + whole[end : end + 8] + b"\xff" * 4 + sizes + b"\0\0"
+
+
+def flax_array(shape):
+    inside = b"\x93" + shape + b"\xa7float32" + b"\xc4\0"
+    return b"\x81\xa1a\xc9" + len(inside).to_bytes(4, "big") + b"\1" + inside
+
+
+def test_entries_of_a_zip_are_there_once_and_of_bounded_size(tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        data = zip_of(b"\x80\x02}.", [("archive/data/0", b"")])
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(ValueError, match="Expected each name once"):
+        read_tensors(tmp_path / "x.pt")
+    np.savez_compressed(tmp_path / "x.npz", w=np.zeros(100_000, np.float32))
+    assert read_npz(tmp_path / "x.npz", "want weights")["w"].shape == (100_000,)
+    monkeypatch.setattr(zips, "_INFLATED", (1 << 16, 16))
+    with pytest.raises(
+        ValueError, match=r"Expected at most \d+ bytes when inflated, got 400128\); want weights"
+    ):
+        read_npz(tmp_path / "x.npz", "want weights")
 
 
 # --- a whole import, and what must not come through it -----------------------------------------------------

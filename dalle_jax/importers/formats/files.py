@@ -68,12 +68,12 @@ def _read_parts(index: Path) -> Tensors:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index} is no index of weights: want JSON with a weight_map of names") from None
     found: Tensors = {}
     for name in names:
-        if not isinstance(name, str) or not name or Path(name).name != name:
-            raise ValueError(f"{index} names the part {name!r}; want a file beside it")
+        if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or not name:
+            raise ValueError(f"{index} names the part {str(name)[:80]!r}; want a file beside it")
         file = index.parent / name
         if not file.is_file():
             raise FileNotFoundError(f"no file {file}, which {index.name} names as a part; copy it there too")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from dalle_jax.importers.tensors import Tensor, Tensors
+from dalle_jax.importers.tensors import Tensor, Tensors, check_tensor_name
 
 _DTYPES = {
     np.dtype(t).name: np.dtype(t)
@@ -31,6 +31,8 @@ _LENGTHS = {  # code -> (format of the length, kind)
     0xD9: (">B", "text"), 0xDA: (">H", "text"), 0xDB: (">I", "text"),
     0xDC: (">H", "list"), 0xDD: (">I", "list"), 0xDE: (">H", "map"), 0xDF: (">I", "map"),
 }  # fmt: skip
+_MAX_VALUES = 1 << 20  # maps, lists, texts and numbers: an array takes about 8
+_MAX_TEXT = 1 << 12  # bytes of one name
 _CHUNKED = "__msgpack_chunked_array__"
 
 
@@ -67,7 +69,7 @@ class _Reader:
     """Reads values from a file; bytes are skipped and remembered by their place."""
 
     def __init__(self, file: Any, path: Path, size: int):
-        self.file, self.path, self.size, self.keys = file, path, size, []
+        self.file, self.path, self.size, self.keys, self.values = file, path, size, [], 0
 
     def _take(self, count: int) -> bytes:
         data = self.file.read(count)
@@ -84,6 +86,9 @@ class _Reader:
     def value(self, depth: int) -> Any:
         if depth > 64:
             raise ValueError(f"{self.path}: {'/'.join(self.keys)} is nested more than 64 deep")
+        self.values += 1
+        if self.values > _MAX_VALUES:
+            raise ValueError(f"{self.path}: Expected a Flax file of at most {_MAX_VALUES} values")
         code = self._take(1)[0]
         if code < 0x80 or code >= 0xE0:
             return code if code < 0x80 else code - 256
@@ -126,6 +131,10 @@ class _Reader:
     def _text(self, length: int) -> str:
         if length > self.size - self.file.tell():
             raise self._cut()
+        if length > _MAX_TEXT:
+            raise ValueError(
+                f"{self.path}: {'/'.join(self.keys)} has text of {length} bytes; want at most {_MAX_TEXT}"
+            )
         try:
             return self._take(length).decode()
         except UnicodeDecodeError:
@@ -140,10 +149,12 @@ class _Reader:
         for _ in range(length):
             key = self.value(depth + 1)
             if not isinstance(key, str) or key in found:
+                shown = repr(key) if isinstance(key, str) else f"of a {type(key).__name__}"
                 raise ValueError(
-                    f"{self.path}: {'/'.join(self.keys)} has the name {key!r}, no text or there twice"
+                    f"{self.path}: {'/'.join(self.keys)} has the name {shown}, no text or there twice"
                 )
             self.keys.append(key)
+            check_tensor_name("/".join(self.keys), self.path)
             found[key] = self.value(depth + 1)
             self.keys.pop()
         return found
@@ -159,17 +170,15 @@ class _Reader:
         if self.file.tell() != place.start + length:
             raise ValueError(f"{self.path}: array {name} does not fill the {length} bytes that it has")
         match array:
-            case [list(shape), str(kind), _Bytes() as data] if kind in _DTYPES:
-                dtype = _DTYPES[kind]
-                if (
-                    all(type(n) is int and n >= 0 for n in shape)
-                    and math.prod(shape) * dtype.itemsize == data.count
-                ):
-                    return _tensor(self.path, tuple(shape), dtype, data.start)
+            case [list(shape), str(kind), _Bytes() as data] if (
+                kind in _DTYPES and len(shape) <= 64 and all(type(n) is int and n >= 0 for n in shape)
+            ):
+                if math.prod(shape) * _DTYPES[kind].itemsize == data.count:
+                    return _tensor(self.path, tuple(shape), _DTYPES[kind], data.start)
                 raise ValueError(
                     f"{self.path}: array {name} of {kind} {shape} cannot lie in {data.count} bytes"
                 )
-        raise ValueError(f"{self.path}: array {name} has an entry that is not understood: {array}")
+        raise ValueError(f"{self.path}: array {name} has an entry that is not understood")
 
 
 def _tensor(path: Path, shape: tuple[int, ...], dtype: np.dtype, start: int) -> Tensor:
@@ -192,9 +201,10 @@ def _collect(tree: Any, prefix: str, found: Tensors, path: Path) -> None:
 def _joined(tree: dict[str, Any], name: str, path: Path) -> Tensor:
     """An array that was written in flat chunks."""
     try:
-        shape = tuple(int(tree["shape"][str(i)]) for i in range(len(tree["shape"])))
+        shape = tuple(int(tree["shape"][str(i)]) for i in range(min(len(tree["shape"]), 65)))
         chunks = [tree["chunks"][str(i)] for i in range(len(tree["chunks"]))]
-        whole = sum(math.prod(chunk.shape) for chunk in chunks) == math.prod(shape) and min(shape) >= 0
+        whole = len(shape) <= 64 and min(shape) >= 0
+        whole = whole and sum(math.prod(chunk.shape) for chunk in chunks) == math.prod(shape)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{path}: array {name} has chunks that are not understood") from None
     if not whole or len({chunk.dtype for chunk in chunks}) != 1:

@@ -1,6 +1,6 @@
-"""The safetensors format: a JSON table of names, dtypes, shapes and places, then the bytes of the arrays.
+"""The safetensors format: read by the library of that name, written part by part, which that library cannot.
 
-Reading maps the file and runs nothing; every number of the table is checked against the file before it is believed.
+A file is a JSON table of names, dtypes, shapes and places, then the bytes of the arrays.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from dalle_jax.importers.tensors import Tensor, Tensors
+from dalle_jax.importers.tensors import Tensor, Tensors, check_tensor_name
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -78,46 +79,34 @@ def write_safetensors_parts(
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of a file, mapped and not yet read, and its metadata. Raises what `tensors` raises."""
+    """The arrays of a file, in memory, and its metadata. Raises what `lazy_safetensors` raises."""
     found, metadata = lazy_safetensors(path)
     return {name: tensor.read() for name, tensor in found.items()}, metadata
 
 
 def lazy_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """The arrays of a file, each mapped when it is read, and its metadata.
+    """Reads the table of a file: its arrays, each copied from the file when it is read, and its metadata.
 
-    Raises ValueError that says what is wrong with a file that is cut off or is not of this format, and names the
-    array whose entry does not hold.
+    Raises:
+      ValueError: for a file that is cut off or is not of this format, and for entries that overlap, leave gaps or are
+        of a dtype or shape that NumPy lacks.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError(f"{path} is not a whole safetensors file: its table would take {length} bytes")
-        try:
-            table = json.loads(file.read(length))
-        except ValueError:
-            raise ValueError(f"{path} is not a safetensors file: its table is not JSON") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} is not a safetensors file: its table is a {type(table).__name__}")
-    metadata = table.pop("__metadata__", {})
+    try:
+        file = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        reason = ascii(str(error)[:200])[1:-1]  # it may quote the file
+        raise ValueError(
+            f"Expected a whole safetensors file, got {path}: {reason}. Copy or export it again."
+        ) from None
     arrays = {}
-    for name, entry in table.items():
-        try:
-            dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
-            start, end = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path}: array {name} has an entry that is not understood: {entry}") from None
-        if min((*shape, start)) < 0 or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: array {name} of {dtype} {shape} cannot lie at bytes {start} to {end}")
-        if 8 + length + end > size:
-            raise ValueError(f"{path} is cut off: array {name} ends at byte {8 + length + end} of {size}")
-        arrays[name] = _tensor(path, dtype, shape, 8 + length + start)
-    return arrays, metadata
-
-
-def _tensor(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> Tensor:
-    def read() -> np.ndarray:
-        return np.memmap(path, dtype, "r", start, shape) if math.prod(shape) else np.empty(shape, dtype)
-
-    return Tensor(shape, dtype, read)
+    for name in file.keys():  # noqa: SIM118
+        check_tensor_name(name, path)
+        entry = file.get_slice(name)
+        dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+        if dtype not in _DTYPES or len(shape) > 64:
+            raise ValueError(
+                f"{path}: Expected array {name} of a dtype in {', '.join(_DTYPES)} and at most 64 axes, got {dtype} of "
+                f"{len(shape)} axes. Convert it first."
+            )
+        arrays[name] = Tensor(shape, np.dtype(_DTYPES[dtype]), partial(file.get_tensor, name))
+    return arrays, file.metadata() or {}

@@ -13,15 +13,17 @@ import math
 import mmap
 import os
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from dalle_jax.importers.formats import pickles
 from dalle_jax.importers.formats.pickles import Name, Object
-from dalle_jax.importers.tensors import Tensor, Tensors
+from dalle_jax.importers.formats.zips import read_directory
+from dalle_jax.importers.tensors import Tensor, Tensors, check_tensor_name
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _WRAPPERS = ("state_dict", "model", "module")  # keys under which trainers put a state dict
@@ -30,13 +32,13 @@ _DTYPES = {
     "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
     "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
 }  # fmt: skip
-_MAX_PICKLE = 1 << 30  # bytes of data.pkl
+_MAX_TENSORS = 1 << 17
+_MAX_DEPTH = 128  # dicts in dicts: a module in a module takes two
 
 
 class _Storage(NamedTuple):
     key: str
     dtype: np.dtype
-    numel: int
 
 
 class _Tensor(NamedTuple):
@@ -49,14 +51,15 @@ class _Tensor(NamedTuple):
 def read_torch(path: Path) -> Tensors:
     """The tensors of a state dict or of a whole module, by name, none of them read yet.
 
-    A state dict under `state_dict`, `model` or `module` is taken out. Raises ValueError for a file that is cut off
-    or not of this format, naming the tensor whose bytes are not all there.
+    A state dict under `state_dict`, `model` or `module` is taken out. Time and memory are bounded, whatever the pickle
+    describes. Raises ValueError for a file that is cut off or not of this format, naming the tensor whose bytes are
+    not all there.
     """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     tree, places = _read_zip(path) if zipped else _read_legacy(path)
     found: dict[str, _Tensor] = {}
-    _collect(_unwrapped(tree), "", found, set())
+    _collect(path, _unwrapped(tree), "", found, set())
     if not found:
         raise ValueError(f"{path} holds no tensors; want a checkpoint of a model")
     return {name: _lazy(path, name, tensor, places) for name, tensor in found.items()}
@@ -64,39 +67,48 @@ def read_torch(path: Path) -> Tensors:
 
 def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The tree, and where the bytes of each storage begin and how many they are."""
+    places = {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
-            roots = [n[: -len("data.pkl")] for n in entries if n.count("/") <= 1 and n.endswith("data.pkl")]
-            if len(roots) != 1:
-                raise ValueError(f"{path} is a zip file without one data.pkl; want one made by torch.save")
-            root = roots[0]
-            order = root + "byteorder"
-            if order in entries and archive.read(order) != b"little":
+        entries = read_directory(path)
+        roots = [n[: -len("data.pkl")] for n in entries if n.count("/") <= 1 and n.endswith("data.pkl")]
+        if len(roots) != 1:
+            raise ValueError(f"{path} is a zip file without one data.pkl; want one made by torch.save")
+        table, order = roots[0] + "data.pkl", roots[0] + "byteorder"
+        with open(path, "rb") as file:
+            for name, entry in entries.items():
+                if name in (table, order) or name.startswith(roots[0] + "data/"):
+                    places[name.removeprefix(roots[0])] = _place(file, entry, path)
+            if order in entries and _bytes_at(file, places["byteorder"]) != b"little":
                 raise ValueError(f"{path} was written in big-endian byte order; save it again on x86 or ARM")
-            if entries[root + "data.pkl"].file_size > _MAX_PICKLE:
-                raise ValueError(f"{path}: data.pkl is too large for a table of tensors")
-            table = archive.read(root + "data.pkl")
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+            if entries[table].file_size > pickles.MAX_BYTES:
+                raise ValueError(f"{path}: Expected a data.pkl of at most {pickles.MAX_BYTES} bytes")
+            data = _bytes_at(file, places["data.pkl"])
+        if zlib.crc32(data) != entries[table].CRC:
+            raise zipfile.BadZipFile("the checksum of data.pkl differs")
+    except zipfile.BadZipFile as error:
         raise ValueError(
             f"{path} is cut off or damaged{_where_cut(path)}: its zip archive cannot be read ({error})"
         ) from None
-    tree = pickles.load_pickle(io.BytesIO(table), str(path), _call, _storage)
-    places = {}
-    with open(path, "rb") as file:
-        for name, entry in entries.items():
-            if not name.startswith(root + "data/"):
-                continue
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{path}: {name} is compressed; torch.save stores tensors as they are")
-            file.seek(entry.header_offset)
-            header = file.read(30)  # its name and padding may differ in length from the table's at the end
-            if len(header) < 30 or header[:4] != b"PK\x03\x04":
-                raise ValueError(f"{path} is damaged: {name} is not where its table says")
-            start = entry.header_offset + 30
-            start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            places[name[len(root + "data/") :]] = (start, entry.file_size)
-    return tree, places
+    tree = pickles.load_pickle(io.BytesIO(data), str(path), _call, _storage)
+    return tree, {name[len("data/") :]: place for name, place in places.items() if name.startswith("data/")}
+
+
+def _place(file: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> tuple[int, int]:
+    """Where the bytes of an entry begin, and how many they are."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{path}: {entry.filename!r} is compressed; torch.save stores tensors as they are")
+    file.seek(min(max(entry.header_offset, 0), os.path.getsize(path)))
+    header = file.read(30)  # its name and padding may differ in length from the directory's
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise ValueError(f"{path} is damaged: {entry.filename!r} is not where its directory says")
+    start = entry.header_offset + 30
+    start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return start, entry.file_size
+
+
+def _bytes_at(file: BinaryIO, place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(min(place[1], pickles.MAX_BYTES))
 
 
 def _where_cut(path: Path) -> str:
@@ -108,7 +120,7 @@ def _where_cut(path: Path) -> str:
         at, key = len(data), ""
         while not key and (at := data.rfind(b"PK\x03\x04", 0, at)) > 0:
             length = int.from_bytes(data[at + 26 : at + 28], "little")
-            name = data[at + 30 : at + 30 + length].decode("ascii", "replace")
+            name = data[at + 30 : at + 30 + min(length, 256)].decode("ascii", "replace")
             key = name.partition("/data/")[2]
             if not key and "/" in name:  # something small that follows the tensors
                 return ""
@@ -118,7 +130,10 @@ def _where_cut(path: Path) -> str:
         file.seek(30 + length + int.from_bytes(data[28:30], "little"))
         tensors: dict[str, _Tensor] = {}
         try:
-            _collect(_unwrapped(pickles.load_pickle(file, str(path), _call, _storage)), "", tensors, set())
+            table = io.BytesIO(file.read(pickles.MAX_BYTES))
+            _collect(
+                path, _unwrapped(pickles.load_pickle(table, str(path), _call, _storage)), "", tensors, set()
+            )
         except ValueError:
             return ""
     names = [name for name, tensor in tensors.items() if tensor.storage.key == key]
@@ -136,23 +151,25 @@ def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         return found
 
     with open(path, "rb") as file:
-        where = str(path)
-        magic = pickles.load_pickle(file, where, _call, persistent)
+        where, table = str(path), io.BytesIO(file.read(pickles.MAX_BYTES))
+        magic = pickles.load_pickle(table, where, _call, persistent)
         if magic != LEGACY_MAGIC:
             raise ValueError(f"{path} is a pickle but not one of torch.save; want a checkpoint of a model")
         for _ in range(2):  # version of the protocol, and of the system
-            pickles.load_pickle(file, where, _call, persistent)
-        tree = pickles.load_pickle(file, where, _call, persistent)
-        keys = pickles.load_pickle(file, where, _call, persistent)
-        place = file.tell()
+            pickles.load_pickle(table, where, _call, persistent)
+        tree = pickles.load_pickle(table, where, _call, persistent)
+        keys = pickles.load_pickle(table, where, _call, persistent)
+        place = table.tell()
         for key in keys if isinstance(keys, list) else []:
-            if key not in storages:
-                raise ValueError(f"{path} is damaged: storage {key!r} belongs to no tensor")
+            if not isinstance(key, str) or key not in storages:
+                raise ValueError(f"{path} is damaged: a storage in its list belongs to no tensor")
             storage = storages[key]
             file.seek(place)
             held = int.from_bytes(file.read(8), "little") * storage.dtype.itemsize
             places[key] = (place + 8, min(held, max(size - place - 8, 0)))
             place += 8 + held
+            if place > size:
+                break
     return tree, places
 
 
@@ -161,13 +178,15 @@ def _storage(identifier: Any) -> Any:
     match identifier:
         case ("module", Name() as name, *_):
             return name
-        case ("storage", Name(name=kind), str(key), _, int(numel), *more) if kind in _DTYPES and numel >= 0:
-            if any(view is not None for view in more):
+        case ("storage", Name(name=kind), str(key), _, int(), *_) if kind in _DTYPES:
+            if len(key) > 100 or not key.isprintable():
+                raise ValueError(f"a storage has the key {key[:80]!r}")
+            if len(identifier) > 5 and identifier[5] is not None:
                 raise ValueError(f"storage {key} is a view of another, as torch before 0.4 wrote it")
-            return _Storage(key, np.dtype(_DTYPES[kind]), numel)
-        case ("storage", kind, *_):
+            return _Storage(key, np.dtype(_DTYPES[kind]))
+        case ("storage", Name() as kind, *_):
             raise ValueError(f"a storage of type {kind} is not known")
-    raise ValueError(f"identifier {identifier!r} is not one of torch.save")
+    raise ValueError(f"an identifier, a {type(identifier).__name__}, is not one of torch.save")
 
 
 def _call(name: Name, args: tuple) -> Any:
@@ -175,9 +194,10 @@ def _call(name: Name, args: tuple) -> Any:
         case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor", (
             _Storage() as storage, int(offset), tuple(shape), tuple(strides), *_,
         ):  # fmt: skip
-            numbers = (offset, *shape, *strides)
-            if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-                raise ValueError(f"a tensor has shape {shape}, strides {strides}, offset {offset}")
+            if not len(shape) == len(strides) <= 64:
+                raise ValueError(f"a tensor has shape and strides of {len(shape)} and {len(strides)} axes")
+            if not all(type(n) is int and 0 <= n < 1 << 48 for n in (offset, *shape, *strides)):
+                raise ValueError("a tensor has shape, strides or offset that are not numbers >= 0")
             return _Tensor(storage, offset, shape, strides)
         case (
             "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
@@ -187,7 +207,7 @@ def _call(name: Name, args: tuple) -> Any:
         case "collections.OrderedDict" | "builtins.dict", ():
             return {}
         case "collections.OrderedDict", (list(pairs),):
-            return {key: value for key, value in pairs}
+            return pickles.text_items({}, [item for key, value in pairs for item in (key, value)])
     return Object(name, args)
 
 
@@ -199,25 +219,30 @@ def _unwrapped(tree: Any) -> Any:
     return tree
 
 
-def _collect(tree: Any, prefix: str, found: dict[str, _Tensor], seen: set[int]) -> None:
+def _collect(
+    path: Path, tree: Any, prefix: str, found: dict[str, _Tensor], seen: set[int], depth: int = 0
+) -> None:
     """Adds the tensors of a tree of dicts and modules, by the names of its state dict."""
-    if isinstance(tree, _Tensor):
-        found[prefix[:-1]] = tree
-        return
     if isinstance(tree, Object):
         tree = tree.state
-    if not isinstance(tree, dict) or id(tree) in seen:
+    if not isinstance(tree, (dict, _Tensor)) or id(tree) in seen:
+        return
+    if isinstance(tree, _Tensor) or len(prefix) > 1000:
+        check_tensor_name(prefix[:-1], path)
+    if isinstance(tree, _Tensor):
+        found[prefix[:-1]] = tree
+        if len(found) > _MAX_TENSORS:
+            raise ValueError(f"{path}: Expected a checkpoint of at most {_MAX_TENSORS} tensors")
         return
     seen.add(id(tree))
-    if prefix.count(".") > 64:
-        raise ValueError(f"tensors are nested more than 64 deep, at {prefix[:200]}")
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{path}: tensors are nested more than {_MAX_DEPTH} deep, at {prefix[:80]!r}")
     if isinstance(tree.get("_parameters"), dict):  # what torch.nn.Module keeps of itself
         for kind in ("_parameters", "_buffers", "_modules"):
-            _collect(tree.get(kind), prefix, found, seen)
+            _collect(path, tree.get(kind), prefix, found, seen, depth + 1)
         return
     for key, value in tree.items():
-        if isinstance(key, str):
-            _collect(value, f"{prefix}{key}.", found, seen)
+        _collect(path, value, f"{prefix}{key[:1000]}.", found, seen, depth + 1)
 
 
 def _lazy(path: Path, name: str, tensor: _Tensor, places: dict[str, tuple[int, int]]) -> Tensor:
