@@ -28,7 +28,7 @@ _ROOMS = (
 _MODELS = ("tokenizer", "dvae", "vqgan", "dalle", "bart", "clip", "diffusion")
 
 __all__ = [*_ROOMS, *_MODELS]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str):
