@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import random_params
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.models import autoregressive, dalle
@@ -26,18 +27,6 @@ TINY = DalleConfig(
 T, N = TINY.text_len, TINY.num_codes
 
 
-def lively(cfg, seed=0):
-    """Parameters large enough that every one of them matters to the result, biases and gains too."""
-    shapes = jax.eval_shape(lambda key: dalle.init(cfg, key), jax.random.key(0))
-    rng = np.random.default_rng(seed)
-
-    def one(path, leaf):
-        middle = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(middle + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(one, shapes)
-
-
 def rows(cfg, batch, seed=0):
     """Captions (with padding at their ends) and codes."""
     rng = np.random.default_rng(seed)
@@ -51,7 +40,7 @@ def rows(cfg, batch, seed=0):
 
 @pytest.fixture(scope="module")
 def params():
-    return lively(TINY)
+    return random_params(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +119,7 @@ def reference(cfg, params, caption, codes):
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_logits_equal_the_reference(qk_norm):
     cfg = dataclasses.replace(TINY, qk_norm=qk_norm)
-    params = lively(cfg)
+    params = random_params(cfg)
     caption, codes = rows(cfg, BATCH)
     got_text, got_image = logits(cfg, params, caption, codes)
     assert got_text.shape == (BATCH, T - 1, 6 + T) and got_image.shape == (BATCH, N, 7)
@@ -162,7 +151,7 @@ def moved(cfg, params, what):
 def test_one_layer_sees_what_its_mask_says(kind):
     """Exactly: nothing else moves position q, and everything that it may see does."""
     cfg = dataclasses.replace(TINY, layers=1, attention=(kind,))
-    got = moved(cfg, lively(cfg), jax.jit(dalle.hidden, static_argnums=0))
+    got = moved(cfg, random_params(cfg), jax.jit(dalle.hidden, static_argnums=0))
     want = [[may_see(kind, q, k, cfg) for k in range(cfg.length)] for q in range(cfg.length)]
     np.testing.assert_array_equal(got, want)
 
@@ -326,7 +315,9 @@ def test_fresh_parameters_know_nothing(fresh):
 def test_a_text_of_one_token():
     """Has no text to predict: all loss is the image's."""
     cfg = dataclasses.replace(TINY, text_len=1, layers=1)
-    total, metrics = jax.jit(dalle.loss, static_argnums=0)(cfg, lively(cfg), *rows(cfg, 2), jax.random.key(0))
+    total, metrics = jax.jit(dalle.loss, static_argnums=0)(
+        cfg, random_params(cfg), *rows(cfg, 2), jax.random.key(0)
+    )
     assert metrics["text_loss"] == 0
     np.testing.assert_allclose(total, metrics["image_loss"] * 7 / 8, rtol=1e-6)
 

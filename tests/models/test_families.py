@@ -10,66 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import FAMILIES, TINY_FAMILY, family_batch, family_params
 
 from dalle_jax.config import BartConfig, DalleConfig, T5Config
 from dalle_jax.models import autoregressive, dalle
 from dalle_jax.nn.rope import apply_rope, axial_rope_table
 from dalle_jax.parallel.sharding import param_axes, path_name
 
-_TINY = DalleConfig(
-    text_vocab=6, text_len=3, image_vocab=7, grid=4, dim=16, layers=3, heads=2, mlp_ratio=2, conv_kernel=3,
-    attention=("full",), last_attention=None, dtype="float32", remat="none", cond_drop_prob=0.0,
-)  # fmt: skip
-_MALEVICH = dataclasses.replace(
-    _TINY,
-    sandwich_norm=True,
-    second_final_norm=True,
-    head_bias=True,
-    attention=("row", "column"),
-    last_attention="conv_clamped",
-)
-FAMILIES = {
-    "mindalle": dataclasses.replace(_TINY, activation="gelu", pos_embed="learned", pad_id=5),
-    "malevich_v3": _MALEVICH,
-    "malevich_v2": dataclasses.replace(
-        _MALEVICH, attention=("row", "full", "column"), last_attention="conv_torus", layers=4, shift_masks=True
-    ),
-    "llamagen": dataclasses.replace(
-        _TINY, norm="rms", biases=False, pos_embed="rope2d", activation="swiglu", mlp_width=12, text_len=1,
-        text_loss_weight=0.0,
-    ),
-    "llamagen_t2i": dataclasses.replace(
-        _TINY, norm="rms", biases=False, pos_embed="rope2d", activation="swiglu", mlp_width=12, text_loss_weight=0.0,
-        text_encoder=T5Config(dim=8, layers=2, heads=2, mlp_width=6, num_relative_buckets=4),
-    ),
-    "dalle_mini": BartConfig(
-        text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16, encoder_layers=2, layers=2,
-        heads=2, mlp_width=11, dtype="float32", remat="none", cond_drop_prob=0.0,
-    ),
-}  # fmt: skip
 family = pytest.mark.parametrize("cfg", FAMILIES.values(), ids=FAMILIES)
-
-
-def lively(cfg, seed=0):
-    """Parameters large enough that every one of them matters."""
-    shapes = jax.eval_shape(lambda key: autoregressive.init(cfg, key), jax.random.key(0))
-    rng = np.random.default_rng(seed)
-
-    def one(path, leaf):
-        name = path_name(path)
-        return jnp.asarray(
-            ("scale" in name) + (0.5 if "embed" in name else 0.3) * rng.normal(size=leaf.shape), "float32"
-        )
-
-    return jax.tree_util.tree_map_with_path(one, shapes)
-
-
-def rows(cfg, count=3):
-    rng = np.random.default_rng(1)
-    text = rng.integers(0, cfg.text_vocab, (count, cfg.text_len))  # of BART's, piece 1 is padding too
-    text[0, -1] = cfg.text_vocab + cfg.text_len - 1  # padding
-    codes = rng.integers(0, cfg.image_vocab, (count, cfg.num_codes))
-    return jnp.asarray(text, jnp.int32), jnp.asarray(codes, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -96,8 +44,8 @@ def cached(cfg, params, text_CT, codes_BN, given):
 
 @family
 def test_the_cache_changes_no_score(cfg):
-    params = lively(cfg)
-    text, codes = rows(cfg, 4)
+    params = family_params(cfg)
+    text, codes = family_batch(cfg, 4)
     captions = text[:2]
     own = scores(cfg, params, jnp.repeat(captions, 2, axis=0), codes)[1]
     nulls = jnp.broadcast_to(autoregressive.null_text(cfg), text.shape)
@@ -113,8 +61,8 @@ def test_the_cache_changes_no_score(cfg):
 
 @family
 def test_nothing_sees_the_future(cfg):
-    params = lively(cfg)
-    text, codes = rows(cfg, 1)
+    params = family_params(cfg)
+    text, codes = family_batch(cfg, 1)
     changed = (codes + 1) % cfg.image_vocab
     many = jnp.stack(
         [jnp.where(jnp.arange(cfg.num_codes) >= t, changed[0], codes[0]) for t in range(cfg.num_codes)]
@@ -128,8 +76,8 @@ def test_nothing_sees_the_future(cfg):
 
 @family
 def test_every_parameter_has_a_place_and_learns(cfg):
-    params = lively(cfg)
-    text, codes = rows(cfg, 3)
+    params = family_params(cfg)
+    text, codes = family_batch(cfg, 3)
     cfg = dataclasses.replace(cfg, cond_drop_prob=0.3)
     loss = jax.jit(lambda p: autoregressive.loss(cfg, p, text, codes, jax.random.key(3))[0])
     grads = jax.grad(loss)(params)
@@ -145,8 +93,8 @@ def test_every_parameter_has_a_place_and_learns(cfg):
 def test_padding_is_the_pad_piece():
     """Padding ids mean the piece; the loss wants it of the text head too."""
     cfg = FAMILIES["mindalle"]
-    params = lively(cfg)
-    text, codes = rows(cfg)
+    params = family_params(cfg)
+    text, codes = family_batch(cfg)
     spelled = jnp.where(text < cfg.text_vocab, text, cfg.pad_id)
     for one, other in zip(scores(cfg, params, text, codes), scores(cfg, params, spelled, codes), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -161,8 +109,8 @@ def test_padding_is_the_pad_piece():
 def test_an_encoder_does_not_see_padding():
     """Piece 1 and padding ids are one; what stands there counts for nothing; a caption that is cut keeps its end."""
     cfg = FAMILIES["dalle_mini"]
-    params = lively(cfg)
-    codes = rows(cfg, 4)[1][:1].repeat(4, axis=0)
+    params = family_params(cfg)
+    codes = family_batch(cfg, 4)[1][:1].repeat(4, axis=0)
     text = np.array([[0, 5, 2, 11, 12], [0, 5, 2, 1, 1], [0, 5, 6, 7, 8], [0, 5, 6, 7, 2]])
     got = scores(cfg, params, jnp.asarray(text), codes)[1]
     np.testing.assert_array_equal(got[0], got[1])
@@ -178,9 +126,9 @@ def test_an_encoded_caption_is_the_same_whatever_room_it_has():
     caption too, whose vectors are the last ones. What fills all of the room was cut, and still has its end."""
     small = FAMILIES["llamagen_t2i"]
     large = dataclasses.replace(small, text_len=6)
-    params = lively(large)
+    params = family_params(large)
     cut = dict(params, text_null=params["text_null"][3:])
-    codes = rows(small, 4)[1]
+    codes = family_batch(small, 4)[1]
     text = np.array([[4, 1, 8, 0, 0, 0], [1, 7, 8, 0, 0, 0], [2, 5, 1, 0, 0, 0], [6, 7, 7, 0, 0, 0]])
     wide = np.where(text > 0, text, np.array([[9, 9, 9, 9, 9, 9]] * 3 + [[7] * 6]))
     want = scores(small, cut, jnp.asarray(text[:, :3], jnp.int32), codes)[1]
@@ -203,8 +151,8 @@ def test_a_decoder_reads_no_further_than_it_has_room():
     """With room for the start and 8 codes the scores are those with room for all; each row may stand at a place of
     its own."""
     cfg = FAMILIES["dalle_mini"]
-    params = autoregressive.prepare_for_decode(cfg, lively(cfg))
-    text, codes = rows(cfg, 2)
+    params = autoregressive.prepare_for_decode(cfg, family_params(cfg))
+    text, codes = family_batch(cfg, 2)
     _, cache = jax.jit(autoregressive.prefill, static_argnums=0)(cfg, params, text, codes[:, :6])
     step = jax.jit(autoregressive.decode_step, static_argnums=0)
     want, _ = step(cfg, params, cache, codes[:, 6], jnp.int32(6))
@@ -218,7 +166,9 @@ def test_a_decoder_reads_no_further_than_it_has_room():
         np.testing.assert_array_equal(grown[:, :9], kept)
     apart, _ = step(cfg, params, cache, codes[jnp.arange(2), jnp.array([6, 2])], jnp.array([6, 2]))
     np.testing.assert_allclose(apart[0], want[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(apart[1], scores(cfg, lively(cfg), text, codes)[1][1, 3], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        apart[1], scores(cfg, family_params(cfg), text, codes)[1][1, 3], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_turns_by_hand():
@@ -242,13 +192,13 @@ def test_turns_by_hand():
 
 def test_bad_choices_are_refused():
     with pytest.raises(ValueError, match=r"pad_id is 6; want a piece in \[0, 6\), or None"):
-        dataclasses.replace(_TINY, pad_id=6)
+        dataclasses.replace(TINY_FAMILY, pad_id=6)
     with pytest.raises(
         ValueError, match=r"heads are 2 wide; positions='rope' turns pairs by row and by column"
     ):
-        dataclasses.replace(_TINY, pos_embed="rope2d", heads=8)
+        dataclasses.replace(TINY_FAMILY, pos_embed="rope2d", heads=8)
     with pytest.raises(ValueError, match="mlp_width is 0; want at least 1"):
-        dataclasses.replace(_TINY, mlp_width=0)
+        dataclasses.replace(TINY_FAMILY, mlp_width=0)
     encoded = FAMILIES["llamagen_t2i"]
     for field, value, said in (
         ("text_loss_weight", 0.1, "text_loss_weight is 0.1; a Transformer with a text_encoder has 0.0"),

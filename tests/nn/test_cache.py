@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sampling import CAPTIONS, TINY, lively, uncached
+from tiny_models import CAPTIONS, TINY, captioned_params, uncached_logits
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.models import autoregressive, dalle
@@ -45,9 +45,9 @@ def steps(cfg, params, cache, codes_BN, places_LB):
 def test_every_kind_at_every_place_and_after_a_prefix(kind, codes):
     """The scores of all codes, step by step and after a prefix, are those of no cache."""
     cfg = dataclasses.replace(CFG, attention=(kind,), layers=2)
-    params = lively(cfg)
+    params = captioned_params(cfg)
     ready = autoregressive.prepare_for_decode(cfg, params)
-    want = uncached(cfg, params, CAPTIONS, codes)
+    want = uncached_logits(cfg, params, CAPTIONS, codes)
     fill = jax.jit(dalle.prefill, static_argnums=0)
     _, cache = fill(cfg, ready, CAPTIONS)
     through = []  # the caches step by step
@@ -65,9 +65,9 @@ def test_every_kind_at_every_place_and_after_a_prefix(kind, codes):
 
 def test_each_row_at_its_own_place(codes):
     """Rows at different places, in caches with the leavings of other pictures, score as they do alone."""
-    params = lively(CFG)
+    params = captioned_params(CFG)
     ready = autoregressive.prepare_for_decode(CFG, params)
-    want = uncached(CFG, params, CAPTIONS, codes)
+    want = uncached_logits(CFG, params, CAPTIONS, codes)
     _, cache = dalle.prefill(CFG, ready, CAPTIONS)
     other = (codes + 3) % V
     cache, _ = steps(CFG, ready, cache, other, jnp.arange(N - 1))  # an older picture filled every slot
@@ -94,9 +94,9 @@ def test_what_the_paper_needs():
 def test_a_small_cache_is_enough_until_it_is_full(codes):
     """With room for as many tokens as come, scores and what is kept are those with room for all; then it grows."""
     cfg = dataclasses.replace(CFG, attention=("full", "row"), layers=2)
-    params = lively(cfg)
+    params = captioned_params(cfg)
     ready = autoregressive.prepare_for_decode(cfg, params)
-    want = uncached(cfg, params, CAPTIONS, codes)
+    want = uncached_logits(cfg, params, CAPTIONS, codes)
     _, cache = jax.jit(dalle.prefill, static_argnums=0)(cfg, ready, CAPTIONS, codes[:, :6])
     for room, places in ((10, range(6, 10)), (16, range(10, 16)), (N, range(16, N - 1))):
         cache = dalle.resize_cache(cfg, cache, room)
@@ -108,7 +108,7 @@ def test_a_small_cache_is_enough_until_it_is_full(codes):
 
 def test_candidates_share_their_caption():
     """Several seeds of a caption, run once for all of them, draw what each draws with a caption of its own."""
-    params = lively(CFG)
+    params = captioned_params(CFG)
     seeds = row_keys(range(6))
     together = generate(CFG, params, CAPTIONS[:2], seeds, guidance=3.0)
     apart = generate(CFG, params, jnp.repeat(CAPTIONS[:2], 3, axis=0), seeds, guidance=3.0)
@@ -119,7 +119,7 @@ def test_candidates_share_their_caption():
 @pytest.mark.parametrize("given", [0, 7])
 def test_rows_as_they_come(given):
     """The picture in parts is the picture: whole rows of the raster each time, the last part all of it."""
-    params = lively(CFG)
+    params = captioned_params(CFG)
     options = {"guidance": jnp.float32(2.0), "top_k": 5, "temperature": jnp.float32(0.8)}
     keys = row_keys([3, 4, 5])
     whole = generate(CFG, params, CAPTIONS, keys, **options)
@@ -142,7 +142,7 @@ def loop_bodies(text):
 
 def programs(grid, jacobi=None, rows=2):
     cfg = dataclasses.replace(CFG, grid=grid, text_len=2, dim=32)
-    params = autoregressive.prepare_for_decode(cfg, lively(cfg))
+    params = autoregressive.prepare_for_decode(cfg, captioned_params(cfg))
     text = jnp.stack([dalle.null_text(cfg)] * rows)
     return cfg, generate.lower(cfg, params, text, row_keys(range(rows)), top_k=3, jacobi=jacobi).compile()
 

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_families
-from test_families import FAMILIES
+from tiny_models import FAMILIES, family_batch, family_params
 
 from dalle_jax.models import autoregressive
 from dalle_jax.nn import linear
@@ -106,8 +105,8 @@ def test_each_platforms_form_gives_the_same(name, weights, monkeypatch):
     monkeypatch.setattr(linear, "_TILE", 8)
     laid = {"tpu": "kernel", "gpu": "kernel_t", "cpu": "kernel" if weights else "kernel_tiles"}
     cfg = FAMILIES[name]
-    params = test_families.lively(cfg)
-    text, codes = test_families.rows(cfg, 2)
+    params = family_params(cfg)
+    text, codes = family_batch(cfg, 2)
     found = []
     for platform, want in laid.items():
         ready = autoregressive.prepare_for_decode(cfg, params, weights, platform=platform)
@@ -155,8 +154,8 @@ def test_tiles(lead):
 def test_whole_models(name, weights):
     """Scores of the first code differ from those in float32 by little, and not by nothing."""
     cfg = FAMILIES[name]
-    params = test_families.lively(cfg)
-    text = test_families.rows(cfg, 2)[0]
+    params = family_params(cfg)
+    text = family_batch(cfg, 2)[0]
     ready = autoregressive.prepare_for_decode(cfg, params, weights)
     prefill = jax.jit(autoregressive.prefill, static_argnums=0)
     want, got = (prefill(cfg, p, text)[0] for p in (autoregressive.prepare_for_decode(cfg, params), ready))
@@ -167,8 +166,8 @@ def test_whole_models(name, weights):
 def test_pictures_come_out():
     """The same of one row code by code and of several codes at once."""
     cfg = FAMILIES["mindalle"]
-    ready = autoregressive.prepare_for_decode(cfg, test_families.lively(cfg), "int8")
-    text = test_families.rows(cfg, 1)[0]
+    ready = autoregressive.prepare_for_decode(cfg, family_params(cfg), "int8")
+    text = family_batch(cfg, 1)[0]
     codes = generate(cfg, ready, text, row_keys([0]), temperature=0.5)
     assert codes.shape == (1, cfg.num_codes) and int(codes.max()) < cfg.image_vocab
     again = generate(cfg, ready, text, row_keys([0]), temperature=0.5, jacobi=16)
@@ -194,7 +193,7 @@ def test_a_quarter_of_the_bytes():
 
 def test_refused():
     cfg = FAMILIES["llamagen"]
-    params = test_families.lively(cfg)
+    params = family_params(cfg)
     with pytest.raises(ValueError, match="weights is 'int4'; want one of int8, fp8, w8a8, or None"):
         autoregressive.prepare_for_decode(cfg, params, "int4")
     with pytest.raises(ValueError, match="unstacked already; quantise those of `init`"):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sampling import CAPTIONS, TINY, lively, uncached
+from tiny_models import CAPTIONS, TINY, captioned_params, uncached_logits
 
 from dalle_jax.models import autoregressive, dalle
 from dalle_jax.nn import drafts
@@ -23,7 +23,7 @@ N, V = CFG.num_codes, CFG.image_vocab
 
 @pytest.fixture(scope="module")
 def params():
-    return autoregressive.prepare_for_decode(CFG, lively(CFG))
+    return autoregressive.prepare_for_decode(CFG, captioned_params(CFG))
 
 
 WINDOW = 4
@@ -55,7 +55,7 @@ def test_length_buckets_and_rows_as_they_come(monkeypatch):
     raster, two more each time at least, when the slowest has them, and the passes up to there."""
     monkeypatch.setattr("dalle_jax.sampling.generate.CACHE_BUCKETS", 2)
     cfg = dataclasses.replace(TINY, grid=12, attention=("full",), layers=1)
-    params = autoregressive.prepare_for_decode(cfg, lively(cfg))
+    params = autoregressive.prepare_for_decode(cfg, captioned_params(cfg))
     keys = row_keys([0, 1, 2])
     want = generate(cfg, params, CAPTIONS, keys, temperature=0.3)
     options = {"temperature": 0.3, "jacobi": 7, "return_passes": True}
@@ -76,7 +76,7 @@ def test_rows_by_hand():
     """Where every guess is right, in a raster of 5 x 5: after the first code, or after seven given ones and the one
     that comes with them, four a pass, and of all of them the whole rows."""
     cfg = dataclasses.replace(CFG, layers=1)
-    flat = jax.tree.map(jnp.zeros_like, lively(cfg))
+    flat = jax.tree.map(jnp.zeros_like, captioned_params(cfg))
     options = {"temperature": 0.0, "jacobi": WINDOW, "return_passes": True}
     for given, want in {
         0: [(5, 1), (10, 3), (15, 4), (20, 5), (25, 6)],
@@ -89,7 +89,7 @@ def test_rows_by_hand():
 
 def test_passes_by_hand():
     """Where every guess is right a pass gives as many codes as it looks at."""
-    flat = autoregressive.prepare_for_decode(CFG, jax.tree.map(jnp.zeros_like, lively(CFG)))
+    flat = autoregressive.prepare_for_decode(CFG, jax.tree.map(jnp.zeros_like, captioned_params(CFG)))
     codes, passes = drawn(flat, CAPTIONS, row_keys([0, 1, 2]), temperature=0.0, jacobi=WINDOW)
     np.testing.assert_array_equal(codes, 0)
     np.testing.assert_array_equal(passes, [6] * 3)  # 24 codes after the first, 4 a pass
@@ -126,10 +126,10 @@ def test_a_pass_is_as_many_steps_and_wrong_guesses_leave_no_trace(in_raster):
     what steps keep."""
     kinds = ("row", "column") if in_raster else (*KINDS, "conv_torus", "conv_clamped")
     cfg = dataclasses.replace(TINY, grid=5, attention=kinds, layers=len(kinds), shift_masks=in_raster)
-    params = autoregressive.prepare_for_decode(cfg, lively(cfg))
+    params = autoregressive.prepare_for_decode(cfg, captioned_params(cfg))
     rng = np.random.default_rng(2)
     codes = jnp.asarray(rng.integers(0, V, (3, N)), jnp.int32)
-    want = np.asarray(uncached(cfg, lively(cfg), CAPTIONS, codes))
+    want = np.asarray(uncached_logits(cfg, captioned_params(cfg), CAPTIONS, codes))
     _, cache = jax.jit(dalle.prefill, static_argnums=0)(cfg, params, CAPTIONS)
     drafts = jax.jit(dalle.decode_drafts, static_argnums=0)
     keep = jax.jit(dalle.commit_drafts, static_argnums=0)
@@ -175,7 +175,7 @@ def chances():
     """The probability of each of the 81 pictures that there are, by the scores without a cache."""
     every = jnp.asarray(list(itertools.product(range(3), repeat=4)), jnp.int32)
     text = jnp.broadcast_to(CAPTIONS[:1], (81, 3))
-    scores = uncached(ENUMERABLE, lively(ENUMERABLE), text, every)
+    scores = uncached_logits(ENUMERABLE, captioned_params(ENUMERABLE), text, every)
     nats = np.take_along_axis(np.asarray(jax.nn.log_softmax(scores)), np.asarray(every)[..., None], axis=-1)
     return np.exp(nats[..., 0].sum(axis=1))
 
@@ -186,7 +186,7 @@ def test_the_distribution_is_that_of_the_model(window):
     five standard deviations; 2 of 100 rows given to another picture exceed it."""
     count, chance = 20_000, chances()
     np.testing.assert_allclose(chance.sum(), 1, rtol=1e-4)
-    params = autoregressive.prepare_for_decode(ENUMERABLE, lively(ENUMERABLE))
+    params = autoregressive.prepare_for_decode(ENUMERABLE, captioned_params(ENUMERABLE))
     codes = np.asarray(generate(ENUMERABLE, params, CAPTIONS[:1], row_keys(range(count)), jacobi=window))
     seen = np.bincount(codes @ [27, 9, 3, 1], minlength=81)
 

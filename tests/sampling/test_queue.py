@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_families
-from test_families import FAMILIES
-from test_sampling import CAPTIONS, TINY, lively
+from tiny_models import CAPTIONS, FAMILIES, TINY, captioned_params, family_batch, family_params
 
 from dalle_jax.models import autoregressive, dalle
 from dalle_jax.sampling import decode_state as device
@@ -24,7 +22,7 @@ N, V = CFG.num_codes, CFG.image_vocab
 
 @pytest.fixture(scope="module")
 def params():
-    return autoregressive.prepare_for_decode(CFG, lively(CFG))
+    return autoregressive.prepare_for_decode(CFG, captioned_params(CFG))
 
 
 def requests(count):
@@ -94,8 +92,8 @@ OTHERS = {  # with as few layers as have all of their choices
 def test_other_families(cfg):
     """An encoder with a decoder, text in the raster, windows round the square, rotary positions, captions that hide
     positions: one code a pass and several, together and in a queue, with and without guidance, draw the same."""
-    params = autoregressive.prepare_for_decode(cfg, test_families.lively(cfg))
-    text, scales = test_families.rows(cfg, 2)[0], [1.0, 2.0, 1.0, 0.5]
+    params = autoregressive.prepare_for_decode(cfg, family_params(cfg))
+    text, scales = family_batch(cfg, 2)[0], [1.0, 2.0, 1.0, 0.5]
     options = {"temperature": jnp.float32(0.5), "guidance": jnp.array(scales)}
     want = generate(cfg, params, text, row_keys(range(4)), **options)
     got, passes = generate(
@@ -140,7 +138,7 @@ def test_requests_that_come_while_others_are_drawn(params, wanted, jacobi):
 def test_codes_per_pass_by_hand():
     """Where every guess is right: 24 codes after the first in passes of 6, and the last 14 of 25 in the three passes
     that go beyond what was given."""
-    queue = ContinuousBatcher(CFG, jax.tree.map(jnp.zeros_like, lively(CFG)), SLOTS, jacobi=WINDOW)
+    queue = ContinuousBatcher(CFG, jax.tree.map(jnp.zeros_like, captioned_params(CFG)), SLOTS, jacobi=WINDOW)
     text = np.asarray(CAPTIONS[0])
     queue.submit(Request(text, seed=0, temperature=0.0))
     queue.submit(

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import CAPTIONS, TINY, captioned_params, uncached_logits
 
-from dalle_jax.config import DalleConfig
 from dalle_jax.models import autoregressive, dalle
-from dalle_jax.parallel.sharding import path_name
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.sampling.logits import (
     _first_highest,
@@ -23,38 +22,15 @@ from dalle_jax.sampling.logits import (
 )
 
 KINDS = ("full", "row", "column", "conv")
-TINY = DalleConfig(
-    text_vocab=6, text_len=3, image_vocab=7, grid=3, dim=16, layers=2, heads=2, mlp_ratio=2,
-    attention=("row", "conv"), last_attention=None, conv_kernel=3, dtype="float32", remat="none",
-)  # fmt: skip
 T, N, V, B = TINY.text_len, TINY.num_codes, TINY.image_vocab, 3
-CAPTIONS = jnp.array([[1, 2, 3], [5, 7, 8], [0, 4, 8]], jnp.int32)  # ids from 6 on are padding
-
-
-def lively(cfg):
-    """Parameters large enough that scores differ by whole units, and captions loud enough to be heard."""
-    shapes = jax.eval_shape(lambda key: dalle.init(cfg, key), jax.random.key(0))
-    rng = np.random.default_rng(0)
-
-    def one(path, leaf):
-        name = path_name(path)
-        size = 2.0 if name == "text_embed" else 0.3
-        return jnp.asarray(("scale" in name) + size * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return lively(TINY)
+    return captioned_params(TINY)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def uncached(cfg, params, text_BT, codes_BN):
-    return dalle.logits(cfg, params, text_BT, codes_BN)[1]
-
-
-def greedy(params, text_BT, scores=uncached):
+def greedy(params, text_BT, scores=uncached_logits):
     """The most probable code at every place, by running the whole stream anew for each."""
     codes = np.zeros((len(text_BT), N), np.int32)
     for place in range(N):
@@ -94,9 +70,9 @@ def cached(cfg, params, text_BT, codes_BN, given):
 def test_cached_equals_uncached(change, given):
     """For every kind of attention; with codes given in advance, prefill of a prefix equals step by step."""
     cfg = dataclasses.replace(TINY, **change)
-    params = lively(cfg)
+    params = captioned_params(cfg)
     codes = jnp.asarray(np.random.default_rng(1).integers(0, V, (B, N)), jnp.int32)
-    want = uncached(cfg, params, CAPTIONS, codes)
+    want = uncached_logits(cfg, params, CAPTIONS, codes)
     got = cached(cfg, params, CAPTIONS, codes, given)
     assert got.dtype == jnp.float32 and want.std() > 0.3
     np.testing.assert_allclose(got, want[:, given:], rtol=1e-4, atol=1e-4)
@@ -149,7 +125,7 @@ def test_a_row_is_its_caption_and_seed_alone(params, drawn):
 
 def test_each_place_draws_with_its_own_key():
     """From a uniform model, codes of one row are not the same draw again and again."""
-    flat = jax.tree.map(jnp.zeros_like, lively(TINY))
+    flat = jax.tree.map(jnp.zeros_like, captioned_params(TINY))
     got = np.asarray(generate(TINY, flat, CAPTIONS, row_keys([0, 1, 2]), temperature=1.0))
     assert all(len(np.unique(row)) > 2 for row in got)
     assert len(np.unique(got, axis=0)) == B
@@ -176,7 +152,10 @@ def test_guidance_by_hand(params, best):
         return generate(TINY, params, CAPTIONS, keys, **options)
 
     def by_hand(cfg, params, text_BT, codes):
-        caption, none = uncached(cfg, params, text_BT, codes), uncached(cfg, params, null, codes)
+        caption, none = (
+            uncached_logits(cfg, params, text_BT, codes),
+            uncached_logits(cfg, params, null, codes),
+        )
         return none + 3.0 * (caption - none)
 
     three = greedy(params, CAPTIONS, by_hand)
