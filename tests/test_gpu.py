@@ -72,7 +72,7 @@ def test_cudnn_attention_is_dense(kind):
     def run(look, *x):
         return jax.jit(jax.value_and_grad(lambda x: (look(*x) * weights).astype(jnp.float32).sum()))(x)
 
-    got = run(lambda *x: flash.cudnn(*x, None if kind == "full" else mask), q, k, v)
+    got = run(lambda *x: flash.cudnn_attention(*x, None if kind == "full" else mask), q, k, v)
     with jax.default_matmul_precision("float32"):
         want = run(
             lambda q, k, v: dense_attention(q, k, v, mask), *(x.astype(jnp.float32) for x in (q, k, v))

@@ -167,7 +167,7 @@ def _head(cfg: BartConfig, params: Params, x_BQD: jax.Array) -> jax.Array:
     head = params["image_head"]
     if isinstance(params["blocks"], dict):  # `autoregressive.prepare_for_decode` has cut it
         head = {name: x[..., : cfg.image_vocab] for name, x in head.items()}
-    y_BQV = matmul(head, _norm(params["norm_out"], x_BQD), cfg.dtype, out=jnp.float32)
+    y_BQV = matmul(head, _norm(params["norm_out"], x_BQD), cfg.dtype, out_dtype=jnp.float32)
     return constrain(y_BQV, "batch", None, "vocab")
 
 

@@ -33,7 +33,7 @@ def cross_entropy(
     *,
     bias_V: jax.Array | None = None,
     dtype: Any,
-    chunk: int,
+    vocab_chunk: int,
 ) -> jax.Array:
     """Mean over all tokens of -log softmax(x kernel + bias)[id], in nats, float32 scalar.
 
@@ -41,11 +41,11 @@ def cross_entropy(
     """
     x_BTD, kernel_DV = x_BTD.astype(dtype), kernel_DV.astype(dtype)
     width, vocab = kernel_DV.shape
-    if not chunk or chunk >= vocab:
+    if not vocab_chunk or vocab_chunk >= vocab:
         y_BTV = head_logits(x_BTD, kernel_DV, bias_V)
         picked = jnp.take_along_axis(y_BTV, ids_BT[..., None], axis=-1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(y_BTV, axis=-1) - picked)
-    groups = -(-vocab // chunk)
+    groups = -(-vocab // vocab_chunk)
     columns = -(-vocab // groups)
     columns = -(-columns // 128) * 128 if columns > 128 else columns  # whole lanes of a TPU
     bias_V = jnp.zeros(vocab, jnp.float32) if bias_V is None else bias_V

@@ -18,27 +18,31 @@ from dalle_jax.nn.kv_cache import KV, LayerCache
 from dalle_jax.nn.masks import causal_offset_mask
 
 
-def _held(cfg: DalleConfig, kind: AttentionKind, slots: int, place_B: jax.Array) -> jax.Array:
+def _slot_positions(
+    cfg: DalleConfig, kind: AttentionKind, num_slots: int, position_B: jax.Array
+) -> jax.Array:
     """The raster place whose token each slot holds when the tokens before `place_B` were written: int32 (B, R).
 
     A place that is negative or not before `place_B` is none.
     """
-    at_1R = jnp.arange(slots)[None]
+    at_1R = jnp.arange(num_slots)[None]
     match kind:
         case "full":
-            return jnp.broadcast_to(at_1R, (len(place_B), slots))
+            return jnp.broadcast_to(at_1R, (len(position_B), num_slots))
         case "column":
             place_1R = at_1R % cfg.grid * cfg.grid + at_1R // cfg.grid
-            return jnp.broadcast_to(place_1R, (len(place_B), slots))
-    newest_B1 = place_B[:, None] - 1
-    return newest_B1 - (newest_B1 - at_1R) % slots
+            return jnp.broadcast_to(place_1R, (len(position_B), num_slots))
+    newest_B1 = position_B[:, None] - 1
+    return newest_B1 - (newest_B1 - at_1R) % num_slots
 
 
-def _visible(cfg: DalleConfig, kind: AttentionKind, slots: int, place_B: jax.Array, count: int) -> jax.Array:
+def _draft_mask(
+    cfg: DalleConfig, kind: AttentionKind, num_slots: int, position_B: jax.Array, num_drafts: int
+) -> jax.Array:
     """What tokens at the places from `place_B` on see of the cache, then of each other: bool (B, Q, R + Q)."""
-    places_BQ = place_B[:, None] + jnp.arange(count)[None]
-    held_BR = _held(cfg, kind, slots, place_B)
-    there_BR = (held_BR >= 0) & (held_BR < place_B[:, None])
+    places_BQ = position_B[:, None] + jnp.arange(num_drafts)[None]
+    held_BR = _slot_positions(cfg, kind, num_slots, position_B)
+    there_BR = (held_BR >= 0) & (held_BR < position_B[:, None])
     other_BS = jnp.concatenate([held_BR, places_BQ], axis=1)
     there_BS = jnp.concatenate([there_BR, jnp.ones_like(places_BQ, bool)], axis=1)
     back_BQS = places_BQ[:, :, None] - other_BS[:, None]
@@ -52,42 +56,47 @@ def attend_drafts(
     cfg: DalleConfig,
     kind: AttentionKind,
     cache: LayerCache,
-    new: tuple[jax.Array, jax.Array, jax.Array],
-    place_B: jax.Array,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    position_B: jax.Array,
 ) -> tuple[jax.Array, KV]:
     """`new` is query, key and value of Q tokens of each row, (B, Q, H, K) each, at the places from `place_B` on.
 
     The cache is as after the tokens before `place_B`. Returns (B, Q, H, K), and what `keep` takes.
     """
-    q, k, v = new
+    q, k, v = qkv
     fresh, slots = kv.to_cache_layout(k, v), cache.image.k.shape[2]
-    visible_BQS = _visible(cfg, kind, slots, place_B, q.shape[1])
+    visible_BQS = _draft_mask(cfg, kind, slots, position_B, q.shape[1])
     return kv.attend_cached(q, cache.text, (cache.image, fresh), visible_BQS, cache.text_mask), fresh
 
 
-def _targets(
-    cfg: DalleConfig, kind: AttentionKind, slots: int, place_B: jax.Array, count_B: jax.Array, tokens: int
+def _commit_slots(
+    cfg: DalleConfig,
+    kind: AttentionKind,
+    num_slots: int,
+    position_B: jax.Array,
+    num_accepted_B: jax.Array,
+    num_tokens: int,
 ) -> jax.Array:
     """The slot of each of `tokens` tokens, int32 (B, Q), `slots` for one that is not kept."""
-    token_1Q, count_B1 = jnp.arange(tokens)[None], count_B[:, None]
+    token_1Q, count_B1 = jnp.arange(num_tokens)[None], num_accepted_B[:, None]
     # Of more tokens than a ring has slots the newest stay: two writes to one slot have no order.
     stays_BQ = (token_1Q < count_B1) & (token_1Q >= count_B1 - kv.cache_size(cfg, kind))
-    return jnp.where(stays_BQ, kv.slot_index(cfg, kind, place_B[:, None] + token_1Q), slots)
+    return jnp.where(stays_BQ, kv.slot_index(cfg, kind, position_B[:, None] + token_1Q), num_slots)
 
 
 def commit(
     cfg: DalleConfig,
     kind: AttentionKind,
     cache: LayerCache,
-    fresh: KV,
-    place_B: jax.Array,
-    count_B: jax.Array,
+    new_kv: KV,
+    position_B: jax.Array,
+    num_accepted_B: jax.Array,
 ) -> LayerCache:
     """The cache with the first `count_B` of the tokens that `attend` saw at `place_B` and on; the rest is dropped."""
-    rows = jnp.arange(len(place_B))[:, None]
-    at_BQ = _targets(cfg, kind, cache.image.k.shape[2], place_B, count_B, fresh.k.shape[2])
+    rows = jnp.arange(len(position_B))[:, None]
+    at_BQ = _commit_slots(cfg, kind, cache.image.k.shape[2], position_B, num_accepted_B, new_kv.k.shape[2])
 
     def write(old, new):
         return old.at[rows, :, at_BQ].set(new.swapaxes(1, 2), mode="drop")
 
-    return cache._replace(image=KV(write(cache.image.k, fresh.k), write(cache.image.v, fresh.v)))
+    return cache._replace(image=KV(write(cache.image.k, new_kv.k), write(cache.image.v, new_kv.v)))

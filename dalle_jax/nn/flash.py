@@ -23,20 +23,20 @@ from jax.sharding import PartitionSpec
 from dalle_jax.config.dalle import AttentionKernel, AttentionKind
 from dalle_jax.parallel.sharding import partition_spec
 
-LANES = 128  # of a TPU: what the sides of splash's blocks are multiples of
+TPU_LANES = 128  # of a TPU: what the sides of splash's blocks are multiples of
 RESIDUALS_NAME = (
     "attention"  # the name under which a remat policy finds what splash's backward pass needs of the forward
 )
 
 
-def platform() -> str:
+def mesh_platform() -> str:
     """`cpu`, `gpu` or `tpu`: of the mesh in force, which may be of devices that are not here; else of JAX."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def select_kernel(
-    wanted: AttentionKernel, kinds: Sequence[AttentionKind], length: int, dtype: str
+    requested: AttentionKernel, kinds: Sequence[AttentionKind], length: int, dtype: str
 ) -> Literal["dense", "splash", "cudnn"]:
     """The kernel for layers of these kinds over `length` positions on the platform in force.
 
@@ -45,11 +45,11 @@ def select_kernel(
     over an odd length.
     """
     full = set(kinds) == {"full"}
-    match wanted:
+    match requested:
         case "auto":
-            if platform() == "tpu" and length >= LANES:
+            if mesh_platform() == "tpu" and length >= TPU_LANES:
                 return "splash"
-            return "cudnn" if platform() in ("gpu", "cuda") and full and dtype == "bfloat16" else "dense"
+            return "cudnn" if mesh_platform() in ("gpu", "cuda") and full and dtype == "bfloat16" else "dense"
         case "cudnn" if dtype != "bfloat16":
             raise ValueError(
                 f"attention_kernel cudnn computes in bfloat16, the model in {dtype}; take auto or dense"
@@ -59,17 +59,17 @@ def select_kernel(
                 f"attention_kernel cudnn masks an even number of positions, here are {length} of layers that are "
                 f"{', '.join(sorted(set(kinds)))}; take auto or dense, or another text_len"
             )
-    return wanted
+    return requested
 
 
 def block_size(length: int) -> int:
     """Side of splash's blocks: 256 where it divides the padded length, else 128."""
-    return 256 if padded_length(length) % 256 == 0 else LANES
+    return 256 if padded_length(length) % 256 == 0 else TPU_LANES
 
 
 def padded_length(length: int) -> int:
     """Positions that splash computes for `length`."""
-    return -(-length // LANES) * LANES
+    return -(-length // TPU_LANES) * TPU_LANES
 
 
 def _padded_mask(mask_TT: np.ndarray) -> np.ndarray:
@@ -88,8 +88,8 @@ def block_density(mask_TT: np.ndarray) -> float:
     return float(mask.reshape(count, side, count, side).any(axis=(1, 3)).mean())
 
 
-def splash(
-    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, masks_MTT: np.ndarray, which: jax.Array
+def splash_attention(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, masks_MTT: np.ndarray, mask_index: jax.Array
 ) -> jax.Array:
     """Softmax attention under mask number `which`, an int32 scalar, traced or not.
 
@@ -98,7 +98,7 @@ def splash(
     (B, T, H, K) in the dtype of `v`.
     """
     length, width = q_BTHK.shape[1], q_BTHK.shape[3]
-    interpret = platform() == "cpu"
+    interpret = mesh_platform() == "cpu"
     pads = ((0, 0), (0, padded_length(length) - length), (0, 0), (0, 0))
 
     def switch(do, which, *x_BTHK):
@@ -135,7 +135,9 @@ def splash(
         return (None, *over_mesh(backward, 3, *kept, gradient))
 
     attend.defvjp(lambda *x: (attend(*x), x), attend_backward)
-    return attend(jnp.asarray(which), q_BTHK * (1.0 / math.sqrt(width)), k_BTHK, v_BTHK).astype(v_BTHK.dtype)
+    return attend(jnp.asarray(mask_index), q_BTHK * (1.0 / math.sqrt(width)), k_BTHK, v_BTHK).astype(
+        v_BTHK.dtype
+    )
 
 
 def _kernel(mask_TT: np.ndarray, heads: int, interpret: bool):
@@ -153,7 +155,7 @@ def _kernel(mask_TT: np.ndarray, heads: int, interpret: bool):
     return library.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
 
 
-def cudnn(
+def cudnn_attention(
     q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, mask_TT: jax.Array | None = None
 ) -> jax.Array:
     """Attention by cuDNN, bfloat16, under a mask, or full and causal. Returns (B, T, H, K)."""

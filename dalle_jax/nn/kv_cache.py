@@ -66,14 +66,14 @@ def to_cache_layout(k: jax.Array, v: jax.Array) -> KV:
     return KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
-def slot_index(cfg: DalleConfig, kind: AttentionKind, place):
+def slot_index(cfg: DalleConfig, kind: AttentionKind, position):
     """Where the token of a raster place is kept."""
     if kind == "column":
-        return place % cfg.grid * cfg.grid + place // cfg.grid
-    return place % cache_size(cfg, kind)
+        return position % cfg.grid * cfg.grid + position // cfg.grid
+    return position % cache_size(cfg, kind)
 
 
-def resize(cfg: DalleConfig, kind: AttentionKind, cache: KV, size: int) -> KV:
+def resize_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, size: int) -> KV:
     """A full layer's cache with room for the first `size` image tokens, so that a step reads no more; others stay.
 
     What is cut off is lost; room that is added is not yet written.
@@ -84,25 +84,25 @@ def resize(cfg: DalleConfig, kind: AttentionKind, cache: KV, size: int) -> KV:
     return KV(*(jnp.pad(x[:, :, :size], ((0, 0), (0, 0), (0, more), (0, 0))) for x in cache))
 
 
-def init_from_prefix(cfg: DalleConfig, kind: AttentionKind, new: KV) -> KV:
+def init_from_prefix(cfg: DalleConfig, kind: AttentionKind, prefix_kv: KV) -> KV:
     """The cache after the first P image tokens, whose keys and values `new` holds, (B, H, P, K)."""
-    rows, given = len(new.k), new.k.shape[2]
+    rows, given = len(prefix_kv.k), prefix_kv.k.shape[2]
     cache = init_kv(cfg, kind, rows)
     first = max(0, given - cache_size(cfg, kind)) if kind != "column" else 0
     slots = slot_index(cfg, kind, np.arange(first, given))
-    return KV(*(c.at[:, :, slots].set(n[:, :, first:]) for c, n in zip(cache, new, strict=True)))
+    return KV(*(c.at[:, :, slots].set(n[:, :, first:]) for c, n in zip(cache, prefix_kv, strict=True)))
 
 
-def write_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, new: KV, place: jax.Array) -> KV:
+def write_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, new_kv: KV, position: jax.Array) -> KV:
     """Puts one token per row, (B, H, 1, K), at raster `place`: one for all rows, or int32 (B,)."""
-    where = slot_index(cfg, kind, place)
+    where = slot_index(cfg, kind, position)
 
     def put(c, n):
         if (
-            place.ndim == 0 and len(n) == 1
+            position.ndim == 0 and len(n) == 1
         ):  # without the axis of rows: `flat` in sampling/generate.py says why
             c, n = c[0], n[0]
-        if place.ndim or kind == "column":
+        if position.ndim or kind == "column":
             # For columns always: XLA joins a slice that is written with one that is read, and copies the cache for it.
             first = jnp.arange(len(n))
             if n.ndim == 3:
@@ -113,43 +113,48 @@ def write_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, new: KV, place: j
             c = jax.lax.dynamic_update_slice_in_dim(c, n, where, axis=c.ndim - 2)
         return c.reshape(-1, *c.shape[-3:])
 
-    return KV(*map(put, cache, new))
+    return KV(*map(put, cache, new_kv))
 
 
-def slot_mask(cfg: DalleConfig, kind: AttentionKind, slots: int, place: jax.Array) -> jax.Array:
+def slot_mask(cfg: DalleConfig, kind: AttentionKind, num_slots: int, position: jax.Array) -> jax.Array:
     """Which of R slots a query at raster `place`, scalar or (B,), sees: bool (1 or B, R). They are those of a column,
     or all `slots` of the cache."""
-    places = jnp.atleast_1d(place)[:, None]
+    places = jnp.atleast_1d(position)[:, None]
     if kind == "column":
         return jnp.arange(cfg.grid)[None] <= places // cfg.grid
     if kind == "full":
-        return jnp.arange(slots)[None] <= places
+        return jnp.arange(num_slots)[None] <= places
     size = cache_size(cfg, kind)
     back = (places - jnp.arange(size)[None]) % size
     table = jnp.asarray(causal_offset_mask(kind, cfg.grid, cfg.conv_kernel)[:, :size])
     return table[places % len(table), back] & (back <= places)
 
 
-def gather_window(cfg: DalleConfig, kind: AttentionKind, cache: KV, place: jax.Array) -> tuple[KV, jax.Array]:
+def gather_window(
+    cfg: DalleConfig, kind: AttentionKind, cache: KV, position: jax.Array
+) -> tuple[KV, jax.Array]:
     """What a query at raster `place`, scalar or (B,), reads: (B, H, R, K), and which of it it sees, (1 or B, R)."""
-    seen_BR = slot_mask(cfg, kind, cache.k.shape[2], place)
+    seen_BR = slot_mask(cfg, kind, cache.k.shape[2], position)
     if kind != "column":
         return cache, seen_BR
-    first = place % cfg.grid * cfg.grid
+    first = position % cfg.grid * cfg.grid
 
     def column(x):
-        if not place.ndim:
+        if not position.ndim:
             return jax.lax.dynamic_slice_in_dim(x, first, cfg.grid, axis=2)
         return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, cfg.grid, axis=1))(x, first)
 
     return KV(column(cache.k), column(cache.v)), seen_BR
 
 
-def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, seen_CT: jax.Array | None = None) -> jax.Array:
+def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, text_mask_CT: jax.Array | None = None) -> jax.Array:
     """Captions among themselves, (C, T, H, K) each: position t sees itself and, of 0 to t, what is seen."""
     causal = jnp.tri(q.shape[1], dtype=bool)
     return attend_cached(
-        q, (), (to_cache_layout(k, v),), causal[None] if seen_CT is None else mask_padding(causal, seen_CT)
+        q,
+        (),
+        (to_cache_layout(k, v),),
+        causal[None] if text_mask_CT is None else mask_padding(causal, text_mask_CT),
     )
 
 
@@ -157,7 +162,7 @@ def attend_prefix(
     cfg: DalleConfig,
     kind: AttentionKind,
     text: tuple[KV, ...],
-    seen: tuple[jax.Array, ...],
+    text_mask: tuple[jax.Array, ...],
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -165,20 +170,20 @@ def attend_prefix(
     """The first P image tokens of each row, (B, P, H, K) each, over their captions and each other."""
     t, given = cfg.text_len, q.shape[1]
     mask = attention_mask(kind, t, cfg.grid, cfg.conv_kernel)[t : t + given, t : t + given]
-    return attend_cached(q, text, (to_cache_layout(k, v),), jnp.asarray(mask)[None], seen)
+    return attend_cached(q, text, (to_cache_layout(k, v),), jnp.asarray(mask)[None], text_mask)
 
 
 def attend_step(
     cfg: DalleConfig,
     kind: AttentionKind,
     cache: LayerCache,
-    new: tuple[jax.Array, jax.Array, jax.Array],
-    place: jax.Array,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    position: jax.Array,
 ) -> tuple[jax.Array, LayerCache]:
     """One token per row: `new` is its query, key and value, (B, 1, H, K) each. Returns (B, 1, H, K)."""
-    q, k, v = new
-    image = write_kv(cfg, kind, cache.image, to_cache_layout(k, v), place)
-    found, visible_BR = gather_window(cfg, kind, image, place)
+    q, k, v = qkv
+    image = write_kv(cfg, kind, cache.image, to_cache_layout(k, v), position)
+    found, visible_BR = gather_window(cfg, kind, image, position)
     y_BQHK = attend_cached(q, cache.text, (found,), visible_BR[:, None], cache.text_mask)
     return y_BQHK, cache._replace(image=image)
 
@@ -187,8 +192,8 @@ def attend_cached(
     q_BQHK: jax.Array,
     text: tuple[KV, ...],
     image: tuple[KV, ...],
-    visible_BQS: jax.Array,
-    seen: tuple[jax.Array, ...] = (),
+    mask_BQS: jax.Array,
+    text_mask: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
     """One softmax, in float32, over the text, all of it or what is seen, and what is visible of the parts of `image`,
     in their order.
@@ -198,14 +203,14 @@ def attend_cached(
     q_BHQK = (q_BQHK * (1.0 / math.sqrt(q_BQHK.shape[-1]))).swapaxes(1, 2)
     scores = [_scores(q_BHQK, part.k) for part in image]
     scores = scores[0] if len(image) == 1 else jnp.concatenate(scores, axis=-1)
-    scores = jnp.where(visible_BQS[:, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask_BQS[:, None], scores, jnp.finfo(jnp.float32).min)
     if text:
         if q_BHQK.shape[2] > 1:
             # Or XLA makes one product of this and the last on a GPU, for which it copies both caches side by side.
             q_BHQK = jax.lax.optimization_barrier(q_BHQK)
         parts = [_scores(q, kv.k) for q, kv in zip(_groups(q_BHQK, text), text, strict=True)]
-        if seen:
-            parts = [_hidden(part, seen_CT) for part, seen_CT in zip(parts, seen, strict=True)]
+        if text_mask:
+            parts = [_hidden(part, seen_CT) for part, seen_CT in zip(parts, text_mask, strict=True)]
         scores = jnp.concatenate([jnp.concatenate(parts), scores], axis=-1)
     att_BHQS = jax.nn.softmax(scores, axis=-1).astype(image[0].v.dtype)
     found, at = None, 0

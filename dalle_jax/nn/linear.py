@@ -36,20 +36,20 @@ _TILE = 64  # columns; of 128 XLA packs each tile again
 _JOINED = {"attn": (("q", "k", "v"),), "mlp": (("gate", "up"),)}  # by the part of a block that has them
 
 
-def quantize_kernels(params: Params, weights: Quantization) -> Params:
+def quantize_kernels(params: Params, quantization: Quantization) -> Params:
     """Every `kernel` in nested dicts, (..., D, F), in 8 bits, each column with the scale at which it just fits.
 
     Raises ValueError for an unknown kind.
     """
-    if weights not in typing.get_args(Quantization):
+    if quantization not in typing.get_args(Quantization):
         raise ValueError(
-            f"weights is {weights!r}; want one of {', '.join(typing.get_args(Quantization))}, or None for the compute dtype"
+            f"weights is {quantization!r}; want one of {', '.join(typing.get_args(Quantization))}, or None for the compute dtype"
         )
-    found = {k: quantize_kernels(v, weights) if isinstance(v, dict) else v for k, v in params.items()}
+    found = {k: quantize_kernels(v, quantization) if isinstance(v, dict) else v for k, v in params.items()}
     if (kernel := params.get("kernel")) is not None and not isinstance(kernel, dict):
-        dtype = jnp.float8_e4m3fn if weights == "fp8" else jnp.int8
+        dtype = jnp.float8_e4m3fn if quantization == "fp8" else jnp.int8
         values, scale = _rounded(kernel.astype(jnp.float32), dtype, axis=-2)
-        found |= {"kernel": values, "scale_w8a8" if weights == "w8a8" else "scale": scale.squeeze(-2)}
+        found |= {"kernel": values, "scale_w8a8" if quantization == "w8a8" else "scale": scale.squeeze(-2)}
     return found
 
 
@@ -107,25 +107,25 @@ def linear(p: Params, x: jax.Array, dtype: Any) -> jax.Array:
     return y + _lead(p["bias"].astype(dtype), y.ndim) if "bias" in p else y
 
 
-def matmul(p: Params, x: jax.Array, dtype: Any, *, out: Any = None) -> jax.Array:
+def matmul(p: Params, x: jax.Array, dtype: Any, *, out_dtype: Any = None) -> jax.Array:
     """x (..., D) times the matrix, in the compute dtype `dtype`, without the bias. Returns (..., F) in `out`, which
     is `dtype` where it is not given."""
-    out = dtype if out is None else out
+    out_dtype = dtype if out_dtype is None else out_dtype
     if "kernel_tiles" in p:
-        return _times_tiles(x.astype(dtype), p["kernel_tiles"].astype(dtype), out)
+        return _times_tiles(x.astype(dtype), p["kernel_tiles"].astype(dtype), out_dtype)
     kernel, axis = (p["kernel"], 0) if "kernel" in p else (p["kernel_t"], p["kernel_t"].ndim - 1)
     x = x.astype(dtype)
     if not any(name in p for name in _SCALES):
         # Sums of single rows on a GPU are taken in the dtype of the result: float32, as its matrix units have it.
-        y = _dot(x, kernel.astype(dtype), axis, out if axis == 0 else jnp.float32)
-        return y.astype(out)
+        y = _dot(x, kernel.astype(dtype), axis, out_dtype if axis == 0 else jnp.float32)
+        return y.astype(out_dtype)
     if "scale" in p:
         scale_F, y = p["scale"], _product(x, kernel, axis, dtype, jnp.float32)
     else:
         rounded, own = _rounded(x.astype(jnp.float32), jnp.int8, axis=-1)
         own = own.reshape(own.shape + (1,) * (kernel.ndim - 2))
         scale_F, y = p["scale_w8a8"], _product(rounded, kernel, axis, jnp.int8, jnp.int32) * own
-    return (y.astype(jnp.float32) * _lead(scale_F, y.ndim)).astype(out)
+    return (y.astype(jnp.float32) * _lead(scale_F, y.ndim)).astype(out_dtype)
 
 
 def _product(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any, sums: Any) -> jax.Array:

@@ -77,6 +77,6 @@ def attention_mask(kind: AttentionKind, text_len: int, grid: int, conv_kernel: i
     return mask
 
 
-def mask_padding(mask_TT: jax.Array, seen_BT: jax.Array) -> jax.Array:
+def mask_padding(mask_TT: jax.Array, key_mask_BT: jax.Array) -> jax.Array:
     """bool (B, T, T): `mask_TT` without the positions that nobody sees in a row, but that each sees itself."""
-    return (mask_TT[None] & seen_BT[:, None]) | jnp.eye(len(mask_TT), dtype=bool)[None]
+    return (mask_TT[None] & key_mask_BT[:, None]) | jnp.eye(len(mask_TT), dtype=bool)[None]

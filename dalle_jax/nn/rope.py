@@ -31,9 +31,9 @@ def axial_rope_table(text_len: int, grid: int, head_dim: int) -> np.ndarray:
     return turns
 
 
-def apply_rope(x_BTHK: jax.Array, turns_BT2R: jax.Array) -> jax.Array:
+def apply_rope(x_BTHK: jax.Array, rope_BT2R: jax.Array) -> jax.Array:
     """`x` turned, in float32, back in its dtype. turns: as `axial_rope_table` has them, the first axis B or 1."""
-    cos, sin = (turns_BT2R[:, :, None, i] for i in (0, 1))
+    cos, sin = (rope_BT2R[:, :, None, i] for i in (0, 1))
     pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)

@@ -51,13 +51,13 @@ def init(cfg: T5Config, vocab: int, key: jax.Array) -> Params:
     }
 
 
-def relative_position_buckets(length: int, count: int) -> np.ndarray:
+def relative_position_buckets(length: int, num_buckets: int) -> np.ndarray:
     """Which of `count` buckets the distance from query to key is in: int (length, length).
 
     The second half is for keys that come later. Of a half, half again are of one distance each, the others cut the
     distances up to FAR evenly by their logarithm.
     """
-    half, own = count // 2, count // 4
+    half, own = num_buckets // 2, num_buckets // 4
     distance = np.arange(length)[None] - np.arange(length)[:, None]
     far = np.maximum(np.abs(distance), own) / own
     shared = own + np.log(far) / math.log(MAX_DISTANCE / own) * (half - own)
@@ -67,12 +67,14 @@ def relative_position_buckets(length: int, count: int) -> np.ndarray:
     return np.where(distance > 0, half, 0) + np.where(np.abs(distance) < own, np.abs(distance), shared)
 
 
-def encode(cfg: T5Config, params: Params, ids_BT: jax.Array, seen_BT: jax.Array, dtype: Any) -> jax.Array:
+def encode(
+    cfg: T5Config, params: Params, ids_BT: jax.Array, text_mask_BT: jax.Array, dtype: Any
+) -> jax.Array:
     """What the encoder makes of pieces, (B, T, D) in `dtype`; positions look where `seen_BT` is True."""
     x_BTD = constrain(params["embed"][ids_BT], "batch", None, "embed").astype(dtype)
     table = jnp.asarray(relative_position_buckets(ids_BT.shape[1], cfg.num_relative_buckets))
     added_BHTS = jnp.moveaxis(params["relative"][table], -1, 0)[None]
-    added_BHTS = jnp.where(seen_BT[:, None, None], added_BHTS, jnp.finfo(jnp.float32).min)
+    added_BHTS = jnp.where(text_mask_BT[:, None, None], added_BHTS, jnp.finfo(jnp.float32).min)
 
     def attention_fn(q_BTHK, k_BSHK, v_BSHK):
         att_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
@@ -90,7 +92,7 @@ def encode(cfg: T5Config, params: Params, ids_BT: jax.Array, seen_BT: jax.Array,
     )
 
 
-def lengths(text_BT: jax.Array, vocab: int) -> jax.Array:
+def caption_lengths(text_BT: jax.Array, vocab: int) -> jax.Array:
     """Pieces of captions, and of null captions what their last id says (dalle/): int32 (B,)."""
     pieces_B = jnp.sum(text_BT < vocab, axis=1, dtype=jnp.int32)
     return jnp.where(pieces_B > 0, pieces_B, text_BT[:, -1] - vocab + 1)
@@ -106,7 +108,7 @@ def encode_captions(
     has its end. Of a null caption only the length counts.
     """
     length = text_BT.shape[1]
-    place_T, pieces_B1 = jnp.arange(length), lengths(text_BT, vocab)[:, None]
+    place_T, pieces_B1 = jnp.arange(length), caption_lengths(text_BT, vocab)[:, None]
     cut_B = text_BT[:, -1] < vocab
     ids_BT = text_BT.at[:, -1].set(jnp.where(cut_B, cfg.eos_id, text_BT[:, -1]))
     x_BTD = encode(cfg, params, jnp.minimum(ids_BT, vocab - 1), place_T[None] < pieces_B1, dtype)

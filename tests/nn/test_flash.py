@@ -53,7 +53,7 @@ def assert_same_attention(got, want):
 @pytest.mark.parametrize("number", range(4), ids=KINDS)
 def test_splash_is_dense(number):
     """Output and the gradients of queries, keys and values; the kernel is interpreted here."""
-    got = output_and_gradients(lambda q, k, v: flash.splash(q, k, v, MASKS[number : number + 1], 0))
+    got = output_and_gradients(lambda q, k, v: flash.splash_attention(q, k, v, MASKS[number : number + 1], 0))
     want = output_and_gradients(lambda q, k, v: dense_attention(q, k, v, jnp.asarray(MASKS[number])))
     assert_same_attention(got, want)
 
@@ -62,7 +62,7 @@ def test_one_wrong_pair_of_the_mask_exceeds_the_attention_bounds():
     """In the output and in each gradient by itself."""
     wrong = MASKS[0].copy()
     wrong[100, 50] = False
-    got = output_and_gradients(lambda q, k, v: flash.splash(q, k, v, wrong[None], 0))
+    got = output_and_gradients(lambda q, k, v: flash.splash_attention(q, k, v, wrong[None], 0))
     want = output_and_gradients(lambda q, k, v: dense_attention(q, k, v, jnp.asarray(MASKS[0])))
     for pair in zip(got, want, strict=True):
         with pytest.raises(AssertionError, match="Not equal to tolerance"):
@@ -166,10 +166,10 @@ def test_choice(monkeypatch):
     sparse = ("row", "conv")
     assert flash.select_kernel("auto", sparse, 1280, "bfloat16") == "dense"  # this is a CPU
     assert flash.select_kernel("splash", sparse, 1280, "bfloat16") == "splash"
-    monkeypatch.setattr(flash, "platform", lambda: "tpu")
+    monkeypatch.setattr(flash, "mesh_platform", lambda: "tpu")
     assert flash.select_kernel("auto", sparse, 1280, "bfloat16") == "splash"
     assert flash.select_kernel("auto", sparse, 20, "bfloat16") == "dense"
-    monkeypatch.setattr(flash, "platform", lambda: "gpu")
+    monkeypatch.setattr(flash, "mesh_platform", lambda: "gpu")
     assert flash.select_kernel("auto", sparse, 1280, "bfloat16") == "dense"
     assert flash.select_kernel("auto", ("full",), 1280, "float32") == "dense"
     assert flash.select_kernel("auto", ("full", "full"), 1280, "bfloat16") == "cudnn"
@@ -245,7 +245,7 @@ def test_loss_in_groups_by_hand():
     kernel = np.array([[1.0, 2.0, 3.0], [0.0, 0.5, 1.0]], np.float32)
     want = np.mean([np.log(np.exp([1, 2, 3]).sum()) - 1, np.log(np.exp([0, 1, 2]).sum()) - 2])
     for chunk in (0, 1, 2):
-        got = cross_entropy(x, kernel, jnp.array([[0, 2]]), dtype="float32", chunk=chunk)
+        got = cross_entropy(x, kernel, jnp.array([[0, 2]]), dtype="float32", vocab_chunk=chunk)
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
@@ -255,7 +255,7 @@ def test_scores_never_exist_whole():
 
     def format_report(chunk):
         def value(x, kernel):
-            return cross_entropy(x, kernel, ids, dtype="float32", chunk=chunk)
+            return cross_entropy(x, kernel, ids, dtype="float32", vocab_chunk=chunk)
 
         ids = jnp.zeros((rows, tokens), jnp.int32)
         x, kernel = jnp.zeros((rows, tokens, width)), jnp.zeros((width, vocab))

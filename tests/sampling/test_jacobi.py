@@ -160,7 +160,7 @@ def test_no_slot_is_written_twice(kind):
     """The order of two writes to one slot is anybody's: of more tokens than a ring holds the newest alone are kept."""
     size = cache.cache_size(CFG, kind)
     place, count = jnp.array([0, 3, 5]), jnp.array([10, 0, 4])
-    for row, at in enumerate(np.asarray(drafts._targets(CFG, kind, size, place, count, 10))):
+    for row, at in enumerate(np.asarray(drafts._commit_slots(CFG, kind, size, place, count, 10))):
         kept = at[at < size]
         assert len(set(kept)) == len(kept) == min(count[row], size)
         newest = np.arange(10)[: count[row]][-size:]

@@ -130,7 +130,7 @@ def resize_cache(cfg: DalleConfig, cache: DalleCache, size: int) -> DalleCache:
     """
     size = min(size + cfg.shift_masks, cfg.num_codes)
     return tuple(
-        layer._replace(image=kv.resize(cfg, kind, layer.image, size))
+        layer._replace(image=kv.resize_kv(cfg, kind, layer.image, size))
         for layer, kind in zip(cache, cfg.layer_kinds, strict=True)
     )
 

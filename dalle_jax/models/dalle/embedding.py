@@ -44,7 +44,7 @@ def null_texts(cfg: DalleConfig, text_BT: jax.Array) -> jax.Array:
     null_BT = jnp.broadcast_to(null_text(cfg), text_BT.shape)
     if cfg.text_encoder is None:
         return null_BT
-    return jnp.minimum(null_BT, cfg.text_vocab + t5.lengths(text_BT, cfg.text_vocab)[:, None] - 1)
+    return jnp.minimum(null_BT, cfg.text_vocab + t5.caption_lengths(text_BT, cfg.text_vocab)[:, None] - 1)
 
 
 def map_pad_ids(cfg: DalleConfig, text_BT: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ def norm_out(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
 
 def apply_head(cfg: DalleConfig, params: Params, name: str, x_BTD: jax.Array) -> jax.Array:
     """Products in the compute dtype, sums and result in float32."""
-    y_BTV = matmul(params[name], x_BTD, cfg.dtype, out=jnp.float32)
+    y_BTV = matmul(params[name], x_BTD, cfg.dtype, out_dtype=jnp.float32)
     if cfg.head_bias:
         y_BTV = y_BTV + params[name]["bias"][None, None]
     return constrain(y_BTV, "batch", None, "vocab")

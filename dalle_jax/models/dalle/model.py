@@ -111,10 +111,10 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
                         q, k, v, mask if seen_BT is None else mask_padding(mask, seen_BS)
                     ), None
                 case "splash":
-                    return flash.splash(q, k, v, masks, index), None
+                    return flash.splash_attention(q, k, v, masks, index), None
                 case "cudnn":
                     mask = None if set(cfg.layer_kinds) == {"full"} else jnp.asarray(masks)[index]
-                    return flash.cudnn(q, k, v, mask), None
+                    return flash.cudnn_attention(q, k, v, mask), None
 
         return block.apply({"params": layer_params}, x_BSD, attention_fn=attention_fn, rope=rope)[0]
 
@@ -187,7 +187,7 @@ def loss(
             ids_BT,
             bias_V=head.get("bias"),
             dtype=cfg.dtype,
-            chunk=cfg.loss_vocab_chunk,
+            vocab_chunk=cfg.loss_vocab_chunk,
         )
 
     text_loss = jnp.float32(0)
