@@ -13,7 +13,7 @@ PACKAGE = Path(dalle_jax.__file__).parent
 
 # Subpackages from the lowest to the highest; each may import itself and those before it.
 ORDER = (
-    "typing", "config", "text", "parallel", "nn", "models", "data", "sampling", "importers", "checkpoint", "train",
+    "typing", "files", "config", "text", "parallel", "nn", "models", "data", "sampling", "importers", "checkpoint", "train",
     "aot", "pipelines", "evaluate", "cli", "__main__",
 )  # fmt: skip
 MAY_IMPORT = {"__init__": set(), **{room: set(ORDER[:i]) for i, room in enumerate(ORDER)}}

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from dalle_jax.checkpoint.run_dir import PARAMS_FILE, Run, save_frozen, shapes_by_name, write_atomically
+from dalle_jax.checkpoint.run_dir import PARAMS_FILE, Run, save_frozen, shapes_by_name
 from dalle_jax.config import TrainConfig, to_json
+from dalle_jax.files.atomic import atomic_path, write_atomic
 from dalle_jax.importers.formats import safetensors
 from dalle_jax.importers.tensors import ImportedRun, LazyModel, iter_param_chunks
 
@@ -30,8 +30,7 @@ def write_imported_run(
     that comes without. Raises ValueError naming the tensor that does not fit or is not finite; then, and for a disk
     that is full, nothing is left at `out`.
     """
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(out) as beside:
         count = _write_model(imported.model, beside, source, progress)
         if imported.tokenizer is not None:
             _write_model(imported.tokenizer, beside / "tokenizer", source, progress)
@@ -42,15 +41,6 @@ def write_imported_run(
                 (shutil.copytree if content.is_dir() else shutil.copyfile)(content, beside / name)
             else:
                 (beside / name).write_text(content, encoding="utf-8")
-        if out.is_dir():
-            out.rmdir()
-        os.replace(beside, out)
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"cannot write --out {out}: {error.strerror or error}; choose another --out") from error
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return count
 
 
@@ -77,5 +67,5 @@ def _write_model(
     safetensors.write_safetensors_parts(
         out / PARAMS_FILE, entries, parts, {"format": "dalle_jax", "step": "0"}
     )
-    write_atomically(out / "config.json", to_json(TrainConfig(model=model.config)))
+    write_atomic(out / "config.json", to_json(TrainConfig(model=model.config)))
     return count

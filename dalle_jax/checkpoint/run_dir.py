@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import runpy
 import traceback
 from collections.abc import Iterator
@@ -43,6 +42,7 @@ from dalle_jax.config import (
     from_json,
     to_json,
 )
+from dalle_jax.files.atomic import write_atomic
 from dalle_jax.importers.formats import safetensors
 from dalle_jax.models import autoregressive, clip, tokenizer
 from dalle_jax.models.diffusion import unet
@@ -120,21 +120,6 @@ def read_config(path: str | Path) -> TrainConfig:
         raise ValueError(f"{file} is not a configuration of this version: {error}") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside `path`, then renames: at every moment the old text or the new one is there, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # so does a file system that is read only with what is not there
-            beside.unlink()
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def open_run_dir(config: TrainConfig) -> Path:
     """The run directory of `config`, made or checked to be this run's.
 
@@ -179,7 +164,7 @@ def open_run_dir(config: TrainConfig) -> Path:
         )
         text = to_json(dataclasses.replace(config, distributed=alone))
         if not file.exists() or file.read_text(encoding="utf-8") != text:
-            write_atomically(file, text)
+            write_atomic(file, text)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("open_run_dir")
         if not remote_dir.is_url(config.run) and not file.exists():
@@ -391,7 +376,7 @@ def save_frozen(path: Path, run: Run) -> None:
     """
     path.mkdir(parents=True, exist_ok=True)
     write_params(path / PARAMS_FILE, run.params, run.step)
-    write_atomically(path / "config.json", to_json(run.config))
+    write_atomic(path / "config.json", to_json(run.config))
 
 
 def load_frozen(path: Path) -> tuple[ModelConfig, Params, str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ from dalle_jax.data import images
 from dalle_jax.data.codes import EVAL, is_complete
 from dalle_jax.data.images import to_float, to_uint8
 from dalle_jax.data.sources import infer_source, open_source
+from dalle_jax.files.archives import read_npz
+from dalle_jax.files.atomic import write_npz
 from dalle_jax.parallel.processes import process_share
 from dalle_jax.pipelines import (
     IMAGE_BATCH,
@@ -48,7 +48,7 @@ def encode(args: Encode) -> dict[str, Any]:
     tokenizer, out = load_image_tokenizer(args.run), output.file(args.out)
     codes = _encode_files(tokenizer, args.images, ProgressPrinter("rows"))
     made_by = np.array(tokenizer.fingerprint)
-    output.save_npz(out, codes=codes, names=np.array(args.images), tokenizer=made_by)
+    write_npz(out, codes=codes, names=np.array(args.images), tokenizer=made_by)
     print(
         f"{codes.shape[0]} x {codes.shape[1]} codes in {out}; next: dalle-jax decode {args.run} {out} --out DIR"
     )
@@ -139,7 +139,7 @@ def decode(args: Decode) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{args.codes}: {error}") from None
     if to_file:
-        output.save_npz(out, images=pictures)
+        write_npz(out, images=pictures)
     else:
         for i, picture in enumerate(to_uint8(pictures)):
             images.save_png(out / f"{i:05d}.png", picture)
@@ -161,26 +161,10 @@ def _about(tokenizer: ImageTokenizer) -> dict[str, Any]:
 def _read_codes(path: str) -> tuple[np.ndarray, str | None]:
     """The array `codes` of an npz file, and the fingerprint of the tokenizer that made them if it is told."""
     want = "want an npz file with an array `codes`, as `dalle-jax encode` writes it"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; {want}")
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.ndarray):
-            raise ValueError(f"{path} is a single array; {want}")
-        with arrays:
-            if "codes" not in arrays.files:
-                raise ValueError(
-                    f"{path} has no array `codes`, it has {', '.join(arrays.files) or 'none'}; {want}"
-                )
-            made_by = str(arrays["tokenizer"]) if "tokenizer" in arrays.files else None
-            return arrays["codes"], made_by
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole npz file ({error}); {want}") from None
-    except ValueError as error:
-        if str(error).startswith(path):
-            raise
-        # NumPy's own words advise to load what it takes for a pickle without its checks: not told.
-        raise ValueError(f"{path} is not an npz file of numbers; {want}") from None
+    arrays = read_npz(path, want)
+    if "codes" not in arrays:
+        raise ValueError(f"{path} has no array `codes`, it has {', '.join(arrays) or 'none'}; {want}")
+    return arrays["codes"], str(arrays["tokenizer"]) if "tokenizer" in arrays else None
 
 
 def resolve_config(path: str) -> TrainConfig:

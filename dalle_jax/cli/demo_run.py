@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dalle_jax.checkpoint.run_dir import write_atomically
 from dalle_jax.config import (
     DalleConfig,
     DataConfig,
@@ -39,6 +38,7 @@ from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.scenes.captions import Caption
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import metrics
+from dalle_jax.files.atomic import write_atomic
 from dalle_jax.pipelines import (
     ImageTokenizer,
     ProgressPrinter,
@@ -297,7 +297,7 @@ class _Book:
 
     def put(self, **values: Any) -> None:
         self.results |= values
-        write_atomically(self._path, json.dumps(self.results, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(self._path, json.dumps(self.results, indent=2, ensure_ascii=False) + "\n")
 
     def timed(self, stage: str, afresh: bool = False) -> _Timed:
         return _Timed(self, stage, afresh)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from dalle_jax.checkpoint.run_dir import PARAMS_FILE, load_run, write_atomically, write_params
+from dalle_jax.checkpoint.run_dir import PARAMS_FILE, load_run, write_params
 from dalle_jax.cli.output import new_directory
 from dalle_jax.cli.verbs import Export
 from dalle_jax.config import to_json
+from dalle_jax.files.atomic import write_atomic
 
 
 def export(args: Export) -> dict[str, Any]:
@@ -24,6 +25,6 @@ def export(args: Export) -> dict[str, Any]:
     except OSError as error:
         raise OSError(f"cannot write --out {out}: {error.strerror or error}; choose another --out") from error
     count = write_params(out / PARAMS_FILE, run.params, run.step)
-    write_atomically(out / "config.json", to_json(run.config))  # last: a directory that has it is whole
+    write_atomic(out / "config.json", to_json(run.config))  # last: a directory that has it is whole
     print(f"{count:,} parameters of step {run.step} in {out / PARAMS_FILE}; use {out} like a run")
     return {"run": str(out), "weights": str(out / PARAMS_FILE), "parameters": count, "step": run.step}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
-
-import numpy as np
 
 
 def directory(path: str) -> Path:
@@ -45,16 +42,3 @@ def _try(folder: Path, path: str) -> None:
         raise OSError(
             f"cannot write --out {path}: {error.strerror or error}; choose another --out"
         ) from error
-
-
-def save_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Writes an npz file beside its place, then renames it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as out:
-            np.savez(out, **arrays)
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error

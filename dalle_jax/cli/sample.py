@@ -14,6 +14,7 @@ from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
 from dalle_jax.cli.sample_file import CaptionRequest
 from dalle_jax.cli.verbs import Sample
 from dalle_jax.data import images
+from dalle_jax.files.atomic import write_npz
 from dalle_jax.pipelines import (
     ProgressPrinter,
     SamplingConfig,
@@ -188,7 +189,7 @@ def _save_all(
     """grid.png and codes.npz."""
     _save_grid(out, pictures, labels, columns)
     made_by = np.array(model.tokenizer.fingerprint)
-    output.save_npz(out / "codes.npz", codes=codes, names=np.array(names), tokenizer=made_by)
+    write_npz(out / "codes.npz", codes=codes, names=np.array(names), tokenizer=made_by)
 
 
 def _save_grid(out: Path, pictures: np.ndarray, labels: list[str], columns: int) -> None:

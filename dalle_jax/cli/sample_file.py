@@ -25,6 +25,7 @@ from dalle_jax.cli import output
 from dalle_jax.cli.verbs import Sample
 from dalle_jax.data import images
 from dalle_jax.data.images import to_uint8
+from dalle_jax.files.atomic import write_npz
 from dalle_jax.pipelines import (
     ProgressPrinter,
     SamplingConfig,
@@ -264,7 +265,7 @@ GRID_MOST = 64  # pictures in one grid
 def _end(args, out, wanted, codes, manifest, model) -> dict[str, Any]:
     names = [p.file for p in wanted]
     made_by = np.array(model.tokenizer.fingerprint)
-    output.save_npz(out / "codes.npz", codes=codes, names=np.array(names), tokenizer=made_by)
+    write_npz(out / "codes.npz", codes=codes, names=np.array(names), tokenizer=made_by)
     os.unlink(out / "codes.npy")
     result = {"run": str(model.run.path), "step": model.run.step, "grid": None}
     if len(wanted) <= GRID_MOST:

@@ -22,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from dalle_jax import config
 from dalle_jax.data.sources import Captions, Split
+from dalle_jax.files.atomic import atomic_path, write_atomic
 
 _FORMAT = 2
 _ABOUT = "codes.json"
@@ -85,9 +86,7 @@ def open_codes_dir(directory: str | os.PathLike, info: CodesInfo) -> None:
                 f"{directory} is not empty and holds no codes, but {', '.join(found[:5])}; choose another --out"
             )
         if not found:
-            part = about.with_name(f".{_ABOUT}.{os.getpid()}")
-            part.write_text(json.dumps(_plain(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(part, about)
+            write_atomic(about, json.dumps(_plain(info), indent=2, ensure_ascii=False) + "\n")
     have, want = _plain(read_codes_info(directory)), _plain(info)
     if differing := [f"{n} {have[n]!r} there, {want[n]!r} now" for n in want if have[n] != want[n]]:
         raise ValueError(
@@ -133,12 +132,12 @@ class ShardWriter:
         self._path = _path(Path(directory), info, k)
         for left in self._path.parent.glob(f".{self._path.name}.*"):  # of a process that was killed
             left.unlink(missing_ok=True)
-        self._part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self._file = atomic_path(self._path)
         self._dtype = _dtype(info.vocab)
 
     def __enter__(self) -> ShardWriter:
         # A record for itself each, as random access wants it; codes hardly compress.
-        self._writer = ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
+        self._writer = ArrayRecordWriter(str(self._file.__enter__()), "group_size:1,uncompressed")
         return self
 
     def add(self, codes: np.ndarray, captions: Captions, label: int | None) -> None:
@@ -153,16 +152,13 @@ class ShardWriter:
         self._writer.write(codes.astype(self._dtype).tobytes() + said.encode("utf-8", "replace"))
         self._added += 1
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self._writer.close()
-        if kind is None and self._added == len(self._rows):
-            with open(self._part, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(self._part, self._path)
-            return
-        self._part.unlink(missing_ok=True)
-        if kind is None:
-            raise ValueError(f"{self._added} rows for {self._path.name}; want {len(self._rows)}")
+        if kind is None and self._added < len(self._rows):
+            error = ValueError(f"{self._added} rows for {self._path.name}; want {len(self._rows)}")
+        self._file.__exit__(None if error is None else type(error), error, traceback)
+        if kind is None and error is not None:
+            raise error
 
 
 class CodesDataset:

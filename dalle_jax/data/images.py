@@ -6,7 +6,6 @@ it moves. H W picture, N pictures.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
@@ -20,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from dalle_jax.files.atomic import write_atomic
 
 Crop = Literal["none", "center", "random", "narrow"]
 
@@ -269,16 +270,7 @@ def encode_png(picture: np.ndarray | Image.Image) -> bytes:
 
 def save_png(path: str | os.PathLike, picture: np.ndarray | Image.Image) -> None:
     """Writes a PNG file, whole or not at all; folders are made."""
-    data, path = encode_png(picture), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    write_atomic(path, encode_png(picture), sync=False)  # it can be made again
 
 
 def image_grid(

@@ -21,7 +21,7 @@ from dalle_jax.data.images import decode_image, encode_png, to_float, to_uint8
 from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.sources import Dataset, open_source
 from dalle_jax.evaluate import metrics
-from dalle_jax.evaluate.npz_files import read_npz
+from dalle_jax.files.archives import read_npz
 from dalle_jax.pipelines import ImageTokenizer, ProgressFn, SamplingConfig, decode_codes, encode_images
 from dalle_jax.pipelines.diffusion import DiffusionSamplingConfig
 from dalle_jax.typing import Params

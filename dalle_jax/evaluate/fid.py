@@ -11,17 +11,14 @@ N rows, D features.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import zipfile
-import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dalle_jax.importers.formats.zips import check_inflated_size
+from dalle_jax.files.archives import read_npz
+from dalle_jax.files.atomic import write_npz
 
 _FORMAT = 1
 
@@ -114,13 +111,7 @@ def save_reference(path: str | os.PathLike, found: FeatureStats, settings: FIDSe
     settings, the number of pictures, a hash of all of it)."""
     about = {"format": _FORMAT, "count": found.count, **settings._asdict()}
     about["hash"] = _hash(found, about)
-    out = io.BytesIO()
-    np.savez(out, mean=found.mean_D, scatter=found.scatter_DD, about=np.array(json.dumps(about)))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(out.getbuffer())
-    os.replace(part, path)
+    write_npz(path, mean=found.mean_D, scatter=found.scatter_DD, about=np.array(json.dumps(about)))
 
 
 def load_reference(path: str | os.PathLike, settings: FIDSettings) -> FeatureStats:
@@ -130,19 +121,13 @@ def load_reference(path: str | os.PathLike, settings: FIDSettings) -> FeatureSta
     settings (naming them), or of fewer than two pictures.
     """
     again = "make it again with `dalle-jax evaluate RUN --fid-weights PATH --fid-save STATS`"
+    arrays = read_npz(path, again)
     try:
-        check_inflated_size(Path(path))
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            found = FeatureStats(int(about["count"]), file["mean"], file["scatter"])
+        about = json.loads(str(arrays["about"]))
+        found = FeatureStats(int(about["count"]), arrays["mean"], arrays["scatter"])
         same = about.pop("hash") == _hash(found, about)
         saved = FIDSettings(*(about[name] for name in FIDSettings._fields))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no reference statistics {path}; {again}") from None
-    except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile,
-        zlib.error,
-    ) as error:  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole file of reference statistics ({error}); {again}") from None
     if not same:
         raise ValueError(f"{path} is not what was written: its hash differs; {again}")

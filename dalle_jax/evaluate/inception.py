@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dalle_jax.evaluate.npz_files import read_npz
+from dalle_jax.files.archives import read_npz
 from dalle_jax.importers.inception import CLASSES, CLASSIFIER, PREFIX, read_inception
 from dalle_jax.typing import Params
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle_jax.files.archives import read_npz
 from dalle_jax.typing import Params
 
 # Convolutions: (kernel side, inputs, outputs, stride, padding, pool before, compared afterwards)
@@ -49,14 +50,8 @@ def load_lpips(path: str | Path) -> Params:
     Raises FileNotFoundError, or ValueError that names the array that is missing, unknown, of another shape or not
     finite.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; want an npz file with the weights of LPIPS")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name], np.float32) for name in file.files}
-    except Exception as error:
-        raise ValueError(f"{path} is not a whole npz file ({error}); want the weights of LPIPS") from None
+    found = read_npz(path, "want the weights of LPIPS")
+    arrays = {name: np.asarray(array, np.float32) for name, array in found.items()}
     net, layers = ("VGG16_0", _VGG16) if "VGG16_0.Conv_0.kernel" in arrays else ("AlexNet_0", _ALEXNET)
     want: dict[str, tuple[str, str, tuple[int, ...]]] = {}
     heads = [layer[2] for layer in layers if layer[6]]

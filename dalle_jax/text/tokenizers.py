@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from dalle_jax.files.atomic import write_atomic
 from dalle_jax.text import bart, byte_bpe, char_bpe, class_labels
 from dalle_jax.text import t5 as t5_text
 from dalle_jax.text.bart import BartTokenizer
@@ -62,7 +63,7 @@ def train_text_tokenizer(
         if model is None and (most := re.search(r"value <= (\d+)", error)):
             model, error = _train(lines, int(most[1]), coverage, rule)
         if model is not None:
-            _write(Path(path), model)
+            write_atomic(path, model)
             return
     if least := re.search(r"required_chars\. \d+ vs (\d+)", error):
         raise ValueError(
@@ -109,7 +110,7 @@ class TextTokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the vocabulary to `path` as one file, whole or not at all."""
-        _write(Path(path), self._pieces.serialized())
+        write_atomic(path, self._pieces.serialized())
 
     def __reduce__(self):
         return type(self), (self._pieces.serialized(),)
@@ -327,10 +328,3 @@ def _spm(
     except (RuntimeError, ValueError) as error:
         return None, str(error)
     return out.getvalue(), ""
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(data)
-    os.replace(part, path)

@@ -20,6 +20,7 @@ from dalle_jax.checkpoint.remote_dir import local_dir
 from dalle_jax.checkpoint.run_dir import MODEL_SUBTREE, load_run, read_config
 from dalle_jax.config import TrainConfig, TransformerConfig
 from dalle_jax.data.sources import infer_source
+from dalle_jax.files.atomic import write_atomic
 from dalle_jax.parallel.sharding import path_name
 from dalle_jax.train.state import TrainState
 
@@ -92,9 +93,7 @@ def copy_vocabulary(config: TrainConfig, to: Path) -> bool:
         or not (there := local_dir(config.init_from) / "text_tokenizer.model").is_file()
     ):
         return False
-    part = to.with_name(f".{to.name}.part")
-    shutil.copyfile(there, part)
-    part.replace(to)
+    write_atomic(to, there.read_bytes())
     return True
 
 

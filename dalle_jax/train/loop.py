@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from dalle_jax.checkpoint.lock import run_lock
 from dalle_jax.checkpoint.manager import CheckpointManager
 from dalle_jax.checkpoint.run_dir import model_kind, opened_run_dir, sync_run_dir
 from dalle_jax.config import TrainConfig
+from dalle_jax.data.images import save_png
 from dalle_jax.parallel.devices import peak_flops
 from dalle_jax.parallel.preemption import Watchdog, preemption_signals
 from dalle_jax.parallel.processes import device_put_global, local_rows, make_global_batch
@@ -339,14 +339,7 @@ class _Training:
         if not self.first_process:
             return
         path = self.run_dir / "samples" / f"step_{done:08d}.png"
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(exist_ok=True)
-            picture.save(beside, format="PNG")
-            os.replace(beside, path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        save_png(path, picture)
         self.log.image(done, "samples", np.asarray(picture.convert("RGB")))
 
     def _save(self, state: TrainState, done: int) -> None:

@@ -21,7 +21,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dalle_jax.checkpoint.run_dir import write_atomically
+from dalle_jax.files.atomic import write_atomic
 
 _FLUSH_SECONDS = 5.0  # between flushes of the TensorBoard file; each waits for the disk
 _LINE_SECONDS = 10.0  # between lines where standard error is not a terminal
@@ -63,7 +63,7 @@ class MetricsLog:
         rows = read_metrics(self.path)
         kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
         if self.path.exists() and self.path.read_text(encoding="utf-8") != kept:
-            write_atomically(self.path, kept)
+            write_atomic(self.path, kept)
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed by close()
         events = run / "events"
         events.mkdir(exist_ok=True)

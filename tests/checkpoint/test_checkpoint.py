@@ -165,7 +165,8 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from conftest import FakeTask, tiny_config
-from dalle_jax.train import command, loop
+from dalle_jax.cli import train as command
+from dalle_jax.train import loop
 rare = {"log_every": 100, "eval_every": 100, "sample_every": 100, "save_every": 2}
 config = tiny_config(sys.argv[2], steps=4, **rare)
 loop.train(config, FakeTask(config))

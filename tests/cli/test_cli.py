@@ -828,8 +828,8 @@ def test_codes_of_another_tokenizer_are_refused_by_training_and_told_by_decode(m
         ({"codes": np.zeros(64, int)}, "codes are int64 (64,)"),
         ({"tokens": np.zeros((2, 64), int)}, "has no array `codes`, it has tokens"),
         ({"codes": np.array([[{}]])}, "is not an npz file of numbers"),
-        ("text", "is not an npz file of numbers"),
-        ("npy", "is a single array; want an npz file"),
+        ("text", "is not a whole npz file"),
+        ("npy", "is not a whole npz file (File is not a zip file); want an npz file"),
         ("cut", "is not a whole npz file"),
         ("missing", "no file"),
     ],
@@ -963,7 +963,7 @@ def test_evaluate_a_transformer_by_fid(made, colours, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--fid-weights", "absent.npz"), "no weights absent.npz"),
+        (("--fid-weights", "absent.npz"), "no file absent.npz"),
         (("--fid-save", "x.npz"), "--fid-reference and --fid-save need --fid-weights"),
         (("--fid-weights", "w", "--fid-save", "x", "--fid-reference", "y"), "want one"),
         (("--fid-weights", "w.npz", "--count", 1), "want at least 2 pictures for a FID"),
@@ -1135,7 +1135,7 @@ def test_evaluate_by_a_classifier(made, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--classifier", "absent.npz"), "no weights absent.npz"),
+        (("--classifier", "absent.npz"), "no file absent.npz"),
         (("--classifier", "{made}/dvae/config.json"), "not a whole npz file"),
     ],
 )

@@ -91,9 +91,7 @@ def test_pictures_of_another_side_are_resized(judge):
 
 def test_weights_that_are_no_such_network_are_refused(tmp_path):
     path = tmp_path / "w.npz"
-    with pytest.raises(
-        FileNotFoundError, match=r"no weights .*w\.npz; want the npz file of a residual network"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no file .*w\.npz; want the npz file of a residual network"):
         classifier.load_classifier(path)
     path.write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="not a whole npz file"):

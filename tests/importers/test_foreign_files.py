@@ -18,9 +18,10 @@ import pytest
 from dalle_jax import cli
 from dalle_jax.checkpoint.run_dir import shapes_by_name
 from dalle_jax.config import DVAEConfig
-from dalle_jax.evaluate.npz_files import read_npz
+from dalle_jax.files import archives
+from dalle_jax.files.archives import read_npz
 from dalle_jax.importers import openai_dvae
-from dalle_jax.importers.formats import flax_files, safetensors, torch_files, zips
+from dalle_jax.importers.formats import flax_files, safetensors, torch_files
 from dalle_jax.importers.formats.files import read_tensors
 
 STORAGES = {
@@ -482,7 +483,7 @@ def test_entries_of_a_zip_are_there_once_and_of_bounded_size(tmp_path, monkeypat
         read_tensors(tmp_path / "x.pt")
     np.savez_compressed(tmp_path / "x.npz", w=np.zeros(100_000, np.float32))
     assert read_npz(tmp_path / "x.npz", "want weights")["w"].shape == (100_000,)
-    monkeypatch.setattr(zips, "_INFLATED", (1 << 16, 16))
+    monkeypatch.setattr(archives, "_MAX_INFLATED", 1 << 16)
     with pytest.raises(
         ValueError, match=r"Expected at most \d+ bytes when inflated, got 400128\); want weights"
     ):

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 
 from dalle_jax import config
 from dalle_jax.data.sources.dataset import Captions, Split, StoredDataset, class_captions, local_path
+from dalle_jax.files.archives import list_npz, read_npz
 
 
 class ArrayDataset(StoredDataset):
@@ -22,19 +21,18 @@ class ArrayDataset(StoredDataset):
         super().__init__(0.0, languages)
         self._config = source
         self._split = name = source.train_split if split == "train" else source.eval_split
-        try:
-            with np.load(local_path(source.path), allow_pickle=False) as file:
-                x = next((k for k in (f"{name}_x", f"x_{name}") if k in file.files), None)
-                y = next((k for k in (f"{name}_y", f"y_{name}") if k in file.files), None)
-                if x is None:
-                    raise ValueError(f"no array {name}_x or x_{name}, it has {', '.join(file.files)}")
-                self._images = file[x]
-                labels = None if y is None else file[y].reshape(-1)
-                names = [str(n) for n in file["label_names"]] if "label_names" in file.files else []
-        except FileNotFoundError:
-            raise FileNotFoundError(f"data.source.path: no file {source.path!r}; want an npz file") from None
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"data.source.path: {source.path} cannot be used: {error}") from None
+        path, hint = local_path(source.path), "set data.source.path to an npz file"
+        arrays = list_npz(path, hint)
+        x = next((k for k in (f"{name}_x", f"x_{name}") if k in arrays), None)
+        y = next((k for k in (f"{name}_y", f"y_{name}") if k in arrays), None)
+        if x is None:
+            raise ValueError(
+                f"{source.path} has no array {name}_x or x_{name}, it has {', '.join(arrays)}; {hint}"
+            )
+        found = read_npz(path, hint, (x, y, "label_names"))
+        self._images = found[x]
+        labels = None if y is None else found[y].reshape(-1)
+        names = [str(n) for n in found.get("label_names", ())]
         shape = self._images.shape
         if (
             self._images.dtype != np.uint8

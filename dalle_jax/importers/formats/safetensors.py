@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dalle_jax.files.atomic import atomic_path
 from dalle_jax.importers.tensors import Tensor, Tensors, check_tensor_name
 
 _DTYPES = {
@@ -58,24 +58,15 @@ def write_safetensors_parts(
         place = end
     header = json.dumps(table).encode()
     header += b" " * (-len(header) % 8)  # arrays begin at a multiple of 8
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for name, (dtype, _) in entries.items():
-                for piece in parts(name):
-                    if piece.dtype != dtype:
-                        raise ValueError(f"array {name} is made of {piece.dtype}; want {np.dtype(dtype)}")
-                    file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
-                if file.tell() != 8 + len(header) + table[name]["data_offsets"][1]:
-                    raise ValueError(f"array {name} is made of pieces that do not fill it")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as beside, open(beside, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, (dtype, _) in entries.items():
+            for piece in parts(name):
+                if piece.dtype != dtype:
+                    raise ValueError(f"array {name} is made of {piece.dtype}; want {np.dtype(dtype)}")
+                file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+            if file.tell() != 8 + len(header) + table[name]["data_offsets"][1]:
+                raise ValueError(f"array {name} is made of pieces that do not fill it")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from dalle_jax.files.archives import read_zip_directory
 from dalle_jax.importers.formats import pickles
 from dalle_jax.importers.formats.pickles import Name, Object
-from dalle_jax.importers.formats.zips import read_directory
 from dalle_jax.importers.tensors import Tensor, Tensors, check_tensor_name
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -69,7 +69,7 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The tree, and where the bytes of each storage begin and how many they are."""
     places = {}
     try:
-        entries = read_directory(path)
+        entries = read_zip_directory(path)
         roots = [n[: -len("data.pkl")] for n in entries if n.count("/") <= 1 and n.endswith("data.pkl")]
         if len(roots) != 1:
             raise ValueError(f"{path} is a zip file without one data.pkl; want one made by torch.save")
