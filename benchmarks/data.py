@@ -153,11 +153,12 @@ def codes(work: Path, threads: int, workers: int, seconds: float) -> None:
         "text": TextTokenizer.load(work / "text_tokenizer.model"),
         "text_vocab": 400,
         "text_len": 256,
-        "dropout": 0.1,
+        "bpe_dropout": 0.1,
     }
     read = each(lambda i: rows.row(i * 61 % len(rows)), seconds / 4)
     merge = each(
-        lambda i: text["text"].encode(CAPTION, text_vocab=400, text_len=256, dropout=0.1, seed=i), seconds / 4
+        lambda i: text["text"].encode(CAPTION, text_vocab=400, text_len=256, bpe_dropout=0.1, seed=i),
+        seconds / 4,
     )
     for name, options in (("codes", {}), ("codes and captions", text)):
         rates = []

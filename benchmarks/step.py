@@ -94,7 +94,7 @@ def measure(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any
         "batch": config.data.batch_size,
         "seconds_per_step": seconds,
         "rows_per_second": config.data.batch_size / seconds,
-        "tokens_per_second": config.data.batch_size * getattr(config.model, "length", 0) / seconds or None,
+        "tokens_per_second": config.data.batch_size * getattr(config.model, "seq_len", 0) / seconds or None,
         "flops_per_step": flops,
         "mfu": flops / seconds / (peak * mesh.size) if flops and peak else None,
         "peak_gib": stats["peak_bytes_in_use"] / 2**30 if stats else None,
@@ -116,8 +116,8 @@ def peer_job(config: TrainConfig, steps: int) -> dict[str, Any]:
         or model.scale_shift_norm
     ):
         raise ValueError("--peer-python trains a U-Net without conditions, patches and scale_shift_norm")
-    names = ("image_size", "width", "multipliers", "blocks", "attention_sizes", "dropout", "dtype")
-    groups = {"groups": model.groups or 32}
+    names = ("image_size", "width", "channel_multipliers", "blocks", "attention_sizes", "dropout", "dtype")
+    groups = {"groups": model.norm_groups or 32}
     return {name: getattr(model, name) for name in names} | groups | {
         "batch": config.data.batch_size, "steps": steps, "warm": WARM,
     }  # fmt: skip

@@ -21,11 +21,11 @@ def main(job: dict) -> None:
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    sides = [job["image_size"] // 2**level for level in range(len(job["multipliers"]))]
+    sides = [job["image_size"] // 2**level for level in range(len(job["channel_multipliers"]))]
     down = [("Attn" if side in job["attention_sizes"] else "") + "DownBlock2D" for side in sides]
     model = diffusers.UNet2DModel(
         sample_size=job["image_size"],
-        block_out_channels=[job["width"] * m for m in job["multipliers"]],
+        block_out_channels=[job["width"] * m for m in job["channel_multipliers"]],
         layers_per_block=job["blocks"],
         down_block_types=down,
         up_block_types=[kind.replace("Down", "Up") for kind in reversed(down)],

@@ -21,7 +21,7 @@ config = dataclasses.replace(
     image_tokenizer="runs/cifar10_dvae",
     model=dataclasses.replace(_demo.model, text_vocab=320, text_len=8, image_vocab=1024),
     data=DataConfig(source=ArraysSource(), batch_size=_demo.data.batch_size),
-    text=TextConfig(train_captions=1_000, dropout=0.0),
+    text=TextConfig(num_train_captions=1_000, bpe_dropout=0.0),
     steps=1_500,
     eval_every=500,
     save_every=500,

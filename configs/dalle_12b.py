@@ -31,7 +31,7 @@ config = TrainConfig(
         num_threads=16,
         prefetch=8,
     ),
-    text=TextConfig(train_captions=2_000_000, dropout=0.1),
+    text=TextConfig(num_train_captions=2_000_000, bpe_dropout=0.1),
     optim=OptimConfig(),  # AdamW of B.2; the paper halved the rate on plateaus, ours follows a cosine to 1/32
     mesh=MeshConfig(data=1, fsdp=-1),
     steps=430_000,

@@ -29,7 +29,7 @@ config = TrainConfig(
         scan_unroll=4,
     ),
     data=DataConfig(batch_size=64, source=_demo.data.source),
-    text=TextConfig(train_captions=20_000, dropout=0.0),
+    text=TextConfig(num_train_captions=20_000, bpe_dropout=0.0),
     optim=OptimConfig(
         learning_rate=1e-3,
         warmup_steps=100,

@@ -25,12 +25,12 @@ config = TrainConfig(
         blocks=1,
         attention_sizes=(8,),
         dropout=0.0,
-        text=TextEncoderConfig(vocab=768, length=16, width=64, layers=2, heads=4),
+        text=TextEncoderConfig(text_vocab=768, text_len=16, dim=64, layers=2, heads=4),
         noise=NoiseConfig(kind="cosine"),
         prediction="x0",  # weighs high noise, where colour and shape are decided, as much as low
     ),
     data=dataclasses.replace(_demo.data, batch_size=32, languages=("en",)),
-    text=TextConfig(train_captions=20_000, dropout=0.0),
+    text=TextConfig(num_train_captions=20_000, bpe_dropout=0.0),
     optim=dataclasses.replace(
         _demo.optim, learning_rate=2e-3, weight_decay=0.0, clip_norm=1.0, ema_decay=0.995, ema_every=1
     ),

@@ -18,7 +18,7 @@ config = dataclasses.replace(
     image_tokenizer="runs/emoji_dvae",
     model=dataclasses.replace(_demo.model, text_vocab=4096, text_len=24, image_vocab=512),
     data=DataConfig(source=TarSource(path=""), batch_size=_demo.data.batch_size),
-    text=TextConfig(train_captions=100_000, dropout=0.1),
+    text=TextConfig(num_train_captions=100_000, bpe_dropout=0.1),
     steps=12_000,
     eval_every=1_000,
     save_every=1_000,

@@ -13,7 +13,7 @@ config = TrainConfig(
     run="runs/finetune",
     model=DalleConfig(),  # replaced by the model of --init-from
     data=DataConfig(source=FolderSource(), batch_size=32, crop="narrow"),
-    text=TextConfig(dropout=0.1),
+    text=TextConfig(bpe_dropout=0.1),
     optim=OptimConfig(learning_rate=1e-4, warmup_steps=50, clip_norm=1.0, ema_decay=0.99, ema_every=1),
     steps=1_000,
     eval_every=100,

@@ -20,7 +20,7 @@ config = dataclasses.replace(
     image_tokenizer="runs/flickr8k_dvae",
     model=dataclasses.replace(_demo.model, text_vocab=4096, text_len=24, image_vocab=512),
     data=DataConfig(source=TarSource(), batch_size=_demo.data.batch_size),
-    text=TextConfig(train_captions=60_000, dropout=0.1),
+    text=TextConfig(num_train_captions=60_000, bpe_dropout=0.1),
     steps=2_500,
     eval_every=500,
     save_every=500,

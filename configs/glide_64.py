@@ -29,7 +29,7 @@ config = TrainConfig(
         head_dim=64,
         scale_shift_norm=True,
         resample="block",
-        text=TextEncoderConfig(vocab=16_384, length=128, width=2048, layers=24, heads=32),
+        text=TextEncoderConfig(text_vocab=16_384, text_len=128, dim=2048, layers=24, heads=32),
         cond_drop_prob=0.2,
         noise=NoiseConfig(kind="cosine"),
         dtype="bfloat16",

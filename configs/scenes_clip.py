@@ -31,7 +31,7 @@ config = TrainConfig(
         pixel_std=(0.25, 0.25, 0.25),
     ),
     data=DataConfig(source=ScenesSource(count=4_000_000), batch_size=512, num_threads=12, prefetch=16),
-    text=TextConfig(train_captions=100_000, dropout=0.1),
+    text=TextConfig(num_train_captions=100_000, bpe_dropout=0.1),
     optim=OptimConfig(
         learning_rate=1e-3,
         warmup_steps=500,

@@ -25,7 +25,7 @@ config = TrainConfig(
         remat="none",
     ),
     data=DataConfig(source=ScenesSource(count=4_000_000), batch_size=128, num_threads=12, prefetch=16),
-    text=TextConfig(train_captions=100_000, dropout=0.1),
+    text=TextConfig(num_train_captions=100_000, bpe_dropout=0.1),
     optim=OptimConfig(
         learning_rate=1e-3, warmup_steps=500, b2=0.98, clip_norm=1.0, ema_decay=0.999, ema_every=1
     ),

@@ -36,7 +36,12 @@ CHANGES = {
     "sample_every": 12,
 }  # of tiny_config
 HEARTBEAT = 10  # seconds, where a process is to be lost
-SHORT = ["--distributed.heartbeat-seconds", str(HEARTBEAT), "--distributed.start-seconds", "60"]
+SHORT = [
+    "--distributed.heartbeat-timeout-seconds",
+    str(HEARTBEAT),
+    "--distributed.initialization-timeout-seconds",
+    "60",
+]
 BOUND = 240  # seconds until all must be gone: start, training, heartbeat, and much for a busy machine
 
 

@@ -106,7 +106,7 @@ def _kernel_flops(config: TrainConfig, kernels: dict[str, int], devices: int) ->
     rows = (
         config.data.batch_size / config.optim.grad_accum_steps / devices
     )  # times heads: however the mesh splits the two
-    return total * 2 * share * flash.padded_length(model.length) ** 2 * model.dim * rows
+    return total * 2 * share * flash.padded_length(model.seq_len) ** 2 * model.dim * rows
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], argparse.Namespace]:

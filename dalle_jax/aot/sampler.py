@@ -212,7 +212,7 @@ def _of_diffusion(model: DiffusionConfig, rows: int, mesh: Mesh) -> _Drawing:
         return shapes(lambda: jnp.zeros((rows, *shape), jnp.int32))
 
     given = unet.Conditions(
-        text=None if model.text is None else ints(model.text.length),
+        text=None if model.text is None else ints(model.text.text_len),
         label=ints() if model.num_classes else None,
         codes=None if model.codes is None else ints(model.codes.grid**2),
         low_res=shapes(lambda: jnp.zeros((rows, model.low_res_size, model.low_res_size, 3)))

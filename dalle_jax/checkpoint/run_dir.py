@@ -53,7 +53,7 @@ from dalle_jax.typing import Params
 # state, but `steps`, which also stretches the learning rate's schedule where optim.decay_steps is None.
 RESUMABLE_FIELDS = (
     "run", "steps", "log_every", "eval_every", "eval_rows", "sample_every", "save_every", "max_checkpoints", "mesh",
-    "distributed", "profile", "compilation_cache", "compiler_options", "data.num_threads", "data.num_workers",
+    "distributed", "profile", "compilation_cache_dir", "compiler_options", "data.num_threads", "data.num_workers",
     "data.prefetch",
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
 from dalle_jax.cli.verbs import Decode, Encode
 from dalle_jax.config import DataConfig, TrainConfig
 from dalle_jax.data import images
-from dalle_jax.data.codes import EVAL, is_complete
+from dalle_jax.data.codes import EVAL_DIR, is_complete
 from dalle_jax.data.images import to_float, to_uint8
 from dalle_jax.data.sources import infer_source, open_source
 from dalle_jax.files.archives import read_npz
@@ -66,7 +66,7 @@ def _encode_ahead(args: Encode) -> dict[str, Any]:
     process = process_share() if args.process is None else (args.process, args.processes)
     options = {"rows": args.rows, "shard_rows": args.shard_rows, "process": process}
     info, made = encode_source(tokenizer, data, out, progress=ProgressPrinter("rows"), **options)
-    held_out = _encode_held_out(args, tokenizer, data, out / EVAL, process)
+    held_out = _encode_held_out(args, tokenizer, data, out / EVAL_DIR, process)
     missing = [k for k in range(info.shards) if not is_complete(out, info, k)]
     told = f"{len(missing)} of {info.shards} shards are still missing, of other processes"
     print(

@@ -120,7 +120,7 @@ def dalle_config(out: str = "runs/demo") -> TrainConfig:
             scan_unroll=5,
         ),
         data=DataConfig(batch_size=32, source=_SOURCE),
-        text=TextConfig(train_captions=20_000, dropout=0.0),
+        text=TextConfig(num_train_captions=20_000, bpe_dropout=0.0),
         optim=OptimConfig(
             learning_rate=3e-3,
             warmup_steps=100,

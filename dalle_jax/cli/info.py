@@ -84,7 +84,7 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
                 "text_vocab": model.text_vocab,
                 "text_len": model.text_len,
                 "image_vocab": model.image_vocab,
-                "length": model.length,
+                "length": model.seq_len,
                 "layers": model.layers,
                 "tokenizer": config.image_tokenizer,
             }

@@ -223,7 +223,7 @@ def _captions(args: Sample) -> list[CaptionRequest]:
 
 def _tell_cut(text: TextTokenizer, most: int, captions: list[str]) -> list[int]:
     """Tokens of each caption beyond `most`, told on standard error."""
-    cut = [max(0, text.count(caption) - most) for caption in captions]
+    cut = [max(0, text.count_tokens(caption) - most) for caption in captions]
     for j, more in enumerate(cut):
         if more:
             print(

@@ -52,7 +52,9 @@ def sample(args: Sample, captions: list[str], exact_picture, warn_truncated) -> 
         if mask.all() or not mask.any():
             found = "black: nothing is left to draw" if mask.all() else "white: nothing is kept, leave it out"
             raise ValueError(f"--mask {args.mask} is all {found}")
-    cut = warn_truncated(model.text, model.config.text.length, captions) if model.text else [0] * len(labels)
+    cut = (
+        warn_truncated(model.text, model.config.text.text_len, captions) if model.text else [0] * len(labels)
+    )
     frames = 0 if args.filmstrip is None else args.filmstrip
     if args.filmstrip is not None and not 1 <= frames <= how.num_steps:
         raise ValueError(f"--filmstrip is {frames}; want 1 to {how.num_steps} pictures, the number of steps")

@@ -253,7 +253,7 @@ def _finish(model, args, out, wanted, rows, codes, kept, manifest) -> None:
         lines.append({
             "file": wanted[row].file, "caption": wanted[row].caption, "seed": wanted[row].seed,
             "temperature": said.temperature, "top_p": said.top_p, "guidance_scale": said.guidance_scale,
-            "tokens_cut": max(0, model.text.count(wanted[row].caption) - model.config.text_len),
+            "tokens_cut": max(0, model.text.count_tokens(wanted[row].caption) - model.config.text_len),
         })  # fmt: skip
     kept.flush()
     manifest.add(lines)

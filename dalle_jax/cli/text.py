@@ -10,7 +10,7 @@ from dalle_jax.cli.codes import resolve_data
 from dalle_jax.cli.data import allow_bad_records
 from dalle_jax.cli.verbs import Text
 from dalle_jax.config import MixtureSource, SourceConfig
-from dalle_jax.data.sources import open_source, sample_captions
+from dalle_jax.data.sources import iter_captions, open_source
 from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, train_text_tokenizer
 
 _MEASURED = 10_000  # captions of each language
@@ -22,7 +22,7 @@ def text(args: Text) -> dict[str, Any]:
         raise ValueError(f"--captions {args.captions}, --text-len {args.text_len}; want at least 1 each")
     out = output.file(args.out)
     source = allow_bad_records(resolve_data(args.path).source, 1.0)  # rows may lack one of the languages
-    captions = list(sample_captions(open_source(source, "train"), args.captions))
+    captions = list(iter_captions(open_source(source, "train"), args.captions))
     begin = time.monotonic()
     train_text_tokenizer(captions, out, vocab=args.vocab, lowercase=not args.case, nfkc=args.nfkc)
     seconds = time.monotonic() - begin
@@ -39,9 +39,14 @@ def text(args: Text) -> dict[str, Any]:
             f"{args.text_len}"
         )
     print(
-        f"{tokenizer.size} pieces from {len(captions)} captions in {seconds:.1f} s; next: --text.tokenizer-path {out}"
+        f"{tokenizer.vocab_size} pieces from {len(captions)} captions in {seconds:.1f} s; next: --text.tokenizer-path {out}"
     )
-    return {"pieces": tokenizer.size, "captions": len(captions), "seconds": seconds, "languages": languages}
+    return {
+        "pieces": tokenizer.vocab_size,
+        "captions": len(captions),
+        "seconds": seconds,
+        "languages": languages,
+    }
 
 
 def _held_out(source: SourceConfig, language: str) -> list[str]:
@@ -53,5 +58,5 @@ def _held_out(source: SourceConfig, language: str) -> list[str]:
             rows = open_source(part, "eval", languages=(language,))
         except ValueError:  # no evaluation split, or not in that language
             continue
-        captions += sample_captions(rows, _MEASURED // len(parts))
+        captions += iter_captions(rows, _MEASURED // len(parts))
     return captions

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
     allow to go on, told in one message. 2: a command line that is not understood, a mesh that does not go
     with the devices or the model, or a compiler option that the compiler does not have. 3: a loss or gradient
     that is not finite. 4: another process of the training was lost or failed, or nothing moved for
-    `distributed.stall_seconds`; start all again. 130: interrupted twice, or before the first step. With the
+    `distributed.stall_timeout_seconds`; start all again. 130: interrupted twice, or before the first step. With the
     environment variable DALLE_JAX_TRACEBACK set, errors come with their traceback.
 
     One of several processes that does not end well ends at once, and so do the others.

@@ -67,7 +67,7 @@ class BartConfig:
         return self.grid**2
 
     @property
-    def length(self) -> int:
+    def seq_len(self) -> int:
         """Positions of both streams, text and image."""
         return self.text_len + self.num_codes
 

@@ -153,7 +153,7 @@ class DalleConfig:
         return self.mlp_ratio * self.dim if self.mlp_width is None else self.mlp_width
 
     @property
-    def text_ids(self) -> int:
+    def num_text_ids(self) -> int:
         """Rows of the text embedding: the pieces, and a pad token for each position or none."""
         pads = self.pad_id is None and self.text_encoder is None
         return self.text_vocab + (self.text_len if pads else 0)
@@ -163,7 +163,7 @@ class DalleConfig:
         return self.grid**2
 
     @property
-    def length(self) -> int:
+    def seq_len(self) -> int:
         """Positions of the whole stream, text and image."""
         return self.text_len + self.num_codes
 

@@ -60,8 +60,8 @@ class TarSource:
     captions_zh_field: str = "captions_zh"
     exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
     max_bad_fraction: float = 0.05  # share of unusable records above which reading stops with a report
-    min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
-    max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
+    min_image_size: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
+    max_aspect_ratio: float = 16.0  # longer side over shorter; longer pictures are unusable
 
     def __post_init__(self):
         _check_limits(self)
@@ -82,8 +82,8 @@ class FolderSource:
     templates: tuple[str, ...] = ("{}",)  # captions of a class; {} is its name
     exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
     max_bad_fraction: float = 0.05  # share of unusable records above which reading stops with a report
-    min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
-    max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
+    min_image_size: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
+    max_aspect_ratio: float = 16.0  # longer side over shorter; longer pictures are unusable
 
     def __post_init__(self):
         _check_limits(self)
@@ -107,8 +107,8 @@ class TfdsSource:
     templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
     exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
     max_bad_fraction: float = 0.05  # share of unusable records above which reading stops with a report
-    min_side: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
-    max_aspect: float = 16.0  # longer side over shorter; longer pictures are unusable
+    min_image_size: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
+    max_aspect_ratio: float = 16.0  # longer side over shorter; longer pictures are unusable
 
     def __post_init__(self):
         _check_limits(self)
@@ -131,9 +131,12 @@ class ArraysSource:
 
 
 def _check_limits(source) -> None:
-    share, side, aspect = source.max_bad_fraction, source.min_side, source.max_aspect
+    share, side, aspect = source.max_bad_fraction, source.min_image_size, source.max_aspect_ratio
     require(0 <= share <= 1, f"max_bad_fraction is {share}; want a share in [0, 1]")
-    require(side >= 1 and aspect >= 1, f"min_side is {side}, max_aspect {aspect}; want at least 1 each")
+    require(
+        side >= 1 and aspect >= 1,
+        f"min_image_size is {side}, max_aspect_ratio {aspect}; want at least 1 each",
+    )
 
 
 def _check_templates(source) -> None:
@@ -223,11 +226,17 @@ class TextConfig:
     tokenizer_path: str | None = (
         None  # a vocabulary to use (docs/data.md); None trains one from the source's captions
     )
-    train_captions: int = 200_000  # captions read when training the vocabulary
-    dropout: float = 0.1  # probability of skipping a merge while training
+    num_train_captions: int = 200_000  # captions read when training the vocabulary
+    bpe_dropout: float = 0.1  # probability of skipping a merge while training
     lowercase: bool = True
     nfkc: bool = True  # fold compatible forms of a character, as full-width letters, into one
 
     def __post_init__(self):
-        require(0.0 <= self.dropout < 1.0, f"text.dropout is {self.dropout}; want a probability in [0, 1)")
-        require(self.train_captions >= 1, f"text.train_captions is {self.train_captions}; want at least 1")
+        require(
+            0.0 <= self.bpe_dropout < 1.0,
+            f"text.bpe_dropout is {self.bpe_dropout}; want a probability in [0, 1)",
+        )
+        require(
+            self.num_train_captions >= 1,
+            f"text.num_train_captions is {self.num_train_captions}; want at least 1",
+        )

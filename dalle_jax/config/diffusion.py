@@ -26,7 +26,9 @@ class NoiseConfig:
     kind: NoiseKind = "linear"
     beta_min: float = 0.1  # linear, ddpm: beta(0) per unit of t; 2011.13456, C
     beta_max: float = 20.0  # linear, ddpm: beta(1) per unit of t; 2011.13456, C
-    steps: int = 1000  # ddpm: discrete steps; betas from beta_min / steps to beta_max / steps; 2006.11239, 4
+    num_timesteps: int = (
+        1000  # ddpm: discrete steps; betas from beta_min / steps to beta_max / steps; 2006.11239, 4
+    )
     sigma_min: float = 0.01  # ve 0.01 (2011.13456, C), edm 0.002 (2206.00364, table 1)
     sigma_max: float = 50.0  # ve 50 (2011.13456, C), edm 80 (2206.00364, table 1)
     rho: float = 7.0  # edm: exponent of the spacing of sigma over t; 2206.00364, eq. 5
@@ -46,8 +48,8 @@ class NoiseConfig:
             f"noise sigmas {self.sigma_min}..{self.sigma_max}; want 0 < sigma_min < sigma_max",
         )
         require(
-            self.steps >= 2 and self.beta_max < self.steps,
-            f"noise.steps is {self.steps}; want at least 2, and more than beta_max {self.beta_max}",
+            self.num_timesteps >= 2 and self.beta_max < self.num_timesteps,
+            f"noise.num_timesteps is {self.num_timesteps}; want at least 2, and more than beta_max {self.beta_max}",
         )
         require(self.rho >= 1, f"noise.rho is {self.rho}; want at least 1")
         require(0 < self.shift < math.inf, f"noise.shift is {self.shift}; want more than 0, 1 is none")
@@ -66,20 +68,20 @@ class NoiseConfig:
 class TextEncoderConfig:
     """The Transformer that reads a caption for the U-Net (2112.10741, 2.2)."""
 
-    vocab: int = 16_384  # BPE pieces, without the padding tokens
-    length: int = 128  # text positions; a caption that is shorter is padded
-    width: int = 512
+    text_vocab: int = 16_384  # BPE pieces, without the padding tokens
+    text_len: int = 128  # text positions; a caption that is shorter is padded
+    dim: int = 512
     layers: int = 16
     heads: int = 8
     mlp_ratio: int = 4
 
     def __post_init__(self):
-        for name in ("vocab", "length", "width", "layers", "heads", "mlp_ratio"):
+        for name in ("text_vocab", "text_len", "dim", "layers", "heads", "mlp_ratio"):
             value = getattr(self, name)
             require(value >= 1, f"TextEncoderConfig.{name} is {value}; want at least 1")
         require(
-            self.width % self.heads == 0,
-            f"text width {self.width} is not divisible by heads {self.heads}; change one of them",
+            self.dim % self.heads == 0,
+            f"text dim {self.dim} is not divisible by heads {self.heads}; change one of them",
         )
 
 
@@ -122,7 +124,7 @@ class DiffusionConfig:
     )
     resample: Literal["conv", "block"] = "conv"  # sides are halved and doubled by a convolution or a block
     # Of the norms. None is 32, or as many as leave 4 channels to each: groups of one channel cancel an added time.
-    groups: int | None = None
+    norm_groups: int | None = None
     dropout: float = 0.1  # inside residual blocks
     text: TextEncoderConfig | None = None  # captions
     num_classes: int = 0  # labels 0 to num_classes - 1; 0 is no such condition
@@ -162,8 +164,8 @@ class DiffusionConfig:
             f"head_dim is {self.head_dim}; want a divisor of the widths with attention, {widths}",
         )
         require(
-            self.groups is None or self.groups >= 1,
-            f"DiffusionConfig.groups is {self.groups}; want at least 1",
+            self.norm_groups is None or self.norm_groups >= 1,
+            f"DiffusionConfig.norm_groups is {self.norm_groups}; want at least 1",
         )
         require(0 <= self.dropout < 1, f"DiffusionConfig.dropout is {self.dropout}; want a share in [0, 1)")
         require(

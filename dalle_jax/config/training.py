@@ -94,9 +94,11 @@ class DistributedConfig:
     coordinator_address: str | None = None  # HOST:PORT of process 0; None asks the cluster
     num_processes: int | None = None
     process_id: int | None = None  # number of this process, from 0
-    start_seconds: int = 300  # wait for all processes to come up
-    heartbeat_seconds: int = 100  # a process not heard of for so long is lost, and the others end
-    stall_seconds: int = 1800  # no step, save or compilation may take longer, or all end; 0 turns it off
+    initialization_timeout_seconds: int = 300  # wait for all processes to come up
+    heartbeat_timeout_seconds: int = 100  # a process not heard of for so long is lost, and the others end
+    stall_timeout_seconds: int = (
+        1800  # no step, save or compilation may take longer, or all end; 0 turns it off
+    )
 
     def __post_init__(self):
         given = (self.coordinator_address, self.num_processes, self.process_id)
@@ -116,7 +118,11 @@ class DistributedConfig:
                 self.num_processes >= 1 and 0 <= self.process_id < self.num_processes,
                 f"distributed.process_id is {self.process_id} of {self.num_processes}; want 0 to num_processes - 1",
             )
-        for name, least in (("start_seconds", 1), ("heartbeat_seconds", 1), ("stall_seconds", 0)):
+        for name, least in (
+            ("initialization_timeout_seconds", 1),
+            ("heartbeat_timeout_seconds", 1),
+            ("stall_timeout_seconds", 0),
+        ):
             value = getattr(self, name)
             require(value >= least, f"distributed.{name} is {value}; want at least {least}")
 
@@ -160,7 +166,7 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    compilation_cache: str | None = None  # directory that keeps compiled programs from run to run
+    compilation_cache_dir: str | None = None  # directory that keeps compiled programs from run to run
     # NAME=VALUE each, told to the compiler of the training step over what it is told by itself (train/compiler.py);
     # NAME= leaves that option as the compiler has it.
     compiler_options: tuple[str, ...] = ()

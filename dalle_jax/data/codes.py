@@ -27,7 +27,7 @@ from dalle_jax.files.atomic import atomic_path, write_atomic
 _FORMAT = 2
 _ABOUT = "codes.json"
 _MOST_OPEN = 256  # shards kept open: files and buffers of a reader are not free
-EVAL = "eval"  # folder of the evaluation rows in a directory of codes
+EVAL_DIR = "eval"  # folder of the evaluation rows in a directory of codes
 # Of a source: where it lies, and what rows of the split do not depend on.
 _PLACES = ("path", "data_dir", "max_bad_fraction")
 _OTHERS = {"train": ("eval_split", "eval_fraction"), "eval": ("train_split", "exclude")}

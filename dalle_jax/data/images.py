@@ -65,8 +65,8 @@ _CJK_FONTS = (
 class ImageLimits(NamedTuple):
     """Which pictures are of use: those with sides and a shape that leave something after cropping."""
 
-    min_side: int = 1  # pixels of the shorter side
-    max_aspect: float = math.inf  # longer side over shorter
+    min_image_size: int = 1  # pixels of the shorter side
+    max_aspect_ratio: float = math.inf  # longer side over shorter
 
 
 ANY_SIZE = ImageLimits()
@@ -154,12 +154,12 @@ def decode_image(
 def check_sides(width: int, height: int, limits: ImageLimits) -> None:
     """Raises BadImage for a picture outside `limits`."""
     short, long = sorted((width, height))
-    if short < limits.min_side:
+    if short < limits.min_image_size:
         raise BadImageError(
-            "too small", f"the picture is {width} x {height}, want sides of {limits.min_side} pixels"
+            "too small", f"the picture is {width} x {height}, want sides of {limits.min_image_size} pixels"
         )
-    if long > short * limits.max_aspect:
-        told = f"the picture is {width} x {height}, want sides of at most {limits.max_aspect:g} to 1"
+    if long > short * limits.max_aspect_ratio:
+        told = f"the picture is {width} x {height}, want sides of at most {limits.max_aspect_ratio:g} to 1"
         raise BadImageError("too long", told)
 
 

@@ -254,7 +254,7 @@ def _share(
     total = min(count, len(source))
     for start in range(0, total, metrics.EVAL_ROWS):
         rows = range(start, min(start + metrics.EVAL_ROWS, total))
-        asked = {**eval_batch(data, source, rows, image_size=image_size, labels=True), "rows": rows}
+        asked = {**eval_batch(data, source, rows, image_size=image_size, with_labels=True), "rows": rows}
         named = asked["label"] >= 0
         found = class_logits(classifier, make(asked), batch=metrics.EVAL_ROWS).argmax(axis=1)
         right.append(found[named] == asked["label"][named])

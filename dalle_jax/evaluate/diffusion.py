@@ -84,7 +84,7 @@ def _rows(model: DiffusionModel, rows: range) -> dict[str, Any]:
     data = model.run.config.data
     source = open_source(data.source, "eval", languages=model_languages(model))
     return eval_batch(
-        data, source, rows, image_size=model.config.image_size, labels=is_class_conditional(model)
+        data, source, rows, image_size=model.config.image_size, with_labels=is_class_conditional(model)
     )
 
 

@@ -199,7 +199,7 @@ def measure_fid(
     batches = _batches(min(count, len(source)))
 
     def draw(rows: range) -> np.ndarray:
-        asked = eval_batch(data, source, rows, image_size=size, labels=is_class_conditional(model))
+        asked = eval_batch(data, source, rows, image_size=size, with_labels=is_class_conditional(model))
         labels = asked.get("label")
         return sample_for_captions(model, asked["caption"], [seed + i for i in rows], sampling, labels=labels)
 

@@ -53,11 +53,11 @@ def load_params(path: Path, text: str | None = None) -> ImportedRun:
             raise ValueError(
                 f"--text {text} is no vocabulary of CLIP; want bpe_simple_vocab_16e6.txt.gz or vocab.json"
             )
-        if pairs.size > found.config.text_vocab:
+        if pairs.vocab_size > found.config.text_vocab:
             raise ValueError(
-                f"--text {text} has {pairs.size} pieces, the model has {found.config.text_vocab}"
+                f"--text {text} has {pairs.vocab_size} pieces, the model has {found.config.text_vocab}"
             )
-        files["text_tokenizer.model"] = pairs.serialized().decode()
+        files["text_tokenizer.model"] = pairs.to_bytes().decode()
     return ImportedRun(found, files)
 
 

@@ -50,11 +50,11 @@ def load_params(path: Path) -> ImportedRun:
     file = path / "flax_model.msgpack"
     tensors = read_tensors(file)
     text = _vocabulary(path, settings)
-    config = _config(file, tensors, settings, text.size)
+    config = _config(file, tensors, settings, text.vocab_size)
     rules = _rules()
     check_names(rules, tensors, file, _ABOUT)
     return ImportedRun(
-        LazyModel(config, rules, tensors), files={"text_tokenizer.model": text.serialized().decode()}
+        LazyModel(config, rules, tensors), files={"text_tokenizer.model": text.to_bytes().decode()}
     )
 
 
@@ -77,7 +77,7 @@ def _vocabulary(path: Path, settings: dict[str, Any]) -> BartTokenizer:
     try:
         pairs = byte_bpe.load_byte_bpe(path / "vocab.json")
         ends = [settings.get(name, i) for name, i in (("bos_token_id", 0), ("eos_token_id", 2))]
-        return BartTokenizer(pairs, *ends, simplify=bool(settings.get("normalize_text", False)))
+        return BartTokenizer(pairs, *ends, normalize_captions=bool(settings.get("normalize_text", False)))
     except ValueError as error:
         raise ValueError(f"{path / 'vocab.json'} with merges.txt is no vocabulary of BART: {error}") from None
 

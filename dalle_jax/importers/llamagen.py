@@ -62,7 +62,7 @@ def load_params(
         if t5 is not None:
             raise ValueError(f"--t5 is for models on captions (t2i); {path} is one on classes: leave it out")
         found = from_tensors(path, tensors, size // 16, heads)
-        words = _names(text, found.config.text_vocab).serialized().decode()
+        words = _names(text, found.config.text_vocab).to_bytes().decode()
     else:
         if t5 is None:
             raise ValueError(

@@ -53,7 +53,7 @@ def load_params(path: Path) -> ImportedRun:
     found = from_tensors(file, read_tensors(file), (path / "config.yaml").read_text(encoding="utf-8"), pad)
     return ImportedRun(
         found,
-        files={"text_tokenizer.model": text.serialized().decode()},
+        files={"text_tokenizer.model": text.to_bytes().decode()},
         tokenizer=_tokenizer(path / "stage1_last.ckpt", found.config.grid),
     )
 
@@ -80,7 +80,9 @@ def _vocabulary(vocab: Path, merges: Path) -> tuple[char_bpe.CharBPE, int]:
     try:
         pieces = json.loads(vocab.read_text(encoding="utf-8"))
         lines = [line for line in merges.read_text(encoding="utf-8").split("\n") if line.strip()]
-        found = char_bpe.char_bpe(pieces, [line for line in lines if not line.startswith("#version")])
+        found = char_bpe.char_bpe_from_vocab(
+            pieces, [line for line in lines if not line.startswith("#version")]
+        )
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{vocab} with {merges.name} is no character-level vocabulary: {error}") from None
     if "[PAD]" not in pieces:

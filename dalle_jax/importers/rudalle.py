@@ -61,10 +61,10 @@ def load_params(
     found = from_tensors(path, tensors, version, heads)
     try:
         lines = Path(text).read_text(encoding="utf-8")
-        pieces = char_bpe.youtokentome_bpe(lines, begins=2 if version == "v2" else 1)
+        pieces = char_bpe.char_bpe_from_youtokentome(lines, num_bos=2 if version == "v2" else 1)
     except ValueError as error:
         raise ValueError(f"{text}: {error}") from None
-    return ImportedRun(found, files={"text_tokenizer.model": pieces.serialized().decode()})
+    return ImportedRun(found, files={"text_tokenizer.model": pieces.to_bytes().decode()})
 
 
 def from_tensors(path: Path, tensors: Tensors, version: str, heads: int | None = None) -> LazyModel:
@@ -112,7 +112,9 @@ def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
         | dense_rules("mlp/down", f"{layer}mlp.dense_4h_to_h")
     )
     shifted = cfg.shift_masks
-    words = cfg.text_ids - shifted  # rows of text in the file: its text logits, and the first of the image's
+    words = (
+        cfg.num_text_ids - shifted
+    )  # rows of text in the file: its text logits, and the first of the image's
     pads = partial(_pads_moved, vocab=cfg.text_vocab) if shifted else lambda x, fill=None: x
     return {
         "text_embed": from_tensor("text_embeddings.weight", pads),

@@ -93,9 +93,9 @@ def read_tokenizer(path: Path, vocab: int) -> str:
             f"no file {file}; want the vocabulary of the T5, which is published beside its weights"
         )
     data = file.read_bytes()
-    text = t5.serialized(data, _END).decode()
+    text = t5.serialize_t5(data, _END).decode()
     try:
-        pieces = TextTokenizer(text.encode()).size
+        pieces = TextTokenizer(text.encode()).vocab_size
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if pieces > vocab:

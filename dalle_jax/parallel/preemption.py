@@ -113,7 +113,7 @@ class Watchdog:
 
     def _end(self) -> None:
         text = (
-            f"{process_name()}: nothing has moved for {self._limit:g} s (distributed.stall_seconds); it was {self._what}. "
+            f"{process_name()}: nothing has moved for {self._limit:g} s (distributed.stall_timeout_seconds); it was {self._what}. "
             "A process that was at something else than the others is the one that hangs. Start all processes "
             "again: they go on from the last checkpoint"
         )

@@ -31,7 +31,7 @@ def initialize_distributed(cfg: DistributedConfig, cpu_devices: int = 0) -> None
     The coordinator is that of `cfg`, or else the cluster's: Cloud TPU, GKE, Slurm, Open MPI, as
     `jax.distributed.initialize` finds them. Does nothing on a machine that is alone, or where the processes are
     joined already. Raises ValueError for a cluster that jax cannot make out, OSError where the processes do not
-    find each other in `cfg.start_seconds`.
+    find each other in `cfg.initialization_timeout_seconds`.
     """
     if cfg.num_processes == 1 or jax.distributed.is_initialized():
         return
@@ -45,9 +45,9 @@ def initialize_distributed(cfg: DistributedConfig, cpu_devices: int = 0) -> None
             cfg.num_processes,
             cfg.process_id,
             cluster_detection_method="deactivate" if cfg.coordinator_address else None,
-            initialization_timeout=cfg.start_seconds,
-            heartbeat_timeout_seconds=cfg.heartbeat_seconds,
-            shutdown_timeout_seconds=cfg.start_seconds,
+            initialization_timeout=cfg.initialization_timeout_seconds,
+            heartbeat_timeout_seconds=cfg.heartbeat_timeout_seconds,
+            shutdown_timeout_seconds=cfg.initialization_timeout_seconds,
         )
         if cpu_devices:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
@@ -63,7 +63,7 @@ def initialize_distributed(cfg: DistributedConfig, cpu_devices: int = 0) -> None
     except RuntimeError as error:  # jax's own errors of this kind among them
         where = cfg.coordinator_address or f"what {cluster} names"
         raise OSError(
-            f"no connection to the other processes ({where}) in {cfg.start_seconds} s: {first_line(error)}. "
+            f"no connection to the other processes ({where}) in {cfg.initialization_timeout_seconds} s: {first_line(error)}. "
             "Look whether all are started, and whether they reach process 0 on that port"
         ) from error
 

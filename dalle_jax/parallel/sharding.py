@@ -223,7 +223,7 @@ def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
             )
         for name, ids in (
             ("model.image_vocab", cfg.image_vocab),
-            ("model.text_vocab + model.text_len", cfg.text_ids),
+            ("model.text_vocab + model.text_len", cfg.num_text_ids),
         ):
             if 4 * ids * cfg.dim > REPLICATE_BELOW_BYTES:
                 check_divides(mesh, "vocab", ids, name)

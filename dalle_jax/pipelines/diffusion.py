@@ -113,7 +113,7 @@ def is_diffusion(path: str | Path) -> bool:
 def tokenize_diffusion(model: DiffusionModel, captions: Sequence[str]) -> np.ndarray:
     """Token ids of captions, int32 (R, T). An empty caption is the null caption; a longer one is cut."""
     cfg = model.config.text
-    one = partial(model.text.encode, text_vocab=cfg.vocab, text_len=cfg.length)
+    one = partial(model.text.encode, text_vocab=cfg.text_vocab, text_len=cfg.text_len)
     return np.stack([one(caption) for caption in captions])
 
 

@@ -62,17 +62,19 @@ def normalize_caption(caption: str) -> str:
 class BartTokenizer:
     """A byte-level vocabulary whose captions stand between two pieces. Any number of threads may use one."""
 
-    def __init__(self, pairs: ByteLevelBPE, begin: int, end: int, *, simplify: bool):
+    def __init__(self, bpe: ByteLevelBPE, bos_id: int, eos_id: int, *, normalize_captions: bool):
         """simplify: apply the rules above first."""
-        if not all(type(i) is int and 0 <= i < pairs.size for i in (begin, end)):
-            raise ValueError(f"begin {begin} and end {end} are no ids of a vocabulary of {pairs.size} pieces")
-        self._pairs, self._begin, self._end, self._simplify = pairs, begin, end, simplify
-        self.size = pairs.size
+        if not all(type(i) is int and 0 <= i < bpe.vocab_size for i in (bos_id, eos_id)):
+            raise ValueError(
+                f"begin {bos_id} and end {eos_id} are no ids of a vocabulary of {bpe.vocab_size} pieces"
+            )
+        self._pairs, self._begin, self._end, self._simplify = bpe, bos_id, eos_id, normalize_captions
+        self.vocab_size = bpe.vocab_size
 
-    def encode(self, caption: str, *, dropout: float = 0.0, seed: int = 0) -> list[int]:
+    def encode(self, caption: str, *, bpe_dropout: float = 0.0, seed: int = 0) -> list[int]:
         """Ids of the pieces of a caption; of an empty one, begin and end. dropout: as `BytePairs.encode` has it."""
         words = normalize_caption(caption) if self._simplify and caption.strip() else caption.rstrip()
-        return [self._begin, *self._pairs.encode(words, dropout=dropout, seed=seed), self._end]
+        return [self._begin, *self._pairs.encode(words, bpe_dropout=bpe_dropout, seed=seed), self._end]
 
     def decode(self, ids: list[int]) -> str:
         return self._pairs.decode([i for i in ids if i not in (self._begin, self._end)]).removeprefix(" ")
@@ -81,12 +83,10 @@ class BartTokenizer:
         """What decoding the encoding of a caption gives back."""
         return self.decode(self.encode(caption))
 
-    def serialized(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The vocabulary as one file, which `parse` reads."""
         about = {"format": _FORMAT, "begin": self._begin, "end": self._end, "simplify": self._simplify}
-        return json.dumps(
-            {**about, "pairs": json.loads(self._pairs.serialized())}, ensure_ascii=False
-        ).encode()
+        return json.dumps({**about, "pairs": json.loads(self._pairs.to_bytes())}, ensure_ascii=False).encode()
 
 
 def parse_bart(data: bytes) -> BartTokenizer | None:
@@ -96,6 +96,6 @@ def parse_bart(data: bytes) -> BartTokenizer | None:
     try:
         about = json.loads(data)
         pairs = byte_bpe.parse_byte_bpe(json.dumps(about["pairs"]).encode())
-        return BartTokenizer(pairs, about["begin"], about["end"], simplify=bool(about["simplify"]))
+        return BartTokenizer(pairs, about["begin"], about["end"], normalize_captions=bool(about["simplify"]))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"a vocabulary of BART is broken: {error!r}") from None

@@ -38,7 +38,7 @@ class ByteLevelBPE:
         ids = list(vocab.values())
         if not all(type(i) is int and 0 <= i < 10_000_000 for i in ids) or len(set(ids)) != len(ids):
             raise ValueError("ids of a vocabulary are different integers from 0, as vocab.json has them")
-        self._vocab, self._merges, self.size = vocab, merges, max(ids, default=-1) + 1
+        self._vocab, self._merges, self.vocab_size = vocab, merges, max(ids, default=-1) + 1
         letters = _letters()
         self.ends_words = letters[ord("a")] + _END in vocab
         self._spelled: dict[str, bytes] = {}  # bytes of each piece that captions can have
@@ -65,16 +65,16 @@ class ByteLevelBPE:
             self._spelled[joined] = self._spelled[left] + self._spelled[right]
             self._ranks.setdefault((left, right), rank)
         self._bytes_of = {vocab[piece]: spelled for piece, spelled in self._spelled.items()}
-        self.used = max(self._bytes_of) + 1  # ids of captions are below it
+        self.num_used_ids = max(self._bytes_of) + 1  # ids of captions are below it
         self._letters = letters
         self._usual = functools.lru_cache(maxsize=65_536)(self._split)
 
-    def encode(self, caption: str, *, dropout: float = 0.0, seed: int = 0) -> list[int]:
+    def encode(self, caption: str, *, bpe_dropout: float = 0.0, seed: int = 0) -> list[int]:
         """Ids of the pieces of a caption. dropout: probability of skipping a merge (1910.13267)."""
-        chance = random.Random(seed) if dropout > 0 else None
+        chance = random.Random(seed) if bpe_dropout > 0 else None
         ids: list[int] = []
         for word in self._words(caption):
-            ids += self._usual(word) if chance is None else self._split(word, dropout, chance)
+            ids += self._usual(word) if chance is None else self._split(word, bpe_dropout, chance)
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -87,7 +87,7 @@ class ByteLevelBPE:
         words = self._words(caption)
         return " ".join(words) if self.ends_words else "".join(words)
 
-    def serialized(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The vocabulary as one file, which `parse` reads."""
         about = {"format": _FORMAT, "vocab": self._vocab, "merges": self._merges}
         return json.dumps(about, ensure_ascii=False).encode()

@@ -34,8 +34,8 @@ class CharBPE:
         characters: dict[str, int],
         merges: list[tuple[int, int, int]],
         *,
-        size: int,
-        unknown: int,
+        vocab_size: int,
+        unk_id: int,
         before: tuple[int, ...] = (),
         after: tuple[int, ...] = (),
     ):
@@ -48,11 +48,11 @@ class CharBPE:
             raise ValueError(f"rule is {rule!r}; want one of {', '.join(get_args(WordRule))}")
         if rule == "youtokentome" and _BEGIN not in characters:
             raise ValueError(f"the vocabulary has no {_BEGIN} (U+2581), with which words begin")
-        ids = [*characters.values(), unknown, *before, *after, *(i for merge in merges for i in merge)]
-        if not all(type(i) is int and 0 <= i < size for i in ids):
-            raise ValueError(f"ids of a vocabulary of {size} pieces are integers in [0, {size})")
-        self.rule, self.size = rule, size
-        self._characters, self._merges, self._unknown = characters, merges, unknown
+        ids = [*characters.values(), unk_id, *before, *after, *(i for merge in merges for i in merge)]
+        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            raise ValueError(f"ids of a vocabulary of {vocab_size} pieces are integers in [0, {vocab_size})")
+        self.rule, self.vocab_size = rule, vocab_size
+        self._characters, self._merges, self._unknown = characters, merges, unk_id
         self._before, self._after = tuple(before), tuple(after)
         self._spelled = {i: c for c, i in characters.items()}
         self._ranks: dict[tuple[int, int], tuple[int, int]] = {}
@@ -63,13 +63,13 @@ class CharBPE:
             self._ranks.setdefault((left, right), (rank, joined))
         self._usual = functools.lru_cache(maxsize=65_536)(self._split)
 
-    def encode(self, caption: str, *, dropout: float = 0.0, seed: int = 0) -> list[int]:
+    def encode(self, caption: str, *, bpe_dropout: float = 0.0, seed: int = 0) -> list[int]:
         """Ids of the pieces of a caption, none for one without words. dropout: probability of skipping a merge
         (1910.13267)."""
-        chance = random.Random(seed) if dropout > 0 else None
+        chance = random.Random(seed) if bpe_dropout > 0 else None
         ids: list[int] = []
         for word in self._words(caption):
-            ids += self._usual(word) if chance is None else self._split(word, dropout, chance)
+            ids += self._usual(word) if chance is None else self._split(word, bpe_dropout, chance)
         return [*self._before, *ids, *self._after] if ids else []
 
     def decode(self, ids: list[int]) -> str:
@@ -82,10 +82,10 @@ class CharBPE:
         """What decoding the encoding of a caption gives back."""
         return self.decode(self.encode(caption))
 
-    def serialized(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The vocabulary as one file, which `parse` reads."""
         about = {
-            "format": _FORMAT, "rule": self.rule, "size": self.size, "unknown": self._unknown,
+            "format": _FORMAT, "rule": self.rule, "size": self.vocab_size, "unknown": self._unknown,
             "before": self._before, "after": self._after, "characters": self._characters, "merges": self._merges,
         }  # fmt: skip
         return json.dumps(about, ensure_ascii=False).encode()
@@ -124,10 +124,10 @@ class CharBPE:
         return ids
 
 
-def char_bpe(vocab: dict[str, int], merges: list[str], *, unknown: str = "[UNK]") -> CharBPE:
+def char_bpe_from_vocab(vocab: dict[str, int], merges: list[str], *, unk_piece: str = "[UNK]") -> CharBPE:
     """Of Hugging Face's vocab.json and merges.txt. Raises ValueError for files that do not belong together."""
-    if unknown not in vocab:
-        raise ValueError(f"the vocabulary has no piece {unknown}")
+    if unk_piece not in vocab:
+        raise ValueError(f"the vocabulary has no piece {unk_piece}")
     if not all(type(i) is int for i in vocab.values()):
         raise ValueError("ids of a vocabulary are integers, as vocab.json has them")
     triples = []
@@ -137,10 +137,12 @@ def char_bpe(vocab: dict[str, int], merges: list[str], *, unknown: str = "[UNK]"
             raise ValueError(f"merge {i + 1} is {merge!r}, of pieces that the vocabulary does not have")
         triples.append((vocab[left], vocab[right], vocab[left + right]))
     characters = {piece: i for piece, i in vocab.items() if len(piece.removesuffix(_END)) == 1}
-    return CharBPE("char-bpe", characters, triples, size=max(vocab.values()) + 1, unknown=vocab[unknown])
+    return CharBPE(
+        "char-bpe", characters, triples, vocab_size=max(vocab.values()) + 1, unk_id=vocab[unk_piece]
+    )
 
 
-def youtokentome_bpe(text: str, *, begins: int = 1) -> CharBPE:
+def char_bpe_from_youtokentome(text: str, *, num_bos: int = 1) -> CharBPE:
     """Of a plain-text `bpe.model`: a line `n m`, n lines `code-point id`, m lines `left right joined`, and a line
     `unknown pad begin end`. begins: how often the piece `begin` stands before a caption; `end` follows it once.
 
@@ -166,7 +168,13 @@ def youtokentome_bpe(text: str, *, begins: int = 1) -> CharBPE:
         raise ValueError(f"the model of YouTokenToMe lacks a piece for unknown, begin or end: {specials}")
     size = 1 + max(*table.values(), *specials, *(joined for _, _, joined in merges))
     return CharBPE(
-        "youtokentome", table, merges, size=size, unknown=unknown, before=(begin,) * begins, after=(end,)
+        "youtokentome",
+        table,
+        merges,
+        vocab_size=size,
+        unk_id=unknown,
+        before=(begin,) * num_bos,
+        after=(end,),
     )
 
 
@@ -178,8 +186,11 @@ def parse_char_bpe(data: bytes) -> CharBPE | None:
         about = json.loads(data)
         merges = [(left, right, joined) for left, right, joined in about["merges"]]
         ends = {name: tuple(about[name]) for name in ("before", "after")}
-        numbers = {name: about[name] for name in ("size", "unknown")}
-        return CharBPE(about["rule"], dict(about["characters"]), merges, **numbers, **ends)
+        characters, sizes = (
+            dict(about["characters"]),
+            {"vocab_size": about["size"], "unk_id": about["unknown"]},
+        )
+        return CharBPE(about["rule"], characters, merges, **sizes, **ends)
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"a vocabulary of character pairs is broken: {error!r}") from None
 

@@ -14,13 +14,13 @@ class ClassLabelTokenizer:
         """Raises ValueError for no names or what is no text."""
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError("names of classes are texts, at least one")
-        self.size, self._names = len(names), list(names)
+        self.vocab_size, self._names = len(names), list(names)
         self._ids: dict[str, int] = {}
         for i, name in enumerate(names):
             for one in (name, *name.split(",")):
                 self._ids.setdefault(_folded(one), i)
 
-    def encode(self, caption: str, *, dropout: float = 0.0, seed: int = 0) -> list[int]:
+    def encode(self, caption: str, *, bpe_dropout: float = 0.0, seed: int = 0) -> list[int]:
         """The id of the class that is named, or that the number names; none for an empty caption. Raises ValueError
         for a name that no class has. dropout, seed: nothing is left out of a label."""
         name = _folded(caption)
@@ -28,10 +28,10 @@ class ClassLabelTokenizer:
             return []
         if name in self._ids:
             return [self._ids[name]]
-        if name.isdecimal() and int(name) < self.size:
+        if name.isdecimal() and int(name) < self.vocab_size:
             return [int(name)]
         raise ValueError(
-            f"no class {caption!r}; give the number of a class from 0 to {self.size - 1}, or its name, "
+            f"no class {caption!r}; give the number of a class from 0 to {self.vocab_size - 1}, or its name, "
             f"e.g. {self._names[0]!r}"
         )
 
@@ -41,7 +41,7 @@ class ClassLabelTokenizer:
     def normalize(self, caption: str) -> str:
         return self.decode(self.encode(caption))
 
-    def serialized(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The names as one file, which `parse` reads."""
         return json.dumps({"format": _FORMAT, "names": self._names}, ensure_ascii=False).encode()
 

@@ -88,13 +88,13 @@ def _replaced(rules: tuple[tuple[str, str], ...], text: str) -> str:
 class T5Tokenizer:
     """A vocabulary that cleans captions and sets a piece after each. Any number of threads may use one."""
 
-    def __init__(self, pieces: Any, end: int):
+    def __init__(self, pieces: Any, eos_id: int):
         """pieces: the sentencepiece model, with `encode`, `decode`, `size` and `serialized`."""
-        if type(end) is not int or not 0 <= end < pieces.size:
-            raise ValueError(f"end {end} is no id of a vocabulary of {pieces.size} pieces")
-        self._pieces, self._end, self.size = pieces, end, pieces.size
+        if type(eos_id) is not int or not 0 <= eos_id < pieces.vocab_size:
+            raise ValueError(f"end {eos_id} is no id of a vocabulary of {pieces.vocab_size} pieces")
+        self._pieces, self._end, self.vocab_size = pieces, eos_id, pieces.vocab_size
 
-    def encode(self, caption: str, *, dropout: float = 0.0, seed: int = 0) -> list[int]:
+    def encode(self, caption: str, *, bpe_dropout: float = 0.0, seed: int = 0) -> list[int]:
         """Ids of the pieces of a caption and the end piece; none for an empty caption. dropout, seed: the encoder was
         trained on the usual pieces, and is given no others."""
         return [*self._pieces.encode(normalize_t5_caption(caption)), self._end] if caption.strip() else []
@@ -106,14 +106,14 @@ class T5Tokenizer:
         """What decoding the encoding of a caption gives back."""
         return self.decode(self.encode(caption))
 
-    def serialized(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The vocabulary as one file, which `parse` reads."""
-        return serialized(self._pieces.serialized(), self._end)
+        return serialize_t5(self._pieces.to_bytes(), self._end)
 
 
-def serialized(model: bytes, end: int) -> bytes:
+def serialize_t5(model: bytes, eos_id: int) -> bytes:
     """A sentencepiece model as a file whose captions are cleaned and end in a piece."""
-    return json.dumps({"format": _FORMAT, "end": end, "pieces": base64.b64encode(model).decode()}).encode()
+    return json.dumps({"format": _FORMAT, "end": eos_id, "pieces": base64.b64encode(model).decode()}).encode()
 
 
 def parse_t5(data: bytes) -> tuple[bytes, int] | None:

@@ -103,30 +103,30 @@ class TextTokenizer:
             raise ValueError(
                 f"cannot read the text vocabulary {error.filename or path}: {error.strerror}; name a sentencepiece "
                 ".model file, CLIP's bpe_simple_vocab_16e6.txt.gz, vocab.json with merges.txt beside it or "
-                "tokenizer.json, or leave text_tokenizer.model unset to train one from the source's captions"
+                "tokenizer.json, or leave text.tokenizer_path unset to train one from the source's captions"
             ) from None
         except ValueError as error:
             raise ValueError(f"text vocabulary {path} is broken: {error}; copy or train it again") from None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the vocabulary to `path` as one file, whole or not at all."""
-        write_atomic(path, self._pieces.serialized())
+        write_atomic(path, self._pieces.to_bytes())
 
     def __reduce__(self):
-        return type(self), (self._pieces.serialized(),)
+        return type(self), (self._pieces.to_bytes(),)
 
     @property
-    def size(self) -> int:
+    def vocab_size(self) -> int:
         """Pieces in the vocabulary; ids are below it."""
-        return self._pieces.size
+        return self._pieces.vocab_size
 
     @property
-    def pieces(self) -> int:
+    def num_used_ids(self) -> int:
         """Ids of captions are below it; what is above, as CLIP's start and end, no caption has."""
-        return getattr(self._pieces, "used", self.size)
+        return getattr(self._pieces, "num_used_ids", self.vocab_size)
 
     def encode(
-        self, caption: str, *, text_vocab: int, text_len: int, dropout: float = 0.0, seed: int = 0
+        self, caption: str, *, text_vocab: int, text_len: int, bpe_dropout: float = 0.0, seed: int = 0
     ) -> np.ndarray:
         """Token ids of one caption, padded or cut to `text_len`.
 
@@ -137,24 +137,24 @@ class TextTokenizer:
         Returns int32 (text_len,) in [0, text_vocab + text_len). Raises ValueError if the caption is not a str
         or the vocabulary has more than `text_vocab` pieces.
         """
-        if self.size > text_vocab:
+        if self.vocab_size > text_vocab:
             raise ValueError(
-                f"the text vocabulary has {self.size} pieces, text_vocab is {text_vocab}; raise text_vocab "
+                f"the text vocabulary has {self.vocab_size} pieces, text_vocab is {text_vocab}; raise text_vocab "
                 "or train a smaller vocabulary"
             )
-        pieces = self._pieces.encode(_clean(caption), dropout=dropout, seed=seed)
+        pieces = self._pieces.encode(_clean(caption), bpe_dropout=bpe_dropout, seed=seed)
         ids = null_caption(text_vocab, text_len)
         n = min(len(pieces), text_len)
         ids[:n] = pieces[:n]
         return ids
 
-    def count(self, caption: str) -> int:
+    def count_tokens(self, caption: str) -> int:
         """Pieces of a caption, before cutting and without dropout."""
         return len(self._pieces.encode(_clean(caption)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The caption that `ids` spell; ids outside the vocabulary (padding) are left out."""
-        size = self.size
+        size = self.vocab_size
         return self._pieces.decode([i for i in map(int, ids) if 0 <= i < size])
 
     def normalize(self, caption: str) -> str:
@@ -168,7 +168,7 @@ class BosEosTokenizer(TextTokenizer):
     The two are the last ids of `text_vocab`, as in CLIP's own vocabulary."""
 
     def encode(
-        self, caption: str, *, text_vocab: int, text_len: int, dropout: float = 0.0, seed: int = 0
+        self, caption: str, *, text_vocab: int, text_len: int, bpe_dropout: float = 0.0, seed: int = 0
     ) -> np.ndarray:
         """Token ids of one caption: start (text_vocab - 2), its pieces, and ends (text_vocab - 1) to `text_len`.
 
@@ -176,12 +176,12 @@ class BosEosTokenizer(TextTokenizer):
         Returns int32 (text_len,) in [0, text_vocab). Raises ValueError if the caption is not a str or the
         vocabulary has pieces where the two tokens are.
         """
-        if self.pieces > text_vocab - 2:
+        if self.num_used_ids > text_vocab - 2:
             raise ValueError(
-                f"the text vocabulary has {self.pieces} pieces, text_vocab is {text_vocab} with a start and an end; "
-                f"raise text_vocab to {self.pieces + 2} or train a smaller vocabulary"
+                f"the text vocabulary has {self.num_used_ids} pieces, text_vocab is {text_vocab} with a start and an end; "
+                f"raise text_vocab to {self.num_used_ids + 2} or train a smaller vocabulary"
             )
-        pieces = self._pieces.encode(_clean(caption), dropout=dropout, seed=seed)[: text_len - 2]
+        pieces = self._pieces.encode(_clean(caption), bpe_dropout=bpe_dropout, seed=seed)[: text_len - 2]
         ids = np.full(text_len, text_vocab - 1, np.int32)
         ids[0], ids[1 : 1 + len(pieces)] = text_vocab - 2, pieces
         return ids
@@ -196,8 +196,8 @@ class _Sentencepiece:
             self._processor.load_from_serialized_proto(model)  # the constructor takes b"" for no model
         except RuntimeError as error:
             raise ValueError(f"not a sentencepiece model ({len(model)} bytes): {error}") from None
-        self.size = self._processor.vocab_size()
-        p, ids = self._processor, range(self.size)
+        self.vocab_size = self._processor.vocab_size()
+        p, ids = self._processor, range(self.vocab_size)
         self._ids = {
             p.id_to_piece(i): i
             for i in ids
@@ -207,8 +207,8 @@ class _Sentencepiece:
         self._bytes = [p.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         self._by_word = not any(_SPACE in piece[1:] for piece in self._ids)  # no merge goes over a space
 
-    def encode(self, line: str, *, dropout: float = 0.0, seed: int = 0) -> list[int]:
-        if dropout == 0:
+    def encode(self, line: str, *, bpe_dropout: float = 0.0, seed: int = 0) -> list[int]:
+        if bpe_dropout == 0:
             return self._processor.encode(line)
         text = self._processor.normalize(line)
         if self._by_word:
@@ -218,7 +218,7 @@ class _Sentencepiece:
             words = [text]
         chance, ids = random.Random(seed).random, []
         for word in words:
-            for piece in self._merged(list(word), dropout, chance):
+            for piece in self._merged(list(word), bpe_dropout, chance):
                 i = self._ids.get(piece)
                 ids += [self._bytes[byte] for byte in piece.encode()] if i is None else [i]
         return ids
@@ -244,7 +244,7 @@ class _Sentencepiece:
     def normalize(self, line: str) -> str:
         return self._processor.normalize(line).replace(_SPACE, " ").removeprefix(" ")
 
-    def serialized(self) -> bytes:
+    def to_bytes(self) -> bytes:
         return self._processor.serialized_model_proto()
 
 
@@ -261,7 +261,7 @@ def caption_statistics(
 ) -> dict[str, float]:
     """What a vocabulary makes of captions: `captions`, `tokens` and `characters` of all, and `cut`, how many
     are longer than `text_len` tokens."""
-    counts = [(tokenizer.count(caption), len(caption)) for caption in captions]
+    counts = [(tokenizer.count_tokens(caption), len(caption)) for caption in captions]
     return {
         "captions": len(counts),
         "tokens": sum(n for n, _ in counts),

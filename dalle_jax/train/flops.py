@@ -58,13 +58,13 @@ def dalle_flops(model: DalleConfig, rows: int, *, text_head: bool = True) -> flo
     """Of one forward pass over the whole stream of `rows` rows."""
     matrices = 3 if model.activation == "swiglu" else 2
     block = 4 * model.dim**2 + matrices * model.dim * model.mlp_dim
-    attention = 2 * model.length * model.dim  # scores and their use, for each position
+    attention = 2 * model.seq_len * model.dim  # scores and their use, for each position
     per_token = model.layers * (block + attention)
-    text = model.text_ids if text_head and model.text_loss_weight > 0 else 0
+    text = model.num_text_ids if text_head and model.text_loss_weight > 0 else 0
     heads = model.text_len * text + model.num_codes * model.image_vocab
     if model.text_encoder is not None:  # what brings its vectors to the width of the stream
         heads += model.text_len * (model.text_encoder.dim + model.dim)
-    return 2.0 * rows * (model.length * per_token + model.dim * heads)
+    return 2.0 * rows * (model.seq_len * per_token + model.dim * heads)
 
 
 def encoder_flops(model: DalleConfig, rows: int) -> float:

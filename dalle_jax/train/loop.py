@@ -105,15 +105,15 @@ def train(config: TrainConfig, task: Task | None = None) -> TrainResult:
 
     On several processes (joined before, see `train.processes.initialize_distributed`) all call with the same arguments.
     """
-    if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    if config.compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     if task is None:
         from dalle_jax.train.tasks import make_task
 
         task = make_task(config)
-    watchdog = Watchdog(config.distributed.stall_seconds)
+    watchdog = Watchdog(config.distributed.stall_timeout_seconds)
     try:
         with run_lock(config.run):
             with opened_run_dir(config) as run_dir:

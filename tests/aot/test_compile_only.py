@@ -288,7 +288,7 @@ STAGES = {
     ),
     "diffusion": DiffusionConfig(
         image_size=8, width=8, channel_multipliers=(1,), blocks=1, attention_sizes=(), num_classes=3,
-        text=TextEncoderConfig(vocab=9, length=3, width=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=2),
+        text=TextEncoderConfig(text_vocab=9, text_len=3, dim=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=2),
     ),
 }  # fmt: skip
 REPORTED = {
@@ -480,7 +480,7 @@ def test_diffusion_is_compiled_on_codes():
     """Its step can be traced from shapes alone, with every condition, before a tokenizer is trained."""
     model = DiffusionConfig(
         image_size=16, patch_size=2, width=8, channel_multipliers=(1, 2), blocks=1, attention_sizes=(4,), num_classes=3, low_res_size=8,
-        text=TextEncoderConfig(vocab=9, length=3, width=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=4),
+        text=TextEncoderConfig(text_vocab=9, text_len=3, dim=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=4),
     )  # fmt: skip
     task = make_task(
         TrainConfig(model=model, image_tokenizer="none", data=DataConfig(batch_size=4)), on_codes=True

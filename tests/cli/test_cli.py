@@ -103,7 +103,7 @@ def tiny_dalle(out="runs/demo") -> TrainConfig:
             dtype="float32", remat="none",
         ),
         data=DataConfig(batch_size=8, source=ScenesSource(count=40, max_objects=2)),
-        text=TextConfig(train_captions=40),
+        text=TextConfig(num_train_captions=40),
         optim=OptimConfig(learning_rate=0.05, warmup_steps=0, ema_every=1),
         steps=2, eval_every=2, save_every=2, sample_every=100, eval_rows=8,
     )  # fmt: skip
@@ -252,7 +252,7 @@ def test_text_train_writes_a_vocabulary(folder, tmp_path):
         "--text-len",
         2,
     )
-    assert TextTokenizer.load(tmp_path / "v" / "text_tokenizer.model").size == told["pieces"] <= 300
+    assert TextTokenizer.load(tmp_path / "v" / "text_tokenizer.model").vocab_size == told["pieces"] <= 300
     assert set(told["languages"]) == {"en"} and told["languages"]["en"]["cut"] >= 1
     assert "too small" in refused("text", "train", folder, "--out", tmp_path / "x", "--vocab", 20)
 

@@ -54,8 +54,8 @@ NET = {
     "attention_sizes": (),
 }
 MODEL = DiffusionConfig(
-    **NET, dropout=0.0, text=TextEncoderConfig(vocab=400, length=6, width=8, layers=1, heads=2), prediction="x0",
-    noise=NoiseConfig(kind="ddpm", steps=40),
+    **NET, dropout=0.0, text=TextEncoderConfig(text_vocab=400, text_len=6, dim=8, layers=1, heads=2), prediction="x0",
+    noise=NoiseConfig(kind="ddpm", num_timesteps=40),
 )  # fmt: skip
 DATA = DataConfig(batch_size=8, source=ScenesSource(count=40, max_objects=1), num_threads=1, prefetch=1)
 
@@ -97,7 +97,7 @@ def trained(tmp_path_factory):
     """Two updates of the stage, and what they logged."""
     out = tmp_path_factory.mktemp("diffusion") / "run"
     config = TrainConfig(
-        model=MODEL, run=str(out), data=DATA, text=TextConfig(train_captions=40), steps=2, eval_every=2, save_every=2,
+        model=MODEL, run=str(out), data=DATA, text=TextConfig(num_train_captions=40), steps=2, eval_every=2, save_every=2,
         sample_every=2, log_every=1, eval_rows=8, optim=OptimConfig(learning_rate=0.01, warmup_steps=0, ema_every=1),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -181,7 +181,7 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
     [
         (["x", "--sampler", "euler2"], 2, "euler2"),
         (["x", "--steps", "0"], 1, "steps is 0; want at least 1"),
-        (["x", "--steps", "41"], 1, "steps is 41; the schedule has 40 (noise.steps)"),
+        (["x", "--steps", "41"], 1, "steps is 41; the schedule has 40 (noise.num_timesteps)"),
         (["x", "--eta", "0.5"], 1, "eta is for ddim; dpm++2m has none"),
         (["x", "--guidance-scale", "-1"], 1, "guidance_scale is -1.0; want 0 or more"),
         (["x", "--guidance-interval", "0.9", "0.1"], 1, "guidance times 0.9 to 0.1"),

@@ -96,14 +96,14 @@ EVERY = [
         logit_scale_max=50.0, grad_cache_chunks=2, dtype="float32", remat="full", scan_unroll=3,
     ),
     NoiseConfig(
-        kind="cosine", beta_min=0.2, beta_max=15.0, steps=500, sigma_min=0.02, sigma_max=40.0, rho=5.0,
+        kind="cosine", beta_min=0.2, beta_max=15.0, num_timesteps=500, sigma_min=0.02, sigma_max=40.0, rho=5.0,
         zero_terminal_snr=True, shift=2.0, t_min=1e-4,
     ),
-    TextEncoderConfig(vocab=9, length=3, width=12, layers=2, heads=3, mlp_ratio=2),
+    TextEncoderConfig(text_vocab=9, text_len=3, dim=12, layers=2, heads=3, mlp_ratio=2),
     CodesConfig(vocab=7, grid=2, width=5),
     DiffusionConfig(
         image_size=24, patch_size=3, width=12, channel_multipliers=(1, 3), blocks=1, attention_sizes=(4,), head_dim=6,
-        groups=3, scale_shift_norm=True, resample="block", dropout=0.0, text=TextEncoderConfig(vocab=5), num_classes=2,
+        norm_groups=3, scale_shift_norm=True, resample="block", dropout=0.0, text=TextEncoderConfig(text_vocab=5), num_classes=2,
         codes=CodesConfig(vocab=3, grid=4), low_res_size=12, cond_drop_prob=0.2, noise=NoiseConfig(kind="cosine"),
         prediction="v", weighting="min_snr", dtype="bfloat16", remat=True,
     ),
@@ -113,17 +113,17 @@ EVERY = [
     ),
     FolderSource(
         path="d", train_split="a", eval_split="b", eval_fraction=0.1, captions_field="c", captions_zh_field="d",
-        templates=("a {}", "{}"), exclude="x", max_bad_fraction=0.1, min_side=5, max_aspect=3.0,
+        templates=("a {}", "{}"), exclude="x", max_bad_fraction=0.1, min_image_size=5, max_aspect_ratio=3.0,
     ),
     TfdsSource(
         path="cifar10", data_dir="d", train_split="train[5%:]", eval_split="b", image_field="i",
         captions_field="c", captions_zh_field="d", label_field="l", templates=("{}",), exclude="x", max_bad_fraction=0.1,
-        min_side=5, max_aspect=3.0,
+        min_image_size=5, max_aspect_ratio=3.0,
     ),
     ArraysSource(path="a.npz", train_split="a", eval_split="b", exclude="x", templates=("{}",)),
     TarSource(
         path="a.tar,b*.tar", train_split="t", eval_split="e", captions_field="c", captions_zh_field="z",
-        exclude="x", max_bad_fraction=0.1, min_side=5, max_aspect=3.0,
+        exclude="x", max_bad_fraction=0.1, min_image_size=5, max_aspect_ratio=3.0,
     ),
     MixtureSource(
         parts=(TarSource(path="a.tar"), ScenesSource(count=3), FolderSource(path="d"), TfdsSource(path="x"),
@@ -134,7 +134,7 @@ EVERY = [
         source=TarSource(path="圖/*.tar"), codes="x.npz", batch_size=8, crop="none", languages=("zh",), seed=3,
         num_threads=1, num_workers=2, prefetch=9,
     ),
-    TextConfig(tokenizer_path="m", train_captions=5, dropout=0.0, lowercase=False, nfkc=False),
+    TextConfig(tokenizer_path="m", num_train_captions=5, bpe_dropout=0.0, lowercase=False, nfkc=False),
     OptimConfig(
         optimizer="adafactor",
         learning_rate=1 / 3, warmup_steps=1, schedule="constant", decay_steps=9, final_lr_ratio=0.0, b1=0.1,
@@ -142,15 +142,15 @@ EVERY = [
     ),
     MeshConfig(slices=2, data=2, fsdp=-1, model=4, cpu_devices=8),
     DistributedConfig(
-        coordinator_address="host:1234", num_processes=4, process_id=3, start_seconds=5, heartbeat_seconds=6, stall_seconds=0
+        coordinator_address="host:1234", num_processes=4, process_id=3, initialization_timeout_seconds=5, heartbeat_timeout_seconds=6, stall_timeout_seconds=0
     ),
     ProfileConfig(steps="10:15"),
     TrainConfig(
         init_from="runs/a",
-        model=DalleConfig(), run="r", data=DataConfig(batch_size=6), text=TextConfig(dropout=0.5), image_tokenizer="t",
+        model=DalleConfig(), run="r", data=DataConfig(batch_size=6), text=TextConfig(bpe_dropout=0.5), image_tokenizer="t",
         optim=OptimConfig(grad_accum_steps=3), mesh=MeshConfig(model=2), distributed=DistributedConfig(num_processes=1),
         compiler_options=("xla_a=1",),
-        profile=ProfileConfig(steps="2:3"), compilation_cache="c", steps=4, seed=5, log_every=6, eval_every=7,
+        profile=ProfileConfig(steps="2:3"), compilation_cache_dir="c", steps=4, seed=5, log_every=6, eval_every=7,
         eval_rows=8, sample_every=9, save_every=10, max_checkpoints=11,
     ),
 ]  # fmt: skip
@@ -184,7 +184,7 @@ def test_round_trip_covers_every_class():
         (ModelConfig, VQGANConfig(width=64)),
         (ModelConfig, DalleConfig(layers=2)),
         (ModelConfig, ClipConfig(text=TowerConfig(layers=2))),
-        (ModelConfig, DiffusionConfig(text=TextEncoderConfig(vocab=3), codes=CodesConfig(grid=16))),
+        (ModelConfig, DiffusionConfig(text=TextEncoderConfig(text_vocab=3), codes=CodesConfig(grid=16))),
         (SourceConfig, ScenesSource(count=3)),
         (SourceConfig, TarSource(path="p")),
         (SourceConfig, MixtureSource(parts=(ScenesSource(), FolderSource(path="f")), weights=(1.0, 2.0))),
@@ -326,9 +326,9 @@ def test_from_json_refuses(cls, text, match):
         (DataConfig, {"prefetch": 0}, "data.prefetch is 0"),
         (DataConfig, {"languages": ()}, r"data.languages is \(\)"),
         (DataConfig, {"languages": ("en", "en")}, "one or more different languages"),
-        (TextConfig, {"dropout": 1.0}, "text.dropout is 1.0"),
-        (TextConfig, {"dropout": -0.1}, "text.dropout is -0.1"),
-        (TextConfig, {"train_captions": 0}, "text.train_captions is 0"),
+        (TextConfig, {"bpe_dropout": 1.0}, "text.bpe_dropout is 1.0"),
+        (TextConfig, {"bpe_dropout": -0.1}, "text.bpe_dropout is -0.1"),
+        (TextConfig, {"num_train_captions": 0}, "text.num_train_captions is 0"),
         (OptimConfig, {"learning_rate": 0.0}, "optim.learning_rate is 0.0"),
         (OptimConfig, {"learning_rate": float("nan")}, "optim.learning_rate is nan"),
         (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps is -1"),
@@ -356,8 +356,12 @@ def test_from_json_refuses(cls, text, match):
             {"coordinator_address": "h:1", "num_processes": 2, "process_id": 2},
             "process_id is 2 of 2",
         ),
-        (DistributedConfig, {"stall_seconds": -1}, "stall_seconds is -1; want at least 0"),
-        (DistributedConfig, {"heartbeat_seconds": 0}, "heartbeat_seconds is 0; want at least 1"),
+        (DistributedConfig, {"stall_timeout_seconds": -1}, "stall_timeout_seconds is -1; want at least 0"),
+        (
+            DistributedConfig,
+            {"heartbeat_timeout_seconds": 0},
+            "heartbeat_timeout_seconds is 0; want at least 1",
+        ),
         (ProfileConfig, {"steps": "10"}, "'10'; want FIRST:LAST"),
         (ProfileConfig, {"steps": "5:4"}, "'5:4'; want FIRST:LAST with 1 <= FIRST <= LAST"),
         (ProfileConfig, {"steps": "0:4"}, "'0:4'; want FIRST:LAST"),
@@ -416,7 +420,7 @@ def test_from_json_refuses(cls, text, match):
             {"model": DiffusionConfig(), "data": DataConfig(codes="x")},
             "a diffusion trains on pixels",
         ),
-        (TextEncoderConfig, {"width": 10, "heads": 4}, "text width 10 is not divisible by heads 4"),
+        (TextEncoderConfig, {"dim": 10, "heads": 4}, "text dim 10 is not divisible by heads 4"),
         (TextEncoderConfig, {"layers": 0}, "TextEncoderConfig.layers is 0"),
         (CodesConfig, {"grid": 0}, "CodesConfig.grid is 0; want at least 1"),
         (DiffusionConfig, {"blocks": 0}, "DiffusionConfig.blocks is 0"),
@@ -432,7 +436,7 @@ def test_from_json_refuses(cls, text, match):
             r"no level has side \[12\]; they have \(32, 16, 8, 4\)",
         ),
         (DiffusionConfig, {"head_dim": 100}, r"head_dim is 100; want a divisor .*, \[256, 256\]"),
-        (DiffusionConfig, {"groups": 0}, "DiffusionConfig.groups is 0"),
+        (DiffusionConfig, {"norm_groups": 0}, "DiffusionConfig.norm_groups is 0"),
         (DiffusionConfig, {"dropout": 1.0}, "dropout is 1.0; want a share"),
         (DiffusionConfig, {"num_classes": -1}, "num_classes is -1; want 0"),
         (
@@ -480,7 +484,7 @@ def test_derived_sizes():
     assert (DVAEConfig().grid, DVAEConfig().num_codes) == (32, 1024)
     assert (DVAEConfig(groups=1).downsample, DVAEConfig(groups=3).downsample) == (1, 4)
     config = DalleConfig()
-    assert (config.num_codes, config.length, config.head_dim) == (1024, 1280, 64)
+    assert (config.num_codes, config.seq_len, config.head_dim) == (1024, 1280, 64)
 
 
 # --- full-size models, by shape alone --------------------------------------------------------------------
@@ -548,7 +552,7 @@ def test_parameters_of_published_diffusion_models():
     tree = shapes(DiffusionConfig(**adm, num_classes=1000))
     assert count(tree) == 295_904_454 - last_and_class
     assert_one_rule_each(tree)
-    small = shapes(DiffusionConfig(**adm, text=TextEncoderConfig(vocab=50_257, width=512, layers=16)))
+    small = shapes(DiffusionConfig(**adm, text=TextEncoderConfig(text_vocab=50_257, dim=512, layers=16)))
     assert abs(count(small) / 385e6 - 1) < 0.002
     glide = load_config(Path(__file__).parents[2] / "configs" / "glide_64.py").model
     tree = shapes(glide)

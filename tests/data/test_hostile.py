@@ -201,16 +201,16 @@ def test_limits_are_those_of_the_configuration(tmp_path):
             rows.image(i, 8, "center")
         return rows.report(), rows.replacements
 
-    assert shown(min_side=1, max_aspect=1000) == ({}, {})
-    assert shown(min_side=1) == ({"picture too long": 1}, {3: 0})
-    assert shown(min_side=8, max_aspect=2) == (
+    assert shown(min_image_size=1, max_aspect_ratio=1000) == ({}, {})
+    assert shown(min_image_size=1) == ({"picture too long": 1}, {3: 0})
+    assert shown(min_image_size=8, max_aspect_ratio=2) == (
         {"picture too long": 2, "picture too small": 1},
         {0: 1, 2: 1, 3: 1},
     )
-    with pytest.raises(ValueError, match=r"min_side is 0, max_aspect 0\.5; want at least 1 each"):
-        config.TarSource(path="x", min_side=0, max_aspect=0.5)
+    with pytest.raises(ValueError, match=r"min_image_size is 0, max_aspect_ratio 0\.5; want at least 1 each"):
+        config.TarSource(path="x", min_image_size=0, max_aspect_ratio=0.5)
     rows = open_source(
-        config.FolderSource(path=str(tmp_path), eval_fraction=0.0, min_side=9), "train", languages=()
+        config.FolderSource(path=str(tmp_path), eval_fraction=0.0, min_image_size=9), "train", languages=()
     )
     with pytest.raises(ValueError, match=r"(?s)max_bad_fraction.*picture too small"):
         rows.image(0, 8, "center")

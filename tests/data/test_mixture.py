@@ -156,7 +156,7 @@ def test_the_stream_goes_on_where_it_stopped(parts, text, processes):
         each = data.batch_size // count
         share = range(index * each, (index + 1) * each)
         with train_batches(
-            data, source, start=start, image_size=SIZE, dropout=0.1, **text, rows=share
+            data, source, start=start, image_size=SIZE, bpe_dropout=0.1, **text, rows=share
         ) as stream:
             return [next(stream) for _ in range(n)]
 

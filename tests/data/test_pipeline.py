@@ -57,7 +57,7 @@ def data(tar):
 
 
 def take(data, source, tokenizer, n, *, start=0, image_size=SIZE, **options):
-    text = dict(text=tokenizer, text_vocab=400, text_len=12, dropout=0.3) if tokenizer else {}
+    text = dict(text=tokenizer, text_vocab=400, text_len=12, bpe_dropout=0.3) if tokenizer else {}
     with train_batches(data, source, start=start, image_size=image_size, **text, **options) as batches:
         return [next(batches) for _ in range(n)]
 
@@ -271,13 +271,15 @@ def test_labels_are_those_of_the_rows(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays, train_y=np.arange(7) % 3, test_y=np.arange(7) % 3)
     data = config.DataConfig(source=config.ArraysSource(path=str(tmp_path / "a.npz")), batch_size=4)
     with train_batches(
-        data, open_source(data.source, "train", languages=()), start=0, image_size=2, labels=True
+        data, open_source(data.source, "train", languages=()), start=0, image_size=2, with_labels=True
     ) as rows:
         batch = next(rows)
     assert batch["label"].dtype == np.int32 and batch["label"].shape == (4,)
     np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] % 3)
-    shown = eval_batch(data, open_source(data.source, "eval", languages=()), 7, image_size=2, labels=True)
+    shown = eval_batch(
+        data, open_source(data.source, "eval", languages=()), 7, image_size=2, with_labels=True
+    )
     np.testing.assert_array_equal(shown["label"], [0, 1, 2, 0, 1, 2, 0])
     scenes = config.DataConfig(source=config.ScenesSource(count=3))
-    shown = eval_batch(scenes, open_source(scenes.source, "eval"), 2, image_size=32, labels=True)
+    shown = eval_batch(scenes, open_source(scenes.source, "eval"), 2, image_size=32, with_labels=True)
     assert shown["label"].tolist() == [-1, -1]

@@ -23,15 +23,15 @@ from dalle_jax.data.scenes.generator import (
     SceneObject,
     captions,
     evaluation_set,
-    held_out_in,
+    facts_hold,
+    held_out_compositions,
     held_out_pairs,
     held_out_relations,
     relation_holds,
     render,
     scene,
-    true_in,
 )
-from dalle_jax.data.scenes.rendering import DISTANCE, REACH, TONES
+from dalle_jax.data.scenes.rendering import REACH, SHAPE_DISTANCES, TONES
 
 PLAIN = Background(kind="plain", tones=((255, 255, 255), (255, 255, 255)))
 
@@ -103,7 +103,7 @@ def test_random_numbers_are_even():
 def test_shape_is_within_its_reach_and_covers_its_area(shape):
     axis = (np.arange(800) + 0.5) / 800 * 3 - 1.5
     u, v = np.broadcast_arrays(axis[None, :], axis[:, None])
-    d = DISTANCE[shape](u, v)
+    d = SHAPE_DISTANCES[shape](u, v)
     assert d[u * u + v * v > REACH**2].min() > 0
     # the drawn ink is the area: 64 px, diameter 0.5, so one radius is 16 px
     ink = 255.0 - picture(one(shape, "black"), size=64)[..., 0]
@@ -115,7 +115,7 @@ def test_shape_is_within_its_reach_and_covers_its_area(shape):
 def test_distance_grows_at_most_as_fast_as_the_way(shape):
     """A field with slope at most 1 antialiases without jumps."""
     axis = np.linspace(-1.2, 1.2, 601)
-    d = DISTANCE[shape](*np.broadcast_arrays(axis[None, :], axis[:, None]))
+    d = SHAPE_DISTANCES[shape](*np.broadcast_arrays(axis[None, :], axis[:, None]))
     assert max(np.abs(np.diff(d, axis=0)).max(), np.abs(np.diff(d, axis=1)).max()) <= 0.004 * 1.01
 
 
@@ -238,13 +238,14 @@ def test_training_never_shows_a_held_out_composition_and_shows_every_part():
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_val_and_test_show_no_held_out_composition(split):
-    assert not any(held_out_in(scene(i, split=split)) for i in range(1500))
+    assert not any(held_out_compositions(scene(i, split=split)) for i in range(1500))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_every_held_out_scene_shows_a_held_out_composition(count):
     shown = [
-        held_out_in(scene(i, split="held_out", min_objects=count, max_objects=count)) for i in range(800)
+        held_out_compositions(scene(i, split="held_out", min_objects=count, max_objects=count))
+        for i in range(800)
     ]
     assert all(shown)
     kinds = Counter(len(what) for found in shown for what in found)
@@ -291,7 +292,7 @@ def test_captions_are_true_and_name_every_object(split):
     for i in range(1000):
         s = scene(i, split=split)
         for c in captions(s, index=i, count=2):
-            assert true_in(c.facts, s), (c, s)
+            assert facts_hold(c.facts, s), (c, s)
             named = Counter((o.shape, o.color) for o in c.facts.objects)
             assert named == Counter((o.shape, o.color) for o in s.objects)
             assert c.facts.count == len(s.objects)
@@ -374,7 +375,7 @@ def test_evaluation_sets():
     ):
         chosen = evaluation_set(kind, 200)
         assert {len(s.objects) for _, s in chosen} == counts
-        assert all(true_in(c.facts, s) and bool(held_out_in(s)) == split for c, s in chosen)
+        assert all(facts_hold(c.facts, s) and bool(held_out_compositions(s)) == split for c, s in chosen)
         assert {c.language for c, _ in chosen} == set(LANGUAGES)
         assert all(c.facts.relations for c, s in chosen if len(s.objects) > 1)
         assert chosen[:50] == evaluation_set(kind, 50) and chosen[:50] != evaluation_set(kind, 50, seed=1)

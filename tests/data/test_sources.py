@@ -23,7 +23,7 @@ from dalle_jax.data.images import (
     load_image,
     save_png,
 )
-from dalle_jax.data.sources import open_source, sample_captions
+from dalle_jax.data.sources import iter_captions, open_source
 
 RED = (220, 30, 40)
 
@@ -481,8 +481,8 @@ def test_scene_rows():
 
 def test_sampled_captions():
     rows = open_source(config.ScenesSource(count=50), "train")
-    assert len(list(sample_captions(rows, 20))) == 20
-    assert len(list(sample_captions(rows, 10_000))) == sum(
+    assert len(list(iter_captions(rows, 20))) == 20
+    assert len(list(iter_captions(rows, 10_000))) == sum(
         len(texts) for i in range(50) for texts in rows.captions(i).values()
     )
 

@@ -382,7 +382,12 @@ def test_a_run_that_was_killed_sees_the_same_rows_on_any_processes(sources, kind
     found, root = sources
     codes = str(root / "codes") if kind == "codes" else None
     data = config.DataConfig(source=found[kind], batch_size=4, crop="random", codes=codes, prefetch=1)
-    text = {"text": TextTokenizer.load(root / "bpe.model"), "text_vocab": 400, "text_len": 24, "dropout": 0.3}
+    text = {
+        "text": TextTokenizer.load(root / "bpe.model"),
+        "text_vocab": 400,
+        "text_len": 24,
+        "bpe_dropout": 0.3,
+    }
 
     def take(start, n, workers=0, **share):
         source = open_train_source(data)  # a new process opens it anew

@@ -87,7 +87,7 @@ def test_labels_and_more_workers_than_rows(tmp_path):
     np.savez(tmp_path / "a.npz", train_x=pictures, train_y=np.arange(5) % 3)
     source = config.ArraysSource(path=str(tmp_path / "a.npz"))
     data = resolve_data(source, 9, batch=2, crop="center")
-    with train_batches(data, open_train_source(data), start=0, image_size=2, labels=True) as batches:
+    with train_batches(data, open_train_source(data), start=0, image_size=2, with_labels=True) as batches:
         assert len(batches._processes) == 2
         for batch in (next(batches), next(batches)):
             np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] % 3)

@@ -21,10 +21,10 @@ from dalle_jax.data.scenes.generator import (
     SceneObject,
     captions,
     evaluation_set,
-    held_out_in,
+    facts_hold,
+    held_out_compositions,
     render,
     scene,
-    true_in,
 )
 from dalle_jax.data.scenes.scene import OPPOSITE
 from dalle_jax.evaluate.scenes.regions import connected_regions
@@ -105,7 +105,7 @@ def test_scenes_are_right_by_their_own_captions(side, most, spoil, count, least)
 
 def test_held_out_scenes_are_read_as_well():
     chosen = evaluation_set("held_out", 150)
-    assert all(held_out_in(s) for _, s in chosen)
+    assert all(held_out_compositions(s) for _, s in chosen)
     wrong = [c.text for c, s in chosen if not verify(render(s, 32), c.facts).right]
     assert len(wrong) <= 2, wrong
 
@@ -191,7 +191,7 @@ def test_mismatched_pairs_are_refused(side):
         }
         changed = [replace(first, **{key: word}) for key, word in other.items()]
         for claim in [told[i - 1].facts, *(replace(facts, objects=(o, *facts.objects[1:])) for o in changed)]:
-            if not true_in(claim, s):
+            if not facts_hold(claim, s):
                 tried += 1
                 if verify(image, claim).right:
                     accepted.append((i, claim))

@@ -139,8 +139,8 @@ def moved(cfg, params, what):
     caption, codes = rows(cfg, 1)
     stream = np.concatenate([caption, codes], axis=1)
     size = np.array([cfg.text_vocab] * cfg.text_len + [cfg.image_vocab] * cfg.num_codes)
-    other = np.repeat(stream, cfg.length + 1, axis=0)
-    for k in range(cfg.length):
+    other = np.repeat(stream, cfg.seq_len + 1, axis=0)
+    for k in range(cfg.seq_len):
         other[k + 1, k] = (other[k + 1, k] + 1) % size[k]
     out = what(cfg, params, jnp.asarray(other[:, : cfg.text_len]), jnp.asarray(other[:, cfg.text_len :]))
     out = np.asarray(out)
@@ -152,7 +152,7 @@ def test_one_layer_sees_what_its_mask_says(kind):
     """Exactly: nothing else moves position q, and everything that it may see does."""
     cfg = dataclasses.replace(TINY, layers=1, attention=(kind,))
     got = moved(cfg, random_params(cfg), jax.jit(dalle.hidden, static_argnums=0))
-    want = [[may_see(kind, q, k, cfg) for k in range(cfg.length)] for q in range(cfg.length)]
+    want = [[may_see(kind, q, k, cfg) for k in range(cfg.seq_len)] for q in range(cfg.seq_len)]
     np.testing.assert_array_equal(got, want)
 
 

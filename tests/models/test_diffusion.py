@@ -356,7 +356,7 @@ def test_sampling_refuses(options, match):
     [
         ({"beta_min": 30.0}, "want 0 < beta_min < beta_max"),
         ({"sigma_min": 60.0}, "want 0 < sigma_min < sigma_max"),
-        ({"steps": 10}, "noise.steps is 10; want at least 2, and more than beta_max"),
+        ({"num_timesteps": 10}, "noise.num_timesteps is 10; want at least 2, and more than beta_max"),
         ({"rho": 0.5}, "rho is 0.5"),
         ({"t_min": 0.0}, r"t_min is 0.0; want a time in \(0, 1\)"),
         ({"kind": "ve", "zero_terminal_snr": True}, "not for ve; turn it off"),

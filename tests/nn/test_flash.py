@@ -110,7 +110,7 @@ def assert_same(got, want, share=2e-5):
     for path, b in leaves:
         largest[path[:-1]] = max(largest.get(path[:-1], 0), np.abs(b).max())
     for (path, b), a in zip(leaves, jax.tree.leaves(got[1]), strict=True):
-        near = share * np.abs(b).max() + ROWS * MODEL.length * EPS * largest[path[:-1]]
+        near = share * np.abs(b).max() + ROWS * MODEL.seq_len * EPS * largest[path[:-1]]
         np.testing.assert_allclose(a, b, rtol=0, atol=near, err_msg=jax.tree_util.keystr(path))
 
 
@@ -153,7 +153,7 @@ def kept(cfg):
 
 def test_what_each_policy_keeps():
     """In units of the stream: its input; for `mlp` queries, keys, values, what attention gives and the middle."""
-    unit = 4 * MODEL.length * MODEL.dim
+    unit = 4 * MODEL.seq_len * MODEL.dim
     assert kept(dataclasses.replace(MODEL, remat="full")) == [unit]
     assert kept(dataclasses.replace(MODEL, remat="save_attention")) == [unit] * 2
     assert kept(dataclasses.replace(MODEL, remat="mlp")) == [unit] * 6

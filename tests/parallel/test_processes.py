@@ -64,7 +64,7 @@ def test_a_cluster_is_found_by_its_marks(joined, monkeypatch, marks, tpu):
         monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
     for name, value in marks.items():
         monkeypatch.setenv(name, value)
-    initialize_distributed(DistributedConfig(heartbeat_seconds=7))
+    initialize_distributed(DistributedConfig(heartbeat_timeout_seconds=7))
     ((args, named),) = joined
     assert args == (None, None, None) and named["cluster_detection_method"] is None
     assert named["heartbeat_timeout_seconds"] == 7
@@ -102,7 +102,9 @@ def test_processes_that_do_not_meet_are_told(joined, monkeypatch):
         OSError, match=r"\(h:12\) in 5 s: DEADLINE_EXCEEDED: Barrier timed out\.\. Look whether"
     ):
         initialize_distributed(
-            DistributedConfig(coordinator_address="h:12", num_processes=3, process_id=2, start_seconds=5)
+            DistributedConfig(
+                coordinator_address="h:12", num_processes=3, process_id=2, initialization_timeout_seconds=5
+            )
         )
 
 

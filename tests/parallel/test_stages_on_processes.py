@@ -52,7 +52,7 @@ STAGES = {
     ),
     "diffusion": DiffusionConfig(
         image_size=32, patch_size=4, width=8, channel_multipliers=(1,), blocks=1, attention_sizes=(), dropout=0.1,
-        text=TextEncoderConfig(vocab=400, length=6, width=8, layers=1, heads=2), prediction="x0",
+        text=TextEncoderConfig(text_vocab=400, text_len=6, dim=8, layers=1, heads=2), prediction="x0",
         codes=CodesConfig(vocab=16, grid=8, width=4),
     ),
 }  # fmt: skip
@@ -77,7 +77,7 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, dvae_run, name):
         data=DataConfig(
             batch_size=8, source=ScenesSource(count=40, max_objects=1), num_threads=1, prefetch=1
         ),
-        text=TextConfig(dropout=0.1),
+        text=TextConfig(bpe_dropout=0.1),
         image_tokenizer=str(dvae_run) if name in ("dalle", "diffusion") else None,
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=1, ema_every=1),
         mesh=MeshConfig(data=2, fsdp=2),

@@ -146,7 +146,7 @@ def test_framed_captions(clip):
 def test_clips_own_vocabulary_has_its_start_and_end_last():
     """512 letters and no merge: start 512, end 513; in the published one of 49,408 they are the last two as well."""
     pairs = tokenizers.BosEosTokenizer(b'"bpe #version: 0.2\n')
-    assert (pairs.size, pairs.pieces) == (514, 512)
+    assert (pairs.vocab_size, pairs.num_used_ids) == (514, 512)
     assert pairs.encode("a", text_vocab=514, text_len=4).tolist() == [512, 320, 513, 513]
 
 
@@ -434,7 +434,7 @@ def test_evaluate_by_a_clip(room):
 def test_a_clip_trains_and_its_export_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))  # compiles faster
     config = TrainConfig(
-        model=CLIP, run=str(tmp_path / "run"), data=DATA, text=TextConfig(train_captions=40, dropout=0.0),
+        model=CLIP, run=str(tmp_path / "run"), data=DATA, text=TextConfig(num_train_captions=40, bpe_dropout=0.0),
         steps=2, eval_every=2, save_every=2, sample_every=2, eval_rows=8, log_every=1,
     )  # fmt: skip
     outcome = loop.train(config)

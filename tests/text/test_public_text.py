@@ -21,22 +21,22 @@ HF = {"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3, "b</w>": 4, "!</w>": 5, "ab</w>": 
 
 
 def youtokentome(**options):
-    return char_bpe.youtokentome_bpe(MODEL, **options)
+    return char_bpe.char_bpe_from_youtokentome(MODEL, **options)
 
 
 def test_merges_of_youtokentome_by_hand():
     pieces = youtokentome()
     assert pieces.encode("abc bc  AB\tb") == [2, 4, 6, 4, 7, 4, 5, 4, 9, 3]
-    assert pieces.size == 11
+    assert pieces.vocab_size == 11
     assert pieces.encode("axyb") == [2, 4, 8, 1, 9, 3]  # a run of unknown characters is one piece
     assert pieces.encode("  ") == pieces.encode("") == []
-    assert youtokentome(begins=2).encode("b") == [2, 2, 4, 9, 3]
+    assert youtokentome(num_bos=2).encode("b") == [2, 2, 4, 9, 3]
     assert pieces.decode([2, 4, 6, 4, 7, 1, 3]) == "abc bc"
     assert pieces.normalize("  ABC b") == "abc b"
 
 
 def test_character_bpe_by_hand():
-    pieces = char_bpe.char_bpe(HF, ["a b</w>"])
+    pieces = char_bpe.char_bpe_from_vocab(HF, ["a b</w>"])
     assert pieces.encode("AB ab!") == [6, 6, 5]
     assert pieces.encode("ba") == [3, 1]  # no piece for an `a` that ends a word
     assert pieces.encode("中ab") == [1, 6]  # a Chinese character is a word
@@ -46,9 +46,9 @@ def test_character_bpe_by_hand():
 
 def test_dropout_skips_merges():
     pieces = youtokentome()
-    assert pieces.encode("abc", dropout=1.0) == [2, 4, 8, 9, 10, 3]
-    drawn = {tuple(pieces.encode("abc abc abc", dropout=0.5, seed=s)) for s in range(8)}
-    assert len(drawn) > 3 and tuple(pieces.encode("abc abc abc", dropout=0.5, seed=3)) in drawn
+    assert pieces.encode("abc", bpe_dropout=1.0) == [2, 4, 8, 9, 10, 3]
+    drawn = {tuple(pieces.encode("abc abc abc", bpe_dropout=0.5, seed=s)) for s in range(8)}
+    assert len(drawn) > 3 and tuple(pieces.encode("abc abc abc", bpe_dropout=0.5, seed=3)) in drawn
     assert {pieces.decode(list(ids)) for ids in drawn} == {"abc abc abc"}
 
 
@@ -100,7 +100,7 @@ def test_simplified_captions(caption, want):
 
 def bart(simplify=True):
     pairs = byte_bpe.load_byte_bpe(GOLDEN / "dalle_mini" / "vocab.json")
-    return BartTokenizer(pairs, 0, 2, simplify=simplify)
+    return BartTokenizer(pairs, 0, 2, normalize_captions=simplify)
 
 
 def test_bart_captions_stand_between_begin_and_end():
@@ -111,14 +111,14 @@ def test_bart_captions_stand_between_begin_and_end():
     )
     assert bart().decode(bart().encode("a Red circle!")) == "a red circle"
     with pytest.raises(ValueError, match="begin 0 and end 999 are no ids"):
-        BartTokenizer(byte_bpe.load_byte_bpe(GOLDEN / "dalle_mini"), 0, 999, simplify=True)
+        BartTokenizer(byte_bpe.load_byte_bpe(GOLDEN / "dalle_mini"), 0, 999, normalize_captions=True)
 
 
 @pytest.mark.parametrize(
     "make",
     [
         youtokentome,
-        lambda: char_bpe.char_bpe(HF, ["a b</w>"]),
+        lambda: char_bpe.char_bpe_from_vocab(HF, ["a b</w>"]),
         bart,
         lambda: ClassLabelTokenizer(["abc", "b"]),
     ],
@@ -128,8 +128,8 @@ def test_one_file_holds_a_vocabulary(tmp_path, make):
     own = make()
     TextTokenizer(own).save(tmp_path / "text_tokenizer.model")
     loaded = TextTokenizer.load(tmp_path / "text_tokenizer.model")
-    assert loaded.size == own.size
-    for text in (loaded, TextTokenizer(own.serialized())):
+    assert loaded.vocab_size == own.vocab_size
+    for text in (loaded, TextTokenizer(own.to_bytes())):
         np.testing.assert_array_equal(
             text.encode("abc", text_vocab=400, text_len=8),
             TextTokenizer(own).encode("abc", text_vocab=400, text_len=8),
@@ -151,17 +151,17 @@ def test_one_file_holds_a_vocabulary(tmp_path, make):
 )
 def test_broken_models_of_youtokentome(text, match):
     with pytest.raises(ValueError, match=match):
-        char_bpe.youtokentome_bpe(text)
+        char_bpe.char_bpe_from_youtokentome(text)
 
 
 def test_broken_vocabularies():
     with pytest.raises(ValueError, match=r"merge 1 is 'a c', of pieces that the vocabulary does not have"):
-        char_bpe.char_bpe(HF, ["a c"])
+        char_bpe.char_bpe_from_vocab(HF, ["a c"])
     with pytest.raises(ValueError, match=r"no piece \[UNK\]"):
-        char_bpe.char_bpe({"a": 0}, [])
+        char_bpe.char_bpe_from_vocab({"a": 0}, [])
     with pytest.raises(ValueError, match="ids of a vocabulary are integers"):
-        char_bpe.char_bpe({**HF, "z": "1"}, [])
-    data = json.loads(youtokentome().serialized())
+        char_bpe.char_bpe_from_vocab({**HF, "z": "1"}, [])
+    data = json.loads(youtokentome().to_bytes())
     for name in ("merges", "characters", "size", "before"):
         broken = json.dumps({k: v for k, v in data.items() if k != name}).encode()
         with pytest.raises(
@@ -173,4 +173,4 @@ def test_broken_vocabularies():
     with pytest.raises(ValueError, match=r"integers in \[0, 3\)"):
         char_bpe.parse_char_bpe(json.dumps({**data, "size": 3}).encode())
     with pytest.raises(ValueError, match="a vocabulary of BART is broken"):
-        bart_text.parse_bart(bart().serialized().replace(b'"pairs"', b'"pears"'))
+        bart_text.parse_bart(bart().to_bytes().replace(b'"pairs"', b'"pears"'))

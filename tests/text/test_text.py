@@ -37,7 +37,7 @@ def tokenizer(model):
 @settings(deadline=None, max_examples=200)
 @given(caption=st.text(max_size=60), dropout=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 2**40))
 def test_round_trip(tokenizer, caption, dropout, seed):
-    ids = tokenizer.encode(caption, text_vocab=500, text_len=2000, dropout=dropout, seed=seed)
+    ids = tokenizer.encode(caption, text_vocab=500, text_len=2000, bpe_dropout=dropout, seed=seed)
     assert tokenizer.decode(ids) == tokenizer.normalize(caption)
 
 
@@ -86,7 +86,7 @@ def test_normalisation_is_chosen_and_kept_in_the_file(tmp_path, lowercase, nfkc,
 
 
 def test_statistics(tokenizer):
-    counts = [tokenizer.count(c) for c in CAPTIONS[:3]]
+    counts = [tokenizer.count_tokens(c) for c in CAPTIONS[:3]]
     got = caption_statistics(tokenizer, CAPTIONS[:3], text_len=max(counts) - 1)
     assert got == {
         "captions": 3, "tokens": sum(counts), "characters": sum(map(len, CAPTIONS[:3])),
@@ -96,15 +96,15 @@ def test_statistics(tokenizer):
 
 
 def test_unknown_characters_become_bytes(tokenizer):
-    assert tokenizer.count("龘") == len("龘".encode()) + 1  # the space before the word is a piece
+    assert tokenizer.count_tokens("龘") == len("龘".encode()) + 1  # the space before the word is a piece
     assert tokenizer.decode(tokenizer.encode("龘😀", text_vocab=400, text_len=20)) == "龘😀"
 
 
 def test_padding_knows_its_position(tokenizer):
     ids = tokenizer.encode("a red square", text_vocab=1000, text_len=16)
-    n = tokenizer.count("a red square")
+    n = tokenizer.count_tokens("a red square")
     assert ids.dtype == np.int32 and ids.shape == (16,) and 0 < n < 16
-    assert (ids[:n] < tokenizer.size).all()
+    assert (ids[:n] < tokenizer.vocab_size).all()
     np.testing.assert_array_equal(ids[n:], 1000 + np.arange(n, 16))
 
 
@@ -124,7 +124,7 @@ def test_long_captions_are_cut(tokenizer):
 def test_dropout_follows_its_seed_in_any_thread(tokenizer):
     def encode(seed):
         caption = CAPTIONS[seed % len(CAPTIONS)]
-        return tuple(tokenizer.encode(caption, text_vocab=400, text_len=64, dropout=0.3, seed=seed))
+        return tuple(tokenizer.encode(caption, text_vocab=400, text_len=64, bpe_dropout=0.3, seed=seed))
 
     seeds = range(3000)
     serial = [encode(seed) for seed in seeds]
@@ -138,10 +138,10 @@ def test_dropout_follows_its_seed_in_any_process(tokenizer, model):
     code = f"""
 from dalle_jax.text.tokenizers import TextTokenizer
 t = TextTokenizer.load({str(model)!r})
-print([t.encode({CAPTIONS[0]!r}, text_vocab=400, text_len=64, dropout=0.3, seed=s).tolist() for s in (7, 2**40, 8)])
+print([t.encode({CAPTIONS[0]!r}, text_vocab=400, text_len=64, bpe_dropout=0.3, seed=s).tolist() for s in (7, 2**40, 8)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    options = dict(text_vocab=400, text_len=64, dropout=0.3)
+    options = dict(text_vocab=400, text_len=64, bpe_dropout=0.3)
     want = [tokenizer.encode(CAPTIONS[0], seed=seed, **options).tolist() for seed in (7, 2**40, 8)]
     assert done.stdout.strip() == str(want) and want[0] != want[2]
 
@@ -151,7 +151,7 @@ print([t.encode({CAPTIONS[0]!r}, text_vocab=400, text_len=64, dropout=0.3, seed=
 def test_merges_that_are_never_skipped_are_those_of_sentencepiece(tokenizer, caption):
     options = dict(text_vocab=500, text_len=500)
     np.testing.assert_array_equal(
-        tokenizer.encode(caption, dropout=1e-300, **options), tokenizer.encode(caption, **options)
+        tokenizer.encode(caption, bpe_dropout=1e-300, **options), tokenizer.encode(caption, **options)
     )
 
 
@@ -163,7 +163,7 @@ def test_a_merge_is_skipped_with_its_probability(tmp_path):
     assert whole[1] == 301
     for dropout in (0.1, 0.7):
         found = [
-            tokenizer.encode("x", text_vocab=300, text_len=4, dropout=dropout, seed=s).tolist() != whole
+            tokenizer.encode("x", text_vocab=300, text_len=4, bpe_dropout=dropout, seed=s).tolist() != whole
             for s in range(4000)
         ]
         assert abs(np.mean(found) - dropout) < 4 * (dropout * (1 - dropout) / 4000) ** 0.5
@@ -179,7 +179,7 @@ def test_training_is_deterministic(model, tmp_path):
 
 def test_large_vocabulary_shrinks_to_what_the_captions_support(tmp_path):
     train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=16_384)
-    assert 300 < TextTokenizer.load(tmp_path / "m").size < 1000
+    assert 300 < TextTokenizer.load(tmp_path / "m").vocab_size < 1000
 
 
 def test_vocabulary_too_small(tmp_path):
@@ -187,19 +187,19 @@ def test_vocabulary_too_small(tmp_path):
         train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=100)
     least = int(str(error.value).split()[-1])
     train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=least)
-    assert TextTokenizer.load(tmp_path / "m").size == least
+    assert TextTokenizer.load(tmp_path / "m").vocab_size == least
     with pytest.raises(ValueError, match="too small"):
         train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=least - 1)
 
 
 def test_errors(tokenizer, model, tmp_path):
-    with pytest.raises(ValueError, match=f"{tokenizer.size} pieces, text_vocab is 300"):
+    with pytest.raises(ValueError, match=f"{tokenizer.vocab_size} pieces, text_vocab is 300"):
         tokenizer.encode("a", text_vocab=300, text_len=8)
     with pytest.raises(ValueError, match="a caption is a str, got bytes"):
         tokenizer.encode(b"a", text_vocab=400, text_len=8)
     with pytest.raises(ValueError, match="no captions with text"):
         train_text_tokenizer(["", " "], tmp_path / "m", vocab=400)
-    with pytest.raises(ValueError, match=r"nowhere\.model.*text\.model"):
+    with pytest.raises(ValueError, match=r"nowhere\.model.*text\.tokenizer_path"):
         TextTokenizer.load(tmp_path / "nowhere.model")
     for data in (b"", b"garbage", model.read_bytes()[:1000]):
         (tmp_path / "bad.model").write_bytes(data)

@@ -85,7 +85,7 @@ def test_the_formula_of_the_transformer_is_what_is_traced():
     task = make_task(config, on_codes=True)
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     traced = count(lambda p, b: task.loss(p, {}, b, jax.random.key(0), 0), params, batch_shapes(task, 2))
-    head = 2 * 2 * MODEL.dim * MODEL.text_ids
+    head = 2 * 2 * MODEL.dim * MODEL.num_text_ids
     assert dalle_flops(MODEL, 2) == traced + head
     assert train_flops(task) == 3 * dalle_flops(MODEL, 2)
 

@@ -64,7 +64,7 @@ def dalle_config(room, **changes):
         "model": MODEL,
         "run": str(room / "run"),
         "data": DataConfig(source=SCENES, batch_size=BATCH, num_threads=1, prefetch=1),
-        "text": TextConfig(tokenizer_path=str(room / "bpe.model"), dropout=0.1),
+        "text": TextConfig(tokenizer_path=str(room / "bpe.model"), bpe_dropout=0.1),
         "image_tokenizer": str(room / "dvae"),
         "eval_rows": 5,
     }
@@ -249,7 +249,7 @@ def test_a_public_vocabulary(room):
     (room / "gpt2").mkdir()
     (room / "gpt2" / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
     (room / "gpt2" / "merges.txt").write_text("#version: 0.2\nr e\nre d\n")
-    config = dalle_config(room, text=TextConfig(tokenizer_path=str(room / "gpt2"), dropout=0.0))
+    config = dalle_config(room, text=TextConfig(tokenizer_path=str(room / "gpt2"), bpe_dropout=0.0))
     prepared(config, tokenizer, room / "public")
     shutil.rmtree(room / "gpt2")
     again = DalleTask(config)

@@ -27,8 +27,8 @@ class ExampleBuilder:
     text: TextTokenizer | None = None  # None leaves captions out
     text_vocab: int = 0
     text_len: int = 0
-    dropout: float = 0.0
-    labels: bool = False  # the class, -1 for none
+    bpe_dropout: float = 0.0
+    with_labels: bool = False  # the class, -1 for none
 
     def __call__(self, position: int, i: int) -> dict[str, np.ndarray]:
         """Row i of the source as the row at `position` of the stream: `image` uint8 (H, W, 3) or `codes` int32 (N,),
@@ -46,14 +46,14 @@ class ExampleBuilder:
                 _choose(said, self.data.languages, *choice),
                 text_vocab=self.text_vocab,
                 text_len=self.text_len,
-                dropout=self.dropout,
+                bpe_dropout=self.bpe_dropout,
                 seed=merges,
             )
-        if self.labels:
-            out["label"] = label_of(self.source, i)
+        if self.with_labels:
+            out["label"] = label_array(self.source, i)
         return out
 
-    def layout(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of each array of a row."""
         out: dict[str, tuple[tuple[int, ...], type]] = {}
         if isinstance(self.source, CodesDataset):
@@ -62,7 +62,7 @@ class ExampleBuilder:
             out["image"] = (self.image_size, self.image_size, 3), np.uint8
         if self.text is not None:
             out["text"] = (self.text_len,), np.int32
-        if self.labels:
+        if self.with_labels:
             out["label"] = (), np.int32
         return {name: (shape, np.dtype(kind)) for name, (shape, kind) in out.items()}
 
@@ -83,7 +83,7 @@ def _key(seed: int) -> np.ndarray:
     return key
 
 
-def label_of(source: Dataset, i: int) -> np.ndarray:
+def label_array(source: Dataset, i: int) -> np.ndarray:
     label = source.label(i)
     return np.asarray(-1 if label is None else label, np.int32)
 

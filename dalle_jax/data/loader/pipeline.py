@@ -16,9 +16,9 @@ import grain
 import numpy as np
 
 from dalle_jax import config
-from dalle_jax.data.codes import EVAL, CodesDataset, check_codes_dataset
-from dalle_jax.data.loader.examples import ExampleBuilder, label_of
-from dalle_jax.data.loader.workers import WorkerBatches
+from dalle_jax.data.codes import EVAL_DIR, CodesDataset, check_codes_dataset
+from dalle_jax.data.loader.examples import ExampleBuilder, label_array
+from dalle_jax.data.loader.workers import ProcessBatches
 from dalle_jax.data.sources import Dataset, open_source
 from dalle_jax.text.tokenizers import TextTokenizer
 from dalle_jax.typing import HostBatch
@@ -36,7 +36,7 @@ def open_train_source(data: config.DataConfig) -> Dataset | CodesDataset:
 
 def open_eval_source(data: config.DataConfig) -> Dataset | CodesDataset:
     """The rows to evaluate on: those that `dalle-jax encode` put into `data.codes`, if it did, else pictures."""
-    held_out = None if data.codes is None else Path(data.codes) / EVAL
+    held_out = None if data.codes is None else Path(data.codes) / EVAL_DIR
     if held_out is None or not held_out.is_dir():
         return open_source(data.source, "eval", languages=data.languages)
     rows = CodesDataset(held_out)
@@ -53,10 +53,10 @@ def train_batches(
     text: TextTokenizer | None = None,
     text_vocab: int = 0,
     text_len: int = 0,
-    dropout: float = 0.0,
-    labels: bool = False,
+    bpe_dropout: float = 0.0,
+    with_labels: bool = False,
     rows: Sequence[int] | None = None,
-) -> TrainBatches | WorkerBatches:
+) -> ThreadedBatches | ProcessBatches:
     """The batches of steps `start`, `start + 1`, ... without end.
 
     source: what `open_train_source` returns; with codes the batches hold those and not the pictures.
@@ -86,20 +86,20 @@ def train_batches(
 
     maker = ExampleBuilder(
         data=data, source=source, image_size=image_size, text=text, text_vocab=text_vocab, text_len=text_len,
-        dropout=dropout, labels=labels,
+        bpe_dropout=bpe_dropout, with_labels=with_labels,
     )  # fmt: skip
     order = grain.MapDataset.range(len(source)).shuffle(seed=data.seed).repeat()
     if data.num_workers == 0:
         batches = _Share(order.map_with_index(maker), data.batch_size, wanted)
         batches = batches.batch(len(wanted), drop_remainder=True)
-        return TrainBatches(batches, start=start, threads=data.num_threads, prefetch=data.prefetch)
+        return ThreadedBatches(batches, start=start, threads=data.num_threads, prefetch=data.prefetch)
 
     def rows_of(step: int) -> tuple[list[int], list[int]]:
         positions = [step * data.batch_size + r for r in wanted]
         return positions, [order[position] for position in positions]
 
     workers = min(data.num_workers, len(wanted))
-    return WorkerBatches(
+    return ProcessBatches(
         maker, rows_of, start=start, batch=len(wanted), workers=workers, prefetch=data.prefetch
     )
 
@@ -113,7 +113,7 @@ def eval_batch(
     text: TextTokenizer | None = None,
     text_vocab: int = 0,
     text_len: int = 0,
-    labels: bool = False,
+    with_labels: bool = False,
 ) -> dict:
     """The first `rows` rows of a source, or those of a range, the same every time.
 
@@ -138,12 +138,12 @@ def eval_batch(
     out = {"codes" if coded else "image": np.stack(shown), "caption": captions}
     if text is not None:
         out["text"] = np.stack([text.encode(c, text_vocab=text_vocab, text_len=text_len) for c in captions])
-    if labels:
-        out["label"] = np.stack([label_of(source, i) for i in wanted])
+    if with_labels:
+        out["label"] = np.stack([label_array(source, i) for i in wanted])
     return out
 
 
-class TrainBatches(Iterator[HostBatch]):
+class ThreadedBatches(Iterator[HostBatch]):
     """An endless iterator over batches; holds the threads that read ahead. Close it, or use it in a
     `with`."""
 
@@ -159,7 +159,7 @@ class TrainBatches(Iterator[HostBatch]):
         """Stops reading ahead; threads end with the batch that they are at. Closing twice is fine."""
         self._iterator.close()
 
-    def __enter__(self) -> TrainBatches:
+    def __enter__(self) -> ThreadedBatches:
         return self
 
     def __exit__(self, *_) -> None:

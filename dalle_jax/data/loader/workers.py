@@ -41,7 +41,7 @@ _LOOK = 2.0  # seconds after which a worker without work looks whether its paren
 _PATIENCE = 5.0  # seconds in which a worker that hung up has to end
 
 
-class WorkerBatches(Iterator[dict[str, np.ndarray]]):
+class ProcessBatches(Iterator[dict[str, np.ndarray]]):
     """An endless iterator over the batches of steps `start`, `start + 1`, ...; close it, or use it in a `with`."""
 
     def __init__(
@@ -71,7 +71,7 @@ class WorkerBatches(Iterator[dict[str, np.ndarray]]):
             ) from None
         self._source, self._rows_of, self._slots = maker.source, rows_of, prefetch
         self._next = start
-        layout = maker.layout()
+        layout = maker.specs()
         size = _size(layout, batch, prefetch)
         file = _memory(size)
         processes: list[subprocess.Popen] = []
@@ -111,7 +111,7 @@ class WorkerBatches(Iterator[dict[str, np.ndarray]]):
         """Ends the workers. Closing twice is fine."""
         self._end()
 
-    def __enter__(self) -> WorkerBatches:
+    def __enter__(self) -> ProcessBatches:
         return self
 
     def __exit__(self, *_) -> None:
@@ -241,7 +241,7 @@ def work(connection: int, memory: int, size: int, parent: int, w: int, workers: 
     try:
         try:
             maker, batch, slots = pickle.loads(_heard(talk, parent))
-            views = _views(mmap.mmap(memory, size), maker.layout(), batch, slots)
+            views = _views(mmap.mmap(memory, size), maker.specs(), batch, slots)
         except (EOFError, ConnectionError):
             raise
         except Exception as error:

@@ -105,18 +105,18 @@ def _say_en(stream: CounterRNG, fact: ObjectFact, known: bool) -> str:
     if fact.fill is not None:
         words = f"{fact.fill} {words}"
     if fact.size is not None:
-        words = f"{stream.pick(EN_SIZE[fact.size])} {words}"
+        words = f"{stream.choice(EN_SIZE[fact.size])} {words}"
     return ("an " if words[0] in "aeio" else "a ") + words
 
 
 def _say_zh(stream: CounterRNG, fact: ObjectFact, known: bool) -> str:
-    words = ZH_COLOR[fact.color] + stream.pick(ZH_SHAPE[fact.shape])
+    words = ZH_COLOR[fact.color] + stream.choice(ZH_SHAPE[fact.shape])
     if known:
         return words
     if fact.fill is not None:
-        words = stream.pick(ZH_FILL[fact.fill]) + words
+        words = stream.choice(ZH_FILL[fact.fill]) + words
     if fact.size is not None:
-        words = stream.pick(ZH_SIZE[fact.size]) + words
+        words = stream.choice(ZH_SIZE[fact.size]) + words
     return "一个" + words
 
 
@@ -124,7 +124,7 @@ def _plain_side(scene: Scene, subject: int, other: int) -> str | None:
     """The side of `other` that `subject` is on where a person would not hesitate, else None."""
     a, b = scene.objects[subject], scene.objects[other]
     for name in OPPOSITE:
-        if is_side(name, a, b, slack=1.3, least=0.2):
+        if is_side(name, a, b, slack=1.3, min_offset=0.2):
             return name
     return None
 
@@ -134,23 +134,25 @@ def _turned(stream: CounterRNG, relation: Relation) -> Relation:
     if relation.name == "between":
         b, c = relation.others
         return (
-            Relation(name="between", subject=relation.subject, others=(c, b)) if stream.below(2) else relation
+            Relation(name="between", subject=relation.subject, others=(c, b))
+            if stream.integers(2)
+            else relation
         )
-    if relation.name in OPPOSITE and stream.below(2):
+    if relation.name in OPPOSITE and stream.integers(2):
         return Relation(name=OPPOSITE[relation.name], subject=relation.others[0], others=(relation.subject,))
     return relation
 
 
 def _statements(stream: CounterRNG, scene: Scene, always: bool) -> list[Relation]:
     """Relations to state, in telling order, over scene positions."""
-    if scene.relation is None or not (always or stream.below(8)):
+    if scene.relation is None or not (always or stream.integers(8)):
         return []
     told = [_turned(stream, scene.relation)]
     known = {scene.relation.subject, *scene.relation.others}
     for new in range(len(scene.objects)):
-        if new in known or not stream.below(3):
+        if new in known or not stream.integers(3):
             continue
-        old = stream.pick(sorted(known))
+        old = stream.choice(sorted(known))
         side = _plain_side(scene, new, old)
         if side is not None:
             told.append(Relation(name=side, subject=new, others=(old,)))
@@ -175,7 +177,7 @@ def _clauses(stream: CounterRNG, facts: Facts, relations: dict, say) -> tuple[li
         for key, position in zip("abc", (relation.subject, *relation.others), strict=False):
             words[key] = say(stream, facts.objects[position], position in seen)
             seen.add(position)
-        clauses.append(stream.pick(relations[relation.name]).format(**words))
+        clauses.append(stream.choice(relations[relation.name]).format(**words))
     rest = [say(stream, fact, False) for i, fact in enumerate(facts.objects) if i not in seen]
     return clauses, rest
 
@@ -186,12 +188,12 @@ def _english(stream: CounterRNG, facts: Facts) -> str:
         text = "; ".join(clauses) + (
             ("; also " if len(clauses) > 1 else ", and also ") + _join_en(rest) if rest else ""
         )
-    elif len(rest) > 1 and stream.below(2):
+    elif len(rest) > 1 and stream.integers(2):
         text = f"{EN_NUMBER[len(rest)]} shapes: {', '.join(rest)}"
     else:
         text = _join_en(rest)
     background = f"{EN_BACKGROUND[facts.background]} background" if facts.background else None
-    style = stream.below(4)
+    style = stream.integers(4)
     if background and style < 2:
         return f"{text}, on {background}" if clauses else f"{text} on {background}"
     if background:
@@ -208,11 +210,11 @@ def _chinese(stream: CounterRNG, facts: Facts) -> str:
     clauses, rest = _clauses(stream, facts, ZH_RELATION, _say_zh)
     if clauses:
         text = "，".join(clauses) + ("，还有" + _join_zh(rest) if rest else "")
-    elif len(rest) > 1 and stream.below(2):
+    elif len(rest) > 1 and stream.integers(2):
         text = f"{ZH_NUMBER[len(rest)]}个图形：{'、'.join(rest)}"
     else:
         text = _join_zh(rest)
-    style = stream.below(4)
+    style = stream.integers(4)
     if facts.background:
         background = ZH_BACKGROUND[facts.background]
         if style < 2:
@@ -231,18 +233,20 @@ def caption(scene: Scene, stream: CounterRNG, language: str, *, always: bool = F
     order = list(dict.fromkeys(i for relation in told for i in (relation.subject, *relation.others)))
     order += [i for i in range(len(scene.objects)) if i not in order]
     place = {position: i for i, position in enumerate(order)}
-    sized = stream.below(2)  # one draw for the whole caption: half of the captions speak of size
+    sized = stream.integers(2)  # one draw for the whole caption: half of the captions speak of size
     objects = []
     for position in order:
         thing = scene.objects[position]
-        fill = None if (thing.fill == "solid" and stream.below(12)) or not stream.below(8) else thing.fill
+        fill = (
+            None if (thing.fill == "solid" and stream.integers(12)) or not stream.integers(8) else thing.fill
+        )
         size = thing.size if sized else None
         objects.append(ObjectFact(shape=thing.shape, color=thing.color, size=size, fill=fill))
     relations = tuple(
         Relation(name=r.name, subject=place[r.subject], others=tuple(place[i] for i in r.others))
         for r in told
     )
-    background = None if stream.below(4) else scene.background.kind
+    background = None if stream.integers(4) else scene.background.kind
     facts = Facts(objects=tuple(objects), relations=relations, count=len(objects), background=background)
     return Caption(text=_SPEAK[language](stream, facts), language=language, facts=facts)
 
@@ -277,7 +281,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
         )
 
 
-def true_in(facts: Facts, scene: Scene) -> bool:
+def facts_hold(facts: Facts, scene: Scene) -> bool:
     """True if every fact holds in the scene by its own geometry, whatever the pixels look like."""
     if facts.count is not None and facts.count != len(scene.objects):
         return False

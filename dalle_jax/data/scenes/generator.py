@@ -20,7 +20,7 @@ from dalle_jax.data.scenes.captions import (
     caption,
     captions,
     check_languages,
-    true_in,
+    facts_hold,
 )
 from dalle_jax.data.scenes.rendering import REACH, TONES, render
 from dalle_jax.data.scenes.scene import (
@@ -40,19 +40,39 @@ from dalle_jax.data.scenes.scene import (
     Relation,
     Scene,
     SceneObject,
-    held_out_in,
+    held_out_compositions,
     held_out_pairs,
     held_out_relations,
-    is_held_out,
     is_side,
     relation_holds,
+    shows_held_out_relation,
 )
 
 __all__ = [
-    "BACKGROUNDS", "COLORS", "FILLS", "LANGUAGES", "RELATIONS", "SHAPES", "SIZES", "SPLITS",
-    "Background", "Caption", "Facts", "ObjectFact", "Relation", "Scene", "SceneObject",
-    "captions", "evaluation_set", "held_out_in", "held_out_pairs", "held_out_relations", "relation_holds", "render",
-    "scene", "true_in",
+    "BACKGROUNDS",
+    "COLORS",
+    "FILLS",
+    "LANGUAGES",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "Background",
+    "Caption",
+    "Facts",
+    "ObjectFact",
+    "Relation",
+    "Scene",
+    "SceneObject",
+    "captions",
+    "evaluation_set",
+    "facts_hold",
+    "held_out_compositions",
+    "held_out_pairs",
+    "held_out_relations",
+    "relation_holds",
+    "render",
+    "scene",
 ]  # fmt: skip
 
 EDGE = 0.01  # free margin of the picture
@@ -87,7 +107,7 @@ _ON = {host: tuple(c for c in COLORS if _stands_out(c, host)) for host in COLORS
 def _spread(stream: CounterRNG, widths: list[float]) -> list[float]:
     """Centres of intervals laid one after another in [0, 1], the free space shared out at random."""
     free = 1.0 - 2 * EDGE - GAP * (len(widths) - 1) - sum(widths)
-    cuts = sorted([stream.unit() for _ in widths])
+    cuts = sorted([stream.random() for _ in widths])
     centres, start = [], EDGE
     for width, cut in zip(widths, cuts, strict=True):
         centres.append(start + width / 2 + cut * free)
@@ -113,7 +133,7 @@ def _pair(stream: CounterRNG, widths: list[float]) -> list[tuple[float, float]]:
 def _row(stream: CounterRNG, widths: list[float]) -> list[tuple[float, float]]:
     """Three objects in a line along the first axis, nearly level."""
     level = _spread(stream, [max(widths) + 0.06])[0]
-    return [(x, level + 0.06 * (stream.unit() - 0.5)) for x in _spread(stream, widths)]
+    return [(x, level + 0.06 * (stream.random() - 0.5)) for x in _spread(stream, widths)]
 
 
 def _grid(stream: CounterRNG, widths: list[float]) -> list[tuple[float, float]]:
@@ -123,7 +143,7 @@ def _grid(stream: CounterRNG, widths: list[float]) -> list[tuple[float, float]]:
     places = []
     for band, level in zip(bands, levels, strict=True):
         for x, width in zip(_spread(stream, band), band, strict=True):
-            places.append((x, level + (max(band) - width) * (stream.unit() - 0.5)))
+            places.append((x, level + (max(band) - width) * (stream.random() - 0.5)))
     return places
 
 
@@ -134,16 +154,18 @@ def _sizes(stream: CounterRNG, count: int, layout: str, sizes: tuple[str, ...]) 
     if layout == "inside":
         return ["large"] + ["small"] * (count - 1)
     if count == 1:
-        return [stream.pick(sizes)]
+        return [stream.choice(sizes)]
     many = tuple(size for size in sizes if size != "large")
-    chosen = [stream.pick(many) for _ in range(count)]
-    if count == 2 and not stream.below(3) and {"small", "large"} <= set(sizes):  # they fit beside each other
-        chosen = ["large", "small"] if stream.below(2) else ["small", "large"]
+    chosen = [stream.choice(many) for _ in range(count)]
+    if (
+        count == 2 and not stream.integers(3) and {"small", "large"} <= set(sizes)
+    ):  # they fit beside each other
+        chosen = ["large", "small"] if stream.integers(2) else ["small", "large"]
     return chosen
 
 
 def _layout(stream: CounterRNG, count: int, sizes: tuple[str, ...]) -> str:
-    draw = stream.below(20)
+    draw = stream.integers(20)
     if count in (2, 3) and draw < 4 and {"small", "large"} <= set(sizes):
         return "inside"
     if count == 3 and draw < 11 and "small" in sizes:
@@ -163,7 +185,7 @@ class _Spot:
 def _place(stream: CounterRNG, count: int, layout: str, allowed: tuple[str, ...]) -> list[_Spot]:
     sizes = _sizes(stream, count, layout, allowed)
     most = 0.0 if layout == "row" else JITTER  # three in a row have no room to grow
-    diameters = [DIAMETERS[size] * (1 - JITTER + (JITTER + most) * stream.unit()) for size in sizes]
+    diameters = [DIAMETERS[size] * (1 - JITTER + (JITTER + most) * stream.random()) for size in sizes]
     inner = layout == "inside"
     widths = [REACH * d for d in (diameters[:-1] if inner else diameters)]
     if len(widths) == 1:
@@ -172,13 +194,13 @@ def _place(stream: CounterRNG, count: int, layout: str, allowed: tuple[str, ...]
         places = _pair(stream, widths)
     else:
         places = _row(stream, widths) if layout == "row" else _grid(stream, widths)
-    if stream.below(2):  # the first axis becomes y
+    if stream.integers(2):  # the first axis becomes y
         places = [(y, x) for x, y in places]
-    if stream.below(2) and len(places) == 2:  # the first object comes second
+    if stream.integers(2) and len(places) == 2:  # the first object comes second
         places = [(1 - x, 1 - y) for x, y in places]
     if inner:  # the guest goes last: it is drawn over its host
         x, y = places[0]
-        places.append((x + 0.01 * (stream.unit() - 0.5), y + 0.01 * (stream.unit() - 0.5)))
+        places.append((x + 0.01 * (stream.random() - 0.5), y + 0.01 * (stream.random() - 0.5)))
     return [_Spot(x, y, d, s) for (x, y), d, s in zip(places, diameters, sizes, strict=True)]
 
 
@@ -188,35 +210,35 @@ def _relation(stream: CounterRNG, spots: list[_Spot], layout: str) -> Relation |
         return None
     if layout == "inside":
         return Relation(name="inside", subject=len(spots) - 1, others=(0,))
-    if layout == "row" and stream.below(4):
+    if layout == "row" and stream.integers(4):
         return Relation(name="between", subject=1, others=(0, 2))
     plain = [
         (name, i, j)
         for i, a in enumerate(spots)
         for j, b in enumerate(spots)
         for name in _SIDES
-        if i != j and is_side(name, a, b, slack=1.3, least=0.2)
+        if i != j and is_side(name, a, b, slack=1.3, min_offset=0.2)
     ]
-    name, subject, other = stream.pick(plain)
+    name, subject, other = stream.choice(plain)
     return Relation(name=name, subject=subject, others=(other,))
 
 
 def _held_out_choice(stream: CounterRNG, spots: list[_Spot], relation: Relation | None) -> dict[int, tuple]:
     """For a held-out scene: {position: (colour or None, shape)} of the objects that make it one."""
-    if relation is not None and relation.name != "between" and stream.below(2):
-        subject, _, other = stream.pick([t for t in _TRIPLES if t[1] == relation.name])
+    if relation is not None and relation.name != "between" and stream.integers(2):
+        subject, _, other = stream.choice([t for t in _TRIPLES if t[1] == relation.name])
         return {relation.subject: (None, subject), relation.others[0]: (None, other)}
-    position = stream.below(len(spots))
+    position = stream.integers(len(spots))
     host = relation is not None and relation.name == "inside" and position == relation.others[0]
-    colour, shape = stream.pick([pair for pair in _PAIRS if pair[1] in HOSTS] if host else _PAIRS)
+    colour, shape = stream.choice([pair for pair in _PAIRS if pair[1] in HOSTS] if host else _PAIRS)
     return {position: (colour, shape)}
 
 
 def _fill(stream: CounterRNG, fills: tuple[str, ...]) -> str:
     """Half of the objects are solid where that is allowed."""
     patterns = tuple(fill for fill in fills if fill != "solid")
-    plain = "solid" in fills and (not patterns or stream.below(2))
-    return "solid" if plain else stream.pick(patterns)
+    plain = "solid" in fills and (not patterns or stream.integers(2))
+    return "solid" if plain else stream.choice(patterns)
 
 
 def _people(
@@ -230,14 +252,14 @@ def _people(
         colour, shape = fixed.get(position, (None, None))
         for _ in range(64):
             thing = SceneObject(
-                shape=shape or stream.pick(HOSTS if position == host else SHAPES),
-                color=colour or stream.pick(COLORS),
+                shape=shape or stream.choice(HOSTS if position == host else SHAPES),
+                color=colour or stream.choice(COLORS),
                 size=spot.size,
                 fill="solid" if position in (host, guest) else _fill(stream, fills),
                 x=spot.x,
                 y=spot.y,
                 diameter=spot.diameter,
-                angle=stream.pick(TURNS),
+                angle=stream.choice(TURNS),
             )
             if _allowed(thing, position, things, guest, host, fixed):
                 things.append(thing)
@@ -257,22 +279,22 @@ def _allowed(thing: SceneObject, position: int, things: list[SceneObject], guest
         if (position, other_position) == (guest, host) and thing.color not in _ON[other.color]:
             return False
         both_fixed = position in fixed and other_position in fixed
-        if not both_fixed and is_held_out(thing, other):
+        if not both_fixed and shows_held_out_relation(thing, other):
             return False
     return True
 
 
 def _background(stream: CounterRNG, kinds: tuple[str, ...]) -> Background:
-    kind = stream.pick(kinds)
-    axis = "x" if stream.below(2) else "y"
-    first = stream.pick(PASTELS)
+    kind = stream.choice(kinds)
+    axis = "x" if stream.integers(2) else "y"
+    first = stream.choice(PASTELS)
     if kind == "plain":
-        first = stream.pick(LIGHTS) if stream.below(2) else first
+        first = stream.choice(LIGHTS) if stream.integers(2) else first
         return Background(kind=kind, tones=(first, first))
-    tones = (first, stream.pick(LIGHTS))
-    if stream.below(2):
+    tones = (first, stream.choice(LIGHTS))
+    if stream.integers(2):
         tones = tones[::-1]
-    return Background(kind=kind, tones=tones, axis=axis, split=0.35 + 0.3 * stream.unit())
+    return Background(kind=kind, tones=tones, axis=axis, split=0.35 + 0.3 * stream.random())
 
 
 def scene(
@@ -306,7 +328,7 @@ def scene(
     check_words(sizes, fills, backgrounds, max_objects)
     for attempt in range(100):
         stream = CounterRNG(seed, SPLITS.index(split), index, attempt)
-        count = min_objects + stream.below(max_objects - min_objects + 1)
+        count = min_objects + stream.integers(max_objects - min_objects + 1)
         layout = _layout(stream, count, sizes)
         spots = _place(stream, count, layout, sizes)
         relation = _relation(stream, spots, layout)

@@ -114,7 +114,7 @@ def hourglass(u, v):
     return np.maximum(v - 0.85, 0.817 * np.abs(u) - 0.577 * v - 0.09)
 
 
-DISTANCE = {
+SHAPE_DISTANCES = {
     f.__name__: f
     for f in (
         circle,
@@ -184,7 +184,7 @@ def dots(u, v):
     return _length(s - np.rint(s), t - np.rint(t)) * 0.52 - 0.18
 
 
-PATTERN = {"striped": stripes, "dotted": dots}
+FILL_DISTANCES = {"striped": stripes, "dotted": dots}
 
 
 def _backdrop(background: Background, side: int):
@@ -206,10 +206,10 @@ def _backdrop(background: Background, side: int):
 
 def _draw(canvas_3SS, thing: SceneObject, side: int) -> None:
     rows, columns, u, v, radius = shape_coordinates(thing.x, thing.y, thing.diameter, thing.angle, side)
-    d_HW = DISTANCE[thing.shape](u, v)
+    d_HW = SHAPE_DISTANCES[thing.shape](u, v)
     ink_3HW = _TONE_31[thing.color]
     if thing.fill != "solid":
-        light_HW = coverage(np.maximum(PATTERN[thing.fill](u, v), d_HW + RIM), radius)
+        light_HW = coverage(np.maximum(FILL_DISTANCES[thing.fill](u, v), d_HW + RIM), radius)
         ink_3HW = ink_3HW + _STEP_31[thing.color] * light_HW
     patch_3HW = canvas_3SS[:, rows, columns]
     patch_3HW += coverage(d_HW, radius) * (ink_3HW - patch_3HW)

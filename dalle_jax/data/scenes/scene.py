@@ -95,22 +95,22 @@ class CounterRNG:
             state ^= state >> 31
         self._state = state
 
-    def below(self, n: int) -> int:
+    def integers(self, n: int) -> int:
         """An integer in [0, n), from the high half of the state (an LCG's low bits are weak)."""
         self._state = state = (self._state * 6364136223846793005 + 1442695040888963407) & _MASK
         return ((state >> 32) * n) >> 32
 
-    def pick(self, words):
+    def choice(self, words):
         """One entry of a sequence, all equally likely."""
         self._state = state = (self._state * 6364136223846793005 + 1442695040888963407) & _MASK
         return words[((state >> 32) * len(words)) >> 32]
 
-    def unit(self) -> float:
+    def random(self) -> float:
         """A float in [0, 1), a multiple of 2**-16, so that sums of a few are exact."""
-        return self.below(65536) / 65536
+        return self.integers(65536) / 65536
 
 
-def is_side(name: str, a, b, *, slack: float = 0.8, least: float = 0.1) -> bool:
+def is_side(name: str, a, b, *, slack: float = 0.8, min_offset: float = 0.1) -> bool:
     """True if a is `name` ('left of', 'right of', 'above', 'below') b: the offset that way is at least
     `least` and at least `slack` times the offset across. a, b: anything with x and y in [0, 1]."""
     dx, dy = b.x - a.x, b.y - a.y
@@ -118,7 +118,7 @@ def is_side(name: str, a, b, *, slack: float = 0.8, least: float = 0.1) -> bool:
         dx, dy = dy, dx
     if name in ("right of", "below"):
         dx = -dx
-    return dx >= least and dx >= slack * abs(dy)
+    return dx >= min_offset and dx >= slack * abs(dy)
 
 
 def is_inside(a, b) -> bool:
@@ -192,7 +192,7 @@ def relation_triple(name: str, subject: str, other: str) -> tuple[str, str, str]
     return (other, OPPOSITE[name], subject) if name in ("right of", "below") else (subject, name, other)
 
 
-def is_held_out(a: SceneObject, b: SceneObject) -> bool:
+def shows_held_out_relation(a: SceneObject, b: SceneObject) -> bool:
     """True if a and b together show a held-out relation, read from their places."""
     return any(
         (p.shape, name, q.shape) in _TRIPLES and relation_holds(name, p, q)
@@ -201,7 +201,7 @@ def is_held_out(a: SceneObject, b: SceneObject) -> bool:
     )
 
 
-def held_out_in(scene: Scene) -> frozenset[tuple[str, ...]]:
+def held_out_compositions(scene: Scene) -> frozenset[tuple[str, ...]]:
     """Every held-out pair and triple that the scene shows; empty for any scene of train, val and test."""
     pairs = {(o.color, o.shape) for o in scene.objects} & _PAIRS
     triples = {

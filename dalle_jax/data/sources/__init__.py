@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dalle_jax import config
 from dalle_jax.data.sources.arrays import ArrayDataset
-from dalle_jax.data.sources.dataset import Captions, Dataset, Split, excluded_rows
+from dalle_jax.data.sources.dataset import Captions, Dataset, Split, read_excluded_names
 from dalle_jax.data.sources.folder import FolderDataset
 from dalle_jax.data.sources.mixture import MixtureDataset
 from dalle_jax.data.sources.scenes import EVAL_SCENES, SCENE_CAPTIONS, SceneDataset
@@ -31,8 +31,8 @@ __all__ = [
     "TarDataset",
     "TfdsDataset",
     "infer_source",
+    "iter_captions",
     "open_source",
-    "sample_captions",
 ]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def open_source(
         raise ValueError(f"split is {split!r}; want 'train' or 'eval'")
     rows = _open(source, split, languages)
     if split == "train" and getattr(source, "exclude", None) is not None:
-        names = excluded_rows(source.exclude)
+        names = read_excluded_names(source.exclude)
         try:
             rows.exclude(names)
         except ValueError as error:
@@ -88,7 +88,7 @@ def _parts(mixture: config.MixtureSource, split: Split, languages: Sequence[str]
     return parts
 
 
-def sample_captions(source: Dataset, count: int) -> Iterator[str]:
+def iter_captions(source: Dataset, count: int) -> Iterator[str]:
     """About `count` captions from rows spread evenly over the source, every language of a row; for a
     vocabulary."""
     first = sum(len(texts) for texts in source.captions(0).values())

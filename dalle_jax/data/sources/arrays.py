@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dalle_jax import config
-from dalle_jax.data.sources.dataset import Captions, Split, StoredDataset, class_captions, local_path
+from dalle_jax.data.sources.dataset import Captions, Split, StoredDataset, class_captions, expand_path
 from dalle_jax.files.archives import list_npz, read_npz
 
 
@@ -21,7 +21,7 @@ class ArrayDataset(StoredDataset):
         super().__init__(0.0, languages)
         self._config = source
         self._split = name = source.train_split if split == "train" else source.eval_split
-        path, hint = local_path(source.path), "set data.source.path to an npz file"
+        path, hint = expand_path(source.path), "set data.source.path to an npz file"
         arrays = list_npz(path, hint)
         x = next((k for k in (f"{name}_x", f"x_{name}") if k in arrays), None)
         y = next((k for k in (f"{name}_y", f"y_{name}") if k in arrays), None)

@@ -292,11 +292,11 @@ class StoredDataset:
         return "".join(f"\n{count:9d}  {cause}" for cause, count in causes)
 
 
-def excluded_rows(names_file: str) -> list[str]:
+def read_excluded_names(names_file: str) -> list[str]:
     """The names of records in a list: a line of JSON each, with `train` as `dalle-jax data PATH --duplicates` writes
     it or `name`, or the bare name. Raises FileNotFoundError, or ValueError for a line of something else."""
     try:
-        lines = local_path(names_file).read_text(encoding="utf-8").splitlines()
+        lines = expand_path(names_file).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(
             f"data.source.exclude: no file {names_file!r}; want a list of names"
@@ -307,7 +307,7 @@ def excluded_rows(names_file: str) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        fields = parse_object(line) if line.lstrip().startswith("{") else {"name": line.strip()}
+        fields = parse_json_object(line) if line.lstrip().startswith("{") else {"name": line.strip()}
         name = next(((fields or {})[f] for f in ("train", "name") if f in (fields or {})), None)
         if not isinstance(name, str):
             raise ValueError(
@@ -318,7 +318,7 @@ def excluded_rows(names_file: str) -> list[str]:
     return names
 
 
-def listed_captions(fields: dict, names: dict[str, Sequence[str]], languages: Sequence[str]) -> Captions:
+def captions_from_fields(fields: dict, names: dict[str, Sequence[str]], languages: Sequence[str]) -> Captions:
     """The captions that a record's fields hold. names: language -> field names, the first that is there
     counts; a field is a text or a list of texts, what is empty or no text is left out."""
     captions = {}
@@ -337,7 +337,7 @@ def class_captions(name: str, templates: Sequence[str], languages: Sequence[str]
     return {"en": tuple(t.replace("{}", name) for t in templates)} if "en" in languages and name else {}
 
 
-def parse_object(data: bytes | str) -> dict | None:
+def parse_json_object(data: bytes | str) -> dict | None:
     """The object that JSON text holds, or None."""
     try:
         fields = json.loads(data)
@@ -346,5 +346,5 @@ def parse_object(data: bytes | str) -> dict | None:
     return fields if isinstance(fields, dict) else None
 
 
-def local_path(path: str) -> Path:
+def expand_path(path: str) -> Path:
     return Path(os.path.expanduser(path))

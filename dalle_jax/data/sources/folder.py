@@ -28,10 +28,10 @@ from dalle_jax.data.sources.dataset import (
     Captions,
     Split,
     StoredDataset,
+    captions_from_fields,
     class_captions,
-    listed_captions,
-    local_path,
-    parse_object,
+    expand_path,
+    parse_json_object,
 )
 
 _METADATA = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
@@ -44,8 +44,10 @@ class FolderDataset(StoredDataset):
     """Rows in order of the pictures' paths. Holds names and captions in memory, no pictures."""
 
     def __init__(self, source: config.FolderSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
-        super().__init__(source.max_bad_fraction, languages, ImageLimits(source.min_side, source.max_aspect))
-        self._config, self._root = source, local_path(source.path)
+        super().__init__(
+            source.max_bad_fraction, languages, ImageLimits(source.min_image_size, source.max_aspect_ratio)
+        )
+        self._config, self._root = source, expand_path(source.path)
         if not source.path or not self._root.is_dir():
             raise FileNotFoundError(f"data.source.path: no folder {source.path!r}; want a folder of pictures")
         pictures, metadata = self._walk()
@@ -163,7 +165,7 @@ class FolderDataset(StoredDataset):
             return class_captions(_tail(name).split("/")[0], self._config.templates, self._languages)
         c = self._config
         names = {"en": (c.captions_field, "caption", "text"), "zh": (c.captions_zh_field,)}
-        return listed_captions(fields, names, self._languages)
+        return captions_from_fields(fields, names, self._languages)
 
     def _picture(self, row: int) -> bytes:
         try:
@@ -212,7 +214,7 @@ def _rows_of(file: Path) -> list[tuple[int, dict | None]]:
     """Line number and fields of each row of a metadata file; None for a row that cannot be read."""
     data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if file.suffix == ".jsonl":
-        return [(i, parse_object(line)) for i, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+        return [(i, parse_json_object(line)) for i, line in enumerate(data.split(b"\n"), 1) if line.strip()]
     rows: list[tuple[int, dict | None]] = []
     lines = [
         line.decode("utf-8", "surrogateescape") for line in data.replace(b"\0", b"\xff").splitlines(True)
@@ -237,7 +239,7 @@ def _read_beside(file: Path) -> dict | None:
             return None
         data = file.read_bytes()
         if file.suffix == ".json":
-            return parse_object(data)
+            return parse_json_object(data)
         return {"captions": data.decode("utf-8-sig").splitlines()}
     except (OSError, UnicodeDecodeError):
         return None

@@ -17,7 +17,13 @@ import numpy as np
 
 from dalle_jax import config
 from dalle_jax.data.images import ImageLimits
-from dalle_jax.data.sources.dataset import Captions, Split, StoredDataset, listed_captions, parse_object
+from dalle_jax.data.sources.dataset import (
+    Captions,
+    Split,
+    StoredDataset,
+    captions_from_fields,
+    parse_json_object,
+)
 
 _PICTURES = (".webp", ".png", ".jpg", ".jpeg")
 _LARGEST_JSON = 1_000_000  # bytes
@@ -27,7 +33,9 @@ class TarDataset(StoredDataset):
     """Rows of one or several tars, indexed once; holds one open file per tar and reads by position."""
 
     def __init__(self, source: config.TarSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
-        super().__init__(source.max_bad_fraction, languages, ImageLimits(source.min_side, source.max_aspect))
+        super().__init__(
+            source.max_bad_fraction, languages, ImageLimits(source.min_image_size, source.max_aspect_ratio)
+        )
         self._config = source
         self._split = source.train_split if split == "train" else source.eval_split
         self._paths = _find(source.path)
@@ -77,7 +85,7 @@ class TarDataset(StoredDataset):
 
     def _said(self, row: int) -> Captions:
         if data := self._read(row, 3):
-            said = _captions(parse_object(data) or {}, self._config, self._languages)
+            said = _captions(parse_json_object(data) or {}, self._config, self._languages)
             if said:
                 return said
         return _captions(_lines(self._read(row, 5)) or {}, self._config, self._languages)
@@ -104,7 +112,7 @@ class TarDataset(StoredDataset):
         fields: dict | None = {}
         if notes is not None:
             data = os.pread(self._files[number], notes[1], notes[0]) if notes[1] <= _LARGEST_JSON else b""
-            fields = parse_object(data)
+            fields = parse_json_object(data)
             if fields is None:
                 return None, "broken JSON"
         split = fields.get("split", self._config.train_split)
@@ -213,4 +221,4 @@ def _lines(data: bytes) -> dict | None:
 
 def _captions(fields: dict, names: config.TarSource, languages: Sequence[str]) -> Captions:
     fields_of = {"en": (names.captions_field, "caption"), "zh": (names.captions_zh_field,)}
-    return listed_captions(fields, fields_of, languages)
+    return captions_from_fields(fields, fields_of, languages)

@@ -20,9 +20,9 @@ from dalle_jax.data.sources.dataset import (
     Captions,
     Split,
     StoredDataset,
+    captions_from_fields,
     class_captions,
-    listed_captions,
-    local_path,
+    expand_path,
 )
 from dalle_jax.data.sources.tfrecord import TfRecords
 
@@ -31,7 +31,9 @@ class TfdsDataset(StoredDataset):
     """The rows of one split, in the order of the data set."""
 
     def __init__(self, source: config.TfdsSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
-        super().__init__(source.max_bad_fraction, languages, ImageLimits(source.min_side, source.max_aspect))
+        super().__init__(
+            source.max_bad_fraction, languages, ImageLimits(source.min_image_size, source.max_aspect_ratio)
+        )
         import tensorflow_datasets as tfds
 
         self._config, self._directory = source, _directory(source)
@@ -98,7 +100,7 @@ class TfdsDataset(StoredDataset):
         c, example = self._config, self._example(row)
         if self._captioned:
             fields = {n: _texts(example[n]) for n in (c.captions_field, c.captions_zh_field) if n in example}
-            return listed_captions(
+            return captions_from_fields(
                 fields, {"en": (c.captions_field,), "zh": (c.captions_zh_field,)}, self._languages
             )
         label = int(example[c.label_field])
@@ -158,8 +160,8 @@ def _texts(value: Any) -> list[str]:
 
 def _directory(source: config.TfdsSource) -> Path:
     """The directory of one version: `path` itself, or the newest that a TFDS name has below data_dir."""
-    here = local_path(source.path)
-    root = local_path(source.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    here = expand_path(source.path)
+    root = expand_path(source.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     name, _, version = source.path.partition(":")
     for start in (here, root / name):
         if source.path and (start / "dataset_info.json").is_file():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dalle_jax.data.scenes.rendering import DISTANCE, MAX_SIDE, PATTERN, RIM, coverage
+from dalle_jax.data.scenes.rendering import FILL_DISTANCES, MAX_SIDE, RIM, SHAPE_DISTANCES, coverage
 from dalle_jax.data.scenes.scene import COLORS, FILLS, SHAPES
 from dalle_jax.evaluate.scenes.masks import STEPS_C3, TONES_C3
 
@@ -25,7 +25,7 @@ def _unit_table():
     u, v = np.broadcast_arrays(axis[None, :], axis[:, None])
     table = {}
     for shape in SHAPES:
-        inside = DISTANCE[shape](u, v) < 0
+        inside = SHAPE_DISTANCES[shape](u, v) < 0
         table[shape] = (inside.sum() * (2.4 / 400) ** 2, u[inside].mean(), v[inside].mean())
     return table
 
@@ -70,7 +70,7 @@ def _blurred(image_PHW, blur):
 def _drawn(shape, pose_P4, height, width, blur):
     """Coverage (P, H, W) of a shape at P poses, seen through a kernel of BLURS."""
     u, v, r = _frame(pose_P4, height, width)
-    return _blurred(coverage(DISTANCE[shape](u, v), r), blur)
+    return _blurred(coverage(SHAPE_DISTANCES[shape](u, v), r), blur)
 
 
 def _score(shape, pose_4, mask_HW, blur) -> float:
@@ -146,7 +146,7 @@ def color_and_fill(fit: ShapeFit, image_HW3, ground_HW3):
     height, width = image_HW3.shape[:2]
     u, v, r = (a[0] for a in _frame(fit.pose_4[None], height, width))
     r = r.item()
-    d_HW = DISTANCE[fit.shape](u, v)
+    d_HW = SHAPE_DISTANCES[fit.shape](u, v)
     cover_HW = np.clip(0.5 - d_HW * r, 0, 1)
     seen_HW = _blurred(cover_HW[None], fit.blur)[0]
     on_HW = seen_HW > 0.5
@@ -156,7 +156,7 @@ def color_and_fill(fit: ShapeFit, image_HW3, ground_HW3):
     errors_FC, gains_FC = [(off_NC3**2).sum((0, 2))], [np.zeros(len(COLORS))]
     step2_C = (STEPS_C3**2).sum(1)
     for fill in FILLS[1:]:
-        light_HW = cover_HW * np.clip(0.5 - np.maximum(PATTERN[fill](u, v), d_HW + RIM) * r, 0, 1)
+        light_HW = cover_HW * np.clip(0.5 - np.maximum(FILL_DISTANCES[fill](u, v), d_HW + RIM) * r, 0, 1)
         light_N = _blurred(light_HW[None], fit.blur)[0][on_HW]
         along_C = np.einsum("nc,n->c", (off_NC3 * STEPS_C3).sum(2), light_N)
         power_C = max(float(light_N @ light_N), 1e-6) * step2_C

@@ -33,7 +33,7 @@ def init(cfg: DalleConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters; those of the blocks are stacked over a leading axis of layers."""
     encoder = cfg.text_encoder
     text = (
-        {"text_embed": (cfg.text_ids, cfg.dim)}
+        {"text_embed": (cfg.num_text_ids, cfg.dim)}
         if encoder is None
         else {"text_null": (cfg.text_len, encoder.dim)}
     )
@@ -46,7 +46,7 @@ def init(cfg: DalleConfig, key: jax.Array) -> Params:
             shapes |= {"text_pos": (cfg.text_len, cfg.dim), "image_pos": (cfg.num_codes, cfg.dim)}
     heads = {"image_head": cfg.image_vocab}
     if cfg.text_loss_weight > 0:
-        heads["text_head"] = cfg.text_ids
+        heads["text_head"] = cfg.num_text_ids
     *keys, k_blocks = jax.random.split(key, len(shapes) + len(heads) + 1)
     k = dict(zip([*shapes, *heads], keys, strict=True))
 

@@ -37,7 +37,7 @@ class AlphaSigma(NamedTuple):
 
 def betas(cfg: NoiseConfig) -> np.ndarray:
     """The betas of the discrete DDPM with `cfg.steps` steps, float64 (steps,); 1e-4 to 0.02 for 1000 steps."""
-    return np.linspace(cfg.beta_min / cfg.steps, cfg.beta_max / cfg.steps, cfg.steps)
+    return np.linspace(cfg.beta_min / cfg.num_timesteps, cfg.beta_max / cfg.num_timesteps, cfg.num_timesteps)
 
 
 def _raw_alpha(cfg: NoiseConfig, t, xp):
@@ -55,9 +55,9 @@ def _raw_alpha(cfg: NoiseConfig, t, xp):
         case "ddpm":  # between the steps log alpha goes in a straight line
             log_alpha = np.concatenate([[0.0], 0.5 * np.cumsum(np.log1p(-betas(cfg)))])
             log_alpha = xp.asarray(log_alpha, t.dtype)
-            i = xp.clip(xp.ceil(t * cfg.steps).astype("int32"), 1, cfg.steps)
-            d_log = (log_alpha[i] - log_alpha[i - 1]) * cfg.steps
-            alpha = xp.exp(log_alpha[i] + d_log * (t - i / cfg.steps))
+            i = xp.clip(xp.ceil(t * cfg.num_timesteps).astype("int32"), 1, cfg.num_timesteps)
+            d_log = (log_alpha[i] - log_alpha[i - 1]) * cfg.num_timesteps
+            alpha = xp.exp(log_alpha[i] + d_log * (t - i / cfg.num_timesteps))
             return alpha, d_log * alpha
     raise AssertionError(cfg.kind)
 
@@ -195,9 +195,9 @@ def time_grid(cfg: NoiseConfig, steps: int, start: float = 1.0, spacing: str = "
     """
     if steps < 1:
         raise ValueError(f"num_steps is {steps}; want at least 1")
-    if cfg.kind == "ddpm" and steps > cfg.steps:
+    if cfg.kind == "ddpm" and steps > cfg.num_timesteps:
         raise ValueError(
-            f"num_steps is {steps}; the schedule has {cfg.steps} (noise.steps): want 1 to {cfg.steps}"
+            f"num_steps is {steps}; the schedule has {cfg.num_timesteps} (noise.num_timesteps): want 1 to {cfg.num_timesteps}"
         )
     if not cfg.t_min < start <= 1:
         raise ValueError(f"start is t = {start}; want more than t_min {cfg.t_min}, at most 1")

@@ -27,34 +27,38 @@ class EncodedText(NamedTuple):
 
 
 def _block(cfg: TextEncoderConfig, dtype: Any) -> Block:
-    return Block(cfg.heads, cfg.mlp_ratio * cfg.width, False, 0.02 / math.sqrt(2 * cfg.layers), dtype)
+    return Block(cfg.heads, cfg.mlp_ratio * cfg.dim, False, 0.02 / math.sqrt(2 * cfg.layers), dtype)
 
 
 def init(cfg: TextEncoderConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters; those of the blocks are stacked over a leading axis of layers."""
     k_embed, k_pos, k_blocks = jax.random.split(key, 3)
-    x_BTD, mask_TT = jnp.zeros((1, 1, cfg.width)), jnp.ones((1, 1), bool)
+    x_BTD, mask_TT = jnp.zeros((1, 1, cfg.dim)), jnp.ones((1, 1), bool)
     make = jax.vmap(lambda k: _block(cfg, jnp.float32).init(k, x_BTD, mask_TT)["params"])
     return {
-        "embed": 0.02 * jax.random.normal(k_embed, (cfg.vocab + cfg.length, cfg.width)),
-        "pos": 0.02 * jax.random.normal(k_pos, (cfg.length, cfg.width)),
+        "embed": 0.02 * jax.random.normal(k_embed, (cfg.text_vocab + cfg.text_len, cfg.dim)),
+        "pos": 0.02 * jax.random.normal(k_pos, (cfg.text_len, cfg.dim)),
         "blocks": make(jax.random.split(k_blocks, cfg.layers)),
-        "norm_out": {"scale": jnp.ones(cfg.width), "bias": jnp.zeros(cfg.width)},
+        "norm_out": {"scale": jnp.ones(cfg.dim), "bias": jnp.zeros(cfg.dim)},
     }
 
 
 def null_text(cfg: TextEncoderConfig) -> jax.Array:
     """The null caption: every position its pad token. Returns int32 (T,)."""
-    return cfg.vocab + jnp.arange(cfg.length, dtype=jnp.int32)
+    return cfg.text_vocab + jnp.arange(cfg.text_len, dtype=jnp.int32)
 
 
 def encode_text(cfg: TextEncoderConfig, params: Params, text_BT: jax.Array, dtype: Any) -> EncodedText:
     """What the U-Net sees of captions, int32 (B, T). Raises ValueError for another shape or dtype."""
-    if text_BT.ndim != 2 or text_BT.shape[1] != cfg.length or not jnp.issubdtype(text_BT.dtype, jnp.integer):
-        raise ValueError(f"text is {text_BT.dtype} {text_BT.shape}, want integers (batch, {cfg.length})")
+    if (
+        text_BT.ndim != 2
+        or text_BT.shape[1] != cfg.text_len
+        or not jnp.issubdtype(text_BT.dtype, jnp.integer)
+    ):
+        raise ValueError(f"text is {text_BT.dtype} {text_BT.shape}, want integers (batch, {cfg.text_len})")
     x_BTD = params["embed"][text_BT] + params["pos"][None]
     x_BTD = constrain(x_BTD, "batch", None, "embed").astype(dtype)
-    mask_TT, block = jnp.ones((cfg.length, cfg.length), bool), _block(cfg, dtype)
+    mask_TT, block = jnp.ones((cfg.text_len, cfg.text_len), bool), _block(cfg, dtype)
     x_BTD, _ = jax.lax.scan(
         lambda x, layer: (block.apply({"params": layer}, x, mask_TT)[0], None), x_BTD, params["blocks"]
     )

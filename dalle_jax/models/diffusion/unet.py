@@ -166,11 +166,11 @@ class UNet(nn.Module):
         attn = nn.remat(UNetAttnBlock) if cfg.remat else UNetAttnBlock
 
         def block(width: int, name: str, resample: str | None = None):
-            made = res(width, cfg.groups, cfg.scale_shift_norm, cfg.dropout, dtype, resample, name=name)
+            made = res(width, cfg.norm_groups, cfg.scale_shift_norm, cfg.dropout, dtype, resample, name=name)
             return lambda x: made(x, time_BE, train)
 
         def look(name: str):
-            made = attn(cfg.head_dim, cfg.groups, dtype, name=name)
+            made = attn(cfg.head_dim, cfg.norm_groups, dtype, name=name)
             return lambda x: made(x, None if read.text is None else read.text.states)
 
         time_BE = _dense(4 * cfg.width, dtype, "time_1")(timestep_embedding(time_B, cfg.width))
@@ -221,7 +221,7 @@ class UNet(nn.Module):
                     x = block(x.shape[-1], name, "up")(x)
                 else:
                     x = _conv(x.shape[-1], dtype, name)(_up(x, 2))
-        x = nn.swish(_norm(cfg.groups, x.shape[-1], "norm_out")(x))
+        x = nn.swish(_norm(cfg.norm_groups, x.shape[-1], "norm_out")(x))
         x = _conv(3 * cfg.patch_size**2, jnp.float32, "conv_out", kernel_init=_ZERO)(x)
         return unpatchify(x, cfg.patch_size)
 
@@ -232,7 +232,7 @@ def init(cfg: DiffusionConfig, key: jax.Array) -> Params:
     params: Params = {}
     if cfg.text is not None:
         params["text_encoder"] = text_encoder.init(cfg.text, k_text)
-    states = jnp.zeros((1, 1, cfg.text.width if cfg.text else 1))
+    states = jnp.zeros((1, 1, cfg.text.dim if cfg.text else 1))
     given = EncodedConditions(
         text=None if cfg.text is None else text_encoder.EncodedText(states, states[:, 0]),
         label=jnp.zeros(1, jnp.int32),
@@ -288,7 +288,7 @@ def predict(
     if x_BHWC.shape != want:
         raise ValueError(f"pictures have shape {x_BHWC.shape}, want {want}")
     # The discrete form numbers its steps from 0; the rest have no steps and the same range.
-    time_B = t_B * cfg.noise.steps - 1 if cfg.noise.kind == "ddpm" else 1000 * t_B
+    time_B = t_B * cfg.noise.num_timesteps - 1 if cfg.noise.kind == "ddpm" else 1000 * t_B
     size = jnp.sqrt(alpha_B**2 + sigma_B**2)[:, None, None, None]  # 1 where the schedule keeps the variance
     rngs = None if key is None else {"dropout": key}
     x_BHWC = constrain(x_BHWC / size, "batch", None, None, None)

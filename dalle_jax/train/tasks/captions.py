@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from dalle_jax.config import TrainConfig
-from dalle_jax.data.sources import Dataset, sample_captions
+from dalle_jax.data.sources import Dataset, iter_captions
 from dalle_jax.text import tokenizers
 from dalle_jax.train.initialize import copy_vocabulary
 
@@ -19,7 +19,7 @@ def make_text_tokenizer(config: TrainConfig, source: Dataset, path: Path, most: 
     if config.text.tokenizer_path is not None:
         tokenizers.TextTokenizer.load(config.text.tokenizer_path).save(path)
     elif not copy_vocabulary(config, path):  # the weights of init_from know that one
-        captions = sample_captions(source, config.text.train_captions)
+        captions = iter_captions(source, config.text.num_train_captions)
         case = {"lowercase": config.text.lowercase, "nfkc": config.text.nfkc}
         tokenizers.train_text_tokenizer(captions, path, vocab=most, **case)
 
@@ -27,7 +27,7 @@ def make_text_tokenizer(config: TrainConfig, source: Dataset, path: Path, most: 
 def warn_truncated(tokenizer: tokenizers.TextTokenizer, source: Dataset, room: int) -> None:
     """Says how many of a sample of captions are longer than the `room` pieces that the model reads; they are
     cut."""
-    sample = list(sample_captions(source, 2_000))
+    sample = list(iter_captions(source, 2_000))
     cut = tokenizers.caption_statistics(tokenizer, sample, text_len=room)["cut"]
     if cut:
         print(

@@ -83,7 +83,7 @@ class ClipTask:
             start=start,
             image_size=self.model.image_size,
             text=self.text,
-            dropout=self.config.text.dropout,
+            bpe_dropout=self.config.text.bpe_dropout,
             rows=rows,
             **self._sizes(),
         )

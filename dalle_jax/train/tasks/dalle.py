@@ -33,7 +33,7 @@ class DalleTask:
 
     def __init__(self, config: TrainConfig, *, on_codes: bool = False):
         self.config, self.model = config, config.model
-        self.tokens_per_row = self.model.length
+        self.tokens_per_row = self.model.seq_len
         self.frozen: Params = {}
         self.batch_spec = {
             "text": ((self.model.text_len,), jnp.int32),
@@ -85,7 +85,7 @@ class DalleTask:
             self._source,
             start=start,
             image_size=self.tokenizer.image_size,
-            dropout=self.config.text.dropout,
+            bpe_dropout=self.config.text.bpe_dropout,
             rows=rows,
             **self._text_options(),
         )

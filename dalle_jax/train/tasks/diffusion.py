@@ -39,7 +39,7 @@ class DiffusionTask:
         model, size = self.model, self.model.image_size
         self.batch_spec = {"image": ((size, size, 3), jnp.uint8)}
         if model.text is not None:
-            self.batch_spec["text"] = ((model.text.length,), jnp.int32)
+            self.batch_spec["text"] = ((model.text.text_len,), jnp.int32)
         if model.num_classes:
             self.batch_spec["label"] = ((), jnp.int32)
         if codes := model.codes:
@@ -57,7 +57,7 @@ class DiffusionTask:
             raise ValueError(
                 f"model.classes is {model.num_classes}, but the data has {len(self._source.classes)}; set them equal"
             )
-        vocab = None if model.text is None else model.text.vocab
+        vocab = None if model.text is None else model.text.text_vocab
         self.text = prepare(
             config,
             self._source,
@@ -67,7 +67,7 @@ class DiffusionTask:
             field="model.text.vocab",
         )
         if self.text is not None and jax.process_index() == 0:
-            warn_truncated(self.text, self._source, model.text.length)
+            warn_truncated(self.text, self._source, model.text.text_len)
         if model.codes is not None:
             self.tokenizer, self.frozen, _ = load_frozen(run_dir / "tokenizer")
             check_tokenizer_match(
@@ -96,10 +96,13 @@ class DiffusionTask:
         return loss.loss(self.model, params, to_float(batch["image"]), given, key)
 
     def _row_options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"image_size": self.model.image_size, "labels": self.model.num_classes > 0}
+        options: dict[str, Any] = {
+            "image_size": self.model.image_size,
+            "with_labels": self.model.num_classes > 0,
+        }
         if self.text is not None:
             text = self.model.text
-            options |= {"text": self.text, "text_vocab": text.vocab, "text_len": text.length}
+            options |= {"text": self.text, "text_vocab": text.text_vocab, "text_len": text.text_len}
         return options
 
     def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
@@ -107,7 +110,7 @@ class DiffusionTask:
             self.config.data,
             self._source,
             start=start,
-            dropout=self.config.text.dropout,
+            bpe_dropout=self.config.text.bpe_dropout,
             rows=rows,
             **self._row_options(),
         )

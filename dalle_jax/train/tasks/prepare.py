@@ -83,6 +83,6 @@ def prepare(
     if vocab is None:
         return None
     found = tokenizers.TextTokenizer.load(vocabulary)
-    if found.size > vocab:
-        raise ValueError(f"{vocabulary} has {found.size} pieces, {field} is {vocab}; raise it")
+    if found.vocab_size > vocab:
+        raise ValueError(f"{vocabulary} has {found.vocab_size} pieces, {field} is {vocab}; raise it")
     return found
