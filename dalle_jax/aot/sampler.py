@@ -30,9 +30,10 @@ from dalle_jax.config import (
 )
 from dalle_jax.models import autoregressive, dalle
 from dalle_jax.models.diffusion import denoise, sampler, unet
+from dalle_jax.models.registry import model_spec
 from dalle_jax.parallel.sharding import make_mesh, replicated
 from dalle_jax.sampling.generate import generate, row_keys
-from dalle_jax.train.flops import count_flops, dalle_flops
+from dalle_jax.train.flops import count_flops
 
 STEPS, SAMPLER = 50, "dpm++2m"  # of a diffusion model: what the command `sample` takes by itself
 
@@ -149,8 +150,9 @@ def _of_codes(model: TransformerConfig, rows: int, mesh: Mesh, weights: Quantiza
     codes = lower_sampler(model, rows, mesh, weights=weights)
     params, text, _ = codes.arguments
     cache = jax.eval_shape(lambda: autoregressive.init_cache(model, rows))
-    if isinstance(model, DalleConfig):
-        flops = dalle_flops(model, rows, text_head=False)
+    formula = model_spec(model).sample_flops
+    if formula is not None:
+        flops = formula(model, rows)
     else:
         drawn = _shapes(lambda: jnp.zeros((rows, model.num_codes), jnp.int32), mesh)
         whole = _shapes(lambda: autoregressive.init(model, jax.random.key(0)), mesh)

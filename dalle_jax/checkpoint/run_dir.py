@@ -21,7 +21,6 @@ import hashlib
 import runpy
 import traceback
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,20 +31,10 @@ from jax.sharding import Mesh
 
 from dalle_jax.checkpoint import remote_dir
 from dalle_jax.checkpoint.manager import CheckpointManager, check_shapes, load_params, on_one_device
-from dalle_jax.config import (
-    ClipConfig,
-    DiffusionConfig,
-    ModelConfig,
-    TokenizerConfig,
-    TrainConfig,
-    TransformerConfig,
-    from_json,
-    to_json,
-)
+from dalle_jax.config import ModelConfig, TrainConfig, from_json, to_json
 from dalle_jax.files.atomic import write_atomic
 from dalle_jax.importers.formats import safetensors
-from dalle_jax.models import autoregressive, clip, tokenizer
-from dalle_jax.models.diffusion import unet
+from dalle_jax.models.registry import model_params, param_shapes
 from dalle_jax.parallel.sharding import param_shardings, path_name
 from dalle_jax.typing import Params
 
@@ -59,9 +48,6 @@ RESUMABLE_FIELDS = (
 
 
 PARAMS_FILE = "model.safetensors"  # of an exported run, in place of checkpoints/
-
-# Stages that train a helper beside their model: the part of the parameters that is the model.
-MODEL_SUBTREE = {"vqgan": "tokenizer"}
 
 
 class Run(NamedTuple):
@@ -286,8 +272,7 @@ def load_run(
         params = checkpoints.load(step, {name: abstract}, partial=True)[name]
     finally:
         checkpoints.close()
-    part = MODEL_SUBTREE.get(config.model.kind)
-    return Run(config, params if part is None else params[part], local, step)
+    return Run(config, model_params(config.model, params), local, step)
 
 
 def load_model(path: str | Path, stage: str | None = None, device: jax.Device | None = None) -> Run:
@@ -296,7 +281,7 @@ def load_model(path: str | Path, stage: str | None = None, device: jax.Device | 
     Raises what `load_run` raises, ValueError for arrays of other names or shapes too: some of them would not fail but
     draw something else."""
     run = load_run(path, stage, device=device)
-    check_shapes(_shapes(run.config.model), run.params, path)
+    check_shapes(param_shapes(run.config.model), run.params, path)
     return run
 
 
@@ -314,7 +299,7 @@ def read_params(path: Path, model: ModelConfig) -> tuple[Params, int]:
     Raises ValueError naming the array that is missing, too many, of another shape or dtype, or not finite.
     """
     arrays, metadata = safetensors.read_safetensors(path)
-    shapes = _shapes(model)
+    shapes = param_shapes(model)
     tree = jax.tree.structure(shapes)
     want = {name.replace("/", "."): leaf for name, leaf in shapes_by_name(model).items()}
     for name in [*want, *arrays]:
@@ -334,24 +319,8 @@ def read_params(path: Path, model: ModelConfig) -> tuple[Params, int]:
 
 def shapes_by_name(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter of a model, by its path `a/b/c`."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(_shapes(model))
+    pairs, _ = jax.tree_util.tree_flatten_with_path(param_shapes(model))
     return {path_name(keys): leaf for keys, leaf in pairs}
-
-
-def _shapes(model: ModelConfig) -> Params:
-    return jax.eval_shape(_init(model), jax.random.key(0))
-
-
-def _init(model: ModelConfig):
-    if isinstance(model, TokenizerConfig):
-        return partial(tokenizer.init, model)
-    if isinstance(model, TransformerConfig):
-        return partial(autoregressive.init, model)
-    if isinstance(model, ClipConfig):
-        return partial(clip.init, model)
-    if isinstance(model, DiffusionConfig):
-        return partial(unet.init, model)
-    raise ValueError(f"models of stage {model.kind} are not read from safetensors")
 
 
 def fingerprint(model: ModelConfig, params: Params) -> str:

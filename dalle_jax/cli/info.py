@@ -31,6 +31,7 @@ from dalle_jax.models import autoregressive, clip, tokenizer
 from dalle_jax.models.diffusion import unet
 from dalle_jax.models.vqgan import adversarial
 from dalle_jax.parallel.sharding import make_mesh, path_name
+from dalle_jax.train.adversarial_optim import adversarial_optimizer, tokenizer_params
 from dalle_jax.train.metrics import read_metrics
 from dalle_jax.train.optim import make_optimizer
 
@@ -115,8 +116,8 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
     trained, tx = shapes, make_optimizer(config.optim, config.steps, shapes)
     if isinstance(model, VQGANConfig):  # trains with a discriminator beside it
         trained = jax.eval_shape(partial(adversarial.init, model), jax.random.key(0))
-        own = make_optimizer(config.optim, config.steps, adversarial.tokenizer_params(trained))
-        tx = adversarial.adversarial_optimizer(model, own)
+        own = make_optimizer(config.optim, config.steps, tokenizer_params(trained))
+        tx = adversarial_optimizer(model, own)
         about["discriminator_parameters"] = _count(trained.get("discriminator", {}))
     size = _bytes(trained)
     memory = {

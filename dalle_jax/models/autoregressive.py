@@ -5,37 +5,40 @@ documented there.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import jax
 
-from dalle_jax.config import BartConfig, Quantization, TransformerConfig
+from dalle_jax.config import Quantization, TransformerConfig
 from dalle_jax.models import bart, dalle
+from dalle_jax.models.registry import TransformerFunctions, model_spec
 from dalle_jax.nn.linear import fuse_qkv, quantize_kernels, tile_kernels, transpose_kernels
 from dalle_jax.typing import Params
 
 Cache = dalle.DalleCache | bart.BartCache
 
 
-def _of(cfg: TransformerConfig) -> ModuleType:
-    return bart if isinstance(cfg, BartConfig) else dalle
+def _functions(cfg: TransformerConfig) -> TransformerFunctions:
+    functions = model_spec(cfg).transformer
+    if functions is None:
+        raise ValueError(f"Expected the configuration of a Transformer, got {type(cfg).__name__}.")
+    return functions
 
 
 def init(cfg: TransformerConfig, key: jax.Array) -> Params:
-    return _of(cfg).init(cfg, key)
+    return _functions(cfg).init(cfg, key)
 
 
 def null_text(cfg: TransformerConfig) -> jax.Array:
-    return _of(cfg).null_text(cfg)
+    return _functions(cfg).null_text(cfg)
 
 
 def logits(cfg: TransformerConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array):
-    return _of(cfg).logits(cfg, params, text_BT, codes_BN)
+    return _functions(cfg).logits(cfg, params, text_BT, codes_BN)
 
 
 def loss(cfg: TransformerConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array, key: jax.Array):
-    return _of(cfg).loss(cfg, params, text_BT, codes_BN, key)
+    return _functions(cfg).loss(cfg, params, text_BT, codes_BN, key)
 
 
 def prepare_for_decode(
@@ -86,21 +89,21 @@ def prepare_for_decode(
 
 
 def init_cache(cfg: TransformerConfig, captions: int, copies: int = 1, **options: bool) -> Cache:
-    return _of(cfg).init_cache(cfg, captions, copies, **options)
+    return _functions(cfg).init_cache(cfg, captions, copies, **options)
 
 
 def prefill(
     cfg: TransformerConfig, params: Params, text_CT: jax.Array, codes_BP: jax.Array | None = None, **options
 ):
-    return _of(cfg).prefill(cfg, params, text_CT, codes_BP, **options)
+    return _functions(cfg).prefill(cfg, params, text_CT, codes_BP, **options)
 
 
 def resize_cache(cfg: TransformerConfig, cache: Cache, size: int) -> Cache:
-    return _of(cfg).resize_cache(cfg, cache, size)
+    return _functions(cfg).resize_cache(cfg, cache, size)
 
 
 def insert_into_cache(cfg: TransformerConfig, cache: Cache, begun: Cache, rows_X: jax.Array) -> Cache:
-    return _of(cfg).insert_into_cache(cfg, cache, begun, rows_X)
+    return _functions(cfg).insert_into_cache(cfg, cache, begun, rows_X)
 
 
 def decode_step(
@@ -110,16 +113,16 @@ def decode_step(
     code_B: jax.Array,
     place: jax.Array,
 ):
-    return _of(cfg).decode_step(cfg, params, cache, code_B, place)
+    return _functions(cfg).decode_step(cfg, params, cache, code_B, place)
 
 
 def decode_drafts(
     cfg: TransformerConfig, params: Params, cache: Cache, codes_BQ: jax.Array, place_B: jax.Array
 ):
-    return _of(cfg).decode_drafts(cfg, params, cache, codes_BQ, place_B)
+    return _functions(cfg).decode_drafts(cfg, params, cache, codes_BQ, place_B)
 
 
 def commit_drafts(
     cfg: TransformerConfig, cache: Cache, fresh: Any, place_B: jax.Array, count_B: jax.Array
 ) -> Cache:
-    return _of(cfg).commit_drafts(cfg, cache, fresh, place_B, count_B)
+    return _functions(cfg).commit_drafts(cfg, cache, fresh, place_B, count_B)

@@ -1,47 +1,54 @@
-"""Image tokenizers: pictures to grids of discrete codes and back.
+"""Image tokenizers: images to grids of discrete codes and back, for every kind of tokenizer (models/registry.py).
 
-Every kind has `init`, `encode` and `decode` of one form; these three pick the kind by the type of its configuration,
-so that the Transformer, the sampler and the command line never ask which it is. Training differs from kind to kind
-and is the kind's own (dvae.loss, adversarial.gradients).
+Training differs between kinds (`dvae.loss`, `adversarial.adversarial_gradients`). B batch, H W image, N codes.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
-from dalle_jax.config import DVAEConfig, TokenizerConfig, VQGANConfig
-from dalle_jax.models import dvae
-from dalle_jax.models.vqgan import autoencoder
+from dalle_jax.config import TokenizerConfig
+from dalle_jax.models.registry import TokenizerFunctions, model_spec
 from dalle_jax.typing import Params
 
 
-def _module(cfg: TokenizerConfig) -> Any:
-    match cfg:
-        case DVAEConfig():
-            return dvae
-        case VQGANConfig():
-            return autoencoder
-    raise ValueError(f"{type(cfg).__name__} is not the configuration of an image tokenizer")
+def _functions(cfg: TokenizerConfig) -> TokenizerFunctions:
+    functions = model_spec(cfg).tokenizer
+    if functions is None:
+        raise ValueError(f"Expected the configuration of an image tokenizer, got {type(cfg).__name__}.")
+    return functions
 
 
 def init(cfg: TokenizerConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters."""
-    return _module(cfg).init(cfg, key)
+    """Initialize the parameters, float32."""
+    return _functions(cfg).init(cfg, key)
 
 
 def encode(cfg: TokenizerConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
-    """Codes of pictures, int32 (B, N), without noise.
+    """Encode images as codes, deterministically.
 
-    images_BHWC: float in [0, 1], (B, image_size, image_size, 3). Raises ValueError for another shape or dtype.
+    Args:
+      images_BHWC: float (B, image_size, image_size, 3) in [0, 1].
+
+    Returns:
+      int32 (B, N) in [0, cfg.vocab), in raster order.
+
+    Raises:
+      ValueError: another shape or dtype.
     """
-    return _module(cfg).encode(cfg, params, images_BHWC)
+    return _functions(cfg).encode(cfg, params, images_BHWC)
 
 
 def decode(cfg: TokenizerConfig, params: Params, codes_BN: jax.Array) -> jax.Array:
-    """Pictures of codes, float32 (B, image_size, image_size, 3) in [0, 1].
+    """Decode codes to images.
 
-    codes_BN: int32 in [0, cfg.vocab). Raises ValueError for another shape or dtype.
+    Args:
+      codes_BN: int32 (B, N) in [0, cfg.vocab), in raster order.
+
+    Returns:
+      float32 (B, image_size, image_size, 3) in [0, 1].
+
+    Raises:
+      ValueError: another shape or dtype.
     """
-    return _module(cfg).decode(cfg, params, codes_BN)
+    return _functions(cfg).decode(cfg, params, codes_BN)

@@ -15,7 +15,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.config import DalleConfig, MeshConfig, ModelConfig
+from dalle_jax.config import MeshConfig
 from dalle_jax.typing import Params
 
 AXES = ("slice", "data", "fsdp", "model")
@@ -206,27 +206,6 @@ def check_divides(mesh: Mesh, axis: str | None, size: int, what: str) -> None:
         devices = " x ".join(f"mesh.{a} {mesh.shape[a]}" for a in mesh_axes if mesh.shape[a] > 1)
         divisors = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
         raise MeshError(f"{what}: {size} does not divide over {devices}; want one of {divisors}")
-
-
-def check_model(cfg: ModelConfig, mesh: Mesh) -> None:
-    """Raises MeshError naming the field of the configuration that `mesh` does not divide."""
-    if isinstance(cfg, DalleConfig):
-        check_divides(mesh, "heads", cfg.heads, "model.heads")
-        if 4 * cfg.dim**2 > REPLICATE_BELOW_BYTES:
-            for axis in ("width", "heads", "heads_in"):
-                check_divides(mesh, axis, cfg.dim, "model.dim")
-            check_divides(
-                mesh,
-                "mlp_in",
-                cfg.mlp_dim,
-                "model.mlp_width" if cfg.mlp_width else "model.dim * model.mlp_ratio",
-            )
-        for name, ids in (
-            ("model.image_vocab", cfg.image_vocab),
-            ("model.text_vocab + model.text_len", cfg.num_text_ids),
-        ):
-            if 4 * ids * cfg.dim > REPLICATE_BELOW_BYTES:
-                check_divides(mesh, "vocab", ids, name)
 
 
 def param_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.config import DalleConfig
+from dalle_jax.models.registry import model_spec
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -30,14 +30,12 @@ def batch_shapes(task: Any, count: int, sharding: Any = None) -> Shapes:
 def train_flops(task: Any) -> float:
     """Of one update of `task` (train/tasks), all devices together.
 
-    The Transformer of one stream by a formula, six for each weight of a matrix and token and attention over the full
-    square; every other stage by what its traced step holds.
+    By the formula of its model where there is one (models/registry.py); else counted in the traced step.
     """
     config = task.config
-    if isinstance(config.model, DalleConfig):
-        return 3 * dalle_flops(config.model, config.data.batch_size) + encoder_flops(
-            config.model, config.data.batch_size
-        )
+    formula = model_spec(config.model).train_flops
+    if formula is not None:
+        return formula(config.model, config.data.batch_size)
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.frozen)
     count = config.data.batch_size
@@ -52,27 +50,6 @@ def train_flops(task: Any) -> float:
     if hasattr(task, "gradients"):  # two networks: what is forward and what is backward is not told apart
         return count_flops(traced(task.gradients))
     return 3 * count_flops(traced(task.loss))
-
-
-def dalle_flops(model: DalleConfig, rows: int, *, text_head: bool = True) -> float:
-    """Of one forward pass over the whole stream of `rows` rows."""
-    matrices = 3 if model.activation == "swiglu" else 2
-    block = 4 * model.dim**2 + matrices * model.dim * model.mlp_dim
-    attention = 2 * model.seq_len * model.dim  # scores and their use, for each position
-    per_token = model.layers * (block + attention)
-    text = model.num_text_ids if text_head and model.text_loss_weight > 0 else 0
-    heads = model.text_len * text + model.num_codes * model.image_vocab
-    if model.text_encoder is not None:  # what brings its vectors to the width of the stream
-        heads += model.text_len * (model.text_encoder.dim + model.dim)
-    return 2.0 * rows * (model.seq_len * per_token + model.dim * heads)
-
-
-def encoder_flops(model: DalleConfig, rows: int) -> float:
-    """Of the frozen text encoder, if there is one, which no backward pass goes through."""
-    if (encoder := model.text_encoder) is None:
-        return 0.0
-    block = 4 * encoder.dim**2 + 3 * encoder.dim * encoder.mlp_width + 2 * model.text_len * encoder.dim
-    return 2.0 * rows * model.text_len * encoder.layers * block
 
 
 def count_flops(traced: Any) -> float:

@@ -17,10 +17,11 @@ import jax
 from jax.sharding import Mesh
 
 from dalle_jax.checkpoint.remote_dir import local_dir
-from dalle_jax.checkpoint.run_dir import MODEL_SUBTREE, load_run, read_config
-from dalle_jax.config import TrainConfig, TransformerConfig
+from dalle_jax.checkpoint.run_dir import load_run, read_config
+from dalle_jax.config import TrainConfig
 from dalle_jax.data.sources import infer_source
 from dalle_jax.files.atomic import write_atomic
+from dalle_jax.models.registry import model_spec
 from dalle_jax.parallel.sharding import path_name
 from dalle_jax.train.state import TrainState
 
@@ -40,7 +41,7 @@ def apply_flags(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, 
     begun = begun or config.init_from
     if begun is not None:
         model = read_config(begun).model
-        both = isinstance(model, TransformerConfig) and isinstance(config.model, TransformerConfig)
+        both = all(model_spec(m).transformer is not None for m in (model, config.model))
         if type(model) is not type(config.model) and not both:
             raise ValueError(
                 f"--init-from {begun} is a run of stage {model.kind}, this configuration of stage "
@@ -71,7 +72,7 @@ def init_from_run(state: TrainState, config: TrainConfig, mesh: Mesh) -> TrainSt
     Raises ValueError naming the parameter whose shape differs; what `load_run` raises.
     """
     loaded = load_run(config.init_from, config.model.kind, mesh=mesh).params
-    part = MODEL_SUBTREE.get(config.model.kind)
+    part = model_spec(config.model).model_subtree
     if part is not None:  # what trains beside the model begins anew
         loaded = {**state.params, part: loaded}
     want, have = _shapes(state.params), _shapes(loaded)

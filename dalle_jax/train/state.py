@@ -18,7 +18,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.config import TrainConfig
-from dalle_jax.parallel.sharding import RULES, batch_sharding, check_model, param_shardings, replicated
+from dalle_jax.models.registry import check_mesh
+from dalle_jax.parallel.sharding import RULES, batch_sharding, param_shardings, replicated
 from dalle_jax.train.compiler import compiler_options
 from dalle_jax.train.optim import learning_rate, make_optimizer, update_ema
 from dalle_jax.typing import Params
@@ -142,7 +143,7 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ValueError for a model or batch that the devices cannot share evenly."""
-    check_model(config.model, mesh)
+    check_mesh(config.model, mesh)
     ways, pieces = num_batch_shards(mesh), config.optim.grad_accum_steps
     rows = config.data.batch_size // pieces
     if rows % ways:

@@ -28,6 +28,7 @@ from dalle_jax.models.vqgan import adversarial, autoencoder, discriminator, quan
 from dalle_jax.parallel.sharding import make_mesh, param_shardings
 from dalle_jax.pipelines import decode_codes, encode_images, load_image_tokenizer
 from dalle_jax.train import loop
+from dalle_jax.train.adversarial_optim import adversarial_optimizer
 
 AGAINST = AdversarialConfig(
     disc_start_step=3, disc_warmup_steps=2, width=4, layers=2, r1_every=2, learning_rate=1e-3
@@ -310,7 +311,7 @@ def test_the_ramp():
 @pytest.mark.parametrize("kind", ["hinge", "non-saturating"])
 def test_gradients_are_those_of_the_written_loss(params, kind):
     """One backward pass gives what differentiating the whole weighed loss gives, the weight held constant."""
-    against = dataclasses.replace(AGAINST, loss=kind, start=0, disc_warmup_steps=0, r1_every=1)
+    against = dataclasses.replace(AGAINST, loss=kind, disc_start_step=0, disc_warmup_steps=0, r1_every=1)
     cfg = dataclasses.replace(TINY, adversarial=against)
     x, step = images(), jnp.int32(5)
     grads, measures, _ = jax.jit(adversarial.adversarial_gradients, static_argnums=0)(
@@ -363,7 +364,7 @@ def test_before_the_start_nothing_of_the_discriminator_moves(params):
     alone = dataclasses.replace(TINY, adversarial=None)
     want, *_ = step(alone, {"tokenizer": params["tokenizer"]}, None, x, key(1), jnp.int32(2))
     assert optax.tree.norm(optax.tree.sub(want["tokenizer"], grads["tokenizer"])) < 1e-5
-    tx = adversarial.adversarial_optimizer(TINY, optax.sgd(0.1))
+    tx = adversarial_optimizer(TINY, optax.sgd(0.1))
     state = tx.init(params)
     ones = jax.tree.map(jnp.ones_like, params)
     moved = []

@@ -11,13 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from dalle_jax.config import DalleConfig, DVAEConfig, MeshConfig
 from dalle_jax.models import dalle, dvae
+from dalle_jax.models.registry import check_mesh
 from dalle_jax.parallel.sharding import (
     AXES,
     PARAM_AXES,
     RULES,
     MeshError,
     batch_sharding,
-    check_model,
     constrain,
     make_mesh,
     param_shardings,
@@ -161,12 +161,12 @@ def test_dalle_parameters_on_the_mesh(mesh):
 )
 def test_a_mesh_that_does_not_divide_names_the_field(mesh, sizes, match):
     with pytest.raises(MeshError, match=match):
-        check_model(DalleConfig(**sizes), mesh)
+        check_mesh(DalleConfig(**sizes), mesh)
 
 
 def test_large_parameters_are_split_or_refused(mesh):
     """The paper's model divides; 1 MiB of a width that does not is refused, a little less may lie whole."""
-    check_model(DalleConfig(), mesh)
+    check_mesh(DalleConfig(), mesh)
     with pytest.raises(
         MeshError, match=r"text_head/kernel \(1025, 512\): 1025 does not divide over mesh.fsdp 2"
     ):

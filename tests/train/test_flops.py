@@ -10,8 +10,9 @@ import pytest
 from dalle_jax.checkpoint.run_dir import load_config
 from dalle_jax.config import ClipConfig, DalleConfig, DataConfig, T5Config, TrainConfig
 from dalle_jax.models import clip, dalle
+from dalle_jax.models.dalle.flops import dalle_flops, encoder_flops
 from dalle_jax.models.diffusion import unet
-from dalle_jax.train.flops import batch_shapes, count_flops, dalle_flops, encoder_flops, train_flops
+from dalle_jax.train.flops import batch_shapes, count_flops, train_flops
 from dalle_jax.train.tasks import make_task
 
 ROOT = Path(__file__).parents[2]

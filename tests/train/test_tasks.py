@@ -27,7 +27,9 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.models import dalle, dvae
 from dalle_jax.pipelines import ImageTokenizer, encode_source
 from dalle_jax.text.tokenizers import train_text_tokenizer
-from dalle_jax.train.tasks import DalleTask, TokenizerTask, make_task
+from dalle_jax.train.tasks import make_task
+from dalle_jax.train.tasks.dalle import DalleTask
+from dalle_jax.train.tasks.tokenizer import TokenizerTask
 
 ROWS, BATCH = 21, 4
 SCENES = ScenesSource(count=ROWS, max_objects=2)

@@ -22,11 +22,12 @@ from dalle_jax.models.dalle.decoding import (
     resize_cache,
 )
 from dalle_jax.models.dalle.embedding import Params, null_text, null_texts
-from dalle_jax.models.dalle.model import hidden, init, layer_masks, logits, loss
+from dalle_jax.models.dalle.model import check_dalle_mesh, hidden, init, layer_masks, logits, loss
 
 __all__ = [
     "DalleCache",
     "Params",
+    "check_dalle_mesh",
     "commit_drafts",
     "decode_drafts",
     "decode_step",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.models.dalle.embedding import (
@@ -27,6 +28,7 @@ from dalle_jax.nn.attention import ATTN_OUT, POST_ATTN, QKV, dense_attention, ma
 from dalle_jax.nn.cross_entropy import cross_entropy
 from dalle_jax.nn.input_checks import check_ids
 from dalle_jax.nn.masks import attention_mask, mask_padding
+from dalle_jax.parallel.sharding import REPLICATE_BELOW_BYTES, check_divides
 
 
 def init(cfg: DalleConfig, key: jax.Array) -> Params:
@@ -74,6 +76,26 @@ def init(cfg: DalleConfig, key: jax.Array) -> Params:
         return make_block(cfg).init(key, x_11D, jnp.ones((1, 1), bool))["params"]
 
     return {**params, "blocks": jax.vmap(block)(jax.random.split(k_blocks, cfg.layers))}
+
+
+def check_dalle_mesh(cfg: DalleConfig, mesh: Mesh) -> None:
+    """Check that `mesh` divides the heads and the large parameters.
+
+    Raises:
+      MeshError: it names the first field that the mesh does not divide.
+    """
+    check_divides(mesh, "heads", cfg.heads, "model.heads")
+    if 4 * cfg.dim**2 > REPLICATE_BELOW_BYTES:
+        for axis in ("width", "heads", "heads_in"):
+            check_divides(mesh, axis, cfg.dim, "model.dim")
+        field = "model.mlp_width" if cfg.mlp_width else "model.dim * model.mlp_ratio"
+        check_divides(mesh, "mlp_in", cfg.mlp_dim, field)
+    for field, ids in (
+        ("model.image_vocab", cfg.image_vocab),
+        ("model.text_vocab + model.text_len", cfg.num_text_ids),
+    ):
+        if 4 * ids * cfg.dim > REPLICATE_BELOW_BYTES:
+            check_divides(mesh, "vocab", ids, field)
 
 
 def layer_masks(cfg: DalleConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -15,12 +15,9 @@ the discriminator learns, and R1 (Mescheder et al. 2018, 1801.04406) keeps its s
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from dalle_jax.config import AdversarialConfig, GumbelQuantizer, VQGANConfig
 from dalle_jax.models import lpips as perceptual
@@ -180,47 +177,5 @@ def _against(cfg, params, real, pixels, grad_rec, last, step):
                  "norm_reconstruction", "norm_adversarial")  # fmt: skip
         return jnp.zeros_like(pixels), jax.tree.map(jnp.zeros_like, params), dict.fromkeys(names, nan)
 
-    push, grads, measures = jax.lax.cond(step >= cfg.start, begun, waiting, pixels)
+    push, grads, measures = jax.lax.cond(step >= cfg.disc_start_step, begun, waiting, pixels)
     return push, grads, {**measures, "adversarial_ramp": disc_factor(cfg, step)}
-
-
-class AdversarialState(NamedTuple):
-    """State of an optimizer, and int32 (V,), the updates since each code was used (`quantize.restart`)."""
-
-    networks: Any
-    idle: jax.Array
-
-
-def adversarial_optimizer(
-    cfg: VQGANConfig, tokenizer: optax.GradientTransformation
-) -> optax.GradientTransformation:
-    """`tokenizer` for the tokenizer; Adam for the discriminator, which rests, moments too, until it begins.
-
-    Adam would count the updates before the start, and its first steps afterwards would be too long. Where codes are
-    restarted the state is a `AdversarialState`, whose count the updates themselves leave as it is.
-    """
-    tx = tokenizer if cfg.adversarial is None else _with_discriminator(cfg, tokenizer)
-    if not cfg.restarts_dead_codes:
-        return tx
-
-    def init(params):
-        return AdversarialState(tx.init(params), jnp.zeros(cfg.vocab, jnp.int32))
-
-    def update(updates, state, params=None):
-        updates, networks = tx.update(updates, state.networks, params)
-        return updates, state._replace(networks=networks)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _with_discriminator(cfg, tokenizer):
-    own = cfg.adversarial
-    adam = optax.adam(own.learning_rate, b1=own.b1, b2=own.b2)
-    waiting = optax.conditionally_mask(adam, lambda step: step >= own.start)
-    by_part = {"tokenizer": tokenizer, "discriminator": waiting}
-    return optax.transforms.partition(by_part, {name: name for name in by_part})
-
-
-def tokenizer_params(params: Params) -> Params:
-    """`params` with every part but the tokenizer's masked: what the tokenizer's own optimizer sees."""
-    return {name: part if name == "tokenizer" else optax.MaskedNode() for name, part in params.items()}

@@ -35,7 +35,7 @@ class ClipTask:
 
     best = ("eval_loss", "min")
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, *, on_codes: bool = False):
         self.config, self.model = config, config.model
         self.frozen: Params = {}
         if config.image_tokenizer is not None:  # before the run directory is made

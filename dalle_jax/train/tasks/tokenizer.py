@@ -26,7 +26,7 @@ class TokenizerTask:
 
     best = ("eval_psnr", "max")
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, *, on_codes: bool = False):
         self.config, self.model = config, config.model
         self.frozen: Params = {}
         self.tokens_per_row = self.model.num_codes

@@ -13,6 +13,7 @@ from dalle_jax.config import TrainConfig
 from dalle_jax.data.images import to_float
 from dalle_jax.models import lpips
 from dalle_jax.models.vqgan import adversarial, quantizers
+from dalle_jax.train.adversarial_optim import adversarial_optimizer, tokenizer_params
 from dalle_jax.train.optim import make_optimizer
 from dalle_jax.train.state import TrainState
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
@@ -24,8 +25,8 @@ class VQGANTask(TokenizerTask):
 
     averaged = ("tokenizer",)  # an average of the discriminator would be used by nobody
 
-    def __init__(self, config: TrainConfig):
-        super().__init__(config)
+    def __init__(self, config: TrainConfig, *, on_codes: bool = False):
+        super().__init__(config, on_codes=on_codes)
         if self.model.lpips is not None:  # before the run directory is made
             self.frozen = {"lpips": lpips.load_lpips(self.model.lpips)}
 
@@ -44,8 +45,8 @@ class VQGANTask(TokenizerTask):
 
     def optimizer(self, params: Params) -> optax.GradientTransformation:
         config = self.config
-        own = make_optimizer(config.optim, config.steps, adversarial.tokenizer_params(params))
-        return adversarial.adversarial_optimizer(self.model, own)
+        own = make_optimizer(config.optim, config.steps, tokenizer_params(params))
+        return adversarial_optimizer(self.model, own)
 
     def gradients(self, params, frozen, batch, key, step):
         images = to_float(batch["image"])

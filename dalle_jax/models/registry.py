@@ -1,0 +1,234 @@
+"""The table of models: what the library does with each class of model configuration.
+
+A new kind of model is one module with its functions, one training task and one row of `MODELS`. Other rooms ask
+`model_spec(cfg)` instead of testing the type of a configuration. Tasks and pipelines belong to higher rooms, so rows
+name them as strings, which `load_class` imports on first use.
+B batch, T text positions, N codes, C captions, P prefix codes, Q draft codes, V image vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from dalle_jax.config import (
+    BartConfig,
+    ClipConfig,
+    DalleConfig,
+    DiffusionConfig,
+    DVAEConfig,
+    ModelConfig,
+    VQGANConfig,
+)
+from dalle_jax.models import bart, clip, dalle, dvae
+from dalle_jax.models.dalle import flops as dalle_flops
+from dalle_jax.models.diffusion import unet
+from dalle_jax.models.vqgan import adversarial, autoencoder
+from dalle_jax.typing import Params
+
+# What a model is for: image tokenizers encode and decode images, generators sample images, rankers score images.
+Role = Literal["tokenizer", "generator", "ranker"]
+
+
+class TokenizerFunctions(Protocol):
+    """Functions of an image tokenizer, documented in models/tokenizer.py."""
+
+    def init(self, cfg: Any, key: jax.Array) -> Params: ...
+
+    def encode(self, cfg: Any, params: Params, images_BHWC: jax.Array) -> jax.Array: ...
+
+    def decode(self, cfg: Any, params: Params, codes_BN: jax.Array) -> jax.Array: ...
+
+
+class TransformerFunctions(Protocol):
+    """Functions of an autoregressive Transformer, documented in models/autoregressive.py."""
+
+    init: Callable[..., Params]
+    null_text: Callable[..., jax.Array]
+    logits: Callable[..., tuple[jax.Array | None, jax.Array]]
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    init_cache: Callable[..., Any]
+    prefill: Callable[..., tuple[jax.Array, Any]]
+    resize_cache: Callable[..., Any]
+    insert_into_cache: Callable[..., Any]
+    decode_step: Callable[..., tuple[jax.Array, Any]]
+    decode_drafts: Callable[..., tuple[jax.Array, Any]]
+    commit_drafts: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One row of the table.
+
+    Attributes:
+      config: the class of the configuration.
+      kind: the name of the stage, `cfg.kind`.
+      role: what the model is for.
+      init: `(cfg, key) -> params`, the parameters that the trained model is used with.
+      describe: `(cfg) -> {name: value}`, the sizes that `dalle-jax info` prints.
+      task: "module:Class" of the training task.
+      pipeline: "module:Class" of the pipeline, or None.
+      tokenizer: the functions of an image tokenizer, or None.
+      transformer: the functions of an autoregressive Transformer, or None.
+      init_training: `(cfg, key) -> params` where training updates more networks than the model; None is `init`.
+      model_subtree: the name of the subtree of the training parameters that is the model; None is the whole tree.
+      check_mesh: `(cfg, mesh)` raises MeshError for sizes that the mesh does not divide; None checks nothing.
+      train_flops: `(cfg, rows) -> float`, model FLOPs of one training step; None counts the traced step.
+      sample_flops: `(cfg, rows) -> float`, model FLOPs of sampling one image per row; None counts the traced program.
+    """
+
+    config: type
+    kind: str
+    role: Role
+    init: Callable[[Any, jax.Array], Params]
+    describe: Callable[[Any], dict[str, Any]]
+    task: str
+    pipeline: str | None = None
+    tokenizer: TokenizerFunctions | None = None
+    transformer: TransformerFunctions | None = None
+    init_training: Callable[[Any, jax.Array], Params] | None = None
+    model_subtree: str | None = None
+    check_mesh: Callable[[Any, Mesh], None] | None = None
+    train_flops: Callable[[Any, int], float] | None = None
+    sample_flops: Callable[[Any, int], float] | None = None
+
+
+def _attributes(names: tuple[str, ...], cfg: Any) -> dict[str, Any]:
+    return {name: getattr(cfg, name) for name in names}
+
+
+_TOKENIZER_SIZES = partial(_attributes, ("grid", "num_codes", "image_size", "vocab"))
+_TRANSFORMER_SIZES = partial(
+    _attributes, ("grid", "num_codes", "text_vocab", "text_len", "image_vocab", "seq_len", "layers")
+)
+_CLIP_SIZES = partial(_attributes, ("image_size", "patch_size", "text_vocab", "text_len", "embed_dim"))
+
+
+def _diffusion_sizes(cfg: DiffusionConfig) -> dict[str, Any]:
+    conditions = {
+        "captions": cfg.text,
+        "labels": cfg.num_classes,
+        "codes": cfg.codes,
+        "low_res": cfg.low_res_size,
+    }
+    return {
+        "image_size": cfg.image_size,
+        "sizes": cfg.sizes,
+        "prediction": cfg.prediction,
+        "noise": cfg.noise.kind,
+        "conditions": ", ".join(name for name, value in conditions.items() if value) or "none",
+    }
+
+
+_ROWS = (
+    ModelSpec(
+        config=DVAEConfig,
+        kind="dvae",
+        role="tokenizer",
+        init=dvae.init,
+        describe=_TOKENIZER_SIZES,
+        task="dalle_jax.train.tasks.tokenizer:TokenizerTask",
+        tokenizer=dvae,
+    ),
+    ModelSpec(
+        config=VQGANConfig,
+        kind="vqgan",
+        role="tokenizer",
+        init=autoencoder.init,
+        describe=_TOKENIZER_SIZES,
+        task="dalle_jax.train.tasks.vqgan:VQGANTask",
+        tokenizer=autoencoder,
+        init_training=adversarial.init,
+        model_subtree="tokenizer",
+    ),
+    ModelSpec(
+        config=DalleConfig,
+        kind="dalle",
+        role="generator",
+        init=dalle.init,
+        describe=_TRANSFORMER_SIZES,
+        task="dalle_jax.train.tasks.dalle:DalleTask",
+        transformer=dalle,
+        check_mesh=dalle.check_dalle_mesh,
+        train_flops=dalle_flops.dalle_train_flops,
+        sample_flops=partial(dalle_flops.dalle_flops, text_head=False),
+    ),
+    ModelSpec(
+        config=BartConfig,
+        kind="bart",
+        role="generator",
+        init=bart.init,
+        describe=_TRANSFORMER_SIZES,
+        task="dalle_jax.train.tasks.dalle:DalleTask",
+        transformer=bart,
+    ),
+    ModelSpec(
+        config=ClipConfig,
+        kind="clip",
+        role="ranker",
+        init=clip.init,
+        describe=_CLIP_SIZES,
+        task="dalle_jax.train.tasks.clip:ClipTask",
+    ),
+    ModelSpec(
+        config=DiffusionConfig,
+        kind="diffusion",
+        role="generator",
+        init=unet.init,
+        describe=_diffusion_sizes,
+        task="dalle_jax.train.tasks.diffusion:DiffusionTask",
+    ),
+)
+MODELS: dict[type, ModelSpec] = {row.config: row for row in _ROWS}
+
+
+def model_spec(cfg: ModelConfig) -> ModelSpec:
+    """Return the row of a model configuration.
+
+    Raises:
+      ValueError: `cfg` is not the configuration of a model.
+    """
+    if type(cfg) not in MODELS:
+        names = ", ".join(config.__name__ for config in MODELS)
+        raise ValueError(f"Expected the configuration of a model ({names}), got {type(cfg).__name__}.")
+    return MODELS[type(cfg)]
+
+
+def init_training(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Initialize all parameters that the training of `cfg` updates, float32."""
+    spec = model_spec(cfg)
+    return (spec.init_training or spec.init)(cfg, key)
+
+
+def model_params(cfg: ModelConfig, training_params: Params) -> Params:
+    """Return the parameters of the model among those that its training updates."""
+    subtree = model_spec(cfg).model_subtree
+    return training_params if subtree is None else training_params[subtree]
+
+
+def param_shapes(cfg: ModelConfig) -> Params:
+    """Return the shape and dtype of every parameter of the model, a tree of jax.ShapeDtypeStruct."""
+    return jax.eval_shape(partial(model_spec(cfg).init, cfg), jax.random.key(0))
+
+
+def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
+    """Check that `mesh` divides the sizes of the model.
+
+    Raises:
+      MeshError: it names the first field that the mesh does not divide.
+    """
+    check = model_spec(cfg).check_mesh
+    if check is not None:
+        check(cfg, mesh)
+
+
+def load_class(path: str) -> Any:
+    """Import the class that a row names as "module:Class"."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
