@@ -6,7 +6,7 @@ operations of the model (train/flops.py: nothing that is computed twice counts) 
 by the data sheet.
 
     python -m benchmarks.step configs/dalle_12b.py --model.dim 2048 --model.layers 24 --model.heads 32 \
-        --data.batch_size 32 --trace step_trace                                       # 1.3 B on one GPU
+        --data.batch-size 32 --trace step_trace                                       # 1.3 B on one GPU
     python -m benchmarks.step configs/ddpm_cifar10.py --peer-python PEERS/bin/python
     python -m benchmarks.step configs/dvae_openai.py
 

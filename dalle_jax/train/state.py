@@ -147,7 +147,7 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     ways, pieces = num_batch_shards(mesh), config.optim.grad_accum_steps
     rows = config.data.batch_size // pieces
     if rows % ways:
-        split = f" in {pieces} microbatches of {rows} rows (optim.accumulate)" if pieces > 1 else ""
+        split = f" in {pieces} microbatches of {rows} rows (optim.grad_accum_steps)" if pieces > 1 else ""
         raise ValueError(
             f"data.batch_size {config.data.batch_size}{split} is not divisible by the {ways} devices that share "
             f"a batch (mesh {' x '.join(f'{a}={mesh.shape[a]}' for a in RULES['batch'])}); "
@@ -161,7 +161,7 @@ def make_step(
     """The jitted training step `(state, frozen, batch) -> (state, metrics)`.
 
     The state is donated: its buffers are gone after the call. `batch` holds `config.data.batch_size` rows; with
-    `optim.accumulate` > 1 the gradient is the mean over that many microbatches, computed one after the other.
+    `optim.grad_accum_steps` > 1 the gradient is the mean over that many microbatches, computed one after the other.
     `metrics` holds float32 scalars: what the task reports, `loss`, `grad_norm` (before clipping) and
     `learning_rate`; and `finite`, a bool. Where the loss or the gradient norm is not finite, `finite` is
     False and the state comes back as it was, step number included. Where the batch holds bools `stop` beside its

@@ -1063,7 +1063,7 @@ def test_info_says_what_drawing_takes(made):
     assert "--device compiles for one chip and h200:2 has 2; want h200" in refused(
         "info", made.dalle, "--batch-size", 1, "--device", "h200:2"
     )
-    assert "--batch_size is 0; want at least 1" in refused("info", made.dalle, "--batch-size", 0)
+    assert "--batch-size is 0; want at least 1" in refused("info", made.dalle, "--batch-size", 0)
     assert "is of stage dvae" in refused("info", made.dvae, "--batch-size", 1)
 
 

@@ -119,7 +119,7 @@ def test_the_stage_logs_bands_and_draws(trained):
 
 
 def test_sample(trained, tmp_path):
-    what = ("--steps", 4, "--sampler", "ddim", "--eta", 0.5, "--guidance-scale", 2, "--batch-size", 2)
+    what = ("--num-steps", 4, "--sampler", "ddim", "--eta", 0.5, "--guidance-scale", 2, "--batch-size", 2)
     found, err = json_of(
         "sample",
         trained.run,
@@ -159,7 +159,7 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
     mask[:, 16:] = 255
     for name, pixels in (("picture", picture), ("mask", mask)):
         images.save_png(tmp_path / f"{name}.png", pixels)
-    begin = ("--num-images", 1, "--steps", 4, "--image", tmp_path / "picture.png", "--out")
+    begin = ("--num-images", 1, "--num-steps", 4, "--image", tmp_path / "picture.png", "--out")
     found, _ = json_of(
         "sample", trained.run, "a red circle", *begin, tmp_path / "a", "--mask", tmp_path / "mask.png"
     )
@@ -180,8 +180,8 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
     ("argv", "code", "match"),
     [
         (["x", "--sampler", "euler2"], 2, "euler2"),
-        (["x", "--steps", "0"], 1, "steps is 0; want at least 1"),
-        (["x", "--steps", "41"], 1, "steps is 41; the schedule has 40 (noise.num_timesteps)"),
+        (["x", "--num-steps", "0"], 1, "num_steps is 0; want at least 1"),
+        (["x", "--num-steps", "41"], 1, "num_steps is 41; the schedule has 40 (noise.num_timesteps)"),
         (["x", "--eta", "0.5"], 1, "eta is for ddim; dpm++2m has none"),
         (["x", "--guidance-scale", "-1"], 1, "guidance_scale is -1.0; want 0 or more"),
         (["x", "--guidance-interval", "0.9", "0.1"], 1, "guidance times 0.9 to 0.1"),
@@ -223,12 +223,12 @@ def test_a_picture_that_is_not_finite_names_its_step(trained, tmp_path):
     (path / "text_tokenizer.model").write_bytes((trained.run / "text_tokenizer.model").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dalle_jax.pipelines.diffusion.load_model", lambda *_: Run(config, bad, path, 7))
-        done = run("sample", path, "x", "--num-images", 1, "--steps", 4, "--out", tmp_path / "out")
+        done = run("sample", path, "x", "--num-images", 1, "--num-steps", 4, "--out", tmp_path / "out")
     assert done.code == 3 and "sampling step 1 gave values that are not finite (rows 0)" in done.err
 
 
 def test_evaluate(trained):
-    found, _ = json_of("evaluate", trained.run, "--count", 2, "--steps", 4)
+    found, _ = json_of("evaluate", trained.run, "--count", 2, "--num-steps", 4)
     assert found["stage"] == "diffusion" and found["sampler"] == "dpm++2m" and found["steps"] == 4
     assert {"loss", "eps_mse", "band_1", "accuracy_one_object", "accuracy_held_out"} <= found.keys()
     done = run("evaluate", trained.run, "--top-k", 3)
@@ -238,7 +238,7 @@ def test_evaluate(trained):
 @pytest.mark.slow
 def test_bits_per_dim(trained):
     """A network of two updates: far from the 8 bits of bytes taken one by one, but a number all the same."""
-    found, _ = json_of("evaluate", trained.run, "--count", 2, "--steps", 4, "--bits-per-dim", 2)
+    found, _ = json_of("evaluate", trained.run, "--count", 2, "--num-steps", 4, "--bits-per-dim", 2)
     assert found["bits_per_dim_rows"] == 2 and 0 < found["bits_per_dim"] < 20
 
 
@@ -250,7 +250,7 @@ def test_labels(tmp_path):
     params = random_params(jax.eval_shape(lambda: unet.init(model, jax.random.key(0))))
     path = exported(tmp_path / "classes", TrainConfig(model=model, data=DATA), params)
     found, _ = json_of(
-        "sample", path, "--label", 0, 2, "--num-images", 1, "--steps", 2, "--out", tmp_path / "out"
+        "sample", path, "--label", 0, 2, "--num-images", 1, "--num-steps", 2, "--out", tmp_path / "out"
     )
     assert [p["caption"] for p in found["pictures"]] == ["class 0", "class 2"]
     pictures = [np.asarray(Image.open(p["file"])) for p in found["pictures"]]
@@ -283,7 +283,9 @@ def test_decoding_codes(decoder, tmp_path):
     codes = np.random.default_rng(0).integers(0, 9, (3, 64)).astype(np.int32)
     np.savez(tmp_path / "codes.npz", codes=codes)
     out = tmp_path / "images.npz"
-    found, err = json_of("decode", decoder, tmp_path / "codes.npz", "--steps", 2, "--seed", 5, "--out", out)
+    found, err = json_of(
+        "decode", decoder, tmp_path / "codes.npz", "--num-steps", 2, "--seed", 5, "--out", out
+    )
     assert found["pictures"] == 3 and "denoising steps 2/2" in err
     got = np.load(out)["images"]
     want = denoise_images(
@@ -297,7 +299,7 @@ def test_decoding_codes(decoder, tmp_path):
 
 
 def test_decoders_side_by_side(decoder):
-    found, _ = json_of("evaluate", decoder, "--count", 2, "--steps", 2)
+    found, _ = json_of("evaluate", decoder, "--count", 2, "--num-steps", 2)
     assert {
         "psnr",
         "tokenizer_psnr",

@@ -128,7 +128,7 @@ def test_few_shards_are_held_open(tmp_path, monkeypatch):
 def test_a_killed_encoder_goes_on_where_it_stopped(tmp_path):
     """kill -9 in the middle of a shard: whole shards stay as they are, the rest is what a straight run makes."""
     code = f"""
-import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys, time; sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]
 import test_codes as t
 from dalle_jax.data.sources import TarDataset
 def image(self, i, *more, real=TarDataset.image):

@@ -27,7 +27,14 @@ def tar(tmp_path_factory):
 
 def resolve_data(source, workers=2, **options):
     return config.DataConfig(
-        **{"source": source, "batch": 8, "crop": "random", "prefetch": 3, "workers": workers, **options}
+        **{
+            "source": source,
+            "batch_size": 8,
+            "crop": "random",
+            "prefetch": 3,
+            "num_workers": workers,
+            **options,
+        }
     )
 
 
@@ -86,7 +93,7 @@ def test_labels_and_more_workers_than_rows(tmp_path):
     pictures = np.repeat(np.arange(5, dtype=np.uint8), 12).reshape(5, 2, 2, 3)
     np.savez(tmp_path / "a.npz", train_x=pictures, train_y=np.arange(5) % 3)
     source = config.ArraysSource(path=str(tmp_path / "a.npz"))
-    data = resolve_data(source, 9, batch=2, crop="center")
+    data = resolve_data(source, 9, batch_size=2, crop="center")
     with train_batches(data, open_train_source(data), start=0, image_size=2, with_labels=True) as batches:
         assert len(batches._processes) == 2
         for batch in (next(batches), next(batches)):
@@ -185,10 +192,10 @@ def test_a_source_that_cannot_be_sent_is_refused():
     ):
         read_all(Unsendable())
     with pytest.raises(
-        ValueError, match=r"cannot be opened in a worker process \(KeyError: 'gone'\); set data.workers 0"
+        ValueError, match=r"cannot be opened in a worker process \(KeyError: 'gone'\); set data.num_workers 0"
     ):
         read_all(Lost())
-    with pytest.raises(ValueError, match=r"data\.workers is -1; want 0"):
+    with pytest.raises(ValueError, match=r"data\.num_workers is -1; want 0"):
         resolve_data(config.ScenesSource(), -1)
 
 
@@ -234,7 +241,7 @@ def test_a_parent_that_ends_takes_them_along(tar, how):
         from dalle_jax import config
         from dalle_jax.data.loader.pipeline import open_train_source, train_batches
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        data = config.DataConfig(source=config.TarSource(path={tar.path!r}, max_bad_fraction=0.2), workers=2, batch_size=8)
+        data = config.DataConfig(source=config.TarSource(path={tar.path!r}, max_bad_fraction=0.2), num_workers=2, batch_size=8)
         with train_batches(data, open_train_source(data), start=0, image_size=16) as batches:
             next(batches)
             print(*[process.pid for process in batches._processes], flush=True)
@@ -256,8 +263,8 @@ def test_a_parent_that_ends_takes_them_along(tar, how):
 
 
 def test_a_training_run_uses_them(tar, tmp_path):
-    """`data.workers` may change when a run goes on."""
+    """`data.num_workers` may change when a run goes on."""
     from dalle_jax.checkpoint.run_dir import RESUMABLE_FIELDS
 
-    assert "data.workers" in RESUMABLE_FIELDS
-    assert json.loads(config.to_json(resolve_data(tar, 3)))["workers"] == 3
+    assert "data.num_workers" in RESUMABLE_FIELDS
+    assert json.loads(config.to_json(resolve_data(tar, 3)))["num_workers"] == 3

@@ -160,7 +160,7 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, straight, number):
 
 def test_one_training_at_a_time(tmp_path, monkeypatch):
     """A second one is refused and changes nothing; the lock goes with what held it, and is waited for."""
-    monkeypatch.setattr(loop, "alone", functools.partial(run_lock, patience=0))
+    monkeypatch.setattr(loop, "run_lock", functools.partial(run_lock, patience=0))
     run = tmp_path / "run"
     config = tiny_config(run)
     with run_lock(str(run)):
@@ -227,7 +227,8 @@ COMMAND = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeTask
-from dalle_jax.train import command, loop
+from dalle_jax.cli import train as command
+from dalle_jax.train import loop
 
 class Slow(FakeTask):
     def batches(self, start, rows=None):
@@ -541,7 +542,7 @@ def test_command_line_errors(tmp_path, capsys):
         (
             SMALL,
             ["--run", "x", "--data.batch-size", "7", "--optim.grad-accum-steps", "2"],
-            "not divisible by optim.accumulate",
+            "not divisible by optim.grad_accum_steps",
         ),
         (
             SMALL,

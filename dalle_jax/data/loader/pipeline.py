@@ -68,7 +68,7 @@ def train_batches(
 
     Each batch has `image` uint8 (B, H, W, 3) or `codes` int32 (B, N), with text `text` int32 (B, T), with labels
     `label` int32 (B,). A source shorter than a batch repeats within it. Raises ValueError for rows that a batch
-    does not have. With `data.workers` rows are made by that many processes: ValueError for a source that cannot be
+    does not have. With `data.num_workers` rows are made by that many processes: ValueError for a source that cannot be
     sent to them, RuntimeError if one is lost. Close what is returned, or use it in a `with`.
     """
     if start < 0:

@@ -61,13 +61,13 @@ class ProcessBatches(Iterator[dict[str, np.ndarray]]):
         start.
         """
         if os.name != "posix":
-            raise ValueError("data.workers needs Linux or macOS; set data.workers 0")
+            raise ValueError("data.num_workers needs Linux or macOS; set data.num_workers 0")
         try:
             sent = pickle.dumps((maker, batch, prefetch))
         except Exception as error:  # whatever a source of one's own raises
             raise ValueError(
-                f"data.workers is {workers}, but a {type(maker.source).__name__} cannot be sent to worker processes "
-                f"({error}); set data.workers 0"
+                f"data.num_workers is {workers}, but a {type(maker.source).__name__} cannot be sent to worker processes "
+                f"({error}); set data.num_workers 0"
             ) from None
         self._source, self._rows_of, self._slots = maker.source, rows_of, prefetch
         self._next = start
@@ -160,7 +160,7 @@ class ProcessBatches(Iterator[dict[str, np.ndarray]]):
             told = f"was ended by {signal.Signals(-code).name}"
             told += ", by the system if memory ran out" if code == -signal.SIGKILL else ""
         raise RuntimeError(
-            f"worker process {w} of {len(self._processes)} {told}; start again, with fewer data.workers or a smaller "
+            f"worker process {w} of {len(self._processes)} {told}; start again, with fewer data.num_workers or a smaller "
             "data.prefetch if memory is short"
         ) from None
 
@@ -245,7 +245,7 @@ def work(connection: int, memory: int, size: int, parent: int, w: int, workers: 
         except (EOFError, ConnectionError):
             raise
         except Exception as error:
-            told = f"the source cannot be opened in a worker process ({_told(error)}); set data.workers 0"
+            told = f"the source cannot be opened in a worker process ({_told(error)}); set data.num_workers 0"
             talk.send_bytes(pickle.dumps(((ValueError, told), None)))
             return
         while True:
