@@ -1,4 +1,4 @@
-"""`python -m dalle_jax VERB ...` is `dalle-jax VERB ...`."""
+"""`python -m dalle_jax COMMAND ...` is `dalle-jax COMMAND ...`."""
 
 import sys
 

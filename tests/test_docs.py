@@ -13,7 +13,8 @@ import tyro
 
 from dalle_jax.aot import compile_only
 from dalle_jax.checkpoint.run_dir import load_config, shapes_by_name
-from dalle_jax.cli import VERBS, train, verbs
+from dalle_jax.cli import COMMANDS as CLI_COMMANDS
+from dalle_jax.cli import flags_of, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,9 +54,9 @@ def test_commands_are_understood(page, line, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     verb, *rest = words(line)
     if not rest:  # the name of a command, in a sentence
-        assert verb in VERBS or verb == "VERB"
+        assert verb in CLI_COMMANDS or verb == "COMMAND"
         return
-    if verb == "VERB" or "..." in rest or "$S" in rest:
+    if verb == "COMMAND" or "..." in rest or "$S" in rest:
         return
     if verb == "train":
         rest, _ = compile_only.split_flags(rest)
@@ -64,7 +65,7 @@ def test_commands_are_understood(page, line, monkeypatch, capsys):
         rest = [word for i, word in enumerate(rest) if word != "--init-from" and rest[i - 1] != "--init-from"]
         assert train.parse(rest) is not None
         return
-    kind = getattr(verbs, VERBS[verb][0])
+    kind = flags_of(verb)
     known = {"--help", *("--" + field.name.replace("_", "-") for field in dataclasses.fields(kind))}
     assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
     try:

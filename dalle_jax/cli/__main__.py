@@ -1,4 +1,4 @@
-"""`python -m dalle_jax.cli VERB ...`, where the command `dalle-jax` is not on the path."""
+"""`python -m dalle_jax.cli COMMAND ...`, where the command `dalle-jax` is not on the path."""
 
 import sys
 

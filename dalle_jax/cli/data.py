@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from tyro.conf import Positional, arg
 
 from dalle_jax.cli import output
-from dalle_jax.cli.codes import resolve_data
-from dalle_jax.cli.verbs import Data
-from dalle_jax.config import MixtureSource, SourceConfig
+from dalle_jax.cli.common_args import JsonFlag, allow_bad_records, resolve_data
 from dalle_jax.data import images
 from dalle_jax.data.duplicates import ImagePool, find_duplicates, thumbnail
 from dalle_jax.data.images import BadImageError
@@ -29,7 +28,31 @@ DRAWN = 1_000  # scenes whose captions are counted
 PAIRS = 32  # pairs of pictures shown, those that differ most first
 
 
-def data(args: Data) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class DataArgs:
+    """Tells what a folder of pictures, tar files, an npz file or a TFDS directory holds: rows of each split,
+    captions, classes, and records that cannot be used, by cause. Every picture is decoded. Of a configuration or a
+    run it is the data that it trains on, mixtures too.
+
+    With --convert-to tfds it also builds a TFDS data set in array_record format, the same rows in the same order,
+    without what cannot be used; no network and no TensorFlow."""
+
+    path: Positional[Annotated[str, arg(metavar="PATH")]]
+    """folder, tar files (commas, globs), npz file, TFDS directory or name; or a configuration file or run"""
+    convert_to: Literal["tfds"] | None = None
+    """format to build"""
+    out: str | None = None
+    """directory of the data set that is built, new or empty"""
+    size: int | None = None
+    """with --convert-to: store squares of this side, cropped to the centre; None stores the files as they are"""
+    duplicates: str | None = None
+    """look for evaluation pictures that training has too; directory for duplicates.jsonl and a grid of pairs"""
+    max_bad_fraction: float = 1.0
+    """share of unusable records above which to stop"""
+    json: JsonFlag = False
+
+
+def run(args: DataArgs) -> dict[str, Any]:
     """Reads every row of both splits and prints what is there."""
     if (args.convert_to is None) != (args.out is None):
         raise ValueError(
@@ -74,17 +97,6 @@ def data(args: Data) -> dict[str, Any]:
         eval_flag = next((n for n in splits if n != "train"), "train")
         print(f"built {where}; use it with --data.path {where} --data.source.eval-split {eval_flag}")
     return result
-
-
-def allow_bad_records(source: SourceConfig, share: float) -> SourceConfig:
-    """`source` that does not stop below this share of unusable records, so that they can be told."""
-    if isinstance(source, MixtureSource):
-        return dataclasses.replace(
-            source, parts=tuple(allow_bad_records(part, share) for part in source.parts)
-        )
-    return (
-        dataclasses.replace(source, max_bad_fraction=share) if hasattr(source, "max_bad_fraction") else source
-    )
 
 
 def _split_name(name: str, default: str) -> str:

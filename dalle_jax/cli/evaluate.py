@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tyro.conf import Positional
+
 from dalle_jax.checkpoint.run_dir import fingerprint, load_run, read_config
-from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
-from dalle_jax.cli.verbs import Evaluate
+from dalle_jax.cli.common_args import JsonFlag, RunPath, denoising, refuse_flags
 from dalle_jax.config import (
     BartConfig,
     ClipConfig,
@@ -16,6 +18,8 @@ from dalle_jax.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
+    Quantization,
+    SamplerName,
     TransformerConfig,
 )
 from dalle_jax.data.sources import infer_source
@@ -31,7 +35,76 @@ from dalle_jax.pipelines.diffusion import DiffusionModel, check_decoder, load_di
 from dalle_jax.pipelines.ranking import ClipRanker, load_clip
 
 
-def evaluate(args: Evaluate) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArgs:
+    """Measures a run on rows and captions that it was not trained on.
+
+    psnr, mse, codebook_use, codebook_perplexity: of the tokenizer. loss, image_loss, text_loss: of the
+    Transformer, nats per token. accuracy_one_object, accuracy_two_objects, accuracy_held_out: share of captions whose
+    drawn picture shows what the caption says, read back by image analysis; accuracy_reconstruction: the same of
+    true pictures that went through the tokenizer. The right_ figures exist for procedural scenes only. With
+    --fid-weights: rfid, distance of a tokenizer's reconstructions from true pictures; fid, of the pictures that a
+    Transformer or diffusion model draws. With --classifier: accuracy_class, share of drawn pictures that it puts into the
+    class asked for; accuracy_class_true and accuracy_class_reconstruction, of true pictures and of these after the
+    tokenizer. Of a Transformer with --clip: clip_score, mean cosine of captions and drawn pictures, clip_score_true of
+    true ones; with --candidates also accuracy_KIND_best_of_N, where the best of N pictures by that CLIP is taken, and
+    accuracy_KIND_any_of_N.
+
+    Of a CLIP: image_to_text_recall_K and text_to_image_recall_K among the rows measured; zero_shot_top1 and
+    zero_shot_top5 where there are classes.
+
+    Of a diffusion model: loss, eps_mse, band_1 (least noise) to band_4, squared errors. One on codes is set beside
+    its tokenizer: psnr and accuracy_reconstruction are of what it draws from the codes of true pictures,
+    tokenizer_psnr and tokenizer_accuracy_reconstruction of what the tokenizer makes of the same codes; so are, with
+    --fid-weights, rfid and tokenizer_rfid."""
+
+    run: Positional[RunPath]
+    """directory of a trained tokenizer, Transformer, diffusion model or CLIP"""
+    count: int = 256
+    """rows, and captions of each kind"""
+    seed: int = 0
+    """of the drawn pictures"""
+    guidance_scale: tuple[float, ...] = (1.0,)
+    """scales of classifier-free guidance; several give a curve"""
+    temperature: float = 1.0
+    """of the drawn pictures"""
+    top_k: int | None = None
+    """draw among this many most probable codes; None is all"""
+    top_p: float | None = None
+    """draw among the most probable codes that share this much of the probability; None is all"""
+    quantization: Quantization | None = None
+    """Transformer: draw with its matrices in 8 bits"""
+    num_steps: int | None = None
+    """diffusion: steps of the sampler; None is 50"""
+    sampler: SamplerName | None = None
+    """diffusion: how the noise is taken away; None is dpm++2m"""
+    bits_per_dim: int = 0
+    """diffusion: also measure bits_per_dim, the likelihood by the ODE, of this many rows; slow"""
+    decoder: str | None = None
+    """Transformer: run of a diffusion model on its tokenizer's codes; adds accuracy_KIND_decoder, the share of the same
+    codes when it draws the pixels"""
+    fid_weights: str | None = None
+    """npz or pth file of the Inception-v3 of FID; adds rfid or fid, which compare at the same count only, and the
+    Inception score where the file holds the classifier"""
+    fid_reference: str | None = None
+    """statistics of true pictures that --fid-save wrote; without it, the rows measured are the reference"""
+    fid_save: str | None = None
+    """npz file to write, the statistics of the true pictures of the rows measured"""
+    classifier: str | None = None
+    """npz file of a classifier of CIFAR-10 that judges what is drawn, for runs on its pictures (docs/evaluation.md)"""
+    clip: str | None = None
+    """of a Transformer: directory of a trained CLIP that scores what is drawn"""
+    candidates: int | None = None
+    """with --clip: pictures drawn for each caption, of which the CLIP takes the best of 1, 4, 16, ..."""
+    data: str | None = None
+    """of a CLIP: captioned or labelled pictures to measure on (folder, tar files, npz file, TFDS directory); None is
+    the run's own source"""
+    templates: tuple[str, ...] = ()
+    """of a CLIP: texts for a class, {} is its name; none are those of the source"""
+    json: JsonFlag = False
+
+
+def run(args: EvaluateArgs) -> dict[str, Any]:
     """Measures and prints a table."""
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; want at least 1 row")
@@ -81,7 +154,7 @@ def evaluate(args: Evaluate) -> dict[str, Any]:
     return result
 
 
-def _check_clip(args: Evaluate, model: ModelConfig) -> None:
+def _check_clip(args: EvaluateArgs, model: ModelConfig) -> None:
     """Flags that are for other stages than that of the run, or for a flag that is missing."""
     if args.clip is None and args.candidates is not None:
         raise ValueError("--candidates needs --clip, the run of the CLIP that takes the best of them")
@@ -104,7 +177,9 @@ class _Truth(NamedTuple):
     true: fid.FeatureStats
 
 
-def _truth(args: Evaluate, data: DataConfig, image_size: int, languages: tuple[str, ...]) -> _Truth | None:
+def _truth(
+    args: EvaluateArgs, data: DataConfig, image_size: int, languages: tuple[str, ...]
+) -> _Truth | None:
     """None without --fid-weights. Before all other work, so that a wrong file is told at once."""
     if not args.fid_weights:
         return None
@@ -122,7 +197,7 @@ def _truth(args: Evaluate, data: DataConfig, image_size: int, languages: tuple[s
     return _Truth(network, true)
 
 
-def _judge(args: Evaluate, data: DataConfig) -> classifier.Classifier | None:
+def _judge(args: EvaluateArgs, data: DataConfig) -> classifier.Classifier | None:
     """None without --classifier. Before all other work, so that a wrong file is told at once."""
     if not args.classifier:
         return None
@@ -131,7 +206,7 @@ def _judge(args: Evaluate, data: DataConfig) -> classifier.Classifier | None:
     return judge
 
 
-def _tokenizer(args: Evaluate) -> dict[str, Any]:
+def _tokenizer(args: EvaluateArgs) -> dict[str, Any]:
     run = load_run(args.run)
     tokenizer = ImageTokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
     truth = _truth(args, run.config.data, run.config.model.image_size, ())
@@ -157,7 +232,7 @@ def _ceiling(judge, tokenizer, data: DataConfig, image_size: int, count: int) ->
     return _told(classifier.measure_true(judge, tokenizer, data, image_size, count, progress=progress))
 
 
-def _clip(args: Evaluate) -> dict[str, Any]:
+def _clip(args: EvaluateArgs) -> dict[str, Any]:
     clip = load_clip(args.run)
     data, progress = clip.run.config.data, ProgressPrinter("pictures")
     if args.data is not None:
@@ -172,7 +247,7 @@ def _clip(args: Evaluate) -> dict[str, Any]:
     }
 
 
-def _diffusion(args: Evaluate) -> dict[str, Any]:
+def _diffusion(args: EvaluateArgs) -> dict[str, Any]:
     hows = [denoising(args, scale) for scale in args.guidance_scale]
     model = load_diffusion(args.run)
     cfg, data = model.config, model.run.config.data
@@ -234,7 +309,7 @@ def _curve(
     return curve[0] | ({"curve": curve} if len(curve) > 1 else {})  # one alone stays flat
 
 
-def _transformer(args: Evaluate, samplings: list[SamplingConfig]) -> dict[str, Any]:
+def _transformer(args: EvaluateArgs, samplings: list[SamplingConfig]) -> dict[str, Any]:
     model = load_text_to_image(args.run)
     clip = None if args.clip is None else load_clip(args.clip)
     decoder = None if args.decoder is None else load_diffusion(args.decoder)
@@ -271,7 +346,7 @@ def _transformer(args: Evaluate, samplings: list[SamplingConfig]) -> dict[str, A
 
 
 def _ranked(
-    args: Evaluate, model: TextToImage, clip: ClipRanker, sampling: SamplingConfig
+    args: EvaluateArgs, model: TextToImage, clip: ClipRanker, sampling: SamplingConfig
 ) -> dict[str, float]:
     progress = ProgressPrinter(f"guidance {sampling.guidance_scale:g}: pictures for the CLIP")
     rest = {"seed": args.seed, "progress": progress}

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from typing import Any
 
+from tyro.conf import Positional
+
 from dalle_jax.checkpoint.run_dir import PARAMS_FILE, load_run, write_params
+from dalle_jax.cli.common_args import JsonFlag, RunPath
 from dalle_jax.cli.output import new_directory
-from dalle_jax.cli.verbs import Export
 from dalle_jax.config import to_json
 from dalle_jax.files.atomic import write_atomic
 
 
-def export(args: Export) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs:
+    """Writes the model of a run as model.safetensors beside its config.json, without the optimizer's state. Every
+    verb takes the directory like a run, and so does --init-from; the arrays have the names that `info` lists, with
+    dots."""
+
+    run: Positional[RunPath]
+    """directory of a trained model"""
+    out: str
+    """directory to write, new or empty"""
+    json: JsonFlag = False
+
+
+def run(args: ExportArgs) -> dict[str, Any]:
     """Writes model.safetensors, config.json, and what else the run needs to be used."""
     out = new_directory(args.out)
     run = load_run(args.run)

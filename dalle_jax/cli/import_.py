@@ -3,21 +3,55 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
 
 from dalle_jax.checkpoint.imported import write_imported_run
 from dalle_jax.checkpoint.run_dir import Run, load_run
+from dalle_jax.cli.common_args import JsonFlag
 from dalle_jax.cli.output import new_directory
-from dalle_jax.cli.verbs import Import
 from dalle_jax.config import ClipConfig, TransformerConfig
 from dalle_jax.importers import families
 from dalle_jax.importers.tensors import ImportedRun
 from dalle_jax.pipelines import ProgressPrinter
 from dalle_jax.train.tasks.prepare import check_tokenizer_match
 
+_FAMILIES = "; ".join(f"{name}: {about}" for name, (_, about) in families.FAMILIES.items())
 
-def import_(args: Import) -> dict[str, Any]:
+
+@dataclass(frozen=True, kw_only=True)
+class ImportArgs:
+    """Makes a run directory of a public checkpoint that is on this disk: `sample`, `encode`, `decode`, `info`,
+    `export` and --init-from take it like a run that was trained here. Files are read without torch, and nothing in
+    them is run; tensors are checked by name and shape, and nothing is written unless all of them fit."""
+
+    family: Positional[Annotated[str, arg(metavar="FAMILY", help="what the checkpoint is of. " + _FAMILIES)]]
+    path: Positional[Annotated[str, arg(metavar="PATH")]]
+    """file or directory of the checkpoint, as it was published (docs/import.md)"""
+    out: str
+    """directory to write, new or empty"""
+    image_size: int | None = None
+    """side of the pictures of a tokenizer that can take any; None is the published one"""
+    pixels: Literal["symmetric", "unit"] | None = None
+    """of a VQGAN: what its networks see, [-1, 1] or [0, 1]; None is what the family's own code feeds them"""
+    tokenizer: str | None = None
+    """run of the image tokenizer that a Transformer was trained on, imported before; where its files hold none"""
+    text: str | None = None
+    """file of its vocabulary, where that is apart from the checkpoint: bpe.model of rudalle; names of the classes of
+    llamagen, one a line; bpe_simple_vocab_16e6.txt.gz of OpenAI's clip"""
+    version: Literal["v2", "v3"] | None = None
+    """of rudalle, where the file's name does not tell"""
+    t5: str | None = None
+    """of llamagen's t2i_*.pt: directory of google/flan-t5-xl, whose encoder becomes a part of the model"""
+    heads: int | None = None
+    """heads of attention, which no tensor tells; None is the published number for the width"""
+    json: JsonFlag = False
+
+
+def run(args: ImportArgs) -> dict[str, Any]:
     """Reads, checks and writes."""
     out = new_directory(args.out)
     begun = time.monotonic()
@@ -40,7 +74,7 @@ def import_(args: Import) -> dict[str, Any]:
     return {"run": str(out), "family": args.family, "stage": model.kind, "parameters": count}
 
 
-def _tokenizer(args: Import, found: ImportedRun) -> Run | None:
+def _tokenizer(args: ImportArgs, found: ImportedRun) -> Run | None:
     """The tokenizer of --tokenizer, where the model wants one. Raises ValueError for none and for one too many."""
     model = found.model.config
     wanted = isinstance(model, TransformerConfig) and found.tokenizer is None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+from tyro.conf import Positional, arg
 
 from dalle_jax.aot import sampler
 from dalle_jax.aot.report import Target, one_device
 from dalle_jax.checkpoint.manager import CheckpointManager
-from dalle_jax.cli.codes import resolve_config
-from dalle_jax.cli.verbs import Info
+from dalle_jax.cli.common_args import JsonFlag, resolve_config
 from dalle_jax.config import (
     BartConfig,
     ClipConfig,
@@ -36,7 +37,27 @@ from dalle_jax.train.metrics import read_metrics
 from dalle_jax.train.optim import make_optimizer
 
 
-def info(args: Info) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class InfoArgs:
+    """Tells the size of a model, without allocating it: parameters in all and by part, their shapes, and the
+    memory that training and drawing need for them."""
+
+    target: Positional[Annotated[str, arg(metavar="RUN_OR_CONFIG")]]
+    """run directory or configuration file"""
+    shapes: bool = False
+    """list the shape of every parameter (--json always does)"""
+    batch_size: int | None = None
+    """pictures drawn at once: adds what that takes, by the compiler, and the largest batch that fits the device"""
+    use_cfg: bool = False
+    """with --batch-size: drawn with classifier-free guidance"""
+    quantization: Quantization | None = None
+    """with --batch-size: drawn with the matrices in 8 bits"""
+    device: str | None = None
+    """with --batch-size: on a device that is not here, named as for train.py --compile-only: h200, v5e:1x1"""
+    json: JsonFlag = False
+
+
+def run(args: InfoArgs) -> dict[str, Any]:
     """Counts and prints."""
     for name, value in (("quantization", args.quantization), ("device", args.device)):
         if args.batch_size is None and value is not None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+from dalle_jax.pipelines import ImageTokenizer
 
 
 def directory(path: str) -> Path:
@@ -42,3 +45,9 @@ def _try(folder: Path, path: str) -> None:
         raise OSError(
             f"cannot write --out {path}: {error.strerror or error}; choose another --out"
         ) from error
+
+
+def tokenizer_summary(tokenizer: ImageTokenizer) -> dict[str, Any]:
+    """What `--json` prints of the tokenizer that made or read codes."""
+    cfg = tokenizer.config
+    return {"image_size": cfg.image_size, "vocab": cfg.vocab, "tokenizer": tokenizer.fingerprint}

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
+from tyro.conf import Positional, arg
 
-from dalle_jax.cli.verbs import Rerank
+from dalle_jax.cli.common_args import JsonFlag
 from dalle_jax.data import images
 from dalle_jax.pipelines import IMAGE_BATCH, ProgressPrinter
 from dalle_jax.pipelines.ranking import embed_captions, embed_images, load_clip
 
 
-def rerank(args: Rerank) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class RerankArgs:
+    """Ranks pictures by how well they fit a caption, best first: the cosine of the vectors that a CLIP gives the
+    two. Pictures are cropped to their middle square and resized."""
+
+    run: Positional[Annotated[str, arg(metavar="CLIP_RUN")]]
+    """directory of a trained CLIP"""
+    caption: Positional[Annotated[str, arg(metavar="CAPTION")]]
+    """what the pictures should show"""
+    images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ...")]]
+    """picture files"""
+    top: int | None = None
+    """list only the best; None lists all"""
+    json: JsonFlag = False
+
+
+def run(args: RerankArgs) -> dict[str, Any]:
     """Scores and lists the pictures, best first."""
     if not args.images:
         raise ValueError("no pictures; give the files to rank after the caption")

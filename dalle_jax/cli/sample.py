@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from tyro.conf import Positional, arg
 
 from dalle_jax.cli import output, sample_diffusion, sample_file, startup
-from dalle_jax.cli.sample_diffusion import denoising, refuse_flags
+from dalle_jax.cli.common_args import JsonFlag, RunPath, denoising, refuse_flags
 from dalle_jax.cli.sample_file import CaptionRequest
-from dalle_jax.cli.verbs import Sample
+from dalle_jax.config import Quantization, SamplerName, Spacing
 from dalle_jax.data import images
 from dalle_jax.files.atomic import write_npz
 from dalle_jax.pipelines import (
@@ -30,7 +32,91 @@ from dalle_jax.text.tokenizers import TextTokenizer
 NO_CAPTION = "(no caption)"
 
 
-def sample(args: Sample) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class SampleArgs:
+    """Draws pictures for captions: one PNG file each, and all of them with their captions in grid.png. RUN is a
+    Transformer or a diffusion model; flags that the other one has are refused.
+
+    File c000_s0007.png is caption 0 with seed 7: it depends on that caption and that seed alone, whatever
+    else is drawn with it. codes.npz holds the codes of all pictures, for `decode`.
+
+    With --captions-file the pictures go through a queue that keeps all of --batch-size busy, and manifest.jsonl lists
+    those that are done: the same command again, after it was killed, draws the rest."""
+
+    run: Positional[RunPath]
+    """directory of a trained Transformer or diffusion model"""
+    captions: Positional[Annotated[tuple[str, ...], arg(metavar="CAPTION ...")]] = ()
+    """what to draw; "" draws without a caption"""
+    out: str = "samples"
+    """directory for the pictures"""
+    num_images: int = 4
+    """pictures per caption, with the seeds SEED, SEED + 1, ..."""
+    seed: int = 0
+    """of the first picture of each caption"""
+    temperature: float = 1.0
+    """lower is safer and less varied; 0 takes the most probable code every time"""
+    top_k: int | None = None
+    """draw among this many most probable codes; None is all"""
+    top_p: float | None = None
+    """draw among the most probable codes that share this much of the probability; None is all"""
+    guidance_scale: float = 1.0
+    """scale of classifier-free guidance: above 1 the caption counts for more; 1 is none"""
+    prefix: str | None = None
+    """picture whose top rows every drawn picture begins with; of the model's size"""
+    prefix_rows: int | None = None
+    """rows of codes taken from --prefix; None is half of them"""
+    captions_file: str | None = None
+    """more captions, one a line, UTF-8; empty lines are skipped. A file that ends in .jsonl has an object a line:
+    caption, and where it differs from the flags seed, temperature, top_p, guidance"""
+    unconditional: bool = False
+    """draw without a caption"""
+    batch_size: int = 8
+    """pictures drawn at once"""
+    draft_len: int | None = None
+    """draw this many codes per pass of the network, as far as they turn out right: the same pictures in fewer passes,
+    each of more work (docs/sampling.md); None is one"""
+    quantization: Quantization | None = None
+    """matrices in 8 bits: int8 or fp8 stores weights so, w8a8 also rounds what they are multiplied with"""
+    preview_rows: int | None = None
+    """write grid.png anew after every so many rows of codes, grey where nothing is drawn yet; neither with a captions
+    file nor with --clip"""
+    clip: str | None = None
+    """directory of a trained CLIP: draw --candidates pictures of each caption and keep the --top that fit it best,
+    in place of --num-images"""
+    candidates: int | None = None
+    """with --clip: pictures drawn for each caption; None is 64"""
+    top: int | None = None
+    """with --clip: pictures kept of each caption, best first; None is 4"""
+    num_steps: int | None = None
+    """diffusion: evaluations of the network (heun and pc take two a step); None is 50"""
+    sampler: SamplerName | None = None
+    """diffusion: how the noise is taken away; None is dpm++2m"""
+    spacing: Spacing | None = None
+    """diffusion: of the times between noise and picture; None is uniform"""
+    eta: float | None = None
+    """diffusion, ddim: noise put back in each step; 0 is none, 1 as much as the ancestral sampler"""
+    threshold: float | None = None
+    """diffusion: quantile that clean pictures are held in on the way, e.g. 0.995; None clips them"""
+    guidance_interval: tuple[float, float] | None = None
+    """diffusion: guidance only where the time, 1 for noise and 0 for the picture, lies between these two"""
+    image: str | None = None
+    """diffusion: picture to begin from, with --strength or --mask; of the model's size"""
+    strength: float | None = None
+    """diffusion: share of the way from --image to pure noise that is gone back before drawing, (0, 1]"""
+    mask: str | None = None
+    """diffusion: picture of --image's size; what is white is drawn anew, what is black is kept"""
+    label: tuple[int, ...] = ()
+    """diffusion on classes: numbers of the classes to draw"""
+    low_res: str | None = None
+    """diffusion on small pictures: the one to make large"""
+    filmstrip: int | None = None
+    """diffusion: also write filmstrip.png, this many looks of each picture on its way"""
+    decoder: str | None = None
+    """Transformer: run of a diffusion model on its tokenizer's codes, which draws the pixels"""
+    json: JsonFlag = False
+
+
+def run(args: SampleArgs) -> dict[str, Any]:
     """Draws, writes and lists the pictures."""
     asked = _captions(args)
     captions = [caption for caption, _ in asked]
@@ -142,7 +228,7 @@ def sample(args: Sample) -> dict[str, Any]:
 
 
 def _best(
-    args: Sample,
+    args: SampleArgs,
     model: TextToImage,
     clip: ClipRanker,
     captions: list[str],
@@ -210,7 +296,7 @@ def _tell_first(count: int) -> None:
     )
 
 
-def _captions(args: Sample) -> list[CaptionRequest]:
+def _captions(args: SampleArgs) -> list[CaptionRequest]:
     captions = [CaptionRequest(caption, {}) for caption in args.captions]
     if args.captions_file is not None:
         captions += sample_file.read_requests(args.captions_file)

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dalle_jax.cli import output
-from dalle_jax.cli.verbs import Sample
+from dalle_jax.cli.common_args import denoising, refuse_flags
 from dalle_jax.data import images
 from dalle_jax.pipelines import ProgressPrinter
 from dalle_jax.pipelines.diffusion import (
     DiffusionModel,
-    DiffusionSamplingConfig,
     denoise_images,
     load_diffusion,
 )
+
+if TYPE_CHECKING:
+    from dalle_jax.cli.sample import SampleArgs
 
 FILM = "filmstrip.png"
 _TRANSFORMER_ONLY = ("temperature", "top_k", "top_p", "prefix", "prefix_rows")
 
 
-def refuse_flags(args: Any, names: tuple[str, ...], why: str) -> None:
-    """Raises ValueError for the first of these flags that is not at its default."""
-    for field in dataclasses.fields(args):
-        if field.name in names and getattr(args, field.name) != field.default:
-            raise ValueError(f"--{field.name.replace('_', '-')} is for {why}; leave it out")
-
-
-def denoising(args: Any, guidance: float = 1.0) -> DiffusionSamplingConfig:
-    """The settings in the flags of a verb; those it does not have, or that are not given, at their default."""
-    names = ("sampler", "num_steps", "spacing", "eta", "guidance_interval", "threshold")
-    given = {name: getattr(args, name, None) for name in names}
-    return DiffusionSamplingConfig(
-        guidance_scale=guidance, **{k: v for k, v in given.items() if v is not None}
-    )
-
-
-def sample(args: Sample, captions: list[str], exact_picture, warn_truncated) -> dict[str, Any]:
+def sample(args: SampleArgs, captions: list[str], exact_picture, warn_truncated) -> dict[str, Any]:
     """Draws, writes and lists the pictures. exact_picture: (path, side, flag) -> uint8 (side, side, 3)."""
     refuse_flags(args, _TRANSFORMER_ONLY, "a Transformer; this is the run of a diffusion model")
     how = denoising(args, args.guidance_scale)
@@ -91,7 +77,7 @@ def sample(args: Sample, captions: list[str], exact_picture, warn_truncated) -> 
     }
 
 
-def _asked(args: Sample, model: DiffusionModel, captions: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _asked(args: SampleArgs, model: DiffusionModel, captions: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Conditions by name, one of each for what is drawn, and what stands under the pictures."""
     cfg, what = model.config, {}
     if cfg.codes is not None:

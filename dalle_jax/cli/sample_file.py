@@ -17,12 +17,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dalle_jax.cli import output
-from dalle_jax.cli.verbs import Sample
 from dalle_jax.data import images
 from dalle_jax.data.images import to_uint8
 from dalle_jax.files.atomic import write_npz
@@ -36,6 +35,9 @@ from dalle_jax.pipelines import (
     tokenize_captions,
 )
 from dalle_jax.sampling.batcher import Request
+
+if TYPE_CHECKING:
+    from dalle_jax.cli.sample import SampleArgs
 
 _OWN = {
     "seed": int,
@@ -150,7 +152,7 @@ class Manifest:
 
 
 def sample_file(
-    args: Sample,
+    args: SampleArgs,
     asked: list[CaptionRequest],
     model: TextToImage,
     sampling: SamplingConfig,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
 
 from dalle_jax.cli import output
-from dalle_jax.cli.codes import resolve_data
-from dalle_jax.cli.data import allow_bad_records
-from dalle_jax.cli.verbs import Text
+from dalle_jax.cli.common_args import JsonFlag, allow_bad_records, resolve_data
 from dalle_jax.config import MixtureSource, SourceConfig
 from dalle_jax.data.sources import iter_captions, open_source
 from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, train_text_tokenizer
@@ -16,7 +17,33 @@ from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, train_t
 _MEASURED = 10_000  # captions of each language
 
 
-def text(args: Text) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class TextArgs:
+    """Trains a byte-pair vocabulary on the captions of a data set, for --text.tokenizer-path of a Transformer.
+
+    Prints tokens per caption and per character in each language, on captions of the evaluation split where
+    there is one, and how many captions are longer than --text-len."""
+
+    action: Positional[Annotated[Literal["train"], arg(metavar="train")]]
+    """what to do"""
+    path: Positional[Annotated[str, arg(metavar="PATH")]]
+    """folder, tar files (commas, globs), npz file, TFDS directory or name; or a configuration file or run"""
+    out: str
+    """file to write"""
+    vocab: int = 16_384
+    """most pieces, among them 256 bytes"""
+    captions: int = 200_000
+    """captions to read, from rows spread evenly over the data set"""
+    text_len: int = 256
+    """tokens that the Transformer will read of a caption"""
+    case: bool = False
+    """keep upper case"""
+    nfkc: bool = True
+    """fold compatible forms of a character into one"""
+    json: JsonFlag = False
+
+
+def run(args: TextArgs) -> dict[str, Any]:
     """Trains, then measures on captions that the vocabulary was not trained on where there are some."""
     if args.captions < 1 or args.text_len < 1:
         raise ValueError(f"--captions {args.captions}, --text-len {args.text_len}; want at least 1 each")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dalle_jax.aot.sampler import compile_sample
 from dalle_jax.checkpoint.run_dir import load_run, read_config
-from dalle_jax.cli import VERBS, demo_run, main, sample_file
+from dalle_jax.cli import COMMANDS, demo_run, main, sample_file
 from dalle_jax.config import (
     ArraysSource,
     DalleConfig,
@@ -263,11 +263,11 @@ def test_text_train_writes_a_vocabulary(folder, tmp_path):
 def test_help_names_every_verb_and_no_verb_is_an_error():
     for argv in (("--help",), ("-h",)):
         done = run(*argv)
-        assert done.code == 0 and all(verb in done.out for verb in VERBS)
-    assert "usage: dalle-jax VERB" in refused(code=2)
+        assert done.code == 0 and all(verb in done.out for verb in COMMANDS)
+    assert "usage: dalle-jax COMMAND" in refused(code=2)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_each_verb_explains_itself(verb):
     done = run(verb, "--help")
     assert done.code == 0 and f"dalle-jax {verb}" in done.out and done.err == ""
@@ -277,7 +277,7 @@ def test_each_verb_explains_itself(verb):
     ("argv", "told"),
     [
         (("smaple", "x"), "perhaps you meant 'sample'"),
-        (("frobnicate",), "want one of demo, train, sample"),
+        (("frobnicate",), "use one of demo, train, sample"),
         (("sample", "runs/x", "a", "--temprature", "1"), "--temperature"),
         (("info", "runs/x", "--jsn"), "--json"),
         (("sample", "runs/x", "a", "--num-images", "many"), "many"),
