@@ -54,7 +54,7 @@ def measure(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     with jax.set_mesh(mesh):
-        task = make_task(config, on_codes=True)
+        task = make_task(config)
         flops = train_flops(task)
         step, (_, frozen, batch) = step_and_arguments(config, mesh)
         if frozen:

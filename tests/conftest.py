@@ -17,6 +17,7 @@ from PIL import Image
 
 from dalle_jax.config import DataConfig, DVAEConfig, MeshConfig, OptimConfig, ProfileConfig, TrainConfig
 from dalle_jax.parallel.processes import gather_to_host
+from dalle_jax.train.task import Task
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -54,7 +55,7 @@ def _programs_go():
     jax.clear_caches()
 
 
-class FakeTask:
+class FakeTask(Task):
     """A linear model on numbers drawn from the step number: every law of the loop, in milliseconds.
 
     noise: size of a random term of the loss that depends on the step's key. nan_at: the batch of that step
@@ -66,6 +67,7 @@ class FakeTask:
 
     def __init__(self, config, noise=0.1, nan_at=None, at=None):
         self.config, self.noise, self.nan_at, self.at = config, noise, nan_at, at or {}
+        self.batch_spec = {"x": ((4,), np.float32), "y": ((8,), np.float32)}
         self.frozen = {"norm_out": {"scale": np.full((8,), 2.0, np.float32)}}
         self.traces = 0
 

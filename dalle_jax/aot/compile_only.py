@@ -24,7 +24,7 @@ from dalle_jax.config import DalleConfig, Quantization, TrainConfig
 from dalle_jax.models import dalle
 from dalle_jax.nn import flash
 from dalle_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
-from dalle_jax.train.compiler import compiler_options
+from dalle_jax.train.compiler_options import compiler_options
 from dalle_jax.train.flops import batch_shapes, train_flops
 from dalle_jax.train.state import TrainState, abstract_state, check_batch, make_step, task_optimizer
 from dalle_jax.train.tasks import make_task
@@ -35,7 +35,7 @@ def step_and_arguments(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Trai
 
     Stages that read image tokens are taken on codes encoded ahead, so that no tokenizer has to exist.
     """
-    task = make_task(config, on_codes=True)
+    task = make_task(config)
     tx, batch = task_optimizer(task), batch_shapes(task, config.data.batch_size, batch_sharding(mesh))
     frozen = {}
     if task.frozen:
@@ -63,7 +63,7 @@ def compile_step(
     where = parse_target(target, slices)
     mesh = make_mesh(config.mesh, where.devices)
     check_batch(config, mesh)
-    flops = train_flops(make_task(config, on_codes=True))
+    flops = train_flops(make_task(config))
     step, arguments = step_and_arguments(config, mesh)
     abstract, frozen, _ = arguments
     known = {

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from dalle_jax.aot import hlo, roofline
 from dalle_jax.aot.gpu_targets import GPUS, Gpu, gpu_devices, is_gpu, memory_fraction, parse_gpus
 from dalle_jax.aot.tpu_targets import CHIPS, DCN, Chip, parse_topology, tpu_devices
-from dalle_jax.train.compiler import refused_option
+from dalle_jax.train.compiler_options import compiler_option_error
 
 GIB = 2**30
 KERNEL_SHARE = (
@@ -112,7 +112,7 @@ def measure(
         with jax.set_mesh(mesh):
             program = lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if (refused := refused_option(error)) is not None:
+        if (refused := compiler_option_error(error)) is not None:
             raise ValueError(refused) from None
         if not out_of_memory(str(error)):
             raise

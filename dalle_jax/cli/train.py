@@ -15,7 +15,7 @@ from dalle_jax.config import TrainConfig
 from dalle_jax.parallel.processes import LOST, exit_process, first_line, initialize_distributed, process_name
 from dalle_jax.parallel.sharding import MeshError
 from dalle_jax.train import loop
-from dalle_jax.train.compiler import refused_option
+from dalle_jax.train.compiler_options import compiler_option_error
 from dalle_jax.train.initialize import apply_flags
 
 
@@ -80,7 +80,7 @@ def _main(argv: list[str] | None, prog: str) -> int:
         print(f"{prog}: error{who}: {error}", file=sys.stderr)
         return 3 if isinstance(error, loop.NonFiniteError) else 2 if isinstance(error, MeshError) else 1
     except jax.errors.JaxRuntimeError as error:
-        if (refused := refused_option(error)) is not None:
+        if (refused := compiler_option_error(error)) is not None:
             print(f"{prog}: error: {refused}", file=sys.stderr)
             return 2
         if not jax.distributed.is_initialized() or os.environ.get("DALLE_JAX_TRACEBACK"):

@@ -133,7 +133,7 @@ _ROWS = (
         role="tokenizer",
         init=dvae.init,
         describe=_TOKENIZER_SIZES,
-        task="dalle_jax.train.tasks.tokenizer:TokenizerTask",
+        task="dalle_jax.train.tasks.dvae:DVAETask",
         tokenizer=dvae,
     ),
     ModelSpec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -46,8 +47,8 @@ def _with_discriminator(
     cfg: AdversarialConfig, tokenizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     adam = optax.adam(cfg.learning_rate, b1=cfg.b1, b2=cfg.b2)
-    delayed = optax.conditionally_mask(adam, lambda step: step >= cfg.disc_start_step)
-    by_part = {"tokenizer": tokenizer, "discriminator": delayed}
+    delayed = optax.conditionally_mask(adam, lambda step, **_: step >= cfg.disc_start_step)
+    by_part: dict[Hashable, optax.GradientTransformation] = {"tokenizer": tokenizer, "discriminator": delayed}
     return optax.transforms.partition(by_part, {name: name for name in by_part})
 
 

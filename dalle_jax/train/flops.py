@@ -1,9 +1,8 @@
-"""Floating-point operations that a model asks for, whatever a program spends besides: what mfu is measured
-by.
+"""Model FLOPs of a training step, the numerator of model FLOPs utilization (MFU).
 
-Only products count, matrix products and convolutions, two operations for each multiplication. An update counts the
-forward pass three times, once for itself and twice for its backward pass, and nothing that is computed again to save
-memory (the model FLOPs of Chowdhery et al. 2022, 2204.02311, B).
+Matrix products and convolutions count, two FLOPs for each multiplication. A training step counts the forward pass three
+times, once for itself and twice for the backward pass; recomputation does not count (Chowdhery et al. 2022, 2204.02311,
+appendix B).
 """
 
 from __future__ import annotations
@@ -13,53 +12,59 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from dalle_jax.models.registry import model_spec
+from dalle_jax.train.task import Task
 
-Shapes = dict[str, jax.ShapeDtypeStruct]
 
-
-def batch_shapes(task: Any, count: int, sharding: Any = None) -> Shapes:
-    """A batch of `count` rows of a task, as shapes."""
+def batch_shapes(task: Task, rows: int, sharding: Sharding | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return a batch of `rows` rows as ShapeDtypeStructs by input name."""
     return {
-        name: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding)
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in task.batch_spec.items()
     }
 
 
-def train_flops(task: Any) -> float:
-    """Of one update of `task` (train/tasks), all devices together.
+def train_flops(task: Task) -> float:
+    """Return the model FLOPs of one training step, all devices together.
 
-    By the formula of its model where there is one (models/registry.py); else counted in the traced step.
+    The formula of the model is used if models/registry.py has one; otherwise the products of the traced step are counted.
     """
     config = task.config
     formula = model_spec(config.model).train_flops
     if formula is not None:
         return formula(config.model, config.data.batch_size)
-    params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.frozen)
-    count = config.data.batch_size
-    step = jax.ShapeDtypeStruct((), jnp.int32)
 
-    def traced(do):
-        def run(params, frozen, batch, step):
-            return do(params, frozen, batch, jax.random.key(0), step)
+    def trace(fn) -> Any:
+        return jax.make_jaxpr(
+            lambda params, frozen, batch, step: fn(params, frozen, batch, jax.random.key(0), step)
+        )(
+            jax.eval_shape(lambda: task.init(jax.random.key(0))),
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.frozen),
+            batch_shapes(task, config.data.batch_size),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
 
-        return jax.make_jaxpr(run)(params, frozen, batch_shapes(task, count), step)
-
-    if hasattr(task, "gradients"):  # two networks: what is forward and what is backward is not told apart
-        return count_flops(traced(task.gradients))
-    return 3 * count_flops(traced(task.loss))
+    if task.single_loss:
+        return 3 * count_flops(trace(task.loss))
+    return count_flops(trace(task.gradients))  # forward and backward passes of several losses together
 
 
-def count_flops(traced: Any) -> float:
-    """Operations of all products in a traced function: a loop as often as it runs, a branch by its dearest arm.
+def count_flops(jaxpr: Any) -> float:
+    """Count the FLOPs of all products in a traced function.
 
-    traced: what `jax.make_jaxpr` returns, or a jaxpr inside of it, with constants or without: jax 0.12 joins the two
-    classes, so anything with equations counts as one. Raises ValueError where a kernel hides what it computes.
+    A loop counts once for each iteration, a conditional by its most expensive branch.
+
+    Args:
+      jaxpr: Result of `jax.make_jaxpr`, or a jaxpr inside of one. jax 0.12 merges the closed and the open class, so this
+        function only requires the attribute `eqns`.
+
+    Raises:
+      ValueError: If the function calls a Pallas kernel, whose products cannot be counted.
     """
     total = 0.0
-    for eqn in traced.eqns:
+    for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
@@ -68,14 +73,17 @@ def count_flops(traced: Any) -> float:
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval
             features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            # Zeros that the gradient of a strided convolution puts between places are no work of the model.
-            places = eqn.outvars[0].aval.size / math.prod(params["lhs_dilation"])
-            total += 2.0 * places * kernel.size / features
+            # The gradient of a strided convolution inserts zeros between positions; products with them do not count.
+            positions = eqn.outvars[0].aval.size / math.prod(params["lhs_dilation"])
+            total += 2.0 * positions * kernel.size / features
         elif name == "pallas_call":
-            raise ValueError("a Pallas kernel does not tell its operations; trace the dense form instead")
+            raise ValueError("Cannot count the FLOPs of a Pallas kernel. Trace the dense form instead.")
         elif name == "cond":
             total += max(count_flops(branch) for branch in params["branches"])
         else:
-            inner = [v for v in params.values() if hasattr(v, "eqns")]
-            total += params.get("length", 1) * sum(count_flops(j) for j in inner)
+            total += params.get("length", 1) * sum(count_flops(inner) for inner in _inner_jaxprs(params))
     return total
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+    return [value for value in params.values() if getattr(value, "eqns", None) is not None]

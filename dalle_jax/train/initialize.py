@@ -1,9 +1,9 @@
-"""How a run begins from another: the weights of a trained run, its model, vocabulary and tokenizer.
+"""Initialization of a run from another run: model configuration, weights, vocabulary and image tokenizer.
 
-`--init-from RUN` begins a new run from the weights of RUN (its best checkpoint, averaged if it has averages)
-with fresh optimizer state; the model is that of RUN where flags do not change it. So a configuration of any
-Transformer serves for every other, one stream or encoder and decoder. `--data.path PATH` reads what is at PATH,
-whatever kind of data that is. A run that has a checkpoint of its own goes on from that.
+`--init-from RUN` starts a new run with the weights of RUN (its best checkpoint, averaged parameters if it has them) and
+a fresh optimizer. The model configuration is that of RUN unless flags change it, so the configuration of any Transformer
+can fine-tune any other, decoder-only or encoder-decoder. `--data.path PATH` selects the kind of source from the files
+at PATH. A run that has a checkpoint resumes from it and ignores `init_from`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -23,96 +24,112 @@ from dalle_jax.data.sources import infer_source
 from dalle_jax.files.atomic import write_atomic
 from dalle_jax.models.registry import model_spec
 from dalle_jax.parallel.sharding import path_name
-from dalle_jax.train.state import TrainState
+from dalle_jax.train.state import TrainState, shardings_of
 
 
 def apply_flags(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """`config` with the model of `--init-from` and the source of `--data.path`, and the flags that are left.
+    """Apply the flags that select other configuration classes: `--init-from` and `--data.path`.
 
-    Raises what `read_config` and `infer_source` raise; ValueError for a run of another stage.
+    Args:
+      config: Configuration of the file.
+      argv: Flags of the command line.
+
+    Returns:
+      `config` with the model of the run `--init-from` and the source for `--data.path`, and the remaining flags.
+
+    Raises:
+      ValueError: If a flag has no value, or the run trains another kind of model.
+      FileNotFoundError: If the run or the data does not exist.
     """
-    path, left = _take(list(argv), ("--data.path",), keep=False)
+    path, rest = _pop_flag(list(argv), ("--data.path",), keep=False)
     if path is not None:
         source = infer_source(path)
         if type(source) is type(config.data.source):
             source = dataclasses.replace(config.data.source, path=path)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
-    begun, left = _take(left, ("--init-from", "--init_from"), keep=True)
-    begun = begun or config.init_from
-    if begun is not None:
-        model = read_config(begun).model
-        both = all(model_spec(m).transformer is not None for m in (model, config.model))
-        if type(model) is not type(config.model) and not both:
+    init_from, rest = _pop_flag(rest, ("--init-from", "--init_from"), keep=True)
+    init_from = init_from or config.init_from
+    if init_from is not None:
+        model = read_config(init_from).model
+        transformers = all(model_spec(m).transformer is not None for m in (model, config.model))
+        if type(model) is not type(config.model) and not transformers:
             raise ValueError(
-                f"--init-from {begun} is a run of stage {model.kind}, this configuration of stage "
-                f"{config.model.kind}; use a configuration of the same stage"
+                f"--init-from {init_from} is a run of stage {model.kind}, this configuration of stage "
+                f"{config.model.kind}. Use a configuration of the same stage."
             )
         config = dataclasses.replace(config, model=model)
-    return config, left
+    return config, rest
 
 
-def _take(argv: list[str], names: tuple[str, ...], *, keep: bool) -> tuple[str | None, list[str]]:
-    """The last value of a flag, as `--name value` or `--name=value`; the other words, or all with `keep`."""
-    value, left, words = None, [], iter(argv)
-    for word in words:
-        name, equals, tail = word.partition("=")
+def _pop_flag(argv: list[str], names: tuple[str, ...], *, keep: bool) -> tuple[str | None, list[str]]:
+    """Return the last value of a flag, and the other arguments; all arguments with `keep`."""
+    value, rest, arguments = None, [], iter(argv)
+    for argument in arguments:
+        name, equals, tail = argument.partition("=")
         if name not in names:
-            left.append(word)
+            rest.append(argument)
             continue
-        value = tail if equals else next(words, None)
+        value = tail if equals else next(arguments, None)
         if value is None:
-            raise ValueError(f"{name} wants a value")
-        left += [name, value] if keep else []
-    return value, left
+            raise ValueError(f"{name} has no value. Use {name} VALUE.")
+        rest += [name, value] if keep else []
+    return value, rest
 
 
 def init_from_run(state: TrainState, config: TrainConfig, mesh: Mesh) -> TrainState:
-    """A new state with the weights of `config.init_from` for its parameters and averages.
+    """Return a new state with the parameters of another run.
 
-    Raises ValueError naming the parameter whose shape differs; what `load_run` raises.
+    Args:
+      state: Initial state of this run.
+      config: Configuration; `config.init_from` names the other run.
+      mesh: Devices of the state.
+
+    Returns:
+      `state` with the loaded parameters, which are also its averages.
+
+    Raises:
+      ValueError: If a parameter has another shape in the other run.
     """
+    if config.init_from is None:
+        raise ValueError("init_from is not set. Set it to a run directory.")
     loaded = load_run(config.init_from, config.model.kind, mesh=mesh).params
-    part = model_spec(config.model).model_subtree
-    if part is not None:  # what trains beside the model begins anew
-        loaded = {**state.params, part: loaded}
-    want, have = _shapes(state.params), _shapes(loaded)
-    for name in [*want, *have]:
-        if want.get(name) != have.get(name):
+    subtree = model_spec(config.model).model_subtree
+    if subtree is not None:  # a discriminator is trained from scratch
+        loaded = {**state.params, subtree: loaded}
+    expected, actual = _shapes_by_name(state.params), _shapes_by_name(loaded)
+    for name in [*expected, *actual]:
+        if expected.get(name) != actual.get(name):
             raise ValueError(
-                f"init_from {config.init_from}: parameter {name} has shape {have.get(name)} there, "
-                f"{want.get(name)} in this model; leave the fields of `model` as they are in that run"
+                f"init_from {config.init_from}: parameter {name} has shape {actual.get(name)} there, and "
+                f"{expected.get(name)} in this model. Keep the fields of `model` as in that run."
             )
     averages = {name: loaded[name] for name in state.ema}
-    copy = jax.jit(lambda tree: jax.tree.map(lambda x: x.copy(), tree), out_shardings=_shardings(state.ema))
+    copy = jax.jit(lambda tree: jax.tree.map(lambda x: x.copy(), tree), out_shardings=shardings_of(state.ema))
     return state._replace(params=loaded, ema=copy(averages))
 
 
-def copy_vocabulary(config: TrainConfig, to: Path) -> bool:
-    """Copies the vocabulary of `config.init_from` to `to`; False if it has none or no run is named."""
-    if (
-        config.init_from is None
-        or not (there := local_dir(config.init_from) / "text_tokenizer.model").is_file()
-    ):
+def copy_vocabulary(config: TrainConfig, path: Path) -> bool:
+    """Copy the text tokenizer of the run `config.init_from` to `path`; return False if there is none."""
+    if config.init_from is None:
         return False
-    write_atomic(to, there.read_bytes())
+    source = local_dir(config.init_from) / "text_tokenizer.model"
+    if not source.is_file():
+        return False
+    write_atomic(path, source.read_bytes())
     return True
 
 
-def copy_tokenizer(config: TrainConfig, to: Path) -> bool:
-    """Copies the frozen tokenizer of `config.init_from` to `to`, config.json last; False if it has none."""
-    if (
-        config.init_from is None
-        or not (there := local_dir(config.init_from) / "tokenizer" / "config.json").is_file()
-    ):
+def copy_tokenizer(config: TrainConfig, path: Path) -> bool:
+    """Copy the frozen image tokenizer of the run `config.init_from` to `path`; return False if there is none."""
+    if config.init_from is None:
         return False
-    shutil.copytree(there.parent, to, ignore=shutil.ignore_patterns("config.json"))
-    shutil.copyfile(there, to / "config.json")
+    source = local_dir(config.init_from) / "tokenizer"
+    if not (source / "config.json").is_file():
+        return False
+    shutil.copytree(source, path, ignore=shutil.ignore_patterns("config.json"))
+    shutil.copyfile(source / "config.json", path / "config.json")  # last: it marks a complete copy
     return True
 
 
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
+def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _shardings(tree):
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,21 +1,18 @@
 """The training loop of every stage.
 
-One update is dispatched, then the next batch is fetched and sent to the devices while they work, then the
-figures of the update *before* are read: the devices never wait for the host. Row `step` of metrics.jsonl is
-what the update that made `step` updates complete has found; a checkpoint of `step` holds the state right
-after it. The data of update s, and every random choice in it, follow from s alone: a run that was stopped,
-in whatever way, goes on as if it had not been. On several processes each runs this loop; the first one writes what
-people read, all write the checkpoints.
+The loop dispatches one step, then fetches the next batch and sends it to the devices while they work, then reads the
+metrics of the step before: the devices never wait for the host. Row `step` of metrics.jsonl has the metrics of the
+update that completed `step` updates, and checkpoint `step` holds the state after it. The data and the random key of a
+step follow from the step number alone, so a run that was stopped or killed resumes exactly. With several processes,
+each one runs this loop; the first writes the metrics and images, and all write the checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -28,16 +25,16 @@ from dalle_jax.checkpoint.run_dir import model_kind, opened_run_dir, sync_run_di
 from dalle_jax.config import TrainConfig
 from dalle_jax.data.images import save_png
 from dalle_jax.parallel.devices import peak_flops
-from dalle_jax.parallel.preemption import Watchdog, preemption_signals
+from dalle_jax.parallel.preemption import PreemptionSignal, Watchdog, preemption_signals
 from dalle_jax.parallel.processes import device_put_global, local_rows, make_global_batch
 from dalle_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from dalle_jax.train.flops import train_flops
 from dalle_jax.train.initialize import init_from_run
-from dalle_jax.train.metrics import MetricsLog, ProgressBar, Stopwatch
+from dalle_jax.train.metrics import MetricsLog, ProgressBar, StepTimer
 from dalle_jax.train.profile import Profiler
 from dalle_jax.train.state import (
     EVALUATE,
-    PICTURES,
+    SAMPLE,
     TrainState,
     abstract_state,
     check_batch,
@@ -47,72 +44,58 @@ from dalle_jax.train.state import (
     run_key,
     task_optimizer,
 )
-from dalle_jax.typing import HostBatch, Params
-
-
-class Task(Protocol):
-    """What a stage brings to the loop; `tasks/` holds the stages.
-
-    batches: the batches of steps `start`, `start + 1`, ..., of each only the given rows: those that this process
-    has to read. eval_batches: whole batches, the same on every process. pictures: called by every process; what
-    it draws from arrays that lie over all of them it gets with `processes.fetch`.
-    """
-
-    config: TrainConfig
-    best: tuple[str, Literal["min", "max"]]  # the evaluation measure that decides which checkpoint is best
-    tokens_per_row: int
-    frozen: Params  # parameters that are used and not trained; {} if none
-    # Name to shape and dtype of a row that `loss` takes, image tokens as codes.
-    batch_spec: dict[str, tuple[tuple[int, ...], Any]]
-
-    def prepare(self, run_dir: Path) -> None: ...
-    def init(self, key: jax.Array) -> Params: ...
-    def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, dict[str, jax.Array]]: ...
-
-    # A task whose networks do not all descend one loss has, in its place, `gradients` with the same arguments,
-    # which returns (gradients, measures with `loss`, arrays with a row for each of the batch), and `optimizer(params)`.
-    # Where it leaves such arrays, `post_update(state, arrays, key)` returns the state after the update as it shall be, and
-    # more measures.
-
-    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[HostBatch]: ...
-    def eval_batches(self) -> list[HostBatch]: ...
-    def evaluate(self, params, frozen, batch, key) -> dict[str, jax.Array]: ...
-    def sample_grid(self, params, frozen, key) -> Any: ...
+from dalle_jax.train.task import Metrics, Task
+from dalle_jax.typing import Batch, HostBatch
 
 
 class TrainResult(NamedTuple):
-    """What a run came to. finished: all steps are done; False when a signal stopped it."""
+    """Result of one call of `train`.
+
+    Attributes:
+      state: State after the last step.
+      step: Number of completed updates.
+      finished: Whether all steps are done; False if a signal stopped the run.
+      metrics: Metrics of the last evaluation in this call; {} if there was none.
+    """
 
     state: TrainState
     step: int
     finished: bool
-    measures: dict[str, float]  # of the last evaluation in this call; {} if there was none
+    metrics: dict[str, float]
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient of a step is not finite."""
+    """The loss or the gradient norm of a step is not finite."""
 
 
 def train(config: TrainConfig, task: Task | None = None) -> TrainResult:
-    """Trains `config` to its last step, from where its run directory is.
+    """Train a configuration to its last step, from the last checkpoint of its run directory.
 
-    task: the stage; None takes the one of `config.model`. SIGINT and SIGTERM let the step finish, save and
-    return with `finished=False`; a second one acts as it would have without us.
+    The first SIGINT or SIGTERM finishes the current step, saves a checkpoint and returns; a second signal reaches the
+    previous handler. With several processes (see `parallel.processes.initialize_distributed`) all of them call this
+    function with the same arguments.
 
-    Raises ValueError for a configuration that the devices or the run directory do not allow (before anything
-    is written), OSError when a save fails or a checkpoint cannot be read, NonFiniteError for a loss or
-    gradient that is not finite. In each case the last good checkpoint stays the last one.
+    Args:
+      config: The run. `config.run` names its directory.
+      task: Stage to train; None uses the stage of `config.model`.
 
-    On several processes (joined before, see `train.processes.initialize_distributed`) all call with the same arguments.
+    Returns:
+      The final state, and whether the run has finished.
+
+    Raises:
+      ValueError: If the devices or the run directory do not match the configuration; nothing has been written.
+      OSError: If a checkpoint cannot be saved or read.
+      NonFiniteError: If a loss or gradient is not finite. The last good checkpoint remains.
     """
     if config.compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     if task is None:
-        from dalle_jax.train.tasks import make_task
+        from dalle_jax.train.tasks import make_task  # the stages import the data and sampling libraries
 
         task = make_task(config)
+    task.check_prerequisites()
     watchdog = Watchdog(config.distributed.stall_timeout_seconds)
     try:
         with run_lock(config.run):
@@ -120,185 +103,169 @@ def train(config: TrainConfig, task: Task | None = None) -> TrainResult:
                 watchdog.at("preparing data and vocabulary")
                 task.prepare(run_dir)
                 sync_run_dir(run_dir)
-            with jax.set_mesh(mesh):
-                return _Training(config, task, mesh, run_dir, watchdog).run()
+            with jax.set_mesh(mesh), _CloseStack() as stack, preemption_signals() as signals:
+                return _Trainer(config, task, mesh, run_dir, watchdog, stack, signals).run()
     finally:
         watchdog.close()
 
 
-class _Training:
-    """The open files and the moving parts of one call of `run`."""
+class _Trainer:
+    """The open files and the state of one call of `train`."""
 
-    def __init__(self, config: TrainConfig, task: Task, mesh: Mesh, run_dir: Path, watchdog: Watchdog):
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        mesh: Mesh,
+        run_dir: Path,
+        watchdog: Watchdog,
+        stack: _CloseStack,
+        signals: PreemptionSignal,
+    ):
         self.config, self.task, self.mesh, self.run_dir = config, task, mesh, run_dir
-        self.at = watchdog.at
-        self.first_process = jax.process_index() == 0
-        self.rows_sharding = batch_sharding(mesh)
+        self.watchdog, self.stack, self.signals = watchdog, stack, signals
+        self.is_first_process = jax.process_index() == 0
+        self.sharding = batch_sharding(mesh)
         self.tx = task_optimizer(task)
         self.frozen = (
             device_put_global(task.frozen, param_shardings(mesh, task.frozen)) if task.frozen else {}
         )
-        self.rows = local_rows(self.rows_sharding, config.data.batch_size)
+        self.local_rows = local_rows(self.sharding, config.data.batch_size)
         peak = peak_flops(mesh.devices.flat[0].device_kind)
-        # Seconds of an update at the peak of all devices; None where that is not known.
-        self.ideal = train_flops(task) / (peak * mesh.size) if peak else None
+        # Seconds of a step at the peak of all devices; None for an unknown device.
+        self.ideal_seconds = train_flops(task) / (peak * mesh.size) if peak else None
         first, last = config.profile.window or (0, 0)
-        self.profiler = Profiler(first, last, run_dir / "profile" if self.first_process else None)
+        self.profiler = Profiler(first, last, run_dir / "profile" if self.is_first_process else None)
         self.evaluate_fn = jax.jit(task.evaluate)
-        self.eval_batches: list[dict[str, jax.Array]] | None = None
-        self.measures: dict[str, float] = {}
-        self.measured_at = -1
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.eval_batches: list[Batch] | None = None
+        self.eval_metrics: dict[str, float] = {}
+        self.eval_step = -1
+        self.pending: tuple[int, Metrics] | None = None  # metrics of a dispatched step, not read yet
+
+        watchdog.at("reading the checkpoint, or creating the initial state")
+        path = remote_dir.checkpoints_of(run_dir)
+        self.checkpoints = stack.add(CheckpointManager(path, config.max_checkpoints, task.best))
+        latest = self.checkpoints.latest
+        self.start = latest or 0
+        if latest is not None:
+            self.state: TrainState = self.checkpoints.load(latest, abstract_state(task, self.tx, mesh))
+        else:
+            self.state = init_state(task, self.tx, mesh)
+            if config.init_from is not None:
+                self.state = init_from_run(self.state, config, mesh)
+        self.progress = stack.add(
+            ProgressBar(model_kind(config), self.start, config.steps, shown=self.is_first_process)
+        )
+        self.log: MetricsLog | None = None  # of the first process, once there is a step to do
+        self.timer = StepTimer(self.start)
 
     def run(self) -> TrainResult:
-        config, task = self.config, self.task
-        with _Closing() as closing, preemption_signals() as stop:
-            self.at("reading the checkpoint, or making the first state")
-            self.checkpoints = closing.add(
-                CheckpointManager(remote_dir.checkpoints_of(self.run_dir), config.max_checkpoints, task.best)
-            )
-            abstract = abstract_state(task, self.tx, self.mesh)
-            start = self.checkpoints.latest
-            if start is None:
-                state, start = init_state(task, self.tx, self.mesh), 0
-                if config.init_from is not None:
-                    state = init_from_run(state, config, self.mesh)
-            else:
-                state = self.checkpoints.load(start, abstract)
-            self.progress = closing.add(
-                ProgressBar(model_kind(config), start, config.steps, shown=self.first_process)
-            )
-            self.stop = stop
-            self._greet(abstract, start)
-            if start >= config.steps:
-                self.progress.say(f"{config.run} has its {config.steps} steps already: nothing to do")
-                return TrainResult(state, start, True, {})
-            if self.first_process:
-                self.log = closing.add(MetricsLog(self.run_dir, start))
-            return self._steps(state, abstract, start, closing)
-
-    def _greet(self, abstract: TrainState, start: int) -> None:
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
-        devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
-        if (count_ := jax.process_count()) > 1:
-            devices += f" of {count_} processes"
-        fresh = f"new run from {self.config.init_from}" if self.config.init_from else "new run"
-        begin = f"goes on from step {start}" if start else fresh
-        self.progress.say(f"{self.config.run}: {begin}; {count:,} parameters on {devices}")
-
-    def _steps(self, state: TrainState, abstract: TrainState, start: int, closing: _Closing) -> TrainResult:
+        """Train to the last step, or to a signal."""
         config = self.config
-        self.at("reading the first batch")
-        batches = self.task.batches(start, self.rows)
-        closing.add(batches)
-        batch = self._put(next(batches))
-        self.at("compiling the training step")
-        step_fn = self._compile(state, batch)
-        closing.add(self.profiler)
-        self.watch = Stopwatch()
-        self.since = start
-        done = start
-        while done < config.steps:
-            if (
-                done == start and self.stop.requested()
-            ):  # during start-up: what is on disk is as new as the state
-                break
-            if self.profiler.begins(done + 1):
-                self._drain()
-                with self.watch.pause():
+        self._print_start()
+        if self.start >= config.steps:
+            self.progress.print(f"{config.run} already has its {config.steps} steps: nothing to do")
+            return TrainResult(self.state, self.start, True, {})
+        if self.is_first_process:
+            self.log = self.stack.add(MetricsLog(self.run_dir, self.start))
+        self.watchdog.at("reading the first batch")
+        batches = self.stack.add(self.task.batches(self.start, self.local_rows.tolist()))
+        batch = self._to_devices(next(batches))
+        self.watchdog.at("compiling the training step")
+        step_fn = self._compile(batch)
+        self.stack.add(self.profiler)
+        self.timer = StepTimer(self.start)
+        done = self.start
+        # A signal during start-up needs no save: the newest checkpoint is as new as the state.
+        while done < config.steps and not (done == self.start and self.signals.requested()):
+            if self.profiler.starts_before(done + 1):
+                self._finish_pending()
+                with self.timer.pause():
                     self.profiler.start()
-            self.at(f"sending step {done + 1} to the devices")
-            with self.profiler.step(done + 1):
-                state, metrics = step_fn(state, self.frozen, batch | self.stop.flags(self.mesh))
+            self.watchdog.at(f"sending step {done + 1} to the devices")
+            with self.profiler.annotate(done + 1):
+                self.state, metrics = step_fn(self.state, self.frozen, batch | self.signals.flags(self.mesh))
             done += 1
-            last = done == config.steps
-            if not last:
-                self.at(f"reading the batch of step {done + 1}")
-                batch = self._put(next(batches))
+            if done < config.steps:
+                self.watchdog.at(f"reading the batch of step {done + 1}")
+                batch = self._to_devices(next(batches))
             previous, self.pending = self.pending, (done, metrics)
-            self.at(f"waiting for the devices to end step {done - 1}")
-            self._read(previous)
-            self.progress.step(done)
-            if self.profiler.ends(done):
-                self._drain()
-                with self.watch.pause():
-                    self.progress.say(self.profiler.stop())
+            self.watchdog.at(f"waiting for the devices to end step {done - 1}")
+            self._read_metrics(previous)
+            self.progress.update(done)
+            if self.profiler.stops_after(done):
+                self._finish_pending()
+                with self.timer.pause():
+                    self.progress.print(self.profiler.stop())
             self.checkpoints.check()
-            stop = self.stop.requested()
-
-            evaluate = last or done % config.eval_every == 0
-            sample = last or done % config.sample_every == 0
-            save = last or stop or done % config.save_every == 0
-            if evaluate or sample or save:
-                self._drain()
-                with self.watch.pause():
-                    if evaluate:
-                        self.at(f"measuring after step {done}")
-                        self._evaluate(state, done)
-                    if sample:
-                        self.at(f"drawing samples after step {done}")
-                        self._sample(state, done)
-                    if save:  # after the rows, so that no checkpoint is newer than they are
-                        self.at(f"saving step {done}, or ending the save before it")
-                        self._save(state, done)
+            stop = self.signals.requested()
+            self._run_periodic(done, stop)
             if stop:
                 break
-        self._drain()
-        self.at("ending the last save")
+        self._finish_pending()
+        self.watchdog.at("ending the last save")
         self.checkpoints.wait()
         finished = done == config.steps
         if not finished:
-            self.progress.say(f"stopped after step {done}; the same command goes on from there")
-        return TrainResult(state, done, finished, self.measures)
+            self.progress.print(f"stopped after step {done}; the same command resumes from there")
+        return TrainResult(self.state, done, finished, self.eval_metrics)
 
-    def _compile(self, state: TrainState, batch: dict[str, jax.Array]):
+    def _print_start(self) -> None:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+        if jax.process_count() > 1:
+            devices += f" of {jax.process_count()} processes"
+        start = f"resuming from step {self.start}" if self.start else "new run"
+        if self.config.init_from and not self.start:
+            start += f" from {self.config.init_from}"
+        self.progress.print(f"{self.config.run}: {start}; {count:,} parameters on {devices}")
+
+    def _compile(self, batch: Batch) -> jax.stages.Compiled:
         begin = time.monotonic()
-        fn = make_step(self.task, self.tx, self.config, self.mesh)
-        compiled = fn.lower(state, self.frozen, batch | self.stop.flags(self.mesh)).compile()
-        self.progress.say(f"compiled the training step in {time.monotonic() - begin:.1f} s")
+        step_fn = make_step(self.task, self.tx, self.config, self.mesh)
+        compiled = step_fn.lower(self.state, self.frozen, batch | self.signals.flags(self.mesh)).compile()
+        self.progress.print(f"compiled the training step in {time.monotonic() - begin:.1f} s")
         return compiled
 
-    def _put(self, batch: HostBatch) -> dict[str, jax.Array]:
-        """The rows read by all processes as one batch over the mesh."""
+    def _to_devices(self, batch: HostBatch) -> Batch:
+        """Combine the rows that the processes have read into one global batch."""
         count = self.config.data.batch_size
-        return {name: make_global_batch(x, self.rows, count, self.rows_sharding) for name, x in batch.items()}
+        return {
+            name: make_global_batch(x, self.local_rows, count, self.sharding) for name, x in batch.items()
+        }
 
-    def _put_whole(self, batch: HostBatch) -> dict[str, jax.Array]:
-        """A batch that every process has whole; one that does not divide goes whole to each device."""
+    def _eval_to_devices(self, batch: HostBatch) -> Batch:
+        """Send a batch that every process has whole; replicate one whose rows do not divide."""
+        shards = num_batch_shards(self.mesh)
+        return {
+            name: device_put_global(x, replicated(self.mesh) if len(x) % shards else self.sharding)
+            for name, x in batch.items()
+        }
 
-        def put(x):
-            divides = len(x) % num_batch_shards(self.mesh) == 0
-            return device_put_global(x, self.rows_sharding if divides else replicated(self.mesh))
-
-        return {name: put(x) for name, x in batch.items()}
-
-    def _drain(self) -> None:
-        """Reads what is still to be read: the state after it is known to be good."""
+    def _finish_pending(self) -> None:
+        """Wait for the last dispatched step, so that the state is known to be finite."""
         pending, self.pending = self.pending, None
-        self._read(pending)
+        self._read_metrics(pending)
 
-    def _read(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+    def _read_metrics(self, pending: tuple[int, Metrics] | None) -> None:
+        """Wait for a step and log its metrics."""
         if pending is None:
             return
         done, metrics = pending
-        finite, stop = jax.device_get((metrics["finite"], metrics.get("stop", False)))  # waits for that step
-        self.stop.agreed |= bool(stop)
-        last = done == self.config.steps
-        if finite and done % self.config.log_every and not last:
+        finite, stop = jax.device_get((metrics["finite"], metrics.get("stop", False)))  # waits
+        self.signals.agreed |= bool(stop)
+        if finite and done % self.config.log_every and done != self.config.steps:
             return
         values = {name: float(v) for name, v in jax.device_get(metrics).items() if v.dtype != bool}
         if not finite:
-            with contextlib.suppress(OSError):  # a save that fails is told when the checkpoints are closed
-                self.checkpoints.wait()  # else one on its way would not be named
+            with contextlib.suppress(OSError):  # closing the checkpoints raises the error of a failed save
+                self.checkpoints.wait()  # so that the message names a save in progress
             raise NonFiniteError(
-                f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}. The update "
-                "was not made and nothing was saved after it; the last checkpoint is of step "
-                f"{self.checkpoints.latest}. "
-                "Look at the batch of that step, or lower optim.learning_rate"
+                f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}. The update was discarded and "
+                f"nothing was saved after it; the last checkpoint is of step {self.checkpoints.latest}. "
+                "Look at the batch of that step, or lower optim.learning_rate."
             )
-        seconds = self.watch.read()
-        step_seconds = seconds / (done - self.since)
-        self.since = done
+        seconds, step_seconds = self.timer.read(done)
         rows = self.config.data.batch_size / step_seconds
         timing = {
             "seconds": seconds,
@@ -306,72 +273,100 @@ class _Training:
             "rows_per_s": rows,
             "tokens_per_s": rows * self.task.tokens_per_row,
         }
-        if self.ideal is not None:
-            timing["mfu"] = self.ideal / step_seconds
-        if self.first_process:
-            self.log.write(done, _ordered(values), timing)
+        if self.ideal_seconds is not None:
+            timing["mfu"] = self.ideal_seconds / step_seconds
+        if self.log is not None:
+            self.log.write(done, _loss_first(values), timing)
         self.progress.report(done, values["loss"], timing, (self.config.steps - done) * step_seconds)
 
-    def _evaluate(self, state: TrainState, done: int) -> None:
-        if self.eval_batches is None:
-            self.eval_batches = [self._put_whole(batch) for batch in self.task.eval_batches()]
-        key = run_key(self.config.seed, EVALUATE)
-        found = [
-            self.evaluate_fn(state.eval_params, self.frozen, batch, jax.random.fold_in(key, i))
-            for i, batch in enumerate(self.eval_batches)
-        ]
-        if not found:
+    def _run_periodic(self, done: int, stop: bool) -> None:
+        """Evaluate, sample and save if they are due after `done` updates."""
+        config, last = self.config, done == self.config.steps
+        evaluate = last or done % config.eval_every == 0
+        sample = last or done % config.sample_every == 0
+        save = last or stop or done % config.save_every == 0
+        if not (evaluate or sample or save):
             return
-        rows = np.array([len(next(iter(batch.values()))) for batch in self.eval_batches], np.float64)
-        found = jax.device_get(found)
-        self.measures = {
-            name: float(sum(float(f[name]) * n for f, n in zip(found, rows, strict=True)) / rows.sum())
-            for name in found[0]
-        }
-        self.measured_at = done
-        if self.first_process:
-            self.log.write(done, self.measures)
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in self.measures.items())
-        self.progress.say(f"step {done}: {figures}")
+        self._finish_pending()
+        with self.timer.pause():
+            if evaluate:
+                self.watchdog.at(f"evaluating after step {done}")
+                self._evaluate(done)
+            if sample:
+                self.watchdog.at(f"generating samples after step {done}")
+                self._sample(done)
+            if save:  # after the metrics, so that no checkpoint is newer than its rows
+                self.watchdog.at(f"saving step {done}, or finishing the previous save")
+                self._save(done)
 
-    def _sample(self, state: TrainState, done: int) -> None:
-        picture = self.task.sample_grid(state.eval_params, self.frozen, run_key(self.config.seed, PICTURES))
-        if not self.first_process:
+    def _evaluate(self, done: int) -> None:
+        if self.eval_batches is None:
+            self.eval_batches = [self._eval_to_devices(batch) for batch in self.task.eval_batches()]
+        if not self.eval_batches:
+            return
+        key, params = run_key(self.config.seed, EVALUATE), self.state.eval_params
+        metrics = jax.device_get(
+            [
+                self.evaluate_fn(params, self.frozen, batch, jax.random.fold_in(key, i))
+                for i, batch in enumerate(self.eval_batches)
+            ]
+        )
+        rows = np.array([len(next(iter(batch.values()))) for batch in self.eval_batches], np.float64)
+        self.eval_metrics = {
+            name: float(sum(float(m[name]) * n for m, n in zip(metrics, rows, strict=True)) / rows.sum())
+            for name in metrics[0]
+        }
+        self.eval_step = done
+        if self.log is not None:
+            self.log.write(done, self.eval_metrics)
+        values = "  ".join(f"{name} {value:.4g}" for name, value in self.eval_metrics.items())
+        self.progress.print(f"step {done}: {values}")
+
+    def _sample(self, done: int) -> None:
+        grid = self.task.sample_grid(self.state.eval_params, self.frozen, run_key(self.config.seed, SAMPLE))
+        if self.log is None:
             return
         path = self.run_dir / "samples" / f"step_{done:08d}.png"
-        save_png(path, picture)
-        self.log.image(done, "samples", np.asarray(picture.convert("RGB")))
+        save_png(path, grid)
+        self.log.image(done, "samples", np.asarray(grid.convert("RGB")))
 
-    def _save(self, state: TrainState, done: int) -> None:
-        if self.first_process:
+    def _save(self, done: int) -> None:
+        if self.log is not None:
             self.log.sync()
             remote_dir.push(self.run_dir)
-        self.checkpoints.save(done, state, self.measures if self.measured_at == done else None)
+        metrics = self.eval_metrics if self.eval_step == done else None
+        self.checkpoints.save(done, self.state, metrics)
 
 
-def _ordered(values: dict[str, float]) -> dict[str, float]:
-    """`loss` first, then the rest by name: one order whatever jax did to the dict."""
+def _loss_first(values: dict[str, float]) -> dict[str, float]:
+    """Order metrics: `loss`, then the rest by name."""
     return {"loss": values["loss"]} | {name: values[name] for name in sorted(values) if name != "loss"}
 
 
-class _Closing:
-    """Closes what was opened, last first, and lets the first error through."""
+class _Closeable(Protocol):
+    def close(self) -> None: ...
+
+
+_CloseableT = TypeVar("_CloseableT", bound=_Closeable)
+
+
+class _CloseStack:
+    """Closes what was added, last first. The first error is raised; `contextlib.ExitStack` would raise the last."""
 
     def __init__(self):
-        self._things: list[Any] = []
+        self._resources: list[_Closeable] = []
 
-    def add(self, thing: Any) -> Any:
-        self._things.append(thing)
-        return thing
+    def add(self, resource: _CloseableT) -> _CloseableT:
+        self._resources.append(resource)
+        return resource
 
-    def __enter__(self) -> _Closing:
+    def __enter__(self) -> _CloseStack:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        for thing in reversed(self._things):
+        for resource in reversed(self._resources):
             try:
-                if hasattr(thing, "close"):
-                    thing.close()
+                resource.close()
             except Exception:
                 if error is None:
                     raise

@@ -1,4 +1,4 @@
-"""A window of training steps recorded for XProf, TensorBoard or Perfetto."""
+"""Profiler trace of a window of training steps, for XProf, TensorBoard or Perfetto."""
 
 from __future__ import annotations
 
@@ -9,45 +9,49 @@ import jax
 
 
 class Profiler:
-    """Records the steps `first` to `last` in `path`; nothing where `first` is 0, or `path` None (other processes).
+    """Trace of the steps `first` to `last`.
 
-    A training that goes on inside the window records from where it is.
+    A run that resumes inside the window traces the rest of it.
+
+    Args:
+      first: First step, from 1; 0 turns the profiler off.
+      last: Last step.
+      path: Directory of the trace; None on the processes that write none.
     """
 
     def __init__(self, first: int, last: int, path: Path | None):
         self._first, self._last, self._path = first, last, path
-        self._open, self._over = False, not first
+        self._running, self._done = False, not first
 
-    def begins(self, step: int) -> bool:
-        """Whether recording begins with `step`, which has not begun: time to wait for the devices, then `start`."""
-        return not self._over and not self._open and self._first <= step <= self._last
+    def starts_before(self, step: int) -> bool:
+        """Return whether the trace starts before `step`; wait for the devices, then call `start`."""
+        return not self._done and not self._running and self._first <= step <= self._last
 
     def start(self) -> None:
-        self._open = True
+        """Start the trace."""
+        self._running = True
         if self._path is not None:
             jax.profiler.start_trace(str(self._path))
 
-    def step(self, number: int) -> contextlib.AbstractContextManager:
-        """To be held while `step` is sent to the devices: its mark in the profile."""
-        if not self._open:
+    def annotate(self, step: int) -> contextlib.AbstractContextManager:
+        """Return a context manager that marks the dispatch of `step` in the trace."""
+        if not self._running:
             return contextlib.nullcontext()
-        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
-    def ends(self, step: int) -> bool:
-        """Whether `step`, which is sent, is the last one: time to wait for the devices, then `stop`."""
-        return self._open and step >= self._last
+    def stops_after(self, step: int) -> bool:
+        """Return whether the trace ends after the dispatched `step`; wait for the devices, then call `stop`."""
+        return self._running and step >= self._last
 
     def stop(self) -> str:
-        """Writes what was recorded; returns where it is."""
-        self._open, self._over = False, True
+        """Write the trace and return a message that names its directory."""
+        self._running, self._done = False, True
         if self._path is None:
             return ""
         jax.profiler.stop_trace()
-        return (
-            f"steps {self._first} to {self._last} are recorded in {self._path} (xprof --logdir {self._path})"
-        )
+        return f"profile of steps {self._first} to {self._last}: {self._path} (xprof --logdir {self._path})"
 
     def close(self) -> None:
-        """Ends a recording that a stop or an error has cut short."""
-        if self._open:
+        """Stop a trace that a signal or an error has cut short."""
+        if self._running:
             self.stop()

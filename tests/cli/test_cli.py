@@ -176,7 +176,7 @@ def test_finetuning_from_what_does_not_fit(made, folder):
     for more, message in (
         (("--init-from", made.dvae), "is a run of stage dvae, this configuration of stage dalle"),
         (("--init-from", "nowhere"), "no run directory nowhere"),
-        (("--model.dim", "32"), "parameter .* has shape .*leave the fields of `model`"),
+        (("--model.dim", "32"), "parameter .* has shape .*Keep the fields of `model`"),
         (("--data.path", "no where"), "no data at 'no where'"),
     ):
         done = finetune(made, folder, *more)

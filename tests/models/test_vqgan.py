@@ -390,7 +390,7 @@ def run_config(run, steps):
 def test_a_run_is_a_tokenizer_like_any_other(tmp_path, capfd):
     """Trained through the switch-on, then loaded, encoded and decoded without knowing the kind."""
     outcome = loop.train(run_config(tmp_path / "run", 6))
-    assert outcome.finished and "eval_psnr" in outcome.measures
+    assert outcome.finished and "eval_psnr" in outcome.metrics
     assert "model.lpips is not set" in capfd.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     log_d = [row["log_d_real"] for row in rows if "log_d_real" in row]

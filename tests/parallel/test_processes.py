@@ -193,7 +193,7 @@ def test_utilisation_is_model_flops_over_peak_and_time(tmp_path, monkeypatch):
 def test_the_profile_holds_the_steps_that_were_asked_for(tmp_path, capsys):
     config = tiny_config(tmp_path / "run", steps=6, profile={"steps": "3:4"})
     loop.train(config, FakeTask(config))
-    assert "steps 3 to 4 are recorded" in capsys.readouterr().err
+    assert "profile of steps 3 to 4" in capsys.readouterr().err
     (file,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     marks = {
         dict(event.stats)["step_num"]

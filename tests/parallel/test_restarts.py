@@ -94,7 +94,7 @@ def test_other_processes_meshes_and_slices_go_on(tmp_path):
         event = f"SIGTERM:{count - 1}:{begun + 3}" if n + 1 < len(LIVES) else "none:-1:-1"
         job = Job(run, count, devices, event, mesh=mesh, **changes)
         assert job.codes() == [0] * count, job.logs_text()
-        assert f"goes on from step {begun}" in job.log(0) or not begun
+        assert f"resuming from step {begun}" in job.log(0) or not begun
         stops.append(series(run)[-1]["step"])
     print("stopped after steps", stops)
     assert sorted(set(stops)) == stops and stops[-1] == 500  # each life had its part

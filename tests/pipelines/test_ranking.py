@@ -438,7 +438,7 @@ def test_a_clip_trains_and_its_export_is_the_same(tmp_path, monkeypatch):
         steps=2, eval_every=2, save_every=2, sample_every=2, eval_rows=8, log_every=1,
     )  # fmt: skip
     outcome = loop.train(config)
-    assert outcome.finished and set(outcome.measures) == {
+    assert outcome.finished and set(outcome.metrics) == {
         "eval_loss",
         "eval_image_to_text",
         "eval_text_to_image",

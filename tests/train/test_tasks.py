@@ -29,7 +29,7 @@ from dalle_jax.pipelines import ImageTokenizer, encode_source
 from dalle_jax.text.tokenizers import train_text_tokenizer
 from dalle_jax.train.tasks import make_task
 from dalle_jax.train.tasks.dalle import DalleTask
-from dalle_jax.train.tasks.tokenizer import TokenizerTask
+from dalle_jax.train.tasks.dvae import DVAETask
 
 ROWS, BATCH = 21, 4
 SCENES = ScenesSource(count=ROWS, max_objects=2)
@@ -193,45 +193,51 @@ def test_codes_of_the_first_rows_only(room, pixels):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"image_vocab": 14}, "model.image_vocab is 14, but the tokenizer .*dvae has 13; set them equal"),
-        ({"grid": 4}, "model.grid is 4, but the tokenizer .*dvae has 8"),
+        (
+            {"image_vocab": 14},
+            "model.image_vocab is 14, but the image tokenizer .*dvae has 13. Set them equal",
+        ),
+        ({"grid": 4}, "model.grid is 4, but the image tokenizer .*dvae has 8"),
     ],
 )
 def test_sizes_must_agree_with_the_tokenizer(room, change, match):
     """Found out from the configurations alone, before anything is written."""
     room, _ = room
     with pytest.raises(ValueError, match=match):
-        make_task(dalle_config(room, model=dataclasses.replace(MODEL, **change)))
+        make_task(dalle_config(room, model=dataclasses.replace(MODEL, **change))).check_prerequisites()
 
 
 def test_a_tokenizer_is_needed(room):
     room, _ = room
-    with pytest.raises(ValueError, match="tokenizer is not set; the stage dalle needs the run directory"):
-        make_task(dalle_config(room, image_tokenizer=None, run=str(room / "nowhere")))
+    with pytest.raises(
+        ValueError, match="image_tokenizer is not set; the stage dalle needs the run directory"
+    ):
+        make_task(dalle_config(room, image_tokenizer=None, run=str(room / "nowhere"))).check_prerequisites()
     half = room / "half"  # killed while it copied its tokenizer
     (half / "tokenizer" / "params").mkdir(parents=True)
     with pytest.raises(ValueError, match="tokenizer is not set"):
-        make_task(dalle_config(room, image_tokenizer=None, run=str(half)))
+        make_task(dalle_config(room, image_tokenizer=None, run=str(half))).check_prerequisites()
     with pytest.raises(
-        FileNotFoundError, match=r"--tokenizer: no run directory .*nowhere.*train the tokenizer first"
+        FileNotFoundError,
+        match=r"--image-tokenizer: no run directory .*nowhere.*Train the image tokenizer first",
     ):
-        make_task(dalle_config(room, image_tokenizer=str(room / "nowhere")))
+        make_task(dalle_config(room, image_tokenizer=str(room / "nowhere"))).check_prerequisites()
 
 
 def test_a_frozen_encoder_comes_from_another_run(room):
     room, _ = room
     model = dataclasses.replace(MODEL, text_encoder=T5Config(), text_loss_weight=0.0)
     with pytest.raises(
-        ValueError, match=r"model\.text_encoder is frozen, so it must be trained already: begin from"
+        ValueError, match=r"model\.text_encoder is frozen and must be pretrained. Use --init-from RUN"
     ):
-        make_task(dalle_config(room, model=model))
+        make_task(dalle_config(room, model=model)).check_prerequisites()
 
 
 def test_a_transformer_is_no_tokenizer(room, tmp_path):
     room, _ = room
     (tmp_path / "config.json").write_text(to_json(dalle_config(room)))
-    with pytest.raises(ValueError, match=r"is a run of stage dalle, want a tokenizer \(dvae, vqgan\)"):
-        make_task(dalle_config(room, image_tokenizer=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"is a run of stage dalle. Use a tokenizer \(dvae, vqgan\)"):
+        make_task(dalle_config(room, image_tokenizer=str(tmp_path))).check_prerequisites()
 
 
 def test_a_run_with_its_own_copy_needs_no_tokenizer(room, pixels):
@@ -256,7 +262,7 @@ def test_a_public_vocabulary(room):
     shutil.rmtree(room / "gpt2")
     again = DalleTask(config)
     again.prepare(room / "public")
-    ids = again.text.encode("red", text_vocab=400, text_len=6)
+    ids = again.text_tokenizer.encode("red", text_vocab=400, text_len=6)
     assert ids.tolist() == [257, 401, 402, 403, 404, 405]
     assert first(again, 1)[0]["text"].shape == (BATCH, 6)
 
@@ -264,7 +270,7 @@ def test_a_public_vocabulary(room):
 def test_a_vocabulary_too_large(room):
     room, tokenizer = room
     config = dalle_config(room, model=dataclasses.replace(MODEL, text_vocab=270))
-    with pytest.raises(ValueError, match=r"pieces, model\.text_vocab is 270; raise it"):
+    with pytest.raises(ValueError, match=r"tokens, but model\.text_vocab is 270. Raise it"):
         prepared(config, tokenizer, room / "large")
 
 
@@ -275,7 +281,7 @@ def test_make_task(room):
     room, _ = room
     assert isinstance(make_task(dalle_config(room)), DalleTask)
     task = make_task(TrainConfig(model=TOKENIZER))
-    assert isinstance(task, TokenizerTask)
+    assert isinstance(task, DVAETask)
     assert task.tokens_per_row == 64 and make_task(dalle_config(room)).tokens_per_row == 6 + 64
     assert task.best == ("eval_psnr", "max")
 

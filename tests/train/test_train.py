@@ -77,7 +77,7 @@ def test_a_run_makes_what_it_says(straight):
     assert [r["step"] for r in rows if "eval_loss" in r] == [4, 8, 10]
     assert list(rows[0]) == ["step", "loss", "error", "grad_norm", "jitter", "learning_rate"]
     assert [r["learning_rate"] for r in rows[:2]] == [0.0, pytest.approx(0.01)]
-    assert outcome.measures["eval_loss"] == rows[-1]["eval_loss"] < rows[4]["eval_loss"]
+    assert outcome.metrics["eval_loss"] == rows[-1]["eval_loss"] < rows[4]["eval_loss"]
     timing = read_metrics(run / "metrics.jsonl")[0]["timing"]
     assert timing["tokens_per_s"] == pytest.approx(4 * timing["rows_per_s"], rel=1e-3)
     assert rundir.read_config(run) == tiny_config(run)
@@ -302,7 +302,7 @@ def test_a_signal_from_outside_exits_0_with_a_checkpoint(tmp_path, number):
     process.send_signal(number)
     assert process.wait(60) == 0, process.stderr.read()
     text = process.stderr.read()
-    assert f"{number.name}: finishing the step" in text and "the same command goes on from there" in text
+    assert f"{number.name}: finishing the step" in text and "the same command resumes from there" in text
     assert f"stopped after step {rundir.load_run(run, which='latest').step};" in text
 
 
@@ -431,7 +431,7 @@ def test_without_averaging_and_without_clipping(tmp_path):
     ("changes", "message"),
     [
         ({"data": {"batch_size": 6}}, r"data.batch_size 6 is not divisible by the 4 devices"),
-        ({"optim": {"grad_accum_steps": 8}}, r"in 8 microbatches of 2 rows .* want a multiple of 32"),
+        ({"optim": {"grad_accum_steps": 8}}, r"in 8 microbatches of 2 rows .* Use a multiple of 32"),
         ({"mesh": {"data": 3}}, r"mesh data=3"),
         ({"run": ""}, "pass --run DIR"),
     ],

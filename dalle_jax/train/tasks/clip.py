@@ -1,45 +1,42 @@
-"""The stage of CLIP: it learns which caption belongs to which picture."""
+"""Training stage of CLIP (Radford et al. 2021, 2103.00020): a contrastive loss over the rows of a batch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from PIL import Image
 
-from dalle_jax.checkpoint.run_dir import load_frozen, read_config, sync_run_dir
-from dalle_jax.config import TokenizerConfig, TrainConfig
+from dalle_jax.checkpoint.run_dir import read_config
+from dalle_jax.config import ClipConfig, ModelConfig, TokenizerConfig, TrainConfig
 from dalle_jax.data.images import to_float
-from dalle_jax.data.loader.pipeline import eval_batch, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.models import clip, tokenizer
 from dalle_jax.parallel.processes import gather_to_host
 from dalle_jax.text.tokenizers import BosEosTokenizer
-from dalle_jax.train.tasks.captions import make_text_tokenizer, warn_truncated
-from dalle_jax.train.tasks.images import GRID_IMAGES, eval_batches, labeled_grid, log_bad_records  # fmt: skip
-from dalle_jax.train.tasks.prepare import prepare
+from dalle_jax.train.task import Metrics
+from dalle_jax.train.tasks.data_task import DataTask, labeled_grid, log_bad_records
+from dalle_jax.train.tasks.prepare import prepare_image_tokenizer, prepare_text_tokenizer, warn_truncated
 from dalle_jax.typing import Batch, Params
 
 
-class ClipTask:
-    """A vision and a text tower learn to find each other's partner among the rows of a batch.
+class ClipTask(DataTask):
+    """Trains a vision tower and a text tower.
 
-    With a tokenizer every second picture is what that makes of it: a CLIP that has only seen clean pictures does not
-    know what is wrong with drawn ones.
+    With an image tokenizer, every second image is replaced by its reconstruction: a CLIP that has been trained on
+    original images only cannot rank generated ones.
     """
 
     best = ("eval_loss", "min")
 
-    def __init__(self, config: TrainConfig, *, on_codes: bool = False):
-        self.config, self.model = config, config.model
-        self.frozen: Params = {}
-        if config.image_tokenizer is not None:  # before the run directory is made
-            _check_tokenizer(read_config(config.image_tokenizer).model, config)
+    def __init__(self, config: TrainConfig):
+        assert isinstance(config.model, ClipConfig)
+        super().__init__(config)
+        self.model = config.model
+        self.image_tokenizer: TokenizerConfig | None = None
         self.tokens_per_row = self.model.num_patches + self.model.text_len
         size = self.model.image_size
         self.batch_spec = {
@@ -47,96 +44,90 @@ class ClipTask:
             "text": ((self.model.text_len,), jnp.int32),
         }
 
-    def prepare(self, run_dir: Path) -> None:
-        data = self.config.data
-        self._source = open_source(data.source, "train", languages=data.languages)
-        self._eval = open_source(data.source, "eval", languages=data.languages)
-        log_bad_records(self._source, run_dir)
-        vocabulary = run_dir / "text_tokenizer.model"
-        if jax.process_index() == 0:
-            make_text_tokenizer(self.config, self._source, vocabulary, self.model.text_vocab - 2)
-        sync_run_dir(run_dir)
-        self.text = BosEosTokenizer.load(vocabulary)
-        self.text.encode("", **self._sizes())  # a vocabulary that is too large is told now
-        if jax.process_index() == 0:
-            warn_truncated(self.text, self._source, self.model.text_len - 2)
+    def check_prerequisites(self) -> None:
         if self.config.image_tokenizer is not None:
-            prepare(self.config, self._source, run_dir, vocab=None, tokenizer=True)
-            self.tokenizer, self.frozen, _ = load_frozen(run_dir / "tokenizer")
+            self._check_image_tokenizer(read_config(self.config.image_tokenizer).model)
+
+    def _check_image_tokenizer(self, model: ModelConfig) -> TokenizerConfig:
+        if not isinstance(model, TokenizerConfig):
+            raise ValueError(
+                f"image tokenizer {self.config.image_tokenizer} is a run of stage {model.kind}. Use a tokenizer (dvae, vqgan)."
+            )
+        if model.image_size != self.model.image_size:
+            raise ValueError(
+                f"model.image_size is {self.model.image_size}, the image tokenizer's is {model.image_size}. Set them equal."
+            )
+        return model
+
+    def prepare(self, run_dir: Path) -> None:
+        config, model = self.config, self.model
+        self.train_source = open_source(config.data.source, "train", languages=config.data.languages)
+        self.eval_source = open_source(config.data.source, "eval", languages=config.data.languages)
+        log_bad_records(self.train_source, run_dir)
+        path = prepare_text_tokenizer(config, self.train_source, run_dir, model.text_vocab - 2)
+        self.text_tokenizer = BosEosTokenizer.load(path)
+        # A vocabulary that is too large raises here instead of in the first batch.
+        self.text_tokenizer.encode("", text_vocab=model.text_vocab, text_len=model.text_len)
+        warn_truncated(self.text_tokenizer, self.train_source, model.text_len - 2)
+        if config.image_tokenizer is not None:
+            image_tokenizer, self.frozen, _ = prepare_image_tokenizer(config, run_dir)
+            self.image_tokenizer = self._check_image_tokenizer(image_tokenizer)
 
     def init(self, key: jax.Array) -> Params:
         return clip.init(self.model, key)
 
-    def loss(self, params, frozen, batch, key, step):
+    def row_options(self) -> dict[str, Any]:
+        return {
+            "image_size": self.model.image_size,
+            "text": self.text_tokenizer,
+            "text_vocab": self.model.text_vocab,
+            "text_len": self.model.text_len,
+        }
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         images_BHWC = to_float(batch["image"])
-        if frozen:
-            images_BHWC = half_reconstructed(self.tokenizer, frozen, images_BHWC)
+        if self.image_tokenizer is not None and frozen:
+            images_BHWC = half_reconstructed(self.image_tokenizer, frozen, images_BHWC)
         return clip.loss(self.model, params, images_BHWC, batch["text"])
 
-    def _sizes(self) -> dict[str, int]:
-        return {"text_vocab": self.model.text_vocab, "text_len": self.model.text_len}
-
-    def batches(self, start: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
-        return train_batches(
-            self.config.data,
-            self._source,
-            start=start,
-            image_size=self.model.image_size,
-            text=self.text,
-            bpe_dropout=self.config.text.bpe_dropout,
-            rows=rows,
-            **self._sizes(),
-        )
-
-    def eval_batches(self) -> list[Batch]:
-        options = {"image_size": self.model.image_size, "text": self.text, **self._sizes()}
-        batches = eval_batches(self.config, self._eval, **options)
-        return [{"image": batch["image"], "text": batch["text"]} for batch in batches]
-
-    def evaluate(self, params, frozen, batch, key):
-        """Among the rows of one evaluation batch, of which there are fewer than in training, or more."""
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
+        """Compute the loss among the rows of one evaluation batch, whose number may differ from a training batch."""
         model = dataclasses.replace(self.model, grad_cache_chunks=1)
-        value, metrics = clip.loss(model, params, to_float(batch["image"]), batch["text"])
-        shares = {f"eval_{name}": metrics[name] for name in ("image_to_text", "text_to_image")}
-        return {"eval_loss": value, **shares}
+        loss, metrics = clip.loss(model, params, to_float(batch["image"]), batch["text"])
+        accuracies = {f"eval_{name}": metrics[name] for name in ("image_to_text", "text_to_image")}
+        return {"eval_loss": loss, **accuracies}
 
-    def sample_grid(self, params, frozen, key) -> Image.Image:
-        """Pictures of the evaluation split, each above the caption that fits it best of all that are shown, with
-        its cosine; `not` stands before one that is not its own."""
-        options = {"image_size": self.model.image_size, "text": self.text, **self._sizes()}
-        batch = eval_batch(self.config.data, self._eval, GRID_IMAGES, **options)
-        cosine = gather_to_host(
-            _cosines(self.model, params, jnp.asarray(batch["image"]), jnp.asarray(batch["text"]))
-        )
+    def sample_grid(self, params: Params, frozen: Params, key: jax.Array) -> Image.Image:
+        """Return images of the evaluation split above the caption of the grid that each ranks first, with its cosine
+        similarity; `not` precedes a wrong caption."""
+        batch, captions = self.grid_batch()
+
+        @jax.jit
+        def cosines(params: Params, image_u8: jax.Array, text_BT: jax.Array) -> jax.Array:
+            image_BE = clip.encode_image(self.model, params, to_float(image_u8))
+            return image_BE @ clip.encode_text(self.model, params, text_BT).T
+
+        cosine_BB = gather_to_host(cosines(params, jnp.asarray(batch["image"]), jnp.asarray(batch["text"])))
         labels = []
-        for row, best in enumerate(cosine.argmax(axis=1)):
-            right = batch["caption"][best] == batch["caption"][row]
-            labels.append(f"{'' if right else 'not: '}{batch['caption'][best]} ({cosine[row, best]:.2f})")
-        return labeled_grid(batch["image"], 4, labels)
-
-
-def _check_tokenizer(model: Any, config: TrainConfig) -> None:
-    """Raises ValueError unless `model` is a tokenizer of pictures of the size that this CLIP reads."""
-    if not isinstance(model, TokenizerConfig):
-        raise ValueError(
-            f"tokenizer {config.image_tokenizer} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)"
-        )
-    if model.image_size != config.model.image_size:
-        raise ValueError(
-            f"model.image_size is {config.model.image_size}, the tokenizer's is {model.image_size}; set them equal"
-        )
+        for row, best in enumerate(cosine_BB.argmax(axis=1)):
+            prefix = "" if captions[best] == captions[row] else "not: "
+            labels.append(f"{prefix}{captions[best]} ({cosine_BB[row, best]:.2f})")
+        return labeled_grid(batch["image"], labels)
 
 
 def half_reconstructed(model: TokenizerConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
-    """The rows 1, 3, 5, ... as the tokenizer decodes their codes, the others as they are; an even number of rows."""
-    pairs = images_BHWC.reshape(-1, 2, *images_BHWC.shape[1:])  # neighbours lie on one device
+    """Replace the rows 1, 3, 5, ... of an even batch by their reconstructions from codes.
+
+    Args:
+      model: Image tokenizer.
+      params: Its parameters.
+      images_BHWC: float32 in [0, 1], B even.
+
+    Returns:
+      Images like `images_BHWC`.
+    """
+    pairs = images_BHWC.reshape(-1, 2, *images_BHWC.shape[1:])  # neighbors are on one device
     decoded = tokenizer.decode(model, params, tokenizer.encode(model, params, pairs[:, 1]))
     return jnp.stack([pairs[:, 0], decoded], axis=1).reshape(images_BHWC.shape)
-
-
-def _cosines(model, params: Params, image_u8: jax.Array, text_BT: jax.Array) -> jax.Array:
-    def both(params, image_u8, text_BT):
-        image_BE = clip.encode_image(model, params, to_float(image_u8))
-        return image_BE @ clip.encode_text(model, params, text_BT).T
-
-    return jax.jit(both)(params, image_u8, text_BT)

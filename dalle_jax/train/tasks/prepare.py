@@ -1,88 +1,154 @@
-"""What a stage takes from elsewhere, put into its run directory: a vocabulary, a frozen tokenizer."""
+"""Text and image tokenizers of a run directory: checked, then copied from another run or trained."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from dalle_jax.checkpoint.remote_dir import local_dir
-from dalle_jax.checkpoint.run_dir import load_run, read_config, save_frozen, sync_run_dir
-from dalle_jax.config import TokenizerConfig, TrainConfig
-from dalle_jax.data.sources import Dataset
-from dalle_jax.text import tokenizers
-from dalle_jax.train.initialize import copy_tokenizer
-from dalle_jax.train.tasks.captions import make_text_tokenizer
+from dalle_jax.checkpoint.run_dir import load_frozen, load_run, read_config, save_frozen, sync_run_dir
+from dalle_jax.config import ModelConfig, TokenizerConfig, TrainConfig
+from dalle_jax.data.codes import CodesDataset
+from dalle_jax.data.sources import Dataset, iter_captions
+from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, train_text_tokenizer
+from dalle_jax.train.initialize import copy_tokenizer, copy_vocabulary
+from dalle_jax.typing import Params
 
 
 def check_tokenizer(config: TrainConfig, vocab: int, grid: int, fields: str = "model.{}") -> None:
-    """Before the run directory is made: is there a tokenizer, and does it fit?
+    """Check that a run has an image tokenizer or names one that matches.
 
-    Raises ValueError if none is named or there, or what `check_tokenizer_match` raises.
+    Args:
+      config: Configuration of the run.
+      vocab: Codebook size that the model reads.
+      grid: Rows and columns of image tokens that the model reads.
+      fields: Format of the names of the two configuration fields, for messages.
+
+    Raises:
+      ValueError: If no tokenizer is named or present, or it does not match.
+      FileNotFoundError: If the named tokenizer does not exist.
     """
-    begun = [local_dir(run) / "tokenizer" / "config.json" for run in (config.run, config.init_from) if run]
-    if config.image_tokenizer is None and not any(file.exists() for file in begun):
-        raise ValueError(
-            f"tokenizer is not set; the stage {config.model.kind} needs the run directory of a trained tokenizer: "
-            "pass --tokenizer runs/NAME, or --init-from RUN to begin with a run and its tokenizer"
-        )
+    copies = [local_dir(run) / "tokenizer" / "config.json" for run in (config.run, config.init_from) if run]
     if config.image_tokenizer is not None:
         try:
             model = read_config(config.image_tokenizer).model
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"--tokenizer: {error}; train the tokenizer first") from None
+            raise FileNotFoundError(f"--image-tokenizer: {error}. Train the image tokenizer first.") from None
         check_tokenizer_match(model, config.image_tokenizer, vocab, grid, fields)
+    elif not any(file.exists() for file in copies):
+        raise ValueError(
+            f"image_tokenizer is not set; the stage {config.model.kind} needs the run directory of a trained image "
+            "tokenizer. Use --image-tokenizer runs/NAME, or --init-from RUN to start from a run and its tokenizer."
+        )
 
 
-def check_tokenizer_match(model: Any, where: Any, vocab: int, grid: int, fields: str = "model.{}") -> None:
-    """Raises ValueError for a model that is no tokenizer of `vocab` codes in a raster of `grid` x `grid`."""
-    if not isinstance(model, TokenizerConfig):
-        raise ValueError(f"tokenizer {where} is a run of stage {model.kind}, want a tokenizer (dvae, vqgan)")
-    vocab_field = "image_vocab" if fields == "model.{}" else "vocab"
-    for name, ours, theirs in ((vocab_field, vocab, model.vocab), ("grid", grid, model.grid)):
-        if ours != theirs:
-            raise ValueError(
-                f"{fields.format(name)} is {ours}, but the tokenizer {where} has {theirs}; set them equal"
-            )
+def check_tokenizer_match(
+    model: ModelConfig, where: object, vocab: int, grid: int, fields: str = "model.{}"
+) -> TokenizerConfig:
+    """Check that a model is an image tokenizer with `vocab` codes and a grid of `grid` x `grid` tokens.
 
+    Args:
+      model: Configuration to check.
+      where: Its run directory, for messages.
+      vocab: Codebook size that the model of this run reads.
+      grid: Rows and columns of image tokens that it reads.
+      fields: Format of the names of the two configuration fields, for messages.
 
-def prepare(
-    config: TrainConfig,
-    source: Dataset,
-    run_dir: Path,
-    *,
-    vocab: int | None,
-    tokenizer: bool,
-    field: str = "model.text_vocab",
-) -> tokenizers.TextTokenizer | None:
-    """Writes `text_tokenizer.model` (with a vocab, its most pieces) and `tokenizer/` as far as they are wanted and missing.
+    Returns:
+      `model`.
 
-    field: what sets `vocab`, for messages. Returns the vocabulary, or None. Raises ValueError for a vocabulary that
-    is larger than `vocab`.
+    Raises:
+      ValueError: If it does not match.
     """
-    vocabulary, frozen = run_dir / "text_tokenizer.model", run_dir / "tokenizer"
-    missing = tokenizer and not (frozen / "config.json").exists()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("prepare")  # all have looked before the first one writes
-    # All read, though one would do: Orbax counts what each process does, and those that have not done the same wait
-    # for each other at the next save.
-    run = load_run(config.image_tokenizer) if missing and config.image_tokenizer is not None else None
-    if jax.process_index() == 0:
-        if vocab is not None:
-            make_text_tokenizer(config, source, vocabulary, vocab)
-        if missing:
-            shutil.rmtree(frozen, ignore_errors=True)  # half-written
-            if run is not None:
-                save_frozen(frozen, run)
-            else:
-                copy_tokenizer(config, frozen)
+    if not isinstance(model, TokenizerConfig):
+        raise ValueError(
+            f"image tokenizer {where} is a run of stage {model.kind}. Use a tokenizer (dvae, vqgan)."
+        )
+    vocab_field = "image_vocab" if fields == "model.{}" else "vocab"
+    for name, expected, actual in ((vocab_field, vocab, model.vocab), ("grid", grid, model.grid)):
+        if expected != actual:
+            raise ValueError(
+                f"{fields.format(name)} is {expected}, but the image tokenizer {where} has {actual}. Set them equal."
+            )
+    return model
+
+
+def prepare_text_tokenizer(
+    config: TrainConfig, source: Dataset | CodesDataset, run_dir: Path, vocab: int
+) -> Path:
+    """Write the text tokenizer of a run, if it is missing, and return its path; call this on every process.
+
+    It is that of `config.text.tokenizer_path`, else that of the run `config.init_from`, else trained on the captions.
+
+    Args:
+      config: Configuration of the run.
+      source: Rows with captions.
+      run_dir: Directory of the run.
+      vocab: Maximum number of tokens of a trained one.
+    """
+    path = run_dir / "text_tokenizer.model"
+    if jax.process_index() == 0 and not path.exists():
+        if config.text.tokenizer_path is not None:
+            TextTokenizer.load(config.text.tokenizer_path).save(path)
+        elif not copy_vocabulary(config, path):  # the weights of init_from belong to its vocabulary
+            captions = iter_captions(source, config.text.num_train_captions)
+            case = {"lowercase": config.text.lowercase, "nfkc": config.text.nfkc}
+            train_text_tokenizer(captions, path, vocab=vocab, **case)
     sync_run_dir(run_dir)
-    if vocab is None:
-        return None
-    found = tokenizers.TextTokenizer.load(vocabulary)
-    if found.vocab_size > vocab:
-        raise ValueError(f"{vocabulary} has {found.vocab_size} pieces, {field} is {vocab}; raise it")
-    return found
+    return path
+
+
+def load_text_tokenizer(path: Path, vocab: int, field: str) -> TextTokenizer:
+    """Load a text tokenizer.
+
+    Raises:
+      ValueError: If it has more than `vocab` tokens; the message names the configuration field `field`.
+    """
+    tokenizer = TextTokenizer.load(path)
+    if tokenizer.vocab_size > vocab:
+        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, but {field} is {vocab}. Raise it.")
+    return tokenizer
+
+
+def warn_truncated(tokenizer: TextTokenizer, source: Dataset | CodesDataset, text_len: int) -> None:
+    """Print how many captions of a sample are longer than `text_len` tokens; the first process prints."""
+    if jax.process_index() != 0:
+        return
+    sample = list(iter_captions(source, 2_000))
+    count = caption_statistics(tokenizer, sample, text_len=text_len)["cut"]
+    if count:
+        print(
+            f"{count} of {len(sample)} captions are longer than the {text_len} tokens of model.text_len and are truncated",
+            file=sys.stderr,
+        )
+
+
+def prepare_image_tokenizer(config: TrainConfig, run_dir: Path) -> tuple[ModelConfig, Params, str]:
+    """Copy the image tokenizer into a run directory, if it is missing, and load it; call this on every process.
+
+    Args:
+      config: Configuration; `image_tokenizer`, else `init_from`, names the run with the tokenizer.
+      run_dir: Directory of the run.
+
+    Returns:
+      Configuration, parameters and fingerprint of the tokenizer.
+    """
+    path = run_dir / "tokenizer"
+    missing = not (path / "config.json").exists()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("prepare")  # all processes check before the first one writes
+    # Every process loads the run, though one would do: Orbax counts the calls of each process, and processes with
+    # different counts would wait for each other at the next save.
+    run = load_run(config.image_tokenizer) if missing and config.image_tokenizer is not None else None
+    if missing and jax.process_index() == 0:
+        shutil.rmtree(path, ignore_errors=True)  # an incomplete copy
+        if run is not None:
+            save_frozen(path, run)
+        else:
+            copy_tokenizer(config, path)
+    sync_run_dir(run_dir)
+    return load_frozen(path)
