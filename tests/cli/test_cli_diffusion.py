@@ -336,20 +336,25 @@ def test_rfid_is_of_what_the_decoder_draws_from_codes_of_true_pictures(decoder, 
     [
         (
             CodesConfig(vocab=10, grid=8),
-            "model.codes.vocab is 10, but the tokenizer .* has 9; set them equal",
+            "model.codes.vocab is 10, but the image tokenizer .* has 9. Set them equal",
         ),
-        (CodesConfig(vocab=9, grid=4), "model.codes.grid is 4, but the tokenizer .* has 8"),
+        (CodesConfig(vocab=9, grid=4), "model.codes.grid is 4, but the image tokenizer .* has 8"),
     ],
 )
 def test_stage_refuses_codes_that_do_not_fit(decoder, codes, match):
     model = dataclasses.replace(MODEL, text=None, codes=codes)
     with pytest.raises(ValueError, match=match):
-        DiffusionTask(TrainConfig(model=model, image_tokenizer=str(decoder / "tokenizer"), run="nowhere"))
-    with pytest.raises(ValueError, match="tokenizer is not set; the stage diffusion needs the run directory"):
-        DiffusionTask(TrainConfig(model=model, run="nowhere"))
+        config = TrainConfig(model=model, image_tokenizer=str(decoder / "tokenizer"), run="nowhere")
+        DiffusionTask(config).check_prerequisites()
+    with pytest.raises(
+        ValueError, match="image_tokenizer is not set; the stage diffusion needs the run directory"
+    ):
+        DiffusionTask(TrainConfig(model=model, run="nowhere")).check_prerequisites()
 
 
 def test_stage_refuses_classes_that_the_data_lacks(tmp_path):
     task = DiffusionTask(TrainConfig(model=dataclasses.replace(MODEL, text=None, num_classes=4), data=DATA))
-    with pytest.raises(ValueError, match=r"model\.classes is 4, but the data has 0; set them equal"):
+    with pytest.raises(
+        ValueError, match=r"model\.num_classes is 4, but the data has 0 classes. Set them equal"
+    ):
         task.prepare(tmp_path)

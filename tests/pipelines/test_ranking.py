@@ -476,7 +476,9 @@ def test_a_clip_sees_every_second_picture_as_a_tokenizer_makes_it(room, tmp_path
     task.prepare(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(task.frozen), tokenizer)
     params, pixels = random(clips.init, CLIP, 1), noise(4)
-    text_BT = np.stack([task.text.encode(c, text_vocab=402, text_len=10) for c in [*CAPTIONS, "a dot"]])
+    text_BT = np.stack(
+        [task.text_tokenizer.encode(c, text_vocab=402, text_len=10) for c in [*CAPTIONS, "a dot"]]
+    )
     seen = images.to_float(pixels)
     seen[1::2] = dvae.decode(DVAE, tokenizer, dvae.encode(DVAE, tokenizer, seen[1::2]))
     assert np.abs(seen[1::2] - images.to_float(pixels)[1::2]).max() > 0.1
@@ -484,12 +486,12 @@ def test_a_clip_sees_every_second_picture_as_a_tokenizer_makes_it(room, tmp_path
     np.testing.assert_allclose(got, clips.loss(CLIP, params, seen, text_BT)[0], rtol=1e-6)
     large = dataclasses.replace(DVAE, image_size=64)
     for model, match in (
-        (CLIP, "is a run of stage clip, want a tokenizer"),
-        (large, "image_size is 32, the tokenizer's is 64"),
+        (CLIP, "is a run of stage clip. Use a tokenizer"),
+        (large, "image_size is 32, the image tokenizer's is 64"),
     ):
         (tmp_path / "dvae" / "config.json").write_text(to_json(TrainConfig(model=model, data=DATA)))
         with pytest.raises(ValueError, match=match):
-            make_task(config)
+            make_task(config).check_prerequisites()
 
 
 def test_a_vocabulary_that_leaves_no_room_for_the_end(room, tmp_path):
