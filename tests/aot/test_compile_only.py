@@ -38,7 +38,7 @@ from dalle_jax.config import (
 )
 from dalle_jax.models.diffusion import loss, unet
 from dalle_jax.parallel.sharding import make_mesh
-from dalle_jax.train.compiler_options import compiler_options, compiler_option_error
+from dalle_jax.train.compiler_options import compiler_option_error, compiler_options
 from dalle_jax.train.flops import count_flops
 from dalle_jax.train.tasks import make_task
 
