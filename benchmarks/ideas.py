@@ -144,7 +144,9 @@ def rows(batch: int, repeats: int) -> None:
         np.asarray(generate(cfg, params, text, row_keys(range(seed, seed + batch)), top_k=256))
 
     def parts(seed):
-        for _ in generate_stream(cfg, params, text, row_keys(range(seed, seed + batch)), rows=4, top_k=256):
+        for _ in generate_stream(
+            cfg, params, text, row_keys(range(seed, seed + batch)), preview_rows=4, top_k=256
+        ):
             pass
 
     one, many = min(timed(whole, repeats)), min(timed(parts, repeats))

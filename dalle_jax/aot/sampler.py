@@ -141,7 +141,7 @@ def lower_sampler(
     )
     text = _shapes(lambda: jnp.zeros((rows, model.text_len), jnp.int32), mesh)
     keys = _shapes(lambda: row_keys(jnp.arange(rows)), mesh)
-    lower = partial(generate.lower, model, params, text, keys, guidance=1.5 if guided else None)
+    lower = partial(generate.lower, model, params, text, keys, guidance_scale=1.5 if guided else None)
     in_run = _size(stored) if platform == "cpu" else 0
     return CompiledSampler(lower, (params, text, keys), in_run, _size(params), _size((text, keys)))
 

@@ -34,7 +34,7 @@ from dalle_jax.pipelines import (
     make_batcher,
     tokenize_captions,
 )
-from dalle_jax.sampling.batcher import Request
+from dalle_jax.sampling.batcher import SamplingRequest
 
 if TYPE_CHECKING:
     from dalle_jax.cli.sample import SampleArgs
@@ -189,9 +189,9 @@ def sample_file(
         print(f"{before} of {len(wanted)} pictures are there already", file=sys.stderr)
     try:
         while True:
-            while len(queue) < 2 * queue.slots and (row := next(left, None)) is not None:
+            while len(queue) < 2 * queue.num_slots and (row := next(left, None)) is not None:
                 own = wanted[row].sampling
-                request = Request(
+                request = SamplingRequest(
                     texts[row // args.num_images], wanted[row].seed, own.temperature,
                     1.0 if own.top_p is None else own.top_p, own.guidance_scale, prime,
                 )  # fmt: skip

@@ -99,7 +99,7 @@ def make_batcher(
     check_draft_len(cfg, sampling.draft_len)
     top_k = None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab)
     params = _prepared(model, sampling.quantization)
-    return ContinuousBatcher(cfg, params, slots, top_k=top_k, jacobi=sampling.draft_len)
+    return ContinuousBatcher(cfg, params, slots, top_k=top_k, draft_len=sampling.draft_len)
 
 
 def sample_code_rows(
@@ -210,15 +210,15 @@ def _drawn(
         "temperature": jnp.float32(sampling.temperature),
         "top_k": None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab),
         "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
-        "guidance": jnp.float32(sampling.guidance_scale) if guided else None,
-        "jacobi": sampling.draft_len,
-        "return_passes": True,
+        "guidance_scale": jnp.float32(sampling.guidance_scale) if guided else None,
+        "draft_len": sampling.draft_len,
+        "return_num_passes": True,
     }
     seeds_CK = np.asarray(seeds, np.uint32).reshape(len(captions), -1)
     at_once, copies = batch_shape(*seeds_CK.shape, batch)
     size = at_once * copies
     if prefix is not None:
-        options["prefix_BP"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix)))
+        options["prefix_codes"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix)))
 
     params = _prepared(model, sampling.quantization)  # once, not in every batch
     done = 0
@@ -236,7 +236,7 @@ def _drawn(
             parts = (
                 [generate(*drawn, **options)]
                 if rows is None
-                else generate_stream(*drawn, rows=rows, **options)
+                else generate_stream(*drawn, preview_rows=rows, **options)
             )
             for part in parts:
                 if rows is not None:

@@ -1,1 +1,1 @@
-"""Drawing pictures from a trained Transformer."""
+"""Sampling of image codes from a trained Transformer."""

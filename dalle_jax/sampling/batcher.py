@@ -1,18 +1,19 @@
-"""A queue of pictures to draw that keeps a batch of fixed shape busy (continuous batching, Yu et al. 2022, Orca).
+"""Continuous batching (Yu et al. 2022, Orca): requests share a batch of fixed shape whose slots are refilled as they finish.
 
-    queue = Queue(cfg, params, slots=8)
-    queue.submit(Request(text_T, seed=0, guidance=2.0))
-    for ticket, codes_N in queue.drain(): ...
+    batcher = ContinuousBatcher(cfg, params, num_slots=8)
+    batcher.submit(SamplingRequest(text_T, seed=0, guidance_scale=2.0))
+    for ticket, codes_N in batcher.drain(): ...
 
-Each slot of the batch is at its own place of its own picture. When one is finished, its slot takes the next
-request at once: its caption is run by itself and put where the old one was, while the other slots keep their
-caches. A guided request takes two slots, the second on the null caption. At most five programs are compiled, whatever
-comes: steps with and without top-p; one caption, as many as an eighth of the slots, or as many as there are. Requests
-may differ in caption, seed, temperature, top-p, guidance and codes given in advance.
-With `jacobi` a pass looks at several places (jacobi.py), and each slot goes on as far as its guesses are right, until
-one is finished; while requests wait until an eighth of them are, as some is nearly always and the next captions
-are cheaper together. The host does not look on before.
-S slots, T text positions, N codes of a picture, P of them given in advance.
+Each slot of the batch is at its own position of its own image. When an image is finished, its slot takes the next request
+at once: the caption is prefilled alone and its keys and values replace the old ones, while the other slots keep their
+caches. A request with guidance takes two slots, the second on the null caption. Requests may differ in caption, seed,
+temperature, top-p, guidance and prefix codes. At most five programs are compiled, whatever is submitted: decoding with and
+without top-p; prefill of one caption, of an eighth of the slots, and of all slots.
+
+With `draft_len` decoding is speculative (speculative.py) and each slot advances by its accepted drafts until one image is
+finished. While requests wait, decoding continues until an eighth of the slots are finished, because some image is finished
+in nearly every pass, and the next captions are cheaper together. The host does not read the state in between.
+S slots, A slots prefilled at once, T text positions, N codes, P prefix codes.
 """
 
 from __future__ import annotations
@@ -28,14 +29,29 @@ import numpy as np
 
 from dalle_jax.config import TransformerConfig
 from dalle_jax.models import autoregressive
-from dalle_jax.sampling import decode_state as device
+from dalle_jax.sampling.decode_state import (
+    NewRequests,
+    decode_steps,
+    init_decode_state,
+    prefill_slots,
+    speculative_passes,
+)
 from dalle_jax.sampling.generate import row_keys
 from dalle_jax.sampling.speculative import check_draft_len
 from dalle_jax.typing import Params
 
 
-class Request(NamedTuple):
-    """One picture. text_T: int32 (T,). prime: int32 (P,), its first P < N codes. guidance: 1 is none."""
+class SamplingRequest(NamedTuple):
+    """One image to sample.
+
+    Attributes:
+      text_T: int32 (T,), the caption.
+      seed: in [0, 2**32).
+      temperature: 0 or more; 0 is greedy decoding.
+      top_p: in (0, 1]; 1 keeps every code.
+      guidance_scale: 0 or more; 1 is no guidance.
+      prefix_codes: int32 (P,), the first P < N codes.
+    """
 
     text_T: np.ndarray
     seed: int
@@ -45,173 +61,204 @@ class Request(NamedTuple):
     prefix_codes: np.ndarray = np.zeros(0, np.int32)
 
 
-class ContinuousBatcher:
-    """Requests wait here and are drawn in `slots` slots; holds the caches of those on the device.
+class _Active(NamedTuple):
+    """A request that is decoded; slots: its own and, with guidance, the one on the null caption."""
 
-    params: as `autoregressive.prepare_for_decode` returns them. top_k: of all requests, static; None keeps every code. jacobi:
-    codes that one pass of the network looks at, static; the pictures are the same, up to rounding; None is one.
+    ticket: int
+    request: SamplingRequest
+    slots: tuple[int, ...]
+
+
+class ContinuousBatcher:
+    """A queue of requests and the device state of the slots that decode them.
+
+    Args:
+      cfg: the model.
+      params: of `autoregressive.init` or `autoregressive.prepare_for_decode`.
+      num_slots: rows of the batch, at least 1; 2 for requests with guidance.
+      top_k: of all requests; None keeps every code.
+      draft_len: codes per forward pass of speculative decoding, 2 to N. The images are the same, up to rounding. None
+        decodes one code per pass.
+
+    Raises:
+      ValueError: invalid num_slots, top_k or draft_len.
     """
 
     def __init__(
         self,
         cfg: TransformerConfig,
         params: Params,
-        slots: int,
+        num_slots: int,
         *,
         top_k: int | None = None,
-        jacobi: int | None = None,
+        draft_len: int | None = None,
     ):
-        if slots < 1:
-            raise ValueError(f"slots is {slots}; want at least 1, and 2 for guidance")
+        if num_slots < 1:
+            raise ValueError(f"Expected num_slots of at least 1, got {num_slots}. Guidance needs 2.")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}; want at least 1, or None to keep every code")
-        check_draft_len(cfg, jacobi)
+            raise ValueError(f"Expected top_k of at least 1, got {top_k}. Use None to keep every code.")
+        check_draft_len(cfg, draft_len)
         self._cfg = cfg
         self._params = autoregressive.prepare_for_decode(cfg, params)
-        self._top_k, self._window = top_k, jacobi
-        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._top_k, self._draft_len = top_k, draft_len
+        self._waiting: collections.deque[tuple[int, SamplingRequest]] = collections.deque()
         self._tickets = itertools.count()
-        self._free = list(range(slots))
-        self._active: dict[int, tuple[int, Request, tuple[int, ...]]] = {}  # by slot: ticket, request, slots
-        self._place = dict[int, int]()  # of active slots
-        self._nucleus = False
-        self._drawn = self._passes = 0  # of finished pictures
-        self._slots = device.init_decode_state(cfg, slots)
-        self._sizes = 1, -(-slots // 8), slots  # captions that one program runs
+        self._free = list(range(num_slots))
+        self._active: dict[int, _Active] = {}  # by slot
+        self._position: dict[int, int] = {}  # of active slots
+        self._use_top_p = False
+        self._num_codes = self._num_passes = 0  # of finished images
+        self._state = init_decode_state(cfg, num_slots)
+        self._prefill_sizes = 1, -(-num_slots // 8), num_slots
 
     @property
-    def slots(self) -> int:
-        return len(self._slots.place_S)
+    def num_slots(self) -> int:
+        return len(self._state.position_S)
 
     def __len__(self) -> int:
-        """Requests that wait or are being drawn."""
+        """Return the number of requests that wait or are decoded."""
         return len(self._waiting) + len(self._active)
 
     @property
     def codes_per_pass(self) -> float | None:
-        """Codes that a pass of the network drew of a picture, over all that are finished; None before the first. The
-        first code of a picture comes with its caption and is not counted."""
-        return self._drawn / self._passes if self._passes else None
+        """Codes of an image per forward pass, over all finished images; None before the first.
 
-    def submit(self, request: Request) -> int:
-        """Adds one request. Returns its ticket: 0, 1, ... in the order of submission.
+        The first code of an image is sampled by the prefill and not counted.
+        """
+        return self._num_codes / self._num_passes if self._num_passes else None
 
-        Raises ValueError for a request that this model or queue cannot draw.
+    def submit(self, request: SamplingRequest) -> int:
+        """Add a request to the queue.
+
+        Returns:
+          Its ticket: 0, 1, ... in the order of submission.
+
+        Raises:
+          ValueError: a value is out of range, or guidance with a single slot.
         """
         cfg, text = self._cfg, np.asarray(request.text_T)
         if text.shape != (cfg.text_len,) or not np.issubdtype(text.dtype, np.integer):
-            raise ValueError(f"text is {text.dtype} {text.shape}; want integers ({cfg.text_len},)")
-        prime = np.asarray(request.prefix_codes)
-        if prime.ndim != 1 or len(prime) >= cfg.num_codes or not np.issubdtype(prime.dtype, np.integer):
+            raise ValueError(f"Expected text of integers ({cfg.text_len},), got {text.dtype} {text.shape}.")
+        prefix = np.asarray(request.prefix_codes)
+        if prefix.ndim != 1 or len(prefix) >= cfg.num_codes or not np.issubdtype(prefix.dtype, np.integer):
             raise ValueError(
-                f"prefix_codes is {prime.dtype} {prime.shape}; want integers, fewer than {cfg.num_codes}"
+                f"Expected prefix_codes of fewer than {cfg.num_codes} integers, got {prefix.dtype} {prefix.shape}."
             )
-        for name, value, holds, want in (
+        for name, value, valid, expected in (
             ("seed", request.seed, 0 <= request.seed < 2**32, "an integer in [0, 2**32)"),
             ("temperature", request.temperature, 0 <= request.temperature < np.inf, "0 (greedy) or more"),
-            ("top_p", request.top_p, 0 < request.top_p <= 1, "a share in (0, 1]"),
+            ("top_p", request.top_p, 0 < request.top_p <= 1, "a fraction in (0, 1]"),
             (
                 "guidance_scale",
                 request.guidance_scale,
                 0 <= request.guidance_scale < np.inf,
-                "0 or more, 1 is none",
+                "0 or more (1 is no guidance)",
             ),
         ):
-            if not holds:
-                raise ValueError(f"{name} is {value}; want {want}")
-        if self._wants(request) > self.slots:
-            raise ValueError("guidance takes two slots, this queue has one; give it 2 or more")
+            if not valid:
+                raise ValueError(f"Expected {name} to be {expected}, got {value}.")
+        if self._slots_needed(request) > self.num_slots:
+            raise ValueError("Expected at least 2 slots for guidance, got 1. Set num_slots to 2 or more.")
         ticket = next(self._tickets)
-        self._waiting.append((ticket, request._replace(text_T=text, prefix_codes=prime)))
+        self._waiting.append((ticket, request._replace(text_T=text, prefix_codes=prefix)))
         return ticket
 
-    def step(self, most: int | None = None) -> list[tuple[int, np.ndarray]]:
-        """Fills free slots, then draws until the next picture is finished, or for `most` passes of the network.
+    def step(self, max_passes: int | None = None) -> list[tuple[int, np.ndarray]]:
+        """Fill free slots, then decode until the next image is finished.
 
-        Returns the finished pictures, ticket and codes, int32 (N,); [] if there is none yet, or nothing to do.
+        Args:
+          max_passes: return after this many forward passes in any case.
+
+        Returns:
+          Ticket and codes, int32 (N,), of each finished image; [] if none is finished.
         """
-        self._fill()
+        self._fill_slots()
         if not self._active:
             return []
-        self._advance(most)
+        self._decode(max_passes)
         last = self._cfg.num_codes - 1
-        done = [slot for slot, place in self._place.items() if place == last]
-        if not done:
+        finished_slots = [slot for slot, position in self._position.items() if position == last]
+        if not finished_slots:
             return []
-        codes_SN, passes_S = jax.device_get((self._slots.codes_SN, self._slots.passes_S))
-        found = []
-        for slot in done:
-            ticket, request, held = self._active.pop(slot)
-            del self._place[slot]
-            self._free += held
-            self._drawn += self._cfg.num_codes - max(1, len(request.prefix_codes))
-            self._passes += int(passes_S[slot])
-            found.append((ticket, codes_SN[slot].copy()))
-        self._nucleus = any(request.top_p < 1 for _, request, _ in self._active.values())
-        return found
+        codes_SN, num_passes_S = jax.device_get((self._state.codes_SN, self._state.num_passes_S))
+        finished = []
+        for slot in finished_slots:
+            active = self._active.pop(slot)
+            del self._position[slot]
+            self._free += active.slots
+            self._num_codes += self._cfg.num_codes - max(1, len(active.request.prefix_codes))
+            self._num_passes += int(num_passes_S[slot])
+            finished.append((active.ticket, codes_SN[slot].copy()))
+        self._use_top_p = any(active.request.top_p < 1 for active in self._active.values())
+        return finished
 
-    def _advance(self, most: int | None) -> None:
-        """Draws until a picture is finished. The host knows when that is at one code a pass, and need not wait."""
+    def _decode(self, max_passes: int | None) -> None:
+        """Decode until an image is finished. At one code per pass the host computes when, without waiting."""
         cfg, last = self._cfg, self._cfg.num_codes - 1
-        how = {"top_k": self._top_k, "nucleus": self._nucleus}
-        if self._window is None:
-            left = last - max(self._place.values())
-            count = left if most is None else min(left, most)
-            self._slots = device.decode_steps(cfg, self._params, self._slots, jnp.int32(count), **how)
-            self._place = {slot: place + count for slot, place in self._place.items()}
+        if self._draft_len is None:
+            remaining = last - max(self._position.values())
+            num_steps = remaining if max_passes is None else min(remaining, max_passes)
+            self._state = decode_steps(
+                cfg, self._params, self._state, jnp.int32(num_steps), top_k=self._top_k, use_top_p=self._use_top_p
+            )  # fmt: skip
+            self._position = {slot: position + num_steps for slot, position in self._position.items()}
             return
-        busy = self.slots - len(self._free)
-        enough = min(self._sizes[1], busy) if self._waiting else 1
-        counts = jnp.int32(last if most is None else most), jnp.int32(enough)
-        self._slots = device.speculative_passes(cfg, self._params, self._slots, *counts, self._window, **how)
-        place_S = np.asarray(self._slots.place_S)
-        self._place = {slot: int(place_S[slot]) for slot in self._place}
+        busy = self.num_slots - len(self._free)
+        min_finished = min(self._prefill_sizes[1], busy) if self._waiting else 1
+        self._state = speculative_passes(
+            cfg, self._params, self._state, jnp.int32(last if max_passes is None else max_passes),
+            jnp.int32(min_finished), self._draft_len, top_k=self._top_k, use_top_p=self._use_top_p,
+        )  # fmt: skip
+        position_S = np.asarray(self._state.position_S)
+        self._position = {slot: int(position_S[slot]) for slot in self._position}
 
     def drain(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Every picture as it is finished, until nothing waits; more may be submitted meanwhile."""
+        """Yield ticket and codes of every image as it is finished, until the queue is empty.
+
+        Requests may be submitted meanwhile.
+        """
         while self._waiting or self._active:
             yield from self.step()
 
     @staticmethod
-    def _wants(request: Request) -> int:
+    def _slots_needed(request: SamplingRequest) -> int:
         return 1 if request.guidance_scale == 1 else 2
 
-    def _fill(self) -> None:
-        """Requests in order, as far as slots are free, in the program for as few as there are."""
-        taken = []
-        while self._waiting and self._wants(self._waiting[0][1]) <= len(self._free):
+    def _fill_slots(self) -> None:
+        """Prefill waiting requests in order while slots are free, with the smallest program that holds them."""
+        taken: list[_Active] = []
+        while self._waiting and self._slots_needed(self._waiting[0][1]) <= len(self._free):
             ticket, request = self._waiting.popleft()
-            held = tuple(self._free.pop(0) for _ in range(self._wants(request)))
-            taken.append((ticket, request, held))
-            self._active[held[0]], self._place[held[0]] = taken[-1], 0
-        self._nucleus |= any(request.top_p < 1 for _, request, _ in taken)
+            slots = tuple(self._free.pop(0) for _ in range(self._slots_needed(request)))
+            taken.append(_Active(ticket, request, slots))
+            self._active[slots[0]], self._position[slots[0]] = taken[-1], 0
+        self._use_top_p |= any(active.request.top_p < 1 for active in taken)
         if taken:
-            size = next(size for size in self._sizes if size >= len(taken))
-            new = self._arrivals(taken, size)
-            self._slots = device.prefill_slots(self._cfg, self._params, self._slots, new, self._top_k)
+            size = next(size for size in self._prefill_sizes if size >= len(taken))
+            new = self._new_requests(taken, size)
+            self._state = prefill_slots(self._cfg, self._params, self._state, new, self._top_k)
 
-    def _arrivals(self, taken: list[tuple[int, Request, tuple[int, ...]]], size: int) -> device.NewRequests:
-        """Padded to `size` with copies of the last request for the slot that is dropped."""
-        none, padded = self.slots, taken + taken[-1:] * (size - len(taken))
-        codes = np.zeros((size, self._cfg.num_codes), np.int32)
-        for i, (_, request, _) in enumerate(padded):
-            codes[i, : len(request.prefix_codes)] = request.prefix_codes
-        real = np.arange(size) < len(taken)
-        requests = [request for _, request, _ in padded]
+    def _new_requests(self, taken: list[_Active], size: int) -> NewRequests:
+        """Stack requests, padded to `size` with copies of the last one for slot S, which is dropped."""
+        dropped = self.num_slots
+        padding = [taken[-1]._replace(slots=(dropped,))] * (size - len(taken))
+        requests = [active.request for active in taken + padding]
+        slots = [active.slots for active in taken + padding]
+        prefix_codes_AN = np.zeros((size, self._cfg.num_codes), np.int32)
+        for i, request in enumerate(requests):
+            prefix_codes_AN[i, : len(request.prefix_codes)] = request.prefix_codes
 
-        def each(name: str) -> jax.Array:
+        def stack(name: str) -> jax.Array:
             return jnp.asarray([getattr(request, name) for request in requests], jnp.float32)
 
-        return device.NewRequests(
+        return NewRequests(
             text_AT=jnp.asarray(np.stack([request.text_T for request in requests]), jnp.int32),
-            at_A=jnp.asarray(np.where(real, [held[0] for *_, held in padded], none), jnp.int32),
-            null_A=jnp.asarray(
-                np.where(real, [held[1] if len(held) > 1 else none for *_, held in padded], none), jnp.int32
-            ),
-            codes_AN=jnp.asarray(codes),
-            given_A=jnp.asarray([len(request.prefix_codes) for request in requests], jnp.int32),
+            slot_A=jnp.asarray([own[0] for own in slots], jnp.int32),
+            null_slot_A=jnp.asarray([own[1] if len(own) > 1 else dropped for own in slots], jnp.int32),
+            prefix_codes_AN=jnp.asarray(prefix_codes_AN),
+            prefix_len_A=jnp.asarray([len(request.prefix_codes) for request in requests], jnp.int32),
             keys_A=row_keys([request.seed for request in requests]),
-            temperature_A=each("temperature"),
-            top_p_A=each("top_p"),
-            guidance_A=each("guidance_scale"),
+            temperature_A=stack("temperature"),
+            top_p_A=stack("top_p"),
+            guidance_scale_A=stack("guidance_scale"),
         )

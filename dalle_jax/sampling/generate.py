@@ -1,13 +1,14 @@
-"""Codes from captions in one jitted program: a prefill, then scans over the places that are left, or with `jacobi`
-passes over several places at once (jacobi.py). `generate_stream` has them in parts, as rows of the raster are done.
+"""Sampling of image codes from captions in one jitted program: prefill, then decoding over KV caches.
 
-B rows, C captions, T text positions, N codes, P codes given in advance, V image vocabulary.
+Decoding is a scan over positions, one code per forward pass, or speculative (speculative.py), several codes per pass.
+`generate_stream` yields the same codes in parts, as rows of the raster are finished.
+B rows, C captions, T text positions, N codes, P prefix codes, M codes so far, L steps.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,73 +26,97 @@ from dalle_jax.sampling.speculative import (
 )
 from dalle_jax.typing import Params
 
+CACHE_BUCKETS = 4  # sizes that the caches of full layers grow through
 
-def row_keys(seeds) -> jax.Array:
-    """One key per row from integer seeds (B,): a row's picture follows from its caption and seed alone."""
+
+def row_keys(seeds: Sequence[int] | np.ndarray | jax.Array) -> jax.Array:
+    """Return one key per row from integer seeds (B,) in [0, 2**32): an image depends on its caption and seed alone."""
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def cache_schedule(cfg: TransformerConfig, given: int) -> list[tuple[int, int, int]]:
-    """(first, end, limit) of the scans that feed the places from `given` on, but the last, to the model.
+def cache_schedule(cfg: TransformerConfig, prefix_len: int) -> list[tuple[int, int, int]]:
+    """Split decoding into scans whose full layers read no more of the cache than its filled part, roughly.
 
-    The caches of full layers have room for `limit` image tokens in each, and a step reads no more. One scan where
-    no layer is full: the others read no more than they see in any case, and each scan is compiled by itself.
+    Args:
+      cfg: the model.
+      prefix_len: P, the first position that is fed.
+
+    Returns:
+      (first, end, cache_size) of each scan: it feeds the positions [first, end), and the caches of full layers have room
+      for `cache_size` image tokens. The last position of the image is not fed. One scan where no layer is full: other
+      layers read no more than they attend to in any case, and each scan is compiled separately.
     """
     last = cfg.num_codes - 1
-    ways = CACHE_BUCKETS if "full" in cfg.layer_kinds and cfg.num_codes >= 128 else 1
-    ends = [cfg.num_codes * (i + 1) // ways for i in range(ways)]
-    starts = [0, *ends[:-1]]
-    found = [(max(a, given), min(b, last), b) for a, b in zip(starts, ends, strict=True)]
-    return [(a, b, limit) for a, b, limit in found if a < b]
-
-
-CACHE_BUCKETS = 4
+    buckets = CACHE_BUCKETS if "full" in cfg.layer_kinds and cfg.num_codes >= 128 else 1
+    sizes = [cfg.num_codes * (i + 1) // buckets for i in range(buckets)]
+    scans = [
+        (max(first, prefix_len), min(size, last), size)
+        for first, size in zip([0, *sizes[:-1]], sizes, strict=True)
+    ]
+    return [(first, end, size) for first, end, size in scans if first < end]
 
 
 def squeeze_batch(cache: autoregressive.Cache) -> autoregressive.Cache:
-    """The caches as a loop carries them: a single row's without the axis of rows.
+    """Drop the batch axis of the caches of a single row, for the carry of a loop.
 
-    XLA leaves that axis out of the products, and would copy each cache in every step from one shape to the other and
-    back (tests/nn/test_cache.py).
+    XLA omits that axis in the products and would copy each cache from one shape to the other and back in every step
+    (tests/nn/test_kv_cache.py).
     """
     return jax.tree.map(lambda x: x[0] if x.ndim == 4 and len(x) == 1 else x, cache)
 
 
-def _advance(cfg, params, cache, code_B, keys_B, first, count, options):
-    """Feeds `count` codes, `code_B` at place `first` to begin with. Returns codes (count, B), and the caches."""
-    guided, like = options["guidance"] is not None, cache
+def _decode(
+    cfg: TransformerConfig,
+    params: Params,
+    cache: autoregressive.Cache,
+    code_B: jax.Array,
+    keys_B: jax.Array,
+    first: jax.Array | int,
+    num_steps: int,
+    options: dict[str, Any],
+) -> tuple[jax.Array, autoregressive.Cache]:
+    """Feed `num_steps` codes from position `first` on, `code_B` first. Returns the next codes, (L, B), and the cache."""
+    use_cfg, template = options["guidance_scale"] is not None, cache
 
-    def whole(cache):
-        return jax.tree.map(lambda x, old: x.reshape(old.shape), cache, like)
+    def unsqueeze(cache):
+        return jax.tree.map(lambda x, like: x.reshape(like.shape), cache, template)
 
-    def step(carry, place):
+    def step(carry, position):
         code_B, cache = carry
-        fed = jnp.concatenate([code_B, code_B]) if guided else code_B
-        logits, cache = autoregressive.decode_step(cfg, params, whole(cache), fed, place)
-        next_B = sample_codes(logits, keys_B, place + 1, **options)
+        fed = jnp.concatenate([code_B, code_B]) if use_cfg else code_B
+        logits, cache = autoregressive.decode_step(cfg, params, unsqueeze(cache), fed, position)
+        next_B = sample_codes(logits, keys_B, position + 1, **options)
         return (next_B, squeeze_batch(cache)), next_B
 
-    (_, cache), codes = jax.lax.scan(step, (code_B, squeeze_batch(cache)), first + jnp.arange(count))
-    return codes, whole(cache)
+    (_, cache), codes_LB = jax.lax.scan(step, (code_B, squeeze_batch(cache)), first + jnp.arange(num_steps))
+    return codes_LB, unsqueeze(cache)
 
 
-def _begin(cfg, params, text_CT, keys_B, prefix_BP, options):
-    """Returns the codes of place P, int32 (B,), and the caches."""
+def _prefill(
+    cfg: TransformerConfig,
+    params: Params,
+    text_CT: jax.Array,
+    keys_B: jax.Array,
+    prefix_BP: jax.Array | None,
+    options: dict[str, Any],
+) -> tuple[jax.Array, autoregressive.Cache]:
+    """Run the captions and prefix codes. Returns the codes of position P, int32 (B,), and the cache."""
     if keys_B.ndim != 1 or not len(keys_B) or len(keys_B) % len(text_CT):
         raise ValueError(
-            f"keys have shape {keys_B.shape}, want one per row: ({len(text_CT)},); use row_keys(seeds), with as "
-            "many seeds for each caption"
+            f"Expected one key per row, ({len(text_CT)},) or a multiple of it, got shape {keys_B.shape}. "
+            "Use row_keys(seeds)."
         )
-    copies = len(keys_B) // len(text_CT)
+    samples_per_caption = len(keys_B) // len(text_CT)
     with jax.named_scope("prefill"):
         logits, cache = autoregressive.prefill(
-            cfg, params, text_CT, prefix_BP, copies=copies, guided=options["guidance"] is not None
-        )
-        given = 0 if prefix_BP is None else prefix_BP.shape[1]
-        return sample_codes(logits, keys_B, given, **options), cache
+            cfg, params, text_CT, prefix_BP, copies=samples_per_caption,
+            guided=options["guidance_scale"] is not None,
+        )  # fmt: skip
+        prefix_len = 0 if prefix_BP is None else prefix_BP.shape[1]
+        return sample_codes(logits, keys_B, prefix_len, **options), cache
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "jacobi", "return_passes"))
+@functools.partial(jax.jit, static_argnames=("cfg", "top_k", "draft_len", "return_num_passes"))
 def generate(
     cfg: TransformerConfig,
     params: Params,
@@ -101,75 +126,98 @@ def generate(
     temperature: jax.Array | float = 1.0,
     top_k: int | None = None,
     top_p: jax.Array | float | None = None,
-    guidance: jax.Array | float | None = None,
-    prefix_BP: jax.Array | None = None,
-    jacobi: int | None = None,
-    return_passes: bool = False,
+    guidance_scale: jax.Array | float | None = None,
+    prefix_codes: jax.Array | None = None,
+    draft_len: int | None = None,
+    return_num_passes: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Draw the codes of one picture per row.
+    """Sample the codes of one image per row; jitted.
 
-    params: as `dalle.init` makes them, or as `autoregressive.prepare_for_decode` does, which saves a copy in each call.
-    text_CT: int32 (C, T); the null caption (`dalle.null_text`) samples without a caption.
-    keys_B: one key per row (`row_keys`); B = n * C draws n pictures of each caption, neighbours in the result,
-    and runs each caption once. temperature: 0 is greedy. top_k: static, None keeps all codes. top_p: share in
-    (0, 1], None keeps all. guidance: scale of classifier-free guidance, computed with the null caption in a
-    doubled batch; None samples the conditional model in a single batch. prefix_BP: int32, the first P < N codes
-    of every picture. Temperature, top_p and guidance are traced, scalars or (B,): another value does not
-    compile again. jacobi: static, codes that one pass of the network looks at: the pictures are the same, up to
-    rounding, in fewer passes, each of more work (jacobi.py); None draws one code a pass.
-    Returns int32 (B, N), the given codes included; with `return_passes` also int32 (B,), the passes that each row took
-    after the prefill. Raises ValueError for wrong shapes, P >= N, or `jacobi` outside 2 to N.
+    Temperature, top_p and guidance_scale are traced: another value does not compile again. Each is a scalar or (B,).
+
+    Args:
+      cfg: the model; static.
+      params: of `autoregressive.init`, or of `autoregressive.prepare_for_decode`, which saves a copy in each call.
+      text_CT: int32 captions; the null caption (`dalle.null_text`) samples unconditionally.
+      keys_B: one key per row (`row_keys`). B = n * C samples n images of each caption, neighbors in the result, with one
+        prefill per caption.
+      temperature: 0 or more; 0 is greedy decoding.
+      top_k: at least 1, static; None keeps every code.
+      top_p: in (0, 1]; None keeps every code.
+      guidance_scale: scale of classifier-free guidance, computed with the null caption in a doubled batch; None samples
+        the conditional model.
+      prefix_codes: int32 (B, P), the first P < N codes of every image.
+      draft_len: 2 to N, static; codes per forward pass of speculative decoding (speculative.py). The images are the same,
+        up to rounding, in fewer passes, each of more work. None decodes one code per pass.
+      return_num_passes: static; return the number of forward passes too.
+
+    Returns:
+      int32 (B, N), the prefix included; with `return_num_passes` also int32 (B,), the forward passes of each row after
+      the prefill.
+
+    Raises:
+      ValueError: wrong shapes, P >= N, or an invalid top_k or draft_len.
     """
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    check_draft_len(cfg, jacobi)
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "guidance_scale": guidance_scale,
+    }
+    check_draft_len(cfg, draft_len)
     params = autoregressive.prepare_for_decode(cfg, params)
-    code_B, cache = _begin(cfg, params, text_CT, keys_B, prefix_BP, options)
-    given = 0 if prefix_BP is None else prefix_BP.shape[1]
-    codes = [] if prefix_BP is None else [prefix_BP]
-    codes.append(code_B[:, None])
-    passes_B = jnp.full(len(keys_B), cfg.num_codes - 1 - given)
+    code_B, cache = _prefill(cfg, params, text_CT, keys_B, prefix_codes, options)
+    prefix_len = 0 if prefix_codes is None else prefix_codes.shape[1]
+    codes = [code_B[:, None]] if prefix_codes is None else [prefix_codes, code_B[:, None]]
+    num_passes_B = jnp.full(len(keys_B), cfg.num_codes - 1 - prefix_len)
     with jax.named_scope("decode"):
-        if jacobi is not None:
-            state = init_speculative(cfg, cache, jnp.concatenate(codes, axis=1), jacobi)
-            for _, _, limit in cache_schedule(cfg, given):  # the next where a row could go beyond
+        if draft_len is not None:
+            state = init_speculative(cfg, cache, jnp.concatenate(codes, axis=1), draft_len)
+            for _, _, cache_size in cache_schedule(cfg, prefix_len):  # the next when a row could exceed it
                 state = speculative_decode(
-                    cfg, params, state, keys_B, cfg.num_codes - 1, limit, jacobi, options
+                    cfg, params, state, keys_B, cfg.num_codes - 1, cache_size, draft_len, options
                 )
-            return (state.codes_BN, state.passes_B) if return_passes else state.codes_BN
-        for first, end, limit in cache_schedule(cfg, given):
-            cache = autoregressive.resize_cache(cfg, cache, limit)
-            rest, cache = _advance(cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, options)
-            codes.append(rest.T)
-    codes = jnp.concatenate(codes, axis=1).astype(jnp.int32)
-    return (codes, passes_B) if return_passes else codes
+            return (state.codes_BN, state.num_passes_B) if return_num_passes else state.codes_BN
+        for first, end, cache_size in cache_schedule(cfg, prefix_len):
+            cache = autoregressive.resize_cache(cfg, cache, cache_size)
+            codes_LB, cache = _decode(
+                cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, options
+            )
+            codes.append(codes_LB.T)
+    codes_BN = jnp.concatenate(codes, axis=1).astype(jnp.int32)
+    return (codes_BN, num_passes_B) if return_num_passes else codes_BN
+
+
+# --- in parts ---------------------------------------------------------------------------------------------
+
+_Programs = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(cfg: TransformerConfig, top_k: int | None, jacobi: int | None):
-    """Prefill, another room in the caches, and steps as programs of their own; the caches of a call are taken over by
-    the next."""
+def _stream_programs(cfg: TransformerConfig, top_k: int | None, draft_len: int | None) -> _Programs:
+    """Return jitted functions for the prefill, for resizing the cache and for decoding, which donates the cache."""
 
-    def begin(params, text_CT, keys_B, prefix_BP, options):
-        code_B, cache = _begin(cfg, params, text_CT, keys_B, prefix_BP, {**options, "top_k": top_k})
-        if jacobi is None:
+    def prefill(params, text_CT, keys_B, prefix_BP, options):
+        code_B, cache = _prefill(cfg, params, text_CT, keys_B, prefix_BP, {**options, "top_k": top_k})
+        if draft_len is None:
             return code_B, cache
-        known = [code_B[:, None]] if prefix_BP is None else [prefix_BP, code_B[:, None]]
-        cache, *state = init_speculative(cfg, cache, jnp.concatenate(known, axis=1), jacobi)
-        return state, cache
+        codes = [code_B[:, None]] if prefix_BP is None else [prefix_BP, code_B[:, None]]
+        cache, *rest = init_speculative(cfg, cache, jnp.concatenate(codes, axis=1), draft_len)
+        return rest, cache
 
-    def advance(params, cache, code_B, keys_B, first, count, options):
+    def decode(params, cache, code_B, keys_B, first, num_steps, options):
         options = {**options, "top_k": top_k}
-        return _advance(cfg, params, cache, code_B, keys_B, first, count, options)
+        return _decode(cfg, params, cache, code_B, keys_B, first, num_steps, options)
 
-    def ahead(params, cache, state, keys_B, goal, limit, options):
-        options = {**options, "top_k": top_k}
-        cache, *state = speculative_decode(
-            cfg, params, SpeculativeState(cache, *state), keys_B, goal, limit, jacobi, options
-        )
-        return state, cache
+    def decode_ahead(params, cache, rest, keys_B, end, cache_size, options):
+        assert draft_len is not None
+        state, options = SpeculativeState(cache, *rest), {**options, "top_k": top_k}
+        cache, *rest = speculative_decode(cfg, params, state, keys_B, end, cache_size, draft_len, options)
+        return rest, cache
 
     resize = jax.jit(autoregressive.resize_cache, static_argnums=(0, 2))
-    return jax.jit(begin), resize, jax.jit(ahead if jacobi else advance, static_argnums=5, donate_argnums=1)
+    decode = jax.jit(decode_ahead if draft_len else decode, static_argnums=5, donate_argnums=1)
+    return jax.jit(prefill), resize, decode
 
 
 def generate_stream(
@@ -178,81 +226,114 @@ def generate_stream(
     text_CT: jax.Array,
     keys_B: jax.Array,
     *,
-    rows: int = 1,
-    return_passes: bool = False,
-    **options,
+    preview_rows: int = 1,
+    return_num_passes: bool = False,
+    **options: Any,
 ) -> Iterator[Any]:
-    """The codes of `generate` as they come: int32 (B, M) after every `rows` rows of the raster, M to N.
+    """Yield the codes of `generate` so far, after every `preview_rows` rows of the raster.
 
-    Takes the options of `generate`; with `return_passes` pairs of codes and passes so far, int32 (B,). With `jacobi`
-    a part comes when the slowest picture has its rows, and has what that one has, which can be more rows at once.
-    The next rows are under way while the caller looks at these.
-    Raises ValueError for `rows` below 1, and what `generate` does.
+    The device decodes the next rows while the caller uses these. With `draft_len` a part is yielded when the slowest image
+    has its rows, with all rows that this image has, which can be more.
+
+    Args:
+      cfg: as for `generate`.
+      params: as for `generate`.
+      text_CT: as for `generate`.
+      keys_B: as for `generate`.
+      preview_rows: at least 1.
+      return_num_passes: yield the number of forward passes so far too.
+      **options: temperature, top_k, top_p, guidance_scale, prefix_codes and draft_len, as for `generate`.
+
+    Yields:
+      int32 (B, M) with growing M, the last with M = N; with `return_num_passes` pairs of it and int32 (B,).
+
+    Raises:
+      ValueError: preview_rows is below 1; what `generate` raises.
     """
-    if rows < 1:
-        raise ValueError(f"rows is {rows}; want a picture every 1 or more rows of codes")
-    options = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None, **options}
-    prefix_BP, top_k, jacobi = (options.pop(name, None) for name in ("prefix_BP", "top_k", "jacobi"))
-    check_draft_len(cfg, jacobi)
-    options = {n: None if v is None else jnp.float32(v) for n, v in options.items()}
+    if preview_rows < 1:
+        raise ValueError(f"Expected preview_rows of at least 1, got {preview_rows}.")
+    options = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": None, **options}
+    prefix_codes, top_k, draft_len = (
+        options.pop(name, None) for name in ("prefix_codes", "top_k", "draft_len")
+    )
+    check_draft_len(cfg, draft_len)
+    options = {name: None if value is None else jnp.float32(value) for name, value in options.items()}
     params = autoregressive.prepare_for_decode(cfg, params)
-    programs = _programs(cfg, top_k, jacobi)
-    begun = programs[0](params, text_CT, keys_B, prefix_BP, options)
-    given = None if prefix_BP is None else np.asarray(prefix_BP)
-    if jacobi is None:
-        parts = _rows(cfg, params, programs, begun, keys_B, given, rows, options)
+    programs = _stream_programs(cfg, top_k, draft_len)
+    prefilled = programs[0](params, text_CT, keys_B, prefix_codes, options)
+    prefix_BP = None if prefix_codes is None else np.asarray(prefix_codes)
+    if draft_len is None:
+        parts = _stream(cfg, params, programs, prefilled, keys_B, prefix_BP, preview_rows, options)
     else:
-        parts = _rows_ahead(cfg, params, programs, begun, keys_B, given, rows, jacobi, options)
-    for codes, passes_B in parts:
-        yield (codes, passes_B) if return_passes else codes
+        parts = _stream_speculative(
+            cfg, params, programs, prefilled, keys_B, prefix_BP, preview_rows, draft_len, options
+        )
+    for codes_BM, num_passes_B in parts:
+        yield (codes_BM, num_passes_B) if return_num_passes else codes_BM
 
 
-def _rows(cfg, params, programs, begun, keys_B, given_BP, rows, options):
-    """All pictures are at one place: the codes up to there, and the passes."""
-    (_, resize, advance), (code_B, cache) = programs, begun
-    done = [] if given_BP is None else [given_BP]
-    given = sum(part.shape[1] for part in done)
-    place, new, room = given, code_B[None], None
+def _stream(
+    cfg: TransformerConfig,
+    params: Params,
+    programs: _Programs,
+    prefilled: tuple[jax.Array, autoregressive.Cache],
+    keys_B: jax.Array,
+    prefix_BP: np.ndarray | None,
+    preview_rows: int,
+    options: dict[str, Any],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield codes and passes so far; all rows are at one position."""
+    (_, resize, decode), (code_B, cache) = programs, prefilled
+    done = [] if prefix_BP is None else [prefix_BP]
+    prefix_len = 0 if prefix_BP is None else prefix_BP.shape[1]
+    position, codes_LB, cache_size = prefix_len, code_B[None], None
 
     def part():
-        return np.concatenate(done, axis=1), np.full(len(keys_B), place - given, np.int32)
+        return np.concatenate(done, axis=1), np.full(len(keys_B), position - prefix_len, np.int32)
 
-    while place < cfg.num_codes - 1:
-        rows_done = (place + 1) // cfg.grid  # `new` ends with the code of `place`
-        end = min((rows_done + rows) * cfg.grid, cfg.num_codes) - 1
-        limit = next(limit for _, upto, limit in cache_schedule(cfg, 0) if end <= upto)
-        if limit != room:
-            cache, room = resize(cfg, cache, limit), limit
-        codes, cache = advance(params, cache, new[-1], keys_B, place, end - place, options)
-        done.append(np.asarray(new).T)  # waits for the codes before, while the next are on their way
-        if place > given:
+    while position < cfg.num_codes - 1:
+        rows_done = (position + 1) // cfg.grid  # `codes_LB` ends with the code of `position`
+        end = min((rows_done + preview_rows) * cfg.grid, cfg.num_codes) - 1
+        size = next(size for _, scan_end, size in cache_schedule(cfg, 0) if end <= scan_end)
+        if size != cache_size:
+            cache, cache_size = resize(cfg, cache, size), size
+        next_LB, cache = decode(params, cache, codes_LB[-1], keys_B, position, end - position, options)
+        done.append(np.asarray(codes_LB).T)  # waits for these codes; the next are already dispatched
+        if position > prefix_len:
             yield part()
-        place, new = end, codes
-    done.append(np.asarray(new).T)
+        position, codes_LB = end, next_LB
+    done.append(np.asarray(codes_LB).T)
     yield part()
 
 
-def _rows_ahead(cfg, params, programs, begun, keys_B, given_BP, rows, jacobi, options):
-    """Each picture is at a place of its own: the rows that all have, and the passes."""
-    _, resize, ahead = programs
-    (codes_BN, place_B, passes_B), cache = begun
+def _stream_speculative(
+    cfg: TransformerConfig,
+    params: Params,
+    programs: _Programs,
+    prefilled: tuple[tuple[jax.Array, jax.Array, jax.Array], autoregressive.Cache],
+    keys_B: jax.Array,
+    prefix_BP: np.ndarray | None,
+    preview_rows: int,
+    draft_len: int,
+    options: dict[str, Any],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the raster rows that all images have, and the passes so far; each image is at a position of its own."""
+    (_, resize, decode), (rest, cache) = programs, prefilled
     last = cfg.num_codes - 1
-    limits = [limit for _, _, limit in cache_schedule(cfg, 0)]
-    slowest = fastest = 0 if given_BP is None else given_BP.shape[1]
-    goal, room, part = slowest, None, None
+    sizes = [size for _, _, size in cache_schedule(cfg, 0)]
+    slowest = fastest = 0 if prefix_BP is None else prefix_BP.shape[1]
+    end, cache_size, part = slowest, None, None
     while slowest < last:
-        if slowest >= goal:
-            goal = min(((slowest + 1) // cfg.grid + rows) * cfg.grid, cfg.num_codes) - 1
-        limit = next((limit for limit in limits if fastest + jacobi <= limit), limits[-1])
-        if limit != room:
-            cache, room = resize(cfg, cache, limit), limit
-        (codes_BN, place_B, passes_B), cache = ahead(
-            params, cache, (codes_BN, place_B, passes_B), keys_B, goal, limit, options
-        )
+        if slowest >= end:
+            end = min(((slowest + 1) // cfg.grid + preview_rows) * cfg.grid, cfg.num_codes) - 1
+        size = next((size for size in sizes if fastest + draft_len <= size), sizes[-1])
+        if size != cache_size:
+            cache, cache_size = resize(cfg, cache, size), size
+        rest, cache = decode(params, cache, rest, keys_B, end, size, options)
         if part is not None:
             yield part
-        places = np.asarray(place_B)
-        slowest, fastest = places.min(), places.max()
+        codes_BN, position_B, num_passes_B = map(np.asarray, rest)
+        slowest, fastest = int(position_B.min()), int(position_B.max())
         whole = (slowest + 1) // cfg.grid * cfg.grid
-        part = None if slowest < goal else (np.asarray(codes_BN)[:, :whole], np.asarray(passes_B))
-    yield part if part is not None else (np.asarray(codes_BN), np.asarray(passes_B))
+        part = None if slowest < end else (codes_BN[:, :whole], num_passes_B)
+    yield part if part is not None else (np.asarray(rest[0]), np.asarray(rest[2]))

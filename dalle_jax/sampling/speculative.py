@@ -1,15 +1,17 @@
-"""Several codes per pass of the network: Jacobi iteration with the noise of every place held fixed.
+"""Speculative Jacobi decoding: several image tokens per forward pass, with the noise of each position held fixed.
 
-A code is the highest of scores plus Gumbel noise, and a place has noise of its own, from the row's key. Codes of
-a window of places are guessed, one pass gives the scores of all of them, and each is drawn anew with its own noise.
-A draw is right if every guess before it was, so that the first draw is, and those after it as far as guesses equal
-draws; the others are the next guesses. The picture is the one that is drawn code by code with the same key, up to the
-rounding of products of another shape, and so are all distributions.
-Passes are saved as in speculative Jacobi decoding (Teng et al. 2024, 2410.01699), which draws with fresh noise and
-takes or leaves a guess by the ratio of its two probabilities; fixed noise is from predictive sampling (Wiggers and
-Hoogeboom 2020, 2002.09928). On the demo both took about the same number of passes (benchmarks/RESULTS.md), and fixed
-noise keeps the law that a picture follows from its caption and seed alone.
-B rows, N codes, P codes known, Q places at once, V image vocabulary.
+By the Gumbel-max trick a code is the argmax of logits plus Gumbel noise, and the noise of a position follows from the
+row's key. Each pass feeds a window of draft codes, computes the logits after each of them and samples every position
+with its own noise. A sampled code is accepted if all drafts before it were right: the first always is, the others as
+long as drafts equal samples. Rejected samples are the drafts of the next pass. The image is the one that sequential
+decoding samples with the same key, up to the rounding of products of another shape; so are all distributions.
+
+The window is that of speculative Jacobi decoding (Teng et al. 2024, 2410.01699), which samples with fresh noise and
+accepts a draft by the ratio of its two probabilities; fixed noise is that of predictive sampling (Wiggers and Hoogeboom
+2020, 2002.09928). On the demo both took about the same number of passes (benchmarks/RESULTS.md), and with fixed noise an
+image depends on its caption and seed alone.
+
+B rows, N codes, P prefix codes, Q drafts of a row, V image vocabulary.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from dalle_jax.sampling.logits import sample_codes
 from dalle_jax.typing import Params
 
 
-def check_draft_len(cfg: TransformerConfig, window: int | None) -> None:
-    """Raises ValueError for a number of places that cannot be looked at together; None is one code a pass."""
-    if window is not None and not 2 <= window <= cfg.num_codes:
-        raise ValueError(f"jacobi is {window}; want 2 to {cfg.num_codes} codes at once, or None for one")
+def check_draft_len(cfg: TransformerConfig, draft_len: int | None) -> None:
+    """Raise ValueError for an invalid draft length; None is sequential decoding."""
+    if draft_len is not None and not 2 <= draft_len <= cfg.num_codes:
+        raise ValueError(
+            f"Expected draft_len from 2 to {cfg.num_codes}, got {draft_len}. Use None to decode one code per pass."
+        )
 
 
 def speculative_step(
@@ -37,54 +41,73 @@ def speculative_step(
     params: Params,
     cache: autoregressive.Cache,
     codes_BN: jax.Array,
-    place_B: jax.Array,
-    given_B: jax.Array,
-    window: int,
-    draw: Callable[[jax.Array, jax.Array], jax.Array],
-    guided: bool = False,
+    position_B: jax.Array,
+    prefix_len_B: jax.Array,
+    draft_len: int,
+    sample_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    use_cfg: bool = False,
 ) -> tuple[autoregressive.Cache, jax.Array, jax.Array]:
-    """Looks at Q places of each row, from `place_B` on; codes up to there are known, those after it guesses.
+    """Feed Q codes of each row, accept the right drafts among them and propose new drafts.
 
-    given_B: codes below this place are not drawn. draw: the codes, int32 (B, Q), of the raster places int32 (B, Q) by
-    their scores, float32 (B, Q, V). guided: the cache and the scores have 2 B rows, the second half for the null
-    caption. Returns the cache, the codes with new guesses among them, and how many more are known of each row, int32
-    (B,): 0 of one that is finished.
+    Args:
+      cfg: the model.
+      params: as `autoregressive.prepare_for_decode` returns them.
+      cache: after the codes before `position_B`; with guidance of 2 B rows, the null caption's last.
+      codes_BN: int32. Codes up to `position_B` are final, those after it are drafts.
+      position_B: int32, the first position to feed.
+      prefix_len_B: int32. Codes before this position are given and stay.
+      draft_len: Q, static.
+      sample_fn: maps logits, float32 (B or 2 B, Q, V), and positions, int32 (B, Q), to codes, int32 (B, Q).
+      use_cfg: static; the rows are doubled for guidance.
+
+    Returns:
+      The cache, the codes with new drafts, and the number of accepted codes of each row, int32 (B,): 0 of a row that is
+      finished.
     """
     last = cfg.num_codes - 1
-    places_BQ = place_B[:, None] + jnp.arange(window)[None]
-    after_BQ = places_BQ + 1
-    fed_BQ, there_BQ = (
-        jnp.take_along_axis(codes_BN, jnp.minimum(at, last), axis=1) for at in (places_BQ, after_BQ)
+    position_BQ = position_B[:, None] + jnp.arange(draft_len)[None]
+    next_BQ = position_BQ + 1
+    fed_BQ, draft_BQ = (
+        jnp.take_along_axis(codes_BN, jnp.minimum(index_BQ, last), axis=1)
+        for index_BQ in (position_BQ, next_BQ)
     )
-    both, at = (jnp.concatenate([x, x]) if guided else x for x in (fed_BQ, place_B))
-    scores, fresh = autoregressive.decode_drafts(cfg, params, cache, both, at)
-    drawn_BQ = jnp.where(after_BQ < given_B[:, None], there_BQ, draw(scores, after_BQ))
-    right_BQ = jnp.cumprod(drawn_BQ[:, :-1] == fed_BQ[:, 1:], axis=1)
-    count_B = jnp.minimum(1 + right_BQ.sum(axis=1), last - place_B)
-    kept = jnp.concatenate([count_B, count_B]) if guided else count_B
-    cache = autoregressive.commit_drafts(cfg, cache, fresh, at, kept)
-    codes_BN = codes_BN.at[jnp.arange(len(codes_BN))[:, None], after_BQ].set(drawn_BQ, mode="drop")
-    return cache, propose_drafts(cfg.grid, codes_BN, place_B + window, given_B, window), count_B
+    rows_fed, rows_position = (jnp.concatenate([x, x]) if use_cfg else x for x in (fed_BQ, position_B))
+    logits, new_kv = autoregressive.decode_drafts(cfg, params, cache, rows_fed, rows_position)
+    sampled_BQ = jnp.where(next_BQ < prefix_len_B[:, None], draft_BQ, sample_fn(logits, next_BQ))
+    right_BQ = jnp.cumprod(sampled_BQ[:, :-1] == fed_BQ[:, 1:], axis=1)
+    num_accepted_B = jnp.minimum(1 + right_BQ.sum(axis=1), last - position_B)
+    rows_accepted = jnp.concatenate([num_accepted_B, num_accepted_B]) if use_cfg else num_accepted_B
+    cache = autoregressive.commit_drafts(cfg, cache, new_kv, rows_position, rows_accepted)
+    codes_BN = codes_BN.at[jnp.arange(len(codes_BN))[:, None], next_BQ].set(sampled_BQ, mode="drop")
+    codes_BN = propose_drafts(cfg.grid, codes_BN, position_B + draft_len, prefix_len_B, draft_len)
+    return cache, codes_BN, num_accepted_B
 
 
 class SpeculativeState(NamedTuple):
-    """Rows under way: of codes up to `place_B` the caches, in which that code is not, and the passes that it took."""
+    """State of `speculative_decode`.
+
+    Attributes:
+      cache: after the codes before `position_B`.
+      codes_BN: int32. Codes up to `position_B` are final, those after it are drafts.
+      position_B: int32, the next position to feed.
+      num_passes_B: int32, the forward passes so far.
+    """
 
     cache: autoregressive.Cache
     codes_BN: jax.Array
-    place_B: jax.Array
-    passes_B: jax.Array
+    position_B: jax.Array
+    num_passes_B: jax.Array
 
 
 def init_speculative(
-    cfg: TransformerConfig, cache: autoregressive.Cache, known_BP: jax.Array, window: int
+    cfg: TransformerConfig, cache: autoregressive.Cache, prefix_BP: jax.Array, draft_len: int
 ) -> SpeculativeState:
-    """The start of `speculative_decode`: the first P codes are known, the cache is as after P - 1."""
-    rows, known = known_BP.shape
-    codes_BN = jnp.pad(known_BP, ((0, 0), (0, cfg.num_codes - known)), mode="edge")
-    place_B = jnp.full(rows, known - 1)
-    codes_BN = propose_drafts(cfg.grid, codes_BN, place_B, jnp.zeros(rows, jnp.int32), window)
-    return SpeculativeState(cache, codes_BN, place_B, jnp.zeros(rows, jnp.int32))
+    """Return the first state after P >= 1 codes, int32 (B, P), of which the first P - 1 are in the cache."""
+    rows, prefix_len = prefix_BP.shape
+    codes_BN = jnp.pad(prefix_BP, ((0, 0), (0, cfg.num_codes - prefix_len)), mode="edge")
+    position_B = jnp.full(rows, prefix_len - 1)
+    codes_BN = propose_drafts(cfg.grid, codes_BN, position_B, jnp.zeros(rows, jnp.int32), draft_len)
+    return SpeculativeState(cache, codes_BN, position_B, jnp.zeros(rows, jnp.int32))
 
 
 def speculative_decode(
@@ -92,55 +115,70 @@ def speculative_decode(
     params: Params,
     state: SpeculativeState,
     keys_B: jax.Array,
-    goal: jax.Array | int,
-    limit: int,
-    window: int,
+    end: jax.Array | int,
+    cache_size: int,
+    draft_len: int,
     options: dict[str, Any],
 ) -> SpeculativeState:
-    """Draws until the codes up to place `goal` are known of every row, each as fast as its guesses are right.
+    """Decode until the codes up to position `end` are final in every row; each row advances at its own rate.
 
-    limit: room of full layers for image tokens, to which the cache is resized; it ends before a row goes beyond.
-    window: Q >= 2. options: of `pick`.
+    Args:
+      cfg: the model.
+      params: as `autoregressive.prepare_for_decode` returns them.
+      state: of `init_speculative` or of an earlier call.
+      keys_B: one key per row.
+      end: a position below N.
+      cache_size: static, image tokens that the caches of full layers are resized to. Decoding stops before a row exceeds
+        it.
+      draft_len: Q >= 2, static.
+      options: keyword arguments of `sample_codes`.
     """
     last = cfg.num_codes - 1
-    each = {name: _each_place(value, window) for name, value in options.items() if name != "top_k"}
-    each["top_k"] = options["top_k"]
-    keys_X = jnp.repeat(keys_B, window, axis=0)
-    none_B = jnp.zeros(len(keys_B), jnp.int32)
+    repeated = {name: _repeat_rows(value, draft_len) for name, value in options.items() if name != "top_k"}
+    repeated["top_k"] = options["top_k"]
+    keys_X = jnp.repeat(keys_B, draft_len, axis=0)
+    no_prefix_B = jnp.zeros(len(keys_B), jnp.int32)
 
-    def draw(scores, after_BQ):
-        drawn_X = sample_codes(scores.reshape(-1, scores.shape[-1]), keys_X, after_BQ.ravel(), **each)
-        return drawn_X.reshape(after_BQ.shape)
+    def sample_fn(logits, position_BQ):
+        sampled_X = sample_codes(
+            logits.reshape(-1, logits.shape[-1]), keys_X, position_BQ.ravel(), **repeated
+        )
+        return sampled_X.reshape(position_BQ.shape)
 
-    def go(state: SpeculativeState) -> SpeculativeState:
-        cache, codes_BN, count_B = speculative_step(
-            cfg, params, state.cache, state.codes_BN, state.place_B, none_B, window, draw,
-            guided=options["guidance"] is not None,
+    def body(state: SpeculativeState) -> SpeculativeState:
+        cache, codes_BN, num_accepted_B = speculative_step(
+            cfg, params, state.cache, state.codes_BN, state.position_B, no_prefix_B, draft_len, sample_fn,
+            use_cfg=options["guidance_scale"] is not None,
         )  # fmt: skip
-        return SpeculativeState(cache, codes_BN, state.place_B + count_B, state.passes_B + (count_B > 0))
+        num_passes_B = state.num_passes_B + (num_accepted_B > 0)
+        return SpeculativeState(cache, codes_BN, state.position_B + num_accepted_B, num_passes_B)
 
-    def goes_on(state: SpeculativeState) -> jax.Array:
-        room = (limit > last) | (state.place_B.max() + window <= limit)
-        return (state.place_B.min() < goal) & room
+    def unfinished(state: SpeculativeState) -> jax.Array:
+        fits = (cache_size > last) | (state.position_B.max() + draft_len <= cache_size)
+        return (state.position_B.min() < end) & fits
 
-    state = state._replace(cache=autoregressive.resize_cache(cfg, state.cache, limit))
-    return jax.lax.while_loop(goes_on, go, state)
+    state = state._replace(cache=autoregressive.resize_cache(cfg, state.cache, cache_size))
+    return jax.lax.while_loop(unfinished, body, state)
 
 
-def _each_place(value: Any, window: int) -> Any:
-    """A setting of each row as one of each place of its window."""
-    return jnp.repeat(value, window, axis=0) if value is not None and jnp.ndim(value) else value
+def _repeat_rows(value: Any, draft_len: int) -> Any:
+    """Repeat an option of each row, (B,), for each of its drafts, (B * Q,); scalars and None stay."""
+    return jnp.repeat(value, draft_len, axis=0) if value is not None and jnp.ndim(value) else value
 
 
 def propose_drafts(
-    grid: int, codes_BN: jax.Array, top_B: jax.Array, given_B: jax.Array, count: int
+    grid: int, codes_BN: jax.Array, position_B: jax.Array, prefix_len_B: jax.Array, num_drafts: int
 ) -> jax.Array:
-    """First guesses for the `count` places after `top_B`, but for the `given_B` first: the code above, in the last row
-    there is; else the one at `top_B`."""
-    codes = codes_BN.shape[1]
-    top_B1 = jnp.minimum(top_B, codes - 1)[:, None]
-    ahead_1Q = jnp.arange(1, count + 1)[None]
-    above_BQ = top_B1 + ahead_1Q - grid * -(-ahead_1Q // grid)
-    guess_BQ = jnp.take_along_axis(codes_BN, jnp.where(above_BQ >= 0, above_BQ, top_B1), axis=1)
-    places_BQ = jnp.where(top_B1 + ahead_1Q < given_B[:, None], codes, top_B1 + ahead_1Q)
-    return codes_BN.at[jnp.arange(len(codes_BN))[:, None], places_BQ].set(guess_BQ, mode="drop")
+    """Write drafts to the `num_drafts` positions after `position_B`, except to the given codes before `prefix_len_B`.
+
+    The draft of a position is the code above it in the last raster row that is decoded, or the code at `position_B` where
+    there is none.
+    """
+    num_codes = codes_BN.shape[1]
+    position_B1 = jnp.minimum(position_B, num_codes - 1)[:, None]
+    offset_1Q = jnp.arange(1, num_drafts + 1)[None]
+    above_BQ = position_B1 + offset_1Q - grid * -(-offset_1Q // grid)
+    draft_BQ = jnp.take_along_axis(codes_BN, jnp.where(above_BQ >= 0, above_BQ, position_B1), axis=1)
+    target_BQ = position_B1 + offset_1Q
+    target_BQ = jnp.where(target_BQ < prefix_len_B[:, None], num_codes, target_BQ)
+    return codes_BN.at[jnp.arange(len(codes_BN))[:, None], target_BQ].set(draft_BQ, mode="drop")

@@ -70,17 +70,17 @@ def sampler(cfg, rows, **options):
 def queue(program, *counts, **options):
     held = jax.eval_shape(lambda: decode_state.init_decode_state(CFG, 4))
     return on_gpu(
-        program, (prepared(CFG), held, *map(jnp.int32, counts)), CFG, top_k=8, nucleus=False, **options
+        program, (prepared(CFG), held, *map(jnp.int32, counts)), CFG, top_k=8, use_top_p=False, **options
     )
 
 
 PROGRAMS = {
     "one row": lambda: sampler(CFG, 1),
     "eight rows": lambda: sampler(CFG, 8),
-    "guided": lambda: sampler(CFG, 1, guidance=1.5),
-    "jacobi": lambda: sampler(CFG, 2, jacobi=4),
+    "guided": lambda: sampler(CFG, 1, guidance_scale=1.5),
+    "jacobi": lambda: sampler(CFG, 2, draft_len=4),
     "queue": lambda: queue(decode_state.decode_steps, 1),
-    "queue, jacobi": lambda: queue(decode_state.speculative_passes, 1, 1, window=4),
+    "queue, jacobi": lambda: queue(decode_state.speculative_passes, 1, 1, draft_len=4),
 }
 
 

@@ -48,7 +48,7 @@ from dalle_jax.pipelines import (
     loading,
     text_to_image,
 )
-from dalle_jax.sampling.batcher import Request
+from dalle_jax.sampling.batcher import SamplingRequest
 from dalle_jax.text.tokenizers import TextTokenizer
 from dalle_jax.train import loop
 from dalle_jax.train.tasks import make_task
@@ -547,7 +547,7 @@ def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypa
         json.loads(line)["file"] for line in (tmp_path / "s" / "manifest.jsonl").read_text().split("\n")[1:-1]
     ]
     assert 9 <= len(done) < 22
-    monkeypatch.setattr(sample_file, "Request", lambda *a: (asked.append(a), Request(*a))[1])
+    monkeypatch.setattr(sample_file, "SamplingRequest", lambda *a: (asked.append(a), SamplingRequest(*a))[1])
     again = json_of(*call, "--out", tmp_path / "s")
     assert len(asked) == 22 - len(done) and len(again["pictures"]) == 22
     for name in [*(Path(p["file"]).name for p in whole["pictures"]), "grid.png"]:

@@ -140,7 +140,7 @@ def check_llamagen_t2i(files, out, tokenizers):
     nulls = np.asarray(dalle.null_texts(cfg, jnp.asarray(ids)))
     assert relative(scores(cfg, run.params, nulls, want["codes"])[1], want["null_logits"]) < 1e-5
     drawn = generate(
-        cfg, run.params, jnp.asarray(ids), row_keys(range(len(ids))), temperature=0.0, guidance=3.0
+        cfg, run.params, jnp.asarray(ids), row_keys(range(len(ids))), temperature=0.0, guidance_scale=3.0
     )
     np.testing.assert_array_equal(drawn, want["greedy"])
     assert len(np.unique(want["greedy"], axis=0)) == len(ids)

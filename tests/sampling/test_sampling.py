@@ -13,8 +13,8 @@ from tiny_models import CAPTIONS, TINY, captioned_params, uncached_logits
 from dalle_jax.models import autoregressive, dalle
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.sampling.logits import (
-    _first_highest,
-    _kth_by_bits,
+    _argmax,
+    _kth_largest,
     apply_cfg,
     keep_top_k,
     keep_top_p,
@@ -134,10 +134,10 @@ def test_each_place_draws_with_its_own_key():
 def test_prime_is_kept_and_continued(params, drawn):
     """A picture begun with its own first codes goes on as it did; with others, it keeps those."""
     keys = row_keys([3, 4, 5])
-    got = generate(TINY, params, CAPTIONS, keys, temperature=1.0, prefix_BP=jnp.asarray(drawn[:, :4]))
+    got = generate(TINY, params, CAPTIONS, keys, temperature=1.0, prefix_codes=jnp.asarray(drawn[:, :4]))
     np.testing.assert_array_equal(got, drawn)
     other = jnp.asarray((drawn[:, :4] + 1) % V)
-    got = np.asarray(generate(TINY, params, CAPTIONS, keys, temperature=1.0, prefix_BP=other))
+    got = np.asarray(generate(TINY, params, CAPTIONS, keys, temperature=1.0, prefix_codes=other))
     np.testing.assert_array_equal(got[:, :4], other)
     assert (got[:, 4:] != drawn[:, 4:]).any()
 
@@ -148,7 +148,7 @@ def test_guidance_by_hand(params, best):
     keys = row_keys([0, 1, 2])
 
     def guided(scale, prime=None):
-        options = {"temperature": 0.0, "top_p": 1.0, "guidance": scale, "prefix_BP": prime}
+        options = {"temperature": 0.0, "top_p": 1.0, "guidance_scale": scale, "prefix_codes": prime}
         return generate(TINY, params, CAPTIONS, keys, **options)
 
     def by_hand(cfg, params, text_BT, codes):
@@ -168,7 +168,7 @@ def test_guidance_by_hand(params, best):
 
 
 def test_guided_rows_are_independent_too(params):
-    keys, options = row_keys([3, 4, 5]), {"temperature": 1.0, "top_p": 1.0, "guidance": 3.0}
+    keys, options = row_keys([3, 4, 5]), {"temperature": 1.0, "top_p": 1.0, "guidance_scale": 3.0}
     whole = generate(TINY, params, CAPTIONS, keys, **options)
     turned = generate(TINY, params, CAPTIONS[::-1], keys[::-1], **options)
     np.testing.assert_array_equal(turned[::-1], whole)
@@ -178,7 +178,7 @@ def test_other_values_do_not_compile_again(params):
     """Temperature, top-p and guidance are traced."""
 
     def go(temperature, top_p, guidance):
-        options = {"temperature": temperature, "top_p": top_p, "guidance": guidance}
+        options = {"temperature": temperature, "top_p": top_p, "guidance_scale": guidance}
         return np.asarray(generate(TINY, params, CAPTIONS, row_keys([0, 1, 2]), **options))
 
     first = go(1.0, 0.9, 1.5)
@@ -191,15 +191,21 @@ def test_other_values_do_not_compile_again(params):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"keys": row_keys([0])}, r"keys have shape \(1,\), want one per row: \(3,\); use row_keys"),
+        ({"keys": row_keys([0])}, r"Expected one key per row, \(3,\) or a multiple of it, got shape \(1,\)"),
         ({"text": CAPTIONS[:, :2]}, r"text has shape \(3, 2\), want \(batch, 3\)"),
-        ({"text": CAPTIONS[:, :2], "guidance": 2.0}, r"text has shape \(3, 2\), want \(batch, 3\)"),
-        ({"prefix_BP": jnp.zeros((B, N), jnp.int32)}, "9 codes are given of 9; nothing is left to sample"),
-        ({"prefix_BP": jnp.zeros((2, 4), jnp.int32)}, r"codes have shape \(2, 4\), want \(3, 9\) or fewer"),
-        ({"prefix_BP": jnp.zeros((2, 4), jnp.int32), "guidance": 2.0}, r"shape \(2, 4\), want \(3, 9\)"),
-        ({"prefix_BP": jnp.zeros((B, 4))}, "codes is float32, want int32"),
-        ({"prefix_BP": jnp.zeros(4, jnp.int32)}, r"codes have shape \(4,\), want \(3, 9\)"),
-        ({"top_k": 0}, "top_k is 0; want at least 1"),
+        ({"text": CAPTIONS[:, :2], "guidance_scale": 2.0}, r"text has shape \(3, 2\), want \(batch, 3\)"),
+        ({"prefix_codes": jnp.zeros((B, N), jnp.int32)}, "9 codes are given of 9; nothing is left to sample"),
+        (
+            {"prefix_codes": jnp.zeros((2, 4), jnp.int32)},
+            r"codes have shape \(2, 4\), want \(3, 9\) or fewer",
+        ),
+        (
+            {"prefix_codes": jnp.zeros((2, 4), jnp.int32), "guidance_scale": 2.0},
+            r"shape \(2, 4\), want \(3, 9\)",
+        ),
+        ({"prefix_codes": jnp.zeros((B, 4))}, "codes is float32, want int32"),
+        ({"prefix_codes": jnp.zeros(4, jnp.int32)}, r"codes have shape \(4,\), want \(3, 9\)"),
+        ({"top_k": 0}, "Expected top_k of at least 1, got 0"),
     ],
 )
 def test_generate_refuses(params, change, match):
@@ -242,7 +248,7 @@ def test_the_kth_is_found_bit_by_bit(k):
     rows[1] = np.round(rows[1])  # ties
     rows[2] *= 10.0 ** rng.integers(-30, 30, 50)
     rows[3, ::3], rows[3, 1] = -np.inf, np.inf
-    np.testing.assert_array_equal(_kth_by_bits(jnp.asarray(rows), k), np.sort(rows, axis=-1)[:, -k])
+    np.testing.assert_array_equal(_kth_largest(jnp.asarray(rows), k), np.sort(rows, axis=-1)[:, -k])
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,7 @@ def test_the_draw_is_that_of_jax():
 @pytest.mark.parametrize("row", [[0.0, -0.0, -1.0], [-0.0, 0.0], [-np.inf, -3.0, -3.0], [-np.inf] * 3])
 def test_the_first_of_the_highest(row):
     x = jnp.array([row, row[::-1]])
-    np.testing.assert_array_equal(_first_highest(x), np.argmax(np.asarray(x), axis=1))
+    np.testing.assert_array_equal(_argmax(x), np.argmax(np.asarray(x), axis=1))
 
 
 def test_temperature_and_order_of_the_filters():

@@ -110,8 +110,8 @@ def test_candidates_share_their_caption():
     """Several seeds of a caption, run once for all of them, draw what each draws with a caption of its own."""
     params = captioned_params(CFG)
     seeds = row_keys(range(6))
-    together = generate(CFG, params, CAPTIONS[:2], seeds, guidance=3.0)
-    apart = generate(CFG, params, jnp.repeat(CAPTIONS[:2], 3, axis=0), seeds, guidance=3.0)
+    together = generate(CFG, params, CAPTIONS[:2], seeds, guidance_scale=3.0)
+    apart = generate(CFG, params, jnp.repeat(CAPTIONS[:2], 3, axis=0), seeds, guidance_scale=3.0)
     np.testing.assert_array_equal(together, apart)
     assert len(np.unique(together, axis=0)) == 6
 
@@ -120,17 +120,17 @@ def test_candidates_share_their_caption():
 def test_rows_as_they_come(given):
     """The picture in parts is the picture: whole rows of the raster each time, the last part all of it."""
     params = captioned_params(CFG)
-    options = {"guidance": jnp.float32(2.0), "top_k": 5, "temperature": jnp.float32(0.8)}
+    options = {"guidance_scale": jnp.float32(2.0), "top_k": 5, "temperature": jnp.float32(0.8)}
     keys = row_keys([3, 4, 5])
     whole = generate(CFG, params, CAPTIONS, keys, **options)
-    options |= {"prefix_BP": whole[:, :given]} if given else {}
-    parts = list(generate_stream(CFG, params, CAPTIONS, keys, rows=2, **options))
+    options |= {"prefix_codes": whole[:, :given]} if given else {}
+    parts = list(generate_stream(CFG, params, CAPTIONS, keys, preview_rows=2, **options))
     for part in parts:
         np.testing.assert_array_equal(part, whole[:, : part.shape[1]])
     lengths = [part.shape[1] for part in parts]
     assert lengths == {0: [10, 20, 25], 7: [15, 25]}[given]
-    with pytest.raises(ValueError, match="rows is 0; want a picture every 1 or more"):
-        next(generate_stream(CFG, params, CAPTIONS, keys, rows=0))
+    with pytest.raises(ValueError, match="Expected preview_rows of at least 1, got 0"):
+        next(generate_stream(CFG, params, CAPTIONS, keys, preview_rows=0))
 
 
 def loop_bodies(text):
@@ -140,17 +140,19 @@ def loop_bodies(text):
     return [b for b in blocks if any(re.match(rf"%?{re.escape(n)} ", b) for n in names)]
 
 
-def programs(grid, jacobi=None, rows=2):
+def programs(grid, draft_len=None, rows=2):
     cfg = dataclasses.replace(CFG, grid=grid, text_len=2, dim=32)
     params = autoregressive.prepare_for_decode(cfg, captioned_params(cfg))
     text = jnp.stack([dalle.null_text(cfg)] * rows)
-    return cfg, generate.lower(cfg, params, text, row_keys(range(rows)), top_k=3, jacobi=jacobi).compile()
+    return cfg, generate.lower(
+        cfg, params, text, row_keys(range(rows)), top_k=3, draft_len=draft_len
+    ).compile()
 
 
-@pytest.mark.parametrize(("jacobi", "rows"), [(None, 2), (5, 2), (None, 1)])
-def test_the_loop_copies_no_cache(jacobi, rows):
+@pytest.mark.parametrize(("draft_len", "rows"), [(None, 2), (5, 2), (None, 1)])
+def test_the_loop_copies_no_cache(draft_len, rows):
     """In the compiled loop nothing of the size of a cache is copied, with the axis of a single row or without."""
-    cfg, compiled = programs(8, jacobi, rows)
+    cfg, compiled = programs(8, draft_len, rows)
     bodies = loop_bodies(compiled.as_text())
     leads = ("2,2",) if rows == 2 else ("1,2", "2")
     cached = {

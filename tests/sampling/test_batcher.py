@@ -12,10 +12,10 @@ from tiny_models import CAPTIONS, FAMILIES, TINY, captioned_params, family_batch
 
 from dalle_jax.models import autoregressive, dalle
 from dalle_jax.sampling import decode_state as device
-from dalle_jax.sampling.batcher import ContinuousBatcher, Request
+from dalle_jax.sampling.batcher import ContinuousBatcher, SamplingRequest
 from dalle_jax.sampling.generate import generate, row_keys
 
-# A ring; tests/nn/test_cache.py and tests/sampling/test_jacobi.py have rows at places of their own for every kind.
+# A ring; tests/nn/test_kv_cache.py and tests/sampling/test_speculative.py have rows at places of their own for every kind.
 CFG = dataclasses.replace(TINY, grid=5, attention=("row",), layers=1)
 N, V = CFG.num_codes, CFG.image_vocab
 
@@ -30,7 +30,7 @@ def requests(count):
     rng = np.random.default_rng(0)
     texts = [*np.asarray(CAPTIONS), np.asarray(dalle.null_text(CFG))]
     return [
-        Request(
+        SamplingRequest(
             texts[i // 2 % 4],
             seed=int(rng.integers(2**32)),
             temperature=[1.0, 0.7, 0.0][i % 3],
@@ -44,18 +44,18 @@ def requests(count):
 
 def alone(params, request):
     """The same picture by `generate`, in a batch of one."""
-    prime = {"prefix_BP": jnp.asarray(request.prefix_codes)[None]} if len(request.prefix_codes) else {}
+    prime = {"prefix_codes": jnp.asarray(request.prefix_codes)[None]} if len(request.prefix_codes) else {}
     return np.asarray(
         generate(
             CFG, params, jnp.asarray(request.text_T)[None], row_keys([request.seed]),
             temperature=jnp.float32(request.temperature), top_p=jnp.float32(request.top_p),
-            guidance=jnp.float32(request.guidance_scale), **prime,
+            guidance_scale=jnp.float32(request.guidance_scale), **prime,
         )
     )[0]  # fmt: skip
 
 
-COUNT, SLOTS, WINDOW = 20, 9, 6
-one_code_or_several = pytest.mark.parametrize("jacobi", [None, WINDOW])
+COUNT, SLOTS, DRAFT_LEN = 20, 9, 6
+one_code_or_several = pytest.mark.parametrize("draft_len", [None, DRAFT_LEN])
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def wanted(params):
 
 
 @one_code_or_several
-def test_every_picture_is_the_one_sampled_alone(params, wanted, jacobi):
+def test_every_picture_is_the_one_sampled_alone(params, wanted, draft_len):
     """With seeds, guidance, temperature, top-p and given codes of all lengths mixed; slots end at all times."""
-    queue = ContinuousBatcher(CFG, params, SLOTS, jacobi=jacobi)
+    queue = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len)
     assert [queue.submit(request) for request in requests(COUNT)] == list(range(COUNT))
     assert queue.codes_per_pass is None
     found = dict(queue.drain())
@@ -74,7 +74,7 @@ def test_every_picture_is_the_one_sampled_alone(params, wanted, jacobi):
     for ticket, want in enumerate(wanted):
         np.testing.assert_array_equal(found[ticket], want, err_msg=str(requests(COUNT)[ticket]))
     assert len(np.unique(wanted, axis=0)) == COUNT
-    assert queue.codes_per_pass == 1 if jacobi is None else 1.2 < queue.codes_per_pass < WINDOW
+    assert queue.codes_per_pass == 1 if draft_len is None else 1.2 < queue.codes_per_pass < DRAFT_LEN
 
 
 OTHERS = {  # with as few layers as have all of their choices
@@ -94,15 +94,15 @@ def test_other_families(cfg):
     positions: one code a pass and several, together and in a queue, with and without guidance, draw the same."""
     params = autoregressive.prepare_for_decode(cfg, family_params(cfg))
     text, scales = family_batch(cfg, 2)[0], [1.0, 2.0, 1.0, 0.5]
-    options = {"temperature": jnp.float32(0.5), "guidance": jnp.array(scales)}
+    options = {"temperature": jnp.float32(0.5), "guidance_scale": jnp.array(scales)}
     want = generate(cfg, params, text, row_keys(range(4)), **options)
     got, passes = generate(
-        cfg, params, text, row_keys(range(4)), jacobi=WINDOW, return_passes=True, **options
+        cfg, params, text, row_keys(range(4)), draft_len=DRAFT_LEN, return_num_passes=True, **options
     )
     np.testing.assert_array_equal(got, want)
     assert (passes < cfg.num_codes - 1).all()
     asked = [
-        Request(
+        SamplingRequest(
             np.asarray(text)[i // 2],
             seed=i,
             temperature=0.5,
@@ -111,26 +111,26 @@ def test_other_families(cfg):
         )
         for i, scale in enumerate(scales)
     ]
-    for jacobi in (None, WINDOW):
-        queue, found = ContinuousBatcher(cfg, params, slots=3, jacobi=jacobi), {}
+    for draft_len in (None, DRAFT_LEN):
+        queue, found = ContinuousBatcher(cfg, params, num_slots=3, draft_len=draft_len), {}
         for request in asked:  # one by one, to places of their own
             queue.submit(request)
-            found |= dict(queue.step(most=3))
+            found |= dict(queue.step(max_passes=3))
         found |= dict(queue.drain())
         for ticket, codes in found.items():
-            np.testing.assert_array_equal(codes, want[ticket], err_msg=f"{ticket}, {jacobi}")
+            np.testing.assert_array_equal(codes, want[ticket], err_msg=f"{ticket}, {draft_len}")
         assert len(found) == 4
 
 
 @one_code_or_several
-def test_requests_that_come_while_others_are_drawn(params, wanted, jacobi):
+def test_requests_that_come_while_others_are_drawn(params, wanted, draft_len):
     """In the midst of the work a new request takes a slot, and no other moves."""
-    queue, found, waiting = ContinuousBatcher(CFG, params, SLOTS, jacobi=jacobi), {}, requests(COUNT)
+    queue, found, waiting = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len), {}, requests(COUNT)
     while waiting or len(queue):
         for request in waiting[:2]:
             queue.submit(request)
         waiting = waiting[2:]
-        found |= dict(queue.step(most=7 if jacobi is None else 2))
+        found |= dict(queue.step(max_passes=7 if draft_len is None else 2))
     for ticket, want in enumerate(wanted):
         np.testing.assert_array_equal(found[ticket], want)
 
@@ -138,11 +138,15 @@ def test_requests_that_come_while_others_are_drawn(params, wanted, jacobi):
 def test_codes_per_pass_by_hand():
     """Where every guess is right: 24 codes after the first in passes of 6, and the last 14 of 25 in the three passes
     that go beyond what was given."""
-    queue = ContinuousBatcher(CFG, jax.tree.map(jnp.zeros_like, captioned_params(CFG)), SLOTS, jacobi=WINDOW)
+    queue = ContinuousBatcher(
+        CFG, jax.tree.map(jnp.zeros_like, captioned_params(CFG)), SLOTS, draft_len=DRAFT_LEN
+    )
     text = np.asarray(CAPTIONS[0])
-    queue.submit(Request(text, seed=0, temperature=0.0))
+    queue.submit(SamplingRequest(text, seed=0, temperature=0.0))
     queue.submit(
-        Request(text, seed=0, temperature=0.0, guidance_scale=2.0, prefix_codes=np.zeros(11, np.int32))
+        SamplingRequest(
+            text, seed=0, temperature=0.0, guidance_scale=2.0, prefix_codes=np.zeros(11, np.int32)
+        )
     )
     for _, codes in queue.drain():
         np.testing.assert_array_equal(codes, 0)
@@ -152,7 +156,7 @@ def test_codes_per_pass_by_hand():
 def test_slots_are_filled_an_eighth_at_once(params):
     """With several codes a pass some picture ends in nearly every one: while requests wait, the device goes on until
     two of the nine slots are free. Afterwards each picture comes when it is done."""
-    queue = ContinuousBatcher(CFG, params, SLOTS, jacobi=WINDOW)
+    queue = ContinuousBatcher(CFG, params, SLOTS, draft_len=DRAFT_LEN)
     for request in requests(2 * COUNT):
         if request.guidance_scale == 1:
             queue.submit(request)
@@ -163,10 +167,10 @@ def test_slots_are_filled_an_eighth_at_once(params):
 
 
 @one_code_or_several
-def test_five_programs_are_enough(params, jacobi):
+def test_five_programs_are_enough(params, draft_len):
     """One request, and many with top-p among them; then others, in other numbers and orders, compile nothing more."""
     programs = [device.decode_steps, device.speculative_passes, device.prefill_slots]
-    queue = ContinuousBatcher(CFG, params, SLOTS, jacobi=jacobi)
+    queue = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len)
     for many in (requests(1), requests(2), requests(COUNT)):
         for request in many:
             queue.submit(request)
@@ -175,7 +179,7 @@ def test_five_programs_are_enough(params, jacobi):
     for request in reversed(requests(COUNT)):
         queue.submit(request._replace(guidance_scale=request.guidance_scale * 1.1, temperature=0.3))
         if len(queue) > 5:
-            queue.step(most=4)
+            queue.step(max_passes=4)
     assert len(dict(queue.drain())) > 0
     assert [program._cache_size() for program in programs] == compiled
 
@@ -197,31 +201,31 @@ def test_memory_stays(params):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"text_T": np.zeros(2, np.int32)}, r"text is int32 \(2,\); want integers \(3,\)"),
-        ({"text_T": np.zeros(3)}, "text is float64"),
-        ({"seed": -1}, "seed is -1; want an integer in"),
-        ({"temperature": float("nan")}, "temperature is nan; want 0"),
-        ({"top_p": 0.0}, "top_p is 0.0; want a share"),
-        ({"guidance_scale": -1.0}, "guidance_scale is -1.0; want 0 or more"),
-        ({"guidance_scale": 2.0}, "guidance takes two slots, this queue has one"),
+        ({"text_T": np.zeros(2, np.int32)}, r"Expected text of integers \(3,\), got int32 \(2,\)"),
+        ({"text_T": np.zeros(3)}, "got float64"),
+        ({"seed": -1}, "Expected seed to be an integer in .*, got -1"),
+        ({"temperature": float("nan")}, "Expected temperature to be 0 .* or more, got nan"),
+        ({"top_p": 0.0}, "Expected top_p to be a fraction .*, got 0.0"),
+        ({"guidance_scale": -1.0}, "Expected guidance_scale to be 0 or more .*, got -1.0"),
+        ({"guidance_scale": 2.0}, "Expected at least 2 slots for guidance, got 1"),
         (
             {"prefix_codes": np.zeros(N, np.int32)},
-            rf"prefix_codes is int32 \({N},\); want integers, fewer than {N}",
+            rf"Expected prefix_codes of fewer than {N} integers, got int32 \({N},\)",
         ),
     ],
 )
 def test_what_it_cannot_draw(params, change, match):
-    queue = ContinuousBatcher(CFG, params, slots=1)
+    queue = ContinuousBatcher(CFG, params, num_slots=1)
     with pytest.raises(ValueError, match=match):
         queue.submit(requests(1)[0]._replace(**change))
     assert len(queue) == 0 and queue.step() == []
 
 
 def test_bad_queues(params):
-    with pytest.raises(ValueError, match="slots is 0; want at least 1"):
-        ContinuousBatcher(CFG, params, slots=0)
-    with pytest.raises(ValueError, match="top_k is 0; want at least 1"):
-        ContinuousBatcher(CFG, params, slots=1, top_k=0)
-    for window in (1, N + 1):
-        with pytest.raises(ValueError, match=f"jacobi is {window}; want 2 to {N} codes at once"):
-            ContinuousBatcher(CFG, params, slots=1, jacobi=window)
+    with pytest.raises(ValueError, match="Expected num_slots of at least 1, got 0"):
+        ContinuousBatcher(CFG, params, num_slots=0)
+    with pytest.raises(ValueError, match="Expected top_k of at least 1, got 0"):
+        ContinuousBatcher(CFG, params, num_slots=1, top_k=0)
+    for draft_len in (1, N + 1):
+        with pytest.raises(ValueError, match=f"Expected draft_len from 2 to {N}, got {draft_len}"):
+            ContinuousBatcher(CFG, params, num_slots=1, draft_len=draft_len)

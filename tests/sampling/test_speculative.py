@@ -26,8 +26,8 @@ def params():
     return autoregressive.prepare_for_decode(CFG, captioned_params(CFG))
 
 
-WINDOW = 4
-drawn = functools.partial(generate, CFG, return_passes=True)
+DRAFT_LEN = 4
+drawn = functools.partial(generate, CFG, return_num_passes=True)
 
 
 @pytest.mark.parametrize("temperature", [0.4, 0.0])
@@ -35,17 +35,17 @@ def test_the_same_pictures_in_fewer_passes(params, temperature):
     keys = row_keys([3, 4, 5])
     want, most = drawn(params, CAPTIONS, keys, temperature=temperature)
     np.testing.assert_array_equal(most, [N - 1] * 3)
-    got, passes = drawn(params, CAPTIONS, keys, temperature=temperature, jacobi=WINDOW)
+    got, passes = drawn(params, CAPTIONS, keys, temperature=temperature, draft_len=DRAFT_LEN)
     assert got.dtype == jnp.int32 and passes.dtype == jnp.int32
     np.testing.assert_array_equal(got, want)
-    assert (passes < N - 1).all() and (passes >= -(-(N - 1) // WINDOW)).all()
+    assert (passes < N - 1).all() and (passes >= -(-(N - 1) // DRAFT_LEN)).all()
 
 
 def test_windows_beyond_rings_with_guidance_filters_and_given_codes(params):
     keys = row_keys([3, 4, 5])
-    options = {"temperature": jnp.array([0.3, 1.0, 0.0]), "guidance": 1.5, "top_k": 5, "top_p": 0.9}
+    options = {"temperature": jnp.array([0.3, 1.0, 0.0]), "guidance_scale": 1.5, "top_k": 5, "top_p": 0.9}
     want, _ = drawn(params, CAPTIONS, keys, **options)
-    got, passes = drawn(params, CAPTIONS, keys, jacobi=9, prefix_BP=want[:, :7], **options)
+    got, passes = drawn(params, CAPTIONS, keys, draft_len=9, prefix_codes=want[:, :7], **options)
     np.testing.assert_array_equal(got, want)
     assert (passes < N - 1 - 7).all()
 
@@ -58,11 +58,11 @@ def test_length_buckets_and_rows_as_they_come(monkeypatch):
     params = autoregressive.prepare_for_decode(cfg, captioned_params(cfg))
     keys = row_keys([0, 1, 2])
     want = generate(cfg, params, CAPTIONS, keys, temperature=0.3)
-    options = {"temperature": 0.3, "jacobi": 7, "return_passes": True}
+    options = {"temperature": 0.3, "draft_len": 7, "return_num_passes": True}
     got, passes = generate(cfg, params, CAPTIONS, keys, **options)
     np.testing.assert_array_equal(got, want)
     assert (passes < cfg.num_codes - 1).all() and len(set(np.asarray(passes))) > 1
-    parts = list(generate_stream(cfg, params, CAPTIONS, keys, rows=2, **options))
+    parts = list(generate_stream(cfg, params, CAPTIONS, keys, preview_rows=2, **options))
     lengths = [codes.shape[1] for codes, _ in parts]
     for codes, _ in parts:
         np.testing.assert_array_equal(codes, want[:, : codes.shape[1]])
@@ -77,12 +77,12 @@ def test_rows_by_hand():
     that comes with them, four a pass, and of all of them the whole rows."""
     cfg = dataclasses.replace(CFG, layers=1)
     flat = jax.tree.map(jnp.zeros_like, captioned_params(cfg))
-    options = {"temperature": 0.0, "jacobi": WINDOW, "return_passes": True}
+    options = {"temperature": 0.0, "draft_len": DRAFT_LEN, "return_num_passes": True}
     for given, want in {
         0: [(5, 1), (10, 3), (15, 4), (20, 5), (25, 6)],
         7: [(10, 1), (15, 2), (20, 3), (25, 5)],
     }.items():
-        begun = {"prefix_BP": jnp.zeros((3, given), jnp.int32)} if given else {}
+        begun = {"prefix_codes": jnp.zeros((3, given), jnp.int32)} if given else {}
         parts = generate_stream(cfg, flat, CAPTIONS, row_keys([0, 1, 2]), **options, **begun)
         assert [(codes.shape[1], *set(passes)) for codes, passes in parts] == want
 
@@ -90,13 +90,13 @@ def test_rows_by_hand():
 def test_passes_by_hand():
     """Where every guess is right a pass gives as many codes as it looks at."""
     flat = autoregressive.prepare_for_decode(CFG, jax.tree.map(jnp.zeros_like, captioned_params(CFG)))
-    codes, passes = drawn(flat, CAPTIONS, row_keys([0, 1, 2]), temperature=0.0, jacobi=WINDOW)
+    codes, passes = drawn(flat, CAPTIONS, row_keys([0, 1, 2]), temperature=0.0, draft_len=DRAFT_LEN)
     np.testing.assert_array_equal(codes, 0)
     np.testing.assert_array_equal(passes, [6] * 3)  # 24 codes after the first, 4 a pass
 
 
 def test_a_row_is_its_caption_and_seed_alone(params):
-    options = {"temperature": 0.4, "jacobi": WINDOW}
+    options = {"temperature": 0.4, "draft_len": DRAFT_LEN}
     codes, passes = drawn(params, CAPTIONS, row_keys([3, 4, 5]), **options)
     moved = CAPTIONS[np.array([2, 2, 0])]
     other, mine = drawn(params, moved, row_keys([5, 9, 3]), **options)
@@ -133,11 +133,11 @@ def test_a_pass_is_as_many_steps_and_wrong_guesses_leave_no_trace(in_raster):
     _, cache = jax.jit(dalle.prefill, static_argnums=0)(cfg, params, CAPTIONS)
     drafts = jax.jit(dalle.decode_drafts, static_argnums=0)
     keep = jax.jit(dalle.commit_drafts, static_argnums=0)
-    window, place, by_steps = 9, np.zeros(3, int), cache
+    draft_len, place, by_steps = 9, np.zeros(3, int), cache
     for count in ([9, 1, 5], [8, 3, 0], [2, 9, 9]):
-        right = np.minimum(place[:, None] + np.arange(window), N - 1)
+        right = np.minimum(place[:, None] + np.arange(draft_len), N - 1)
         fed = np.asarray(codes)[np.arange(3)[:, None], right]
-        wrong = np.arange(window)[None] >= np.array(count)[:, None]
+        wrong = np.arange(draft_len)[None] >= np.array(count)[:, None]
         fed = np.where(wrong, (fed + 1 + rng.integers(0, V - 1, fed.shape)) % V, fed)
         scores, fresh = drafts(cfg, params, cache, jnp.asarray(fed), jnp.asarray(place))
         for row, many in enumerate(count):
@@ -180,14 +180,16 @@ def chances():
     return np.exp(nats[..., 0].sum(axis=1))
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_the_distribution_is_that_of_the_model(window):
+@pytest.mark.parametrize("draft_len", [None, 3])
+def test_the_distribution_is_that_of_the_model(draft_len):
     """Pearson's statistic of 20,000 pictures over the ones that are expected 5 times or more, the rest as one, within
     five standard deviations; 2 of 100 rows given to another picture exceed it."""
     count, chance = 20_000, chances()
     np.testing.assert_allclose(chance.sum(), 1, rtol=1e-4)
     params = autoregressive.prepare_for_decode(ENUMERABLE, captioned_params(ENUMERABLE))
-    codes = np.asarray(generate(ENUMERABLE, params, CAPTIONS[:1], row_keys(range(count)), jacobi=window))
+    codes = np.asarray(
+        generate(ENUMERABLE, params, CAPTIONS[:1], row_keys(range(count)), draft_len=draft_len)
+    )
     seen = np.bincount(codes @ [27, 9, 3, 1], minlength=81)
 
     def pearson(seen):
@@ -206,8 +208,8 @@ def test_the_distribution_is_that_of_the_model(window):
 
 
 def test_bad_windows(params):
-    for window in (1, N + 1):
-        with pytest.raises(ValueError, match=f"jacobi is {window}; want 2 to {N} codes at once"):
-            generate(CFG, params, CAPTIONS, row_keys([0, 1, 2]), jacobi=window)
-        with pytest.raises(ValueError, match=f"jacobi is {window}; want 2 to {N} codes at once"):
-            next(generate_stream(CFG, params, CAPTIONS, row_keys([0, 1, 2]), jacobi=window))
+    for draft_len in (1, N + 1):
+        with pytest.raises(ValueError, match=f"Expected draft_len from 2 to {N}, got {draft_len}"):
+            generate(CFG, params, CAPTIONS, row_keys([0, 1, 2]), draft_len=draft_len)
+        with pytest.raises(ValueError, match=f"Expected draft_len from 2 to {N}, got {draft_len}"):
+            next(generate_stream(CFG, params, CAPTIONS, row_keys([0, 1, 2]), draft_len=draft_len))

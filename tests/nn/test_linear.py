@@ -170,7 +170,7 @@ def test_pictures_come_out():
     text = family_batch(cfg, 1)[0]
     codes = generate(cfg, ready, text, row_keys([0]), temperature=0.5)
     assert codes.shape == (1, cfg.num_codes) and int(codes.max()) < cfg.image_vocab
-    again = generate(cfg, ready, text, row_keys([0]), temperature=0.5, jacobi=16)
+    again = generate(cfg, ready, text, row_keys([0]), temperature=0.5, draft_len=16)
     np.testing.assert_array_equal(again, codes)
 
 
