@@ -216,8 +216,8 @@ def _stream_programs(cfg: TransformerConfig, top_k: int | None, draft_len: int |
         return rest, cache
 
     resize = jax.jit(autoregressive.resize_cache, static_argnums=(0, 2))
-    decode = jax.jit(decode_ahead if draft_len else decode, static_argnums=5, donate_argnums=1)
-    return jax.jit(prefill), resize, decode
+    decode_fn = decode_ahead if draft_len else decode
+    return jax.jit(prefill), resize, jax.jit(decode_fn, static_argnums=5, donate_argnums=1)
 
 
 def generate_stream(
