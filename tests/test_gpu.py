@@ -98,7 +98,9 @@ def test_greedy_codes_are_those_of_the_cpu():
     params, (text, _) = lively(dalle.init(CFG, jax.random.key(0))), rows(CFG, 4)
 
     def run(params, text):
-        return generate(CFG, params, text, row_keys(range(4)), temperature=0.0, guidance_scale=jnp.float32(1.5))
+        return generate(
+            CFG, params, text, row_keys(range(4)), temperature=0.0, guidance_scale=jnp.float32(1.5)
+        )
 
     got, want = on_both(run, params, text)
     scores = jax.jit(lambda p, t, c: dalle.logits(CFG, p, t, c)[1])

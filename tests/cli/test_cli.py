@@ -629,7 +629,10 @@ def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
         (("--prefix-rows", 2), "give --prefix"),
         (("--preview-rows", 0), "--preview-rows is 0; want at least 1"),
         (("--draft-len", 1), "jacobi is 1; want at least 2 codes at once"),
-        (("--draft-len", GRID * GRID + 1), f"want 2 to {GRID * GRID} codes at once, or None for one"),
+        (
+            ("--draft-len", GRID * GRID + 1),
+            f"Expected draft_len from 2 to {GRID * GRID}, got {GRID * GRID + 1}",
+        ),
         (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
         (("--prefix", "missing.png"), "cannot read the picture missing.png"),
     ],
