@@ -34,7 +34,7 @@ from dalle_jax.checkpoint.manager import CheckpointManager, check_shapes, load_p
 from dalle_jax.config import ModelConfig, TrainConfig, from_json, to_json
 from dalle_jax.files.atomic import write_atomic
 from dalle_jax.importers.formats import safetensors
-from dalle_jax.models.registry import model_params, param_shapes
+from dalle_jax.models.registry import model_params, model_shapes
 from dalle_jax.parallel.sharding import param_shardings, path_name
 from dalle_jax.typing import Params
 
@@ -281,7 +281,7 @@ def load_model(path: str | Path, stage: str | None = None, device: jax.Device | 
     Raises what `load_run` raises, ValueError for arrays of other names or shapes too: some of them would not fail but
     draw something else."""
     run = load_run(path, stage, device=device)
-    check_shapes(param_shapes(run.config.model), run.params, path)
+    check_shapes(model_shapes(run.config.model), run.params, path)
     return run
 
 
@@ -299,7 +299,7 @@ def read_params(path: Path, model: ModelConfig) -> tuple[Params, int]:
     Raises ValueError naming the array that is missing, too many, of another shape or dtype, or not finite.
     """
     arrays, metadata = safetensors.read_safetensors(path)
-    shapes = param_shapes(model)
+    shapes = model_shapes(model)
     tree = jax.tree.structure(shapes)
     want = {name.replace("/", "."): leaf for name, leaf in shapes_by_name(model).items()}
     for name in [*want, *arrays]:
@@ -319,7 +319,7 @@ def read_params(path: Path, model: ModelConfig) -> tuple[Params, int]:
 
 def shapes_by_name(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter of a model, by its path `a/b/c`."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(param_shapes(model))
+    pairs, _ = jax.tree_util.tree_flatten_with_path(model_shapes(model))
     return {path_name(keys): leaf for keys, leaf in pairs}
 
 

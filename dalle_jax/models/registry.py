@@ -212,7 +212,7 @@ def model_params(cfg: ModelConfig, training_params: Params) -> Params:
     return training_params if subtree is None else training_params[subtree]
 
 
-def param_shapes(cfg: ModelConfig) -> Params:
+def model_shapes(cfg: ModelConfig) -> Params:
     """Return the shape and dtype of every parameter of the model, a tree of jax.ShapeDtypeStruct."""
     return jax.eval_shape(partial(model_spec(cfg).init, cfg), jax.random.key(0))
 

@@ -15,7 +15,7 @@ from dalle_jax.models.registry import (
     load_class,
     model_params,
     model_spec,
-    param_shapes,
+    model_shapes,
 )
 
 ROWS = pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.kind)
@@ -42,7 +42,7 @@ def test_task_and_pipeline_exist(spec):
 def test_training_parameters_contain_the_model(spec):
     cfg = spec.config()
     shapes = jax.eval_shape(lambda key: init_training(cfg, key), jax.random.key(0))
-    assert model_params(cfg, shapes) == param_shapes(cfg)
+    assert model_params(cfg, shapes) == model_shapes(cfg)
 
 
 def test_vqgan_trains_a_discriminator_too():
