@@ -135,7 +135,7 @@ def lower_sampler(
     stored = _shapes(lambda: autoregressive.init(model, jax.random.key(0)), mesh)
     params = _shapes(
         lambda: autoregressive.prepare_for_decode(
-            model, autoregressive.init(model, jax.random.key(0)), weights=weights, platform=platform
+            model, autoregressive.init(model, jax.random.key(0)), quantization=weights, platform=platform
         ),
         mesh,
     )
@@ -198,7 +198,7 @@ def minimum_bytes(model: TransformerConfig, params: Any, cache: Any, rows: int) 
         weights -= _size(
             [(layer["cross"]["k"], layer["cross"]["v"]) for layer in params["blocks"]]
         )  # of prefill
-        seen, text = model.layers * (model.num_codes + 1) / 2, _size(cache.cross)
+        seen, text = model.layers * (model.num_codes + 1) / 2, _size(cache.cross_kv)
     return weights + seen * position + text
 
 

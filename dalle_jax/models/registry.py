@@ -3,7 +3,7 @@
 A new kind of model is one module with its functions, one training task and one row of `MODELS`. Other rooms ask
 `model_spec(cfg)` instead of testing the type of a configuration. Tasks and pipelines belong to higher rooms, so rows
 name them as strings, which `load_class` imports on first use.
-B batch, T text positions, N codes, C captions, P prefix codes, Q draft codes, V image vocabulary.
+B batch, H W image, T text positions, N codes, C captions, P prefix codes, Q draft codes, X inserted rows.
 """
 
 from __future__ import annotations
@@ -47,19 +47,50 @@ class TokenizerFunctions(Protocol):
 
 
 class TransformerFunctions(Protocol):
-    """Functions of an autoregressive Transformer, documented in models/autoregressive.py."""
+    """Functions of an autoregressive Transformer, documented in models/dalle/."""
 
-    init: Callable[..., Params]
-    null_text: Callable[..., jax.Array]
-    logits: Callable[..., tuple[jax.Array | None, jax.Array]]
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-    init_cache: Callable[..., Any]
-    prefill: Callable[..., tuple[jax.Array, Any]]
-    resize_cache: Callable[..., Any]
-    insert_into_cache: Callable[..., Any]
-    decode_step: Callable[..., tuple[jax.Array, Any]]
-    decode_drafts: Callable[..., tuple[jax.Array, Any]]
-    commit_drafts: Callable[..., Any]
+    def init(self, cfg: Any, key: jax.Array) -> Params: ...
+
+    def null_text(self, cfg: Any) -> jax.Array: ...
+
+    def logits(
+        self, cfg: Any, params: Params, text_BT: jax.Array, codes_BN: jax.Array
+    ) -> tuple[jax.Array | None, jax.Array]: ...
+
+    def loss(
+        self, cfg: Any, params: Params, text_BT: jax.Array, codes_BN: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+    def init_cache(
+        self, cfg: Any, captions: int, samples_per_caption: int = 1, *, use_cfg: bool = False
+    ) -> Any: ...
+
+    def prefill(
+        self,
+        cfg: Any,
+        params: Params,
+        text_CT: jax.Array,
+        codes_BP: jax.Array | None = None,
+        *,
+        samples_per_caption: int = 1,
+        use_cfg: bool = False,
+    ) -> tuple[jax.Array, Any]: ...
+
+    def resize_cache(self, cfg: Any, cache: Any, size: int) -> Any: ...
+
+    def insert_into_cache(self, cfg: Any, cache: Any, prefilled: Any, rows_X: jax.Array) -> Any: ...
+
+    def decode_step(
+        self, cfg: Any, params: Params, cache: Any, code_B: jax.Array, position: jax.Array | int
+    ) -> tuple[jax.Array, Any]: ...
+
+    def decode_drafts(
+        self, cfg: Any, params: Params, cache: Any, codes_BQ: jax.Array, position_B: jax.Array
+    ) -> tuple[jax.Array, Any]: ...
+
+    def commit_drafts(
+        self, cfg: Any, cache: Any, draft_kvs: Any, position_B: jax.Array, num_accepted_B: jax.Array
+    ) -> Any: ...
 
 
 @dataclass(frozen=True)

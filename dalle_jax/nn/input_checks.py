@@ -30,6 +30,32 @@ def check_ids(cfg: TransformerConfig, text_BT: jax.Array, codes_BP: jax.Array) -
     _check_range("codes", codes_BP, cfg.image_vocab, "image_vocab")
 
 
+def check_prefix(
+    cfg: TransformerConfig, text_CT: jax.Array, codes_BP: jax.Array | None, samples_per_caption: int
+) -> jax.Array:
+    """Check captions and the prefix codes of `samples_per_caption` adjacent rows for each.
+
+    Returns:
+      The prefix codes; int32 (B, 0) for None.
+
+    Raises:
+      ValueError: other shapes or dtypes, or a prefix of all codes.
+    """
+    rows = len(text_CT) * samples_per_caption
+    if codes_BP is None:
+        codes_BP = jnp.zeros((rows, 0), jnp.int32)
+    check_ids(cfg, text_CT, codes_BP[::samples_per_caption])
+    if len(codes_BP) != rows:
+        raise ValueError(
+            f"Expected prefix codes of {rows} rows, {samples_per_caption} per caption, got shape {codes_BP.shape}."
+        )
+    if codes_BP.shape[1] >= cfg.num_codes:
+        raise ValueError(
+            f"Expected a prefix of fewer than {cfg.num_codes} codes, got {codes_BP.shape[1]}. Nothing is left to sample."
+        )
+    return codes_BP
+
+
 def _check_range(name: str, ids: jax.Array, end: int, field: str) -> None:
     try:
         if not ids.size or not getattr(ids, "is_fully_addressable", True):

@@ -253,7 +253,7 @@ def prefill_slots(
     """
     num_slots, zero_A = len(state.position_S), jnp.zeros_like(new.slot_A)
     with jax.named_scope("prefill"):
-        logits, new_cache = autoregressive.prefill(cfg, params, new.text_AT, guided=True)
+        logits, new_cache = autoregressive.prefill(cfg, params, new.text_AT, use_cfg=True)
     cond_AV, null_AV = jnp.split(logits, 2)
     use_cfg_A = new.null_slot_A < num_slots
     first_A = _sample(

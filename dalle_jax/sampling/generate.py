@@ -109,8 +109,8 @@ def _prefill(
     samples_per_caption = len(keys_B) // len(text_CT)
     with jax.named_scope("prefill"):
         logits, cache = autoregressive.prefill(
-            cfg, params, text_CT, prefix_BP, copies=samples_per_caption,
-            guided=options["guidance_scale"] is not None,
+            cfg, params, text_CT, prefix_BP, samples_per_caption=samples_per_caption,
+            use_cfg=options["guidance_scale"] is not None,
         )  # fmt: skip
         prefix_len = 0 if prefix_BP is None else prefix_BP.shape[1]
         return sample_codes(logits, keys_B, prefix_len, **options), cache

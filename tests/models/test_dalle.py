@@ -410,9 +410,9 @@ GOOD_TEXT, GOOD_CODES = jnp.zeros((2, T), jnp.int32), jnp.zeros((2, N), jnp.int3
         (GOOD_TEXT[:, :2], GOOD_CODES, r"text has shape \(2, 2\), want \(batch, 3\); pad or cut captions"),
         (GOOD_TEXT[0], GOOD_CODES, r"text has shape \(3,\)"),
         (GOOD_TEXT, GOOD_CODES[:1], r"codes have shape \(1, 9\), want \(2, 9\)"),
-        (GOOD_TEXT, GOOD_CODES[:, 1:], r"codes have shape \(2, 8\), want \(2, 9\)"),  # not a shorter picture
-        (GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32), r"codes have shape \(2, 10\), want \(2, 9\)"),
-        (GOOD_TEXT, GOOD_CODES[0], r"codes have shape \(9,\), want \(2, 9\)"),
+        (GOOD_TEXT, GOOD_CODES[:, 1:], r"codes of shape \(2, 9\), got \(2, 8\)"),  # not a shorter image
+        (GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32), r"codes of shape \(2, 9\), got \(2, 10\)"),
+        (GOOD_TEXT, GOOD_CODES[0], r"codes of shape \(2, 9\), got \(9,\)"),
         (GOOD_TEXT * 1.0, GOOD_CODES, "text is float32, want int32 ids"),
         (GOOD_TEXT, GOOD_CODES * 1.0, "codes is float32, want int32 ids"),
         ([[0] * T] * 2, GOOD_CODES, "text is a list, want an array of int32 ids"),
@@ -441,5 +441,5 @@ def test_hidden_takes_no_more_than_a_picture(params):
 
 
 def test_prefill_wants_something_left_to_sample(params):
-    with pytest.raises(ValueError, match="9 codes are given of 9; nothing is left to sample"):
+    with pytest.raises(ValueError, match="fewer than 9 codes, got 9. Nothing is left to sample"):
         dalle.prefill(TINY, autoregressive.prepare_for_decode(TINY, params), GOOD_TEXT, GOOD_CODES)

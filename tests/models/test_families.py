@@ -29,7 +29,7 @@ def scores(cfg, params, text_BT, codes_BN):
 def cached(cfg, params, text_CT, codes_BN, given):
     """Image logits of the places from `given` on, over the caches; two candidates a caption, guided."""
     params = autoregressive.prepare_for_decode(cfg, params)
-    first, cache = autoregressive.prefill(cfg, params, text_CT, codes_BN[:, :given], copies=2, guided=True)
+    first, cache = autoregressive.prefill(cfg, params, text_CT, codes_BN[:, :given], samples_per_caption=2, use_cfg=True)
 
     def step(cache, place):
         code_B = codes_BN[:, place]
@@ -157,12 +157,12 @@ def test_a_decoder_reads_no_further_than_it_has_room():
     step = jax.jit(autoregressive.decode_step, static_argnums=0)
     want, _ = step(cfg, params, cache, codes[:, 6], jnp.int32(6))
     small = autoregressive.resize_cache(cfg, cache, 8)
-    assert {x.shape[1] for x in jax.tree.leaves(small.own)} == {9}
+    assert {x.shape[1] for x in jax.tree.leaves(small.self_kv)} == {9}
     got, small = step(cfg, params, small, codes[:, 6], jnp.int32(6))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     large = autoregressive.resize_cache(cfg, small, cfg.num_codes)
-    assert {x.shape[1] for x in jax.tree.leaves(large.own)} == {cfg.num_codes}
-    for grown, kept in zip(jax.tree.leaves(large.own), jax.tree.leaves(small.own), strict=True):
+    assert {x.shape[1] for x in jax.tree.leaves(large.self_kv)} == {cfg.num_codes}
+    for grown, kept in zip(jax.tree.leaves(large.self_kv), jax.tree.leaves(small.self_kv), strict=True):
         np.testing.assert_array_equal(grown[:, :9], kept)
     apart, _ = step(cfg, params, cache, codes[jnp.arange(2), jnp.array([6, 2])], jnp.array([6, 2]))
     np.testing.assert_allclose(apart[0], want[0], rtol=1e-5, atol=1e-5)

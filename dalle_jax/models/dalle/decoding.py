@@ -1,6 +1,9 @@
-"""Sampling: one position at a time, or several guesses, over a KV cache in each layer (nn/kv_cache.py).
+"""Sampling with the DALL-E Transformer: one image token at a time, or several drafts, over a KV cache per layer.
 
-B rows, C captions, T text positions, N codes, P codes given, Q codes fed at once, D width, V image vocabulary.
+A position is the raster index of an image token, in [0, N). With `cfg.shift_masks` the masks count the last text token
+as the first image token, so the caches hold it at index 0 and the image token of position i at index i + 1.
+B rows, A new rows, C captions, T text positions, N codes, P prefix codes, Q codes fed at once, D width, V image
+vocabulary, X text rows of captions and null captions.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ import jax.numpy as jnp
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.models.dalle.embedding import (
-    Params,
     apply_head,
     embed_codes,
     embed_null_text,
@@ -21,33 +23,42 @@ from dalle_jax.models.dalle.embedding import (
 )
 from dalle_jax.nn import drafts
 from dalle_jax.nn import kv_cache as kv
-from dalle_jax.nn.input_checks import check_ids
+from dalle_jax.nn.input_checks import check_prefix
 from dalle_jax.nn.kv_cache import KV, LayerCache
+from dalle_jax.typing import Params
 
 DalleCache = tuple[LayerCache, ...]  # one per layer
 
 
-def init_cache(cfg: DalleConfig, captions: int, copies: int = 1, *, guided: bool = False) -> DalleCache:
-    """Empty caches: per layer the text keys of `captions` and the image keys of `copies` rows for each.
+def init_cache(
+    cfg: DalleConfig, captions: int, samples_per_caption: int = 1, *, use_cfg: bool = False
+) -> DalleCache:
+    """Allocate empty caches.
 
-    guided: as many rows again on the null caption, whose text keys are held once, or once for each caption where its
-    length is the caption's.
+    Args:
+      captions: C, number of captions, whose text keys are stored once each.
+      samples_per_caption: rows of image keys per caption.
+      use_cfg: add as many rows on the null caption, whose text keys are stored once, or with a text encoder once per
+        caption.
+
+    Returns:
+      One LayerCache per layer, zeros in the compute dtype.
     """
-    rows = captions * copies * (2 if guided else 1)
+    rows = captions * samples_per_caption * (2 if use_cfg else 1)
 
-    def text(count):
+    def text_kv(count: int) -> KV:
         length = cfg.text_len - cfg.shift_masks
         zeros = jnp.zeros((count, cfg.heads, length, cfg.head_dim), cfg.dtype)
         return KV(zeros, zeros)
 
-    counts = [captions, 1 if cfg.text_encoder is None else captions][: 2 if guided else 1]
-    groups = tuple(text(count) for count in counts)
-    seen = () if cfg.text_encoder is None else tuple(jnp.ones((n, cfg.text_len), bool) for n in counts)
-    return tuple(LayerCache(groups, kv.init_kv(cfg, kind, rows), seen) for kind in cfg.layer_kinds)
+    counts = [captions, 1 if cfg.text_encoder is None else captions][: 2 if use_cfg else 1]
+    groups = tuple(text_kv(count) for count in counts)
+    masks = () if cfg.text_encoder is None else tuple(jnp.ones((n, cfg.text_len), bool) for n in counts)
+    return tuple(LayerCache(groups, kv.init_kv(cfg, kind, rows), masks) for kind in cfg.layer_kinds)
 
 
-def _image_logits(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """Of the last position given, float32 (B, V)."""
+def _next_logits(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """Compute the image logits of the last position, float32 (B, V)."""
     return apply_head(cfg, params, "image_head", norm_out(cfg, params, x_BTD[:, -1:]))[:, 0]
 
 
@@ -57,76 +68,87 @@ def prefill(
     text_CT: jax.Array,
     codes_BP: jax.Array | None = None,
     *,
-    copies: int = 1,
-    guided: bool = False,
+    samples_per_caption: int = 1,
+    use_cfg: bool = False,
 ) -> tuple[jax.Array, DalleCache]:
-    """Run each caption once, then the first P < N codes of each row, if given.
+    """Run each caption once, then the prefix codes of each row.
 
-    `params` as `autoregressive.prepare_for_decode` returns them. copies: rows per caption, neighbours; B = C * copies. guided:
-    B more rows follow, with the same codes on the null caption, which is run once (with a text encoder, once for each
-    caption, as long as that). Returns float32 (B or 2 B, V), the logits of code P, and the caches.
+    Args:
+      params: from `autoregressive.prepare_for_decode`.
+      text_CT: int32 in [0, text_vocab + text_len).
+      codes_BP: int32 in [0, image_vocab), P < N prefix codes of each row, B = C * samples_per_caption; None is P = 0.
+      samples_per_caption: adjacent rows of `codes_BP` that share a caption.
+      use_cfg: append B rows with the same codes on the null caption, which is run once, or with a text encoder once
+        per caption.
+
+    Returns:
+      float32 (B or 2 B, V), the logits of code P, and the caches.
+
+    Raises:
+      ValueError: other shapes or dtypes, or nothing left to sample.
     """
-    rows = len(text_CT) * copies
-    if codes_BP is None:
-        codes_BP = jnp.zeros((rows, 0), jnp.int32)
-    check_ids(cfg, text_CT, codes_BP[::copies])
-    if len(codes_BP) != rows:
-        raise ValueError(f"codes have shape {codes_BP.shape}, want {rows} rows: {copies} for each caption")
-    if codes_BP.shape[1] >= cfg.num_codes:
-        raise ValueError(f"{codes_BP.shape[1]} codes are given of {cfg.num_codes}; nothing is left to sample")
     captions = len(text_CT)
-    block, texts, first = make_block(cfg), [], []
-    x_CTD, seen_CT = embed_text(cfg, params, text_CT)
-    if guided:
-        null_XTD, null_XT = embed_null_text(cfg, params, seen_CT)
-        x_CTD = jnp.concatenate([x_CTD, null_XTD])
-        seen_CT = None if seen_CT is None else jnp.concatenate([seen_CT, null_XT])
+    codes_BP = check_prefix(cfg, text_CT, codes_BP, samples_per_caption)
+    block, text_kvs, image_kvs = make_block(cfg), [], []
+    x_XTD, text_mask_XT = embed_text(cfg, params, text_CT)
+    groups = [slice(0, captions)]
+    if use_cfg:
+        null_XTD, null_mask_XT = embed_null_text(cfg, params, text_mask_XT)
+        x_XTD = jnp.concatenate([x_XTD, null_XTD])
+        if text_mask_XT is not None:
+            text_mask_XT = jnp.concatenate([text_mask_XT, null_mask_XT])
         codes_BP = jnp.concatenate([codes_BP, codes_BP])
-    parts = (slice(0, captions), slice(captions, None)) if guided else (slice(0, captions),)
-    seen = () if seen_CT is None else tuple(seen_CT[part] for part in parts)
+        groups.append(slice(captions, None))
+    text_masks = () if text_mask_XT is None else tuple(text_mask_XT[group] for group in groups)
     x_BPD = embed_codes(cfg, params, codes_BP, jnp.arange(codes_BP.shape[1]))
     if cfg.shift_masks:
-        x_BPD = jnp.concatenate([_to_rows(x_CTD[:, -1:], captions, copies), x_BPD], axis=1)
-        x_CTD = x_CTD[:, :-1]
-    rope = rope_at(cfg, jnp.arange(x_CTD.shape[1]))
+        x_BPD = jnp.concatenate([_repeat_rows(x_XTD[:, -1:], captions, samples_per_caption), x_BPD], axis=1)
+        x_XTD = x_XTD[:, :-1]
+    rope = rope_at(cfg, jnp.arange(x_XTD.shape[1]))
     for layer in params["blocks"]:
-        x_CTD, new = block.apply(
+        x_XTD, new_kv = block.apply(
             {"params": layer},
-            x_CTD,
-            attention_fn=lambda q, k, v: (kv.attend_text(q, k, v, seen_CT), kv.to_cache_layout(k, v)),
+            x_XTD,
+            attention_fn=lambda q, k, v: (kv.attend_text(q, k, v, text_mask_XT), kv.to_cache_layout(k, v)),
             rope=rope,
         )
-        texts.append(tuple(KV(*(x[part] for x in new)) for part in parts))
+        text_kvs.append(tuple(KV(*(x[group] for x in new_kv)) for group in groups))
     if x_BPD.shape[1] == 0:
-        logits = _to_rows(_image_logits(cfg, params, x_CTD), captions, copies)
-        images = [kv.init_kv(cfg, kind, len(codes_BP)) for kind in cfg.layer_kinds]
-        return logits, tuple(LayerCache(t, i, seen) for t, i in zip(texts, images, strict=True))
-    rope = rope_at(cfg, x_CTD.shape[1] + jnp.arange(x_BPD.shape[1]))
-    for layer, kind, text in zip(params["blocks"], cfg.layer_kinds, texts, strict=True):
-        x_BPD, new = block.apply(
+        logits = _repeat_rows(_next_logits(cfg, params, x_XTD), captions, samples_per_caption)
+        image_kvs = [kv.init_kv(cfg, kind, len(codes_BP)) for kind in cfg.layer_kinds]
+        return logits, _layer_caches(text_kvs, image_kvs, text_masks)
+    rope = rope_at(cfg, x_XTD.shape[1] + jnp.arange(x_BPD.shape[1]))
+    for layer, kind, text_kv in zip(params["blocks"], cfg.layer_kinds, text_kvs, strict=True):
+        x_BPD, new_kv = block.apply(
             {"params": layer},
             x_BPD,
-            attention_fn=lambda q, k, v, kind=kind, text=text: (
-                kv.attend_prefix(cfg, kind, text, seen, q, k, v),
+            attention_fn=lambda q, k, v, kind=kind, text_kv=text_kv: (
+                kv.attend_prefix(cfg, kind, text_kv, text_masks, q, k, v),
                 kv.to_cache_layout(k, v),
             ),
             rope=rope,
         )
-        first.append(kv.init_from_prefix(cfg, kind, new))
-    cache = tuple(LayerCache(t, i, seen) for t, i in zip(texts, first, strict=True))
-    return _image_logits(cfg, params, x_BPD), cache
+        image_kvs.append(kv.init_from_prefix(cfg, kind, new_kv))
+    return _next_logits(cfg, params, x_BPD), _layer_caches(text_kvs, image_kvs, text_masks)
 
 
-def _to_rows(x: jax.Array, captions: int, copies: int) -> jax.Array:
-    """What was computed once per caption, for each of its rows; then that of the null captions, if there, for each."""
-    own, null = jnp.repeat(x[:captions], copies, axis=0), x[captions:]
-    return jnp.concatenate([own, jnp.repeat(null, len(own) // len(null), axis=0)]) if len(null) else own
+def _layer_caches(
+    text_kvs: list[tuple[KV, ...]], image_kvs: list[KV], text_masks: tuple[jax.Array, ...]
+) -> DalleCache:
+    pairs = zip(text_kvs, image_kvs, strict=True)
+    return tuple(LayerCache(text_kv, image_kv, text_masks) for text_kv, image_kv in pairs)
+
+
+def _repeat_rows(x: jax.Array, captions: int, samples_per_caption: int) -> jax.Array:
+    """Repeat per-caption values for each row: first those of the captions, then those of the null captions."""
+    rows, null = jnp.repeat(x[:captions], samples_per_caption, axis=0), x[captions:]
+    return jnp.concatenate([rows, jnp.repeat(null, len(rows) // len(null), axis=0)]) if len(null) else rows
 
 
 def resize_cache(cfg: DalleConfig, cache: DalleCache, size: int) -> DalleCache:
-    """The caches with room for the first `size` image tokens in layers of full attention, which read no further.
+    """Resize the caches of full-attention layers, which are read whole, to the first `size` image tokens.
 
-    Every place fed from then on must lie below `size`.
+    Every position fed from then on must be below `size`.
     """
     size = min(size + cfg.shift_masks, cfg.num_codes)
     return tuple(
@@ -136,90 +158,98 @@ def resize_cache(cfg: DalleConfig, cache: DalleCache, size: int) -> DalleCache:
 
 
 def insert_into_cache(
-    cfg: DalleConfig, cache: DalleCache, begun: DalleCache, rows_X: jax.Array
+    cfg: DalleConfig, cache: DalleCache, prefilled: DalleCache, rows_X: jax.Array
 ) -> DalleCache:
-    """`cache`, of one group of captions with a row for each, with A new pictures in rows that others leave.
+    """Insert A new images into rows of `cache`; earlier entries of those rows are masked from then on.
 
-    begun: of a guided `prefill` of A captions, without codes. rows_X: int32 (2 A,), where its captions go, then where
-    the null caption goes for each of them; a row that `cache` does not have is dropped. What else stood in a row is
-    never seen.
+    Args:
+      cache: one group of captions with one row each.
+      prefilled: from `prefill` of A captions with use_cfg and no prefix codes.
+      rows_X: int32 (2 A,), the row of each caption, then the row of the null caption for each of them. A row outside
+        `cache` is dropped.
     """
 
     def put(old, new):
         return old.at[rows_X].set(new, mode="drop")
 
-    def one(old: LayerCache, new: LayerCache) -> LayerCache:
-        both = (
-            jnp.concatenate([a, b.repeat(len(a) // len(b), axis=0)]) for a, b in zip(*new.text, strict=True)
+    def insert(old: LayerCache, new: LayerCache) -> LayerCache:
+        text_kv = (
+            jnp.concatenate([own, null.repeat(len(own) // len(null), axis=0)])
+            for own, null in zip(*new.text, strict=True)
         )
-        text = KV(*map(put, old.text[0], both))
-        seen = tuple(put(x, jnp.concatenate(new.text_mask)) for x in old.text_mask)
-        # The first image tokens, which only a model with text in its raster has by now.
-        image = KV(*map(put, old.image, new.image)) if cfg.shift_masks else old.image
-        return LayerCache((text,), image, seen)
+        text_mask = tuple(put(x, jnp.concatenate(new.text_mask)) for x in old.text_mask)
+        # Only a model with shift_masks has image keys before the first code.
+        image_kv = KV(*map(put, old.image, new.image)) if cfg.shift_masks else old.image
+        return LayerCache((KV(*map(put, old.text[0], text_kv)),), image_kv, text_mask)
 
-    return tuple(map(one, cache, begun))
+    return tuple(map(insert, cache, prefilled))
 
 
 def decode_step(
-    cfg: DalleConfig,
-    params: Params,
-    cache: DalleCache,
-    code_B: jax.Array,
-    place: jax.Array,
+    cfg: DalleConfig, params: Params, cache: DalleCache, code_B: jax.Array, position: jax.Array | int
 ) -> tuple[jax.Array, DalleCache]:
-    """Feed the code of raster place `place`: one for all rows, or int32 (B,), each row its own.
+    """Feed one code per row.
 
-    Returns float32 (B, V), the logits of the next code, and the caches.
+    Args:
+      code_B: int32 in [0, image_vocab).
+      position: raster index of the codes, int32, a scalar for all rows or (B,).
+
+    Returns:
+      float32 (B, V), the logits of the next code, and the caches.
     """
-    place, block = jnp.asarray(place), make_block(cfg)
-    place_B1 = place[..., None]  # (1,) for all rows, or (B, 1)
-    x_B1D, rope = embed_codes(cfg, params, code_B[:, None], place_B1), rope_at(cfg, cfg.text_len + place_B1)
-    if cfg.shift_masks:
-        place = place + 1
-    after = []
-    for layer, kind, before in zip(params["blocks"], cfg.layer_kinds, cache, strict=True):
+    position, block = jnp.asarray(position), make_block(cfg)
+    position_B1 = position[..., None]  # (1,) for all rows, or (B, 1)
+    x_B1D = embed_codes(cfg, params, code_B[:, None], position_B1)
+    rope = rope_at(cfg, cfg.text_len + position_B1)
+    cache_position = position + cfg.shift_masks
+    new_cache = []
+    for layer, kind, old in zip(params["blocks"], cfg.layer_kinds, cache, strict=True):
 
-        def attention_fn(*new, kind=kind, before=before):
-            return kv.attend_step(cfg, kind, before, new, place)
+        def attention_fn(*qkv, kind=kind, old=old):
+            return kv.attend_step(cfg, kind, old, qkv, cache_position)
 
         x_B1D, new = block.apply({"params": layer}, x_B1D, attention_fn=attention_fn, rope=rope)
-        after.append(new)
-    return _image_logits(cfg, params, x_B1D), tuple(after)
+        new_cache.append(new)
+    return _next_logits(cfg, params, x_B1D), tuple(new_cache)
 
 
 def decode_drafts(
-    cfg: DalleConfig, params: Params, cache: DalleCache, codes_BQ: jax.Array, place_B: jax.Array
+    cfg: DalleConfig, params: Params, cache: DalleCache, codes_BQ: jax.Array, position_B: jax.Array
 ) -> tuple[jax.Array, tuple[KV, ...]]:
-    """Feed Q codes of each row at once, guesses among them, for the raster places from `place_B`, int32 (B,), on.
+    """Feed Q codes per row at once, drafts among them.
 
-    Returns float32 (B, Q, V), the logits of the codes after each, and what `commit_drafts` takes to put those that
-    were right into the cache. Codes for places that the raster does not have are fed for nothing.
+    Args:
+      codes_BQ: int32 in [0, image_vocab); codes past the end of the raster have no effect.
+      position_B: int32, raster index of the first code of each row.
+
+    Returns:
+      float32 (B, Q, V), the logits of the code after each, and the new keys and values for `commit_drafts`.
     """
-    places_BQ = place_B[:, None] + jnp.arange(codes_BQ.shape[1])[None]
-    places_BQ = jnp.minimum(places_BQ, cfg.num_codes - 1)
-    x_BQD = embed_codes(cfg, params, codes_BQ, places_BQ)
-    rope = rope_at(cfg, cfg.text_len + places_BQ)
-    place_B, fresh = place_B + cfg.shift_masks, []
-    for layer, kind, before in zip(params["blocks"], cfg.layer_kinds, cache, strict=True):
-        x_BQD, new = make_block(cfg).apply(
-            {"params": layer},
-            x_BQD,
-            attention_fn=lambda *new, kind=kind, before=before: drafts.attend_drafts(
-                cfg, kind, before, new, place_B
-            ),
-            rope=rope,
-        )
-        fresh.append(new)
-    return apply_head(cfg, params, "image_head", norm_out(cfg, params, x_BQD)), tuple(fresh)
+    position_BQ = position_B[:, None] + jnp.arange(codes_BQ.shape[1])[None]
+    position_BQ = jnp.minimum(position_BQ, cfg.num_codes - 1)
+    x_BQD = embed_codes(cfg, params, codes_BQ, position_BQ)
+    rope = rope_at(cfg, cfg.text_len + position_BQ)
+    cache_position_B, draft_kvs, block = position_B + cfg.shift_masks, [], make_block(cfg)
+    for layer, kind, old in zip(params["blocks"], cfg.layer_kinds, cache, strict=True):
+
+        def attention_fn(*qkv, kind=kind, old=old):
+            return drafts.attend_drafts(cfg, kind, old, qkv, cache_position_B)
+
+        x_BQD, draft_kv = block.apply({"params": layer}, x_BQD, attention_fn=attention_fn, rope=rope)
+        draft_kvs.append(draft_kv)
+    return apply_head(cfg, params, "image_head", norm_out(cfg, params, x_BQD)), tuple(draft_kvs)
 
 
 def commit_drafts(
-    cfg: DalleConfig, cache: DalleCache, fresh: tuple[KV, ...], place_B: jax.Array, count_B: jax.Array
+    cfg: DalleConfig,
+    cache: DalleCache,
+    draft_kvs: tuple[KV, ...],
+    position_B: jax.Array,
+    num_accepted_B: jax.Array,
 ) -> DalleCache:
-    """The caches with the first `count_B` codes of each row of those that `decode_drafts` fed at `place_B`."""
-    place_B = place_B + cfg.shift_masks
+    """Write the first `num_accepted_B` codes of each row that `decode_drafts` fed at `position_B` into the caches."""
+    cache_position_B = position_B + cfg.shift_masks
     return tuple(
-        drafts.commit(cfg, kind, before, new, place_B, count_B)
-        for kind, before, new in zip(cfg.layer_kinds, cache, fresh, strict=True)
+        drafts.commit(cfg, kind, old, draft_kv, cache_position_B, num_accepted_B)
+        for kind, old, draft_kv in zip(cfg.layer_kinds, cache, draft_kvs, strict=True)
     )

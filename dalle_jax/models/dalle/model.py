@@ -1,7 +1,7 @@
-"""Parameters, scores of whole pictures, and the loss.
+"""Parameters, logits and loss of the DALL-E Transformer.
 
-B batch, T text positions, N codes, P codes given, S positions of the stream, D width, L layers, M masks,
-W rows of the text embedding, V image vocabulary.
+B batch, T text positions, N codes, P prefix codes, S stream positions, D width, L layers, M masks, W rows of the text
+embedding, V image vocabulary, F width of the MLP.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.models.dalle.embedding import (
-    Params,
     apply_head,
     embed_codes,
     embed_text,
@@ -29,21 +28,21 @@ from dalle_jax.nn.cross_entropy import cross_entropy
 from dalle_jax.nn.input_checks import check_ids
 from dalle_jax.nn.masks import attention_mask, mask_padding
 from dalle_jax.parallel.sharding import REPLICATE_BELOW_BYTES, check_divides
+from dalle_jax.typing import Params
 
 
 def init(cfg: DalleConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters; those of the blocks are stacked over a leading axis of layers."""
+    """Initialize the parameters, float32; those of the blocks are stacked over a leading axis of layers."""
     encoder = cfg.text_encoder
-    text = (
-        {"text_embed": (cfg.num_text_ids, cfg.dim)}
-        if encoder is None
-        else {"text_null": (cfg.text_len, encoder.dim)}
-    )
-    shapes = text | {"image_embed": (cfg.image_vocab, cfg.dim)}
+    if encoder is None:
+        shapes = {"text_embed": (cfg.num_text_ids, cfg.dim)}
+    else:
+        shapes = {"text_null": (cfg.text_len, encoder.dim)}
+    shapes |= {"image_embed": (cfg.image_vocab, cfg.dim)}
     match cfg.pos_embed:
         case "axial":
-            own = {"image_row": (cfg.grid, cfg.dim), "image_col": (cfg.grid, cfg.dim)}
-            shapes |= {"text_pos": (cfg.text_len, cfg.dim), **own}
+            axes = {"image_row": (cfg.grid, cfg.dim), "image_col": (cfg.grid, cfg.dim)}
+            shapes |= {"text_pos": (cfg.text_len, cfg.dim), **axes}
         case "learned":
             shapes |= {"text_pos": (cfg.text_len, cfg.dim), "image_pos": (cfg.num_codes, cfg.dim)}
     heads = {"image_head": cfg.image_vocab}
@@ -62,11 +61,10 @@ def init(cfg: DalleConfig, key: jax.Array) -> Params:
             params[name]["bias"] = jnp.zeros(width)
     if encoder is not None:
         k_t5, k_up, k_down = jax.random.split(jax.random.fold_in(key, 0), 3)
-        up, down = ((k_up, encoder.dim), (k_down, cfg.dim))
         params["t5"] = t5.init(encoder, cfg.text_vocab, k_t5)
         params["text_proj"] = {
-            name: {"kernel": 0.02 * jax.random.normal(k, (wide, cfg.dim))}
-            for name, (k, wide) in {"up": up, "down": down}.items()
+            "up": {"kernel": 0.02 * jax.random.normal(k_up, (encoder.dim, cfg.dim))},
+            "down": {"kernel": 0.02 * jax.random.normal(k_down, (cfg.dim, cfg.dim))},
         }
     x_11D = jnp.zeros((1, 1, cfg.dim))
     for name in ("norm_out", "norm_head")[: 2 if cfg.second_final_norm else 1]:
@@ -99,7 +97,7 @@ def check_dalle_mesh(cfg: DalleConfig, mesh: Mesh) -> None:
 
 
 def layer_masks(cfg: DalleConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The different masks (M, S, S) and which of them each layer uses (L,)."""
+    """Return the distinct attention masks, bool (M, S, S), and the index of each layer's mask, int (L,)."""
     kinds = sorted(set(cfg.layer_kinds))
     text = cfg.text_len - cfg.shift_masks
     masks = [attention_mask(kind, text, cfg.grid, cfg.conv_kernel) for kind in kinds]
@@ -107,21 +105,30 @@ def layer_masks(cfg: DalleConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.Array) -> jax.Array:
-    """The stream after the last norm.
+    """Run the layers over the stream.
 
-    text_BT: int32 in [0, text_vocab + text_len). codes_BP: int32 in [0, image_vocab), the first P <= N codes.
-    Returns float32 (B, T + P, D). Raises ValueError for other shapes or dtypes.
+    Args:
+      text_BT: int32 in [0, text_vocab + text_len).
+      codes_BP: int32 in [0, image_vocab), the first P <= N codes.
+
+    Returns:
+      float32 (B, T + P, D), the stream after the final norm.
+
+    Raises:
+      ValueError: other shapes or dtypes.
     """
     check_ids(cfg, text_BT, codes_BP)
-    place_P = jnp.arange(codes_BP.shape[1])
-    x_BTD, seen_BT = embed_text(cfg, params, text_BT)
-    x_BSD = jnp.concatenate([x_BTD, embed_codes(cfg, params, codes_BP, place_P)], axis=1)
+    x_BTD, text_mask_BT = embed_text(cfg, params, text_BT)
+    x_BPD = embed_codes(cfg, params, codes_BP, jnp.arange(codes_BP.shape[1]))
+    x_BSD = jnp.concatenate([x_BTD, x_BPD], axis=1)
     length, block = x_BSD.shape[1], make_block(cfg)
-    masks, which = layer_masks(cfg)
+    masks, mask_index_L = layer_masks(cfg)
     masks = masks[:, :length, :length]
     kernel = flash.select_kernel(cfg.attention_kernel, cfg.layer_kinds, length, cfg.dtype)
-    if seen_BT is not None:  # the other kernels know no mask that differs from row to row
-        kernel, seen_BS = "dense", jnp.pad(seen_BT, ((0, 0), (0, codes_BP.shape[1])), constant_values=True)
+    key_mask_BS = None
+    if text_mask_BT is not None:  # only the dense kernel takes a mask that differs between rows
+        kernel = "dense"
+        key_mask_BS = jnp.pad(text_mask_BT, ((0, 0), (0, codes_BP.shape[1])), constant_values=True)
     rope = rope_at(cfg, jnp.arange(length))
 
     def layer(x_BSD, layer_params, index):
@@ -129,14 +136,13 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
             match kernel:
                 case "dense":
                     mask = jnp.asarray(masks)[index]
-                    return dense_attention(
-                        q, k, v, mask if seen_BT is None else mask_padding(mask, seen_BS)
-                    ), None
+                    mask = mask if key_mask_BS is None else mask_padding(mask, key_mask_BS)
+                    return dense_attention(q, k, v, mask), None
                 case "splash":
-                    return flash.splash_attention(q, k, v, masks, index), None
+                    return flash.splash(q, k, v, masks, index), None
                 case "cudnn":
                     mask = None if set(cfg.layer_kinds) == {"full"} else jnp.asarray(masks)[index]
-                    return flash.cudnn_attention(q, k, v, mask), None
+                    return flash.cudnn(q, k, v, mask), None
 
         return block.apply({"params": layer_params}, x_BSD, attention_fn=attention_fn, rope=rope)[0]
 
@@ -147,8 +153,8 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
         case "save_attention":
             layer = jax.checkpoint(layer, policy=policies.save_only_these_names(ATTN_OUT))
         case "mlp":
-            kept = policies.save_only_these_names(QKV, ATTN_OUT, POST_ATTN)
-            layer = jax.checkpoint(layer, policy=kept)
+            saved = policies.save_only_these_names(QKV, ATTN_OUT, POST_ATTN)
+            layer = jax.checkpoint(layer, policy=saved)
         case "dots":
             layer = jax.checkpoint(layer, policy=policies.dots_with_no_batch_dims_saveable)
 
@@ -156,33 +162,40 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
         layer_params, index = xs
         return layer(x_BSD, layer_params, index), None
 
-    x_BSD, _ = jax.lax.scan(body, x_BSD, (params["blocks"], jnp.asarray(which)), unroll=cfg.scan_unroll)
+    xs = (params["blocks"], jnp.asarray(mask_index_L))
+    x_BSD, _ = jax.lax.scan(body, x_BSD, xs, unroll=cfg.scan_unroll)
     return norm_out(cfg, params, x_BSD)
 
 
 def logits(
     cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Scores of every token given all tokens before it.
+    """Compute the logits of every token given all tokens before it.
 
-    text_BT: int32 (B, T). codes_BN: int32 (B, N). Returns float32 text logits (B, T-1, W), for the text
-    tokens 1 to T-1, None without a text head, and float32 image logits (B, N, V), for the codes 0 to N-1. Raises
-    ValueError for other shapes or dtypes.
+    Args:
+      text_BT: int32 in [0, text_vocab + text_len).
+      codes_BN: int32 in [0, image_vocab).
+
+    Returns:
+      float32 text logits (B, T-1, W) of the text tokens 1 to T-1, None without a text head, and float32 image logits
+      (B, N, V) of the codes 0 to N-1.
+
+    Raises:
+      ValueError: other shapes or dtypes.
     """
     text_BTD, image_BND = _before_heads(cfg, params, text_BT, codes_BN)
-    text = apply_head(cfg, params, "text_head", text_BTD) if cfg.text_loss_weight > 0 else None
-    return text, apply_head(cfg, params, "image_head", image_BND)
+    text_logits = apply_head(cfg, params, "text_head", text_BTD) if cfg.text_loss_weight > 0 else None
+    return text_logits, apply_head(cfg, params, "image_head", image_BND)
 
 
 def _before_heads(
     cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The stream where it predicts text (B, T-1, D) and where it predicts codes (B, N, D)."""
+    """Return the stream where it predicts text, (B, T-1, D), and where it predicts codes, (B, N, D)."""
     if codes_BN.shape[1:] != (cfg.num_codes,):
-        raise ValueError(f"codes have shape {codes_BN.shape}, want ({len(text_BT)}, {cfg.num_codes})")
-    # The last code predicts nothing, but with it the stream has its whole length: 1280 at the paper's sizes,
-    # which kernels and layouts like better than 1279. Masks that take the last text token into the raster end
-    # one place sooner.
+        raise ValueError(f"Expected codes of shape ({len(text_BT)}, {cfg.num_codes}), got {codes_BN.shape}.")
+    # The last code predicts nothing, but with it the stream has its whole length, 1280 at the paper's sizes, which
+    # suits kernels and layouts better than 1279. With shift_masks the masks end one position earlier.
     x_BSD = hidden(cfg, params, text_BT, codes_BN[:, :-1] if cfg.shift_masks else codes_BN)
     first = cfg.text_len - 1
     return x_BSD[:, :first], x_BSD[:, first : first + cfg.num_codes]
@@ -191,17 +204,25 @@ def _before_heads(
 def loss(
     cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BN: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Weighted cross-entropy of text and image tokens (1/8 and 7/8; 2102.12092, 2.2), in nats per token.
+    """Compute the weighted cross-entropy of text and image tokens, in nats per token (1/8 and 7/8; 2102.12092, 2.2).
 
-    A share `cfg.cond_drop_prob` of the rows, drawn with `key`, has the null caption instead of its own.
-    Returns float32 scalar and metrics `text_loss`, `image_loss`. Raises ValueError for other shapes or dtypes.
+    Args:
+      text_BT: int32 in [0, text_vocab + text_len).
+      codes_BN: int32 in [0, image_vocab).
+      key: selects the fraction `cfg.cond_drop_prob` of the rows whose caption becomes the null caption.
+
+    Returns:
+      float32 scalar, and the metrics `text_loss` and `image_loss`.
+
+    Raises:
+      ValueError: other shapes or dtypes.
     """
     check_ids(cfg, text_BT, codes_BN)
     drop_B = jax.random.bernoulli(key, cfg.cond_drop_prob, (len(text_BT),))
     text_BT = jnp.where(drop_B[:, None], null_texts(cfg, text_BT), text_BT)
     text_BTD, image_BND = _before_heads(cfg, params, text_BT, codes_BN)
 
-    def nats(name, x_BTD, ids_BT):
+    def head_loss(name, x_BTD, ids_BT):
         head = params[name]
         return cross_entropy(
             x_BTD,
@@ -214,7 +235,7 @@ def loss(
 
     text_loss = jnp.float32(0)
     if cfg.text_loss_weight > 0 and cfg.text_len > 1:
-        text_loss = nats("text_head", text_BTD, map_pad_ids(cfg, text_BT[:, 1:]))
-    image_loss = nats("image_head", image_BND, codes_BN)
+        text_loss = head_loss("text_head", text_BTD, map_pad_ids(cfg, text_BT[:, 1:]))
+    image_loss = head_loss("image_head", image_BND, codes_BN)
     total = cfg.text_loss_weight * text_loss + (1 - cfg.text_loss_weight) * image_loss
     return total, {"text_loss": text_loss, "image_loss": image_loss}
