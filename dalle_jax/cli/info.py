@@ -206,7 +206,7 @@ def describe_sampling(
         "on": where.devices[0].device_kind,
         "stored": codes.stored,
         "parameters": codes.prepared,
-        "caches": _bytes(jax.eval_shape(partial(autoregressive.init_cache, cfg, batch, guided=guided))),
+        "caches": _bytes(jax.eval_shape(partial(autoregressive.init_cache, cfg, batch, use_cfg=guided))),
         "total": whole,
         "device": memory,
         "fits": whole <= memory,

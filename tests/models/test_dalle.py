@@ -411,8 +411,8 @@ GOOD_TEXT, GOOD_CODES = jnp.zeros((2, T), jnp.int32), jnp.zeros((2, N), jnp.int3
         (GOOD_TEXT[0], GOOD_CODES, r"text has shape \(3,\)"),
         (GOOD_TEXT, GOOD_CODES[:1], r"codes have shape \(1, 9\), want \(2, 9\)"),
         (GOOD_TEXT, GOOD_CODES[:, 1:], r"codes of shape \(2, 9\), got \(2, 8\)"),  # not a shorter image
-        (GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32), r"codes of shape \(2, 9\), got \(2, 10\)"),
-        (GOOD_TEXT, GOOD_CODES[0], r"codes of shape \(2, 9\), got \(9,\)"),
+        (GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32), r"codes have shape \(2, 10\), want \(2, 9\)"),
+        (GOOD_TEXT, GOOD_CODES[0], r"codes have shape \(9,\), want \(2, 9\)"),
         (GOOD_TEXT * 1.0, GOOD_CODES, "text is float32, want int32 ids"),
         (GOOD_TEXT, GOOD_CODES * 1.0, "codes is float32, want int32 ids"),
         ([[0] * T] * 2, GOOD_CODES, "text is a list, want an array of int32 ids"),
@@ -431,7 +431,7 @@ def test_refuses_wrong_arrays(params, caption, codes, match):
 def test_parameters_of_another_number_of_layers(params):
     more = dataclasses.replace(TINY, layers=5)
     for given in (params, autoregressive.prepare_for_decode(TINY, params)):
-        with pytest.raises(ValueError, match=r"parameters of 4 layers, cfg\.layers is 5"):
+        with pytest.raises(ValueError, match=r"parameters of 5 layers \(cfg\.layers\), got 4"):
             autoregressive.prepare_for_decode(more, given)
 
 
@@ -441,5 +441,5 @@ def test_hidden_takes_no_more_than_a_picture(params):
 
 
 def test_prefill_wants_something_left_to_sample(params):
-    with pytest.raises(ValueError, match="fewer than 9 codes, got 9. Nothing is left to sample"):
+    with pytest.raises(ValueError, match=r"fewer than 9 codes, got 9\. Nothing is left to sample"):
         dalle.prefill(TINY, autoregressive.prepare_for_decode(TINY, params), GOOD_TEXT, GOOD_CODES)

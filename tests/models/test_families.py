@@ -29,7 +29,9 @@ def scores(cfg, params, text_BT, codes_BN):
 def cached(cfg, params, text_CT, codes_BN, given):
     """Image logits of the places from `given` on, over the caches; two candidates a caption, guided."""
     params = autoregressive.prepare_for_decode(cfg, params)
-    first, cache = autoregressive.prefill(cfg, params, text_CT, codes_BN[:, :given], samples_per_caption=2, use_cfg=True)
+    first, cache = autoregressive.prefill(
+        cfg, params, text_CT, codes_BN[:, :given], samples_per_caption=2, use_cfg=True
+    )
 
     def step(cache, place):
         code_B = codes_BN[:, place]

@@ -14,8 +14,8 @@ from dalle_jax.models.registry import (
     init_training,
     load_class,
     model_params,
-    model_spec,
     model_shapes,
+    model_spec,
 )
 
 ROWS = pytest.mark.parametrize("spec", MODELS.values(), ids=lambda spec: spec.kind)

@@ -196,5 +196,5 @@ def test_refused():
     params = family_params(cfg)
     with pytest.raises(ValueError, match="weights is 'int4'; want one of int8, fp8, w8a8, or None"):
         autoregressive.prepare_for_decode(cfg, params, "int4")
-    with pytest.raises(ValueError, match="got converted ones. Quantize the originals"):
+    with pytest.raises(ValueError, match=r"got converted ones\. Quantize the originals"):
         autoregressive.prepare_for_decode(cfg, autoregressive.prepare_for_decode(cfg, params), "int8")
