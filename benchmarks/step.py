@@ -31,7 +31,7 @@ import numpy as np
 
 from dalle_jax.aot.compile_only import step_and_arguments
 from dalle_jax.aot.tpu_targets import peak_flops
-from dalle_jax.cli.train import parse
+from dalle_jax.cli.train import parse_args
 from dalle_jax.config import DiffusionConfig, TrainConfig
 from dalle_jax.parallel.sharding import batch_sharding, make_mesh
 from dalle_jax.train.flops import train_flops
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     if not rest or rest[0].startswith("-"):
         parser.error("want a configuration first: python -m benchmarks.step configs/X.py")
     try:
-        config = parse(rest, "benchmarks.step")
+        config = parse_args(rest, "benchmarks.step").config
         job = peer_job(config, args.steps) if args.peer_python else None
         report = measure(config, args.steps, args.trace)
     except (ValueError, OSError) as error:

@@ -78,6 +78,7 @@ def train(
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    from dalle_jax.cli import main
     from dalle_jax.cli import train as command
 
     jax.config.update("jax_num_cpu_devices", devices)
@@ -88,7 +89,7 @@ def train(
     else:  # one that found its programs there would wait for the others longer than CPU collectives do
         jax.config.update("jax_enable_compilation_cache", False)
     command.load_config = lambda path: config
-    code = command.main(argv)
+    code = main(["train", *argv])
     atexit._run_exitfuncs()  # as at the end of any process; those of multiprocessing end without
     sys.stderr.flush()
     os._exit(code)

@@ -8,19 +8,15 @@ devices that are here. What is estimated, and how: compile_report.py, for GPUs r
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
-from typing import Any, get_args
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from dalle_jax.aot import report as compile_report
-from dalle_jax.aot import sampler
 from dalle_jax.aot.report import CompileReport, parse_target, tree_gib
-from dalle_jax.config import DalleConfig, Quantization, TrainConfig
+from dalle_jax.config import DalleConfig, TrainConfig
 from dalle_jax.models import dalle
 from dalle_jax.nn import flash
 from dalle_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
@@ -107,42 +103,3 @@ def _kernel_flops(config: TrainConfig, kernels: dict[str, int], devices: int) ->
         config.data.batch_size / config.optim.grad_accum_steps / devices
     )  # times heads: however the mesh splits the two
     return total * 2 * share * flash.padded_length(model.seq_len) ** 2 * model.dim * rows
-
-
-def split_flags(argv: list[str]) -> tuple[list[str], argparse.Namespace]:
-    """The flags of this command taken out of a command line of train.py; the rest is the configuration's."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--compile-only")
-    parser.add_argument("--sample", type=int)
-    parser.add_argument("--quantization", choices=get_args(Quantization))
-    parser.add_argument("--slices", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--hlo")
-    flags, rest = parser.parse_known_args(argv)
-    if flags.compile_only is None:  # the others mean nothing then, and are refused with all unknown flags
-        return argv, flags
-    return rest, flags
-
-
-def main(config: TrainConfig, flags: argparse.Namespace, prog: str) -> int:
-    """Prints the report. 0: it fits. 2: mesh, batch, topology or options do not go together. 3: it does not fit."""
-    try:
-        if flags.sample is not None:
-            report = sampler.compile_sample(
-                config, flags.compile_only, flags.sample, flags.slices, flags.hlo,
-                weights=flags.quantization,
-            )  # fmt: skip
-        elif flags.quantization is not None:
-            raise ValueError("--quantization says how to draw; give --sample ROWS as well")
-        else:
-            report = compile_step(config, flags.compile_only, flags.slices, flags.hlo)
-    except ValueError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 1
-    print(compile_report.format_report(report), file=sys.stderr if flags.json else sys.stdout)
-    if flags.json:
-        print(json.dumps(report))
-    return 3 if report["fits"] is False else 0

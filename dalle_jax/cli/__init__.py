@@ -14,8 +14,11 @@ import json
 import math
 import os
 import sys
+import traceback
 import typing
 from typing import Any
+
+from dalle_jax.cli import startup
 
 COMMANDS = {  # command: (module, one line of help)
     "demo": ("demo", "train, sample and evaluate on procedural scenes, all in minutes on a CPU"),
@@ -48,17 +51,22 @@ def usage() -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run one command.
 
-    With the environment variable DALLE_JAX_TRACEBACK set, errors are raised with their traceback.
+    With the environment variable DALLE_JAX_TRACEBACK set, errors are raised with their traceback. One of several
+    processes of a training that fails ends at once, and so do the others.
 
     Args:
         argv: words after `dalle-jax`; None takes those of the process.
+        prog: name of the command in messages; None is `dalle-jax COMMAND`.
 
     Returns:
-        The exit code. 0: success. 1: an invalid input, file or disk; the message names it. 2: an invalid command
-        line. 3: a loss or a sampled image that is not finite. 130: interrupted.
+        The exit code. 0: success; of a training also a stop by a signal after saving. 1: an invalid input, file or
+        disk; the message names it. 2: an invalid command line, a mesh that does not fit the devices or the model, an
+        unknown compiler option. 3: a loss, gradient or sampled image that is not finite; with --compile-only a
+        program that does not fit. 4: another process of the training was lost or failed, or no step completed within
+        `distributed.stall_timeout_seconds`; start all processes again. 130: interrupted.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -75,26 +83,60 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"perhaps you meant {near[0]!r}" if near else f"use one of {', '.join(COMMANDS)}"
         print(f"dalle-jax: no command {command!r}; {hint}", file=sys.stderr)
         return 2
-    if command == "train":
-        from dalle_jax.cli import train
-
-        return train.main(rest, prog="dalle-jax train")
+    code = 1
     try:
-        return _run(command, rest)
+        code = _run(command, rest, prog or f"dalle-jax {command}")
+    except BaseException:
+        if _is_distributed():
+            traceback.print_exc()
+        raise
+    finally:
+        if code and _is_distributed():
+            from dalle_jax.parallel.processes import exit_process
+
+            exit_process(code)
+    return code
+
+
+def _run(command: str, argv: list[str], prog: str) -> int:
+    """Parse and run; print the error of a user and return its exit code."""
+    from dalle_jax.cli import exit_codes
+
+    if command != "train":  # the processes of a training compile at the same time or not at all
+        startup.start_command()  # before anything imports jax
+    try:
+        return _call(command, argv, prog)
     except SystemExit as stop:  # tyro has printed an error or the help
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
-        print(f"dalle-jax {command}: interrupted", file=sys.stderr)
-        return 130
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return exit_codes.INTERRUPTED
     except BrokenPipeError:  # the reader of standard output has exited, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closing it at exit raises nothing
         return 1
-    except (ValueError, OSError, ArithmeticError) as error:
-        not_finite = type(error).__name__ in ("NonFiniteError", "NonFiniteSampleError")
-        if os.environ.get("DALLE_JAX_TRACEBACK") or (isinstance(error, ArithmeticError) and not not_finite):
+    except Exception as error:
+        failure = None if os.environ.get("DALLE_JAX_TRACEBACK") else exit_codes.exit_code(error)
+        if failure is None:
             raise
-        print(f"dalle-jax {command}: error: {_message(error)}", file=sys.stderr)
-        return 3 if not_finite else 1
+        print(f"{prog}: {failure[1]}", file=sys.stderr)
+        return failure[0]
+
+
+def _call(command: str, argv: list[str], prog: str) -> int:
+    """Parse the flags, run the handler, print its result where --json asks for it."""
+    from dalle_jax.cli.exit_codes import NegativeResult
+
+    module = importlib.import_module(f"dalle_jax.cli.{COMMANDS[command][0]}")
+    args = module.parse_args(argv, prog) if command == "train" else _parse_args(command, argv, prog)
+    code = 0
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        try:
+            result = module.run(args)
+        except NegativeResult as negative:
+            result, code = negative.result, negative.code
+    if args.json:
+        print(json.dumps(_to_json(result), ensure_ascii=False, allow_nan=False))
+    return code
 
 
 def flags_of(command: str) -> type:
@@ -103,33 +145,19 @@ def flags_of(command: str) -> type:
     return typing.get_type_hints(module.run)["args"]
 
 
-def _run(command: str, argv: list[str]) -> int:
-    from dalle_jax.cli import startup
-
-    startup.start_command()  # before anything imports jax
+def _parse_args(command: str, argv: list[str], prog: str) -> Any:
     import tyro
 
-    module, summary = COMMANDS[command]
     flags = flags_of(command)
-    args = tyro.cli(
-        flags, args=argv, prog=f"dalle-jax {command}", config=(tyro.conf.FlagCreatePairsOff,),
-        description=inspect.cleandoc(flags.__doc__ or summary),
+    return tyro.cli(
+        flags, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,),
+        description=inspect.cleandoc(flags.__doc__ or ""),
     )  # fmt: skip
-    run = importlib.import_module(f"dalle_jax.cli.{module}").run
-    if not args.json:
-        run(args)
-        return 0
-    with contextlib.redirect_stdout(sys.stderr):
-        result = run(args)
-    print(json.dumps(_to_json(result), ensure_ascii=False, allow_nan=False))
-    return 0
 
 
-def _message(error: BaseException) -> str:
-    """The message; for an error of the operating system the file and the reason, without its number."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+def _is_distributed() -> bool:
+    """Whether this process is one of several; False before jax is imported."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def _to_json(value: Any) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from dalle_jax.checkpoint.run_dir import load_config, read_config
 from dalle_jax.config import DataConfig, MixtureSource, SourceConfig, TrainConfig
@@ -14,7 +14,9 @@ from dalle_jax.data.sources import infer_source
 from dalle_jax.pipelines.diffusion import DiffusionSamplingConfig
 
 RunPath = Annotated[str, arg(metavar="RUN")]
-JsonFlag = Annotated[bool, arg(help="print one JSON object to standard output, all else to standard error")]
+JsonFlag = Annotated[
+    bool, FlagCreatePairsOff, arg(help="print one JSON object to standard output, all else to standard error")
+]
 
 
 def refuse_flags(args: Any, names: tuple[str, ...], why: str) -> None:

@@ -1,106 +1,136 @@
-"""The command line of training: `CONFIG.py [--field value ...]`, with what its exit codes mean."""
+"""`dalle-jax train`: train a configuration or resume its run; with --compile-only, compile it for other hardware."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import inspect
 import sys
-import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-import jax
 import tyro
+from tyro.conf import Positional, arg
 
-from dalle_jax.aot import compile_only
+from dalle_jax.aot.compile_only import compile_step
+from dalle_jax.aot.report import format_report
+from dalle_jax.aot.sampler import compile_sample
 from dalle_jax.checkpoint.run_dir import load_config
-from dalle_jax.config import TrainConfig
-from dalle_jax.parallel.processes import LOST, exit_process, first_line, initialize_distributed, process_name
-from dalle_jax.parallel.sharding import MeshError
+from dalle_jax.cli.common_args import JsonFlag
+from dalle_jax.cli.exit_codes import DOES_NOT_FIT, USAGE, NegativeResult, UsageError
+from dalle_jax.config import Quantization, TrainConfig
+from dalle_jax.parallel.processes import initialize_distributed
 from dalle_jax.train import loop
-from dalle_jax.train.compiler_options import compiler_option_error
-from dalle_jax.train.initialize import apply_flags
+from dalle_jax.train.initialize import with_data_path, with_init_model
+
+_USAGE = """usage: {prog} CONFIG [--field value ...]
+       {prog} CONFIG --help lists the fields
+       {prog} CONFIG --data.path PATH reads a folder, tar files, an npz file or a TFDS data set
+       {prog} CONFIG --compile-only v5p:4x4x4 [--slices N] [--json] [--hlo FILE]
+       {prog} CONFIG --compile-only h200 --sample ROWS [--quantization int8] [--json]
+       compiles the training step or the sampler for a TPU topology, GPUs (h200:8) or this machine (local)"""
 
 
-def main(argv: list[str] | None = None, prog: str = "train.py") -> int:
-    """`CONFIG.py [--field value ...]`: trains, and returns the exit code.
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs:
+    """Train a configuration, or resume its run: the same command continues from the last checkpoint.
 
-    With `--compile-only TARGET [--slices N | --sample ROWS [--quantization KIND]] [--json] [--hlo FILE]` it compiles instead
-    (aot/compile_only.py): 0 where the program fits, 2 for a mesh, batch, target or compiler option that does not
-    go with the rest, 3 where it does not fit.
+    Flags named like fields of the configuration override them. --init-from RUN starts from the weights of a run and
+    takes its model; flags still override its fields.
 
-    0: finished, or stopped by a signal with its state saved. 1: a configuration, file or disk that does not
-    allow to go on, told in one message. 2: a command line that is not understood, a mesh that does not go
-    with the devices or the model, or a compiler option that the compiler does not have. 3: a loss or gradient
-    that is not finite. 4: another process of the training was lost or failed, or nothing moved for
-    `distributed.stall_timeout_seconds`; start all again. 130: interrupted twice, or before the first step. With the
-    environment variable DALLE_JAX_TRACEBACK set, errors come with their traceback.
+    --compile-only TARGET trains nothing: it compiles the training step, or with --sample the sampler, for a TPU
+    topology (v5p:4x4x4), for GPUs (h200:8) or for the devices of this machine (local), and reports memory,
+    collectives and an estimate of the time. Exit code 3: the program does not fit."""
 
-    One of several processes that does not end well ends at once, and so do the others.
+    config_file: Positional[Annotated[str, arg(metavar="CONFIG")]]
+    """configuration file"""
+    config: Annotated[TrainConfig, arg(name="", prefix_name=False)]
+    data_path: Annotated[str | None, arg(name="data.path")] = None
+    """folder, tar files (commas, globs), npz file, TFDS directory or name to train on; the kind is detected"""
+    compile_only: Annotated[str | None, arg(metavar="TARGET")] = None
+    """compile for this target and report, without training"""
+    slices: int = 1
+    """with --compile-only: number of TPU slices"""
+    sample: Annotated[int | None, arg(metavar="ROWS")] = None
+    """with --compile-only: compile the sampler of this many images in place of the training step"""
+    quantization: Quantization | None = None
+    """with --sample: 8-bit weights"""
+    hlo: Annotated[str | None, arg(metavar="FILE")] = None
+    """with --compile-only: write the text of the compiled program to this file"""
+    json: JsonFlag = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BaseArgs:
+    """The words that determine the defaults of all other flags."""
+
+    config_file: Positional[str]
+    init_from: str | None = None
+    data_path: Annotated[str | None, arg(name="data.path")] = None
+
+
+def parse_args(argv: Sequence[str], prog: str = "dalle-jax train") -> TrainArgs:
+    """Parse `CONFIG [--field value ...]`: the defaults of the flags are the fields of the file CONFIG.
+
+    Args:
+        argv: words after the command.
+        prog: name of the command in messages.
+
+    Raises:
+        SystemExit: no CONFIG; an invalid flag, for which tyro printed the nearest valid ones; or --help.
+        ValueError, OSError: of `load_config`, `with_init_model` and `with_data_path`; fields that do not go together.
     """
-    code = 1
-    try:
-        code = _main(argv, prog)
-        return code
-    except BaseException:
-        if jax.distributed.is_initialized():
-            traceback.print_exc()
-        raise
-    finally:
-        if code and jax.distributed.is_initialized():
-            exit_process(code)
-
-
-def _main(argv: list[str] | None, prog: str) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    usage = (
-        f"usage: {prog} CONFIG.py [--field value ...]\n       {prog} CONFIG.py --help lists the fields\n"
-        "       --data.path PATH reads a folder, tar files, an npz file or a TFDS data set\n"
-        f"       {prog} CONFIG.py --compile-only v5p:4x4x4 [--slices N] [--json] [--hlo FILE]\n"
-        f"       {prog} CONFIG.py --compile-only h200 --sample ROWS [--quantization int8] [--json]\n"
-        "       compiles the step or the drawing of pictures for a TPU topology, GPUs (h200:8) or what is here (local)"
-    )
     if not argv or argv[0].startswith("-"):
-        helped = bool(argv) and argv[0] in ("-h", "--help")
-        print(usage, file=sys.stdout if helped else sys.stderr)
-        return 0 if helped else 2
-    try:
-        argv, flags = compile_only.split_flags(argv)
-        config = parse(argv, prog)
-        if flags.compile_only is not None:
-            return compile_only.main(config, flags, prog)
-        initialize_distributed(config.distributed, config.mesh.cpu_devices)
-        loop.train(config)
-    except SystemExit as exit:  # tyro has told what it did not understand, or --help
-        return exit.code if isinstance(exit.code, int) else 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, loop.NonFiniteError) as error:
-        if os.environ.get("DALLE_JAX_TRACEBACK"):
-            raise
-        who = f" ({process_name()})" if jax.distributed.is_initialized() else ""
-        print(f"{prog}: error{who}: {error}", file=sys.stderr)
-        return 3 if isinstance(error, loop.NonFiniteError) else 2 if isinstance(error, MeshError) else 1
-    except jax.errors.JaxRuntimeError as error:
-        if (refused := compiler_option_error(error)) is not None:
-            print(f"{prog}: error: {refused}", file=sys.stderr)
-            return 2
-        if not jax.distributed.is_initialized() or os.environ.get("DALLE_JAX_TRACEBACK"):
-            raise
-        print(
-            f"{prog}: error ({process_name()}): this process failed, or lost another one: {first_line(error)}. Start all "
-            "processes again: they go on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return LOST
-    return 0
-
-
-def parse(argv: list[str], prog: str = "train.py") -> TrainConfig:
-    """The configuration of the file `argv[0]` with the flags that follow it.
-
-    Raises what `load_config` raises, ValueError for values that do not go together, SystemExit for flags that
-    do not exist (the nearest ones are printed).
-    """
-    config, flags = apply_flags(load_config(argv[0]), argv[1:])
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        print(_USAGE.format(prog=prog), file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else USAGE)
+    words = [word for word in argv if word not in ("-h", "--help")]
+    base, _ = tyro.cli(_BaseArgs, args=words, prog=prog, return_unknown_args=True, add_help=False)
+    config = load_config(base.config_file)
+    if base.data_path is not None:
+        config = with_data_path(config, base.data_path)
+    if base.init_from is not None:
+        config = dataclasses.replace(config, init_from=base.init_from)
+    default = TrainArgs(config_file=base.config_file, config=with_init_model(config))
     return tyro.cli(
-        tyro.conf.AvoidSubcommands[TrainConfig], default=config, args=flags, prog=f"{prog} {argv[0]}"
-    )
+        TrainArgs, args=argv, default=default, prog=f"{prog} {argv[0]}",
+        config=(tyro.conf.AvoidSubcommands,), description=inspect.cleandoc(TrainArgs.__doc__ or ""),
+    )  # fmt: skip
+
+
+def run(args: TrainArgs) -> dict[str, Any]:
+    """Train, or compile for the target of --compile-only.
+
+    Raises:
+        NegativeResult: the compiled program does not fit the device.
+        UsageError: flags, mesh, batch, target or compiler option that do not go together.
+        NonFiniteError: of `loop.train`.
+    """
+    if args.compile_only is not None:
+        return _compile(args, args.compile_only)
+    for name in ("slices", "sample", "quantization", "hlo"):
+        if getattr(args, name) != getattr(TrainArgs, name):
+            raise UsageError(f"--{name} is for --compile-only TARGET; leave it out")
+    config = args.config
+    initialize_distributed(config.distributed, config.mesh.cpu_devices)
+    result = loop.train(config)
+    return {"run": config.run, "step": result.step, "finished": result.finished, **result.measures}
+
+
+def _compile(args: TrainArgs, target: str) -> dict[str, Any]:
+    """Compile the training step or the sampler and print the report."""
+    if args.sample is None and args.quantization is not None:
+        raise UsageError("--quantization is for the sampler; give --sample ROWS as well")
+    try:
+        if args.sample is None:
+            report = compile_step(args.config, target, args.slices, args.hlo)
+        else:
+            report = compile_sample(
+                args.config, target, args.sample, args.slices, args.hlo, weights=args.quantization
+            )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(format_report(report))
+    if report["fits"] is False:
+        raise NegativeResult(DOES_NOT_FIT, report)
+    return report

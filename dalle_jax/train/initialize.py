@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +26,42 @@ from dalle_jax.parallel.sharding import path_name
 from dalle_jax.train.state import TrainState, shardings_of
 
 
-def apply_flags(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """Apply the flags that select other configuration classes: `--init-from` and `--data.path`.
-
-    Args:
-      config: Configuration of the file.
-      argv: Flags of the command line.
-
-    Returns:
-      `config` with the model of the run `--init-from` and the source for `--data.path`, and the remaining flags.
+def with_init_model(config: TrainConfig) -> TrainConfig:
+    """Return `config` with the model of the run `config.init_from`; unchanged where that is None.
 
     Raises:
-      ValueError: If a flag has no value, or the run trains another kind of model.
-      FileNotFoundError: If the run or the data does not exist.
+      ValueError: If the run trains another kind of model.
+      FileNotFoundError: If the run does not exist.
     """
-    path, rest = _pop_flag(list(argv), ("--data.path",), keep=False)
-    if path is not None:
-        source = infer_source(path)
-        if type(source) is type(config.data.source):
-            source = dataclasses.replace(config.data.source, path=path)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
-    init_from, rest = _pop_flag(rest, ("--init-from", "--init_from"), keep=True)
-    init_from = init_from or config.init_from
-    if init_from is not None:
-        model = read_config(init_from).model
-        transformers = all(model_spec(m).transformer is not None for m in (model, config.model))
-        if type(model) is not type(config.model) and not transformers:
-            raise ValueError(
-                f"--init-from {init_from} is a run of stage {model.kind}, this configuration of stage "
-                f"{config.model.kind}. Use a configuration of the same stage."
-            )
-        config = dataclasses.replace(config, model=model)
-    return config, rest
+    if config.init_from is None:
+        return config
+    model = read_config(config.init_from).model
+    transformers = all(model_spec(m).transformer is not None for m in (model, config.model))
+    if type(model) is not type(config.model) and not transformers:
+        raise ValueError(
+            f"--init-from {config.init_from} is a run of stage {model.kind}, this configuration of stage "
+            f"{config.model.kind}. Use a configuration of the same stage."
+        )
+    return dataclasses.replace(config, model=model)
 
 
-def _pop_flag(argv: list[str], names: tuple[str, ...], *, keep: bool) -> tuple[str | None, list[str]]:
-    """Return the last value of a flag, and the other arguments; all arguments with `keep`."""
-    value, rest, arguments = None, [], iter(argv)
-    for argument in arguments:
-        name, equals, tail = argument.partition("=")
-        if name not in names:
-            rest.append(argument)
-            continue
-        value = tail if equals else next(arguments, None)
-        if value is None:
-            raise ValueError(f"{name} has no value. Use {name} VALUE.")
-        rest += [name, value] if keep else []
-    return value, rest
+def with_data_path(config: TrainConfig, path: str) -> TrainConfig:
+    """Return `config` with the data at `path` as its source.
+
+    A source of the same kind keeps its other fields; one of another kind has the defaults of that kind.
+
+    Args:
+      config: Configuration of the run.
+      path: Folder, tar files, npz file, TFDS directory or name, as for `infer_source`.
+
+    Raises:
+      ValueError: If the kind of data is unknown.
+      FileNotFoundError: If there is no data.
+    """
+    source = infer_source(path)
+    if type(source) is type(config.data.source):
+        source = dataclasses.replace(config.data.source, path=path)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
 
 
 def init_from_run(state: TrainState, config: TrainConfig, mesh: Mesh) -> TrainState:

@@ -18,7 +18,7 @@ from dalle_jax.aot.compile_only import compile_step, step_and_arguments
 from dalle_jax.aot.report import format_report, needed_gib
 from dalle_jax.aot.sampler import compile_sample
 from dalle_jax.aot.tpu_targets import parse_topology, tpu_devices
-from dalle_jax.cli import train
+from dalle_jax.cli import main
 from dalle_jax.config import (
     AdversarialConfig,
     BartConfig,
@@ -340,7 +340,7 @@ def config_file(tmp_path):
 def test_command_prints_json_and_keeps_the_program(config_file, tmp_path, capsys):
     file = tmp_path / "step.hlo"
     flags = ["--mesh.data", "2", "--mesh.fsdp", "4", "--compiler-options", "xla_backend_optimization_level=0"]
-    assert train.main([config_file, "--compile-only", "local", "--json", "--hlo", str(file), *flags]) == 0
+    assert main(["train", config_file, "--compile-only", "local", "--json", "--hlo", str(file), *flags]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report.keys() == REPORTED
@@ -360,13 +360,13 @@ def test_command_prints_json_and_keeps_the_program(config_file, tmp_path, capsys
     ],
 )
 def test_what_does_not_go_together_exits_2(config_file, capsys, flags, want):
-    assert train.main([config_file, "--compile-only", *flags]) == 2
+    assert main(["train", config_file, "--compile-only", *flags]) == 2
     assert want in capsys.readouterr().err
 
 
 def test_sampling_compiles_for_a_device(config_file, capsys):
     """Parameters in the compute dtype: 2 bytes for matrices, 4 for the rest; the cache by hand."""
-    assert train.main([config_file, "--compile-only", "local", "--sample", "3", "--json"]) == 0
+    assert main(["train", config_file, "--compile-only", "local", "--sample", "3", "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report.keys() == REPORTED and report["fits"] is None and report["devices"] == 1
@@ -406,12 +406,15 @@ def test_sampling_of_a_diffusion_model_runs_all_steps():
     [
         (["local", "--sample", "0"], "--sample is 0; want at least 1 row"),
         (["local", "--sample", "1", "--slices", "2"], "--slices 2 is for a TPU topology"),
-        (["local", "--quantization", "int8"], "--quantization says how to draw; give --sample ROWS as well"),
+        (
+            ["local", "--quantization", "int8"],
+            "--quantization is for the sampler; give --sample ROWS as well",
+        ),
         (["v5e:2x2", "--sample", "1"], "--sample compiles for one chip and v5e:2x2 has 4; want v5e:1x1"),
     ],
 )
 def test_sampling_refuses(config_file, capsys, flags, want):
-    assert train.main([config_file, "--compile-only", *flags]) == 2
+    assert main(["train", config_file, "--compile-only", *flags]) == 2
     assert want in capsys.readouterr().err
 
 
@@ -458,7 +461,7 @@ def test_options_reach_the_step_that_trains():
 )
 def test_an_option_that_the_compiler_does_not_have_exits_2(config_file, capsys, option, want):
     flags = ["--compile-only", "local", "--mesh.data", "-1", "--compiler-options", option]
-    assert train.main([config_file, *flags]) == 2
+    assert main(["train", config_file, *flags]) == 2
     assert want in capsys.readouterr().err
 
 
@@ -467,14 +470,17 @@ def test_an_option_in_another_form_is_told():
         TrainConfig(model=MODEL, compiler_options=("--xla_a",))
 
 
-def test_its_flags_are_refused_without_it(config_file, capsys):
-    assert train.main([config_file, "--json"]) == 2
-    assert "--json" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags", [("--slices", "2"), ("--sample", "1"), ("--quantization", "int8"), ("--hlo", "program.hlo")]
+)
+def test_its_flags_are_refused_without_it(config_file, capsys, flags):
+    assert main(["train", config_file, *flags]) == 2
+    assert f"{flags[0]} is for --compile-only" in capsys.readouterr().err
 
 
 def test_without_libtpu_the_package_is_named(config_file, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert train.main([config_file, "--compile-only", "v5e:2x2"]) == 1
+    assert main(["train", config_file, "--compile-only", "v5e:2x2"]) == 1
     assert "pip install 'dalle-jax[compile]'" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ from dalle_jax.aot.gpu_targets import GPUS, gpu_devices, is_gpu, memory_fraction
 from dalle_jax.aot.report import Target, format_report, parse_target
 from dalle_jax.aot.sampler import compile_sample, minimum_bytes
 from dalle_jax.aot.tpu_targets import parse_topology
-from dalle_jax.cli import train
+from dalle_jax.cli import main
 from dalle_jax.config import BartConfig, DalleConfig
 from dalle_jax.models import autoregressive
 from dalle_jax.parallel.devices import peak_flops
@@ -70,7 +70,7 @@ def test_gpus_have_no_slices():
 
 def test_without_the_plugin_the_package_is_named(config_file, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert train.main([config_file, "--compile-only", "h200"]) == 1
+    assert main(["train", config_file, "--compile-only", "h200"]) == 1
     assert "pip install 'dalle-jax[cuda]' (no GPU is needed)" in capsys.readouterr().err
 
 
@@ -97,7 +97,7 @@ def test_jax_that_left_the_compiler_out_is_told(monkeypatch):
     ],
 )
 def test_what_does_not_go_together_exits_2(config_file, capsys, flags, want):
-    assert train.main([config_file, "--compile-only", *flags]) == 2
+    assert main(["train", config_file, "--compile-only", *flags]) == 2
     assert want in capsys.readouterr().err
 
 
@@ -275,7 +275,7 @@ def test_what_does_not_fit_exits_3(config_file, capsys, monkeypatch):
 
     monkeypatch.setattr(compile_only, "parse_target", small)
     flags = ["--mesh.data", "1", "--compiler-options", "xla_backend_optimization_level=0"]
-    assert train.main([config_file, "--compile-only", "h200", *flags]) == 3
+    assert main(["train", config_file, "--compile-only", "h200", *flags]) == 3
     assert "0.0001 GiB, 50% of the GPU's 0.0002 (XLA_PYTHON_CLIENT_MEM_FRACTION)" in capsys.readouterr().out
 
 

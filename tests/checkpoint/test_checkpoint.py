@@ -165,6 +165,7 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from conftest import FakeTask, tiny_config
+from dalle_jax.cli import main
 from dalle_jax.cli import train as command
 from dalle_jax.train import loop
 rare = {"log_every": 100, "eval_every": 100, "sample_every": 100, "save_every": 2}
@@ -178,8 +179,8 @@ class Big(FakeTask):
 
 sys.modules["dalle_jax.train.tasks"] = type(sys)("tasks")
 sys.modules["dalle_jax.train.tasks"].make_task = Big
-command.parse = lambda argv, prog: tiny_config(sys.argv[2], steps=8, **rare)
-sys.exit(command.main(["config.py"]))
+command.load_config = lambda path: tiny_config(sys.argv[2], steps=8, **rare)
+sys.exit(main(["train", "config.py"]))
 """
 
 

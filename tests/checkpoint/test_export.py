@@ -17,7 +17,7 @@ from dalle_jax.importers.formats import safetensors
 from dalle_jax.models import dalle, tokenizer
 from dalle_jax.pipelines import load_image_tokenizer, load_text_to_image, sample_code_rows
 from dalle_jax.text import tokenizers
-from dalle_jax.train.initialize import apply_flags, copy_vocabulary
+from dalle_jax.train.initialize import copy_vocabulary, with_init_model
 
 VQGAN = VQGANConfig(
     image_size=8, width=4, channel_multipliers=(1, 1), blocks=1, attention_levels=(), latent_width=4,
@@ -92,7 +92,7 @@ def test_an_exported_transformer_is_the_same_model(tmp_path):
     codes = [sample_code_rows(m, ["a red circle"], [0], batch=1) for m in (one, other)]
     np.testing.assert_array_equal(*codes)
     assert len(np.unique(codes[0])) > 1
-    begun, _ = apply_flags(config, ["--init-from", str(tmp_path / "out")])
+    begun = with_init_model(dataclasses.replace(config, init_from=str(tmp_path / "out")))
     assert begun.model == model and copy_vocabulary(dataclasses.replace(begun, init_from=str(tmp_path / "out")),
                                                     tmp_path / "copied")  # fmt: skip
 

@@ -19,7 +19,6 @@ import pytest
 
 from dalle_jax import cli
 from dalle_jax.checkpoint.run_dir import PARAMS_FILE, load_run, shapes_by_name, write_params
-from dalle_jax.cli.train import main
 from dalle_jax.config import T5Config, TrainConfig, VectorQuantizer, VQGANConfig, to_json
 from dalle_jax.importers import llamagen, mindalle, rudalle
 from dalle_jax.importers import t5 as encoders
@@ -377,7 +376,7 @@ def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
         "optim=OptimConfig(learning_rate=1e-9, warmup_steps=0), steps=1, eval_rows=8)\n"
     )
     words = [str(config), "--init-from", str(begun.path), "--run", str(tmp_path / "run")]
-    assert main(words) == 0
+    assert cli.main(["train", *words]) == 0
     run = load_run(tmp_path / "run", ema=False)
     assert run.config.model == begun.config.model and run.step == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, begun.params)

@@ -19,7 +19,7 @@ from conftest import FakeTask, tiny_config
 
 from dalle_jax.checkpoint import run_dir as rundir
 from dalle_jax.checkpoint.lock import run_lock
-from dalle_jax.cli import train
+from dalle_jax.cli import main, train
 from dalle_jax.config import MeshConfig, TrainConfig
 from dalle_jax.parallel.sharding import make_mesh
 from dalle_jax.train import loop
@@ -227,8 +227,7 @@ COMMAND = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeTask
-from dalle_jax.cli import train as command
-from dalle_jax.train import loop
+from dalle_jax.cli import main, train
 
 class Slow(FakeTask):
     def batches(self, start, rows=None):
@@ -238,7 +237,7 @@ class Slow(FakeTask):
 
 sys.modules["dalle_jax.train.tasks"] = type(sys)("tasks")
 sys.modules["dalle_jax.train.tasks"].make_task = Slow
-sys.exit(command.main(sys.argv[2:]))
+sys.exit(main(["train", *sys.argv[2:]]))
 """
 
 CONFIG = """
@@ -516,18 +515,20 @@ SMALL = """
 
 def test_flags_change_the_file_s_config(tmp_path):
     file = config_file(tmp_path, SMALL)
-    config = train.parse([file, "--run", "x", "--optim.learning-rate", "0.5", "--model.vocab", "16"])
+    config = train.parse_args(
+        [file, "--run", "x", "--optim.learning-rate", "0.5", "--model.vocab", "16"]
+    ).config
     assert (config.run, config.optim.learning_rate, config.model.vocab, config.steps) == ("x", 0.5, 16, 3)
-    assert train.parse([file]) == rundir.load_config(file)
+    assert train.parse_args([file]).config == rundir.load_config(file)
 
 
 def test_command_line_errors(tmp_path, capsys):
     file = config_file(tmp_path, SMALL)
-    assert train.main([file, "--model.vocabb", "3"]) == 2
+    assert main(["train", file, "--model.vocabb", "3"]) == 2
     assert "model.vocab" in capsys.readouterr().err
-    assert train.main([]) == 2 and train.main(["--run", "x"]) == 2
-    assert train.main(["--help"]) == 0
-    assert "usage: train.py CONFIG.py" in capsys.readouterr().out
+    assert main(["train"]) == 2 and main(["train", "--run", "x"]) == 2
+    assert main(["train", "--help"]) == 0
+    assert "usage: dalle-jax train CONFIG" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -558,7 +559,7 @@ def test_each_bad_input_is_one_message_and_exit_1(tmp_path, capsys, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "dalle_jax.train.tasks", types.SimpleNamespace(make_task=FakeTask))
     file = str(tmp_path / "missing.py") if text is None else config_file(tmp_path, text)
-    assert train.main([file, *args]) in (1, 2)
+    assert main(["train", file, *args]) in (1, 2)
     err = capsys.readouterr().err
     assert re.search(message, " ".join(err.split())), err
     assert "Traceback" not in err
@@ -568,8 +569,9 @@ def test_each_bad_input_is_one_message_and_exit_1(tmp_path, capsys, monkeypatch,
 def test_nan_exits_3(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "dalle_jax.train.tasks", type(sys)("tasks"))
     sys.modules["dalle_jax.train.tasks"].make_task = lambda config: FakeTask(config, nan_at=1)
-    monkeypatch.setattr(train, "parse", lambda argv, prog: tiny_config(tmp_path / "run"))
-    assert train.main(["config.py"]) == 3
+    config = tiny_config(tmp_path / "run")
+    monkeypatch.setattr(train, "load_config", lambda path: config)
+    assert main(["train", "config.py"]) == 3
     assert "error: step 2: loss nan" in capsys.readouterr().err
 
 
