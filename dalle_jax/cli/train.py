@@ -114,7 +114,7 @@ def run(args: TrainArgs) -> dict[str, Any]:
     config = args.config
     initialize_distributed(config.distributed, config.mesh.cpu_devices)
     result = loop.train(config)
-    return {"run": config.run, "step": result.step, "finished": result.finished, **result.measures}
+    return {"run": config.run, "step": result.step, "finished": result.finished, **result.metrics}
 
 
 def _compile(args: TrainArgs, target: str) -> dict[str, Any]:
