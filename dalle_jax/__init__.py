@@ -3,12 +3,13 @@
     from dalle_jax import dalle, dvae
     params = dalle.init(cfg, key)
 
-Subpackages and models are imported on first access: `import dalle_jax` itself imports nothing heavy.
+Subpackages are imported on first access, so `import dalle_jax` loads neither jax nor NumPy. The modules of
+`dalle_jax.models` are also attributes of the package: `dalle_jax.dalle` is `dalle_jax.models.dalle`.
 """
 
 import importlib
 
-_ROOMS = (
+_SUBPACKAGES = (
     "config",
     "typing",
     "text",
@@ -27,17 +28,18 @@ _ROOMS = (
 )
 _MODELS = ("tokenizer", "dvae", "vqgan", "dalle", "bart", "clip", "diffusion")
 
-__all__ = [*_ROOMS, *_MODELS]
+__all__ = list(_SUBPACKAGES)
 __version__ = "0.2.0"
 
 
 def __getattr__(name: str):
-    if name in _ROOMS:
+    if name in _SUBPACKAGES:
         return importlib.import_module(f"dalle_jax.{name}")
     if name in _MODELS:
         return importlib.import_module(f"dalle_jax.models.{name}")
-    raise AttributeError(f"module 'dalle_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
+    names = ", ".join(__dir__())
+    raise AttributeError(f"Expected one of {names}, got dalle_jax.{name}.")
 
 
 def __dir__():
-    return sorted([*globals(), *__all__])
+    return [*_SUBPACKAGES, *_MODELS]

@@ -1,80 +1,71 @@
-"""What README and docs/ tell a reader to type: flags exist, files are there, links lead somewhere, imports work."""
+"""Tests of README.md and docs/: commands run, Python blocks run, links lead somewhere, sizes are right.
 
-import ast
+Default: all flags of all commands exist, links and files exist. With `-m docs` every command and every Python block
+runs at a tiny size (tests/documentation.py).
+"""
+
 import dataclasses
+import fcntl
 import inspect
 import math
+import os
 import re
-import shlex
+import runpy
+import shutil
 from pathlib import Path
 
+import documentation
+import jax
 import pytest
 import tyro
+from documentation import PAGES, ROOT, block_commands, fences, inline_commands, split_words
 
 from dalle_jax.checkpoint.run_dir import load_config, shapes_by_name
 from dalle_jax.cli import COMMANDS as CLI_COMMANDS
 from dalle_jax.cli import flags_of, train
+from dalle_jax.evaluate import diffusion, metrics
+from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.train import loop
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENVIRONMENT = re.compile(r"^(?:[A-Z_]+=\S+ )+")
-
-
-def fences(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
+COMMANDS = [(page.name, line) for page in PAGES for line in block_commands(page) + inline_commands(page)]
 
 
-def commands(page: Path) -> list[str]:
-    """Shell lines in fences, in indented blocks and between backticks that begin with one of our two commands."""
-    text = page.read_text()
-    for block in fences(page, "python"):
-        text = text.replace(block, "")
-    lines = text.replace("\\\n", " ").splitlines()
-    lines = [part for line in lines for part in re.split(r" && | \| | ; ", line.strip())]
-    flat = re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\n", " ")
-    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", flat)]
-    ours = ("dalle-jax ", "python train.py ", "train.py ")
-    return [line for line in lines if ENVIRONMENT.sub("", line).startswith(ours) and "`" not in line]
-
-
-def words(line: str) -> list[str]:
-    line = re.sub(r"^(python )?train\.py", "dalle-jax train", ENVIRONMENT.sub("", line))
-    got = shlex.split(re.sub(r"[\[\]]", "", line), comments=True)[1:]
-    got = got[: next((i for i, word in enumerate(got) if word in ("&", ";", ">")), len(got))]
-    return [{"N": "2", "I": "1"}.get(word, word) for word in got]  # numbers that the reader puts in
-
-
-COMMANDS = [(page.name, line) for page in PAGES for line in commands(page)]
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page} {line[:60]}" for page, line in COMMANDS])
-def test_commands_are_understood(page, line, monkeypatch, capsys):
-    """With a word in capitals for what the reader puts in; what "..." stands for cannot be checked."""
+def test_flags_of_commands_exist(page, line, monkeypatch, capsys):
+    """Words in capitals are what a reader fills in; a command with "..." is an outline and only its verb is checked."""
     monkeypatch.chdir(ROOT)
-    verb, *rest = words(line)
-    if not rest:  # the name of a command, in a sentence
-        assert verb in CLI_COMMANDS or verb == "COMMAND"
+    command, *rest = split_words(line)
+    assert command in CLI_COMMANDS or command == "COMMAND"
+    if command == "COMMAND" or not rest or "..." in rest or any("$" in word for word in rest):
         return
-    if verb == "COMMAND" or "..." in rest or "$S" in rest:
-        return
-    if verb == "train":
+    if command == "train":
         if not rest[0].startswith("configs/"):
             return
-        rest = [word for i, word in enumerate(rest) if word != "--init-from" and rest[i - 1] != "--init-from"]
+        rest = [word for i, word in enumerate(rest) if "--init-from" not in (word, rest[i - 1])]
         assert train.parse_args(rest) is not None
         return
-    kind = flags_of(verb)
-    known = {"--help", *("--" + field.name.replace("_", "-") for field in dataclasses.fields(kind))}
-    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
+    arguments = flags_of(command)
+    flags = {"--help", *("--" + field.name.replace("_", "-") for field in dataclasses.fields(arguments))}
+    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= flags
     try:
-        tyro.cli(kind, args=rest, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:  # a sentence may name a flag and leave out what else there must be
-        told = capsys.readouterr().err
-        assert stop.code == 0 or "Required options" in told or "Missing" in told, told
+        tyro.cli(arguments, args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:  # a command in a sentence may leave out required arguments
+        message = capsys.readouterr().err
+        assert stop.code == 0 or "Required options" in message or "Missing" in message, message
 
 
 def test_commands_are_found():
     assert len(COMMANDS) > 60 and {page for page, _ in COMMANDS} > {"README.md", "data.md", "pods.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_stand_in_shell_blocks(page):
+    """Else `-m docs` would not run them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert not re.findall(r"^ *(?:dalle-jax|python train\.py|pytest) .*", text, re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
@@ -82,30 +73,62 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_and_files_are_there(page):
+ALL_PAGES = [*PAGES, ROOT / "README.zh-CN.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda p: p.name)
+def test_links_and_files_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
         file, _, anchor = target.partition("#")
         if "://" in file:
             continue
-        there = (page.parent / file) if file else page
-        assert there.is_file(), f"{page.name} links to {target}"
-        assert not anchor or anchor in anchors(there), f"{page.name} links to {target}"
-    for name in re.findall(r"(?:configs|tests|benchmarks|dalle_jax|docs)/[\w/]+\.(?:py|md|png)", text):
+        linked = (page.parent / file) if file else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}"
+    for name in re.findall(
+        r"(?:configs|tests|benchmarks|dalle_jax|docs|examples)/[\w/]+\.(?:py|md|png|ipynb)", text
+    ):
         assert (ROOT / name).is_file(), f"{page.name} names {name}"
+    for name in re.findall(r"pytest(?: -m \w+)?((?: tests/\S+\.py)+)", text):
+        assert all((ROOT / file).is_file() for file in name.split()), f"{page.name} runs {name}"
+    for name in re.findall(r"python -m benchmarks\.(\w+)", text):
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file(), f"{page.name} runs benchmarks.{name}"
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if fences(p, "python")], ids=lambda p: p.name)
-def test_python_parses_and_its_imports_work(page):
-    for code in fences(page, "python"):
-        tree = ast.parse(inspect.cleandoc(code))
-        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        exec(compile(ast.Module(imports, []), page.name, "exec"), {})
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_flags_of_benchmarks_exist(page):
+    text = page.read_text().replace("\\\n", " ")
+    for name, flags in re.findall(r"python -m benchmarks\.(\w+)([^`\n]*)", text):
+        source = (ROOT / "benchmarks" / f"{name}.py").read_text()
+        for flag in re.findall(r"--[a-z][\w-]*", flags):
+            field = flag[2:].replace("-", "_")
+            assert f'"{flag}"' in source or f"{field}:" in source or f'"{field}"' in source, (
+                f"{page.name}: benchmarks.{name} has no {flag}"
+            )
+
+
+def test_translation_has_the_same_commands_and_figures():
+    english, chinese = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")
+    )
+
+    def code(text):
+        blocks = re.findall(r"```\w+\n.*?```", text, re.DOTALL)
+        return [re.sub(r" *#.*", "", block) for block in blocks]
+
+    assert code(chinese) == code(english)
+
+    def figures(text):
+        return sorted(
+            re.findall(r"\d[\d,.]*(?: M| B|%| dB)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        )
+
+    assert figures(chinese) == figures(english)
 
 
 def table_of_configurations() -> list[tuple[str, str]]:
-    """Every file of README's table and its size there, in the order of both."""
+    """Return each configuration file in README's table with its size there, in the order of the table."""
     rows = re.findall(r"^\| (`\w+\.py`.*?) \|.*?\| ([^|]* [MB]) \|", PAGES[0].read_text(), re.MULTILINE)
     pairs = []
     for files, sizes in rows:
@@ -117,12 +140,114 @@ def table_of_configurations() -> list[tuple[str, str]]:
 def test_sizes_of_configurations():
     table = table_of_configurations()
     files = {path.name for path in (ROOT / "configs").glob("*.py")}
-    assert {name for name, _ in table} == files - {"finetune.py"}  # whose model is that of a run
-    for name, shown in table:
-        number, unit = shown.split()
-        last = 10.0 ** -len(number.partition(".")[2]) * {"M": 1e6, "B": 1e9}[unit]  # worth of its last digit
+    assert {name for name, _ in table} == files - {"finetune.py"}  # its model is that of a run
+    for name, size in table:
+        number, unit = size.split()
+        last = 10.0 ** -len(number.partition(".")[2]) * {"M": 1e6, "B": 1e9}[unit]  # value of its last digit
         shapes = shapes_by_name(load_config(ROOT / "configs" / name).model)
         count = sum(math.prod(leaf.shape) for leaf in shapes.values())
         assert abs(count - float(number) * {"M": 1e6, "B": 1e9}[unit]) <= 0.51 * last, (
-            f"{name}: {count:,}, not {shown}"
+            f"{name}: {count:,}, not {size}"
         )
+
+
+# --- execution ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The directory of data and tiny runs; xdist workers share one."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    path = base / "site"
+    with open(base / "site.lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "site.done").exists():
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+            patch.chdir(path)
+            small_programs(patch)
+            documentation.write_data(path)
+            documentation.train_runs(path)
+            (base / "site.done").touch()
+    return path
+
+
+def small_programs(patch: pytest.MonkeyPatch) -> None:
+    """Train on one device where a command names no mesh, and evaluate in batches of 8: less to compile."""
+
+    def one_device(cfg):
+        return make_mesh(cfg, jax.devices()[:1] if (cfg.data, cfg.fsdp, cfg.model) == (1, 1, 1) else None)
+
+    patch.setattr(loop, "make_mesh", one_device)
+    patch.setattr(metrics, "EVAL_ROWS", 8)
+    patch.setattr(diffusion, "EVAL_ROWS", 8)
+
+
+@pytest.fixture
+def page_directory(site, tmp_path, monkeypatch):
+    """A copy of the site for one page."""
+    path = tmp_path / "site"
+    shutil.copytree(site, path, symlinks=True)
+    monkeypatch.chdir(path)
+    small_programs(monkeypatch)
+    return path
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", [p for p in PAGES if block_commands(p)], ids=lambda p: p.name)
+def test_commands_run(page, page_directory):
+    for command in block_commands(page):
+        if documentation.reason_not_run(command) is None:
+            print("$", command)
+            documentation.run_command(documentation.shrink(split_words(command)))
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", [p for p in PAGES if fences(p, "python")], ids=lambda p: p.name)
+def test_python_runs(page, page_directory):
+    """The blocks of a page share one namespace, as in a notebook."""
+    namespace = {"__name__": "__main__"}
+    for code in fences(page, "python"):
+        exec(compile(inspect.cleandoc(code), page.name, "exec"), namespace)
+
+
+EXAMPLES = {  # script: its arguments
+    "sample_images.py": ["runs/demo/dalle", "a large red star", "--num-images", "2", "--guidance-scale", "2"],
+    "train_tokenizer.py": ["mine", "--steps", "2", "--image-size", "32", "--width", "8", "--batch-size", "8"],
+    "custom_training.py": ["--steps", "2", "--fsdp", "2"],
+}
+
+
+def test_every_example_has_arguments():
+    assert set(EXAMPLES) == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name, page_directory):
+    runpy.run_path(str(ROOT / "examples" / name))["main"](EXAMPLES[name])
+
+
+@pytest.mark.docs
+def test_notebook_runs(tmp_path, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("QUICKSTART_STEPS", "2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in shown)
+
+
+def test_notebook_has_no_outputs():
+    text = (ROOT / "examples" / "quickstart.ipynb").read_text()
+    assert '"outputs": []' in text and '"output_type"' not in text and '"execution_count": null' in text
+
+
+def test_reasons_are_needed():
+    """Each pattern of commands that do not run still matches one."""
+    blocks = [f"{command} " for page in PAGES for command in block_commands(page)]
+    for pattern, reason in documentation.NOT_RUN:
+        assert any(re.search(pattern, block) for block in blocks), f"no command matches {pattern} ({reason})"

@@ -1,4 +1,4 @@
-"""The rooms of the house: imports run one way, and what is heavy loads only where it is used."""
+"""Tests of the package layout: imports run one way, and heavy libraries load only where they are used."""
 
 import ast
 import subprocess
@@ -11,60 +11,61 @@ import dalle_jax
 
 PACKAGE = Path(dalle_jax.__file__).parent
 
-# Subpackages from the lowest to the highest; each may import itself and those before it.
+# Subpackages from the lowest to the highest; each imports only itself and those before it.
 ORDER = (
     "typing", "files", "config", "text", "parallel", "nn", "models", "data", "sampling", "importers", "checkpoint", "train",
     "aot", "pipelines", "evaluate", "cli", "__main__",
 )  # fmt: skip
-MAY_IMPORT = {"__init__": set(), **{room: set(ORDER[:i]) for i, room in enumerate(ORDER)}}
+MAY_IMPORT = {"__init__": set(), **{subpackage: set(ORDER[:i]) for i, subpackage in enumerate(ORDER)}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def name_of(path, package=PACKAGE):
-    """Dotted name of a file, `dalle_jax.nn.masks`; a package's own file ends in `.__init__`."""
+def dotted_name(path, package=PACKAGE):
+    """Return the dotted name of a file, `dalle_jax.nn.masks`; that of a package ends in `.__init__`."""
     return ".".join((package.name, *path.relative_to(package).with_suffix("").parts))
 
 
-def imported(source: str, name: str) -> list[tuple[int, str]]:
-    """(line, dotted module) of every import anywhere in a file, also inside functions."""
-    found = []
+def imports_of(source: str, name: str) -> list[tuple[int, str]]:
+    """Return (line, dotted module) of every import in a file, also inside functions."""
+    imports = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            imports += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:  # from . import x
                 parts = name.split(".")[: -node.level]
                 base = ".".join([*parts, *([node.module] if node.module else [])])
-            # `from dalle_jax import dvae` names a module by its alias; a function by it does no harm here
-            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
-    return found
+            # `from dalle_jax.x import y`: y may be a module or a function; only the subpackage matters here.
+            imports += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return imports
 
 
-def wrong_arrows(source: str, name: str) -> list[str]:
-    """A sentence for each import of `source` that runs against the table."""
-    room = name.split(".")[1]
-    if room not in MAY_IMPORT:
-        return [f"{name}: room {room!r} has no row in tests/test_layout.py; give it one"]
+def wrong_imports(source: str, name: str) -> list[str]:
+    """Return a message for each import of `source` that runs against ORDER."""
+    subpackage = name.split(".")[1]
+    if subpackage not in MAY_IMPORT:
+        return [f"{name}: subpackage {subpackage!r} is not in ORDER of tests/test_layout.py"]
     lines = []
-    for line, module in imported(source, name):
+    for line, module in imports_of(source, name):
         parts = module.split(".")
         if parts[0] != "dalle_jax" or len(parts) < 2:
             continue
-        if parts[1] != room and parts[1] not in MAY_IMPORT[room]:
-            allowed = ", ".join(sorted(MAY_IMPORT[room])) or "nothing"
-            lines.append(f"{name}:{line} imports {module}, but {room} may import only: {allowed}")
+        if parts[1] != subpackage and parts[1] not in MAY_IMPORT[subpackage]:
+            allowed = ", ".join(sorted(MAY_IMPORT[subpackage])) or "nothing"
+            lines.append(f"{name}:{line} imports {module}, but {subpackage} may import only: {allowed}")
     return lines
 
 
 def test_imports_run_one_way():
     assert len(FILES) > 10
-    wrong = [line for path in FILES for line in wrong_arrows(path.read_text(encoding="utf-8"), name_of(path))]
+    wrong = [
+        line for path in FILES for line in wrong_imports(path.read_text(encoding="utf-8"), dotted_name(path))
+    ]
     assert not wrong, "\n" + "\n".join(wrong)
 
 
-def test_the_walk_sees_every_form_of_import():
-    """Else the law above could hold because nothing is looked at."""
+def test_every_form_of_import_is_checked():
     forms = [
         "import dalle_jax.models.dalle",
         "import dalle_jax.models.dalle as d",
@@ -75,18 +76,20 @@ def test_the_walk_sees_every_form_of_import():
         "from ..models.dalle import init",
     ]
     for form in forms:
-        assert wrong_arrows(form, "dalle_jax.nn.masks"), form
-        assert not wrong_arrows(form, "dalle_jax.sampling.generate"), form
-    assert wrong_arrows("x = 1", "dalle_jax.attic.x") == [
-        "dalle_jax.attic.x: room 'attic' has no row in tests/test_layout.py; give it one"
+        assert wrong_imports(form, "dalle_jax.nn.masks"), form
+        assert not wrong_imports(form, "dalle_jax.sampling.generate"), form
+    assert wrong_imports("x = 1", "dalle_jax.attic.x") == [
+        "dalle_jax.attic.x: subpackage 'attic' is not in ORDER of tests/test_layout.py"
     ]
 
 
-def test_every_row_of_the_table_is_a_room():
-    gone = [
-        room for room in MAY_IMPORT if not list(PACKAGE.glob(f"{room}.py")) and not (PACKAGE / room).is_dir()
+def test_order_names_existing_subpackages():
+    missing = [
+        subpackage
+        for subpackage in MAY_IMPORT
+        if not list(PACKAGE.glob(f"{subpackage}.py")) and not (PACKAGE / subpackage).is_dir()
     ]
-    assert not gone, f"tests/test_layout.py has rows for rooms that do not exist: {', '.join(gone)}"
+    assert not missing, f"ORDER of tests/test_layout.py has names that do not exist: {', '.join(missing)}"
 
 
 def test_python_m():
@@ -95,14 +98,16 @@ def test_python_m():
     assert (done.returncode, done.stdout.strip()) == (0, dalle_jax.__version__), done.stderr
 
 
-def test_every_room_stands_in_the_docs():
+def test_docs_list_every_subpackage():
     table = (PACKAGE.parent / "docs" / "library.md").read_text(encoding="utf-8").split("## Functions")[0]
-    missing = [room for room in MAY_IMPORT if room != "__init__" and f"`{room}" not in table]
+    missing = [
+        subpackage for subpackage in MAY_IMPORT if subpackage != "__init__" and f"`{subpackage}" not in table
+    ]
     assert not missing, f"docs/library.md has no row for {', '.join(missing)}"
 
 
 @pytest.mark.parametrize(
-    ("library", "homes"),
+    ("library", "modules"),
     [
         ("orbax", {"dalle_jax.checkpoint.manager"}),
         ("grain", {"dalle_jax.data.loader.pipeline"}),
@@ -111,18 +116,18 @@ def test_every_room_stands_in_the_docs():
         ("torch", set()),
     ],
 )
-def test_library_has_one_home(library, homes):
-    found = {
-        name_of(path)
+def test_library_is_imported_in_one_module(library, modules):
+    importers = {
+        dotted_name(path)
         for path in FILES
-        for _, module in imported(path.read_text(encoding="utf-8"), name_of(path))
+        for _, module in imports_of(path.read_text(encoding="utf-8"), dotted_name(path))
         if module.split(".")[0] == library
     }
-    assert found == homes
+    assert importers == modules
 
 
 def fresh(code: str) -> str:
-    """Standard output of `code` in a new interpreter."""
+    """Return the standard output of `code` in a new interpreter."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -143,7 +148,7 @@ HEAVY = (
 
 
 def test_import_is_light():
-    """`import dalle_jax` loads nothing but itself, and so touches no device."""
+    """`import dalle_jax` loads no other library and initializes no device."""
     seconds, *loaded = fresh(
         "import time, sys; t = time.perf_counter(); import dalle_jax; print(time.perf_counter() - t);"
         f"print(*[m for m in {('jax', 'jaxlib', 'flax', 'numpy', *HEAVY)} if m in sys.modules])"
@@ -152,25 +157,20 @@ def test_import_is_light():
     assert float(seconds) < 1.5
 
 
-def test_model_rooms_load_no_data_libraries():
-    """The functions a researcher imports need jax and flax only, and importing them starts no backend."""
+def test_model_functions_load_no_data_libraries():
+    """Model and sampling functions need jax and flax only, and importing them initializes no backend."""
     out = fresh(
         "import sys, dalle_jax as dj; dj.dalle.init, dj.nn.__name__;"
         "import dalle_jax.sampling.generate, dalle_jax.models.dvae, dalle_jax.parallel.sharding;"
         f"print(*[m for m in {HEAVY} if m in sys.modules]);"
         "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     )
-    assert out == "False", f"loaded, then whether a device was touched: {out}"
+    assert out == "False", f"libraries loaded, then whether a backend is initialized: {out}"
 
 
-def test_rooms_are_attributes():
+def test_subpackages_and_models_are_attributes():
     assert dalle_jax.config.DalleConfig.__name__ == "DalleConfig"
-    assert set(dalle_jax.__all__) <= set(dir(dalle_jax))
-    with pytest.raises(AttributeError, match=r"no attribute 'dall'; it has config, typing, text"):
+    for name in dir(dalle_jax):
+        assert getattr(dalle_jax, name).__name__ in (f"dalle_jax.{name}", f"dalle_jax.models.{name}")
+    with pytest.raises(AttributeError, match=r"Expected one of config, typing, text.*got dalle_jax.dall\."):
         _ = dalle_jax.dall
-    missing = [
-        name
-        for name in dalle_jax.__all__
-        if not [*PACKAGE.glob(f"{name}*"), *PACKAGE.glob(f"models/{name}*")]
-    ]
-    assert not missing, f"dalle_jax names rooms that do not exist: {missing}"

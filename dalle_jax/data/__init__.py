@@ -1,11 +1,11 @@
 """Pictures and captions: sources of rows, decoding, the input pipeline, codes encoded ahead.
 
-Submodules load on first use: `dalle_jax.data.scenes.generator` needs NumPy alone, `pipeline` imports grain.
+Submodules load on first use: `dalle_jax.data.scenes.generator` needs NumPy alone, `loader` imports grain.
 """
 
 import importlib
 
-_ROOMS = ("build", "codes", "duplicates", "images", "pipeline", "scenes", "sources")
+_ROOMS = ("codes", "duplicates", "images", "loader", "scenes", "sources", "tfds_builder")
 
 __all__ = list(_ROOMS)
 
