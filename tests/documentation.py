@@ -91,7 +91,12 @@ PUBLISHED = {
 
 # The golden tokenizers have other numbers of codes than the golden Transformers, so these runs, once imported,
 # are replaced by random tokenizers: (number of codes, side of the grid).
-RANDOM_TOKENIZERS = {"runs/sber": (12, 12), "runs/f16": (20, 16), "runs/vq384": (24, 4), "runs/vq512": (24, 4)}
+RANDOM_TOKENIZERS = {
+    "runs/sber": (12, 12),
+    "runs/f16": (20, 16),
+    "runs/vq384": (24, 4),
+    "runs/vq512": (24, 4),
+}
 
 
 def fences(page: Path, language: str) -> list[str]:
