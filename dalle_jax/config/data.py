@@ -146,7 +146,8 @@ def _check_templates(source) -> None:
     )
 
 
-PartSource = ScenesSource | TarSource | FolderSource | TfdsSource | ArraysSource
+StoredSource = TarSource | FolderSource | TfdsSource | ArraysSource
+PartSource = ScenesSource | StoredSource
 
 
 @frozen_config

@@ -1,20 +1,23 @@
-"""Where rows come from: a picture and its captions by index, one file for each kind of source.
+"""Data sources: an image, its captions and its class by row index, one file for each kind of source.
 
-A source is random access and safe to read from many threads; the pipeline above decides the order. rows.py
-says what a source is and how broken pictures are replaced and counted.
+A source is random access, and any number of threads may read it; the order of rows is up to the loader. `dataset.py`
+has the protocol, `stored.py` the base class of sources of stored images.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dalle_jax import config
 from dalle_jax.data.sources.arrays import ArrayDataset
-from dalle_jax.data.sources.dataset import Captions, Dataset, Split, read_excluded_names
+from dalle_jax.data.sources.dataset import Captions, Dataset, Split
+from dalle_jax.data.sources.exclusions import read_excluded_names
 from dalle_jax.data.sources.folder import FolderDataset
 from dalle_jax.data.sources.mixture import MixtureDataset
 from dalle_jax.data.sources.scenes import EVAL_SCENES, SCENE_CAPTIONS, SceneDataset
+from dalle_jax.data.sources.stored import StoredDataset
 from dalle_jax.data.sources.tar import TarDataset
 from dalle_jax.data.sources.tfds import TfdsDataset
 
@@ -28,30 +31,35 @@ __all__ = [
     "MixtureDataset",
     "SceneDataset",
     "Split",
+    "StoredDataset",
     "TarDataset",
     "TfdsDataset",
     "infer_source",
     "iter_captions",
     "open_source",
-]  # fmt: skip
+]
 
 
 def open_source(
     source: config.SourceConfig, split: Split, *, languages: Sequence[str] = ("en", "zh")
 ) -> Dataset:
-    """The rows of one split.
+    """Open one split of a source.
 
-    languages: of the captions wanted. A row that has some of them is used with what it has, a row with none
-        is unusable. None asked: every row with a picture is used, whether it has captions or not.
+    Args:
+      source: The source. Records that its `exclude` names are replaced in the training split.
+      split: "train" or "eval".
+      languages: Languages of the captions. A row needs a caption in one of them; without languages every row with an
+        image is used.
 
-    Records that `exclude` of a source names are left out of its training split. Raises FileNotFoundError or
-    ValueError, saying what was wanted and what to do, for paths that are not there, files that are not whole, splits
-    without rows, more unusable records than `max_bad_fraction`, and a list to exclude that names none of them.
+    Raises:
+      FileNotFoundError: A path does not exist.
+      ValueError: A file is damaged, a split has no rows, more records are unusable than `max_bad_fraction`, or
+        `exclude` names none of the records.
     """
     if split not in ("train", "eval"):
-        raise ValueError(f"split is {split!r}; want 'train' or 'eval'")
+        raise ValueError(f"Expected split 'train' or 'eval', got {split!r}.")
     rows = _open(source, split, languages)
-    if split == "train" and getattr(source, "exclude", None) is not None:
+    if split == "train" and isinstance(source, config.StoredSource) and source.exclude is not None:
         names = read_excluded_names(source.exclude)
         try:
             rows.exclude(names)
@@ -73,11 +81,11 @@ def _open(source: config.SourceConfig, split: Split, languages: Sequence[str]) -
         case config.ArraysSource():
             return ArrayDataset(source, split, languages=languages)
         case config.MixtureSource():
-            return MixtureDataset(source, _parts(source, split, languages), split)
-    raise ValueError(f"no source for a {type(source).__name__}; want one of config.SourceConfig")
+            return MixtureDataset(source, _open_parts(source, split, languages), split)
+    raise ValueError(f"Expected one of config.SourceConfig, got a {type(source).__name__}.")
 
 
-def _parts(mixture: config.MixtureSource, split: Split, languages: Sequence[str]) -> list[Dataset]:
+def _open_parts(mixture: config.MixtureSource, split: Split, languages: Sequence[str]) -> list[Dataset]:
     parts = []
     for i, part in enumerate(mixture.parts):
         try:
@@ -89,10 +97,9 @@ def _parts(mixture: config.MixtureSource, split: Split, languages: Sequence[str]
 
 
 def iter_captions(source: Dataset, count: int) -> Iterator[str]:
-    """About `count` captions from rows spread evenly over the source, every language of a row; for a
-    vocabulary."""
-    first = sum(len(texts) for texts in source.captions(0).values())
-    rows = min(len(source), -(-count // max(1, first)))
+    """Yield about `count` captions, all languages of rows spread evenly over the source."""
+    captions_per_row = sum(len(texts) for texts in source.captions(0).values())
+    rows = min(len(source), -(-count // max(1, captions_per_row)))
     left = count
     for row in range(rows):
         for texts in source.captions(row * len(source) // rows).values():
@@ -101,20 +108,27 @@ def iter_captions(source: Dataset, count: int) -> Iterator[str]:
 
 
 def infer_source(path: str) -> config.SourceConfig:
-    """How to read what is at `path`, by what it is: a folder of pictures, a TFDS directory or name, tar files,
-    an npz file. Raises FileNotFoundError if there is nothing and it is no TFDS name."""
-    here = Path(path).expanduser()
-    if here.is_dir():
-        prepared = (here / "dataset_info.json").is_file()
+    """Return the configuration of the source at `path`.
+
+    Args:
+      path: A folder of images, tar files, an npz file, or the directory or name of a TFDS data set.
+
+    Raises:
+      ValueError: The file at `path` is of another kind.
+      FileNotFoundError: `path` does not exist and is no TFDS name.
+    """
+    local = Path(os.path.expanduser(path))
+    if local.is_dir():
+        prepared = (local / "dataset_info.json").is_file()
         return config.TfdsSource(path=path) if prepared else config.FolderSource(path=path)
     if path.endswith(".npz"):
         return config.ArraysSource(path=path)
     if ".tar" in path:
         return config.TarSource(path=path)
-    if here.exists():
-        raise ValueError(f"{path} is no source of pictures; want a folder, .tar or .npz, or a TFDS directory")
+    if local.exists():
+        raise ValueError(f"Expected a folder, .tar, .npz, or TFDS directory of images, got {path}.")
     if path and path.replace("_", "").replace("/", "").replace(":", "").replace(".", "").isalnum():
         return config.TfdsSource(path=path)
     raise FileNotFoundError(
-        f"no data at {path!r}; want a folder, tar files, an .npz, or a TFDS directory or name"
+        f"Expected a folder, tar files, an .npz, or a TFDS directory or name, got nothing at {path!r}."
     )

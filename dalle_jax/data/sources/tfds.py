@@ -1,7 +1,7 @@
 """Rows of a prepared TensorFlow Datasets directory in array_record or tfrecord format, read without TensorFlow.
 
-A data set is captioned (a field of texts, as `captions/text` of coco_captions), labelled (`label`, whose class
-names become captions by templates) or neither, which serves models without captions.
+A data set has captions (a field of texts, such as `captions/text` of coco_captions), or labels (`label`; templates make
+captions of the class names), or neither, for models without captions.
 """
 
 from __future__ import annotations
@@ -10,122 +10,116 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from dalle_jax import config
 from dalle_jax.data.images import BadImageError, ImageLimits
-from dalle_jax.data.sources.dataset import (
-    Captions,
-    Split,
-    StoredDataset,
-    captions_from_fields,
-    class_captions,
-    expand_path,
-)
+from dalle_jax.data.sources.captions import captions_from_fields, class_captions
+from dalle_jax.data.sources.dataset import Captions, Split
+from dalle_jax.data.sources.stored import StoredDataset
 from dalle_jax.data.sources.tfrecord import TfRecords
+
+
+class _Examples(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> dict[str, Any]: ...
 
 
 class TfdsDataset(StoredDataset):
     """The rows of one split, in the order of the data set."""
 
     def __init__(self, source: config.TfdsSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
-        super().__init__(
-            source.max_bad_fraction, languages, ImageLimits(source.min_image_size, source.max_aspect_ratio)
-        )
+        limits = ImageLimits(source.min_image_size, source.max_aspect_ratio)
+        super().__init__(source.max_bad_fraction, languages, limits)
         import tensorflow_datasets as tfds
 
-        self._config, self._directory = source, _directory(source)
+        self._config, self._directory = source, _find_directory(source)
         self._split = source.train_split if split == "train" else source.eval_split
         builder = tfds.builder_from_directory(str(self._directory))
         info = builder.info
-        form = info.file_format and info.file_format.value
-        if form not in ("array_record", "tfrecord"):
+        file_format = info.file_format and info.file_format.value
+        if file_format not in ("array_record", "tfrecord"):
             raise ValueError(
-                f"data.source.path: {self._directory} is in {form} format; want array_record or tfrecord: prepare it "
-                "again with --file_format=array_record"
+                f"Expected array_record or tfrecord format in data.source.path {self._directory}, got {file_format}. "
+                "Prepare it again with --file_format=array_record."
             )
         if source.image_field not in info.features:
             raise ValueError(
-                f"{self._directory} has no field {source.image_field!r}; set data.source.image_field to one of "
-                f"{', '.join(info.features)}"
+                f"{self._directory} has no field {source.image_field!r}. Set data.source.image_field to one of "
+                f"{', '.join(info.features)}."
             )
-        self._captioned = source.captions_field in info.features or source.captions_zh_field in info.features
+        self._has_captions = (
+            source.captions_field in info.features or source.captions_zh_field in info.features
+        )
         if source.label_field in info.features:
             feature = info.features[source.label_field]
-            names = getattr(feature, "names", None)
-            if names:
-                self.classes = tuple(names)
-        if self._languages and not self._captioned and not self.classes:
+            if isinstance(feature, tfds.features.ClassLabel) and feature.names:
+                self.classes = tuple(feature.names)
+        if self._languages and not self._has_captions and not self.classes:
             raise ValueError(
-                f"{self._directory} has neither captions ({source.captions_field!r}) nor class labels "
-                f"({source.label_field!r}), but captions are wanted; set data.source.captions_field to one of "
-                f"{', '.join(info.features)}"
+                f"Expected captions ({source.captions_field!r}) or class labels ({source.label_field!r}) in "
+                f"{self._directory}, got neither. Set data.source.captions_field to one of {', '.join(info.features)}."
             )
-        decoders = {source.image_field: tfds.decode.SkipDecoding()}
+        decoders: Any = {source.image_field: tfds.decode.SkipDecoding()}
         try:
-            if form == "tfrecord":
-                records = _records(info.splits[self._split])
-                self._rows = _Decoded(
-                    records, partial(info.features.deserialize_example_np, decoders=decoders)
-                )
+            if file_format == "tfrecord":
+                decode = partial(info.features.deserialize_example_np, decoders=decoders)
+                self._examples: _Examples = _DecodedRecords(_open_records(info.splits[self._split]), decode)
             else:
-                self._rows = builder.as_data_source(self._split, decoders=decoders)
-            rows = len(self._rows)
-        except _Damaged as error:
+                self._examples = _open_array_record(builder, self._split, decoders)
+            rows = len(self._examples)
+        except _DamagedFileError as error:
             raise ValueError(f"data.source.path: {error}") from None
         except (ValueError, KeyError, IndexError, AssertionError) as error:
             raise ValueError(
-                f"{self._directory} has no split {self._split!r}, it has {', '.join(info.splits) or 'none'}; set "
-                f"data.source.{split}_split ({error})"
+                f"{self._directory} has no split {self._split!r}, it has {', '.join(info.splits) or 'none'}. Set "
+                f"data.source.{split}_split ({error})."
             ) from None
-        self._about = {"name": info.full_name, "split": self._split, "rows": rows}
-        self._found(rows)
+        self._fields = {"kind": "tfds", "name": info.full_name, "split": self._split, "rows": rows}
+        self._set_num_rows(rows)
         if not rows:
-            raise ValueError(f"split {self._split!r} of {self._directory} has no rows")
+            raise ValueError(f"split {self._split!r} of {self._directory} has no rows.")
 
-    def _example(self, row: int) -> dict[str, Any]:
-        return self._rows[row]
-
-    def _picture(self, row: int) -> bytes | np.ndarray:
-        image = self._example(row)[self._config.image_field]
+    def _read_image(self, row: int) -> bytes | np.ndarray:
+        image = self._examples[row][self._config.image_field]
         if isinstance(image, np.ndarray) and image.dtype != np.uint8:
-            raise BadImageError("broken", f"row {row} is {image.dtype}")
+            raise BadImageError("corrupt image", f"row {row} is {image.dtype}")
         return image if isinstance(image, np.ndarray) else bytes(image)
 
-    def _said(self, row: int) -> Captions:
+    def _read_captions(self, row: int) -> Captions:
         if not self._languages:
             return {}
-        c, example = self._config, self._example(row)
-        if self._captioned:
+        c, example = self._config, self._examples[row]
+        if self._has_captions:
             fields = {n: _texts(example[n]) for n in (c.captions_field, c.captions_zh_field) if n in example}
-            return captions_from_fields(
-                fields, {"en": (c.captions_field,), "zh": (c.captions_zh_field,)}, self._languages
-            )
+            names = {"en": (c.captions_field,), "zh": (c.captions_zh_field,)}
+            return captions_from_fields(fields, names, self._languages)
         label = int(example[c.label_field])
         return class_captions(self.classes[label], c.templates, self._languages) if label >= 0 else {}
 
-    def _label_of(self, row: int) -> int | None:
-        label = int(self._example(row)[self._config.label_field]) if self.classes else -1
-        return label if label >= 0 else None  # TFDS writes -1 where there is none
+    def _read_label(self, row: int) -> int | None:
+        label = int(self._examples[row][self._config.label_field]) if self.classes else -1
+        return label if label >= 0 else None  # TFDS writes -1 for no label
 
-    def _name_of(self, row: int) -> str:
+    def _row_name(self, row: int) -> str:
         return f"row {row}"
 
-    def _name(self) -> str:
+    def _source_name(self) -> str:
         return str(self._directory)
 
-    def _identity(self) -> dict[str, Any]:
-        return {"kind": "tfds", **self._about}
+    def _fingerprint_fields(self) -> dict[str, Any]:
+        return dict(self._fields)
 
 
-class _Damaged(Exception):
-    """A tfrecord file that cannot be used."""
+class _DamagedFileError(Exception):
+    """A tfrecord file cannot be used."""
 
 
-class _Decoded:
-    """Examples out of records."""
+class _DecodedRecords:
+    """Examples decoded from tfrecords."""
 
     def __init__(self, records: TfRecords, decode: Callable[[bytes], dict[str, Any]]):
         self._records, self._decode = records, decode
@@ -133,19 +127,23 @@ class _Decoded:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int, /) -> dict[str, Any]:
         return self._decode(self._records[row])
 
 
-def _records(split: Any) -> TfRecords:
+def _open_records(split: Any) -> TfRecords:
     try:
         return TfRecords([(f.filename, f.skip, f.take) for f in split.file_instructions])
     except (ValueError, OSError) as error:
-        raise _Damaged(error) from None
+        raise _DamagedFileError(error) from None
+
+
+def _open_array_record(builder: Any, split: str, decoders: Any) -> _Examples:
+    return builder.as_data_source(split, decoders=decoders)
 
 
 def _texts(value: Any) -> list[str]:
-    """The texts of a feature: one, several, or a sequence of records with a field `text`."""
+    """Return the texts of a feature: one, several, or a sequence of records with a field `text`."""
     if isinstance(value, dict):
         value = value.get("text", [])
     values = [value] if isinstance(value, (bytes, str)) else list(np.asarray(value, object).reshape(-1))
@@ -158,25 +156,26 @@ def _texts(value: Any) -> list[str]:
     return texts
 
 
-def _directory(source: config.TfdsSource) -> Path:
-    """The directory of one version: `path` itself, or the newest that a TFDS name has below data_dir."""
-    here = expand_path(source.path)
-    root = expand_path(source.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+def _find_directory(source: config.TfdsSource) -> Path:
+    """Return the directory of one version: `path`, or the newest version of a TFDS name below data_dir."""
+    path = Path(os.path.expanduser(source.path))
+    data_dir = source.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    root = Path(os.path.expanduser(data_dir))
     name, _, version = source.path.partition(":")
-    for start in (here, root / name):
+    for start in (path, root / name):
         if source.path and (start / "dataset_info.json").is_file():
             return start
-        found = (
-            [p.parent for p in start.glob("*/dataset_info.json")] if source.path and start.is_dir() else []
-        )
-        found += (
-            [p.parent for p in start.glob("*/*/dataset_info.json")] if not found and start.is_dir() else []
-        )
-        found = [p for p in found if not version or p.name == version]
-        if found:
-            return max(found, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
+        for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
+            directories = [p.parent for p in start.glob(pattern)] if source.path and start.is_dir() else []
+            if directories:
+                break
+        directories = [p for p in directories if not version or p.name == version]
+        if directories:
+            return max(
+                directories, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")]
+            )
     raise FileNotFoundError(
-        f"data.source.path: nothing at {source.path!r}, and no prepared TFDS data set of that name in {root}; want a "
-        "folder, tar files, an .npz, or a directory with dataset_info.json, as `dalle-jax data SOURCE --convert-to tfds` and "
-        "TensorFlow's `tfds build NAME --file_format=array_record` make"
+        f"Expected a folder, tar files, an .npz, or a directory with dataset_info.json in data.source.path, got nothing "
+        f"at {source.path!r} and no prepared TFDS data set of that name in {root}. Prepare one with `dalle-jax data "
+        "SOURCE --convert-to tfds` or TensorFlow's `tfds build NAME --file_format=array_record`."
     )

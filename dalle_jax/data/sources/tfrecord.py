@@ -1,7 +1,7 @@
-"""Records of tfrecord files by position, without TensorFlow.
+"""Records of tfrecord files by index, without TensorFlow.
 
-A record is its length (8 bytes, little-endian), a checksum of those (4), the bytes, a checksum of them (4). The file
-is walked once, from length to length; after that any record is one read.
+A record is its length (8 bytes, little-endian), a checksum of the length (4), the data, and a checksum of the data (4).
+Each file is walked once, from length to length; after that a record is one read.
 """
 
 from __future__ import annotations
@@ -15,85 +15,96 @@ from typing import Any
 
 import numpy as np
 
-_MASK = 0xA282EAD8  # added to a checksum after turning it by 15 bits
+_MASK = 0xA282EAD8  # added to a checksum after a rotation by 15 bits
 
 
 class TfRecords:
-    """The records of several files, one after the other; any number of threads may read."""
+    """The records of several files, one file after the other; any number of threads may read."""
 
     def __init__(self, files: Sequence[tuple[str | os.PathLike, int, int]]):
-        """files: path, records to skip, records to take after those (-1: all) of each. Raises ValueError, naming
-        the file, for one that is damaged or too short, FileNotFoundError for one that is missing."""
+        """Index the records.
+
+        Args:
+          files: Path, records to skip, and records to take after those (-1: all) of each file.
+
+        Raises:
+          ValueError: A file is damaged or too short.
+          FileNotFoundError: A file is missing.
+        """
         self._paths = [Path(path) for path, _, _ in files]
         self._open()
-        where = []
+        index = []
         for number, (path, skip, take) in enumerate(files):
-            places = _index(Path(path))
-            wanted = places[skip:] if take < 0 else places[skip : skip + take]
-            if take >= 0 and len(wanted) != take:
-                raise ValueError(f"{path} has {len(places)} records, want {skip + take}; copy it again")
-            where += [(number, *place) for place in wanted]
-        self._where = np.array(where, np.int64).reshape(-1, 3)
+            records = _index_records(Path(path))
+            taken = records[skip:] if take < 0 else records[skip : skip + take]
+            if take >= 0 and len(taken) != take:
+                raise ValueError(
+                    f"Expected {skip + take} records in {path}, got {len(records)}. Copy it again."
+                )
+            index += [(number, *record) for record in taken]
+        self._index = np.array(index, np.int64).reshape(-1, 3)  # file, offset, bytes
 
     def _open(self) -> None:
         self._files: list[int] = []
-        weakref.finalize(self, _close, self._files)
+        weakref.finalize(self, _close_files, self._files)
         for path in self._paths:
             self._files.append(os.open(path, os.O_RDONLY))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_paths": self._paths, "_where": self._where}
+        return {"_paths": self._paths, "_index": self._index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._index)
 
     def __getitem__(self, i: int) -> bytes:
-        number, at, size = (int(x) for x in self._where[i])
-        return os.pread(self._files[number], size, at)
+        file, offset, size = (int(x) for x in self._index[i])
+        return os.pread(self._files[file], size, offset)
 
 
-def _index(path: Path) -> list[tuple[int, int]]:
-    """Where each record begins and its bytes."""
-    found, end = [], path.stat().st_size
+def _index_records(path: Path) -> list[tuple[int, int]]:
+    """Return the offset and the bytes of each record."""
+    records, end = [], path.stat().st_size
     with open(path, "rb") as file:
-        while head := file.read(12):
-            (size, check) = struct.unpack("<QI", head) if len(head) == 12 else (0, -1)
-            at = file.tell()
-            if check != masked_crc(head[:8]) or at + size + 4 > end:
+        while header := file.read(12):
+            size, checksum = struct.unpack("<QI", header) if len(header) == 12 else (0, -1)
+            offset = file.tell()
+            if checksum != masked_crc(header[:8]) or offset + size + 4 > end:
                 raise ValueError(
-                    f"{path} is damaged or cut short at byte {at - len(head)}, in record {len(found)}; copy it again"
+                    f"{path} is damaged or cut short at byte {offset - len(header)}, in record {len(records)}. Copy it "
+                    "again."
                 )
-            found.append((at, size))
-            file.seek(at + size + 4)
-    return found
+            records.append((offset, size))
+            file.seek(offset + size + 4)
+    return records
 
 
 def masked_crc(data: bytes) -> int:
-    """The checksum of tfrecord files: CRC-32C (Castagnoli), turned and shifted."""
+    """Return the checksum of tfrecord files: CRC-32C, rotated and shifted by a constant."""
     crc = crc32c(data)
     return (((crc >> 15) | (crc << 17)) + _MASK) & 0xFFFFFFFF
 
 
 def crc32c(data: bytes) -> int:
+    """Return the CRC-32C (Castagnoli) of `data`, uint32."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
     return crc ^ 0xFFFFFFFF
 
 
-def _entry(byte: int) -> int:
+def _table_entry(byte: int) -> int:
     for _ in range(8):
         byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)  # the polynomial, bits reversed
     return byte
 
 
-_TABLE = [_entry(byte) for byte in range(256)]
+_TABLE = [_table_entry(byte) for byte in range(256)]
 
 
-def _close(files: list[int]) -> None:
+def _close_files(files: list[int]) -> None:
     while files:
         os.close(files.pop())
