@@ -1,4 +1,4 @@
-"""`dalle-jax text train`: a vocabulary from the captions of a data set, and what it makes of them."""
+"""`dalle-jax text train`: a vocabulary trained on the captions of a data set, and its statistics."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dalle_jax.config import MixtureSource, SourceConfig
 from dalle_jax.data.sources import iter_captions, open_source
 from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, train_text_tokenizer
 
-_MEASURED = 10_000  # captions of each language
+_MAX_MEASURED = 10_000  # captions of each language
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextArgs:
-    """Trains a byte-pair vocabulary on the captions of a data set, for --text.tokenizer-path of a Transformer.
+    """Train a byte-pair vocabulary on the captions of a data set, for --text.tokenizer-path of train.py.
 
-    Prints tokens per caption and per character in each language, on captions of the evaluation split where
-    there is one, and how many captions are longer than --text-len."""
+    Prints tokens per caption and per character in each language, and how many captions are longer than --text-len, on
+    captions of the evaluation split if there is one."""
 
     action: Positional[Annotated[Literal["train"], arg(metavar="train")]]
     """what to do"""
@@ -31,42 +31,45 @@ class TextArgs:
     out: str
     """file to write"""
     vocab: int = 16_384
-    """most pieces, among them 256 bytes"""
+    """largest number of pieces, 256 bytes among them"""
     captions: int = 200_000
     """captions to read, from rows spread evenly over the data set"""
     text_len: int = 256
-    """tokens that the Transformer will read of a caption"""
+    """text positions of the Transformer"""
     case: bool = False
     """keep upper case"""
     nfkc: bool = True
-    """fold compatible forms of a character into one"""
+    """apply Unicode NFKC normalization, which maps compatible forms of a character to one"""
     json: JsonFlag = False
 
 
 def run(args: TextArgs) -> dict[str, Any]:
-    """Trains, then measures on captions that the vocabulary was not trained on where there are some."""
+    """Train a vocabulary, then measure it on captions that it was not trained on, if there are any."""
     if args.captions < 1 or args.text_len < 1:
-        raise ValueError(f"--captions {args.captions}, --text-len {args.text_len}; want at least 1 each")
+        raise ValueError(
+            f"Expected --captions and --text-len of at least 1, got {args.captions} and {args.text_len}."
+        )
     out = output.file(args.out)
     source = allow_bad_records(resolve_data(args.path).source, 1.0)  # rows may lack one of the languages
     captions = list(iter_captions(open_source(source, "train"), args.captions))
-    begin = time.monotonic()
+    start = time.monotonic()
     train_text_tokenizer(captions, out, vocab=args.vocab, lowercase=not args.case, nfkc=args.nfkc)
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - start
     tokenizer, languages = TextTokenizer.load(out), {}
     for language in ("en", "zh"):
-        held_out = _held_out(source, language)
-        if not held_out:
+        eval_captions = _read_eval_captions(source, language)
+        if not eval_captions:
             continue
-        found = caption_statistics(tokenizer, held_out, text_len=args.text_len)
-        languages[language] = found
+        counts = caption_statistics(tokenizer, eval_captions, text_len=args.text_len)
+        languages[language] = counts
         print(
-            f"{language}: {found['captions']} held-out captions, {found['tokens'] / found['captions']:.2f} tokens "
-            f"each, {found['tokens'] / found['characters']:.3f} per character; {found['cut']} longer than "
+            f"{language}: {counts['captions']} held-out captions, {counts['tokens'] / counts['captions']:.2f} tokens "
+            f"each, {counts['tokens'] / counts['characters']:.3f} per character; {counts['cut']} longer than "
             f"{args.text_len}"
         )
     print(
-        f"{tokenizer.vocab_size} pieces from {len(captions)} captions in {seconds:.1f} s; next: --text.tokenizer-path {out}"
+        f"{tokenizer.vocab_size} pieces from {len(captions)} captions in {seconds:.1f} s; next: --text.tokenizer-path "
+        f"{out}"
     )
     return {
         "pieces": tokenizer.vocab_size,
@@ -76,14 +79,14 @@ def run(args: TextArgs) -> dict[str, Any]:
     }
 
 
-def _held_out(source: SourceConfig, language: str) -> list[str]:
-    """Captions of the evaluation split in one language; of a mixture, from the parts that have some."""
+def _read_eval_captions(source: SourceConfig, language: str) -> list[str]:
+    """Read captions of the evaluation split in one language; of a mixture, from the parts that have some."""
     parts = source.parts if isinstance(source, MixtureSource) else (source,)
     captions: list[str] = []
     for part in parts:
         try:
             rows = open_source(part, "eval", languages=(language,))
-        except ValueError:  # no evaluation split, or not in that language
+        except ValueError:  # no evaluation split, or none in that language
             continue
-        captions += iter_captions(rows, _MEASURED // len(parts))
+        captions += iter_captions(rows, _MAX_MEASURED // len(parts))
     return captions

@@ -1,20 +1,23 @@
-"""Pictures and captions: sources of rows, decoding, the input pipeline, codes encoded ahead.
+"""Images and captions: sources of rows, decoding, the input pipeline, codes encoded ahead.
 
-Submodules load on first use: `dalle_jax.data.scenes.generator` needs NumPy alone, `loader` imports grain.
+Submodules load on first use: `dalle_jax.data.scenes.generator` needs NumPy alone, `dalle_jax.data.loader` imports grain.
 """
 
 import importlib
+from types import ModuleType
 
-_ROOMS = ("codes", "duplicates", "images", "loader", "scenes", "sources", "tfds_builder")
+_SUBMODULES = ("codes", "duplicates", "images", "loader", "scenes", "sources", "tfds_builder")
 
-__all__ = list(_ROOMS)
+__all__ = list(_SUBMODULES)
 
 
-def __getattr__(name: str):
-    if name in _ROOMS:
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
         return importlib.import_module(f"dalle_jax.data.{name}")
-    raise AttributeError(f"module 'dalle_jax.data' has no attribute {name!r}; it has {', '.join(_ROOMS)}")
+    raise AttributeError(
+        f"module 'dalle_jax.data' has no attribute {name!r}; it has {', '.join(_SUBMODULES)}"
+    )
 
 
-def __dir__():
-    return sorted([*globals(), *_ROOMS])
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SUBMODULES])

@@ -1,9 +1,8 @@
-"""Image codes encoded ahead of time by a trained tokenizer, so that the Transformer trains without pictures.
+"""Image codes encoded ahead by a trained image tokenizer, so that a Transformer trains without images.
 
-A directory that `dalle-jax encode RUN --data` writes. Shard k holds rows [k R, (k + 1) R) of the train source, each
-with its codes, captions and class; it is written beside its place and renamed when whole. `codes.json` says what
-the shards are of. The folder `eval` in it is the same of rows held out for evaluation. N rows, n codes in each, R rows
-in a shard.
+`dalle-jax encode RUN --data` writes a directory of codes. Shard k has rows [k R, (k + 1) R) of the training source, each
+with its codes, captions and class; a shard is written atomically. `codes.json` describes the source and the tokenizer.
+The subdirectory `eval` has the same for rows of the evaluation split. N rows, n codes in each, R rows in a shard.
 """
 
 from __future__ import annotations
@@ -13,271 +12,324 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import (  # ty: ignore[import-not-found] a compiled module without stubs
+    ArrayRecordReader,
+    ArrayRecordWriter,
+)
 
 from dalle_jax import config
+from dalle_jax.data.images import Crop
 from dalle_jax.data.sources import Captions, Split
 from dalle_jax.files.atomic import atomic_path, write_atomic
 
 _FORMAT = 2
-_ABOUT = "codes.json"
-_MOST_OPEN = 256  # shards kept open: files and buffers of a reader are not free
-EVAL_DIR = "eval"  # folder of the evaluation rows in a directory of codes
-# Of a source: where it lies, and what rows of the split do not depend on.
-_PLACES = ("path", "data_dir", "max_bad_fraction")
-_OTHERS = {"train": ("eval_split", "eval_fraction"), "eval": ("train_split", "exclude")}
-_AGAIN = "run the same `dalle-jax encode RUN --data` again"
+_INFO_FILE = "codes.json"
+_MAX_OPEN_SHARDS = 256  # a reader holds a file and buffers
+EVAL_DIR = "eval"  # subdirectory of the evaluation rows
+# Fields of a source that do not change its rows: where it is stored, and what concerns the other split.
+_LOCATION_FIELDS = ("path", "data_dir", "max_bad_fraction")
+_OTHER_SPLIT_FIELDS = {"train": ("eval_split", "eval_fraction"), "eval": ("train_split", "exclude")}
+_ENCODE_AGAIN = "run the same `dalle-jax encode RUN --data` again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodesInfo:
-    """What a directory of codes is of."""
+    """Description of a directory of codes."""
 
     rows: int
-    shard_rows: int  # of every shard but the last
-    num_codes: int
-    vocab: int  # codes of the tokenizer
-    image_size: int  # side of the pictures that were encoded, pixels
-    crop: Literal["center", "none"]  # how those were cut out
-    tokenizer: str  # fingerprint of the tokenizer that encoded them
+    shard_rows: int  # rows of every shard but the last
+    num_codes: int  # codes of a row
+    vocab: int  # codes of the image tokenizer
+    image_size: int  # side of the encoded images, pixels
+    crop: Literal["center", "none"]  # how they were cut out
+    tokenizer: str  # fingerprint of the image tokenizer
     languages: tuple[config.Language, ...]  # of the captions
     classes: tuple[str, ...]  # names of the labels
-    source: str  # `described()` of the source
-    fingerprint: str  # `identity()` of the opened source
+    source: str  # `describe_source` of the source
+    fingerprint: str  # `Dataset.fingerprint` of the source
     format: int = _FORMAT
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return -(-self.rows // self.shard_rows)
 
     def shard(self, k: int) -> range:
-        """The rows of shard k."""
+        """Return the rows of shard k."""
         return range(k * self.shard_rows, min((k + 1) * self.shard_rows, self.rows))
 
 
 def describe_source(source: config.SourceConfig, split: Split = "train") -> str:
-    """JSON of a source's configuration that is equal for two sources if the same records become rows of the split."""
-    dropped = (*_PLACES, *_OTHERS[split])
+    """Return JSON of a source that is equal for two configurations if the same records become rows of the split."""
+    dropped = (*_LOCATION_FIELDS, *_OTHER_SPLIT_FIELDS[split])
 
-    def bare(value: Any) -> Any:
+    def without_dropped(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: bare(v) for name, v in value.items() if name not in dropped}
-        return [bare(v) for v in value] if isinstance(value, (list, tuple)) else value
+            return {name: without_dropped(v) for name, v in value.items() if name not in dropped}
+        return [without_dropped(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return json.dumps(bare(dataclasses.asdict(source)), ensure_ascii=False, sort_keys=True)
+    return json.dumps(without_dropped(dataclasses.asdict(source)), ensure_ascii=False, sort_keys=True)
 
 
 def open_codes_dir(directory: str | os.PathLike, info: CodesInfo) -> None:
-    """Makes the directory, or checks that it was begun for the same codes. Any number of processes may call.
+    """Create a directory of codes, or check that an existing one has the same description.
 
-    Raises ValueError, saying what differs, for a directory of other codes, and for one of something else.
+    Several processes may call this at once.
+
+    Raises:
+      ValueError: The directory has other codes or other files.
     """
-    about = Path(directory) / _ABOUT
-    about.parent.mkdir(parents=True, exist_ok=True)
-    if not about.exists():
-        found = sorted(p.name for p in about.parent.iterdir() if not p.name.startswith("."))
-        if found and _ABOUT not in found:  # else another process began it just now
+    info_file = Path(directory) / _INFO_FILE
+    info_file.parent.mkdir(parents=True, exist_ok=True)
+    if not info_file.exists():
+        files = sorted(p.name for p in info_file.parent.iterdir() if not p.name.startswith("."))
+        if files and _INFO_FILE not in files:  # else another process has just created it
             raise ValueError(
-                f"{directory} is not empty and holds no codes, but {', '.join(found[:5])}; choose another --out"
+                f"Expected an empty directory or one of codes, got {directory} with {', '.join(files[:5])}. Choose "
+                "another --out."
             )
-        if not found:
-            write_atomic(about, json.dumps(_plain(info), indent=2, ensure_ascii=False) + "\n")
-    have, want = _plain(read_codes_info(directory)), _plain(info)
-    if differing := [f"{n} {have[n]!r} there, {want[n]!r} now" for n in want if have[n] != want[n]]:
+        if not files:
+            write_atomic(info_file, json.dumps(_to_dict(info), indent=2, ensure_ascii=False) + "\n")
+    old, new = _to_dict(read_codes_info(directory)), _to_dict(info)
+    if differences := [f"{n} {old[n]!r} there, {new[n]!r} now" for n in new if old[n] != new[n]]:
         raise ValueError(
-            f"{directory} holds other codes ({'; '.join(differing)}); choose another --out or delete it"
+            f"{directory} holds other codes ({'; '.join(differences)}). Choose another --out or delete it."
         )
 
 
 def read_codes_info(directory: str | os.PathLike) -> CodesInfo:
-    """What the directory is of. Raises ValueError, naming it, if it is missing, broken or no directory of codes."""
-    path = Path(directory) / _ABOUT
-    make = "want a directory that `dalle-jax encode RUN --data CONFIG --out DIR` wrote"
+    """Read the description of a directory of codes.
+
+    Raises:
+      ValueError: The directory is missing, damaged, or no directory of codes.
+    """
+    path = Path(directory) / _INFO_FILE
+    expected = (
+        "Expected in data.codes a directory that `dalle-jax encode RUN --data CONFIG --out DIR` wrote: "
+    )
     if Path(directory).is_file():
-        raise ValueError(f"data.codes: {directory} is a file; {make}")
+        raise ValueError(f"{expected}{directory} is a file.")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if about.get("format") != _FORMAT:
-            raise ValueError(f"format {about.get('format')!r}, this version reads {_FORMAT}")
-        info = config.from_json(CodesInfo, json.dumps(about))
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.get("format") != _FORMAT:
+            raise ValueError(f"format {fields.get('format')!r}, this version reads {_FORMAT}")
+        info = config.from_json(CodesInfo, json.dumps(fields))
     except FileNotFoundError:
-        what = "does not exist" if not Path(directory).exists() else f"has no {_ABOUT}"
-        raise ValueError(f"data.codes: {directory} {what}; {make}") from None
+        what = "does not exist" if not Path(directory).exists() else f"has no {_INFO_FILE}"
+        raise ValueError(f"{expected}{directory} {what}.") from None
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"data.codes: {path} is broken ({error}); encode again") from None
+        raise ValueError(f"data.codes: {path} is damaged ({error}). Encode again.") from None
     if min(info.rows, info.shard_rows, info.num_codes, info.vocab) < 1:
-        raise ValueError(f"data.codes: {path} tells of no rows or codes; encode again")
+        raise ValueError(f"data.codes: {path} describes no rows or no codes. Encode again.")
     return info
 
 
 def is_complete(directory: str | os.PathLike, info: CodesInfo, k: int) -> bool:
-    """Whether shard k is there with all its rows."""
-    path = _path(Path(directory), info, k)
+    """Return whether shard k exists with all its rows."""
+    path = _shard_path(Path(directory), info, k)
     try:
-        return path.is_file() and _open(path).num_records() == len(info.shard(k))
-    except Exception:  # array_record answers damage with errors of several kinds
+        return path.is_file() and _open_shard(path).num_records() == len(info.shard(k))
+    except Exception:  # array_record raises errors of several kinds for damaged files
         return False
 
 
 class ShardWriter:
-    """Writes one shard: `add` its rows in order, inside a `with`; it takes its place when all are there."""
+    """Writes one shard atomically: `add` its rows in order, inside a `with` block."""
 
     def __init__(self, directory: str | os.PathLike, info: CodesInfo, k: int):
         self._info, self._rows, self._added = info, info.shard(k), 0
-        self._path = _path(Path(directory), info, k)
-        for left in self._path.parent.glob(f".{self._path.name}.*"):  # of a process that was killed
-            left.unlink(missing_ok=True)
+        self._path = _shard_path(Path(directory), info, k)
+        for stale in self._path.parent.glob(f".{self._path.name}.*"):  # of a process that was killed
+            stale.unlink(missing_ok=True)
         self._file = atomic_path(self._path)
-        self._dtype = _dtype(info.vocab)
+        self._dtype = _codes_dtype(info.vocab)
 
     def __enter__(self) -> ShardWriter:
-        # A record for itself each, as random access wants it; codes hardly compress.
+        # One record per group for random access; codes hardly compress.
         self._writer = ArrayRecordWriter(str(self._file.__enter__()), "group_size:1,uncompressed")
         return self
 
     def add(self, codes: np.ndarray, captions: Captions, label: int | None) -> None:
-        """One row: integers (n,) in [0, vocab), its captions by language, its class. Raises ValueError for other
-        codes."""
+        """Add one row.
+
+        Args:
+          codes: Integers (n,) in [0, vocab).
+          captions: Captions by language.
+          label: Class, or None.
+
+        Raises:
+          ValueError: `codes` has another shape or range.
+        """
         n, vocab, row = self._info.num_codes, self._info.vocab, self._rows.start + self._added
         if codes.shape != (n,) or codes.min() < 0 or codes.max() >= vocab:
             raise ValueError(
-                f"row {row}: codes {codes.shape} from {codes.min()} to {codes.max()}; want ({n},) in [0, {vocab})"
+                f"Expected codes ({n},) in [0, {vocab}) for row {row}, got {codes.shape} from {codes.min()} to "
+                f"{codes.max()}."
             )
-        said = json.dumps([label, captions], ensure_ascii=False, separators=(",", ":"))
-        self._writer.write(codes.astype(self._dtype).tobytes() + said.encode("utf-8", "replace"))
+        fields = json.dumps([label, captions], ensure_ascii=False, separators=(",", ":"))
+        self._writer.write(codes.astype(self._dtype).tobytes() + fields.encode("utf-8", "replace"))
         self._added += 1
 
     def __exit__(self, kind, error, traceback) -> None:
         self._writer.close()
         if kind is None and self._added < len(self._rows):
-            error = ValueError(f"{self._added} rows for {self._path.name}; want {len(self._rows)}")
+            error = ValueError(f"Expected {len(self._rows)} rows in {self._path.name}, got {self._added}.")
         self._file.__exit__(None if error is None else type(error), error, traceback)
         if kind is None and error is not None:
             raise error
 
 
 class CodesDataset:
-    """The rows of a directory of codes, in the order of the source that was encoded, so that training sees the
-    same rows and captions in the same order. Any number of threads may read."""
+    """The rows of a directory of codes, in the order of the encoded source; any number of threads may read."""
 
     def __init__(self, directory: str | os.PathLike):
-        """Raises ValueError, saying what to do, unless every shard is there."""
+        """Open a directory of codes.
+
+        Raises:
+          ValueError: A shard is missing, or what `read_codes_info` raises.
+        """
         self._directory, self.info = Path(directory), read_codes_info(directory)
-        missing = [k for k in range(self.info.shards) if not _path(self._directory, self.info, k).is_file()]
-        if missing:
+        paths = [_shard_path(self._directory, self.info, k) for k in range(self.info.shards)]
+        if missing := [path for path in paths if not path.is_file()]:
             raise ValueError(
                 f"data.codes: {len(missing)} of {self.info.shards} shards are missing in {directory}, the first is "
-                f"{_path(self._directory, self.info, missing[0]).name}; {_AGAIN}, it goes on where it stopped"
+                f"{missing[0].name}. To resume, {_ENCODE_AGAIN}."
             )
-        self._open: OrderedDict[int, ArrayRecordReader] = OrderedDict()
+        self._readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()
         self._lock = threading.Lock()
-        self._dtype = _dtype(self.info.vocab)
+        self._dtype = _codes_dtype(self.info.vocab)
 
-    def __len__(self) -> int:
-        return self.info.rows
+    @property
+    def directory(self) -> Path:
+        return self._directory
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.info.classes
 
+    @property
+    def parts(self) -> Sequence[CodesDataset]:
+        return (self,)
+
+    def __len__(self) -> int:
+        return self.info.rows
+
     def row(self, i: int) -> tuple[np.ndarray, Captions, int | None]:
-        """Codes of row i, int32 (n,), its captions and its class. Raises ValueError for a damaged shard."""
+        """Read row i: its codes, int32 (n,), its captions and its class. Raises ValueError for a damaged shard."""
         if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        k, at = divmod(i, self.info.shard_rows)
+            raise IndexError(f"Expected a row in [0, {len(self)}), got {i}.")
+        k, position = divmod(i, self.info.shard_rows)
         n, size = self.info.num_codes, self._dtype.itemsize
         try:
-            (record,) = self._reader(k).read([at])
+            (record,) = self._reader(k).read([position])
             codes = np.frombuffer(record, self._dtype, n).astype(np.int32)
-            label, said = json.loads(record[n * size :])
+            label, captions = json.loads(record[n * size :])
             if codes.min() < 0 or codes.max() >= self.info.vocab:
-                raise ValueError(f"codes from {codes.min()} to {codes.max()}, want [0, {self.info.vocab})")
+                raise ValueError(f"codes from {codes.min()} to {codes.max()}, not in [0, {self.info.vocab})")
         except Exception as error:
-            name = _path(self._directory, self.info, k)
+            path = _shard_path(self._directory, self.info, k)
             raise ValueError(
-                f"data.codes: row {i} in {name} cannot be read ({error}); {_mend(name)}"
+                f"data.codes: cannot read row {i} in {path} ({error}). Delete that file and {_ENCODE_AGAIN}."
             ) from None
-        return codes, {language: tuple(texts) for language, texts in said.items()}, label
+        return codes, {language: tuple(texts) for language, texts in captions.items()}, label
+
+    def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> NoReturn:
+        """Raise ValueError: the images are not stored."""
+        raise ValueError(f"{self._directory} holds codes, not images. Use `row`.")
 
     def captions(self, i: int) -> Captions:
         return self.row(i)[1]
 
-    def take_read_errors(self) -> None:
-        return None
+    def label(self, i: int) -> int | None:
+        return self.row(i)[2]
 
-    def add_read_errors(self, findings: None) -> None:
-        pass
+    def name(self, i: int) -> str:
+        return f"row {i} of {self._directory}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_lock": None}  # another process opens its own files
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    def log_to(self, path: Path) -> None:
-        pass  # what could not be used was listed beside the codes when they were made
+    @property
+    def replacements(self) -> dict[int, int]:
+        return {}
 
     def report(self) -> dict[str, int]:
         return {}
 
+    def log_to(self, path: Path) -> None:
+        pass  # `encode` has logged what could not be used
+
+    def fingerprint(self) -> str:
+        return self.info.fingerprint
+
+    def exclude(self, names: Collection[str]) -> None:
+        raise ValueError("Codes have no records to exclude. Encode the source again with its `exclude`.")
+
+    def take_read_errors(self) -> None:
+        return None
+
+    def add_read_errors(self, errors: None) -> None:
+        pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": OrderedDict(), "_lock": None}  # another process opens its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def _reader(self, k: int) -> ArrayRecordReader:
         with self._lock:
-            if (reader := self._open.get(k)) is None:
-                path = _path(self._directory, self.info, k)
-                reader = _open(path)
-                if (found := reader.num_records()) != len(self.info.shard(k)):
-                    raise ValueError(f"{found} rows, want {len(self.info.shard(k))}")
-                self._open[k] = reader
-                if len(self._open) > _MOST_OPEN:
-                    self._open.popitem(last=False)  # closes when the last thread that reads it is done
-            self._open.move_to_end(k)
+            if (reader := self._readers.get(k)) is None:
+                reader = _open_shard(_shard_path(self._directory, self.info, k))
+                if (rows := reader.num_records()) != len(self.info.shard(k)):
+                    raise ValueError(f"{rows} rows, not {len(self.info.shard(k))}")
+                self._readers[k] = reader
+                if len(self._readers) > _MAX_OPEN_SHARDS:
+                    self._readers.popitem(last=False)  # closed when the last thread that reads it is done
+            self._readers.move_to_end(k)
             return reader
 
 
 def check_codes_dataset(rows: CodesDataset, data: config.DataConfig, split: Split = "train") -> None:
-    """Raises ValueError, saying what differs, if a run on `data` without codes would see other rows of the split,
-    captions or pictures than `rows` holds, as far as the configuration tells."""
-    info, want = rows.info, describe_source(data.source, split)
-    made, here = json.loads(info.source), json.loads(want)
-    crop = "none" if data.crop == "none" else "center"
-    differing = [
-        f"data.source.{name} {made.get(name)!r} there, {here.get(name)!r} here"
-        for name in sorted({*made, *here})
-        if made.get(name) != here.get(name)
+    """Check that codes were encoded from the data of a configuration.
+
+    Raises:
+      ValueError: Without codes, a run on `data` would read other rows, captions or images of the split.
+    """
+    info, crop = rows.info, "none" if data.crop == "none" else "center"
+    old, new = json.loads(info.source), json.loads(describe_source(data.source, split))
+    differences = [
+        f"data.source.{name} {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
     ]
     if set(info.languages) != set(data.languages):
-        differing.append(f"captions in {', '.join(info.languages)} there, {', '.join(data.languages)} here")
+        differences.append(f"captions in {', '.join(info.languages)} there, {', '.join(data.languages)} here")
     if info.crop != crop:
-        differing.append(f"crop {info.crop!r} there, {crop!r} here")
-    if differing:
+        differences.append(f"crop {info.crop!r} there, {crop!r} here")
+    if differences:
         raise ValueError(
-            f"data.codes: {rows._directory} was encoded from other data ({'; '.join(differing)}); use the "
-            "configuration it was made with or encode this one"
+            f"data.codes: {rows.directory} was encoded from other data ({'; '.join(differences)}). Use its configuration "
+            "or encode this one."
         )
 
 
-def _mend(path: Path) -> str:
-    return f"delete that file and {_AGAIN}"
-
-
-def _path(directory: Path, info: CodesInfo, k: int) -> Path:
+def _shard_path(directory: Path, info: CodesInfo, k: int) -> Path:
     return directory / f"codes-{k:05d}-of-{info.shards:05d}.array_record"
 
 
-def _open(path: Path) -> ArrayRecordReader:
+def _open_shard(path: Path) -> ArrayRecordReader:
     return ArrayRecordReader(
         str(path), "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32_768
     )
 
 
-def _dtype(vocab: int) -> np.dtype:
+def _codes_dtype(vocab: int) -> np.dtype:
     return np.dtype("<u2" if vocab <= 2**16 else "<i4")
 
 
-def _plain(info: CodesInfo) -> dict[str, Any]:
+def _to_dict(info: CodesInfo) -> dict[str, Any]:
     return json.loads(config.to_json(info))

@@ -1,33 +1,35 @@
-"""Evaluation pictures that training has as well: the same file, or the same picture stored another way.
+"""Evaluation images that the training split also has: the same file, or the same image stored in another way.
 
-Near copies are found by a perceptual hash: the signs of the lowest frequencies of a 32 x 32 grey picture about their
-median (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"). Pictures whose hashes and
-mean colours are close are then compared pixel by pixel at that size. T training and E evaluation pictures; 24 bytes
-are kept of each.
+A perceptual hash finds near copies: the signs of the lowest frequencies of a 32 x 32 gray image about their median
+(Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"). Images with close hashes and mean
+colors are then compared pixel by pixel at that size. T training and E evaluation images, S side of a thumbnail; 24 bytes
+are kept of each image.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from dalle_jax.data.images import BadImageError, crop_and_resize, decode_image
-from dalle_jax.data.sources.dataset import Dataset, StoredDataset
+from dalle_jax.data.sources import Dataset, StoredDataset
 
-THUMBNAIL_SIDE = 32  # pixels of the pictures that are compared
-HASH_BITS = 6  # of 63 that may differ for two pictures to be compared
-MAX_RMS = 12.0  # root mean square of the difference of two pictures, of 255, below which they are one
-_COMPARED = 16  # training pictures compared with an evaluation picture at most, the closest hashes first
-_CHUNK = 2**20  # training hashes looked at together
+THUMBNAIL_SIDE = 32  # pixels of the compared images
+MAX_HASH_BITS = 6  # of 63 that may differ for two images to be compared
+MAX_RMS = 12.0  # two images are one below this root mean square difference, of 255
+_MAX_COMPARED = 16  # training images compared with an evaluation image, those with the closest hashes
+_CHUNK = 2**20  # training hashes compared at once
+
+Progress = Callable[[int, int], None]  # receives the number of images done and of all
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Picture `eval` of the evaluation split shows what picture `train` of the training split shows."""
+    """Image `eval` of the evaluation split shows what image `train` of the training split shows."""
 
     eval: int
     train: int
@@ -37,28 +39,29 @@ class Duplicate:
 
 
 class ImagePool:
-    """The stored pictures of several sources, one source after the other."""
+    """The stored images of several sources, one source after another."""
 
     def __init__(self, sources: Sequence[Dataset]):
-        """sources: a mixture counts as its parts. Drawn scenes have no stored pictures and are left out."""
-        parts = [part for source in sources for part in getattr(source, "parts", (source,))]
+        """Join the sources; a mixture counts as its parts, scenes have no stored images and are left out."""
+        parts = [part for source in sources for part in source.parts]
         self._parts = [part for part in parts if isinstance(part, StoredDataset)]
         self._ends = np.cumsum([len(part) for part in self._parts])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._parts else 0
 
-    def _place(self, i: int) -> tuple[StoredDataset, int]:
+    def _locate(self, i: int) -> tuple[StoredDataset, int]:
         part = int(np.searchsorted(self._ends, i, side="right"))
         return self._parts[part], i - int(self._ends[part]) + len(self._parts[part])
 
-    def stored(self, i: int) -> bytes | np.ndarray:
-        """Picture i: a file's bytes, or uint8 (H, W, 3). Raises BadImage for one that does not decode."""
-        part, row = self._place(i)
-        return part.stored(row)
+    def stored_image(self, i: int) -> bytes | np.ndarray:
+        """Return image i: a file's bytes, or uint8 (H, W, 3). Raises BadImageError if it does not decode."""
+        part, row = self._locate(i)
+        return part.stored_image(row)
 
     def name(self, i: int) -> str:
-        part, row = self._place(i)
+        """Return the name of image i in its source."""
+        part, row = self._locate(i)
         return part.name(row)
 
 
@@ -67,103 +70,111 @@ def find_duplicates(
     evaluation: ImagePool,
     *,
     threads: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Duplicate]:
-    """The training pictures that each evaluation picture is: all that have its bytes, and of those that are nearly
-    the same the 16 closest. In order of the evaluation pictures, then the closest first.
+    """Find the training images that equal an evaluation image.
 
-    Reads and decodes every picture once; those that do not decode are left out. Costs T times E comparisons of
-    hashes: about a second for a million pictures and a thousand.
+    Every image is read and decoded once. The cost is T times E comparisons of hashes: about a second for a million images
+    and a thousand.
+
+    Args:
+      train: Images of the training split.
+      evaluation: Images of the evaluation split.
+      threads: Threads that read and decode.
+      progress: Called with the number of images read and of all.
+
+    Returns:
+      For each evaluation image all training images with its bytes, then of the near copies the 16 closest, closest
+      first. Images that do not decode are left out.
     """
     total = len(train) + len(evaluation)
-    marks_T = _marks(train, threads, progress, 0, total)
-    marks_E = _marks(evaluation, threads, progress, len(train), total)
-    order_T = np.argsort(marks_T[:, 0], kind="stable")
-    sorted_T = marks_T[order_T, 0]
-    found = []
-    for i, own in enumerate(marks_E):
-        if (digest := own[0]) == 0:
+    hashes_T3 = _hash_images(train, threads, progress, 0, total)
+    hashes_E3 = _hash_images(evaluation, threads, progress, len(train), total)
+    order_T = np.argsort(hashes_T3[:, 0], kind="stable")
+    sorted_T = hashes_T3[order_T, 0]
+    duplicates = []
+    for i, hashes_3 in enumerate(hashes_E3):
+        if (digest := hashes_3[0]) == 0:
             continue
         first, end = (int(np.searchsorted(sorted_T, digest, side)) for side in ("left", "right"))
-        same = [int(row) for row in order_T[first:end]]
-        found += [Duplicate(i, row, True, 0, 0.0) for row in same]
-        picture, near = None, []
-        for bits, row in _close(marks_T, own):
-            if row in same:
+        exact = [int(row) for row in order_T[first:end]]
+        duplicates += [Duplicate(i, row, True, 0, 0.0) for row in exact]
+        image, near = None, []
+        for bits, row in _nearest(hashes_T3, hashes_3):
+            if row in exact:
                 continue
-            picture = thumbnail(evaluation.stored(i)) if picture is None else picture
-            difference = _rms(picture, thumbnail(train.stored(row)))
+            image = thumbnail(evaluation.stored_image(i)) if image is None else image
+            difference = _rms(image, thumbnail(train.stored_image(row)))
             if difference < MAX_RMS:
                 near.append(Duplicate(i, row, False, bits, difference))
-        found += sorted(near, key=lambda d: d.difference)
-    return found
+        duplicates += sorted(near, key=lambda d: d.difference)
+    return duplicates
 
 
-def perceptual_hash(picture_SS3: np.ndarray) -> int:
-    """63 bits of a picture, uint8 (32, 32, 3): whether each low frequency is above the median of them."""
-    if picture_SS3.shape != (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3) or picture_SS3.dtype != np.uint8:
+def perceptual_hash(image_SS3: np.ndarray) -> int:
+    """Return 63 bits of an image, uint8 (32, 32, 3): whether each low frequency is above their median."""
+    if image_SS3.shape != (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3) or image_SS3.dtype != np.uint8:
         raise ValueError(
-            f"want uint8 ({THUMBNAIL_SIDE}, {THUMBNAIL_SIDE}, 3), got {picture_SS3.dtype} {picture_SS3.shape}"
+            f"Expected uint8 ({THUMBNAIL_SIDE}, {THUMBNAIL_SIDE}, 3), got {image_SS3.dtype} {image_SS3.shape}."
         )
-    grey_SS = picture_SS3.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    low = (
-        (_COSINES @ grey_SS @ _COSINES.T).reshape(-1)[1:].round()
-    )  # the first is the mean; no rounding errors
+    gray_SS = image_SS3.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    # The first frequency is the mean. Rounding removes differences between BLAS libraries.
+    low = (_COSINES @ gray_SS @ _COSINES.T).reshape(-1)[1:].round()
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big") >> 1
 
 
-def _cosines(count: int) -> np.ndarray:
-    """The first `count` vectors of the discrete cosine transform (II), (count, SIDE)."""
+def _cosine_basis(count: int) -> np.ndarray:
+    """Return the first `count` vectors of the discrete cosine transform (II), (count, S)."""
     k, n = np.arange(count)[:, None], np.arange(THUMBNAIL_SIDE)[None]
     return np.cos(np.pi * k * (2 * n + 1) / (2 * THUMBNAIL_SIDE)).astype(np.float32)
 
 
-_COSINES = _cosines(8)
+_COSINES = _cosine_basis(8)
 
 
-def _marks(
-    rows: ImagePool, threads: int, progress: Callable[[int, int], None] | None, done: int, total: int
+def _hash_images(
+    images: ImagePool, threads: int, progress: Progress | None, done: int, total: int
 ) -> np.ndarray:
-    """Digest of the bytes, perceptual hash and mean colour of each picture, uint64 (N, 3); zeros for one that
-    cannot be used."""
+    """Return the digest of the bytes, the perceptual hash and the mean color of each image.
 
-    def one(i: int) -> tuple[int, int, int]:
+    Returns:
+      uint64 (N, 3); zeros for an image that cannot be used.
+    """
+
+    def hash_image(i: int) -> tuple[int, int, int]:
         try:
-            data = rows.stored(i)
+            data = images.stored_image(i)
         except BadImageError:
             return 0, 0, 0
         raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
-        picture = thumbnail(data)
-        mean = sum(int(m) << 16 * k for k, m in enumerate(picture.mean(axis=(0, 1)).round()))
-        return max(1, digest), perceptual_hash(picture), mean
+        image = thumbnail(data)
+        mean = sum(int(m) << 16 * k for k, m in enumerate(image.mean(axis=(0, 1)).round()))
+        return max(1, digest), perceptual_hash(image), mean
 
-    marks = np.zeros((len(rows), 3), np.uint64)
+    hashes = np.zeros((len(images), 3), np.uint64)
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(rows), 1024):  # so that the pool does not hold an answer for every row
-            stretch = range(start, min(start + 1024, len(rows)))
-            marks[start : stretch.stop] = list(pool.map(one, stretch))
+        for start in range(0, len(images), 1024):  # bounds the results that the pool holds
+            rows = range(start, min(start + 1024, len(images)))
+            hashes[start : rows.stop] = list(pool.map(hash_image, rows))
             if progress is not None:
-                progress(done + stretch.stop, total)
-    return marks
+                progress(done + rows.stop, total)
+    return hashes
 
 
-def _close(marks_T: np.ndarray, own: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Bits that differ, and row, of the training pictures whose hashes are closest."""
-    near: list[tuple[int, int]] = []
-    for start in range(0, len(marks_T), _CHUNK):
-        chunk = marks_T[start : start + _CHUNK]
-        bits = np.bitwise_count(chunk[:, 1] ^ own[1])
-        rows = np.flatnonzero((bits <= HASH_BITS) & (chunk[:, 0] != 0))
-        apart = [np.abs(_channel(chunk[rows, 2], k) - _channel(own[2], k)) for k in range(3)]
-        rows = rows[
-            np.max(apart, axis=0) <= np.sqrt(3) * MAX_RMS + 1
-        ]  # farther, and DIFFERENCE is out of reach
-        near += [
-            (int(bits[row]), start + int(row))
-            for row in rows[np.argsort(bits[rows], kind="stable")][:_COMPARED]
-        ]
-    yield from sorted(near)[:_COMPARED]
+def _nearest(hashes_T3: np.ndarray, hashes_3: np.ndarray) -> list[tuple[int, int]]:
+    """Return the differing bits and the row of the training images with the closest hashes, closest first."""
+    nearest: list[tuple[int, int]] = []
+    for start in range(0, len(hashes_T3), _CHUNK):
+        chunk = hashes_T3[start : start + _CHUNK]
+        bits = np.bitwise_count(chunk[:, 1] ^ hashes_3[1])
+        rows = np.flatnonzero((bits <= MAX_HASH_BITS) & (chunk[:, 0] != 0))
+        distances = [np.abs(_channel(chunk[rows, 2], k) - _channel(hashes_3[2], k)) for k in range(3)]
+        # With a larger distance of the means the root mean square cannot be below MAX_RMS.
+        rows = rows[np.max(distances, axis=0) <= np.sqrt(3) * MAX_RMS + 1]
+        closest = rows[np.argsort(bits[rows], kind="stable")][:_MAX_COMPARED]
+        nearest += [(int(bits[row]), start + int(row)) for row in closest]
+    return sorted(nearest)[:_MAX_COMPARED]
 
 
 def _channel(mean: np.ndarray, k: int) -> np.ndarray:
@@ -171,8 +182,18 @@ def _channel(mean: np.ndarray, k: int) -> np.ndarray:
 
 
 def thumbnail(data: bytes | np.ndarray, side: int = THUMBNAIL_SIDE) -> np.ndarray:
-    """The whole picture, squashed to a square: uint8 (side, side, 3)."""
-    return (crop_and_resize if isinstance(data, np.ndarray) else decode_image)(data, side, crop="none")
+    """Resize a whole image to a square without keeping its aspect ratio.
+
+    Args:
+      data: The bytes of an image file, or uint8 (H, W, 3).
+      side: Side of the result, pixels.
+
+    Returns:
+      uint8 (side, side, 3).
+    """
+    if isinstance(data, bytes):
+        return decode_image(data, side, crop="none")
+    return crop_and_resize(data, side, crop="none")
 
 
 def _rms(a: np.ndarray, b: np.ndarray) -> float:

@@ -188,7 +188,7 @@ def test_data_tells_what_a_folder_holds_and_builds_a_tfds_set(folder, tmp_path):
     told = json_of("data", folder)
     splits = told["splits"]
     assert told["kind"] == "folder" and sum(s["rows"] for s in splits.values()) == 12
-    assert Counter(splits["train"]["unusable"]) + Counter(splits["eval"]["unusable"]) == {"picture empty": 1}
+    assert Counter(splits["train"]["unusable"]) + Counter(splits["eval"]["unusable"]) == {"empty image file": 1}
     built = json_of("data", folder, "--convert-to", "tfds", "--out", tmp_path / "sets", "--size", 16)["built"]
     again = json_of("data", built)
     assert again["kind"] == "tfds" and again["splits"]["train"]["unusable"] == {}
@@ -198,7 +198,7 @@ def test_data_tells_what_a_folder_holds_and_builds_a_tfds_set(folder, tmp_path):
 
 
 def test_data_and_text_take_a_configuration_with_a_mixture_and_a_run(made, folder, tmp_path):
-    (folder / "2.png").write_bytes(b"no picture")
+    (folder / "2.png").write_bytes(b"no image")
     config = tmp_path / "mix.py"
     config.write_text(
         "from dalle_jax.config import *\n"
@@ -209,7 +209,7 @@ def test_data_and_text_take_a_configuration_with_a_mixture_and_a_run(made, folde
     told = json_of("data", config)
     assert told["kind"] == "mixture" and told["splits"]["train"]["captions"]["zh"] == 80  # the scenes'
     causes = Counter(told["splits"]["train"]["unusable"]) + Counter(told["splits"]["eval"]["unusable"])
-    assert causes == {"picture not an image": 1}
+    assert causes == {"not an image": 1}
     told = json_of("text", "train", config, "--out", tmp_path / "mix.model", "--vocab", 600)
     assert set(told["languages"]) == {"en", "zh"}
     told = json_of("data", made.dalle)
@@ -634,7 +634,7 @@ def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
             f"Expected draft_len from 2 to {GRID * GRID}, got {GRID * GRID + 1}",
         ),
         (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
-        (("--prefix", "missing.png"), "cannot read the picture missing.png"),
+        (("--prefix", "missing.png"), "cannot read the missing image file.png"),
     ],
 )
 def test_sampling_flags_that_cannot_be(made, tmp_path, flags, told):

@@ -111,7 +111,7 @@ def test_pictures_of_a_mixture_are_those_of_its_parts(tmp_path):
     rows = ImagePool([open_source(mixture, "train", languages=())])
     assert len(rows) == 6 and [rows.name(i) for i in range(6)] == ["0.png", "1.png", "2.png"] * 2
     want = [np.asarray(picture(i, 32)) for i in (0, 1, 2, 10, 11, 12)]
-    got = [np.asarray(Image.open(io.BytesIO(rows.stored(i)))) for i in range(6)]
+    got = [np.asarray(Image.open(io.BytesIO(rows.stored_image(i)))) for i in range(6)]
     np.testing.assert_array_equal(got, want)
     whole = find_duplicates(rows, rows)
     assert whole == [Duplicate(i, i, True, 0, 0.0) for i in range(6)]
@@ -149,7 +149,7 @@ def test_a_row_that_is_excluded_moves_no_other(tmp_path):
     assert {3, 4, 11} < set(whole.tolist()) and len(opened) == 12
     want = np.select([(whole == 3) | (whole == 4), whole == 11], [5, 0], whole.astype(int))
     np.testing.assert_array_equal(left, want)
-    assert opened.report() == {"picture excluded": 3} and opened.replacements == {3: 5, 4: 5, 11: 0}
+    assert opened.report() == {"excluded": 3} and opened.replacements == {3: 5, 4: 5, 11: 0}
     fresh = open_source(fewer, "train")
     assert [fresh.captions(i)["en"] for i in (3, 4, 11)] == [("row 5",), ("row 5",), ("row 0",)]  # unread
     assert (
@@ -158,7 +158,7 @@ def test_a_row_that_is_excluded_moves_no_other(tmp_path):
     )
     fresh.log_to(tmp_path / "bad_records.jsonl")
     names = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
-    assert names == [{"name": f"{i:02d}.png", "cause": "picture excluded"} for i in (3, 4, 11)]
+    assert names == [{"name": f"{i:02d}.png", "cause": "excluded"} for i in (3, 4, 11)]
 
 
 def test_an_excluded_row_before_a_broken_one(tmp_path):
@@ -167,7 +167,7 @@ def test_an_excluded_row_before_a_broken_one(tmp_path):
     (tmp_path / "list.txt").write_text("03.png\n")
     rows = open_source(source, "train")
     assert rows.image(3, 8, "center")[0, 0, 0] == 5 and rows.captions(3)["en"] == ("row 5",)
-    assert rows.report() == {"picture excluded": 1, "picture not an image": 1}
+    assert rows.report() == {"excluded": 1, "not an image": 1}
 
 
 def test_the_report_is_a_list_to_exclude(tmp_path):

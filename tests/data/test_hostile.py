@@ -54,42 +54,42 @@ def pictures() -> dict[str, tuple[bytes, str]]:
     """Name -> a file that is no usable picture, and the cause to be told."""
     jpeg, png, smooth = encoded(noise(), "JPEG"), encoded(noise()), encoded(Image.linear_gradient("L"))
     return {
-        "zero-bytes.jpg": (b"", "picture empty"),
-        "one-byte.jpg": (b"\xff", "picture not an image"),
-        "text.png": (b"hello, I am a picture", "picture not an image"),
-        "error-page.jpg": (b"<!DOCTYPE html><html>404</html>", "picture not an image"),
-        "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "picture not an image"),
-        "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "picture not an image"),
-        "document.png": (b"%PDF-1.7\n%\xe2\xe3\n1 0 obj\n", "picture not an image"),
-        "archive.png": (b"PK\x03\x04" + bytes(60), "picture not an image"),
-        "zeros.bmp": (bytes(4096), "picture not an image"),
-        "start-only.jpg": (jpeg[:2], "picture not an image"),
-        "half.jpg": (jpeg[: len(jpeg) // 2], "picture truncated"),
-        "half.png": (png[: len(png) // 2], "picture truncated"),
-        "half.webp": (encoded(noise(), "WEBP")[:2000], "picture broken"),
-        "half.gif": (encoded(noise().quantize(64), "GIF")[:1500], "picture truncated"),
-        "flipped.png": (flipped(smooth, len(smooth) // 2), "picture truncated"),
-        "claims-81-million.png": (claims(9000, 9000), "picture bomb"),
-        "claims-4-billion.png": (claims(2**16, 2**16), "picture bomb"),
-        "100-million.png": (encoded(Image.new("1", (10_000, 10_000))), "picture bomb"),
-        "compressed-notes.png": (text_bomb(), "picture broken"),
-        "no-width.png": (claims(0, 20), "picture not an image"),
-        "pixel.gif": (encoded(plain((1, 1)), "GIF"), "picture too small"),
-        "thin.png": (encoded(plain((40, 7))), "picture too small"),
-        "banner.png": (encoded(plain((400, 20))), "picture too long"),
+        "zero-bytes.jpg": (b"", "empty image file"),
+        "one-byte.jpg": (b"\xff", "not an image"),
+        "text.png": (b"hello, I am a picture", "not an image"),
+        "error-page.jpg": (b"<!DOCTYPE html><html>404</html>", "not an image"),
+        "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
+        "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        "document.png": (b"%PDF-1.7\n%\xe2\xe3\n1 0 obj\n", "not an image"),
+        "archive.png": (b"PK\x03\x04" + bytes(60), "not an image"),
+        "zeros.bmp": (bytes(4096), "not an image"),
+        "start-only.jpg": (jpeg[:2], "not an image"),
+        "half.jpg": (jpeg[: len(jpeg) // 2], "truncated image"),
+        "half.png": (png[: len(png) // 2], "truncated image"),
+        "half.webp": (encoded(noise(), "WEBP")[:2000], "corrupt image"),
+        "half.gif": (encoded(noise().quantize(64), "GIF")[:1500], "truncated image"),
+        "flipped.png": (flipped(smooth, len(smooth) // 2), "truncated image"),
+        "claims-81-million.png": (claims(9000, 9000), "too many pixels"),
+        "claims-4-billion.png": (claims(2**16, 2**16), "too many pixels"),
+        "100-million.png": (encoded(Image.new("1", (10_000, 10_000))), "too many pixels"),
+        "compressed-notes.png": (text_bomb(), "corrupt image"),
+        "no-width.png": (claims(0, 20), "not an image"),
+        "pixel.gif": (encoded(plain((1, 1)), "GIF"), "image too small"),
+        "thin.png": (encoded(plain((40, 7))), "image too small"),
+        "banner.png": (encoded(plain((400, 20))), "aspect ratio too large"),
     }
 
 
 def captions() -> dict[str, tuple[str, bytes, str]]:
     """Name -> ending and bytes of a caption file beside a good picture, and the cause to be told."""
     return {
-        "latin1": (".txt", "caf\xe9".encode("latin-1"), "caption file broken"),
-        "utf16": (".txt", "a cat".encode("utf-16"), "caption file broken"),
-        "huge": (".txt", b"word " * 20_000, "caption file broken"),
-        "binary": (".txt", bytes(range(128, 256)), "caption file broken"),
-        "half-json": (".json", b'{"caption": "a', "caption file broken"),
-        "list": (".json", b'["a cat"]', "caption file broken"),
-        "deep": (".json", b"[" * 60_000, "caption file broken"),
+        "latin1": (".txt", "caf\xe9".encode("latin-1"), "unreadable caption file"),
+        "utf16": (".txt", "a cat".encode("utf-16"), "unreadable caption file"),
+        "huge": (".txt", b"word " * 20_000, "unreadable caption file"),
+        "binary": (".txt", bytes(range(128, 256)), "unreadable caption file"),
+        "half-json": (".json", b'{"caption": "a', "unreadable caption file"),
+        "list": (".json", b'["a cat"]', "unreadable caption file"),
+        "deep": (".json", b"[" * 60_000, "unreadable caption file"),
         "no-bytes": (".txt", b"", "no caption in en or zh"),
         "spaces": (".txt", b" \n\t\n \r\n", "no caption in en or zh"),
         "null": (".json", b'{"caption": null}', "no caption in en or zh"),
@@ -145,7 +145,7 @@ def folder(tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow remarks, then we refuse
 def test_a_hostile_folder_is_read_and_each_kind_is_counted(folder, tmp_path):
     bad = [cause for _, cause in pictures().values()] + [cause for *_, cause in captions().values()]
-    bad += ["no caption in en or zh"] + 3 * ["picture missing"]
+    bad += ["no caption in en or zh"] + 3 * ["missing image file"]
     assert len(bad) >= 25 + 10
     rows = open_source(
         config.FolderSource(path=str(folder), eval_fraction=0.0, max_bad_fraction=0.9), "train"
@@ -172,21 +172,21 @@ def test_lines_of_metadata_that_cannot_be_used(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(encoded(plain()))
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"n {i}"}).encode() for i in range(15)]
     kinds = [
-        (b"{", "broken line of metadata"), (b"\xff\xfe", "broken line of metadata"), (b"[]", "broken line of metadata"),
-        (b'{"file_name": "15.png", "text": "\xe9"}', "broken line of metadata"),
-        (b'{"text": "whose"}', "line without a file name"),
-        (b'{"file_name": 3, "text": "x"}', "line without a file name"),
-        (b'{"file_name": "gone.png", "text": "x"}', "picture missing"),
-        (b'{"file_name": "0.png", "text": "again"}', "picture listed twice"),
-        (b'{"file_name": "../x.png", "text": "x"}', "picture outside the folder"),
-        (b'{"file_name": "/etc/hostname", "text": "x"}', "picture outside the folder"),
+        (b"{", "unreadable metadata line"), (b"\xff\xfe", "unreadable metadata line"), (b"[]", "unreadable metadata line"),
+        (b'{"file_name": "15.png", "text": "\xe9"}', "unreadable metadata line"),
+        (b'{"text": "whose"}', "metadata line without a file name"),
+        (b'{"file_name": 3, "text": "x"}', "metadata line without a file name"),
+        (b'{"file_name": "gone.png", "text": "x"}', "missing image file"),
+        (b'{"file_name": "0.png", "text": "again"}', "image listed twice"),
+        (b'{"file_name": "../x.png", "text": "x"}', "image outside the folder"),
+        (b'{"file_name": "/etc/hostname", "text": "x"}', "image outside the folder"),
         (b'{"file_name": "16.png"}', "no caption in en or zh"),
     ]  # fmt: skip
     (tmp_path / "metadata.jsonl").write_bytes(b"\n".join([*lines, *(line for line, _ in kinds)]))
     rows = open_source(
         config.FolderSource(path=str(tmp_path), eval_fraction=0.0, max_bad_fraction=0.9), "train"
     )
-    want = [cause for _, cause in kinds] + 4 * ["no line of metadata"]  # 15, 17, 18, 19
+    want = [cause for _, cause in kinds] + 4 * ["no metadata line"]  # 15, 17, 18, 19
     assert len(rows) == 15 and rows.report() == {cause: want.count(cause) for cause in want}
 
 
@@ -202,9 +202,9 @@ def test_limits_are_those_of_the_configuration(tmp_path):
         return rows.report(), rows.replacements
 
     assert shown(min_image_size=1, max_aspect_ratio=1000) == ({}, {})
-    assert shown(min_image_size=1) == ({"picture too long": 1}, {3: 0})
+    assert shown(min_image_size=1) == ({"aspect ratio too large": 1}, {3: 0})
     assert shown(min_image_size=8, max_aspect_ratio=2) == (
-        {"picture too long": 2, "picture too small": 1},
+        {"aspect ratio too large": 2, "image too small": 1},
         {0: 1, 2: 1, 3: 1},
     )
     with pytest.raises(ValueError, match=r"min_image_size is 0, max_aspect_ratio 0\.5; want at least 1 each"):
@@ -212,5 +212,5 @@ def test_limits_are_those_of_the_configuration(tmp_path):
     rows = open_source(
         config.FolderSource(path=str(tmp_path), eval_fraction=0.0, min_image_size=9), "train", languages=()
     )
-    with pytest.raises(ValueError, match=r"(?s)max_bad_fraction.*picture too small"):
+    with pytest.raises(ValueError, match=r"(?s)max_bad_fraction.*image too small"):
         rows.image(0, 8, "center")

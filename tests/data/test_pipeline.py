@@ -195,7 +195,7 @@ def test_a_broken_picture_moves_no_other_row(tmp_path, data, tokenizer):
 def test_errors_of_reading_reach_the_caller(tmp_path):
     source = config.TarSource(path=write_tar(tmp_path / "a.tar", broken=range(20)).path)
     data = config.DataConfig(source=source, batch_size=8)
-    with pytest.raises(ValueError, match=r"(?s)records of .*picture truncated"):
+    with pytest.raises(ValueError, match=r"(?s)records of .*truncated image"):
         take(data, open_train_source(data), None, 20)
 
 

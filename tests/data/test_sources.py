@@ -353,11 +353,17 @@ def test_unusable_records_are_counted_by_cause(tmp_path):
         "elsewhere": (None, {"captions": ["a"], "split": "val"}),
     }
     path = write_tar(tmp_path / "a.tar", records)
-    want = {"no JSON": 1, "no picture": 1, "broken JSON": 4, "no caption in en or zh": 1, "picture empty": 1}
+    want = {
+        "no caption file": 1,
+        "no image": 1,
+        "invalid JSON": 4,
+        "no caption in en or zh": 1,
+        "empty image file": 1,
+    }
     rows = open_source(config.TarSource(path=path, max_bad_fraction=0.1), "train")
     assert len(rows) == 100 and rows.report() == want | {"split is not a text": 1}
     with pytest.raises(
-        ValueError, match=r"(?s)9 of 109 records of .*max_bad_fraction.*4  broken JSON\n +1  no JSON"
+        ValueError, match=r"(?s)9 of 109 records of .*max_bad_fraction.*4  invalid JSON\n +1  no caption file"
     ):
         open_source(config.TarSource(path=path), "train")
 
@@ -385,16 +391,16 @@ def test_broken_pictures_are_replaced_by_the_next_row(tmp_path):
         for i, got in zip(order, pool.map(read, order), strict=True):
             shown = wanted.get(i, i)
             assert got == (shown, f"picture {shown}")
-    assert rows.replacements == wanted and rows.report() == {"picture truncated": 3}
+    assert rows.replacements == wanted and rows.report() == {"truncated image": 3}
     strict = open_source(config.TarSource(path=path, max_bad_fraction=0.05), "train")
-    with pytest.raises(ValueError, match=r"(?s)3 of 40 records.*3  picture truncated"):
+    with pytest.raises(ValueError, match=r"(?s)3 of 40 records.*3  truncated image"):
         [strict.image(i, 8, "center") for i in range(40)]
 
 
 def test_all_pictures_broken(tmp_path):
     path = write_tar(tmp_path / "a.tar", {f"{i}": (b"no", {"caption": "a"}) for i in range(3)})
     rows = open_source(config.TarSource(path=path, max_bad_fraction=1.0), "train")
-    with pytest.raises(ValueError, match=r"(?s)no picture of .* decodes.*3  picture not an image"):
+    with pytest.raises(ValueError, match=r"(?s)no picture of .* decodes.*3  not an image"):
         rows.image(0, 8, "center")
 
 
@@ -414,7 +420,7 @@ def test_hostile_members(tmp_path):
         add(tar, "two.webp", encoded(plain("blue"), "WEBP", lossless=True))
         add(tar, "two.json", notes)
     rows = open_source(config.TarSource(path=str(path), max_bad_fraction=0.5), "train")
-    assert len(rows) == 5 and rows.report() == {"no picture": 1}  # the link
+    assert len(rows) == 5 and rows.report() == {"no image": 1}  # the link
     assert (rows.image(4, 8, "center") == (0, 0, 255)).all()  # webp comes before png
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
 
@@ -510,6 +516,6 @@ def test_a_tar_of_webdataset_s_form(tmp_path):
     rows = open_source(source, "train")
     said = [rows.captions(i) for i in range(len(rows))]
     assert said == [{"en": ("one cat", "two cats")}, {"en": ("of the JSON",)}, {"en": ("ein Käfer",)}]
-    assert rows.report() == {"caption file broken": 1, "no caption in en or zh": 1, "no JSON": 1}
+    assert rows.report() == {"unreadable caption file": 1, "no caption in en or zh": 1, "no caption file": 1}
     assert open_source(source, "eval").captions(0) == {"en": ("held out",)}
     assert len(open_source(source, "train", languages=())) == 6

@@ -123,7 +123,7 @@ def test_unusable_records_of_a_folder_are_counted_and_listed(tmp_path):
         lines.append(
             json.dumps({"file_name": f"{i:02d}.png", "caption": f"n {i}", "split": "train"}).encode()
         )
-    for name, data in (("x0", b""), ("x1", b"no picture"), ("x2", noise()[:900]), ("x3", png(1))):
+    for name, data in (("x0", b""), ("x1", b"no image"), ("x2", noise()[:900]), ("x3", png(1))):
         write(root, f"{name}.png", data)
         if name != "x3":
             lines.append(json.dumps({"file_name": f"{name}.png", "caption": "c"}).encode())
@@ -139,19 +139,21 @@ def test_unusable_records_of_a_folder_are_counted_and_listed(tmp_path):
     assert shown == [*range(good), 0, 0, 0]  # the next row that decodes, round the end
     assert rows.captions(good) == {"en": ("n 0",)}
     assert rows.report() == {
-        "picture missing": 1, "broken line of metadata": 2, "line without a file name": 1,
-        "picture listed twice": 1, "picture outside the folder": 2, "no line of metadata": 1,
-        "picture empty": 1, "picture not an image": 1, "picture truncated": 1,
+        "missing image file": 1, "unreadable metadata line": 2, "metadata line without a file name": 1,
+        "image listed twice": 1, "image outside the folder": 2, "no metadata line": 1,
+        "empty image file": 1, "not an image": 1, "truncated image": 1,
     }  # fmt: skip
     listed = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
     assert len(listed) == sum(rows.report().values())
-    assert {"name": "gone.png", "cause": "picture missing"} in listed
-    assert {"name": "x0.png", "cause": "picture empty"} in listed
+    assert {"name": "gone.png", "cause": "missing image file"} in listed
+    assert {"name": "x0.png", "cause": "empty image file"} in listed
     again = opened(root, max_bad_fraction=0.5)  # a resumed run lists nothing twice
     again.log_to(tmp_path / "bad_records.jsonl")
     number(again, good)
     assert len((tmp_path / "bad_records.jsonl").read_text().splitlines()) == len(listed)
-    with pytest.raises(ValueError, match=r"(?s)of 51 records of .*max_bad_fraction.*broken line of metadata"):
+    with pytest.raises(
+        ValueError, match=r"(?s)of 51 records of .*max_bad_fraction.*unreadable metadata line"
+    ):
         opened(root)
 
 
@@ -161,7 +163,7 @@ def test_broken_caption_files(tmp_path):
     for name, data in (("0.txt", "good"), ("1.txt", b"\xff\xfe\xff"), ("2.txt", "\n \n"), ("3.json", "[1]")):
         write(tmp_path, name, data)
     rows = opened(tmp_path, eval_fraction=0.0, max_bad_fraction=0.8)
-    assert len(rows) == 1 and rows.report() == {"caption file broken": 2, "no caption in en or zh": 1}
+    assert len(rows) == 1 and rows.report() == {"unreadable caption file": 2, "no caption in en or zh": 1}
 
 
 def test_bad_folders(tmp_path):
@@ -247,11 +249,13 @@ def test_a_captioned_tfds_set_of_a_folder_leaves_out_what_is_broken(tmp_path):
         write(tmp_path, f"in/{i}.json", json.dumps({"captions": [f"n {i}", "b"], "captions_zh": ["红"]}))
     rows = opened(tmp_path / "in", eval_fraction=0.0)
     where, left_out = build_tfds("set", {"train": rows}, tmp_path / "out")
-    assert left_out == {"train": {"picture not an image": 1}}
+    assert left_out == {"train": {"not an image": 1}}
     got = open_source(config.TfdsSource(path=str(where)), "train")
     kept = [0, 1, 2, 4, 5, 6, 7]
     assert [got.captions(i) for i in range(7)] == [{"en": (f"n {i}", "b"), "zh": ("红",)} for i in kept]
-    assert [got.stored(i) for i in range(7)] == [rows.stored(i) for i in kept]  # the files, not encoded again
+    assert [got.stored_image(i) for i in range(7)] == [
+        rows.stored_image(i) for i in kept
+    ]  # the files, not encoded again
     with pytest.raises(ValueError, match="is there already"):
         build_tfds("set", {"train": rows}, tmp_path / "out")
     with pytest.raises(ValueError, match="no files to store"):
@@ -296,7 +300,7 @@ def test_a_tfds_set_of_tfrecord_has_the_same_rows(labelled, tfrecord):
         want, got = (open_source(config.TfdsSource(path=str(p)), split) for p in (labelled, tfrecord))
         assert len(got) == len(want) > 0 and got.classes == want.classes
         for i in range(len(want)):
-            assert got.stored(i) == want.stored(i) and got.captions(i) == want.captions(i)
+            assert got.stored_image(i) == want.stored_image(i) and got.captions(i) == want.captions(i)
             assert got.label(i) == want.label(i)
     sliced = config.TfdsSource(path=str(tfrecord), train_split="train[5:]", eval_split="train[:5]")
     assert number(open_source(sliced, "train"), 0) == 5 and len(open_source(sliced, "eval")) == 5

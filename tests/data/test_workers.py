@@ -72,7 +72,7 @@ def test_batches_are_those_of_threads(tar, tokenizer, workers, tmp_path):  # noq
     for got, want in zip(told["workers"][:2], told["threads"][:2], strict=True):
         assert_same(got, want)
     assert told["workers"][2:] == told["threads"][2:]
-    assert told["workers"][2] == {"picture truncated": 3} and told["workers"][3] == {5: 7, 6: 7, 20: 21}
+    assert told["workers"][2] == {"truncated image": 3} and told["workers"][3] == {5: 7, 6: 7, 20: 21}
     assert_same(
         told["workers"][1], [{k: v[[1, 2, 5, 7]] for k, v in b.items()} for b in told["workers"][0][5:]]
     )
@@ -170,9 +170,9 @@ def test_too_many_unusable_pictures_stop_the_run(tmp_path):
     source = write_tar(tmp_path / "a.tar", broken=range(0, 10))
     data = resolve_data(config.TarSource(path=source.path, max_bad_fraction=0.35))
     opened = open_train_source(data)
-    assert len(take(data, opened, None, 12)) == 12 and opened.report() == {"picture truncated": 10}
+    assert len(take(data, opened, None, 12)) == 12 and opened.report() == {"truncated image": 10}
     data = resolve_data(config.TarSource(path=source.path, max_bad_fraction=0.2))
-    with pytest.raises(ValueError, match=r"(?s)records of .*a\.tar cannot be used.*picture truncated"):
+    with pytest.raises(ValueError, match=r"(?s)records of .*a\.tar cannot be used.*truncated image"):
         take(data, open_train_source(data), None, 12)
 
 

@@ -1,7 +1,7 @@
-"""One row of a batch: a picture or its codes, a caption as tokens, a class.
+"""One row of a batch: an image or its codes, a caption as token ids, a class.
 
-A row is a function of the configuration and of its position in the stream of rows; whatever makes it, a thread or
-a process, makes the same. H W picture, N codes, T text positions.
+A row is a function of the configuration and of its position in the stream of rows, whether a thread or a process builds
+it. H W image, N codes, T text positions.
 """
 
 from __future__ import annotations
@@ -16,82 +16,92 @@ from dalle_jax.data.codes import CodesDataset
 from dalle_jax.data.sources import Captions, Dataset
 from dalle_jax.text.tokenizers import TextTokenizer
 
+ArraySpecs = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and dtype
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleBuilder:
-    """What a batch holds of each row. Any number of threads may call it; it can be pickled if its source can."""
+    """Builds the arrays of a row. Any number of threads may call it; it can be pickled if its source can."""
 
     data: config.DataConfig
-    source: Dataset | CodesDataset  # with codes a row holds those and no picture
-    image_size: int | None = None  # side of the pictures, pixels
+    source: Dataset  # rows of a CodesDataset have codes and no image
+    image_size: int = 0  # side of the images, pixels; unused with codes
     text: TextTokenizer | None = None  # None leaves captions out
     text_vocab: int = 0
     text_len: int = 0
     bpe_dropout: float = 0.0
-    with_labels: bool = False  # the class, -1 for none
+    with_labels: bool = False  # adds the class, -1 for none
 
     def __call__(self, position: int, i: int) -> dict[str, np.ndarray]:
-        """Row i of the source as the row at `position` of the stream: `image` uint8 (H, W, 3) or `codes` int32 (N,),
-        and as far as asked `text` int32 (T,), `label` int32 ()."""
+        """Build row i of the source as the row at `position` of the stream.
+
+        Returns:
+          `image` uint8 (H, W, 3) or `codes` int32 (N,); with text `text` int32 (T,); with labels `label` int32 ().
+        """
         rng = row_rng(self.data.seed, position)
-        choice, merges = rng.random(2), int(rng.integers(2**32))  # first, so that crops do not move them
-        out: dict[str, np.ndarray] = {}
+        # Sampled first, so that the random numbers of a crop do not change them.
+        (language, choice), bpe_seed = rng.random(2), int(rng.integers(2**32))
+        example: dict[str, np.ndarray] = {}
         if isinstance(self.source, CodesDataset):
-            out["codes"], said, _ = self.source.row(i)
+            example["codes"], captions, _ = self.source.row(i)
         else:
-            out["image"] = self.source.image(i, self.image_size, self.data.crop, rng)
-            said = self.source.captions(i) if self.text is not None else {}
+            example["image"] = self.source.image(i, self.image_size, self.data.crop, rng)
+            captions = self.source.captions(i) if self.text is not None else {}
         if self.text is not None:
-            out["text"] = self.text.encode(
-                _choose(said, self.data.languages, *choice),
+            example["text"] = self.text.encode(
+                _choose_caption(captions, self.data.languages, language, choice),
                 text_vocab=self.text_vocab,
                 text_len=self.text_len,
                 bpe_dropout=self.bpe_dropout,
-                seed=merges,
+                seed=bpe_seed,
             )
         if self.with_labels:
-            out["label"] = label_array(self.source, i)
-        return out
+            example["label"] = label_array(self.source, i)
+        return example
 
-    def specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of each array of a row."""
-        out: dict[str, tuple[tuple[int, ...], type]] = {}
+    def specs(self) -> ArraySpecs:
+        """Return the shape and dtype of each array of a row."""
+        specs: ArraySpecs = {}
         if isinstance(self.source, CodesDataset):
-            out["codes"] = (self.source.info.num_codes,), np.int32
+            specs["codes"] = (self.source.info.num_codes,), np.dtype(np.int32)
         else:
-            out["image"] = (self.image_size, self.image_size, 3), np.uint8
+            specs["image"] = (self.image_size, self.image_size, 3), np.dtype(np.uint8)
         if self.text is not None:
-            out["text"] = (self.text_len,), np.int32
+            specs["text"] = (self.text_len,), np.dtype(np.int32)
         if self.with_labels:
-            out["label"] = (), np.int32
-        return {name: (shape, np.dtype(kind)) for name, (shape, kind) in out.items()}
+            specs["label"] = (), np.dtype(np.int32)
+        return specs
 
 
 def row_rng(seed: int, position: int) -> np.random.Generator:
-    """The generator of the row at a position of the stream: a counter-based one (Salmon et al. 2011, "Parallel random
-    numbers: as easy as 1, 2, 3") whose key is of `seed` and whose highest word counts the rows."""
+    """Return the random generator of the row at a position of the stream.
+
+    A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): its key is derived from
+    `seed`, the highest word of its counter is the position.
+    """
     counter = np.array([0, 0, 0, position], np.uint64)
-    return np.random.Generator(np.random.Philox(key=_key(seed), counter=counter))
+    return np.random.Generator(np.random.Philox(key=_philox_key(seed), counter=counter))
 
 
 _KEYS: dict[int, np.ndarray] = {}
 
 
-def _key(seed: int) -> np.ndarray:
+def _philox_key(seed: int) -> np.ndarray:
     if (key := _KEYS.get(seed)) is None:
         key = _KEYS[seed] = np.random.Philox(seed).state["state"]["key"]
     return key
 
 
 def label_array(source: Dataset, i: int) -> np.ndarray:
+    """Return the class of row i, int32 (); -1 for a row without one."""
     label = source.label(i)
     return np.asarray(-1 if label is None else label, np.int32)
 
 
-def _choose(said: Captions, languages: Sequence[str], language: float, which: float) -> str:
-    """A caption by two shares in [0, 1): of the languages that there are, of the captions in that one."""
-    names = [name for name in languages if name in said] or list(said)
+def _choose_caption(captions: Captions, languages: Sequence[str], language: float, choice: float) -> str:
+    """Choose a caption by two numbers in [0, 1): one among the languages, one among the captions in it."""
+    names = [name for name in languages if name in captions] or list(captions)
     if not names:
-        raise ValueError("a row has no captions, but text is wanted; open the source with languages")
-    texts = said[names[int(language * len(names))]]
-    return texts[int(which * len(texts))]
+        raise ValueError("Expected captions for the text of a row, got none. Open the source with languages.")
+    texts = captions[names[int(language * len(names))]]
+    return texts[int(choice * len(texts))]

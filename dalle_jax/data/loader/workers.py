@@ -1,17 +1,16 @@
-"""Batches by worker processes, for sources that keep Python busy: threads of one process take turns in it.
+"""Batches built by worker processes, for sources that spend their time in Python, where threads share one lock.
 
-Of every batch worker w of W makes rows w, w + W, w + 2 W, ... and writes them into memory that it shares with its
-parent, in a ring of `prefetch` batches. A row follows from its position alone, so the number of workers changes
-nothing but the speed. Workers are new interpreters, neither forked nor made from the main module: they import what
-reads and decodes, never jax, and hold no device. A worker ends when its parent closes it or dies, whatever way. B rows
-of a batch, W workers.
+Worker w of W builds rows w, w + W, w + 2 W, ... of every batch and writes them into memory shared with its parent, a ring
+of `prefetch` batches. A row is a function of its position, so the number of workers changes only the speed. Workers are
+new interpreters, neither forked nor started from the main module: they import what reads and decodes, never jax, and
+hold no device. A worker exits when its parent closes it or dies. B rows of a batch, W workers.
 """
 
 # Why not the process workers of grain (0.2.18, `IterDataset.mp_prefetch`): they import grain and with it jax, about
 # 94 MB of private memory each instead of 23 MB, and run the main module again, so a script without a `__main__` guard
-# fails. `close` waits without limit for the batch that a worker is making, a worker that exits with 0 leaves the parent
-# waiting forever, and `kill -9` of the process group leaves memory and semaphores in /dev/shm. Batches lie in /dev/shm:
-# a worker ends with SIGBUS when it is full, as in containers that keep it small.
+# fails. `close` waits without limit for the batch that a worker is building, a worker that exits with 0 leaves the
+# parent waiting forever, and `kill -9` of the process group leaves memory and semaphores in /dev/shm. Batches lie in
+# /dev/shm: a worker exits with SIGBUS when it is full, as in containers that keep it small.
 
 from __future__ import annotations
 
@@ -28,88 +27,96 @@ import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from dalle_jax.data.loader.examples import ExampleBuilder
+from dalle_jax.data.loader.examples import ArraySpecs, ExampleBuilder
 
-Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
-
-_ALIGN = 64  # bytes
-_LOOK = 2.0  # seconds after which a worker without work looks whether its parent lives
-_PATIENCE = 5.0  # seconds in which a worker that hung up has to end
+_ALIGNMENT = 64  # bytes
+_POLL_SECONDS = 2.0  # an idle worker checks this often whether its parent is alive
+_EXIT_SECONDS = 5.0  # a worker that closed its connection has this long to exit
 
 
 class ProcessBatches(Iterator[dict[str, np.ndarray]]):
-    """An endless iterator over the batches of steps `start`, `start + 1`, ...; close it, or use it in a `with`."""
+    """An endless iterator over batches that processes build ahead. Close it, or use it in a `with` block."""
 
     def __init__(
         self,
-        maker: ExampleBuilder,
-        rows_of: Callable[[int], tuple[list[int], list[int]]],
+        builder: ExampleBuilder,
+        rows_at: Callable[[int], tuple[list[int], list[int]]],
         *,
         start: int,
-        batch: int,
-        workers: int,
+        batch_size: int,
+        num_workers: int,
         prefetch: int,
     ):
-        """rows_of: step -> position in the stream and row of the source, of each of its `batch` rows.
-        prefetch: batches made ahead, which bounds the shared memory.
+        """Start the workers.
 
-        Raises ValueError for a source that cannot be sent to another process, RuntimeError for workers that do not
-        start.
+        Args:
+          builder: Builds the rows.
+          rows_at: Step -> position in the stream, and row of the source, of each of the `batch_size` rows.
+          start: Step of the first batch.
+          batch_size: Rows of a batch.
+          num_workers: Processes.
+          prefetch: Batches built ahead, which bounds the shared memory.
+
+        Raises:
+          ValueError: The source cannot be sent to another process, or the system is neither Linux nor macOS.
+          RuntimeError: A worker does not start.
         """
         if os.name != "posix":
-            raise ValueError("data.num_workers needs Linux or macOS; set data.num_workers 0")
+            raise ValueError("data.num_workers needs Linux or macOS. Set data.num_workers to 0.")
         try:
-            sent = pickle.dumps((maker, batch, prefetch))
-        except Exception as error:  # whatever a source of one's own raises
+            message = pickle.dumps((builder, batch_size, prefetch))
+        except Exception as error:  # a custom source may raise anything
             raise ValueError(
-                f"data.num_workers is {workers}, but a {type(maker.source).__name__} cannot be sent to worker processes "
-                f"({error}); set data.num_workers 0"
+                f"data.num_workers is {num_workers}, but a {type(builder.source).__name__} cannot be sent to worker "
+                f"processes ({error}). Set data.num_workers to 0."
             ) from None
-        self._source, self._rows_of, self._slots = maker.source, rows_of, prefetch
-        self._next = start
-        layout = maker.specs()
-        size = _size(layout, batch, prefetch)
-        file = _memory(size)
+        self._source, self._rows_at, self._num_slots = builder.source, rows_at, prefetch
+        self._next_step = start
+        specs = builder.specs()
+        size = _memory_size(specs, batch_size, prefetch)
+        file = _open_memory(size)
         processes: list[subprocess.Popen] = []
         connections: list[Connection] = []
-        self._end = weakref.finalize(self, _end, processes, connections)  # also when the interpreter ends
+        self._stop = weakref.finalize(self, _stop_workers, processes, connections)  # also at exit
         try:
-            for w in range(workers):
+            for w in range(num_workers):
                 ours, theirs = Pipe()
                 connections.append(ours)
-                processes.append(_start(theirs.fileno(), file.fileno(), size, os.getpid(), w, workers))
+                processes.append(
+                    _start_worker(theirs.fileno(), file.fileno(), size, os.getpid(), w, num_workers)
+                )
                 theirs.close()
-            self._views = _views(mmap.mmap(file.fileno(), size), layout, batch, prefetch)
+            self._views = _make_views(mmap.mmap(file.fileno(), size), specs, batch_size, prefetch)
         except BaseException:
-            self._end()
+            self._stop()
             raise
         finally:
             file.close()
         self._processes, self._connections = processes, connections
-        for w in range(workers):
-            self._send(w, sent)
+        for w in range(num_workers):
+            self._send(w, message)
         for step in range(start, start + prefetch):
-            self._ask(step)
+            self._request(step)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if not self._end.alive:
-            raise ValueError("the batches are closed")
-        step = self._next
+        if not self._stop.alive:
+            raise ValueError("The batches are closed.")
+        step = self._next_step
         for w in range(len(self._connections)):
-            self._collect(w)
-        slot = step % self._slots
-        made = {name: np.array(view[slot]) for name, view in self._views.items()}
-        self._next = step + 1
-        self._ask(step + self._slots)
-        return made
+            self._receive(w)
+        slot = step % self._num_slots
+        batch = {name: np.array(view[slot]) for name, view in self._views.items()}
+        self._next_step = step + 1
+        self._request(step + self._num_slots)
+        return batch
 
     def close(self) -> None:
-        """Ends the workers. Closing twice is fine."""
-        self._end()
+        """Stop the workers. May be called twice."""
+        self._stop()
 
     def __enter__(self) -> ProcessBatches:
         return self
@@ -117,71 +124,75 @@ class ProcessBatches(Iterator[dict[str, np.ndarray]]):
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _ask(self, step: int) -> None:
-        positions, rows = self._rows_of(step)
+    def _request(self, step: int) -> None:
+        """Send the rows of the batch of `step` to the workers."""
+        positions, rows = self._rows_at(step)
         count = len(self._connections)
         for w in range(count):
-            task = (step % self._slots, positions[w::count], rows[w::count])
+            task = (step % self._num_slots, positions[w::count], rows[w::count])
             self._send(w, pickle.dumps(task))
 
     def _send(self, w: int, message: bytes) -> None:
         try:
             self._connections[w].send_bytes(message)
-        except OSError:  # it is gone; what it had to say before may still be there
+        except OSError:  # the worker is gone; its last messages may still be readable
             while True:
-                self._collect(w)  # raises at the end
+                self._receive(w)  # raises at the end
 
-    def _collect(self, w: int) -> None:
-        """Takes what worker w has to say of one batch."""
+    def _receive(self, w: int) -> None:
+        """Receive the result of worker w for one batch; raise its error."""
         try:
-            error, findings = pickle.loads(self._connections[w].recv_bytes())
+            error, read_errors = pickle.loads(self._connections[w].recv_bytes())
         except (EOFError, ConnectionError):
-            self._lost(w)
+            self._raise_lost(w)
         if error is not None:
             self.close()
-            kind, told = error
-            raise kind(told)
+            kind, message = error
+            raise kind(message)
         try:
-            if findings is not None:
-                self._source.add_read_errors(findings)
-        except ValueError:  # more unusable pictures than allowed, of all workers together
+            if read_errors is not None:
+                self._source.add_read_errors(read_errors)
+        except ValueError:  # more unusable images than allowed, of all workers together
             self.close()
             raise
 
-    def _lost(self, w: int) -> None:
+    def _raise_lost(self, w: int) -> NoReturn:
         process = self._processes[w]
         try:
-            code = process.wait(_PATIENCE)
+            code = process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             code = None
         self.close()
-        told = "stopped answering" if code is None else f"exited with {code}"
+        cause = "stopped responding" if code is None else f"exited with {code}"
         if code is not None and code < 0:
-            told = f"was ended by {signal.Signals(-code).name}"
-            told += ", by the system if memory ran out" if code == -signal.SIGKILL else ""
+            cause = f"was ended by {signal.Signals(-code).name}"
+            cause += ", by the system if memory ran out" if code == -signal.SIGKILL else ""
         raise RuntimeError(
-            f"worker process {w} of {len(self._processes)} {told}; start again, with fewer data.num_workers or a smaller "
-            "data.prefetch if memory is short"
+            f"Worker process {w} of {len(self._processes)} {cause}. Start again, with a smaller data.num_workers or "
+            "data.prefetch if memory is short."
         ) from None
 
 
-def _start(*arguments: int) -> subprocess.Popen:
-    """A worker: a new interpreter with our import path, which leaves the main module alone. arguments: of `work`."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from dalle_jax.data.loader.workers import work; work(*{arguments})"
+def _start_worker(*arguments: int) -> subprocess.Popen:
+    """Start an interpreter with our import path, which does not run the main module. arguments: of `run_worker`."""
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from dalle_jax.data.loader.workers import run_worker; "
+        f"run_worker(*{arguments})"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code],
         pass_fds=arguments[:2],
         stdin=subprocess.DEVNULL,
-        stdout=2,  # standard output belongs to the command that runs
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},  # should a source of one's own import jax
+        stdout=2,  # standard output is reserved for the command
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},  # in case a custom source imports jax
     )
 
 
-def _end(processes: list[subprocess.Popen], connections: list[Connection]) -> None:
+def _stop_workers(processes: list[subprocess.Popen], connections: list[Connection]) -> None:
     for connection in connections:
         connection.close()
     for process in processes:
-        process.kill()  # a worker has nothing to save, and may be busy for long
+        process.kill()  # a worker has nothing to save and may be busy for long
     for process in processes:
         process.wait()
 
@@ -189,9 +200,9 @@ def _end(processes: list[subprocess.Popen], connections: list[Connection]) -> No
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
-def _memory(size: int) -> Any:
-    """A file in memory without a name, which ends with the last process that has it open."""
-    if hasattr(os, "memfd_create"):  # Linux; not bounded by the size of /dev/shm, which containers keep small
+def _open_memory(size: int) -> Any:
+    """Open a file in memory without a name, which is freed with the last process that holds it."""
+    if sys.platform == "linux":  # not limited by the size of /dev/shm, which is small in containers
         file = os.fdopen(os.memfd_create("dalle_jax batches"), "r+b", buffering=0)
     else:
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, the caller closes it
@@ -199,92 +210,99 @@ def _memory(size: int) -> Any:
     return file
 
 
-def _offsets(layout: Layout, batch: int, slots: int) -> dict[str, tuple[int, int]]:
-    """Where each array begins, and its bytes."""
-    found, at = {}, 0
-    for name, (shape, kind) in layout.items():
-        size = slots * batch * int(np.prod(shape)) * kind.itemsize
-        found[name] = at, size
-        at += -(-size // _ALIGN) * _ALIGN
-    return found
+def _memory_layout(specs: ArraySpecs, batch_size: int, slots: int) -> dict[str, tuple[int, int]]:
+    """Return the offset and the bytes of each array."""
+    layout, offset = {}, 0
+    for name, (shape, dtype) in specs.items():
+        size = slots * batch_size * int(np.prod(shape)) * dtype.itemsize
+        layout[name] = offset, size
+        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return layout
 
 
-def _size(layout: Layout, batch: int, slots: int) -> int:
-    at, size = list(_offsets(layout, batch, slots).values())[-1]
-    return at + size
+def _memory_size(specs: ArraySpecs, batch_size: int, slots: int) -> int:
+    offset, size = list(_memory_layout(specs, batch_size, slots).values())[-1]
+    return offset + size
 
 
-def _views(memory: mmap.mmap, layout: Layout, batch: int, slots: int) -> dict[str, np.ndarray]:
-    """Arrays in shared memory, (slots, batch, ...) each."""
+def _make_views(memory: mmap.mmap, specs: ArraySpecs, batch_size: int, slots: int) -> dict[str, np.ndarray]:
+    """Return arrays in shared memory, each (slots, batch_size, ...)."""
+    layout = _memory_layout(specs, batch_size, slots)
     return {
-        name: np.frombuffer(memory, kind, count=slots * batch * int(np.prod(shape)), offset=at).reshape(
-            slots, batch, *shape
-        )
-        for (name, (shape, kind)), (at, _) in zip(
-            layout.items(), _offsets(layout, batch, slots).values(), strict=True
-        )
+        name: np.frombuffer(
+            memory, dtype, count=slots * batch_size * int(np.prod(shape)), offset=layout[name][0]
+        ).reshape(slots, batch_size, *shape)
+        for name, (shape, dtype) in specs.items()
     }
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------
 
 
-def work(connection: int, memory: int, size: int, parent: int, w: int, workers: int) -> None:
-    """What worker w does until its parent closes the connection or is gone.
+def run_worker(connection: int, memory: int, size: int, parent: int, w: int, num_workers: int) -> None:
+    """Build rows until the parent closes the connection or is gone.
 
-    Answers each batch with an error, None for none, and with what it found of the source. Ctrl-C and SIGTERM reach
-    every process of a job; the parent decides when to end, a worker waits for that.
+    For each batch the worker sends an error, or None, and the read errors of its source. It ignores Ctrl-C and SIGTERM,
+    which reach every process of a job: the parent decides when to stop.
+
+    Args:
+      connection: File descriptor of the pipe to the parent.
+      memory: File descriptor of the shared memory.
+      size: Bytes of the shared memory.
+      parent: Process id of the parent.
+      w: Number of this worker.
+      num_workers: Workers in all.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    talk = Connection(connection)
+    pipe = Connection(connection)
     try:
         try:
-            maker, batch, slots = pickle.loads(_heard(talk, parent))
-            views = _views(mmap.mmap(memory, size), maker.specs(), batch, slots)
+            builder, batch_size, slots = pickle.loads(_receive_message(pipe, parent))
+            views = _make_views(mmap.mmap(memory, size), builder.specs(), batch_size, slots)
         except (EOFError, ConnectionError):
             raise
         except Exception as error:
-            told = f"the source cannot be opened in a worker process ({_told(error)}); set data.num_workers 0"
-            talk.send_bytes(pickle.dumps(((ValueError, told), None)))
+            message = (
+                f"The source cannot be opened in a worker process ({type(error).__name__}: {error}). Set "
+                "data.num_workers to 0."
+            )
+            pipe.send_bytes(pickle.dumps(((ValueError, message), None)))
             return
         while True:
-            slot, positions, rows = pickle.loads(_heard(talk, parent))
+            slot, positions, rows = pickle.loads(_receive_message(pipe, parent))
             error = None
-            for at, position, i in zip(range(w, batch, workers), positions, rows, strict=True):
+            for index, position, i in zip(range(w, batch_size, num_workers), positions, rows, strict=True):
                 if os.getppid() != parent:
                     return
                 try:
-                    for name, array in maker(position, i).items():
-                        views[name][slot, at] = array
+                    for name, array in builder(position, i).items():
+                        views[name][slot, index] = array
                 except Exception as raised:
-                    error = _error(maker, i, raised)
+                    error = _describe_error(builder, i, raised)
                     break
-            talk.send_bytes(pickle.dumps((error, maker.source.take_read_errors())))
+            pipe.send_bytes(pickle.dumps((error, builder.source.take_read_errors())))
     except (EOFError, ConnectionError):
         return
 
 
-def _heard(talk: Connection, parent: int) -> bytes:
-    """The next message. Raises EOFError if the parent closed the connection or is gone; a process that it forked may
-    hold the other end open."""
-    while not talk.poll(_LOOK):
+def _receive_message(pipe: Connection, parent: int) -> bytes:
+    """Receive the next message. Raises EOFError if the parent closed the pipe or is gone.
+
+    The parent is checked as well because a process that it forked may hold the other end open.
+    """
+    while not pipe.poll(_POLL_SECONDS):
         if os.getppid() != parent:
             raise EOFError
-    return talk.recv_bytes()
+    return pipe.recv_bytes()
 
 
-def _error(maker: ExampleBuilder, i: int, raised: Exception) -> tuple[type[Exception], str]:
-    """What the parent is to raise: the same kind of error with the row's name where it is one of the data; else all
-    that is known of it."""
+def _describe_error(builder: ExampleBuilder, i: int, raised: Exception) -> tuple[type[Exception], str]:
+    """Return the class and the message for the parent to raise: an error of the data, or a traceback."""
     name = f"row {i}"
-    with contextlib.suppress(Exception):  # a source without names, or whose names are not to be had
-        name += f", {maker.source.name(i)}"
+    with contextlib.suppress(Exception):  # the files of the name may be what cannot be read
+        name += f", {builder.source.name(i)}"
     for kind in (FileNotFoundError, ValueError):
         if isinstance(raised, kind):
-            return kind, f"{raised} (a worker process was at {name})"
-    return RuntimeError, f"a worker process failed at {name}:\n{_told(raised, whole=True)}"
-
-
-def _told(error: Exception, whole: bool = False) -> str:
-    return "".join(traceback.format_exception(error)) if whole else f"{type(error).__name__}: {error}"
+            return kind, f"{raised} (in a worker process, at {name})"
+    return RuntimeError, f"A worker process failed at {name}:\n{''.join(traceback.format_exception(raised))}"

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Procedural scenes of colored shapes with captions: records, layout, captions and rendering."""

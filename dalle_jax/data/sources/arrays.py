@@ -64,7 +64,9 @@ class ArrayDataset(StoredDataset):
             )
         self.classes = tuple(names or map(str, range(int(labels.max()) + 1)))
         if labels.max() >= len(self.classes):
-            raise ValueError(f"Expected labels below the {len(names)} label_names of {path}, got {labels.max()}.")
+            raise ValueError(
+                f"Expected labels below the {len(names)} label_names of {path}, got {labels.max()}."
+            )
 
     def _read_image(self, row: int) -> np.ndarray:
         image = self._images[row]

@@ -35,7 +35,7 @@ def read_excluded_names(path: str) -> list[str]:
         name = next(((fields or {})[f] for f in ("train", "name") if f in (fields or {})), None)
         if not isinstance(name, str):
             raise ValueError(
-                f"Expected a name, or JSON with \"train\" or \"name\", in line {number} of data.source.exclude {path}, "
+                f'Expected a name, or JSON with "train" or "name", in line {number} of data.source.exclude {path}, '
                 f"got {line[:60]!r}."
             )
         names.append(name)

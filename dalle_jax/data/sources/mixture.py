@@ -43,7 +43,9 @@ class MixtureDataset:
         """
         self._parts, self._counts, self._split = tuple(parts), mixture.counts, split
         self._part_P = mixture_pattern(self._counts)
-        self._offsets = [np.flatnonzero(self._part_P == k) for k in range(len(parts))]  # of part k in a period
+        self._offsets = [
+            np.flatnonzero(self._part_P == k) for k in range(len(parts))
+        ]  # of part k in a period
         self._rank_P = np.zeros_like(self._part_P)  # earlier rows of the same part in the period
         for offsets in self._offsets:
             self._rank_P[offsets] = np.arange(len(offsets))

@@ -171,9 +171,7 @@ def _find_directory(source: config.TfdsSource) -> Path:
                 break
         directories = [p for p in directories if not version or p.name == version]
         if directories:
-            return max(
-                directories, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")]
-            )
+            return max(directories, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
     raise FileNotFoundError(
         f"Expected a folder, tar files, an .npz, or a directory with dataset_info.json in data.source.path, got nothing "
         f"at {source.path!r} and no prepared TFDS data set of that name in {root}. Prepare one with `dalle-jax data "
