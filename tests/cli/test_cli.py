@@ -177,7 +177,7 @@ def test_finetuning_from_what_does_not_fit(made, folder):
         (("--init-from", made.dvae), "is a run of stage dvae, this configuration of stage dalle"),
         (("--init-from", "nowhere"), "no run directory nowhere"),
         (("--model.dim", "32"), "parameter .* has shape .*Keep the fields of `model`"),
-        (("--data.path", "no where"), "no data at 'no where'"),
+        (("--data.path", "no where"), "got nothing at 'no where'"),
     ):
         done = finetune(made, folder, *more)
         assert done.code == 1 and re.search(message, done.err), done.err
@@ -188,13 +188,15 @@ def test_data_tells_what_a_folder_holds_and_builds_a_tfds_set(folder, tmp_path):
     told = json_of("data", folder)
     splits = told["splits"]
     assert told["kind"] == "folder" and sum(s["rows"] for s in splits.values()) == 12
-    assert Counter(splits["train"]["unusable"]) + Counter(splits["eval"]["unusable"]) == {"empty image file": 1}
+    assert Counter(splits["train"]["unusable"]) + Counter(splits["eval"]["unusable"]) == {
+        "empty image file": 1
+    }
     built = json_of("data", folder, "--convert-to", "tfds", "--out", tmp_path / "sets", "--size", 16)["built"]
     again = json_of("data", built)
     assert again["kind"] == "tfds" and again["splits"]["train"]["unusable"] == {}
     assert again["splits"]["train"]["rows"] in (10, 11)  # the empty picture is in one of the splits
     assert "--convert-to and --out go together" in refused("data", folder, "--convert-to", "tfds")
-    assert "no data at" in refused("data", "no where")
+    assert "got nothing at" in refused("data", "no where")
 
 
 def test_data_and_text_take_a_configuration_with_a_mixture_and_a_run(made, folder, tmp_path):
@@ -634,7 +636,7 @@ def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
             f"Expected draft_len from 2 to {GRID * GRID}, got {GRID * GRID + 1}",
         ),
         (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
-        (("--prefix", "missing.png"), "cannot read the missing image file.png"),
+        (("--prefix", "missing.png"), "Cannot read the image missing.png"),
     ],
 )
 def test_sampling_flags_that_cannot_be(made, tmp_path, flags, told):
@@ -653,7 +655,7 @@ def test_bad_prefix_pictures(made, pictures, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     for name, told in (
         ("big.png", f"is 48 x 64 pixels; this model's pictures are {SIZE} x {SIZE}: crop and resize"),
-        ("broken.png", "broken.png: the picture does not decode"),
+        ("broken.png", "broken.png: The image does not decode"),
         ("text.png", "text.png: not a picture of a known format"),
     ):
         assert told in refused(
@@ -857,8 +859,8 @@ def test_encode_refuses_what_it_cannot_use(made, pictures, tmp_path):
     out = tmp_path / "codes.npz"
     (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:60])
     message = refused("encode", made.dvae, pictures[0], tmp_path / "broken.png", "--out", out)
-    assert "broken.png: the picture does not decode" in message and not out.exists()
-    assert "cannot read the picture" in refused("encode", made.dvae, tmp_path / "none.png", "--out", out)
+    assert "broken.png: The image does not decode" in message and not out.exists()
+    assert "Cannot read the image" in refused("encode", made.dvae, tmp_path / "none.png", "--out", out)
     assert "give pictures to encode, or --data DATA" in refused("encode", made.dvae, "--out", out)
     assert "give pictures to encode, or --data DATA" in refused(
         "encode", made.dvae, pictures[0], "--data", made.dvae, "--out", out

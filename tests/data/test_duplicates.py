@@ -98,7 +98,7 @@ def test_the_hash_by_hand():
             image = np.broadcast_to(wave[None, :, None], (32, 32, 3)).round().astype(np.uint8)
             bits[k, sign] = perceptual_hash(image) >> (63 - k) & 1  # row frequency 0, column frequency k
     assert bits == {(1, 1): 1, (1, -1): 0, (5, 1): 1, (5, -1): 0}
-    with pytest.raises(ValueError, match=r"want uint8 \(32, 32, 3\), got float64"):
+    with pytest.raises(ValueError, match=r"Expected uint8 \(32, 32, 3\), got float64"):
         perceptual_hash(np.zeros((32, 32, 3)))
 
 
@@ -195,27 +195,27 @@ def test_lists_that_are_refused(tmp_path):
     def opened(split="train"):
         return open_source(dataclasses.replace(source, exclude=str(path)), split)
 
-    with pytest.raises(FileNotFoundError, match=r"data\.source\.exclude: no file .*list\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"data\.source\.exclude, got no file .*list\.txt"):
         opened()
     for text, message in (
         (
             "cat.png\n",
             r"list\.txt: none of the 1 names is a record of .*mine, whose names are like '00\.png'",
         ),
-        ("00.png\n01.png\n02.png\n", "every row of .*mine is excluded"),
-        ('00.png\n{"eval": "x"}\n', r"line 2 of .*list\.txt names no record"),
-        ("{broken\n", "line 1 of .* names no record"),
+        ("00.png\n01.png\n02.png\n", "rows of .*mine is excluded"),
+        ('00.png\n{"eval": "x"}\n', r"line 2 of data\.source\.exclude .*list\.txt"),
+        ("{broken\n", "line 1 of "),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             opened()
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="cannot read"):
         opened()
     path.write_text("")
     assert len(opened()) == 3 and opened().report() == {}
     with pytest.raises(
-        ValueError, match="no rows of split 'val'"
+        ValueError, match="Expected rows of split 'val'"
     ):  # nothing is held out, the list is not read
         path.unlink()
         opened("eval")

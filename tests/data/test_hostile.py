@@ -1,7 +1,6 @@
 """A folder as the internet fills it: every kind of bad picture and caption is counted under its cause, none stops
 the reading, and odd but whole pictures are read."""
 
-import io
 import json
 import os
 import struct
@@ -9,7 +8,8 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from data_files import encode_image, png_with_large_text, solid_image
+from PIL import Image
 
 from dalle_jax import config
 from dalle_jax.data.sources import open_source
@@ -17,23 +17,13 @@ from dalle_jax.data.sources import open_source
 GOOD = 60
 
 
-def encoded(picture, kind="PNG", **options):
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
-
-
 def noise(side=64):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
 
 
-def plain(size=(20, 20), colour=(220, 30, 40)):
-    return Image.new("RGB", size, colour)
-
-
 def claims(width, height):
     """A PNG whose header tells of another size."""
-    data = encoded(plain())
+    data = encode_image(solid_image())
     head = data[12:16] + struct.pack(">II", width, height) + data[24:29]
     return data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
 
@@ -44,15 +34,13 @@ def flipped(data, at):
     return bytes(hurt)
 
 
-def text_bomb():
-    notes = PngImagePlugin.PngInfo()
-    notes.add_text("a", "x" * 3_000_000, zip=True)
-    return encoded(plain(), pnginfo=notes)
-
-
 def pictures() -> dict[str, tuple[bytes, str]]:
     """Name -> a file that is no usable picture, and the cause to be told."""
-    jpeg, png, smooth = encoded(noise(), "JPEG"), encoded(noise()), encoded(Image.linear_gradient("L"))
+    jpeg, png, smooth = (
+        encode_image(noise(), "JPEG"),
+        encode_image(noise()),
+        encode_image(Image.linear_gradient("L")),
+    )
     return {
         "zero-bytes.jpg": (b"", "empty image file"),
         "one-byte.jpg": (b"\xff", "not an image"),
@@ -66,17 +54,17 @@ def pictures() -> dict[str, tuple[bytes, str]]:
         "start-only.jpg": (jpeg[:2], "not an image"),
         "half.jpg": (jpeg[: len(jpeg) // 2], "truncated image"),
         "half.png": (png[: len(png) // 2], "truncated image"),
-        "half.webp": (encoded(noise(), "WEBP")[:2000], "corrupt image"),
-        "half.gif": (encoded(noise().quantize(64), "GIF")[:1500], "truncated image"),
+        "half.webp": (encode_image(noise(), "WEBP")[:2000], "corrupt image"),
+        "half.gif": (encode_image(noise().quantize(64), "GIF")[:1500], "truncated image"),
         "flipped.png": (flipped(smooth, len(smooth) // 2), "truncated image"),
         "claims-81-million.png": (claims(9000, 9000), "too many pixels"),
         "claims-4-billion.png": (claims(2**16, 2**16), "too many pixels"),
-        "100-million.png": (encoded(Image.new("1", (10_000, 10_000))), "too many pixels"),
-        "compressed-notes.png": (text_bomb(), "corrupt image"),
+        "100-million.png": (encode_image(Image.new("1", (10_000, 10_000))), "too many pixels"),
+        "compressed-notes.png": (png_with_large_text(), "corrupt image"),
         "no-width.png": (claims(0, 20), "not an image"),
-        "pixel.gif": (encoded(plain((1, 1)), "GIF"), "image too small"),
-        "thin.png": (encoded(plain((40, 7))), "image too small"),
-        "banner.png": (encoded(plain((400, 20))), "aspect ratio too large"),
+        "pixel.gif": (encode_image(solid_image(size=(1, 1)), "GIF"), "image too small"),
+        "thin.png": (encode_image(solid_image(size=(40, 7))), "image too small"),
+        "banner.png": (encode_image(solid_image(size=(400, 20))), "aspect ratio too large"),
     }
 
 
@@ -104,17 +92,17 @@ def odd() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     grey16 = Image.fromarray(np.full((20, 20), 40_000, np.uint16))
-    red = plain((30, 20))
+    red = solid_image(size=(30, 20))
     return {
-        "cmyk.jpg": encoded(red.convert("CMYK"), "JPEG"), "grey.jpg": encoded(red.convert("L"), "JPEG"),
-        "16-bit.png": encoded(grey16), "palette.png": encoded(red.quantize(4)),
-        "alpha.png": encoded(Image.new("RGBA", (20, 20), (9, 9, 9, 0))),
-        "moving.gif": encoded(red, "GIF", save_all=True, append_images=[plain((30, 20), "blue")]),
-        "turned.jpg": encoded(red, "JPEG", exif=exif.tobytes()),
-        "bad-exif.jpg": encoded(red, "JPEG", exif=b"Exif\0\0garbage"),
-        "one-bit.png": encoded(Image.new("1", (20, 20), 1)), "wrong-ending.png": encoded(red, "JPEG"),
-        "UPPER.JPG": encoded(red, "JPEG"), "\u732b \U0001f431.png": encoded(red),
-        "trailing.jpg": encoded(red, "JPEG") + b"rubbish", "least.png": encoded(plain((8, 128))),
+        "cmyk.jpg": encode_image(red.convert("CMYK"), "JPEG"), "grey.jpg": encode_image(red.convert("L"), "JPEG"),
+        "16-bit.png": encode_image(grey16), "palette.png": encode_image(red.quantize(4)),
+        "alpha.png": encode_image(Image.new("RGBA", (20, 20), (9, 9, 9, 0))),
+        "moving.gif": encode_image(red, "GIF", save_all=True, append_images=[solid_image("blue", (30, 20))]),
+        "turned.jpg": encode_image(red, "JPEG", exif=exif.tobytes()),
+        "bad-exif.jpg": encode_image(red, "JPEG", exif=b"Exif\0\0garbage"),
+        "one-bit.png": encode_image(Image.new("1", (20, 20), 1)), "wrong-ending.png": encode_image(red, "JPEG"),
+        "UPPER.JPG": encode_image(red, "JPEG"), "\u732b \U0001f431.png": encode_image(red),
+        "trailing.jpg": encode_image(red, "JPEG") + b"rubbish", "least.png": encode_image(solid_image(size=(8, 128))),
     }  # fmt: skip
 
 
@@ -123,7 +111,7 @@ def folder(tmp_path):
     root = tmp_path / "folder"
     root.mkdir()
     for i in range(GOOD):
-        (root / f"good-{i:03d}.png").write_bytes(encoded(plain(colour=(i, 100, 200))))
+        (root / f"good-{i:03d}.png").write_bytes(encode_image(solid_image((i, 100, 200))))
         (root / f"good-{i:03d}.txt").write_text(f"good {i}")
     for name, data in odd().items():
         (root / name).write_bytes(data)
@@ -132,9 +120,9 @@ def folder(tmp_path):
         (root / name).write_bytes(data)
         (root / f"{name.rpartition('.')[0]}.txt").write_text("said")
     for name, (kind, data, _) in captions().items():
-        (root / f"{name}.png").write_bytes(encoded(plain()))
+        (root / f"{name}.png").write_bytes(encode_image(solid_image()))
         (root / f"{name}{kind}").write_bytes(data)
-    (root / "alone.png").write_bytes(encoded(plain()))  # no caption beside it
+    (root / "alone.png").write_bytes(encode_image(solid_image()))  # no caption beside it
     (root / "gone.png").symlink_to(root / "nothing")
     (root / "round.png").symlink_to(root / "round.png")
     (root / "directory.png").mkdir()  # a subfolder like any other
@@ -169,7 +157,7 @@ def test_a_hostile_folder_is_read_and_each_kind_is_counted(folder, tmp_path):
 
 def test_lines_of_metadata_that_cannot_be_used(tmp_path):
     for i in range(20):
-        (tmp_path / f"{i}.png").write_bytes(encoded(plain()))
+        (tmp_path / f"{i}.png").write_bytes(encode_image(solid_image()))
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"n {i}"}).encode() for i in range(15)]
     kinds = [
         (b"{", "unreadable metadata line"), (b"\xff\xfe", "unreadable metadata line"), (b"[]", "unreadable metadata line"),
@@ -192,7 +180,7 @@ def test_lines_of_metadata_that_cannot_be_used(tmp_path):
 
 def test_limits_are_those_of_the_configuration(tmp_path):
     for side in (4, 8, 30, 500):
-        (tmp_path / f"{side:03d}.png").write_bytes(encoded(plain((side, 8))))
+        (tmp_path / f"{side:03d}.png").write_bytes(encode_image(solid_image(size=(side, 8))))
 
     def shown(**limits):
         source = config.FolderSource(path=str(tmp_path), eval_fraction=0.0, max_bad_fraction=1.0, **limits)

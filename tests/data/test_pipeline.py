@@ -1,54 +1,21 @@
 """Laws of the pipeline: batch k is a function of the configuration and k, on any threads and processes."""
 
-import io
-import json
-import tarfile
 import threading
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
+from data_files import IMAGE_SIZE, assert_same_batches, take_batches, write_numbered_tar
 
 from dalle_jax import config
 from dalle_jax.data.loader.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source
-from dalle_jax.text.tokenizers import TextTokenizer, train_text_tokenizer
-
-ROWS, SIZE = 37, 16
-
-
-def write_tar(path, rows=ROWS, broken=()):
-    """Row i: a picture in the colour i, wider than high so that crops differ, and captions that name i."""
-    rng = np.random.default_rng(0)
-    with tarfile.open(path, "w") as tar:
-        for i in range(rows):
-            picture = rng.integers(0, 256, (24, 40, 3), np.uint8)
-            picture[..., 0] = i
-            out = io.BytesIO()
-            Image.fromarray(picture).save(out, "PNG")
-            data = out.getvalue()[: 200 if i in broken else None]
-            said = {"captions": [f"row {i}", f"picture of {i}"], "captions_zh": [f"第{i}行", f"图{i}"]}
-            said["split"] = "train" if i < rows - 5 else "val"
-            for name, content in ((f"{i}.png", data), (f"{i}.json", json.dumps(said).encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return config.TarSource(path=str(path), max_bad_fraction=0.2)
 
 
 @pytest.fixture(scope="module")
 def tar(tmp_path_factory):
-    return write_tar(tmp_path_factory.mktemp("data") / "a.tar")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "bpe.model"
-    words = [f"{word} {i}" for word in ("row", "picture of") for i in range(ROWS)]
-    train_text_tokenizer(words + [f"第{i}行 图" for i in range(ROWS)], path, vocab=400)
-    return TextTokenizer.load(path)
+    return write_numbered_tar(tmp_path_factory.mktemp("data") / "a.tar")
 
 
 @pytest.fixture
@@ -56,48 +23,33 @@ def data(tar):
     return config.DataConfig(source=tar, batch_size=8, crop="random", num_threads=2, prefetch=3)
 
 
-def take(data, source, tokenizer, n, *, start=0, image_size=SIZE, **options):
-    text = dict(text=tokenizer, text_vocab=400, text_len=12, bpe_dropout=0.3) if tokenizer else {}
-    with train_batches(data, source, start=start, image_size=image_size, **text, **options) as batches:
-        return [next(batches) for _ in range(n)]
-
-
-def assert_same(got, want):
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key].dtype == b[key].dtype
-            np.testing.assert_array_equal(a[key], b[key])
-
-
 def rows_of(batches):
     return np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
 
 
 def test_shapes_and_types(data, tokenizer):
-    (batch,) = take(data, open_train_source(data), tokenizer, 1)
+    (batch,) = take_batches(data, open_train_source(data), tokenizer, 1)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
-        "image": ((8, SIZE, SIZE, 3), np.uint8),
+        "image": ((8, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
         "text": ((8, 12), np.int32),
     }
-    assert take(data, open_train_source(data), None, 1)[0].keys() == {"image"}
+    assert take_batches(data, open_train_source(data), None, 1)[0].keys() == {"image"}
 
 
 def test_resume_is_the_straight_run(data, tokenizer):
     source = open_train_source(data)
-    straight = take(data, source, tokenizer, 12)
+    straight = take_batches(data, source, tokenizer, 12)
     for start in (1, 5, 11):
-        assert_same(take(data, source, tokenizer, 12 - start, start=start), straight[start:])
-    assert_same(take(data, open_train_source(data), tokenizer, 12), straight)
+        assert_same_batches(take_batches(data, source, tokenizer, 12 - start, start=start), straight[start:])
+    assert_same_batches(take_batches(data, open_train_source(data), tokenizer, 12), straight)
 
 
 def test_far_steps_are_as_near_as_the_first(data):
     source = open_train_source(data)
     began = time.monotonic()
-    (far,) = take(data, source, None, 1, start=10**9)
+    (far,) = take_batches(data, source, None, 1, start=10**9)
     assert time.monotonic() - began < 5
-    assert_same(take(data, source, None, 2, start=10**9 - 1)[1:], [far])
+    assert_same_batches(take_batches(data, source, None, 2, start=10**9 - 1)[1:], [far])
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (5, 2), (3, 16)])
@@ -106,33 +58,35 @@ def test_threads_do_not_matter(data, tokenizer, threads, prefetch):
     other = config.DataConfig(
         source=data.source, batch_size=8, crop="random", num_threads=threads, prefetch=prefetch
     )
-    assert_same(take(other, source, tokenizer, 10), take(data, source, tokenizer, 10))
+    assert_same_batches(take_batches(other, source, tokenizer, 10), take_batches(data, source, tokenizer, 10))
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_processes_share_the_global_batch_in_order(data, tokenizer, processes):
     source = open_train_source(data)
-    want = take(data, source, tokenizer, 6, start=2)
+    want = take_batches(data, source, tokenizer, 6, start=2)
     parts = [
-        take(data, source, tokenizer, 6, start=2, rows=range(p * 8 // processes, (p + 1) * 8 // processes))
+        take_batches(
+            data, source, tokenizer, 6, start=2, rows=range(p * 8 // processes, (p + 1) * 8 // processes)
+        )
         for p in range(processes)
     ]
     got = [{key: np.concatenate([part[k][key] for part in parts]) for key in want[k]} for k in range(6)]
-    assert_same(got, want)
+    assert_same_batches(got, want)
 
 
 def test_rows_need_not_be_neighbours(data, tokenizer):
     """A mesh may give a process any rows: each comes as in the whole batch, captions included."""
     source = open_train_source(data)
-    want = take(data, source, tokenizer, 3, start=4)
-    got = take(data, source, tokenizer, 3, start=4, rows=np.array([1, 2, 5]))
-    assert_same(got, [{key: batch[key][[1, 2, 5]] for key in batch} for batch in want])
+    want = take_batches(data, source, tokenizer, 3, start=4)
+    got = take_batches(data, source, tokenizer, 3, start=4, rows=np.array([1, 2, 5]))
+    assert_same_batches(got, [{key: batch[key][[1, 2, 5]] for key in batch} for batch in want])
 
 
 def test_an_epoch_is_a_permutation_and_the_next_another(data):
     source = open_train_source(data)
     n = len(source)
-    rows = rows_of(take(data, source, None, 3 * n // 8))
+    rows = rows_of(take_batches(data, source, None, 3 * n // 8))
     epochs = rows[: 3 * n].reshape(3, n)
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs} | {tuple(range(n))}) == 4
@@ -141,12 +95,12 @@ def test_an_epoch_is_a_permutation_and_the_next_another(data):
 def test_the_seed_changes_order_and_choices(data, tokenizer):
     source = open_train_source(data)
     other = config.DataConfig(source=data.source, batch_size=8, crop="random", seed=1)
-    a, b = take(data, source, tokenizer, 3), take(other, source, tokenizer, 3)
+    a, b = take_batches(data, source, tokenizer, 3), take_batches(other, source, tokenizer, 3)
     assert (rows_of(a) != rows_of(b)).any()
 
 
 def test_captions_are_chosen_among_languages_and_captions(data, tokenizer):
-    options = dict(start=0, image_size=SIZE, text=tokenizer, text_vocab=400, text_len=32)
+    options = dict(start=0, image_size=IMAGE_SIZE, text=tokenizer, text_vocab=400, text_len=32)
     source, seen = open_train_source(data), Counter()
     with train_batches(data, source, **options) as batches:
         for _ in range(100):
@@ -161,24 +115,24 @@ def test_captions_are_chosen_among_languages_and_captions(data, tokenizer):
 
 def test_one_language(tar, tokenizer):
     data = config.DataConfig(source=tar, batch_size=8, languages=("zh",))
-    batches = take(data, open_train_source(data), tokenizer, 4)
+    batches = take_batches(data, open_train_source(data), tokenizer, 4)
     assert all(any(c > "\u4e00" for c in tokenizer.decode(ids)) for batch in batches for ids in batch["text"])
 
 
 def test_a_source_shorter_than_a_batch_repeats(tmp_path, data, tokenizer):
-    source = open_source(write_tar(tmp_path / "a.tar", rows=8), "train")
+    source = open_source(write_numbered_tar(tmp_path / "a.tar", rows=8), "train")
     assert len(source) == 3
-    batches = take(data, source, tokenizer, 3)
+    batches = take_batches(data, source, tokenizer, 3)
     assert Counter(rows_of(batches).tolist()) == {0: 8, 1: 8, 2: 8}
-    assert_same(take(data, source, tokenizer, 1, start=2), batches[2:])
+    assert_same_batches(take_batches(data, source, tokenizer, 1, start=2), batches[2:])
 
 
 def test_a_broken_picture_moves_no_other_row(tmp_path, data, tokenizer):
-    broken = write_tar(tmp_path / "a.tar", broken=(5, 6, 20))
+    broken = write_numbered_tar(tmp_path / "a.tar", broken=(5, 6, 20))
     hurt = config.DataConfig(source=broken, batch_size=8, crop="random")
     source = open_train_source(hurt)
-    whole = take(data, open_train_source(data), tokenizer, 12)
-    got = take(hurt, source, tokenizer, 12)
+    whole = take_batches(data, open_train_source(data), tokenizer, 12)
+    got = take_batches(hurt, source, tokenizer, 12)
     rows = rows_of(whole).astype(int)
     want = np.select([(rows == 5) | (rows == 6), rows == 20], [7, 21], rows)
     np.testing.assert_array_equal(rows_of(got), want)
@@ -189,19 +143,19 @@ def test_a_broken_picture_moves_no_other_row(tmp_path, data, tokenizer):
     for k in range(12):  # the caption follows the picture
         for row, ids in zip(got[k]["image"][:, 0, 0, 0], got[k]["text"], strict=True):
             assert str(row) in tokenizer.decode(ids)
-    assert_same(take(hurt, open_train_source(hurt), tokenizer, 4, start=8), got[8:])
+    assert_same_batches(take_batches(hurt, open_train_source(hurt), tokenizer, 4, start=8), got[8:])
 
 
 def test_errors_of_reading_reach_the_caller(tmp_path):
-    source = config.TarSource(path=write_tar(tmp_path / "a.tar", broken=range(20)).path)
+    source = config.TarSource(path=write_numbered_tar(tmp_path / "a.tar", broken=range(20)).path)
     data = config.DataConfig(source=source, batch_size=8)
     with pytest.raises(ValueError, match=r"(?s)records of .*truncated image"):
-        take(data, open_train_source(data), None, 20)
+        take_batches(data, open_train_source(data), None, 20)
 
 
 def test_closing_ends_the_threads(data):
     before = set(threading.enumerate())
-    batches = train_batches(data, open_train_source(data), start=0, image_size=SIZE)
+    batches = train_batches(data, open_train_source(data), start=0, image_size=IMAGE_SIZE)
     next(batches)
     mine = [t for t in threading.enumerate() if t not in before]
     assert len(mine) == data.num_threads
@@ -217,8 +171,8 @@ def test_closing_ends_the_threads(data):
 def test_scenes(tokenizer):
     data = config.DataConfig(source=config.ScenesSource(count=100), batch_size=4)
     source = open_train_source(data)
-    batches = take(data, source, tokenizer, 2, image_size=32)
-    assert_same(take(data, source, tokenizer, 1, start=1, image_size=32), batches[1:])
+    batches = take_batches(data, source, tokenizer, 2, image_size=32)
+    assert_same_batches(take_batches(data, source, tokenizer, 1, start=1, image_size=32), batches[1:])
     held = eval_batch(data, open_source(data.source, "eval"), 3, image_size=32)
     assert held["image"].shape == (3, 32, 32, 3) and all(held["caption"])
 
@@ -226,17 +180,17 @@ def test_scenes(tokenizer):
 def test_bad_arguments(data, tokenizer):
     source = open_train_source(data)
     for rows in ([], [3, 2], [2, 2], [6, 8], [-1, 0]):
-        with pytest.raises(ValueError, match=r"rows \[.*of a batch of 8; want at least one, ascending"):
-            take(data, source, None, 1, rows=rows)
-    with pytest.raises(ValueError, match="start is step -1"):
-        take(data, source, None, 1, start=-1)
-    with pytest.raises(ValueError, match="image_size is None"):
-        take(data, source, None, 1, image_size=None)
+        with pytest.raises(ValueError, match=r"ascending rows in \[0, 8\), got \["):
+            take_batches(data, source, None, 1, rows=rows)
+    with pytest.raises(ValueError, match="start step of 0 or more, got -1"):
+        take_batches(data, source, None, 1, start=-1)
+    with pytest.raises(ValueError, match="Expected image_size"):
+        take_batches(data, source, None, 1, image_size=None)
     with pytest.raises(ValueError, match="text_vocab and text_len"):
         train_batches(data, source, start=0, image_size=8, text=tokenizer)
     bare = open_source(data.source, "train", languages=())
-    with pytest.raises(ValueError, match="no captions"):
-        take(data, bare, tokenizer, 1)
+    with pytest.raises(ValueError, match="Expected captions for the text of a row"):
+        take_batches(data, bare, tokenizer, 1)
 
 
 # --- evaluation -----------------------------------------------------------------------------------------
@@ -244,10 +198,10 @@ def test_bad_arguments(data, tokenizer):
 
 def test_eval_batch_is_fixed(data, tokenizer):
     source = open_source(data.source, "eval", languages=data.languages)
-    options = dict(image_size=SIZE, text=tokenizer, text_vocab=400, text_len=12)
+    options = dict(image_size=IMAGE_SIZE, text=tokenizer, text_vocab=400, text_len=12)
     batch = eval_batch(data, source, 100, **options)
     assert batch["caption"] == ["row 32", "第33行", "row 34", "第35行", "row 36"]
-    assert batch["image"].shape == (5, SIZE, SIZE, 3) and batch["text"].shape == (5, 12)
+    assert batch["image"].shape == (5, IMAGE_SIZE, IMAGE_SIZE, 3) and batch["text"].shape == (5, 12)
     assert [tokenizer.decode(ids) for ids in batch["text"]] == batch["caption"]
     for rows in (3, range(2, 5)):
         part = eval_batch(data, source, rows, **options)
@@ -255,12 +209,12 @@ def test_eval_batch_is_fixed(data, tokenizer):
         assert part["caption"] == batch["caption"][which]
         np.testing.assert_array_equal(part["image"], batch["image"][which])
         np.testing.assert_array_equal(part["text"], batch["text"][which])
-    with pytest.raises(ValueError, match="asked for 0 of a source of 5"):
+    with pytest.raises(ValueError, match="got 0 of a source of 5 rows"):
         eval_batch(data, source, 0, **options)
 
 
 def test_eval_batch_without_captions(data):
-    batch = eval_batch(data, open_source(data.source, "eval", languages=()), 2, image_size=SIZE)
+    batch = eval_batch(data, open_source(data.source, "eval", languages=()), 2, image_size=IMAGE_SIZE)
     assert batch["caption"] == ["", ""] and batch.keys() == {"image", "caption"}
 
 

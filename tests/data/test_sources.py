@@ -1,6 +1,5 @@
 """Laws of pictures and sources: any file becomes squares and rows, or an error that says what is wrong."""
 
-import io
 import json
 import pickle
 import subprocess
@@ -11,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from data_files import add_member, encode_image, png_with_large_text, solid_image, write_records
+from PIL import Image
 
 from dalle_jax import config
 from dalle_jax.data.images import (
@@ -28,39 +28,10 @@ from dalle_jax.data.sources import iter_captions, open_source
 RED = (220, 30, 40)
 
 
-def encoded(picture, kind="PNG", **options):
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
-
-
-def plain(colour=RED, size=(20, 20)):
-    return Image.new("RGB", size, colour)
-
-
-def add(tar, name, data, **fields):
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    for field, value in fields.items():
-        setattr(member, field, value)
-    tar.addfile(member, io.BytesIO(data))
-
-
-def write_tar(path, records):
-    """records: name -> (picture bytes or None, JSON value, bytes or None)."""
-    with tarfile.open(path, "w") as tar:
-        for name, (picture, notes) in records.items():
-            if picture is not None:
-                add(tar, f"{name}.png", picture)
-            if notes is not None:
-                add(tar, f"{name}.json", notes if isinstance(notes, bytes) else json.dumps(notes).encode())
-    return str(path)
-
-
 def good_records(n, split="train", first=0):
     return {
         f"{split}{i:03d}": (
-            encoded(plain((i * 5, 100, 200))),
+            encode_image(solid_image((i * 5, 100, 200))),
             {"captions": [f"picture {i}", f"number {i}"], "captions_zh": [f"第{i}张"], "split": split},
         )
         for i in range(first, first + n)
@@ -89,12 +60,12 @@ def test_every_mode_becomes_rgb(kind, mode):
         picture, want = Image.fromarray(np.full((20, 20), 0.5, np.float32)), 128
     else:
         grey = mode in ("L", "LA")
-        picture, want = plain((128, 128, 128) if grey else RED).convert(mode), (128 if grey else RED)
+        picture, want = solid_image((128, 128, 128) if grey else RED).convert(mode), (128 if grey else RED)
         if mode == "P":
-            picture = plain().quantize(4)
+            picture = solid_image().quantize(4)
         if mode == "1":
-            picture, want = plain("white").convert("1"), 255
-    got = decode_image(encoded(picture, kind), 8)
+            picture, want = solid_image("white").convert("1"), 255
+    got = decode_image(encode_image(picture, kind), 8)
     assert got.shape == (8, 8, 3) and got.dtype == np.uint8 and got.flags.writeable
     np.testing.assert_allclose(got.astype(int), np.broadcast_to(want, (8, 8, 3)), atol=3)
 
@@ -104,18 +75,18 @@ def test_transparency_is_over_white():
     picture.paste((0, 0, 200, 255), (0, 0, 4, 8))
     half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
     palette = Image.new("P", (8, 8), 0)
-    assert (decode_image(encoded(picture), 8)[:, 4:] == 255).all()
-    assert (decode_image(encoded(picture), 8)[:, :4] == (0, 0, 200)).all()
-    assert (abs(decode_image(encoded(half), 8).astype(int) - 127) <= 1).all()
-    assert (decode_image(encoded(palette, transparency=0), 8) == 255).all()
-    assert (decode_image(encoded(plain("black"), transparency=(0, 0, 0)), 8) == 255).all()
+    assert (decode_image(encode_image(picture), 8)[:, 4:] == 255).all()
+    assert (decode_image(encode_image(picture), 8)[:, :4] == (0, 0, 200)).all()
+    assert (abs(decode_image(encode_image(half), 8).astype(int) - 127) <= 1).all()
+    assert (decode_image(encode_image(palette, transparency=0), 8) == 255).all()
+    assert (decode_image(encode_image(solid_image("black"), transparency=(0, 0, 0)), 8) == 255).all()
 
 
 def test_first_frame_of_an_animation():
-    frames = [plain(c) for c in ("red", "lime", "blue")]
+    frames = [solid_image(c) for c in ("red", "lime", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
         options = {"lossless": True} if kind == "WEBP" else {}
-        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        data = encode_image(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert (decode_image(data, 8) == (255, 0, 0)).all(), kind
 
 
@@ -131,19 +102,20 @@ def test_exif_orientation(orientation):
         picture = picture.transpose(Image.Transpose[ways[undo[orientation]]])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(decode_image(encoded(picture, exif=exif.tobytes()), 8), upright)
+    np.testing.assert_array_equal(decode_image(encode_image(picture, exif=exif.tobytes()), 8), upright)
 
 
 def test_broken_exif_is_no_reason_to_refuse():
     assert (
-        abs(decode_image(encoded(plain(), "JPEG", exif=b"Exif\0\0garbage"), 8).astype(int) - RED) < 4
+        abs(decode_image(encode_image(solid_image(), "JPEG", exif=b"Exif\0\0garbage"), 8).astype(int) - RED)
+        < 4
     ).all()
 
 
 def test_crops():
     wide = Image.new("RGB", (90, 30), "white")
     wide.paste(RED, (30, 0, 60, 30))
-    data = encoded(wide)
+    data = encode_image(wide)
     assert (decode_image(data, 30, crop="center") == RED).all()
     squashed = decode_image(data, 30, crop="none")
     assert (
@@ -180,61 +152,55 @@ def test_random_windows_are_those_of_the_paper():
         )
         slack = 320 * (1 - 1 / zooms[1]) + 8
         assert least - 8 <= min(left) < least + 40 and most + 320 - 60 - slack < max(right) <= most + 320 + 8
-    with pytest.raises(ValueError, match="crop='narrow' draws"):
+    with pytest.raises(ValueError, match="as rng for crop='narrow', got None"):
         crop_and_resize(wide, 64, crop="narrow")
 
 
 @pytest.mark.parametrize(("kind", "side"), [("JPEG", 700), ("PNG", 333), ("WEBP", 16), ("JPEG", 1)])
 @pytest.mark.parametrize("crop", ["none", "center", "random", "narrow"])
 def test_every_size_comes_out_square(kind, side, crop):
-    data = encoded(plain(size=(side, side * 2)), kind)
+    data = encode_image(solid_image(size=(side, side * 2)), kind)
     got = decode_image(data, 32, crop=crop, rng=np.random.default_rng(0))
     assert got.shape == (32, 32, 3) and (abs(got.astype(int) - RED) < 6).all()
 
 
 def test_shrinking_averages():
     checks = np.indices((64, 64)).sum(0) % 2 * 255
-    data = encoded(Image.fromarray(checks.astype(np.uint8)))
+    data = encode_image(Image.fromarray(checks.astype(np.uint8)))
     assert (abs(decode_image(data, 8).astype(int) - 128) < 8).all()
 
 
-def bomb():
-    data = bytearray(encoded(plain()))
+def png_claiming_many_pixels():
+    data = bytearray(encode_image(solid_image()))
     data[16:24] = (9000).to_bytes(4) * 2
     head, rest = bytes(data[:12]), bytes(data[12:29])
     return head + rest + zlib.crc32(rest).to_bytes(4) + bytes(data[33:])
-
-
-def text_bomb():
-    notes = PngImagePlugin.PngInfo()
-    notes.add_text("a", "x" * 3_000_000, zip=True)
-    return encoded(plain(), pnginfo=notes)
 
 
 def test_bad_pictures_say_why():
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
     for data, cause in [
-        (b"", "empty"),
+        (b"", "empty image file"),
         (b"GIF? no.", "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (b"<svg/>", "not an image"),
-        (encoded(noise, "JPEG")[:900], "truncated"),
-        (encoded(noise)[:900], "truncated"),
-        (text_bomb(), "broken"),
-        (bomb(), "bomb"),
+        (encode_image(noise, "JPEG")[:900], "truncated image"),
+        (encode_image(noise)[:900], "truncated image"),
+        (png_with_large_text(), "corrupt image"),
+        (png_claiming_many_pixels(), "too many pixels"),
     ]:
         with pytest.raises(BadImageError) as error:
             decode_image(data, 8)
         assert error.value.cause == cause, (cause, str(error.value))
-    assert pickle.loads(pickle.dumps(error.value)).cause == "bomb"
+    assert pickle.loads(pickle.dumps(error.value)).cause == "too many pixels"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow remarks on odd tags
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_damaged_pictures_never_surprise(kind):
     rng = np.random.default_rng(1)
-    data = encoded(Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)), kind)
+    data = encode_image(Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)), kind)
     for _ in range(150):
         hurt = bytearray(data[: rng.integers(1, len(data) + 1)])
         for at in rng.integers(0, len(hurt), rng.integers(0, 6)):
@@ -242,7 +208,7 @@ def test_damaged_pictures_never_surprise(kind):
         try:
             assert decode_image(bytes(hurt), 8).shape == (8, 8, 3)
         except BadImageError as error:
-            assert error.cause in ("not an image", "truncated", "broken", "bomb")
+            assert error.cause in ("not an image", "truncated image", "corrupt image", "too many pixels")
 
 
 @pytest.mark.slow
@@ -252,12 +218,12 @@ def test_memory_of_large_pictures_does_not_grow_with_the_threads(tmp_path):
 import io, resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
-from dalle_jax.data.images import BadImage, decode
+from dalle_jax.data.images import BadImageError, decode_image
 out = io.BytesIO(); Image.new("RGB", (10_000, 6_000), "red").save(out, "PNG"); data = out.getvalue()
 big = io.BytesIO(); Image.new("1", (10_000, 10_000)).save(big, "PNG")  # 100 million: refused by its header
-try: decode(big.getvalue(), 64)
-except BadImage as error: assert error.cause == "bomb"
-with ThreadPoolExecutor(6) as pool: list(pool.map(lambda _: decode(data, 64), range(6)))
+try: decode_image(big.getvalue(), 64)
+except BadImageError as error: assert error.cause == "too many pixels"
+with ThreadPoolExecutor(6) as pool: list(pool.map(lambda _: decode_image(data, 64), range(6)))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
     peak = int(
@@ -271,7 +237,7 @@ def test_load_picture_names_the_path(tmp_path):
     assert (load_image(tmp_path / "made" / "a.png", 4) == 0).all()
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["a.png"]
     (tmp_path / "b.png").write_bytes(b"no")
-    with pytest.raises(BadImageError, match=r"b\.png: not a picture"):
+    with pytest.raises(BadImageError, match=r"b\.png: Expected an image"):
         load_image(tmp_path / "b.png", 4)
     with pytest.raises(BadImageError, match=r"c\.png: No such file"):
         load_image(tmp_path / "c.png", 4)
@@ -288,7 +254,7 @@ def test_png_round_trip_and_grid():
     picture = image_grid(images_NHWC, 3, labels, scale=2)
     assert picture.width == 4 + 3 * 132 and picture.height > 2 * 36
     assert np.asarray(picture)[40:56, 4:132].min() < 128  # something is written under the first picture
-    with pytest.raises(ValueError, match="5 pictures, 2 labels"):
+    with pytest.raises(ValueError, match="one label for each of 5 images, got 2"):
         image_grid(images_NHWC, 3, ["a", "b"])
     with pytest.raises(ValueError, match=r"uint8 \(N, H, W, 3\), got float32"):
         image_grid(images_NHWC.astype(np.float32), 3)
@@ -300,7 +266,7 @@ def test_png_round_trip_and_grid():
 
 
 def test_tar_rows(tmp_path):
-    path = write_tar(tmp_path / "a.tar", good_records(6) | good_records(2, "val", 20))
+    path = write_records(tmp_path / "a.tar", good_records(6) | good_records(2, "val", 20))
     rows = open_source(config.TarSource(path=path), "train")
     assert len(rows) == 6 and rows.report() == {} and rows.replacements == {}
     assert rows.captions(2) == {"en": ("picture 2", "number 2"), "zh": ("第2张",)}
@@ -312,9 +278,9 @@ def test_tar_rows(tmp_path):
 
 
 def test_several_tars_and_globs(tmp_path):
-    write_tar(tmp_path / "b1.tar", good_records(2, first=10))
-    write_tar(tmp_path / "b0.tar", good_records(2, first=20))
-    a = write_tar(tmp_path / "a.tar", good_records(1))
+    write_records(tmp_path / "b1.tar", good_records(2, first=10))
+    write_records(tmp_path / "b0.tar", good_records(2, first=20))
+    a = write_records(tmp_path / "a.tar", good_records(1))
     rows = open_source(config.TarSource(path=f"{tmp_path}/b*.tar, {a},{a}"), "train")
     assert [rows.captions(i)["en"][0] for i in range(len(rows))] == [
         f"picture {i}" for i in (20, 21, 10, 11, 0)
@@ -323,13 +289,13 @@ def test_several_tars_and_globs(tmp_path):
 
 
 def test_other_field_names_and_single_captions(tmp_path):
-    picture = encoded(plain())
+    picture = encode_image(solid_image())
     records = {
         "a": (picture, {"caption": " one "}),
         "b": (picture, {"text": "two", "captions": ["no"]}),
         "c": (picture, {"text": ["", None, 3, "three"], "cn": "三", "split": "train"}),
     }
-    path = write_tar(tmp_path / "a.tar", records)
+    path = write_records(tmp_path / "a.tar", records)
     rows = open_source(config.TarSource(path=path, captions_field="text", captions_zh_field="cn"), "train")
     assert [rows.captions(i) for i in range(3)] == [
         {"en": ("one",)},
@@ -339,7 +305,7 @@ def test_other_field_names_and_single_captions(tmp_path):
 
 
 def test_unusable_records_are_counted_by_cause(tmp_path):
-    picture = encoded(plain())
+    picture = encode_image(solid_image())
     records = good_records(100) | {
         "no-json": (picture, None),
         "no-picture": (None, {"captions": ["a"]}),
@@ -352,7 +318,7 @@ def test_unusable_records_are_counted_by_cause(tmp_path):
         "odd-split": (picture, {"captions": ["a"], "split": 7}),
         "elsewhere": (None, {"captions": ["a"], "split": "val"}),
     }
-    path = write_tar(tmp_path / "a.tar", records)
+    path = write_records(tmp_path / "a.tar", records)
     want = {
         "no caption file": 1,
         "no image": 1,
@@ -361,15 +327,15 @@ def test_unusable_records_are_counted_by_cause(tmp_path):
         "empty image file": 1,
     }
     rows = open_source(config.TarSource(path=path, max_bad_fraction=0.1), "train")
-    assert len(rows) == 100 and rows.report() == want | {"split is not a text": 1}
+    assert len(rows) == 100 and rows.report() == want | {"split is not a string": 1}
     with pytest.raises(
-        ValueError, match=r"(?s)9 of 109 records of .*max_bad_fraction.*4  invalid JSON\n +1  no caption file"
+        ValueError, match=r"(?s)9 of 109 records of .*max_bad_fraction.*4  invalid JSON\n.*1  no caption file"
     ):
         open_source(config.TarSource(path=path), "train")
 
 
 def test_pictures_without_captions_serve_a_tokenizer(tmp_path):
-    path = write_tar(tmp_path / "a.tar", {f"{i}": (encoded(plain()), None) for i in range(3)})
+    path = write_records(tmp_path / "a.tar", {f"{i}": (encode_image(solid_image()), None) for i in range(3)})
     rows = open_source(config.TarSource(path=path), "train", languages=())
     assert len(rows) == 3 and rows.captions(1) == {} and rows.image(1, 4, "none").shape == (4, 4, 3)
 
@@ -379,7 +345,7 @@ def test_broken_pictures_are_replaced_by_the_next_row(tmp_path):
     for i in (3, 4, 39):
         name = f"train{i:03d}"
         records[name] = (records[name][0][:-30], records[name][1])
-    path = write_tar(tmp_path / "a.tar", records)
+    path = write_records(tmp_path / "a.tar", records)
     rows = open_source(config.TarSource(path=path, max_bad_fraction=0.1), "train")
     wanted = {3: 5, 4: 5, 39: 0}
 
@@ -398,27 +364,27 @@ def test_broken_pictures_are_replaced_by_the_next_row(tmp_path):
 
 
 def test_all_pictures_broken(tmp_path):
-    path = write_tar(tmp_path / "a.tar", {f"{i}": (b"no", {"caption": "a"}) for i in range(3)})
+    path = write_records(tmp_path / "a.tar", {f"{i}": (b"no", {"caption": "a"}) for i in range(3)})
     rows = open_source(config.TarSource(path=path, max_bad_fraction=1.0), "train")
-    with pytest.raises(ValueError, match=r"(?s)no picture of .* decodes.*3  not an image"):
+    with pytest.raises(ValueError, match=r"(?s)No image of .* can be used.*3  not an image"):
         rows.image(0, 8, "center")
 
 
 def test_hostile_members(tmp_path):
-    picture, notes = encoded(plain()), json.dumps({"caption": "a"}).encode()
+    picture, notes = encode_image(solid_image()), json.dumps({"caption": "a"}).encode()
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name in ("../../escape", "/root", "dir/ü-" + "long" * 60, "same", "same"):
-            add(tar, f"{name}.PNG", picture)
-            add(tar, f"{name}.json", notes)
-        add(tar, "dir", b"", type=tarfile.DIRTYPE)
-        add(tar, "link.png", b"", type=tarfile.SYMTYPE, linkname="/etc/hostname")
-        add(tar, "link.json", notes)
-        add(tar, "._same.png", b"macOS")
-        add(tar, "README.txt", b"hello")
-        add(tar, "two.png", picture)
-        add(tar, "two.webp", encoded(plain("blue"), "WEBP", lossless=True))
-        add(tar, "two.json", notes)
+            add_member(tar, f"{name}.PNG", picture)
+            add_member(tar, f"{name}.json", notes)
+        add_member(tar, "dir", b"", type=tarfile.DIRTYPE)
+        add_member(tar, "link.png", b"", type=tarfile.SYMTYPE, linkname="/etc/hostname")
+        add_member(tar, "link.json", notes)
+        add_member(tar, "._same.png", b"macOS")
+        add_member(tar, "README.txt", b"hello")
+        add_member(tar, "two.png", picture)
+        add_member(tar, "two.webp", encode_image(solid_image("blue"), "WEBP", lossless=True))
+        add_member(tar, "two.json", notes)
     rows = open_source(config.TarSource(path=str(path), max_bad_fraction=0.5), "train")
     assert len(rows) == 5 and rows.report() == {"no image": 1}  # the link
     assert (rows.image(4, 8, "center") == (0, 0, 255)).all()  # webp comes before png
@@ -429,7 +395,7 @@ def test_bad_paths_and_files(tmp_path):
     def opened(path, split="train"):
         return open_source(config.TarSource(path=str(path)), split)
 
-    good = write_tar(tmp_path / "good.tar", good_records(20))
+    good = write_records(tmp_path / "good.tar", good_records(20))
     data = (tmp_path / "good.tar").read_bytes()
     with pytest.raises(ValueError, match=r"path is empty"):
         opened("")
@@ -451,17 +417,19 @@ def test_bad_paths_and_files(tmp_path):
         (tmp_path / name).write_bytes(bytes_)
         with pytest.raises(ValueError, match=message):
             opened(tmp_path / name)
-    with pytest.raises(ValueError, match=r"no rows of split 'val'.*'train' \(20\).*data\.source\.eval_split"):
+    with pytest.raises(ValueError, match=r"rows of split 'val'.*'train' \(20\).*data\.source\.eval_split"):
         opened(good, "eval")
-    with pytest.raises(ValueError, match=r"no rows of split 'train'.*no records"):
-        opened(write_tar(tmp_path / "void.tar", {}))
-    with pytest.raises(ValueError, match="want 'train' or 'eval'"):
+    with pytest.raises(ValueError, match=r"rows of split 'train'.*no records"):
+        opened(write_records(tmp_path / "void.tar", {}))
+    with pytest.raises(ValueError, match="Expected split 'train' or 'eval'"):
         opened(good, "test")
 
 
 def test_identity_tells_rows_apart(tmp_path):
     def identity(records, split="train", name="a.tar"):
-        return open_source(config.TarSource(path=write_tar(tmp_path / name, records)), split).fingerprint()
+        return open_source(
+            config.TarSource(path=write_records(tmp_path / name, records)), split
+        ).fingerprint()
 
     first = identity(good_records(3))
     assert identity(good_records(3), name="moved.tar") == first
@@ -497,21 +465,21 @@ def test_a_tar_of_webdataset_s_form(tmp_path):
     """Captions as text beside each picture, metadata in the JSON; the JSON's own captions win."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, files in {
-            "0": {"jpg": encoded(plain(), "JPEG"), "txt": b"one cat\n\n two cats \n"},
+            "0": {"jpg": encode_image(solid_image(), "JPEG"), "txt": b"one cat\n\n two cats \n"},
             "1": {
-                "png": encoded(plain()),
+                "png": encode_image(solid_image()),
                 "txt": b"text",
                 "json": b'{"caption": "of the JSON", "split": "train"}',
             },
-            "2": {"png": encoded(plain()), "txt": "ein Käfer".encode(), "json": b'{"width": 20}'},
-            "3": {"png": encoded(plain()), "txt": b"\xff\xfe"},
-            "4": {"png": encoded(plain()), "txt": b" \n"},
-            "5": {"png": encoded(plain())},
+            "2": {"png": encode_image(solid_image()), "txt": "ein Käfer".encode(), "json": b'{"width": 20}'},
+            "3": {"png": encode_image(solid_image()), "txt": b"\xff\xfe"},
+            "4": {"png": encode_image(solid_image()), "txt": b" \n"},
+            "5": {"png": encode_image(solid_image())},
             "6": {"txt": b"a text alone is no record"},
-            "7": {"png": encoded(plain()), "txt": b"held out", "json": b'{"split": "val"}'},
+            "7": {"png": encode_image(solid_image()), "txt": b"held out", "json": b'{"split": "val"}'},
         }.items():
             for kind, data in files.items():
-                add(tar, f"{name}.{kind}", data)
+                add_member(tar, f"{name}.{kind}", data)
     source = config.TarSource(path=str(tmp_path / "a.tar"), max_bad_fraction=0.9)
     rows = open_source(source, "train")
     said = [rows.captions(i) for i in range(len(rows))]

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from test_pipeline import SIZE, assert_same, take, tokenizer, write_tar  # noqa: F401, a fixture
+from data_files import IMAGE_SIZE, assert_same_batches, take_batches, write_numbered_tar
 
 from dalle_jax import config
 from dalle_jax.data.loader.pipeline import open_train_source, train_batches
@@ -22,10 +22,10 @@ WORKERS = (1, 3)
 
 @pytest.fixture(scope="module")
 def tar(tmp_path_factory):
-    return write_tar(tmp_path_factory.mktemp("data") / "a.tar", broken=(5, 6, 20))
+    return write_numbered_tar(tmp_path_factory.mktemp("data") / "a.tar", broken=(5, 6, 20))
 
 
-def resolve_data(source, workers=2, **options):
+def worker_config(source, workers=2, **options):
     return config.DataConfig(
         **{
             "source": source,
@@ -57,43 +57,43 @@ def gone(pid, seconds=10.0):
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_batches_are_those_of_threads(tar, tokenizer, workers, tmp_path):  # noqa: F811
+def test_batches_are_those_of_threads(tar, tokenizer, workers, tmp_path):
     """Pictures, crops, captions, skipped merges, what stands in for broken pictures and how it is counted; from the
     start, resumed, and for some rows of each batch."""
     told = {}
     for kind, count in (("threads", 0), ("workers", workers)):
-        data = resolve_data(tar, count)
+        data = worker_config(tar, count)
         source = open_train_source(data)
         source.log_to(tmp_path / f"{kind}.jsonl")
-        straight = take(data, source, tokenizer, 9)
-        part = take(data, open_train_source(data), tokenizer, 4, start=5, rows=[1, 2, 5, 7])
+        straight = take_batches(data, source, tokenizer, 9)
+        part = take_batches(data, open_train_source(data), tokenizer, 4, start=5, rows=[1, 2, 5, 7])
         listed = sorted((tmp_path / f"{kind}.jsonl").read_text().splitlines())
         told[kind] = straight, part, source.report(), source.replacements, listed
     for got, want in zip(told["workers"][:2], told["threads"][:2], strict=True):
-        assert_same(got, want)
+        assert_same_batches(got, want)
     assert told["workers"][2:] == told["threads"][2:]
     assert told["workers"][2] == {"truncated image": 3} and told["workers"][3] == {5: 7, 6: 7, 20: 21}
-    assert_same(
+    assert_same_batches(
         told["workers"][1], [{k: v[[1, 2, 5, 7]] for k, v in b.items()} for b in told["workers"][0][5:]]
     )
 
 
 def test_a_batch_is_the_callers(tar):
     """Later batches are made in the same memory; one that was handed out does not change."""
-    data = resolve_data(tar, 1, prefetch=1)
-    with train_batches(data, open_train_source(data), start=0, image_size=SIZE) as batches:
+    data = worker_config(tar, 1, prefetch=1)
+    with train_batches(data, open_train_source(data), start=0, image_size=IMAGE_SIZE) as batches:
         first = next(batches)
         kept = {name: array.copy() for name, array in first.items()}
         for _ in range(3):
             next(batches)
-    assert_same([first], [kept])
+    assert_same_batches([first], [kept])
 
 
 def test_labels_and_more_workers_than_rows(tmp_path):
     pictures = np.repeat(np.arange(5, dtype=np.uint8), 12).reshape(5, 2, 2, 3)
     np.savez(tmp_path / "a.npz", train_x=pictures, train_y=np.arange(5) % 3)
     source = config.ArraysSource(path=str(tmp_path / "a.npz"))
-    data = resolve_data(source, 9, batch_size=2, crop="center")
+    data = worker_config(source, 9, batch_size=2, crop="center")
     with train_batches(data, open_train_source(data), start=0, image_size=2, with_labels=True) as batches:
         assert len(batches._processes) == 2
         for batch in (next(batches), next(batches)):
@@ -129,7 +129,7 @@ class Own:
 
 
 def read_all(source, **options):
-    data = resolve_data(config.ScenesSource(), **options)
+    data = worker_config(config.ScenesSource(), **options)
     with train_batches(data, source, start=0, image_size=2) as batches:
         return [next(batches) for _ in range(5)]
 
@@ -149,7 +149,7 @@ def test_workers_load_no_jax(tar):
         (
             ValueError("no such thing"),
             ValueError,
-            r"^no such thing \(a worker process was at row 7, file 7\)$",
+            r"^no such thing \(in a worker process, at row 7, file 7\)$",
         ),
         (FileNotFoundError("no file"), FileNotFoundError, "no file .*row 7, file 7"),
         (
@@ -157,7 +157,7 @@ def test_workers_load_no_jax(tar):
             RuntimeError,
             r"(?s)failed at row 7, file 7:.*in image.*ZeroDivisionError: oh",
         ),
-        (None, RuntimeError, "worker process . of 2 was ended by SIGKILL, by the system if memory ran out"),
+        (None, RuntimeError, "Worker process . of 2 was ended by SIGKILL, by the system if memory ran out"),
     ],
 )
 def test_errors_reach_the_caller(error, kind, told):
@@ -167,13 +167,13 @@ def test_errors_reach_the_caller(error, kind, told):
 
 def test_too_many_unusable_pictures_stop_the_run(tmp_path):
     """Each of two workers sees a part of them; the share is of all."""
-    source = write_tar(tmp_path / "a.tar", broken=range(0, 10))
-    data = resolve_data(config.TarSource(path=source.path, max_bad_fraction=0.35))
+    source = write_numbered_tar(tmp_path / "a.tar", broken=range(0, 10))
+    data = worker_config(config.TarSource(path=source.path, max_bad_fraction=0.35))
     opened = open_train_source(data)
-    assert len(take(data, opened, None, 12)) == 12 and opened.report() == {"truncated image": 10}
-    data = resolve_data(config.TarSource(path=source.path, max_bad_fraction=0.2))
+    assert len(take_batches(data, opened, None, 12)) == 12 and opened.report() == {"truncated image": 10}
+    data = worker_config(config.TarSource(path=source.path, max_bad_fraction=0.2))
     with pytest.raises(ValueError, match=r"(?s)records of .*a\.tar cannot be used.*truncated image"):
-        take(data, open_train_source(data), None, 12)
+        take_batches(data, open_train_source(data), None, 12)
 
 
 class Unsendable(Own):
@@ -188,23 +188,23 @@ class Lost(Own):
 
 def test_a_source_that_cannot_be_sent_is_refused():
     with pytest.raises(
-        ValueError, match=r"workers is 2, but a Unsendable cannot be sent .*it holds a lock\); set "
+        ValueError, match=r"workers is 2, but a Unsendable cannot be sent .*it holds a lock\)\. Set "
     ):
         read_all(Unsendable())
     with pytest.raises(
-        ValueError, match=r"cannot be opened in a worker process \(KeyError: 'gone'\); set data.num_workers 0"
+        ValueError, match=r"cannot be opened in a worker process \(KeyError: 'gone'\)\. Set data"
     ):
         read_all(Lost())
     with pytest.raises(ValueError, match=r"data\.num_workers is -1; want 0"):
-        resolve_data(config.ScenesSource(), -1)
+        worker_config(config.ScenesSource(), -1)
 
 
 # --- no process stays -----------------------------------------------------------------------------------
 
 
 def started(source, **options):
-    data = resolve_data(source, **options)
-    batches = train_batches(data, open_train_source(data), start=0, image_size=SIZE)
+    data = worker_config(source, **options)
+    batches = train_batches(data, open_train_source(data), start=0, image_size=IMAGE_SIZE)
     next(batches)
     return batches, [process.pid for process in batches._processes]
 
@@ -267,4 +267,4 @@ def test_a_training_run_uses_them(tar, tmp_path):
     from dalle_jax.checkpoint.run_dir import RESUMABLE_FIELDS
 
     assert "data.num_workers" in RESUMABLE_FIELDS
-    assert json.loads(config.to_json(resolve_data(tar, 3)))["num_workers"] == 3
+    assert json.loads(config.to_json(worker_config(tar, 3)))["num_workers"] == 3

@@ -394,7 +394,7 @@ def test_rerank_lists_the_best_first(room, tmp_path, clip):
     assert "no pictures" in refused("rerank", room / "clip", "a")
     assert "the caption has no text" in refused("rerank", room / "clip", " ", paths[0])
     assert "--top is 2; want 1 to 1" in refused("rerank", room / "clip", "a", paths[0], "--top", 2)
-    assert "cannot read the picture" in refused("rerank", room / "clip", "a", tmp_path / "none.png")
+    assert "Cannot read the image" in refused("rerank", room / "clip", "a", tmp_path / "none.png")
     assert "is a run of stage dalle; want one of stage clip" in refused(
         "rerank", room / "dalle", "a", paths[0]
     )
@@ -411,7 +411,7 @@ def test_evaluate_a_clip(room, tmp_path):
     found = json_of("evaluate", room / "clip", *options)
     assert found["classes"] == 2 and 0 <= found["zero_shot_top1"] <= 1
     assert found["pictures"] == 6 and found["texts"] == 2
-    assert "no data at" in refused("evaluate", room / "clip", "--data", tmp_path / "no ne")
+    assert "got nothing at" in refused("evaluate", room / "clip", "--data", tmp_path / "no ne")
     assert "are for a CLIP" in refused("evaluate", room / "dalle", "--templates", "a {}")
     assert "--candidates needs --clip" in refused("evaluate", room / "dalle", "--candidates", 4)
     assert "--clip scores what a Transformer draws" in refused(
