@@ -1,6 +1,6 @@
 """A training loop of your own: the functions of the DALL-E Transformer under a device mesh, with Optax.
 
-The library's trainer is not used. Parameters are initialized directly in their shards, each step is one jitted and donated
+The trainer of the library is not used. Parameters are initialized in their shards, each step is one jitted and donated
 program, and codes are sampled at the end. The data are random; put your own token ids in their place.
 
     python examples/custom_training.py --steps 100 --fsdp 2 --cpu-devices 2

@@ -31,7 +31,7 @@ ENVIRONMENT = re.compile(r"^(?:[A-Z_]+=\S+ )+")
 
 # Commands that are parsed and not run: (pattern, reason).
 NOT_RUN = (
-    (r"--compile-only (v5|h200|v4|v6)", "needs the TPU or GPU compiler; tests/aot run these with -m libtpu, -m cuda"),
+    (r"--compile-only (v5|h200)", "needs the TPU or GPU compiler; tests/aot has tests with -m libtpu and -m cuda"),
     (r"info .*--device", "needs the GPU compiler"),
     (r"gs://", "needs a bucket; tests/checkpoint/test_bucket.py uses an emulator"),
     (r"--distributed\.|/shared/", "starts one of several processes; tests/parallel starts them all"),
@@ -49,7 +49,8 @@ TINY = {
     "DalleConfig": "--model.dim 16 --model.layers 1 --model.heads 2 --model.scan-unroll 1 --model.remat none "
     "--model.text-vocab 512 --model.dtype float32 --text.num-train-captions 100",
     "ClipConfig": "--model.vision.dim 16 --model.vision.layers 1 --model.vision.heads 2 --model.text.dim 16 "
-    "--model.text.layers 1 --model.text.heads 2 --model.embed-dim 8 --model.scan-unroll 1 --text.num-train-captions 100",
+    "--model.text.layers 1 --model.text.heads 2 --model.embed-dim 8 --model.scan-unroll 1 "
+    "--text.num-train-captions 100",
     "DiffusionConfig": "--model.width 8 --model.channel-multipliers 1 --model.blocks 1 --model.attention-sizes "
     "--model.patch-size 4 --model.dtype float32",
 }
@@ -169,8 +170,6 @@ def shrink(words: list[str]) -> list[str]:
         flags += " --data.source.eval-fraction 0.2"
     if config.data.source.kind == "scenes" and "--data.path" not in rest:
         flags += " --data.source.count 64"
-    if not any(word.startswith("--mesh.") and word != "--mesh.cpu-devices" for word in rest):
-        flags += " --mesh.data 1 --mesh.fsdp 1 --mesh.model 1"
     shutil.rmtree(
         run_of(rest, config), ignore_errors=True
     )  # a training starts, also where the site has the run

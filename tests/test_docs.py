@@ -174,12 +174,13 @@ def site(tmp_path_factory):
 
 
 def small_programs(patch: pytest.MonkeyPatch) -> None:
-    """Train on one device where a command names no mesh, and evaluate in batches of 8: less to compile."""
+    """Train on one device if a command has no mesh, and evaluate in batches of 8: less to compile."""
 
-    def one_device(cfg):
-        return make_mesh(cfg, jax.devices()[:1] if (cfg.data, cfg.fsdp, cfg.model) == (1, 1, 1) else None)
+    def make_small_mesh(cfg):
+        alone = (abs(cfg.data), cfg.fsdp, cfg.model) == (1, 1, 1)
+        return make_mesh(cfg, jax.devices()[:1] if alone else None)
 
-    patch.setattr(loop, "make_mesh", one_device)
+    patch.setattr(loop, "make_mesh", make_small_mesh)
     patch.setattr(metrics, "EVAL_ROWS", 8)
     patch.setattr(diffusion, "EVAL_ROWS", 8)
 
