@@ -1,1 +1,1 @@
-"""Gaussian diffusion: schedules, samplers, likelihood."""
+"""Gaussian diffusion: noise schedules, U-Net, loss, samplers and likelihood."""
