@@ -225,7 +225,7 @@ def _of_diffusion(model: DiffusionConfig, rows: int, mesh: Mesh) -> _Drawing:
 
     def draw(params, given, keys):
         context = denoise.DenoiserContext(
-            params, denoise.encode_conditions_cfg(model, params, given, guided=False)
+            params, denoise.encode_conditions_cfg(model, params, given, use_cfg=False)
         )
         see, shape = denoise.make_denoiser(model), (size, size, 3)
         return sampler.sample(model.noise, see, context, keys, shape, sampler=SAMPLER, num_steps=STEPS).x

@@ -119,7 +119,7 @@ def tokenize_diffusion(model: DiffusionModel, captions: Sequence[str]) -> np.nda
 
 @partial(jax.jit, static_argnames=("cfg", "guided"))
 def _read(cfg: DiffusionConfig, params: Any, given: unet.Conditions, guided: bool) -> unet.EncodedConditions:
-    return denoise.encode_conditions_cfg(cfg, params, given, guided=guided)
+    return denoise.encode_conditions_cfg(cfg, params, given, use_cfg=guided)
 
 
 def denoise_images(
@@ -164,12 +164,17 @@ def denoise_images(
         if value is not None and len(value) != rows:
             raise ValueError(f"{len(value)} rows of {name} and {rows} seeds; want one for each")
     options = _from_picture(cfg, image, mask, strength)
-    static = {"sampler": how.sampler, "num_steps": how.num_steps, "spacing": how.spacing, "frames": frames}
+    static = {
+        "sampler": how.sampler,
+        "num_steps": how.num_steps,
+        "spacing": how.spacing,
+        "num_frames": frames,
+    }
     size = min(batch, rows)
     if progress is not None:
         static["on_step"] = _Steps(progress, -(-rows // size) * how.num_steps)
     denoiser, shape = (
-        denoise.make_denoiser(cfg, guided=how.use_cfg, clip=how.clip),
+        denoise.make_denoiser(cfg, use_cfg=how.use_cfg, clip=how.clip),
         (cfg.image_size,) * 2 + (3,),
     )
     settings = [jnp.float32(v) for v in (how.guidance_scale, *how.guidance_interval, how.threshold or 0.0)]
@@ -179,11 +184,11 @@ def denoise_images(
         here = jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), given)
         read = _read(cfg, model.run.params, here, how.use_cfg)
         context = denoise.DenoiserContext(model.run.params, read, *settings)
-        begin = {k: jnp.broadcast_to(v, (size, *v.shape)) for k, v in options.items() if k != "start"}
+        begin = {k: jnp.broadcast_to(v, (size, *v.shape)) for k, v in options.items() if k != "start_time"}
         keys = row_keys(np.asarray(seeds, np.uint32)[index])
         found = sampler.sample(
             cfg.noise, denoiser, context, keys, shape, eta=jnp.float32(how.eta), **static, **begin,
-            **({"start": options["start"]} if "start" in options else {}),
+            **({"start_time": options["start_time"]} if "start_time" in options else {}),
         )  # fmt: skip
         sampler.check_finite(found)
         kept = min(size, rows - start)
@@ -271,13 +276,16 @@ def _from_picture(cfg: DiffusionConfig, image, mask, strength) -> dict[str, Any]
         if not cfg.noise.t_min < strength <= 1:
             raise ValueError(f"strength is {strength}; want a share in ({cfg.noise.t_min:g}, 1]")
         if strength < 1:  # at 1 nothing of the picture is left: it is drawn from noise
-            options |= {"image": floats, "start": float(strength)}
+            options |= {"image": floats, "start_time": float(strength)}
     if mask is not None:
         if mask.shape != (side, side) or mask.dtype != bool:
             raise ValueError(
                 f"mask is {mask.dtype} {mask.shape}; want bool ({side}, {side}), True where kept"
             )
-        options |= {"known": floats, "mask": jnp.asarray(np.repeat(mask[..., None], 3, axis=2))}
+        options |= {
+            "inpaint_image": floats,
+            "inpaint_mask": jnp.asarray(np.repeat(mask[..., None], 3, axis=2)),
+        }
     return options
 
 
@@ -309,7 +317,7 @@ def image_bits_per_dim(
         k_bytes, k_trace = jax.random.split(jax.random.fold_in(jax.random.key(seed), start))
         x = jnp.asarray(images[index], jnp.float32)
         x = (x + jax.random.uniform(k_bytes, x.shape) - 0.5) / 127.5 - 1
-        nats = likelihood.log_likelihood(cfg.noise, denoiser, context, x, k_trace, steps=steps)
+        nats = likelihood.log_likelihood(cfg.noise, denoiser, context, x, k_trace, num_steps=steps)
         bits = likelihood.bits_per_dim(nats, math.prod(x.shape[1:]), levels_per_unit=127.5)
         found.append(np.asarray(bits)[: rows - start])
         if progress:

@@ -187,7 +187,12 @@ def ours(name, grid, monkeypatch, x1, cfg=DDPM, denoise=denoise, noise=None, **o
     begin = jnp.asarray(x1 / float(alpha_sigma(cfg, grid[0]).alpha))  # as a picture that no noise is put on
     keys = jax.random.split(jax.random.key(0), len(x1))
     run = sampler.sample.__wrapped__
-    how = {"sampler": name, "num_steps": len(grid), "image": begin, "start": min(float(grid[0]), 1 - 1e-12)}
+    how = {
+        "sampler": name,
+        "num_steps": len(grid),
+        "image": begin,
+        "start_time": min(float(grid[0]), 1 - 1e-12),
+    }
     return np.asarray(run(cfg, denoise, None, keys, x1.shape[1:], **how, **options).x)
 
 

@@ -230,7 +230,7 @@ def test_dpm_solver_extrapolates_to_the_middle_of_the_step():
     whatever the lengths of the steps."""
     grid = time_grid(LINEAR, 12, spacing="karras")
     lam = 0.5 * np.log(alpha_sigma(LINEAR, grid).snr)
-    second = np.asarray(sampling._plan(LINEAR, grid)["second"])[1:-1]
+    second = np.asarray(sampling._step_table(LINEAR, grid)["second_order"])[1:-1]
     assert np.ptp(np.diff(lam)) > 0.1  # of different lengths
     np.testing.assert_allclose(lam[1:-1] + second * np.diff(lam)[:-1], (lam[1:-1] + lam[2:]) / 2, rtol=1e-4)
 
@@ -249,14 +249,14 @@ def test_ancestral_step_is_the_ddpm_posterior():
     i = 500  # x_i -> x_{i-1}; beta[i - 1] is the step's
     beta, bar = betas(cfg), np.cumprod(1 - betas(cfg))
     b, bar_t, bar_s = beta[i - 1], bar[i - 1], bar[i - 2]
-    plan = sampling._plan(cfg, np.array([i / 1000, (i - 1) / 1000]))
-    std, sigma, sigma_s = (float(plan[k][0]) for k in ("posterior", "sigma", "sigma_s"))
+    steps = sampling._step_table(cfg, np.array([i / 1000, (i - 1) / 1000]))
+    std, sigma, sigma_s = (float(steps[k][0]) for k in ("posterior_std", "sigma", "sigma_s"))
     np.testing.assert_allclose(std**2, (1 - bar_s) / (1 - bar_t) * b, rtol=1e-4)
     left = math.sqrt(sigma_s**2 - std**2)
     x, x0 = 0.8, -0.3
     eps = (x - math.sqrt(bar_t) * x0) / sigma
     want = math.sqrt(bar_s) * b / (1 - bar_t) * x0 + math.sqrt(1 - b) * (1 - bar_s) / (1 - bar_t) * x
-    np.testing.assert_allclose(float(plan["alpha_s"][0]) * x0 + left * eps, want, rtol=1e-4)
+    np.testing.assert_allclose(float(steps["alpha_s"][0]) * x0 + left * eps, want, rtol=1e-4)
 
 
 def test_zero_terminal_snr_samples():
@@ -291,9 +291,9 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest_from_it():
     """The known value stays to the bit; the mean of the other goes more than half of the way from its own to its
     conditional mean. All of the way it doesn't: replacing is not an exact conditional sampler (2201.09865, 4.2)."""
     n, value = 4000, 1.7
-    known = jnp.broadcast_to(jnp.array([value, 0.0]), (n, 2))
+    image = jnp.broadcast_to(jnp.array([value, 0.0]), (n, 2))
     mask = jnp.broadcast_to(jnp.array([True, False]), (n, 2))
-    x = draw(n=n, sampler="ancestral", num_steps=100, known=known, mask=mask).x
+    x = draw(n=n, sampler="ancestral", num_steps=100, inpaint_image=image, inpaint_mask=mask).x
     assert (x[:, 0] == jnp.float32(value)).all()
     conditional = MEAN[1] + COV[1, 0] / COV[0, 0] * (value - MEAN[0])  # 0.2; without regard to it -0.4
     assert 0.5 < (float(x[:, 1].mean()) - MEAN[1]) / (conditional - MEAN[1]) < 1.05
@@ -302,14 +302,14 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest_from_it():
 def test_image_to_image_keeps_more_of_a_picture_the_later_it_starts():
     image = jnp.broadcast_to(jnp.array([2.0, 1.5]), (500, 2))
     gaps = [
-        float(jnp.abs(draw(n=500, sampler="ddim", num_steps=20, image=image, start=s).x - image).mean())
+        float(jnp.abs(draw(n=500, sampler="ddim", num_steps=20, image=image, start_time=s).x - image).mean())
         for s in (0.05, 0.3, 0.8)
     ]
     assert gaps[0] < 0.2 and gaps[0] < gaps[1] < gaps[2]
 
 
 def test_frames_end_with_the_picture():
-    drawn = draw(sampler="ddim", num_steps=10, frames=4)
+    drawn = draw(sampler="ddim", num_steps=10, num_frames=4)
     assert drawn.frames.shape == (4, 4, 2)
     np.testing.assert_array_equal(drawn.frames[-1], drawn.x)
     assert float(jnp.abs(drawn.frames[0] - drawn.x).max()) > 1e-3
@@ -322,8 +322,12 @@ def test_not_finite_names_the_step():
         return jnp.where(bad[:, None], jnp.nan, 0.0 * x)
 
     drawn = sample(LINEAR, denoise, 0.5, keys(3), (2,), sampler="ddim", num_steps=11)
-    assert list(drawn.first_bad) == [-1, 6, -1]  # times 1, 0.9, ..., of which the seventh is 0.4006
-    with pytest.raises(NonFiniteSampleError, match=r"step 7 gave values that are not finite \(rows 1\)"):
+    assert list(drawn.first_nonfinite_step) == [
+        -1,
+        6,
+        -1,
+    ]  # times 1, 0.9, ..., of which the seventh is 0.4006
+    with pytest.raises(NonFiniteSampleError, match=r"in sampling step 7 \(rows 1\)"):
         check_finite(drawn)
     check_finite(draw(num_steps=3))
 
@@ -331,19 +335,25 @@ def test_not_finite_names_the_step():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"sampler": "plms"}, "sampler is 'plms'; want one of ancestral, ddim"),
-        ({"num_steps": 0}, "num_steps is 0; want at least 1"),
-        ({"noise": KINDS["ddpm"], "num_steps": 1001}, "num_steps is 1001; the schedule has 1000"),
-        ({"spacing": "even"}, "spacing is 'even'; want uniform"),
-        ({"frames": 51}, "frames is 51; want 0 to 50"),
-        ({"mask": jnp.ones((4, 2), bool)}, "needs both `known` and `mask`"),
+        ({"sampler": "plms"}, "Expected sampler ancestral, ddim.* got 'plms'"),
+        ({"num_steps": 0}, "num_steps of at least 1, got 0"),
         (
-            {"mask": jnp.ones((4, 3), bool), "known": jnp.ones((4, 2))},
-            r"mask has shape \(4, 3\), want \(4, 2\)",
+            {"noise": KINDS["ddpm"], "num_steps": 1001},
+            r"num_steps in \[1, 1000\] \(noise\.num_timesteps\), got 1001",
         ),
-        ({"mask": jnp.ones((4, 2)), "known": jnp.ones((4, 2))}, "mask is float32, want bool"),
-        ({"start": 0.5}, "needs both `image` and a `start`"),
-        ({"image": jnp.ones((4, 2)), "start": 1e-4}, "start is t = 0.0001; want more than t_min"),
+        ({"spacing": "even"}, "spacing uniform, log_snr or karras, got 'even'"),
+        ({"num_frames": 51}, r"num_frames in \[0, 50\] \(num_steps\), got 51"),
+        ({"inpaint_mask": jnp.ones((4, 2), bool)}, "both inpaint_image and inpaint_mask"),
+        (
+            {"inpaint_mask": jnp.ones((4, 3), bool), "inpaint_image": jnp.ones((4, 2))},
+            r"inpaint_mask of shape \(4, 2\), one image per key, got \(4, 3\)",
+        ),
+        (
+            {"inpaint_mask": jnp.ones((4, 2)), "inpaint_image": jnp.ones((4, 2))},
+            "bool inpaint_mask.* got float32",
+        ),
+        ({"start_time": 0.5}, "both an image and a start_time below 1"),
+        ({"image": jnp.ones((4, 2)), "start_time": 1e-4}, r"start_time in \(.*, 1\], got 0\.0001"),
     ],
 )
 def test_sampling_refuses(options, match):
@@ -393,7 +403,7 @@ def test_likelihood_is_the_closed_form(kind, mean):
         context,
         jnp.asarray(x, jnp.float32),
         jax.random.key(0),
-        steps=200,
+        num_steps=200,
         trace="exact",
     )
     np.testing.assert_allclose(bits_per_dim(got, 2), bits_per_dim(closed_form(x - mean, COV), 2), atol=1e-3)
@@ -401,9 +411,11 @@ def test_likelihood_is_the_closed_form(kind, mean):
 
 def test_hutchinson_is_unbiased():
     x = jnp.asarray(np.random.default_rng(0).multivariate_normal(MEAN, COV, 1), jnp.float32)
-    exact = log_likelihood(LINEAR, gaussian_denoiser, GAUSS, x, jax.random.key(0), steps=50, trace="exact")
+    exact = log_likelihood(
+        LINEAR, gaussian_denoiser, GAUSS, x, jax.random.key(0), num_steps=50, trace="exact"
+    )
     many = jnp.broadcast_to(x, (2000, 2))
-    got = log_likelihood(LINEAR, gaussian_denoiser, GAUSS, many, jax.random.key(1), steps=50)
+    got = log_likelihood(LINEAR, gaussian_denoiser, GAUSS, many, jax.random.key(1), num_steps=50)
     error = float(got.std()) / math.sqrt(2000)
     assert error > 0 and abs(float(got.mean() - exact[0])) < 5 * error
 
@@ -417,8 +429,8 @@ def test_bits_per_dim_by_hand():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"steps": 0}, "steps 0, probes 1; want at least 1"),
-        ({"trace": "skilling"}, "trace is 'skilling'; want hutchinson or exact"),
+        ({"num_steps": 0}, "num_steps and num_probes of at least 1, got 0 and 1"),
+        ({"trace": "skilling"}, "trace hutchinson or exact, got 'skilling'"),
         ({"cfg": KINDS["zero"]}, "zero terminal SNR"),
     ],
 )

@@ -121,7 +121,7 @@ def test_an_added_time_is_not_normed_away():
         return np.asarray(unet.predict(cfg, params, x, t * ones, 0.6 * ones, 0.8 * ones, read))
 
     assert np.abs(answer(PLAIN, 0.2) - answer(PLAIN, 0.9)).max() > 1e-2
-    single = dataclasses.replace(PLAIN, groups=8)
+    single = dataclasses.replace(PLAIN, norm_groups=8)
     np.testing.assert_allclose(answer(single, 0.2), answer(single, 0.9), atol=1e-3)
 
 
@@ -220,43 +220,45 @@ def asked_params():
     return random_params(ASKED)
 
 
-def seen(params, what, *, guided, clip="none", **settings):
-    read = denoise.encode_conditions_cfg(ASKED, params, what, guided=guided)
+def seen(params, what, *, use_cfg, clip="none", **settings):
+    read = denoise.encode_conditions_cfg(ASKED, params, what, use_cfg=use_cfg)
     context = denoise.DenoiserContext(params, read, **settings)
     at = alpha_sigma(ASKED.noise, 0.5)
-    see = quick(denoise.make_denoiser(ASKED, guided=guided, clip=clip))
+    see = quick(denoise.make_denoiser(ASKED, use_cfg=use_cfg, clip=clip))
     return np.asarray(see(context, 2 * images(4, 8) - 1, 0.5, at.alpha, at.sigma))
 
 
 def test_guidance_goes_from_null_through_the_condition(asked_params):
     params, what = asked_params, asked(4)
-    alone, null = (seen(params, w, guided=False) for w in (what, loss.null_conditions(ASKED, what)))
+    alone, null = (seen(params, w, use_cfg=False) for w in (what, loss.null_conditions(ASKED, what)))
     assert np.abs(alone - null).max() > 0.01
     for scale, want in ((1.0, alone), (0.0, null), (3.0, null + 3 * (alone - null))):
-        got = seen(params, what, guided=True, scale=jnp.float32(scale))
+        got = seen(params, what, use_cfg=True, guidance_scale=jnp.float32(scale))
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
-    outside = seen(params, what, guided=True, scale=jnp.float32(3), low=jnp.float32(0.6))  # t is 0.5
+    outside = seen(
+        params, what, use_cfg=True, guidance_scale=jnp.float32(3), guidance_low=jnp.float32(0.6)
+    )  # t is 0.5
     np.testing.assert_allclose(outside, alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max())
 
 
 def test_clean_pictures_are_held_in_range(asked_params):
     params, what = asked_params, asked(4)
-    free = seen(params, what, guided=False)
+    free = seen(params, what, use_cfg=False)
     assert np.abs(free).max() > 1.5  # else the next lines would say nothing
     np.testing.assert_allclose(
-        seen(params, what, guided=False, clip="range"), np.clip(free, -1, 1), atol=1e-5
+        seen(params, what, use_cfg=False, clip="range"), np.clip(free, -1, 1), atol=1e-5
     )
-    got = seen(params, what, guided=False, clip="quantile", share=jnp.float32(0.9))
+    got = seen(params, what, use_cfg=False, clip="quantile", quantile=jnp.float32(0.9))
     s = np.maximum(np.quantile(np.abs(free).reshape(4, -1), 0.9, axis=1), 1)[:, None, None, None]
     np.testing.assert_allclose(got, np.clip(free, -s, s) / s, rtol=1e-4, atol=1e-4)
 
 
 def test_a_denoiser_is_made_once():
     """The samplers are compiled for a function: another one for the same settings would compile again."""
-    assert denoise.make_denoiser(CFG, guided=True) is denoise.make_denoiser(
-        dataclasses.replace(CFG), guided=True
+    assert denoise.make_denoiser(CFG, use_cfg=True) is denoise.make_denoiser(
+        dataclasses.replace(CFG), use_cfg=True
     )
-    assert denoise.make_denoiser(CFG, guided=True) is not denoise.make_denoiser(CFG)
+    assert denoise.make_denoiser(CFG, use_cfg=True) is not denoise.make_denoiser(CFG)
 
 
 def test_exploding_noise_is_scaled_for_the_network():
@@ -273,12 +275,12 @@ def test_exploding_noise_is_scaled_for_the_network():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"text": None}, "this model needs text"),
-        ({"label": None}, "this model needs label"),
-        ({"low_res": None}, "this model needs low_res"),
-        ({"text": jnp.zeros((8, 4), jnp.int32)}, r"text is int32 \(8, 4\), want integers \(batch, 3\)"),
-        ({"codes": jnp.zeros((8, 9), jnp.int32)}, r"codes have shape \(8, 9\), want \(batch, 16\)"),
-        ({"low_res": jnp.zeros((8, 5, 5, 3))}, r"low_res has shape \(8, 5, 5, 3\), want \(batch, 4, 4, 3\)"),
+        ({"text": None}, "the condition text of this model, got none"),
+        ({"label": None}, "the condition label of this model, got none"),
+        ({"low_res": None}, "the condition low_res of this model, got none"),
+        ({"text": jnp.zeros((8, 4), jnp.int32)}, r"text of integers \(batch, 3\), got int32 \(8, 4\)"),
+        ({"codes": jnp.zeros((8, 9), jnp.int32)}, r"codes of shape \(batch, 16\), got \(8, 9\)"),
+        ({"low_res": jnp.zeros((8, 5, 5, 3))}, r"low_res of shape \(batch, 4, 4, 3\), got \(8, 5, 5, 3\)"),
     ],
 )
 def test_conditions_refused(change, match):
@@ -287,7 +289,7 @@ def test_conditions_refused(change, match):
 
 
 def test_more_refusals():
-    with pytest.raises(ValueError, match="this model reads no label"):
+    with pytest.raises(ValueError, match="no condition label"):
         unet.encode_conditions(PLAIN, {}, unet.Conditions(label=jnp.zeros(2, jnp.int32)))
-    with pytest.raises(ValueError, match=r"pictures have shape \(2, 9, 8, 3\), want \(2, 8, 8, 3\)"):
+    with pytest.raises(ValueError, match=r"images of shape \(2, 8, 8, 3\), got \(2, 9, 8, 3\)"):
         unet.predict(PLAIN, {}, jnp.zeros((2, 9, 8, 3)), jnp.ones(2), jnp.ones(2), jnp.ones(2), None)

@@ -194,7 +194,7 @@ def test_other_values_do_not_compile_again(params):
         ({"keys": row_keys([0])}, r"Expected one key per row, \(3,\) or a multiple of it, got shape \(1,\)"),
         ({"text": CAPTIONS[:, :2]}, r"text has shape \(3, 2\), want \(batch, 3\)"),
         ({"text": CAPTIONS[:, :2], "guidance_scale": 2.0}, r"text has shape \(3, 2\), want \(batch, 3\)"),
-        ({"prefix_codes": jnp.zeros((B, N), jnp.int32)}, "9 codes are given of 9; nothing is left to sample"),
+        ({"prefix_codes": jnp.zeros((B, N), jnp.int32)}, "fewer than 9 codes, got 9"),
         (
             {"prefix_codes": jnp.zeros((2, 4), jnp.int32)},
             r"codes have shape \(2, 4\), want \(3, 9\) or fewer",

@@ -53,7 +53,9 @@ def log_likelihood(
       ValueError: zero terminal SNR, or an argument out of range.
     """
     if num_steps < 1 or num_probes < 1:
-        raise ValueError(f"Expected num_steps and num_probes of at least 1, got {num_steps} and {num_probes}.")
+        raise ValueError(
+            f"Expected num_steps and num_probes of at least 1, got {num_steps} and {num_probes}."
+        )
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"Expected trace hutchinson or exact, got {trace!r}.")
     if cfg.zero_terminal_snr:

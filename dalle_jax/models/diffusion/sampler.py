@@ -89,7 +89,10 @@ def _noise(keys_B: jax.Array, index: jax.Array | int, x: jax.Array) -> jax.Array
 def _step_table(cfg: NoiseConfig, grid: np.ndarray) -> dict[str, jax.Array]:
     """Compute the coefficients of each step, in float64: at its start (t) and at its end (s)."""
     at = alpha_sigma(cfg, grid)
-    a_s, s_s = np.append(at.alpha[1:], 1.0), np.append(at.sigma[1:], 0.0)  # the last step ends at the clean image
+    a_s, s_s = (
+        np.append(at.alpha[1:], 1.0),
+        np.append(at.sigma[1:], 0.0),
+    )  # the last step ends at the clean image
     t_s = np.append(grid[1:], 0.0)
     d_a_s, d_s_s = np.append(at.d_alpha[1:], 0.0), np.append(at.d_sigma[1:], 0.0)
     var_ts = np.maximum(at.sigma**2 - (at.alpha / a_s) ** 2 * s_s**2, 0.0)  # of x_t given x_s
@@ -109,7 +112,17 @@ def _step_table(cfg: NoiseConfig, grid: np.ndarray) -> dict[str, jax.Array]:
     }
 
 
-_STATIC = ("cfg", "denoise", "shape", "sampler", "num_steps", "spacing", "start_time", "num_frames", "on_step")
+_STATIC = (
+    "cfg",
+    "denoise",
+    "shape",
+    "sampler",
+    "num_steps",
+    "spacing",
+    "start_time",
+    "num_frames",
+    "on_step",
+)
 
 
 @partial(jax.jit, static_argnames=_STATIC)

@@ -53,7 +53,9 @@ class EncodedConditions(NamedTuple):
     low_res: jax.Array | None
 
 
-def _conv(width: int, dtype: Any, name: str, *, strides: int = 1, padding: Any = 1, init: Any = _INIT) -> nn.Conv:
+def _conv(
+    width: int, dtype: Any, name: str, *, strides: int = 1, padding: Any = 1, init: Any = _INIT
+) -> nn.Conv:
     return nn.Conv(width, (3, 3), strides, padding, dtype=dtype, name=name, kernel_init=init)
 
 
@@ -177,7 +179,9 @@ class UNet(nn.Module):
         attn = nn.remat(UNetAttnBlock) if cfg.remat else UNetAttnBlock
 
         def block(width: int, name: str, resample: str | None = None):
-            module = res(width, cfg.norm_groups, cfg.scale_shift_norm, cfg.dropout, dtype, resample, name=name)
+            module = res(
+                width, cfg.norm_groups, cfg.scale_shift_norm, cfg.dropout, dtype, resample, name=name
+            )
             return lambda x: module(x, time_BE, train)
 
         def attention(name: str):

@@ -132,7 +132,7 @@ class DiffusionTask(DataTask):
                 images_BHWC = 2 * to_float(batch["image"]) - 1
                 conditions = conditions._replace(low_res=loss.downsample(images_BHWC, model.low_res_size))
             context = denoise.DenoiserContext(
-                params, denoise.encode_conditions_cfg(model, params, conditions, guided=False)
+                params, denoise.encode_conditions_cfg(model, params, conditions, use_cfg=False)
             )
             return sampler.sample(
                 model.noise,
