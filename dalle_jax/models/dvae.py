@@ -1,13 +1,13 @@
-"""Discrete VAE of DALL-E (Ramesh et al. 2021, 2102.12092, 2.1 and A): pictures to a grid of codes and back.
+"""The discrete VAE of DALL-E (Ramesh et al. 2021, 2102.12092, 2.1 and A): images to a grid of codes and back.
 
-Trained by the Gumbel-softmax relaxation of the codes, the logit-Laplace likelihood of the pixels and a KL
-term to the uniform prior. Encoder and decoder have the published architecture block by block, so published
-weights fit. B batch, H W image, h w code grid, N = h*w codes in raster order, V codebook, C channels.
+Training uses the Gumbel-softmax relaxation of the codes, the logit-Laplace likelihood of the pixels and a KL term to the
+uniform prior. Encoder and decoder have the published architecture, so published weights can be imported. B batch, H W image, h w code grid, N = h*w codes in raster order, V codebook, C channels.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dalle_jax.config import DVAEConfig
 from dalle_jax.models import tokenizer_losses
+from dalle_jax.nn.module import apply_module
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
@@ -23,8 +24,8 @@ from dalle_jax.typing import Params
 class Conv(nn.Module):
     """Same-padded convolution; weights normal with variance 1 / (inputs * kernel area), biases zero.
 
-    Two cases are written so that XLA runs them well on CPU too, with the same result: a 1x1 kernel is a
-    matrix product, and few input channels are first gathered along the rows of the kernel.
+    Two cases have a form that is faster on CPU, with the same result: a 1x1 kernel is a matrix product, and few input
+    channels are first gathered along the rows of the kernel.
     """
 
     width: int
@@ -52,11 +53,11 @@ class Conv(nn.Module):
 
 
 class Residual(nn.Module):
-    """Shortcut plus 1/layers**2 times four convolutions, each after a ReLU."""
+    """A shortcut plus `gain` times four convolutions, each after a ReLU."""
 
     width: int
     kernels: tuple[int, ...]  # of the four convolutions
-    gain: float
+    gain: float  # 1 / layers**2
     dtype: Any
 
     @nn.compact
@@ -72,12 +73,12 @@ class Residual(nn.Module):
 
 
 class Stack(nn.Module):
-    """Groups of residual blocks, with `between` applied from one group to the next."""
+    """Groups of residual blocks, with the function `between` applied between groups."""
 
     widths: tuple[int, ...]  # one per group
     blocks: int
     kernels: tuple[int, ...]
-    between: Any
+    between: Callable[[jax.Array], jax.Array]
     dtype: Any
 
     @nn.compact
@@ -91,27 +92,29 @@ class Stack(nn.Module):
         return x_BHWC
 
 
-def _halve(x_BHWC):
-    """2x2 max-pool as three selections: on CPU many times faster backward than reduce-window.
+def _max_pool(x_BHWC: jax.Array) -> jax.Array:
+    """Apply 2x2 max-pooling as three selections, whose backward pass is many times faster on CPU than reduce-window's.
 
-    The gradient of `max` divides by the number of places that equal it; that is 0 / 0 where XLA computes them
-    again with another rounding. A selection has one winner whatever the rounding.
+    The gradient of `jnp.max` divides by the number of entries equal to the maximum, which is 0 / 0 where XLA recomputes
+    them with another rounding. A selection picks one entry with any rounding.
     """
-    top = _larger(x_BHWC[:, ::2, ::2], x_BHWC[:, ::2, 1::2])
-    return _larger(top, _larger(x_BHWC[:, 1::2, ::2], x_BHWC[:, 1::2, 1::2]))
+    upper = _larger(x_BHWC[:, ::2, ::2], x_BHWC[:, ::2, 1::2])
+    return _larger(upper, _larger(x_BHWC[:, 1::2, ::2], x_BHWC[:, 1::2, 1::2]))
 
 
-def _larger(x, y):
+def _larger(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(x < y, y, x)
 
 
-def _double(x_BHWC):
-    """Nearest-neighbour upsampling by 2."""
+def _double(x_BHWC: jax.Array) -> jax.Array:
+    """Upsample by 2, nearest neighbor."""
     b, h, w, c = x_BHWC.shape
     return jnp.broadcast_to(x_BHWC[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 class DVAEEncoder(nn.Module):
+    """Images to logits over the codebook."""
+
     cfg: DVAEConfig
 
     @nn.compact
@@ -119,16 +122,18 @@ class DVAEEncoder(nn.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         widths = tuple(cfg.width * 2**g for g in range(cfg.groups))
         x = Conv(cfg.width, 7, dtype, name="input")(x_BHWC)
-        x = Stack(widths, cfg.blocks, (3, 3, 3, 1), _halve, dtype, name="groups")(x)
+        x = Stack(widths, cfg.blocks, (3, 3, 3, 1), _max_pool, dtype, name="groups")(x)
         return Conv(cfg.vocab, 1, jnp.float32, name="output")(nn.relu(x))
 
 
 class DVAEDecoder(nn.Module):
+    """Codes to the location and log-scale of every pixel value."""
+
     cfg: DVAEConfig
 
     @nn.compact
     def __call__(self, z_BhwV):
-        """`z_BhwV` float weights over the codebook, or int32 codes (B, h, w), which look rows up instead."""
+        """Decode float weights over the codebook, (B, h, w, V), or int32 codes, (B, h, w)."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         widths = tuple(cfg.width * 2**g for g in reversed(range(cfg.groups)))
         x = CodeEmbed(cfg.vocab, cfg.decoder_width, name="input")(z_BhwV)
@@ -137,23 +142,25 @@ class DVAEDecoder(nn.Module):
 
 
 class CodeEmbed(nn.Module):
-    """1x1 convolution from the codebook; on codes it is a table lookup."""
+    """A 1x1 convolution from weights over the codebook; a table lookup for codes."""
 
     vocab: int
     width: int
 
     @nn.compact
     def __call__(self, z):
-        # By fan-in, as other convolutions, rows would shrink with the vocabulary: only one of them is used.
+        # Not by fan-in, as in other convolutions: only one row is used, whatever the vocabulary.
         init = nn.initializers.normal(2.0 / math.sqrt(self.width))
         kernel = self.param("kernel", init, (1, 1, self.vocab, self.width))
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
-        table_VC = kernel[0, 0] + bias[None]  # weights over the codebook sum to one, so the bias may move in
+        table_VC = (
+            kernel[0, 0] + bias[None]
+        )  # the weights over the codebook sum to 1, so the bias can be added here
         return table_VC[z] if jnp.issubdtype(z.dtype, jnp.integer) else z @ table_VC
 
 
 def init(cfg: DVAEConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters `{"encoder": ..., "decoder": ...}`."""
+    """Initialize the parameters, float32: `encoder` and `decoder`."""
     k_encoder, k_decoder = jax.random.split(key)
     image = jnp.zeros((1, cfg.image_size, cfg.image_size, 3))
     codes = jnp.zeros((1, cfg.grid, cfg.grid), jnp.int32)
@@ -164,41 +171,42 @@ def init(cfg: DVAEConfig, key: jax.Array) -> Params:
 
 
 def encode_logits(cfg: DVAEConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
-    """Scores of every code at every place.
+    """Compute the logits of every code at every grid position.
 
-    images_BHWC: float in [0, 1], (B, image_size, image_size, 3). Returns float32 (B, h, w, V).
-    Raises ValueError for another shape or an integer dtype.
+    Args:
+      images_BHWC: float (B, image_size, image_size, 3) in [0, 1].
+
+    Returns:
+      float32 (B, h, w, V).
+
+    Raises:
+      ValueError: another shape or an integer dtype.
     """
     tokenizer_losses.check_images(cfg, images_BHWC)
     x = tokenizer_losses.map_pixels(images_BHWC.astype(jnp.float32))
-    logits = DVAEEncoder(cfg).apply({"params": params["encoder"]}, x)
+    logits = apply_module(DVAEEncoder(cfg), params["encoder"], x)
     return constrain(logits, "batch", None, None, "vocab")
 
 
 def encode(cfg: DVAEConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
-    """The most probable code at every place, without noise (2102.12092, 2.2).
-
-    images_BHWC: float in [0, 1], (B, image_size, image_size, 3). Returns int32 (B, N), raster order.
-    """
+    """Encode images as their most probable codes (2102.12092, 2.2); arguments as in `tokenizer.encode`."""
     logits = encode_logits(cfg, params, images_BHWC)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32).reshape(len(logits), cfg.num_codes)
 
 
 def _pixels(stats_BHWC: jax.Array) -> jax.Array:
-    """The mode of the decoder's distribution without the Jacobian: sigmoid(mu), unmapped (A.3)."""
+    """Compute sigmoid(mu), unmapped: the mode of the decoder's distribution without the Jacobian (A.3)."""
     return tokenizer_losses.unmap_pixels(jax.nn.sigmoid(stats_BHWC[..., :3]))
 
 
 def decode(cfg: DVAEConfig, params: Params, codes_BN: jax.Array) -> jax.Array:
-    """The picture of each row of codes.
+    """Decode codes to images; arguments as in `tokenizer.decode`.
 
-    codes_BN: int32 in [0, V), (B, N). Returns float32 (B, image_size, image_size, 3) in [0, 1].
-    Raises ValueError if N is not cfg.num_codes or codes are not integers. Codes outside the codebook can't
-    be seen in a traced array; check them on the host.
+    Codes outside the codebook are not detected, as the array may be traced; check them on the host.
     """
     tokenizer_losses.check_codes(cfg, codes_BN)
     codes = codes_BN.reshape(len(codes_BN), cfg.grid, cfg.grid)
-    return _pixels(DVAEDecoder(cfg).apply({"params": params["decoder"]}, codes))
+    return _pixels(apply_module(DVAEDecoder(cfg), params["decoder"], codes))
 
 
 def loss(
@@ -211,27 +219,32 @@ def loss(
     kl_weight: jax.Array | float,
     code_usage_weight: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Negative evidence lower bound per pixel value, in nats, and what it is made of.
+    """Compute the negative evidence lower bound per pixel value, in nats.
 
-    Gumbel noise and temperature are in the forward and the backward pass, without straight-through; the KL
-    term is between softmax(logits) and the uniform distribution. Both terms are sums over a picture divided
-    by its H*W*3 values (2102.12092, A.2).
+    Gumbel noise and temperature apply in the forward and the backward pass, without straight-through. The KL term is
+    between softmax(logits) and the uniform distribution. Both terms are sums over an image divided by its H*W*3 values
+    (2102.12092, A.2).
 
-    images_BHWC: float in [0, 1]. tau: temperature above 0. kl_weight: beta of the KL term. code_usage_weight: of
-    `losses.codebook_imbalance`, which is no part of the bound; 0 in the paper.
-    Returns float32 scalar and metrics `reconstruction` (nats per value), `kl` (nats per code), `psnr` (dB, of
-    the relaxed reconstruction), `codebook_use` (share, of the batch's argmax codes), `perplexity`.
+    Args:
+      images_BHWC: float (B, image_size, image_size, 3) in [0, 1].
+      key: of the Gumbel noise.
+      tau: temperature, > 0.
+      kl_weight: beta of the KL term.
+      code_usage_weight: of `tokenizer_losses.codebook_imbalance`, not part of the bound; 0 in the paper.
+
+    Returns:
+      float32 scalar, and the metrics `reconstruction` (nats per value), `kl` (nats per code), `psnr` (dB, of the relaxed
+      reconstruction), `codebook_use` (fraction of the codebook in the batch's argmax codes) and `perplexity`.
     """
     logits = encode_logits(cfg, params, images_BHWC)
     gumbel = jax.random.gumbel(key, logits.shape)
     soft_BhwV = jax.nn.softmax((logits + gumbel) / tau)
-    stats = DVAEDecoder(cfg).apply({"params": params["decoder"]}, soft_BhwV)
+    stats = apply_module(DVAEDecoder(cfg), params["decoder"], soft_BhwV)
     target = tokenizer_losses.map_pixels(images_BHWC.astype(jnp.float32))
     log_b = stats[..., 3:]
     if cfg.min_scale > 0:
-        log_b = jnp.logaddexp(
-            log_b, math.log(cfg.min_scale)
-        )  # b + min_scale: a floor that keeps its gradient
+        # b + min_scale: a lower bound with a gradient everywhere
+        log_b = jnp.logaddexp(log_b, math.log(cfg.min_scale))
     reconstruction = jnp.mean(tokenizer_losses.logit_laplace_nll(target, stats[..., :3], log_b))
     kl = jnp.mean(tokenizer_losses.kl_to_uniform(logits))
     total = reconstruction + kl_weight * kl * cfg.num_codes / math.prod(images_BHWC.shape[1:])

@@ -1,9 +1,9 @@
-"""How different two pictures look: LPIPS (Zhang et al. 2018, 1801.03924), or without its weights a Laplacian pyramid.
+"""Perceptual distances of images: LPIPS (Zhang et al. 2018, 1801.03924), or a Laplacian pyramid, which needs no weights.
 
-LPIPS compares normalised activations of a network that was trained to classify (AlexNet or VGG16), weighed by linear
-heads that were fitted to human judgement; its weights come from a file. The pyramid needs none: the mean absolute
-difference of band-passed pictures, each band weighed alike, so that edges and texture count beside flat colour
-(Bojanowski et al. 2017, 1707.05776, use it for the same purpose). B batch, H W image, C channels.
+LPIPS compares normalized activations of a classification network (AlexNet or VGG16), weighted by linear heads that were
+fitted to human judgment; its weights come from a file. The pyramid is the mean absolute difference of band-passed
+images, with equal weight for each band, so that edges and texture count as much as flat color (as in Bojanowski et al.
+2017, 1707.05776). B batch, H W image, C channels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from dalle_jax.files.archives import read_npz
 from dalle_jax.typing import Params
 
-# Convolutions: (kernel side, inputs, outputs, stride, padding, pool before, compared afterwards)
+# Convolutions: (kernel size, inputs, outputs, stride, padding, max-pool before, compare afterwards)
 _ALEXNET = (
     (11, 3, 64, 4, 2, False, True),
     (5, 64, 192, 1, 2, True, True),
@@ -44,30 +44,36 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of inputs in
 
 
 def load_lpips(path: str | Path) -> Params:
-    """Weights of LPIPS from an npz file: `conv_0`, ... with kernel (HWIO) and bias, `head_0`, ... with kernel (C,).
+    """Load the weights of LPIPS from an npz file.
 
-    The file holds `AlexNet_0.Conv_i.{kernel,bias}` or `VGG16_0.Conv_i...`, and `NetLinLayer_i.Conv_0.kernel`.
-    Raises FileNotFoundError, or ValueError that names the array that is missing, unknown, of another shape or not
-    finite.
+    Args:
+      path: a file with `AlexNet_0.Conv_i.{kernel,bias}` or `VGG16_0.Conv_i...`, and `NetLinLayer_i.Conv_0.kernel`.
+
+    Returns:
+      `conv_0`, ... with kernel (HWIO) and bias, and `head_0`, ... with kernel (C,).
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: an array is missing, unknown, not finite or of another shape; it names the array.
     """
-    found = read_npz(path, "want the weights of LPIPS")
-    arrays = {name: np.asarray(array, np.float32) for name, array in found.items()}
+    arrays = read_npz(path, "want the weights of LPIPS")
+    arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     net, layers = ("VGG16_0", _VGG16) if "VGG16_0.Conv_0.kernel" in arrays else ("AlexNet_0", _ALEXNET)
-    want: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    expected: dict[str, tuple[str, str, tuple[int, ...]]] = {}
     heads = [layer[2] for layer in layers if layer[6]]
     for i, (size, inputs, outputs, *_) in enumerate(layers):
-        want[f"{net}.Conv_{i}.kernel"] = (f"conv_{i}", "kernel", (size, size, inputs, outputs))
-        want[f"{net}.Conv_{i}.bias"] = (f"conv_{i}", "bias", (outputs,))
+        expected[f"{net}.Conv_{i}.kernel"] = (f"conv_{i}", "kernel", (size, size, inputs, outputs))
+        expected[f"{net}.Conv_{i}.bias"] = (f"conv_{i}", "bias", (outputs,))
     for i, width in enumerate(heads):
-        want[f"NetLinLayer_{i}.Conv_0.kernel"] = (f"head_{i}", "kernel", (1, 1, width, 1))
-    differing = sorted(set(want) ^ set(arrays))
+        expected[f"NetLinLayer_{i}.Conv_0.kernel"] = (f"head_{i}", "kernel", (1, 1, width, 1))
+    differing = sorted(set(expected) ^ set(arrays))
     if differing:
         name = differing[0]
-        raise ValueError(f"{path}: array {name} is {'missing' if name in want else 'not one of LPIPS'}")
+        raise ValueError(f"{path}: array {name} is {'missing' if name in expected else 'not one of LPIPS'}")
     params: Params = {}
-    for name, (part, leaf, shape) in want.items():
+    for name, (part, leaf, shape) in expected.items():
         if arrays[name].shape != shape:
-            raise ValueError(f"{path}: array {name} has shape {arrays[name].shape}, want {shape}")
+            raise ValueError(f"{path}: expected array {name} of shape {shape}, got {arrays[name].shape}.")
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{path}: array {name} has values that are not finite")
         value = arrays[name].reshape(-1) if part.startswith("head") else arrays[name]
@@ -76,42 +82,42 @@ def load_lpips(path: str | Path) -> Params:
 
 
 def lpips(params: Params, x_BHWC: jax.Array, y_BHWC: jax.Array) -> jax.Array:
-    """LPIPS distance of each pair of pictures in [-1, 1], float32 (B,). params: of `load_lpips`."""
+    """Compute the LPIPS distance of each pair of images in [-1, 1], float32 (B,). params: from `load_lpips`."""
     layers = _VGG16 if "conv_12" in params else _ALEXNET
     shift, scale = (jnp.asarray(v).reshape(1, 1, 1, 3) for v in (_SHIFT, _SCALE))
-    both = (jnp.concatenate([x_BHWC, y_BHWC]) - shift) / scale
+    pair = (jnp.concatenate([x_BHWC, y_BHWC]) - shift) / scale
     total, head = jnp.zeros(len(x_BHWC)), 0
     for i, (_, _, _, stride, padding, pool, compared) in enumerate(layers):
         if pool:
-            side = 2 if layers is _VGG16 else 3
-            window = (1, side, side, 1)
-            both = jax.lax.reduce_window(both, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), "VALID")
-        both = jax.lax.conv_general_dilated(
-            both, params[f"conv_{i}"]["kernel"], (stride, stride), [(padding, padding)] * 2,
+            size = 2 if layers is _VGG16 else 3
+            window = (1, size, size, 1)
+            pair = jax.lax.reduce_window(pair, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), "VALID")
+        pair = jax.lax.conv_general_dilated(
+            pair, params[f"conv_{i}"]["kernel"], (stride, stride), [(padding, padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )  # fmt: skip
-        both = jax.nn.relu(both + params[f"conv_{i}"]["bias"][None, None, None])
+        pair = jax.nn.relu(pair + params[f"conv_{i}"]["bias"][None, None, None])
         if compared:
-            length = jnp.sqrt(jnp.sum(jnp.square(both), axis=-1, keepdims=True) + 1e-20)
-            x, y = jnp.split(both / (length + 1e-10), 2)
-            weighed = jnp.square(x - y) * params[f"head_{head}"]["kernel"][None, None, None]
-            total += jnp.mean(jnp.sum(weighed, axis=-1), axis=(1, 2))
+            norm = jnp.sqrt(jnp.sum(jnp.square(pair), axis=-1, keepdims=True) + 1e-20)
+            x, y = jnp.split(pair / (norm + 1e-10), 2)
+            weighted = jnp.square(x - y) * params[f"head_{head}"]["kernel"][None, None, None]
+            total += jnp.mean(jnp.sum(weighted, axis=-1), axis=(1, 2))
             head += 1
     return total
 
 
 def laplacian_pyramid_loss(x_BHWC: jax.Array, y_BHWC: jax.Array, bands: int = 3) -> jax.Array:
-    """Mean absolute difference of each pair, averaged over the bands of a Laplacian pyramid, float32 (B,).
+    """Compute the mean absolute difference of each pair, averaged over the bands of a Laplacian pyramid, float32 (B,).
 
-    A band is what 2x2 averaging takes away; the last one is what is left after it. Fewer bands where a side is odd.
+    A band is the difference between an image and its 2x2 averages; the last band is the lowest resolution. There are
+    fewer bands where a side is odd.
     """
-    rest, found = x_BHWC - y_BHWC, []
+    low, differences = x_BHWC - y_BHWC, []
     for _ in range(bands):
-        b, h, w, c = rest.shape
+        b, h, w, c = low.shape
         if h % 2 or w % 2:
             break
-        low = rest.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
-        found.append(rest - jnp.repeat(jnp.repeat(low, 2, axis=1), 2, axis=2))
-        rest = low
-    found.append(rest)
-    return jnp.mean(jnp.stack([jnp.mean(jnp.abs(band), axis=(1, 2, 3)) for band in found]), axis=0)
+        high, low = low, low.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+        differences.append(high - jnp.repeat(jnp.repeat(low, 2, axis=1), 2, axis=2))
+    differences.append(low)
+    return jnp.mean(jnp.stack([jnp.mean(jnp.abs(d), axis=(1, 2, 3)) for d in differences]), axis=0)

@@ -1,4 +1,4 @@
-"""Losses and measures of image tokenizers. B batch, H W image, C channels, N codes, V codebook."""
+"""Losses, metrics and input checks of image tokenizers. B batch, H W image, C channels, N codes, V codebook."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ import jax.numpy as jnp
 
 from dalle_jax.config import Schedule, TokenizerConfig
 
-LAPLACE_EPS = 0.1  # half of what the pixel map leaves free at either end; 2102.12092, A.3
+LAPLACE_EPS = 0.1  # margin of the pixel map at either end; 2102.12092, A.3
 
 
 def schedule_value(schedule: Schedule, step: jax.Array) -> jax.Array:
-    """Value of a half-cosine schedule after `step` updates, float32."""
+    """Compute the value of a half-cosine schedule after `step` training steps, float32."""
     if schedule.steps == 0:
         return jnp.float32(schedule.end)
-    share = jnp.clip(step.astype(jnp.float32) / schedule.steps, 0.0, 1.0)
-    return schedule.end + (schedule.start - schedule.end) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+    fraction = jnp.clip(step.astype(jnp.float32) / schedule.steps, 0.0, 1.0)
+    return schedule.end + (schedule.start - schedule.end) * 0.5 * (1 + jnp.cos(jnp.pi * fraction))
 
 
 def check_images(cfg: TokenizerConfig, images: jax.Array) -> None:
-    """Raises ValueError unless `images` are floats of the shape that a tokenizer takes."""
-    want = (cfg.image_size, cfg.image_size, 3)
-    if images.ndim != 4 or images.shape[1:] != want:
+    """Raise ValueError unless `images` are floats of shape (B, image_size, image_size, 3)."""
+    size = cfg.image_size
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
         raise ValueError(
-            f"images have shape {images.shape}, want (batch, {want[0]}, {want[1]}, 3); resize them"
+            f"Expected images of shape (batch, {size}, {size}, 3), got {images.shape}. Resize them."
         )
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images are {images.dtype}, want floats in [0, 1]; divide uint8 by 255")
+        raise ValueError(f"Expected float images in [0, 1], got {images.dtype}. Divide uint8 by 255.")
 
 
 def check_codes(cfg: TokenizerConfig, codes_BN: jax.Array) -> None:
-    """Raises ValueError unless `codes_BN` are integers of the shape that a tokenizer decodes."""
+    """Raise ValueError unless `codes_BN` are integers of shape (B, num_codes)."""
     if codes_BN.ndim != 2 or codes_BN.shape[1] != cfg.num_codes:
-        raise ValueError(f"codes have shape {codes_BN.shape}, want (batch, {cfg.num_codes})")
+        raise ValueError(f"Expected codes of shape (batch, {cfg.num_codes}), got {codes_BN.shape}.")
     if not jnp.issubdtype(codes_BN.dtype, jnp.integer):
-        raise ValueError(f"codes are {codes_BN.dtype}, want int32 in [0, {cfg.vocab})")
+        raise ValueError(f"Expected int32 codes in [0, {cfg.vocab}), got {codes_BN.dtype}.")
 
 
 def map_pixels(x: jax.Array) -> jax.Array:
-    """Pixels in [0, 1] to [0.1, 0.9], where the logit of the logit-Laplace density is finite (A.3)."""
+    """Map pixels from [0, 1] to [0.1, 0.9], where the logit of the logit-Laplace density is finite (A.3)."""
     return (1 - 2 * LAPLACE_EPS) * x + LAPLACE_EPS
 
 
 def unmap_pixels(x: jax.Array) -> jax.Array:
-    """Inverse of `map_pixels`, clipped to [0, 1]."""
+    """Invert `map_pixels` and clip to [0, 1]."""
     return jnp.clip((x - LAPLACE_EPS) / (1 - 2 * LAPLACE_EPS), 0.0, 1.0)
 
 
 def logit_laplace_nll(x: jax.Array, mu: jax.Array, log_b: jax.Array) -> jax.Array:
-    """Negative log-density of `x` in (0, 1) under the logit-Laplace distribution, elementwise, in nats.
+    """Compute the negative log-density of `x` in (0, 1) under the logit-Laplace distribution, elementwise, in nats.
 
     f(x | mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)); 2102.12092, A.3. All arguments of one shape.
     """
@@ -59,19 +59,19 @@ def logit_laplace_nll(x: jax.Array, mu: jax.Array, log_b: jax.Array) -> jax.Arra
 
 
 def kl_to_uniform(logits: jax.Array) -> jax.Array:
-    """KL divergence of softmax(logits) from the uniform distribution, over the last axis, in nats."""
+    """Compute the KL divergence of softmax(logits) from the uniform distribution, over the last axis, in nats."""
     log_p = jax.nn.log_softmax(logits)
     return math.log(logits.shape[-1]) + jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 def psnr(x_BHWC: jax.Array, y_BHWC: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio of each picture in dB, for values in [0, 1]. Returns float32 (B,)."""
+    """Compute the peak signal-to-noise ratio of each image, for values in [0, 1]: float32 (B,), dB."""
     mse_B = jnp.mean(jnp.square(x_BHWC - y_BHWC), axis=(1, 2, 3))
     return -10.0 * jnp.log10(jnp.maximum(mse_B, 1e-10))
 
 
 def codebook_use(codes: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
-    """Share of the codebook that `codes` hold, and the perplexity of their distribution (1 to vocab)."""
+    """Compute the fraction of the codebook in `codes`, and the perplexity of their distribution (1 to vocab)."""
     counts_V = jnp.zeros(vocab, jnp.float32).at[codes.reshape(-1)].add(1.0)
     p_V = counts_V / codes.size
     entropy = -jnp.sum(p_V * jnp.log(jnp.maximum(p_V, 1e-20)))
@@ -79,10 +79,10 @@ def codebook_use(codes: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array]:
 
 
 def codebook_imbalance(logits: jax.Array) -> jax.Array:
-    """KL divergence of the batch's mean code distribution from the uniform one, in nats; 0 is balanced.
+    """Compute the KL divergence of the batch's mean code distribution from the uniform one, in nats; 0 is balanced.
 
-    The mean of softmax(logits) over everything but the last axis; low when the codes of a batch differ from
-    each other, whether or not each is certain.
+    The mean is of softmax(logits) over all axes but the last. The result is low when the codes of a batch differ from
+    each other, at any entropy of each.
     """
     p_V = jnp.mean(jax.nn.softmax(logits), axis=tuple(range(logits.ndim - 1)))
     return math.log(logits.shape[-1]) + jnp.sum(p_V * jnp.log(jnp.maximum(p_V, 1e-20)))

@@ -486,10 +486,10 @@ def test_schedules_of_the_paper():
 @pytest.mark.parametrize(
     ("images", "match"),
     [
-        (np.zeros((2, 8, 8, 3), np.float32), r"images have shape \(2, 8, 8, 3\), want \(batch, 6, 6, 3\)"),
-        (np.zeros((6, 6, 3), np.float32), r"images have shape \(6, 6, 3\)"),
-        (np.zeros((2, 6, 6, 4), np.float32), r"images have shape \(2, 6, 6, 4\)"),
-        (np.zeros((2, 6, 6, 3), np.uint8), r"images are uint8, want floats in \[0, 1\]; divide"),
+        (np.zeros((2, 8, 8, 3), np.float32), r"images of shape \(batch, 6, 6, 3\), got \(2, 8, 8, 3\)"),
+        (np.zeros((6, 6, 3), np.float32), r"got \(6, 6, 3\)"),
+        (np.zeros((2, 6, 6, 4), np.float32), r"got \(2, 6, 6, 4\)"),
+        (np.zeros((2, 6, 6, 3), np.uint8), r"float images in \[0, 1\], got uint8\. Divide"),
     ],
 )
 def test_encode_refuses(params, images, match):
@@ -502,9 +502,9 @@ def test_encode_refuses(params, images, match):
 @pytest.mark.parametrize(
     ("codes", "match"),
     [
-        (np.zeros((2, 8), np.int32), r"codes have shape \(2, 8\), want \(batch, 9\)"),
-        (np.zeros((2, 3, 3), np.int32), r"codes have shape \(2, 3, 3\), want \(batch, 9\)"),
-        (np.zeros((2, 9), np.float32), r"codes are float32, want int32 in \[0, 11\)"),
+        (np.zeros((2, 8), np.int32), r"codes of shape \(batch, 9\), got \(2, 8\)"),
+        (np.zeros((2, 3, 3), np.int32), r"codes of shape \(batch, 9\), got \(2, 3, 3\)"),
+        (np.zeros((2, 9), np.float32), r"int32 codes in \[0, 11\), got float32"),
     ],
 )
 def test_decode_refuses(params, codes, match):

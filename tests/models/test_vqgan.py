@@ -213,9 +213,9 @@ def test_either_tokenizer_by_the_same_functions(quantizer):
     pixels = tokenizer.decode(cfg, params, codes)
     assert pixels.shape == (4, 16, 16, 3) and pixels.dtype == jnp.float32
     assert pixels.min() >= 0 and pixels.max() <= 1
-    with pytest.raises(ValueError, match=r"images have shape \(4, 8, 8, 3\), want \(batch, 16, 16, 3\)"):
+    with pytest.raises(ValueError, match=r"images of shape \(batch, 16, 16, 3\), got \(4, 8, 8, 3\)"):
         tokenizer.encode(cfg, params, images(size=8))
-    with pytest.raises(ValueError, match=r"codes have shape \(4, 3\), want \(batch, 64\)"):
+    with pytest.raises(ValueError, match=r"codes of shape \(batch, 64\), got \(4, 3\)"):
         tokenizer.decode(cfg, params, codes[:, :3])
 
 

@@ -25,6 +25,7 @@ from dalle_jax.nn import drafts
 from dalle_jax.nn import kv_cache as kv
 from dalle_jax.nn.input_checks import check_prefix
 from dalle_jax.nn.kv_cache import KV, LayerCache
+from dalle_jax.nn.module import apply_module
 from dalle_jax.typing import Params
 
 DalleCache = tuple[LayerCache, ...]  # one per layer
@@ -106,8 +107,9 @@ def prefill(
         x_XTD = x_XTD[:, :-1]
     rope = rope_at(cfg, jnp.arange(x_XTD.shape[1]))
     for layer in params["blocks"]:
-        x_XTD, new_kv = block.apply(
-            {"params": layer},
+        x_XTD, new_kv = apply_module(
+            block,
+            layer,
             x_XTD,
             attention_fn=lambda q, k, v: (kv.attend_text(q, k, v, text_mask_XT), kv.to_cache_layout(k, v)),
             rope=rope,
@@ -119,8 +121,9 @@ def prefill(
         return logits, _layer_caches(text_kvs, image_kvs, text_masks)
     rope = rope_at(cfg, x_XTD.shape[1] + jnp.arange(x_BPD.shape[1]))
     for layer, kind, text_kv in zip(params["blocks"], cfg.layer_kinds, text_kvs, strict=True):
-        x_BPD, new_kv = block.apply(
-            {"params": layer},
+        x_BPD, new_kv = apply_module(
+            block,
+            layer,
             x_BPD,
             attention_fn=lambda q, k, v, kind=kind, text_kv=text_kv: (
                 kv.attend_prefix(cfg, kind, text_kv, text_masks, q, k, v),
@@ -208,7 +211,7 @@ def decode_step(
         def attention_fn(*qkv, kind=kind, old=old):
             return kv.attend_step(cfg, kind, old, qkv, cache_position)
 
-        x_B1D, new = block.apply({"params": layer}, x_B1D, attention_fn=attention_fn, rope=rope)
+        x_B1D, new = apply_module(block, layer, x_B1D, attention_fn=attention_fn, rope=rope)
         new_cache.append(new)
     return _next_logits(cfg, params, x_B1D), tuple(new_cache)
 
@@ -235,7 +238,7 @@ def decode_drafts(
         def attention_fn(*qkv, kind=kind, old=old):
             return drafts.attend_drafts(cfg, kind, old, qkv, cache_position_B)
 
-        x_BQD, draft_kv = block.apply({"params": layer}, x_BQD, attention_fn=attention_fn, rope=rope)
+        x_BQD, draft_kv = apply_module(block, layer, x_BQD, attention_fn=attention_fn, rope=rope)
         draft_kvs.append(draft_kv)
     return apply_head(cfg, params, "image_head", norm_out(cfg, params, x_BQD)), tuple(draft_kvs)
 

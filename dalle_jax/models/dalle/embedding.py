@@ -16,6 +16,7 @@ from dalle_jax.config import DalleConfig
 from dalle_jax.nn import t5
 from dalle_jax.nn.attention import Block, make_norm
 from dalle_jax.nn.linear import matmul
+from dalle_jax.nn.module import apply_module
 from dalle_jax.nn.rope import axial_rope_table
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
@@ -139,8 +140,8 @@ def rope_at(cfg: DalleConfig, stream_position: jax.Array) -> jax.Array | None:
 def norm_out(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Apply the final norm or norms, in float32."""
     norm = make_norm(cfg.norm)
-    x_BTD = norm.apply({"params": params["norm_out"]}, x_BTD)
-    return norm.apply({"params": params["norm_head"]}, x_BTD) if cfg.second_final_norm else x_BTD
+    x_BTD = apply_module(norm, params["norm_out"], x_BTD)
+    return apply_module(norm, params["norm_head"], x_BTD) if cfg.second_final_norm else x_BTD
 
 
 def apply_head(cfg: DalleConfig, params: Params, name: str, x_BTD: jax.Array) -> jax.Array:

@@ -6,12 +6,15 @@ embedding, V image vocabulary, F width of the MLP.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax.config import DalleConfig
+from dalle_jax.config.dalle import Remat
 from dalle_jax.models.dalle.embedding import (
     apply_head,
     embed_codes,
@@ -27,6 +30,7 @@ from dalle_jax.nn.attention import ATTN_OUT, POST_ATTN, QKV, dense_attention, ma
 from dalle_jax.nn.cross_entropy import cross_entropy
 from dalle_jax.nn.input_checks import check_ids
 from dalle_jax.nn.masks import attention_mask, mask_padding
+from dalle_jax.nn.module import apply_module
 from dalle_jax.parallel.sharding import REPLICATE_BELOW_BYTES, check_divides
 from dalle_jax.typing import Params
 
@@ -139,32 +143,38 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
                     mask = mask if key_mask_BS is None else mask_padding(mask, key_mask_BS)
                     return dense_attention(q, k, v, mask), None
                 case "splash":
-                    return flash.splash(q, k, v, masks, index), None
+                    return flash.splash_attention(q, k, v, masks, index), None
                 case "cudnn":
                     mask = None if set(cfg.layer_kinds) == {"full"} else jnp.asarray(masks)[index]
-                    return flash.cudnn(q, k, v, mask), None
+                    return flash.cudnn_attention(q, k, v, mask), None
 
-        return block.apply({"params": layer_params}, x_BSD, attention_fn=attention_fn, rope=rope)[0]
+        return apply_module(block, layer_params, x_BSD, attention_fn=attention_fn, rope=rope)[0]
 
-    policies = jax.checkpoint_policies
-    match cfg.remat:
-        case "full":
-            layer = jax.checkpoint(layer)
-        case "save_attention":
-            layer = jax.checkpoint(layer, policy=policies.save_only_these_names(ATTN_OUT))
-        case "mlp":
-            saved = policies.save_only_these_names(QKV, ATTN_OUT, POST_ATTN)
-            layer = jax.checkpoint(layer, policy=saved)
-        case "dots":
-            layer = jax.checkpoint(layer, policy=policies.dots_with_no_batch_dims_saveable)
+    remat_layer = _remat(cfg.remat, layer)
 
     def body(x_BSD, xs):
-        layer_params, index = xs
-        return layer(x_BSD, layer_params, index), None
+        return remat_layer(x_BSD, *xs), None
 
     xs = (params["blocks"], jnp.asarray(mask_index_L))
     x_BSD, _ = jax.lax.scan(body, x_BSD, xs, unroll=cfg.scan_unroll)
     return norm_out(cfg, params, x_BSD)
+
+
+def _remat(remat: Remat, layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Wrap a layer so that its backward pass recomputes what `remat` names."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return layer
+        case "full":
+            return jax.checkpoint(layer)
+        case "save_attention":
+            policy = policies.save_only_these_names(ATTN_OUT)
+        case "mlp":
+            policy = policies.save_only_these_names(QKV, ATTN_OUT, POST_ATTN)
+        case "dots":
+            policy = policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(layer, policy=policy)
 
 
 def logits(

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""VQGAN: autoencoder, quantizers, discriminator and adversarial training."""

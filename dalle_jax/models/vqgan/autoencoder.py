@@ -1,8 +1,9 @@
-"""VQGAN (Esser et al. 2020, 2012.09841): pictures to a grid of codes and back by convolutions and attention.
+"""VQGAN (Esser et al. 2020, 2012.09841): images to a grid of codes and back by convolutions and attention.
 
-The published architecture block by block, so published weights fit: group norm with epsilon 1e-6, swish, one-headed
-attention, downsampling that pads on the right and at the bottom only. The quantizer is a choice (quantize.py).
-B batch, H W image, h w code grid, N = h*w codes in raster order, V codebook, C channels, S = H*W places.
+The architecture is the published one, so published weights can be imported: group norm with epsilon 1e-6, swish,
+attention with one head, downsampling padded on the right and at the bottom only. The quantizer is configurable
+(quantizers.py). B batch, H W image, h w code grid, N = h*w codes in raster order, V codebook, C channels, S positions,
+D width of a code.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ import jax.numpy as jnp
 from dalle_jax.config import VQGANConfig
 from dalle_jax.models.tokenizer_losses import check_codes, check_images
 from dalle_jax.models.vqgan import quantizers
+from dalle_jax.nn.module import apply_module
 from dalle_jax.nn.norm import GroupNorm
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
 
-def _conv(width: int, size: int, dtype: Any, name: str, **options) -> nn.Conv:
-    options = {"padding": size // 2, **options}
-    return nn.Conv(width, (size, size), dtype=dtype, name=name, **options)
+def _conv(width: int, size: int, dtype: Any, name: str, *, strides: int = 1, padding: Any = None) -> nn.Conv:
+    padding = size // 2 if padding is None else padding
+    return nn.Conv(width, (size, size), strides, padding, dtype=dtype, name=name)
 
 
 class ResBlock(nn.Module):
+    """Two convolutions with group norm and a shortcut."""
+
     width: int
     dtype: Any
 
@@ -41,7 +45,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Every place sees every place, one head as wide as the channels."""
+    """Full attention over positions, one head as wide as the channels."""
 
     dtype: Any
 
@@ -56,6 +60,8 @@ class AttnBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """The blocks at the lowest resolution."""
+
     dtype: Any
 
     @nn.compact
@@ -67,6 +73,8 @@ class MidBlock(nn.Module):
 
 
 class VQGANEncoder(nn.Module):
+    """Images to latents."""
+
     cfg: VQGANConfig
 
     @nn.compact
@@ -87,11 +95,13 @@ class VQGANEncoder(nn.Module):
 
 
 class VQGANDecoder(nn.Module):
+    """Quantized latents to images."""
+
     cfg: VQGANConfig
 
     @nn.compact
     def __call__(self, z_BhwC):
-        """The pixels in the network's range, and the input of the last convolution."""
+        """Return pixels in `cfg.pixel_range`, and the input of the last convolution."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         x = _conv(cfg.width * cfg.channel_multipliers[-1], 3, dtype, "conv_in")(z_BhwC)
         x = MidBlock(dtype, name="mid")(x)
@@ -110,8 +120,15 @@ class VQGANDecoder(nn.Module):
 
 
 class Reconstruction(NamedTuple):
-    """pixels: float32 (B, H, W, 3) in the networks' range, unclipped. features: what the decoder's last convolution
-    reads. latents: float32 (B, h, w, D), what the quantizer reads. codes: int32 (B, h, w). loss: of the quantizer."""
+    """The training pass of a batch.
+
+    Attributes:
+      pixels: float32 (B, H, W, 3) in `cfg.pixel_range`, not clipped.
+      features: (B, H, W, C), the input of the decoder's last convolution.
+      latents: float32 (B, h, w, D), the input of the quantizer.
+      codes: int32 (B, h, w).
+      loss: float32 scalar, of the quantizer.
+    """
 
     pixels: jax.Array
     features: jax.Array
@@ -121,81 +138,83 @@ class Reconstruction(NamedTuple):
 
 
 def init(cfg: VQGANConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters `{"encoder", "quant_conv", "quantize", "post_quant_conv", "decoder"}`."""
+    """Initialize the parameters, float32: `encoder`, `quant_conv`, `quantize`, `post_quant_conv` and `decoder`."""
     k_encoder, k_decoder, k_before, k_after, k_quantize = jax.random.split(key, 5)
     image = jnp.zeros((1, cfg.image_size, cfg.image_size, 3))
     z = jnp.zeros((1, cfg.grid, cfg.grid, cfg.latent_width))
     q = jnp.zeros((1, cfg.grid, cfg.grid, cfg.quantizer.dim))
     params = {
         "encoder": VQGANEncoder(cfg).init(k_encoder, image)["params"],
-        "quant_conv": _before(cfg).init(k_before, z)["params"],
+        "quant_conv": _quant_conv(cfg).init(k_before, z)["params"],
         "quantize": quantizers.init(cfg.quantizer, k_quantize),
-        "post_quant_conv": _after(cfg).init(k_after, q)["params"],
+        "post_quant_conv": _post_quant_conv(cfg).init(k_after, q)["params"],
         "decoder": VQGANDecoder(cfg).init(k_decoder, z)["params"],
     }
     return {name: part for name, part in params.items() if part}
 
 
-def _before(cfg: VQGANConfig) -> nn.Conv:
+def _quant_conv(cfg: VQGANConfig) -> nn.Conv:
     return nn.Conv(cfg.quantizer.dim, (1, 1))
 
 
-def _after(cfg: VQGANConfig) -> nn.Conv:
+def _post_quant_conv(cfg: VQGANConfig) -> nn.Conv:
     return nn.Conv(cfg.latent_width, (1, 1))
 
 
 def to_pixel_range(cfg: VQGANConfig, images_BHWC: jax.Array) -> jax.Array:
-    """Pixels in [0, 1] to what the networks see."""
+    """Map pixels from [0, 1] to `cfg.pixel_range`."""
     return images_BHWC if cfg.pixel_range == "unit" else 2 * images_BHWC - 1
 
 
 def from_pixel_range(cfg: VQGANConfig, pixels_BHWC: jax.Array) -> jax.Array:
-    """Inverse of `to_pixel_range`, clipped to [0, 1]."""
+    """Invert `to_pixel_range` and clip to [0, 1]."""
     return jnp.clip(pixels_BHWC if cfg.pixel_range == "unit" else (pixels_BHWC + 1) / 2, 0.0, 1.0)
 
 
 def encode_latents(cfg: VQGANConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
-    """What the quantizer reads, float32 (B, h, w, quantizer.dim), of float pictures in [0, 1]."""
+    """Compute the input of the quantizer, float32 (B, h, w, D), from float images in [0, 1]."""
     x = to_pixel_range(cfg, images_BHWC.astype(jnp.float32))
-    z = VQGANEncoder(cfg).apply({"params": params["encoder"]}, x)
-    return constrain(_before(cfg).apply({"params": params["quant_conv"]}, z), "batch", None, None, None)
+    z = apply_module(VQGANEncoder(cfg), params["encoder"], x)
+    return constrain(apply_module(_quant_conv(cfg), params["quant_conv"], z), "batch", None, None, None)
 
 
-def _draw(cfg: VQGANConfig, params: Params, z_BhwD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    z = _after(cfg).apply({"params": params["post_quant_conv"]}, z_BhwD)
-    return VQGANDecoder(cfg).apply({"params": params["decoder"]}, z)
+def _decode_latents(cfg: VQGANConfig, params: Params, z_BhwD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return pixels in `cfg.pixel_range`, and the input of the last convolution."""
+    z = apply_module(_post_quant_conv(cfg), params["post_quant_conv"], z_BhwD)
+    return apply_module(VQGANDecoder(cfg), params["decoder"], z)
 
 
 def encode(cfg: VQGANConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
-    """The code at every place, without noise.
-
-    images_BHWC: float in [0, 1], (B, image_size, image_size, 3). Returns int32 (B, N), raster order.
-    Raises ValueError for another shape or an integer dtype.
-    """
+    """Encode images as their nearest codes; arguments as in `tokenizer.encode`."""
     check_images(cfg, images_BHWC)
     z = encode_latents(cfg, params, images_BHWC)
-    found = quantizers.nearest_codes(cfg.quantizer, params.get("quantize", {}), z)
-    return found.reshape(len(found), cfg.num_codes)
+    codes_Bhw = quantizers.nearest_codes(cfg.quantizer, params.get("quantize", {}), z)
+    return codes_Bhw.reshape(len(codes_Bhw), cfg.num_codes)
 
 
 def decode(cfg: VQGANConfig, params: Params, codes_BN: jax.Array) -> jax.Array:
-    """The picture of each row of codes.
-
-    codes_BN: int32 in [0, V), (B, N). Returns float32 (B, image_size, image_size, 3) in [0, 1].
-    Raises ValueError if N is not cfg.num_codes or codes are not integers.
-    """
+    """Decode codes to images; arguments as in `tokenizer.decode`."""
     check_codes(cfg, codes_BN)
-    codes = codes_BN.reshape(len(codes_BN), cfg.grid, cfg.grid)
-    z = quantizers.embed_codebook(cfg.quantizer, params.get("quantize", {}), codes)
-    return from_pixel_range(cfg, _draw(cfg, params, z)[0])
+    codes_Bhw = codes_BN.reshape(len(codes_BN), cfg.grid, cfg.grid)
+    z = quantizers.embed_codebook(cfg.quantizer, params.get("quantize", {}), codes_Bhw)
+    return from_pixel_range(cfg, _decode_latents(cfg, params, z)[0])
 
 
 def reconstruct(
     cfg: VQGANConfig, params: Params, images_BHWC: jax.Array, key: jax.Array, tau: jax.Array | float = 1.0
 ) -> Reconstruction:
-    """The training pass from pictures to pictures, with gradients through the quantizer."""
+    """Encode, quantize and decode images for training, with gradients through the quantizer.
+
+    Args:
+      images_BHWC: float (B, image_size, image_size, 3) in [0, 1].
+      key: of the Gumbel noise.
+      tau: temperature of the Gumbel-softmax, > 0.
+
+    Raises:
+      ValueError: another shape or an integer dtype.
+    """
     check_images(cfg, images_BHWC)
     z = encode_latents(cfg, params, images_BHWC)
-    found = quantizers.quantize(cfg.quantizer, params.get("quantize", {}), z, key, tau)
-    pixels, features = _draw(cfg, params, found.z)
-    return Reconstruction(pixels, features, z, found.codes, found.loss)
+    quantized = quantizers.quantize(cfg.quantizer, params.get("quantize", {}), z, key, tau)
+    pixels, features = _decode_latents(cfg, params, quantized.z)
+    return Reconstruction(pixels, features, z, quantized.codes, quantized.loss)

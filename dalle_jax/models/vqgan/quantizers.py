@@ -1,11 +1,10 @@
-"""Quantizers: vectors to codes of a finite set and back, with gradients that pass through.
+"""Quantizers: vectors to codes of a finite set and back, with straight-through gradients.
 
 Nearest code (van den Oord et al. 2017, 1711.00937; on the unit sphere: Yu et al. 2021, 2110.04627), Gumbel-softmax
 (Jang et al. 2016, 1611.01144) and rounding without a codebook (FSQ, Mentzer et al. 2023, 2309.15505). Each has
-`init`, `codes` (deterministic, for use), `lookup`, and `quantize` (for training).
-B batch, h w code grid, C input channels, D width of a code, V codebook, P = B*h*w places.
-
-A code that no vector is nearest to gets no gradient and stays where it is: `restart` puts it where one is missed.
+`init`, `nearest_codes` (deterministic, for encoding), `embed_codebook`, and `quantize` (for training). A code that is
+nearest to no vector gets no gradient; `restart_dead_codes` moves it to a vector without a near code.
+B batch, h w code grid, C input channels, D width of a code, V codebook, P = B*h*w positions.
 """
 
 from __future__ import annotations
@@ -22,8 +21,13 @@ from dalle_jax.typing import Params
 
 
 class Quantized(NamedTuple):
-    """z: float32 (B, h, w, D), the codes' vectors in the forward pass, with a gradient to the input. codes: int32
-    (B, h, w). loss: float32 scalar that training adds."""
+    """The result of `quantize`.
+
+    Attributes:
+      z: float32 (B, h, w, D), the vectors of the codes, with a gradient to the input.
+      codes: int32 (B, h, w).
+      loss: float32 scalar, to add to the training loss.
+    """
 
     z: jax.Array
     codes: jax.Array
@@ -31,7 +35,7 @@ class Quantized(NamedTuple):
 
 
 def init(cfg: Quantizer, key: jax.Array) -> Params:
-    """Fresh float32 parameters; {} for FSQ, which has none."""
+    """Initialize the parameters, float32; {} for FSQ, which has none."""
     match cfg:
         case VectorQuantizer(normalize=True):
             table_VD = jax.random.normal(key, (cfg.vocab, cfg.dim))
@@ -49,29 +53,29 @@ def init(cfg: Quantizer, key: jax.Array) -> Params:
             }
         case FiniteScalarQuantizer():
             return {}
-    raise ValueError(f"no quantizer {type(cfg).__name__}")
+    raise ValueError(f"Expected the configuration of a quantizer, got {type(cfg).__name__}.")
 
 
 def nearest_codes(cfg: Quantizer, params: Params, z_BhwC: jax.Array) -> jax.Array:
-    """The code of every vector, int32 (B, h, w), without noise; the first one where several are as near."""
+    """Return the nearest code of every vector, int32 (B, h, w), without noise; the first one of equally near codes."""
     z = z_BhwC.astype(jnp.float32)
     match cfg:
         case VectorQuantizer():
             table_VD = _table(cfg, params)
             z = _unit(z) if cfg.normalize else z
-            # |z - e|^2 without |z|^2, which no code changes
-            far = jnp.sum(jnp.square(table_VD), axis=1)[None, None, None] - 2 * _dot(z, table_VD.T)
-            return jnp.argmin(far, axis=-1).astype(jnp.int32)
+            # |z - e|^2 without |z|^2, which is equal for all codes
+            distance = jnp.sum(jnp.square(table_VD), axis=1)[None, None, None] - 2 * _dot(z, table_VD.T)
+            return jnp.argmin(distance, axis=-1).astype(jnp.int32)
         case GumbelQuantizer():
             return jnp.argmax(_logits(params, z), axis=-1).astype(jnp.int32)
         case FiniteScalarQuantizer():
             levels = jnp.round(_bound(cfg, z)) + _half(cfg)
             return jnp.sum(levels * _basis(cfg), axis=-1).astype(jnp.int32)
-    raise ValueError(f"no quantizer {type(cfg).__name__}")
+    raise ValueError(f"Expected the configuration of a quantizer, got {type(cfg).__name__}.")
 
 
 def embed_codebook(cfg: Quantizer, params: Params, codes_Bhw: jax.Array) -> jax.Array:
-    """The vectors of codes, float32 (B, h, w, D)."""
+    """Look up the vectors of codes, float32 (B, h, w, D)."""
     match cfg:
         case VectorQuantizer():
             return _table(cfg, params)[codes_Bhw]
@@ -82,49 +86,56 @@ def embed_codebook(cfg: Quantizer, params: Params, codes_Bhw: jax.Array) -> jax.
             levels = jnp.asarray(cfg.levels).reshape(shape)
             basis = _basis(cfg).astype(jnp.int32).reshape(shape)
             return (codes_Bhw[..., None] // basis % levels - _half(cfg)) / _half(cfg)
-    raise ValueError(f"no quantizer {type(cfg).__name__}")
+    raise ValueError(f"Expected the configuration of a quantizer, got {type(cfg).__name__}.")
 
 
 def quantize(
     cfg: Quantizer, params: Params, z_BhwC: jax.Array, key: jax.Array, tau: jax.Array | float = 1.0
 ) -> Quantized:
-    """Codes with gradients: straight through to the input, and the loss that trains codebook and encoder.
+    """Quantize vectors for training, with straight-through gradients to the input and the loss of codebook and encoder.
 
-    tau: temperature of the Gumbel-softmax, above 0; others ignore it. The Gumbel codes are drawn, not the most
-    probable ones.
+    Args:
+      z_BhwC: float, the encoder's output.
+      key: of the Gumbel noise, with which Gumbel-softmax samples its codes; unused by the others.
+      tau: temperature of the Gumbel-softmax, > 0; unused by the others.
     """
     z = z_BhwC.astype(jnp.float32)
     match cfg:
         case VectorQuantizer():
-            found = nearest_codes(cfg, params, z)
+            codes = nearest_codes(cfg, params, z)
             z = _unit(z) if cfg.normalize else z
-            e = embed_codebook(cfg, params, found)
-            hold = jax.lax.stop_gradient
-            # 1711.00937, eq. 3: beta is on the term that moves the encoder
-            loss = cfg.codebook_weight * jnp.mean(jnp.square(hold(z) - e))
-            loss += cfg.commitment_weight * jnp.mean(jnp.square(z - hold(e)))
-            return Quantized(z + hold(e - z), found, loss)
+            e = embed_codebook(cfg, params, codes)
+            stop = jax.lax.stop_gradient
+            # 1711.00937, eq. 3: beta weights the term that trains the encoder
+            loss = cfg.codebook_weight * jnp.mean(jnp.square(stop(z) - e))
+            loss += cfg.commitment_weight * jnp.mean(jnp.square(z - stop(e)))
+            return Quantized(z + stop(e - z), codes, loss)
         case GumbelQuantizer():
             logits = _logits(params, z)
             soft_BhwV = jax.nn.softmax((logits + jax.random.gumbel(key, logits.shape)) / tau)
-            found = jnp.argmax(soft_BhwV, axis=-1).astype(jnp.int32)
-            hard_BhwV = jax.nn.one_hot(found, cfg.vocab)
+            codes = jnp.argmax(soft_BhwV, axis=-1).astype(jnp.int32)
+            hard_BhwV = jax.nn.one_hot(codes, cfg.vocab)
             weights = soft_BhwV + jax.lax.stop_gradient(hard_BhwV - soft_BhwV)
             loss = cfg.kl_weight * jnp.mean(kl_to_uniform(logits))
-            return Quantized(_dot(weights, params["embedding"]), found, loss)
+            return Quantized(_dot(weights, params["embedding"]), codes, loss)
         case FiniteScalarQuantizer():
             bounded = _bound(cfg, z)
             rounded = bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)
             return Quantized(rounded / _half(cfg), nearest_codes(cfg, params, z), jnp.float32(0.0))
-    raise ValueError(f"no quantizer {type(cfg).__name__}")
+    raise ValueError(f"Expected the configuration of a quantizer, got {type(cfg).__name__}.")
 
 
 class CodeRestart(NamedTuple):
-    """idle: int32 (V,), updates since a code was used. due: bool (V,), the codes that begin anew. vectors: float32
-    (V, D), where those do; the other rows mean nothing."""
+    """The result of `restart_dead_codes`.
+
+    Attributes:
+      idle: int32 (V,), training steps since each code was used; 0 where it restarts.
+      restart: bool (V,), the codes to restart.
+      vectors: float32 (V, D), their new vectors; undefined in other rows.
+    """
 
     idle: jax.Array
-    due: jax.Array
+    restart: jax.Array
     vectors: jax.Array
 
 
@@ -136,34 +147,40 @@ def restart_dead_codes(
     codes_Bhw: jax.Array,
     key: jax.Array,
 ) -> CodeRestart:
-    """Which codes were not used for `cfg.dead_code_restart_steps` updates, this one counted, and vectors in their place.
+    """Select codes that were unused for `cfg.dead_code_restart_steps` training steps, this one included, and new vectors.
 
-    Random restarts (Lancucki et al. 2020, 2005.08520; Dhariwal et al. 2020, 2005.00341) take vectors of the batch.
-    Here they are drawn without replacement, each in proportion to its squared distance from its code, as k-means++
-    draws its centres (Arthur and Vassilvitskii 2007): uniform draws would mostly be of what is frequent and has codes
-    already. Where more codes are due than there are vectors, the last ones wait.
+    Random restarts (Lancucki et al. 2020, 2005.08520; Dhariwal et al. 2020, 2005.00341) take vectors of the batch. Here
+    they are sampled without replacement, in proportion to the squared distance of each from its code, as k-means++
+    samples its centers (Arthur and Vassilvitskii 2007): uniform samples would mostly be frequent vectors, which have
+    near codes already. Where more codes are unused than there are vectors, the last ones restart in a later step.
+
+    Args:
+      idle_V: int32, steps since each code was used, before this one.
+      z_BhwD: float, the encoder's output.
+      codes_Bhw: int32, its codes.
+      key: of the samples.
     """
     z_PD, codes_P = z_BhwD.astype(jnp.float32).reshape(-1, cfg.dim), codes_Bhw.reshape(-1)
     z_PD = _unit(z_PD) if cfg.normalize else z_PD
     uses_V = jnp.zeros(cfg.vocab, jnp.int32).at[codes_P].add(1)
     idle_V = jnp.where(uses_V > 0, 0, idle_V + 1)
-    due_V = idle_V >= cfg.dead_code_restart_steps
-    far_P = jnp.sum(jnp.square(z_PD - embed_codebook(cfg, params, codes_P)), axis=1)
-    # The places of the largest log-weights with Gumbel noise are such a draw (Kool et al. 2019, 1903.06059).
+    restart_V = idle_V >= cfg.dead_code_restart_steps
+    distance_P = jnp.sum(jnp.square(z_PD - embed_codebook(cfg, params, codes_P)), axis=1)
+    # The largest log-weights with Gumbel noise are such a sample (Kool et al. 2019, 1903.06059).
     count = min(cfg.vocab, len(z_PD))
-    _, places = jax.lax.top_k(jnp.log(far_P) + jax.random.gumbel(key, far_P.shape), count)
-    turn_V = jnp.cumsum(due_V) - 1
-    due_V &= turn_V < count
-    vectors_VD = z_PD[places[jnp.clip(turn_V, 0, count - 1)]]
-    return CodeRestart(jnp.where(due_V, 0, idle_V), due_V, vectors_VD)
+    _, sampled_X = jax.lax.top_k(jnp.log(distance_P) + jax.random.gumbel(key, distance_P.shape), count)
+    rank_V = jnp.cumsum(restart_V) - 1
+    restart_V &= rank_V < count
+    vectors_VD = z_PD[sampled_X[jnp.clip(rank_V, 0, count - 1)]]
+    return CodeRestart(jnp.where(restart_V, 0, idle_V), restart_V, vectors_VD)
 
 
-def _dot(x, y):
-    # Full precision also where the backend multiplies float32 coarsely: a near tie decides a code.
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    # Full precision also where the backend multiplies float32 less precisely: a near tie decides a code.
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def _unit(x):
+def _unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
 
 
@@ -176,17 +193,17 @@ def _logits(params: Params, z_BhwC: jax.Array) -> jax.Array:
 
 
 def _half(cfg: FiniteScalarQuantizer) -> jax.Array:
-    """Half the levels, rounded down, (1, 1, 1, D): what rounded values are divided by."""
+    """Return half the levels, rounded down, (1, 1, 1, D): the divisor of rounded values."""
     return jnp.asarray([level // 2 for level in cfg.levels], jnp.float32)[None, None, None]
 
 
 def _basis(cfg: FiniteScalarQuantizer) -> jax.Array:
-    """What a level of each channel counts in a code, (1, 1, 1, D); the first channel counts 1."""
+    """Return the place value of each channel in a code, (1, 1, 1, D); 1 for the first channel."""
     return jnp.asarray(np.cumprod([1, *cfg.levels[:-1]]), jnp.float32)[None, None, None]
 
 
 def _bound(cfg: FiniteScalarQuantizer, z: jax.Array) -> jax.Array:
-    """`z` squeezed so that rounding gives `level` values per channel; 2309.15505, fig. 7 (eps 1e-3)."""
+    """Bound `z` so that rounding gives `level` values per channel; 2309.15505, fig. 7 (eps 1e-3)."""
     levels = jnp.asarray(cfg.levels, jnp.float32)[None, None, None]
     half = (levels - 1) * (1 + 1e-3) / 2
     offset = jnp.where(levels % 2 == 0, 0.5, 0.0)
