@@ -1,16 +1,16 @@
-"""CLIP: a vision and a text Transformer whose vectors agree where a caption says what a picture shows (Radford et
-al. 2021, arXiv 2103.00020).
+"""CLIP: a vision and a text Transformer with a joint embedding space (Radford et al. 2021, 2103.00020).
 
-The architecture is the published one (ViT with a class token and a norm before the blocks; causal text tower,
-read at the end token), so its weights fit. Vectors have length 1: their product is the cosine. Training pulls the
-pairs of a batch together and all other combinations apart; under a mesh the batch is the global one.
-B batch, C captions, N pictures for each, K kept, H W picture, S side that the tower sees, P patch, T positions, D
-width, E common space, L layers, V tokens.
+The architecture is the published one (ViT with a class token and a norm before the blocks; causal text tower, whose
+output is taken at the end token), so published weights can be imported. Embeddings have length 1, so their product is
+the cosine similarity. The contrastive loss compares all pairs of a batch; under a mesh the batch is the global one.
+B batch, C captions, N images per caption or patches, K best images, H W image, S image size of the tower, T positions,
+D width, E embedding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ import numpy as np
 
 from dalle_jax.config import ClipConfig, TowerConfig
 from dalle_jax.nn.attention import Block
+from dalle_jax.nn.module import apply_module
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
@@ -31,7 +32,7 @@ def _block(cfg: ClipConfig, tower: TowerConfig) -> Block:
 
 
 def init(cfg: ClipConfig, key: jax.Array) -> Params:
-    """Fresh float32 parameters: `vision`, `text` (their blocks stacked over layers) and `logit_scale`."""
+    """Initialize the parameters, float32: `vision`, `text` (blocks stacked over layers) and `logit_scale`."""
     names = ("patch", "class", "vision_pos", "vision_proj", "embed", "text_pos", "text_proj")
     *keys, k_vision, k_text = jax.random.split(key, len(names) + 2)
     k = dict(zip(names, keys, strict=True))
@@ -41,15 +42,15 @@ def init(cfg: ClipConfig, key: jax.Array) -> Params:
 
     def blocks(tower: TowerConfig, key: jax.Array) -> Params:
         x_BTD, mask_TT = jnp.zeros((1, 1, tower.dim)), jnp.ones((1, 1), bool)
-        one = partial(_block(cfg, tower).init, x_BTD=x_BTD, mask_TS=mask_TT)
-        return jax.vmap(lambda key: one(key)["params"])(jax.random.split(key, tower.layers))
+        init_block = partial(_block(cfg, tower).init, x_BTD=x_BTD, mask_TS=mask_TT)
+        return jax.vmap(lambda key: init_block(key)["params"])(jax.random.split(key, tower.layers))
 
     def norm(dim: int) -> Params:
         return {"scale": jnp.ones(dim), "bias": jnp.zeros(dim)}
 
     vision, text, std = cfg.vision, cfg.text, cfg.vision.dim**-0.5
-    colours = 3 * cfg.patch_size**2
-    patch = normal("patch", colours**-0.5, cfg.patch_size, cfg.patch_size, 3, vision.dim)
+    fan_in = 3 * cfg.patch_size**2
+    patch = normal("patch", fan_in**-0.5, cfg.patch_size, cfg.patch_size, 3, vision.dim)
     return {
         "vision": {
             "patch": {"kernel": patch},
@@ -75,57 +76,77 @@ def init(cfg: ClipConfig, key: jax.Array) -> Params:
 
 
 def preprocess(cfg: ClipConfig, images_BHWC: jax.Array) -> jax.Array:
-    """Pictures as the vision tower sees them: short side to `image_size` (bicubic, smoothed where it shrinks),
-    middle square, each channel by the mean and deviation of the training pictures.
+    """Resize the short side to `image_size` (bicubic with antialiasing), crop the center, normalize the channels.
 
-    images_BHWC: float in [0, 1], any size. Returns float32 (B, S, S, 3). Raises ValueError for another shape or
-    for integers.
+    Args:
+      images_BHWC: float in [0, 1], any size.
+
+    Returns:
+      float32 (B, S, S, 3).
+
+    Raises:
+      ValueError: another shape or integers.
     """
     if images_BHWC.ndim != 4 or images_BHWC.shape[-1] != 3:
-        raise ValueError(f"pictures have shape {images_BHWC.shape}, want (batch, height, width, 3)")
+        raise ValueError(f"Expected images of shape (batch, height, width, 3), got {images_BHWC.shape}.")
     if not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
-        raise ValueError(f"pictures are {images_BHWC.dtype}, want floats in [0, 1]; divide bytes by 255")
+        raise ValueError(f"Expected float images in [0, 1], got {images_BHWC.dtype}. Divide uint8 by 255.")
     x, size = images_BHWC.astype(jnp.float32), cfg.image_size
     batch, height, width = x.shape[:3]
     if (height, width) != (size, size):
         short = min(height, width)
-        tall, wide = height * size // short, width * size // short
-        x = jax.image.resize(x, (batch, tall, wide, 3), "cubic", antialias=True)
-        top, left = round((tall - size) / 2), round((wide - size) / 2)
+        new_height, new_width = height * size // short, width * size // short
+        x = jax.image.resize(x, (batch, new_height, new_width, 3), "cubic", antialias=True)
+        top, left = round((new_height - size) / 2), round((new_width - size) / 2)
         x = jnp.clip(x[:, top : top + size, left : left + size], 0.0, 1.0)
     mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (cfg.pixel_mean, cfg.pixel_std))
     return (x - mean) / std
 
 
 def encode_image(cfg: ClipConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
-    """A vector for each picture.
+    """Embed images.
 
-    images_BHWC: float in [0, 1], any size (`preprocess`). Returns float32 (B, E) of length 1.
+    Args:
+      images_BHWC: float in [0, 1], any size (`preprocess`).
+
+    Returns:
+      float32 (B, E), rows of length 1.
+
+    Raises:
+      ValueError: another shape or integers.
     """
     x, p, grid = preprocess(cfg, images_BHWC), cfg.patch_size, cfg.image_size // cfg.patch_size
     tower, batch = params["vision"], len(images_BHWC)
-    # A convolution whose windows do not overlap, as one product.
+    # A convolution with windows that do not overlap is one matrix product.
     x = x.reshape(batch, grid, p, grid, p, 3).swapaxes(2, 3).reshape(batch, grid * grid, p * p * 3)
     kernel = tower["patch"]["kernel"].reshape(p * p * 3, cfg.vision.dim)
     x_BND = jnp.einsum("bnc,cd->bnd", x.astype(cfg.dtype), kernel.astype(cfg.dtype))
-    first = jnp.broadcast_to(tower["class_embed"].astype(cfg.dtype), (batch, 1, cfg.vision.dim))
-    x_BTD = jnp.concatenate([first, x_BND], axis=1).astype(jnp.float32) + tower["pos"][None]
+    class_B1D = jnp.broadcast_to(tower["class_embed"].astype(cfg.dtype), (batch, 1, cfg.vision.dim))
+    x_BTD = jnp.concatenate([class_B1D, x_BND], axis=1).astype(jnp.float32) + tower["pos"][None]
     x_BTD = _norm(tower["norm_in"], constrain(x_BTD, "batch", None, "embed")).astype(cfg.dtype)
-    sees = np.ones((x_BTD.shape[1],) * 2, bool)
-    x_BTD = _run(cfg, cfg.vision, tower["blocks"], x_BTD, sees)
+    mask_TT = np.ones((x_BTD.shape[1],) * 2, bool)
+    x_BTD = _run(cfg, cfg.vision, tower["blocks"], x_BTD, mask_TT)
     return _project(tower, x_BTD[:, 0])
 
 
 def encode_text(cfg: ClipConfig, params: Params, text_BT: jax.Array) -> jax.Array:
-    """A vector for each caption.
+    """Embed captions.
 
-    text_BT: int32 (B, T) in [0, text_vocab): start token, pieces, end token, and after it anything. Returns
-    float32 (B, E) of length 1. Raises ValueError for another shape or dtype.
+    Args:
+      text_BT: int32 (B, T) in [0, text_vocab): start token, pieces, end token; ids after it have no effect.
+
+    Returns:
+      float32 (B, E), rows of length 1.
+
+    Raises:
+      ValueError: another shape or dtype.
     """
     if text_BT.ndim != 2 or text_BT.shape[1] != cfg.text_len:
-        raise ValueError(f"text has shape {text_BT.shape}, want (batch, {cfg.text_len}); pad or cut captions")
+        raise ValueError(
+            f"Expected text of shape (batch, {cfg.text_len}), got {text_BT.shape}. Pad or truncate captions."
+        )
     if not jnp.issubdtype(text_BT.dtype, jnp.integer):
-        raise ValueError(f"text is {text_BT.dtype}, want int32 ids")
+        raise ValueError(f"Expected int32 text ids, got {text_BT.dtype}.")
     tower = params["text"]
     x_BTD = tower["embed"][text_BT] + tower["pos"][None]
     x_BTD = constrain(x_BTD, "batch", None, "embed").astype(cfg.dtype)
@@ -135,24 +156,25 @@ def encode_text(cfg: ClipConfig, params: Params, text_BT: jax.Array) -> jax.Arra
     return _project(tower, x_BD)
 
 
-def _run(cfg: ClipConfig, tower: TowerConfig, blocks: Params, x_BTD: jax.Array, mask_TT) -> jax.Array:
-    block, mask_TT = _block(cfg, tower), jnp.asarray(mask_TT)
+def _run(
+    cfg: ClipConfig, tower: TowerConfig, blocks: Params, x_BTD: jax.Array, mask_TT: np.ndarray
+) -> jax.Array:
+    """Run the blocks of a tower."""
+    block, mask = _block(cfg, tower), jnp.asarray(mask_TT)
 
     def layer(x_BTD, layer_params):
-        return block.apply({"params": layer_params}, x_BTD, mask_TT)[0]
+        return apply_module(block, layer_params, x_BTD, mask)[0], None
 
-    if cfg.remat == "full":
-        layer = jax.checkpoint(layer)
-    unroll = min(cfg.scan_unroll, tower.layers)
-    return jax.lax.scan(lambda x, p: (layer(x, p), None), x_BTD, blocks, unroll=unroll)[0]
+    body = jax.checkpoint(layer) if cfg.remat == "full" else layer
+    return jax.lax.scan(body, x_BTD, blocks, unroll=min(cfg.scan_unroll, tower.layers))[0]
 
 
 def _norm(params: Params, x: jax.Array) -> jax.Array:
-    return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32).apply({"params": params}, x)
+    return apply_module(nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32), params, x)
 
 
 def _project(tower: Params, x_BD: jax.Array) -> jax.Array:
-    """The last norm, the projection and length 1, in float32."""
+    """Apply the final norm and the projection, and scale to length 1, in float32."""
     x_BD = _norm(tower["norm_out"], x_BD)
     x_BE = jnp.einsum("bd,de->be", x_BD, tower["proj"]["kernel"], precision="highest")
     return x_BE / jnp.sqrt(jnp.sum(jnp.square(x_BE), axis=-1, keepdims=True) + 1e-12)
@@ -162,39 +184,44 @@ def _project(tower: Params, x_BD: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _at_most(x: jax.Array, most: float) -> jax.Array:
-    """`min(x, most)`; above, the gradient passes only where descent brings `x` back down."""
-    return jnp.minimum(x, most)
+def _clip_above(x: jax.Array, maximum: float) -> jax.Array:
+    """Compute `min(x, maximum)`; above the maximum only gradients that decrease `x` pass."""
+    return jnp.minimum(x, maximum)
 
 
-def _at_most_fwd(x, most):
-    return jnp.minimum(x, most), x
+def _clip_above_fwd(x: jax.Array, maximum: float) -> tuple[jax.Array, jax.Array]:
+    return jnp.minimum(x, maximum), x
 
 
-def _at_most_bwd(most, x, grad):
-    return (jnp.where((x < most) | (grad > 0), grad, 0.0),)
+def _clip_above_bwd(maximum: float, x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where((x < maximum) | (grad > 0), grad, 0.0),)
 
 
-_at_most.defvjp(_at_most_fwd, _at_most_bwd)
+_clip_above.defvjp(_clip_above_fwd, _clip_above_bwd)
 
 
 def logit_scale(cfg: ClipConfig, params: Params) -> jax.Array:
-    """The learned factor of the cosines, float32 scalar in (0, cfg.logit_scale_max]."""
-    return jnp.exp(_at_most(params["logit_scale"], math.log(cfg.logit_scale_max)))
+    """Return the learned factor of the cosines, float32 scalar in (0, cfg.logit_scale_max]."""
+    return jnp.exp(_clip_above(params["logit_scale"], math.log(cfg.logit_scale_max)))
 
 
 def loss(
     cfg: ClipConfig, params: Params, images_BHWC: jax.Array, text_BT: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of finding the caption of each picture among those of the batch, and the picture of each
-    caption, in nats, the mean of both (2103.00020, figure 3). Two rows or more; without training it is log B.
+    """Compute the contrastive loss, in nats: the mean cross-entropy of the caption of each image among those of the
+    batch, and of the image of each caption (2103.00020, figure 3). For random embeddings it is about log B.
 
-    Under a mesh the other rows are those of all devices. Returns float32 scalar and metrics `scale`,
-    `image_to_text` and `text_to_image`, the shares of rows found first. Raises ValueError for rows that do
-    not match or that `cfg.grad_cache_chunks` does not divide.
+    Args:
+      images_BHWC: float in [0, 1], any size, B of at least 2; under a mesh the rows of all devices.
+      text_BT: int32 (B, T), the caption of each image.
+
+    Returns:
+      float32 scalar, and the metrics `scale`, and `image_to_text` and `text_to_image`, the top-1 accuracies.
+
+    Raises:
+      ValueError: different numbers of rows, or rows that `cfg.grad_cache_chunks` does not divide.
     """
-    if len(images_BHWC) != len(text_BT):
-        raise ValueError(f"{len(images_BHWC)} pictures and {len(text_BT)} captions; want one caption each")
+    _check_pairs(images_BHWC, text_BT)
     image_BE = _in_chunks(cfg, partial(encode_image, cfg, params), images_BHWC)
     text_BE = _in_chunks(cfg, partial(encode_text, cfg, params), text_BT)
     scale = logit_scale(cfg, params)
@@ -205,27 +232,38 @@ def loss(
 def contrastive_loss(
     scale: jax.Array, image_BE: jax.Array, text_BE: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`loss` of vectors of length 1, float32 (B, E), and the factor of their cosines."""
+    """Compute `loss` from embeddings of length 1, float32 (B, E), and the factor of their cosines."""
     cosine_BB = jnp.einsum("ae,be->ab", image_BE, text_BE, precision="highest")
     logits_BB = constrain(scale * cosine_BB, "batch", None)
-    right_B, rows_B = jnp.diagonal(logits_BB), jnp.arange(len(logits_BB))
+    target_B, rows_B = jnp.diagonal(logits_BB), jnp.arange(len(logits_BB))
     image_to_text, text_to_image = (
-        jnp.mean(jax.nn.logsumexp(logits_BB, axis=axis) - right_B) for axis in (1, 0)
+        jnp.mean(jax.nn.logsumexp(logits_BB, axis=axis) - target_B) for axis in (1, 0)
     )
-    found = [jnp.mean(jnp.argmax(logits_BB, axis=axis) == rows_B) for axis in (1, 0)]
-    metrics = dict(zip(("image_to_text", "text_to_image"), found, strict=True))
+    accuracies = [jnp.mean(jnp.argmax(logits_BB, axis=axis) == rows_B) for axis in (1, 0)]
+    metrics = dict(zip(("image_to_text", "text_to_image"), accuracies, strict=True))
     return (image_to_text + text_to_image) / 2, metrics
 
 
-def _in_chunks(cfg: ClipConfig, encode, x_B: jax.Array) -> jax.Array:
-    """`encode` over `cfg.grad_cache_chunks` parts of the rows, one by one, computed again in the backward pass: the memory of
-    one part, and the loss and gradient of all rows at once (Gao et al. 2021, 2101.06983)."""
+def _check_pairs(images_BHWC: jax.Array, text_BT: jax.Array) -> None:
+    if len(images_BHWC) != len(text_BT):
+        raise ValueError(
+            f"Expected one caption per image, got {len(images_BHWC)} images and {len(text_BT)} captions."
+        )
+
+
+def _in_chunks(cfg: ClipConfig, encode: Callable[[jax.Array], jax.Array], x_B: jax.Array) -> jax.Array:
+    """Encode `cfg.grad_cache_chunks` chunks of the rows one after the other and recompute them in the backward pass.
+
+    Memory is that of one chunk; loss and gradient are those of all rows (Gao et al. 2021, 2101.06983).
+    """
     n, rows = cfg.grad_cache_chunks, len(x_B)
     if n == 1:
         return encode(x_B)
     if rows % n:
-        raise ValueError(f"{rows} rows are not divisible by model.grad_cache_chunks {n}; change one of them")
-    # Part i has the rows i, i + n, ...: under a mesh each device finds its share among its own rows.
+        raise ValueError(
+            f"Expected a batch size divisible by model.grad_cache_chunks {n}, got {rows}. Change one of them."
+        )
+    # Chunk i has the rows i, i + n, ...: under a mesh each device takes its part of a chunk from its own rows.
     x_NB = x_B.reshape(rows // n, n, *x_B.shape[1:]).swapaxes(0, 1)
     x_NB = constrain(x_NB, None, "batch", *(None,) * (x_B.ndim - 1))
     y_NBE = jax.lax.map(jax.checkpoint(encode), x_NB)
@@ -236,33 +274,49 @@ def _in_chunks(cfg: ClipConfig, encode, x_B: jax.Array) -> jax.Array:
 
 
 def similarity(cfg: ClipConfig, params: Params, images_BHWC: jax.Array, text_BT: jax.Array) -> jax.Array:
-    """How well each picture fits its caption: the cosine of their vectors, float32 (B,) in [-1, 1].
+    """Compute the cosine similarity of each image and its caption.
 
-    images_BHWC: float in [0, 1], any size. text_BT: int32 (B, T), the caption of each picture.
+    Args:
+      images_BHWC: float in [0, 1], any size.
+      text_BT: int32 (B, T), the caption of each image.
+
+    Returns:
+      float32 (B,) in [-1, 1].
+
+    Raises:
+      ValueError: different numbers of rows, or other shapes or dtypes.
     """
-    if len(images_BHWC) != len(text_BT):
-        raise ValueError(f"{len(images_BHWC)} pictures and {len(text_BT)} captions; want one caption each")
+    _check_pairs(images_BHWC, text_BT)
     image_BE, text_BE = encode_image(cfg, params, images_BHWC), encode_text(cfg, params, text_BT)
     return jnp.einsum("be,be->b", image_BE, text_BE, precision="highest")
 
 
 def rerank(
-    cfg: ClipConfig, params: Params, images_CNHWC: jax.Array, text_CT: jax.Array, keep: int
+    cfg: ClipConfig, params: Params, images_CNHWC: jax.Array, text_CT: jax.Array, top: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The `keep` pictures of each caption that fit it best, best first (2102.12092, 2.6).
+    """Select the `top` images of each caption by cosine similarity, best first (2102.12092, 2.6).
 
-    images_CNHWC: float in [0, 1], N candidates for each caption. text_CT: int32 (C, T). Returns int32 (C, K)
-    indices of candidates and float32 (C, K) their scores; of equal ones the first. Raises ValueError unless
-    1 <= keep <= N.
+    Args:
+      images_CNHWC: float in [0, 1], N candidates per caption, any size.
+      text_CT: int32 (C, T).
+      top: K, in [1, N].
+
+    Returns:
+      int32 (C, K), indices of candidates (the first of equal ones), and float32 (C, K), their similarities.
+
+    Raises:
+      ValueError: `top` out of range, or other shapes or dtypes.
     """
     captions, candidates = images_CNHWC.shape[:2]
     if captions != len(text_CT):
-        raise ValueError(f"pictures for {captions} captions and {len(text_CT)} captions; want one set each")
-    if not 1 <= keep <= candidates:
-        raise ValueError(f"keep is {keep}; want 1 to {candidates}, the candidates of a caption")
+        raise ValueError(
+            f"Expected one set of images per caption, got {captions} sets and {len(text_CT)} captions."
+        )
+    if not 1 <= top <= candidates:
+        raise ValueError(f"Expected top in [1, {candidates}], the candidates of a caption, got {top}.")
     image_BE = encode_image(cfg, params, images_CNHWC.reshape(-1, *images_CNHWC.shape[2:]))
     image_CNE = image_BE.reshape(captions, candidates, -1)
     text_CE = encode_text(cfg, params, text_CT)
     score_CN = jnp.einsum("cne,ce->cn", image_CNE, text_CE, precision="highest")
-    best, which = jax.lax.top_k(score_CN, keep)
-    return which.astype(jnp.int32), best
+    score_CK, index_CK = jax.lax.top_k(score_CN, top)
+    return index_CK.astype(jnp.int32), score_CK

@@ -298,18 +298,18 @@ def test_rerank_is_the_order_of_scores(params):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda p, i, t: clip.encode_image(CFG, p, i[0]), r"pictures have shape \(8, 8, 3\), want \(batch"),
-        (lambda p, i, t: clip.encode_image(CFG, p, (255 * i).astype(np.uint8)), "uint8, want floats in"),
-        (lambda p, i, t: clip.encode_text(CFG, p, t[:, :4]), r"text has shape \(8, 4\), want \(batch, 5\)"),
-        (lambda p, i, t: clip.encode_text(CFG, p, t * 1.0), "text is float.*, want int32 ids"),
-        (lambda p, i, t: clip.loss(CFG, p, i[:3], t), "3 pictures and 8 captions; want one caption each"),
-        (lambda p, i, t: clip.similarity(CFG, p, i, t[:3]), "8 pictures and 3 captions"),
+        (lambda p, i, t: clip.encode_image(CFG, p, i[0]), r"images of shape .*, got \(8, 8, 3\)"),
+        (lambda p, i, t: clip.encode_image(CFG, p, (255 * i).astype(np.uint8)), "float images in .* got uint8"),
+        (lambda p, i, t: clip.encode_text(CFG, p, t[:, :4]), r"text of shape \(batch, 5\), got \(8, 4\)"),
+        (lambda p, i, t: clip.encode_text(CFG, p, t * 1.0), "int32 text ids, got float"),
+        (lambda p, i, t: clip.loss(CFG, p, i[:3], t), "one caption per image, got 3 images and 8 captions"),
+        (lambda p, i, t: clip.similarity(CFG, p, i, t[:3]), "got 8 images and 3 captions"),
         (
             lambda p, i, t: clip.loss(ClipConfig(**{**vars(CFG), "grad_cache_chunks": 3}), p, i, t),
-            "8 rows are not divisible by model.grad_cache_chunks 3",
+            "divisible by model.grad_cache_chunks 3, got 8",
         ),
-        (lambda p, i, t: clip.rerank(CFG, p, i[None], t[:1], 9), "keep is 9; want 1 to 8"),
-        (lambda p, i, t: clip.rerank(CFG, p, i[None], t[:2], 1), "pictures for 1 captions and 2 captions"),
+        (lambda p, i, t: clip.rerank(CFG, p, i[None], t[:1], 9), r"top in \[1, 8\].* got 9"),
+        (lambda p, i, t: clip.rerank(CFG, p, i[None], t[:2], 1), "got 1 sets and 2 captions"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(params, call, match):

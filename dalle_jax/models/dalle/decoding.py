@@ -96,7 +96,7 @@ def prefill(
     if use_cfg:
         null_XTD, null_mask_XT = embed_null_text(cfg, params, text_mask_XT)
         x_XTD = jnp.concatenate([x_XTD, null_XTD])
-        if text_mask_XT is not None:
+        if text_mask_XT is not None and null_mask_XT is not None:
             text_mask_XT = jnp.concatenate([text_mask_XT, null_mask_XT])
         codes_BP = jnp.concatenate([codes_BP, codes_BP])
         groups.append(slice(captions, None))
