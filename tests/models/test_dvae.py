@@ -16,8 +16,8 @@ import pytest
 
 from dalle_jax.config import DVAEConfig, Schedule
 from dalle_jax.models import dvae, tokenizer_losses
+from dalle_jax.models.tokenizer_losses import schedule_value
 from dalle_jax.parallel.sharding import path_name
-from dalle_jax.train.tasks.tokenizer import schedule_value
 
 # Bottlenecks 4 and 8: at and above the width at which `Conv` gathers its inputs first.
 TINY = DVAEConfig(image_size=6, groups=2, blocks=2, width=16, decoder_width=5, vocab=11)
@@ -211,7 +211,7 @@ def test_each_window_sends_its_gradient_to_one_place():
     x = np.random.default_rng(5).normal(size=(1, 4, 4, 2)).astype(np.float32)
     x[0, :2, :2] = 0.5  # all equal
     weights = np.random.default_rng(6).normal(size=(1, 2, 2, 2)).astype(np.float32)
-    got = np.asarray(jax.grad(lambda x: (dvae._halve(x) * weights).sum())(x))
+    got = np.asarray(jax.grad(lambda x: (dvae._max_pool(x) * weights).sum())(x))
     for i in range(2):
         for j in range(2):
             for c in range(2):
