@@ -1,9 +1,9 @@
-"""What a compiled program does, read from its text: collectives by kind and bytes, and the compiler's cycles.
+"""Costs of a compiled program, read from its optimized HLO: collectives with their bytes, and the compiler's cycles.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here every computation counts as often as it runs: a
-loop by the constant that its condition compares with, a branch by the dearest of its arms. A collective that runs
-beside products (on v5e) stands in the fusion that begins it, in those that it runs beside, and in the one that ends
-it, each time with the same channel; it counts once.
+XLA's own `cost_analysis` counts the body of a loop once. Here every computation counts as often as it runs: a while loop
+by its trip count, a conditional by its most expensive branch. A collective that overlaps matrix products (on v5e) appears
+in the fusion that starts it, in the fusions that it overlaps and in the one that ends it, each time with the same channel
+id; it counts once.
 """
 
 from __future__ import annotations
@@ -12,84 +12,108 @@ import math
 import re
 from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "send",
+)
 _BYTES = {"pred": 1, "bf16": 2, "token": 0}
-_SHAPE = re.compile(r"\b(pred|bf16|token|[sufc]\d+\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|token|[sufc](\d+)\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_NAME = re.compile(r"\s+(?:ROOT )?%?([\w-]+)")  # of an instruction, without its number
+_BASE_NAME = re.compile(r"\s+(?:ROOT )?%?([\w-]+)")  # of an instruction, without its number
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|async_execution_thread_calls)=%?([\w.-]+)")
 
 
 class Costs(NamedTuple):
-    """Of one run of a program on one device. cycles: the compiler's estimate, collectives not in it.
+    """Costs of one run of a program on one device.
 
-    collectives: kind -> (runs, bytes of the results); kernels: name -> runs of kernels that have no estimate.
+    Attributes:
+      cycles: Estimate of the compiler, without collectives.
+      collectives: Kind -> (number of runs, bytes of the results).
+      custom_kernels: Name -> runs of kernels for which the compiler has no estimate.
     """
 
     cycles: float
     collectives: dict[str, tuple[int, int]]
-    kernels: dict[str, int]
-
-
-def shape_bytes(text: str) -> int:
-    """Bytes of all arrays whose types stand in `text`, without padding."""
-    total = 0
-    for kind, sizes in _SHAPE.findall(text):
-        width = _BYTES.get(kind)
-        if width is None:
-            width = int(re.search(r"\d+", kind)[0]) / 8
-        total += width * math.prod(int(n) for n in sizes.split(",") if n)
-    return int(total)
+    custom_kernels: dict[str, int]
 
 
 class Instruction(NamedTuple):
-    """One line of a computation. kind: its type; rest: what follows the opcode, operands first; line: all of it."""
+    """One HLO instruction.
 
-    op: str
-    kind: str
+    Attributes:
+      opcode: For example "fusion".
+      shape: Type of the result, with its layout.
+      line: The whole line.
+      name: Name without the "%".
+      arguments: Text after the opcode: operands in parentheses, then attributes.
+      is_root: Whether it is the result of its computation.
+    """
+
+    opcode: str
+    shape: str
     line: str
     name: str
-    rest: str
-    root: bool
+    arguments: str
+    is_root: bool
 
     @property
     def operands(self) -> list[str]:
         """Names of the operands, in order."""
-        return _OPERAND.findall(self.rest[: _after_type(self.rest)])
+        return _OPERAND.findall(self.arguments[: _type_end(self.arguments)])
 
     @property
     def called(self) -> str | None:
-        """The computation that a fusion or a call runs."""
-        found = _CALLED.search(self.line)
-        return found[1] if found else None
+        """Name of the computation that a fusion or a call runs."""
+        match = _CALLED.search(self.line)
+        return match[1] if match else None
 
 
 Computations = dict[str, list[Instruction]]
 
 
-def computations(text: str) -> tuple[str, Computations]:
-    """Name of the entry, and the instructions of each computation."""
-    entry, name, found = "", "", {}
+def shape_bytes(text: str) -> int:
+    """Return the bytes of all arrays whose types stand in `text`, without padding."""
+    total = 0.0
+    for dtype, bits, sizes in _ARRAY.findall(text):
+        width = int(bits) / 8 if bits else _BYTES[dtype]
+        total += width * math.prod(int(n) for n in sizes.split(",") if n)
+    return int(total)
+
+
+def parse_computations(text: str) -> tuple[str, Computations]:
+    """Parse optimized HLO.
+
+    Returns:
+      The name of the entry computation, and the instructions of each computation.
+    """
+    entry, name = "", ""
+    computations: Computations = {}
     for line in text.splitlines():
         if line and not line[0].isspace():
             if head := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
                 name = head[2]
-                found[name] = []
+                computations[name] = []
                 entry = name if head[1] else entry
-        elif name and (one := _INSTRUCTION.match(line)):
-            rest = one[3]
-            start = _after_type(rest)
-            if op := re.match(r"\s*([a-z][\w-]*)\(", rest[start:]):
-                rest, kind = rest[start + op.end() - 1 :], rest[:start]
-                found[name].append(Instruction(op[1], kind, line, one[2], rest, bool(one[1])))
-    return entry, found
+        elif name and (match := _INSTRUCTION.match(line)):
+            rest = match[3]
+            start = _type_end(rest)
+            if opcode := re.match(r"\s*([a-z][\w-]*)\(", rest[start:]):
+                shape, arguments = rest[:start], rest[start + opcode.end() - 1 :]
+                computations[name].append(
+                    Instruction(opcode[1], shape, line, match[2], arguments, bool(match[1]))
+                )
+    return entry, computations
 
 
-def _after_type(text: str) -> int:
-    """Where the type at the start of an instruction ends: a tuple in its brackets, or one word."""
+def _type_end(text: str) -> int:
+    """Return where the type at the start of `text` ends: a tuple in parentheses, or one word."""
     if not text.startswith("("):
         space = text.find(" ")
         return len(text) if space < 0 else space
@@ -101,100 +125,122 @@ def _after_type(text: str) -> int:
     return len(text)
 
 
-def trip_count(loop: Instruction, found: Computations) -> int | None:
-    """Runs of a loop: what the compiler says, else, as it counts from 0, the constant in its condition; None where
-    there is none."""
+def trip_count(loop: Instruction, computations: Computations) -> int | None:
+    """Return the iterations of a while loop.
+
+    That is the trip count of the compiler, or the constant in the condition of a loop that counts from 0, or None if
+    there is neither.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
         return int(known[1])
-    condition = found[called_computation(loop, "condition")]
-    numbers = [re.search(r" constant\((\d+)\)", one.line) for one in condition if one.op == "constant"]
-    return max((int(n[1]) for n in numbers if n), default=None)
+    condition = computations[called_computation(loop, "condition")]
+    constants = [re.search(r" constant\((\d+)\)", i.line) for i in condition if i.opcode == "constant"]
+    return max((int(match[1]) for match in constants if match), default=None)
 
 
-def called_computation(one: Instruction, name: str) -> str:
-    """The computation that a loop has as its `body` or `condition`."""
-    return re.search(rf"{name}=%?([\w.-]+)", one.line)[1]
+def called_computation(loop: Instruction, attribute: str) -> str:
+    """Return the computation that a while loop has as its `body` or `condition`."""
+    match = re.search(rf"{attribute}=%?([\w.-]+)", loop.line)
+    if match is None:
+        raise ValueError(f"Expected a while loop with a {attribute}, got {loop.line!r}.")
+    return match[1]
 
 
-def branches(one: Instruction) -> list[str]:
-    """The computations of which a conditional runs one."""
-    listed = re.search(r"branch_computations=\{([^}]*)\}", one.line)
-    if listed:
-        return [name.strip().lstrip("%") for name in listed[1].split(",")]
-    return re.findall(r"(?:true|false)_computation=%?([\w.-]+)", one.line)
+def branches(conditional: Instruction) -> list[str]:
+    """Return the computations of which a conditional runs one."""
+    match = re.search(r"branch_computations=\{([^}]*)\}", conditional.line)
+    if match:
+        return [name.strip().lstrip("%") for name in match[1].split(",")]
+    return re.findall(r"(?:true|false)_computation=%?([\w.-]+)", conditional.line)
 
 
-def costs(text: str) -> Costs:
-    """Costs of the program whose optimized HLO is `text` (`compiled.as_text()`)."""
-    entry, found = computations(text)
-    done: dict[str, Costs] = {}
-
-    def of(name: str) -> Costs:
-        if name in done:
-            return done[name]
-        cycles, kernels, sums, under_way = 0.0, {}, {}, set()
-
-        def begun(called: str) -> dict[str, tuple[int, int]]:
-            """The collectives of a fusion but for those that another fusion here has begun."""
-            new: dict[str, tuple[int, int]] = {}
-            for op, kind, line, *_ in found.get(called, ()):
-                channel, base = _CHANNEL.search(line), op.removesuffix("-start")
-                if base not in KINDS or (channel and channel[1] in under_way):
-                    continue
-                runs, size = new.get(base, (0, 0))
-                new[base] = (runs + 1, size + result_bytes(op, kind))
-                if channel:
-                    under_way.add(channel[1])
-            return new
-
-        def add(other: Costs, times: int = 1, count_cycles: bool = True) -> None:
-            nonlocal cycles
-            cycles += times * other.cycles * count_cycles
-            for kernel, runs in other.kernels.items():
-                kernels[kernel] = kernels.get(kernel, 0) + times * runs
-            for kind, (runs, size) in other.collectives.items():
-                before = sums.get(kind, (0, 0))
-                sums[kind] = (before[0] + times * runs, before[1] + times * size)
-
-        for one in found.get(name, ()):
-            op, kind, line, *_ = one
-            own = _CYCLES.search(line)
-            cycles += int(own[1]) if own else 0
-            base = op.removesuffix("-start")
-            if base in KINDS:
-                add(Costs(0, {base: (1, result_bytes(op, kind))}, {}))
-            elif op == "custom-call" and 'custom_call_target="tpu_custom_call"' in line:
-                add(Costs(0, {}, {_NAME.match(line)[1]: 1}))
-            if op == "while":
-                add(of(called_computation(one, "body")), trip_count(one, found) or 1)
-            elif op == "conditional":
-                add(max((of(arm) for arm in branches(one)), key=lambda c: c.cycles))
-            elif op in ("call", "fusion", "async-start") and (called := one.called):
-                # What a fusion takes stands on itself; a collective fused with products stands inside.
-                inside = of(called)
-                if op == "fusion" and inside.collectives:
-                    inside = inside._replace(collectives=begun(called))
-                add(inside, count_cycles=op != "fusion" or not own)
-        done[name] = Costs(cycles, sums, kernels)
-        return done[name]
-
-    return of(entry)
+def result_bytes(collective: Instruction) -> int:
+    """Return the bytes of a collective's result; asynchronous forms list their operands before it."""
+    opcode, shape = collective.opcode, collective.shape
+    if opcode.endswith("-start") and opcode != "all-reduce-start" and shape.startswith("("):
+        return shape_bytes(_tuple_elements(shape)[1])
+    return shape_bytes(shape)
 
 
-def result_bytes(op: str, kind: str) -> int:
-    """Bytes of a collective's result; the asynchronous forms list their operands before it."""
-    if op.endswith("-start") and op != "all-reduce-start" and kind.startswith("("):
-        return shape_bytes(_parts(kind)[1])
-    return shape_bytes(kind)
-
-
-def _parts(kind: str) -> list[str]:
-    """The types of a tuple's elements, tuples among them."""
-    parts, depth = [""], 0
-    for letter in kind[1:-1]:
+def _tuple_elements(shape: str) -> list[str]:
+    elements, depth = [""], 0
+    for letter in shape[1:-1]:
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and depth == 0:
-            parts.append("")
+            elements.append("")
         else:
-            parts[-1] += letter
-    return parts
+            elements[-1] += letter
+    return elements
+
+
+def program_costs(text: str) -> Costs:
+    """Return the costs of the program whose optimized HLO is `text` (`compiled.as_text()`)."""
+    entry, computations = parse_computations(text)
+    cache: dict[str, Costs] = {}
+
+    def costs_of(name: str) -> Costs:
+        if name not in cache:
+            cache[name] = _computation_costs(computations, name, costs_of)
+        return cache[name]
+
+    return costs_of(entry)
+
+
+def _computation_costs(computations: Computations, name: str, costs_of) -> Costs:
+    total = _CostSum()
+    started: set[str] = set()  # channels of collectives that a fusion of this computation has started
+    for instruction in computations.get(name, ()):
+        opcode, line = instruction.opcode, instruction.line
+        cycles = _CYCLES.search(line)
+        total.cycles += int(cycles[1]) if cycles else 0
+        kind = opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            total.add(Costs(0, {kind: (1, result_bytes(instruction))}, {}))
+        elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in line:
+            base_name = _BASE_NAME.match(line)
+            total.add(Costs(0, {}, {base_name[1] if base_name else instruction.name: 1}))
+        if opcode == "while":
+            body = costs_of(called_computation(instruction, "body"))
+            total.add(body, trip_count(instruction, computations) or 1)
+        elif opcode == "conditional":
+            total.add(max((costs_of(branch) for branch in branches(instruction)), key=lambda c: c.cycles))
+        elif opcode in ("call", "fusion", "async-start") and (called := instruction.called):
+            inner = costs_of(called)
+            if opcode == "fusion":
+                # A fusion carries its own cycles; its collectives are instructions of its computation.
+                collectives = _new_collectives(computations.get(called, ()), started) if inner.collectives else {}
+                inner = inner._replace(cycles=0 if cycles else inner.cycles, collectives=collectives)
+            total.add(inner)
+    return Costs(total.cycles, total.collectives, total.custom_kernels)
+
+
+def _new_collectives(fused, started: set[str]) -> dict[str, tuple[int, int]]:
+    """Return the collectives of a fusion whose channel is not in `started`, and add their channels to it."""
+    new: dict[str, tuple[int, int]] = {}
+    for instruction in fused:
+        channel = _CHANNEL.search(instruction.line)
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES or (channel and channel[1] in started):
+            continue
+        runs, size = new.get(kind, (0, 0))
+        new[kind] = (runs + 1, size + result_bytes(instruction))
+        if channel:
+            started.add(channel[1])
+    return new
+
+
+class _CostSum:
+    """Running sum of costs."""
+
+    def __init__(self):
+        self.cycles = 0.0
+        self.collectives: dict[str, tuple[int, int]] = {}
+        self.custom_kernels: dict[str, int] = {}
+
+    def add(self, costs: Costs, times: int = 1) -> None:
+        self.cycles += times * costs.cycles
+        for name, runs in costs.custom_kernels.items():
+            self.custom_kernels[name] = self.custom_kernels.get(name, 0) + times * runs
+        for kind, (runs, size) in costs.collectives.items():
+            old_runs, old_size = self.collectives.get(kind, (0, 0))
+            self.collectives[kind] = (old_runs + times * runs, old_size + times * size)

@@ -1,9 +1,9 @@
-"""What a compiled program takes of devices that are not here: memory, collectives, and an estimate of its time.
+"""Report on a compiled program: memory, collectives and an estimate of its time.
 
-Seconds and mfu are estimates. Low: the compiler's cycles at the chip's clock, attention kernels at a
-quarter of its peak, and after them all collectives at the published rates of the links. High: the collectives
-cost nothing. They serve to compare layouts; only a run on the hardware says what it does. For GPUs, whose compiler
-gives no cycles: roofline.py.
+Seconds and MFU are estimates. The low MFU adds the compiler's cycles at the clock of the chip, attention kernels at a
+quarter of peak, and all collectives at the published bandwidth of the links, without overlap. The high MFU leaves out the
+collectives. The estimates serve to compare layouts; only a run on the hardware gives the speed. For GPUs, whose compiler
+gives no cycles, roofline.py gives a bound instead.
 """
 
 from __future__ import annotations
@@ -13,226 +13,265 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 from jax.sharding import Mesh
 
 from dalle_jax.aot import hlo, roofline
-from dalle_jax.aot.gpu_targets import GPUS, Gpu, gpu_devices, is_gpu, memory_fraction, parse_gpus
-from dalle_jax.aot.tpu_targets import CHIPS, DCN, Chip, parse_topology, tpu_devices
+from dalle_jax.aot.targets import GIB, Target
+from dalle_jax.aot.tpu_targets import DCN_BANDWIDTH
 from dalle_jax.train.compiler_options import compiler_option_error
 
-GIB = 2**30
-KERNEL_SHARE = (
-    1 / 4
-)  # of its peak that a chip is taken to reach in attention kernels: the compiler does not say
-
-CompileReport = dict[str, Any]
+# Fraction of peak that attention kernels are assumed to reach: the compiler has no estimate for them.
+_KERNEL_PEAK_FRACTION = 1 / 4
 
 
-class Target(NamedTuple):
-    """Devices to compile for. chip, gpu: what is published about one, or None; hbm: its GiB of memory that a program
-    may have, or None; share: which part of all that is, where jax does not take all."""
+class CollectiveReport(TypedDict):
+    """Collectives of one kind: runs for each run of the program, and GiB of their results on one device."""
 
-    name: str
-    slices: int
-    devices: list[jax.Device]
-    chip: Chip | None
-    hbm: float | None
-    gpu: Gpu | None = None
-    share: float | None = None
-
-    def about(self) -> CompileReport:
-        """What every report begins with."""
-        return {
-            "target": self.name,
-            "slices": self.slices,
-            "devices": len(self.devices),
-            "device_kind": self.devices[0].device_kind,
-            "hbm_gib_per_device": self.hbm,
-            "hbm_share": self.share,
-        }
+    runs: int
+    gib: float
 
 
-def parse_target(name: str, slices: int = 1) -> Target:
-    """The devices of a topology or the GPUs of a host, or with `local` those that are here.
+class CompileReport(TypedDict):
+    """Report on a compiled program.
 
-    Memory is that of the chip's data sheet, of a GPU the share of it that jax takes, else what the device says; None
-    for a CPU. Raises ValueError for what does not exist, ModuleNotFoundError where the compiler is not installed.
+    Attributes:
+      target: Name of the target.
+      num_slices: TPU slices.
+      num_devices: Devices of all slices.
+      device_kind: Kind of the devices.
+      program: What the program does.
+      mesh: Axis -> size.
+      batch_size: Rows of the batch.
+      parameters: Number of parameters.
+      compiler_options: Options that the program was compiled with.
+      fits: Whether it fits into memory; None if the memory of the device is unknown.
+      peak_gib_per_device: Memory that it needs; None if the compiler ran out of memory and did not say.
+      hbm_gib_per_device: Memory that it may use; None if unknown.
+      hbm_fraction: Fraction of the memory of a GPU that jax allocates; None elsewhere.
+      memory_gib: Memory by class.
+      collectives: Collectives by kind.
+      compile_seconds: Time of the compilation.
+      model_flops: Model FLOPs of all devices.
+      step_seconds: Estimates `compute` and `compute_and_communication`; None without an estimate.
+      estimated_mfu: MFU with collectives; None without an estimate.
+      estimated_mfu_high: MFU without collectives; None without an estimate.
+      roofline_seconds: Lower bounds of a GPU program (`roofline.roofline_seconds`); None elsewhere.
+      decode_loop: Decode loop of a sampler on a GPU (`roofline.decode_loop_report`); None elsewhere.
     """
-    if is_gpu(name):
-        gpu, share = parse_gpus(name)[0], memory_fraction()
-        return Target(name, slices, gpu_devices(name, slices), None, gpu.memory * share, gpu, share)
-    if name != "local":
-        devices, chip = tpu_devices(name, slices), CHIPS[parse_topology(name)[0]]
-        return Target(name, slices, devices, chip, chip.hbm)
-    if slices != 1:
-        raise ValueError(f"--slices {slices} is for a TPU topology; local devices are what they are")
-    devices = jax.devices()
-    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
-    limit = stats["bytes_limit"] / GIB if stats and "bytes_limit" in stats else None
-    gpu = next((gpu for gpu in GPUS.values() if gpu.kind == devices[0].device_kind), None)
-    return Target(name, slices, devices, None, limit, gpu)
+
+    target: str
+    num_slices: int
+    num_devices: int
+    device_kind: str
+    program: str
+    mesh: dict[str, int]
+    batch_size: int
+    parameters: int
+    compiler_options: dict[str, str]
+    fits: bool | None
+    peak_gib_per_device: float | None
+    hbm_gib_per_device: float | None
+    hbm_fraction: float | None
+    memory_gib: dict[str, float]
+    collectives: dict[str, CollectiveReport]
+    compile_seconds: float
+    model_flops: float
+    step_seconds: dict[str, float] | None
+    estimated_mfu: float | None
+    estimated_mfu_high: float | None
+    roofline_seconds: dict[str, float] | None
+    decode_loop: roofline.DecodeLoopReport | None
 
 
-def one_device(name: str, asked: str, slices: int = 1) -> Target:
-    """A target of a single device, of those that are here the first, for the flag `asked`. Raises what `parse_target`
-    does, and ValueError for more devices."""
-    if is_gpu(name):
-        chips, ones = parse_gpus(name)[1], name.partition(":")[0]
-    else:
-        chips = 1 if name == "local" else slices * math.prod(parse_topology(name)[1])
-        ones = "v5e:1x1, v6e:1x1, v4:1x1x1 or v5p:1x1x1"
-    if chips != 1:
-        raise ValueError(f"{asked} compiles for one chip and {name} has {chips}; want {ones}")
-    where = parse_target(name, slices)
-    return where._replace(devices=where.devices[:1])
+class Program(NamedTuple):
+    """A program to compile and report on.
+
+    Attributes:
+      lower: Lowers it; returns a `jax.stages.Lowered`.
+      description: What it does.
+      mesh: Devices that it runs on.
+      batch_size: Rows of the batch.
+      parameters: Number of parameters.
+      model_flops: Model FLOPs of all devices.
+      memory_gib: GiB per device of its arguments, by class.
+      resident_gib: GiB on a device before it runs, if that is more than its arguments.
+      compiler_options: Options that it is compiled with.
+    """
+
+    lower: Callable[[], Any]
+    description: str
+    mesh: Mesh
+    batch_size: int
+    parameters: int
+    model_flops: float
+    memory_gib: dict[str, float]
+    resident_gib: float | None = None
+    compiler_options: dict[str, str] = {}  # noqa: RUF012  # never changed
 
 
-def measure(
-    lower: Callable[[], Any],
-    mesh: Mesh,
+def compile_program(
+    program: Program,
     target: Target,
-    known: dict[str, float],
-    keep: str | None = None,
-    held: float | None = None,
-) -> tuple[CompileReport, hlo.Costs | None, str]:
-    """Compiles what `lower` lowers, and tells its memory, collectives and the time of compiling.
+    hlo_path: str | None = None,
+    kernel_flops: Callable[[dict[str, int]], float | None] = lambda kernels: None if kernels else 0.0,
+) -> tuple[CompileReport, str]:
+    """Compile a program and report on it.
 
-    known: GiB per device of what the program is given, by class. keep: file for the text of the compiled program. held:
-    GiB that lie on a device before the program runs, where that is not what it is given.
-    Returns the fields `fits` (None where the memory of the device is not known), `peak_gib_per_device` (where it
-    does not fit, what the compiler says it needs), `memory_gib`, `collectives` (kind -> runs and GiB) and
-    `compile_seconds`; what the program costs and its text, None and empty where the compiler gave up for want of
-    memory. Raises ValueError for an option that the compiler does not have.
+    Args:
+      program: The program.
+      target: Its devices.
+      hlo_path: File for the optimized HLO; None writes none.
+      kernel_flops: From the runs of custom kernels by name to their FLOPs on one device; None if unknown.
+
+    Returns:
+      The report, without the decode loop, and the optimized HLO, which is empty if the compiler ran out of memory.
+
+    Raises:
+      ValueError: For an unknown or invalid compiler option.
     """
-    begin = time.monotonic()
-    try:
-        with jax.set_mesh(mesh):
-            program = lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if (refused := compiler_option_error(error)) is not None:
-            raise ValueError(refused) from None
-        if not out_of_memory(str(error)):
-            raise
-        return (
-            {
-                "fits": False,
-                "peak_gib_per_device": needed_gib(str(error)),
-                "memory_gib": known,
-                "collectives": {},
-                "compile_seconds": round(time.monotonic() - begin, 1),
-            },
-            None,
-            "",
-        )
-    seconds, stats = time.monotonic() - begin, program.memory_analysis()
-    code, temporary = stats.generated_code_size_in_bytes, stats.temp_size_in_bytes
-    arguments = stats.argument_size_in_bytes - stats.alias_size_in_bytes if held is None else held * GIB
-    peak = (arguments + stats.output_size_in_bytes + temporary + code) / GIB
-    memory = {**known, "temporaries": temporary / GIB, "program": code / GIB}
-    memory["batch_and_padding"] = max(0.0, peak - sum(memory.values()))
-    text = program.as_text()
-    if keep is not None:
-        Path(keep).write_text(text, encoding="utf-8")
-    costs = hlo.costs(text)
-    return (
-        {
-            "fits": None if target.hbm is None else peak <= target.hbm,
-            "peak_gib_per_device": peak,
-            "memory_gib": memory,
-            "collectives": {
-                k: {"runs": n, "gib": b / GIB} for k, (n, b) in sorted(costs.collectives.items())
-            },
-            "compile_seconds": round(seconds, 1),
-        },
-        costs,
-        text,
-    )
-
-
-def estimate(
-    costs: hlo.Costs | None, text: str, target: Target, model_flops: float, kernel_flops: float | None
-) -> CompileReport:
-    """`step_seconds` and `estimated_mfu` (low), `estimated_mfu_high`, and `roofline_seconds` on a GPU; None where nothing
-    can be said.
-
-    kernel_flops: operations per device inside of attention kernels, None where they are not known.
-    """
-    chip, count = target.chip, len(target.devices)
-    nothing = {
+    report: CompileReport = {
+        "target": target.name,
+        "num_slices": target.num_slices,
+        "num_devices": len(target.devices),
+        "device_kind": target.devices[0].device_kind,
+        "program": program.description,
+        "mesh": {str(axis): size for axis, size in program.mesh.shape.items()},
+        "batch_size": program.batch_size,
+        "parameters": program.parameters,
+        "compiler_options": program.compiler_options,
+        "fits": False,
+        "peak_gib_per_device": None,
+        "hbm_gib_per_device": target.hbm_gib,
+        "hbm_fraction": target.hbm_fraction,
+        "memory_gib": program.memory_gib,
+        "collectives": {},
+        "compile_seconds": 0.0,
+        "model_flops": program.model_flops,
         "step_seconds": None,
         "estimated_mfu": None,
         "estimated_mfu_high": None,
         "roofline_seconds": None,
+        "decode_loop": None,
     }
-    if target.gpu is not None and costs is not None:
-        least = roofline.roofline_seconds(text, target.gpu, count, model_flops)
-        return nothing | {"roofline_seconds": least}
-    if costs is None or chip is None or not costs.cycles or kernel_flops is None:
-        return nothing
-    sent = {kind: size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in costs.collectives.items()}
-    between = sent.pop("send", 0) / DCN
-    busy = costs.cycles / chip.clock + kernel_flops / (KERNEL_SHARE * chip.flops)
-    low_seconds = busy + sum(sent.values()) / chip.ici + between
-    at_peak = model_flops / (chip.flops * count)
-    return nothing | {
-        "step_seconds": {"compute": busy, "compute_and_communication": low_seconds},
-        "estimated_mfu": at_peak / low_seconds,
-        "estimated_mfu_high": at_peak / busy,
+    begin = time.monotonic()
+    try:
+        with jax.set_mesh(program.mesh):
+            compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (message := compiler_option_error(error)) is not None:
+            raise ValueError(message) from None
+        if not _is_out_of_memory(str(error)):
+            raise
+        report["peak_gib_per_device"] = required_gib(str(error))
+        report["compile_seconds"] = round(time.monotonic() - begin, 1)
+        return report, ""
+    report["compile_seconds"] = round(time.monotonic() - begin, 1)
+    _add_memory(report, program, compiled.memory_analysis())
+    text = compiled.as_text()
+    if hlo_path is not None:
+        Path(hlo_path).write_text(text, encoding="utf-8")
+    costs = hlo.program_costs(text)
+    report["collectives"] = {
+        kind: {"runs": runs, "gib": size / GIB} for kind, (runs, size) in sorted(costs.collectives.items())
     }
+    if target.gpu is not None:
+        report["roofline_seconds"] = roofline.roofline_seconds(
+            text, target.gpu, len(target.devices), program.model_flops
+        )
+    else:
+        _add_estimate(report, target, costs, kernel_flops(costs.custom_kernels))
+    return report, text
+
+
+def _add_memory(report: CompileReport, program: Program, stats: Any) -> None:
+    """Set the memory fields from the compiler's memory analysis."""
+    temporaries, code = stats.temp_size_in_bytes / GIB, stats.generated_code_size_in_bytes / GIB
+    resident = program.resident_gib
+    if resident is None:
+        resident = (stats.argument_size_in_bytes - stats.alias_size_in_bytes) / GIB
+    peak = resident + stats.output_size_in_bytes / GIB + temporaries + code
+    memory = {**program.memory_gib, "temporaries": temporaries, "program": code}
+    memory["batch_and_padding"] = max(0.0, peak - sum(memory.values()))
+    limit = report["hbm_gib_per_device"]
+    report["fits"] = None if limit is None else peak <= limit
+    report["peak_gib_per_device"] = peak
+    report["memory_gib"] = memory
+
+
+def _add_estimate(
+    report: CompileReport, target: Target, costs: hlo.Costs, kernel_flops: float | None
+) -> None:
+    """Set the estimates of a TPU program, where the compiler gives cycles and all kernels are known."""
+    tpu = target.tpu
+    if tpu is None or not costs.cycles or kernel_flops is None:
+        return
+    link_bytes = {
+        kind: size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in costs.collectives.items()
+    }
+    dcn_seconds = link_bytes.pop("send", 0) / DCN_BANDWIDTH
+    compute = costs.cycles / tpu.clock_hz + kernel_flops / (_KERNEL_PEAK_FRACTION * tpu.peak_flops)
+    total = compute + sum(link_bytes.values()) / tpu.ici_bandwidth + dcn_seconds
+    ideal = report["model_flops"] / (tpu.peak_flops * len(target.devices))
+    report["step_seconds"] = {"compute": compute, "compute_and_communication": total}
+    report["estimated_mfu"] = ideal / total
+    report["estimated_mfu_high"] = ideal / compute
 
 
 def tree_gib(tree: Any) -> float:
-    """GiB of one device's part of `tree`, ShapeDtypeStructs with shardings."""
+    """Return the GiB of one device's shards of a tree of ShapeDtypeStructs with shardings."""
     shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards) / GIB
 
 
-def out_of_memory(message: str) -> bool:
+def _is_out_of_memory(message: str) -> bool:
     return "RESOURCE_EXHAUSTED" in message or "CompileTimeHbmOom" in message
 
 
-def needed_gib(message: str) -> float | None:
-    """The GiB that an out-of-memory message of the compiler says are needed; None where it gives no number."""
-    unit = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT])(?:iB)? of|\(([\d.]+)([KMGT])(?:iB)?\) exceeds", message)
-    return float(used[1] or used[3]) * unit[used[2] or used[4]] if used else None
+def required_gib(message: str) -> float | None:
+    """Return the GiB that a program needs by an out-of-memory message of the compiler; None if it has no number."""
+    units = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
+    match = re.search(r"[Uu]sed ([\d.]+)([KMGT])(?:iB)? of|\(([\d.]+)([KMGT])(?:iB)?\) exceeds", message)
+    return float(match[1] or match[3]) * units[match[2] or match[4]] if match else None
 
 
 def format_report(report: CompileReport) -> str:
-    """The report as people read it."""
-    mesh = " ".join(f"{name}={size}" for name, size in report["mesh"].items())
-    slices = f" in {report['slices']} slices" if report["slices"] > 1 else ""
-    peak, limit = report["peak_gib_per_device"], report["hbm_gib_per_device"]
-    room = "more" if peak is None else f"{peak:.2f} GiB"
-    room += f" of {limit:.4g} GiB" if limit else ""
-    if share := report["hbm_share"]:
-        room += f", {share:.0%} of the GPU's {limit / share:.4g} (XLA_PYTHON_CLIENT_MEM_FRACTION),"
-    verdict = {True: "fits", False: "DOES NOT FIT", None: "memory of the device is not known"}[report["fits"]]
+    """Return the report as text for the terminal."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    slices = f" in {report['num_slices']} slices" if report["num_slices"] > 1 else ""
+    peak, limit, fraction = report["peak_gib_per_device"], report["hbm_gib_per_device"], report["hbm_fraction"]
+    memory = "more" if peak is None else f"{peak:.2f} GiB"
+    memory += f" of {limit:.4g} GiB" if limit else ""
+    if fraction and limit:
+        memory += f", {fraction:.0%} of the GPU's {limit / fraction:.4g} (XLA_PYTHON_CLIENT_MEM_FRACTION),"
+    fits = {True: "fits", False: "DOES NOT FIT", None: "memory of the device is unknown"}[report["fits"]]
     lines = [
-        f"target       {report['target']}: {report['devices']} x {report['device_kind']}{slices}, mesh {mesh}",
+        f"target       {report['target']}: {report['num_devices']} x {report['device_kind']}{slices}, mesh {mesh}",
         f"program      {report['program']}",
-        f"model        {report['parameters']:,} parameters, batch {report['batch']}",
-        f"memory       {room} per device: {verdict}",
+        f"model        {report['parameters']:,} parameters, batch {report['batch_size']}",
+        f"memory       {memory} per device: {fits}",
         *(f"  {name:<26}{size:8.2f} GiB" for name, size in report["memory_gib"].items()),
     ]
     if report["collectives"]:
         lines.append("collectives  per run and device, bytes of the results")
-        lines += [f"  {k:<20}{v['runs']:>6} x {v['gib']:10.3f} GiB" for k, v in report["collectives"].items()]
-    lines.append(
-        f"model FLOPs  {report['model_flops']:.3e} for all devices, products that the model asks for"
-    )
-    if seconds := report["step_seconds"]:
-        low, high = seconds["compute_and_communication"], seconds["compute"]
         lines += [
-            f"time         {high:.3g} to {low:.3g} s, an estimate: cycles of the compiler, links at rate",
-            f"mfu  {report['estimated_mfu']:.1%} to {report['estimated_mfu_high']:.1%} of peak, an estimate",
+            f"  {kind:<20}{c['runs']:>6} x {c['gib']:10.3f} GiB" for kind, c in report["collectives"].items()
         ]
-    lines += roofline.format_loop_report(report)
+    lines.append(f"model FLOPs  {report['model_flops']:.3e} on all devices, without recomputation")
+    if seconds := report["step_seconds"]:
+        low, high = seconds["compute"], seconds["compute_and_communication"]
+        lines += [
+            f"time         {low:.3g} to {high:.3g} s, an estimate: compiler cycles, links at bandwidth",
+            f"MFU          {report['estimated_mfu']:.1%} to {report['estimated_mfu_high']:.1%} of peak, an estimate",
+        ]
+    if report["roofline_seconds"]:
+        lines.append(roofline.format_roofline(report["roofline_seconds"]))
+    if report["decode_loop"]:
+        lines += roofline.format_decode_loop(report["decode_loop"], report["batch_size"])
     if report["compiler_options"]:
-        told = " ".join(f"{name}={value}" for name, value in report["compiler_options"].items())
-        lines.append(f"options      {told}")
+        options = " ".join(f"{name}={value}" for name, value in report["compiler_options"].items())
+        lines.append(f"options      {options}")
     lines.append(f"compiled in  {report['compile_seconds']:.1f} s")
     return "\n".join(lines)
