@@ -29,10 +29,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from dalle_jax.aot.compile_only import step_and_arguments
-from dalle_jax.aot.tpu_targets import peak_flops
+from dalle_jax.aot.training_step import step_and_arguments
 from dalle_jax.cli.train import parse_args
 from dalle_jax.config import DiffusionConfig, TrainConfig
+from dalle_jax.parallel.devices import peak_flops
 from dalle_jax.parallel.sharding import batch_sharding, make_mesh
 from dalle_jax.train.flops import train_flops
 from dalle_jax.train.state import check_batch, init_state, task_optimizer

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Ahead-of-time compilation for TPUs and GPUs that are not attached."""

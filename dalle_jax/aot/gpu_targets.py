@@ -113,7 +113,9 @@ def memory_fraction() -> float:
     except ValueError:
         fraction = 0.0
     if not 0 < fraction <= 1:
-        raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION is {value!r}. Use a fraction in (0, 1], such as 0.95.")
+        raise ValueError(
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION is {value!r}. Use a fraction in (0, 1], such as 0.95."
+        )
     return fraction
 
 

@@ -208,7 +208,9 @@ def _computation_costs(computations: Computations, name: str, costs_of) -> Costs
             inner = costs_of(called)
             if opcode == "fusion":
                 # A fusion carries its own cycles; its collectives are instructions of its computation.
-                collectives = _new_collectives(computations.get(called, ()), started) if inner.collectives else {}
+                collectives = (
+                    _new_collectives(computations.get(called, ()), started) if inner.collectives else {}
+                )
                 inner = inner._replace(cycles=0 if cycles else inner.cycles, collectives=collectives)
             total.add(inner)
     return Costs(total.cycles, total.collectives, total.custom_kernels)

@@ -241,7 +241,11 @@ def format_report(report: CompileReport) -> str:
     """Return the report as text for the terminal."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     slices = f" in {report['num_slices']} slices" if report["num_slices"] > 1 else ""
-    peak, limit, fraction = report["peak_gib_per_device"], report["hbm_gib_per_device"], report["hbm_fraction"]
+    peak, limit, fraction = (
+        report["peak_gib_per_device"],
+        report["hbm_gib_per_device"],
+        report["hbm_fraction"],
+    )
     memory = "more" if peak is None else f"{peak:.2f} GiB"
     memory += f" of {limit:.4g} GiB" if limit else ""
     if fraction and limit:

@@ -97,9 +97,7 @@ def decode_loop_report(
 def format_roofline(seconds: dict[str, float]) -> str:
     """Return the line of a report for the result of `roofline_seconds`."""
     parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
-    return (
-        f"time         at least {max(seconds.values()):.3g} s by the data sheet ({parts}); a bound, not measured"
-    )
+    return f"time         at least {max(seconds.values()):.3g} s by the data sheet ({parts}); a bound, not measured"
 
 
 def format_decode_loop(loop: DecodeLoopReport, batch_size: int) -> list[str]:

@@ -1,10 +1,9 @@
-"""Compile the drawing of pictures for one chip, here or not: does it fit, and what would a picture take?
+"""Ahead-of-time compilation of image sampling for one device, attached or absent.
 
-`train.py CONFIG --compile-only v5e:1x1 --sample 8` compiles what draws that many pictures: of a Transformer, prefill
-and decode loop of `sampling.generate` for as many captions, with parameters in the form that sampling prepares
-(matrices in the compute dtype); of a diffusion model, all steps of the sampler. Seconds are the compiler's cycles
-at the chip's clock, which overstate loops that wait for memory. For a GPU (`--compile-only h200 --sample 8`) it counts
-instead what the kernels of the decode loop read and write (kernels.py, roofline.py).
+The program of a Transformer is prefill and decode loop of `sampling.generate`, one caption per image, with parameters as
+sampling prepares them; that of a diffusion model is all steps of its sampler. TPU times are the compiler's cycles, which
+overestimate loops that wait for memory. For a GPU the report has the memory traffic of the decode loop (roofline.py).
+B batch, T text positions, N codes.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dalle_jax.aot import roofline
-from dalle_jax.aot.report import GIB, CompileReport, estimate, measure, one_device, tree_gib
+from dalle_jax.aot.report import CompileReport, Program, compile_program, tree_gib
+from dalle_jax.aot.targets import GIB, single_device_target
 from dalle_jax.config import (
     DalleConfig,
     DiffusionConfig,
     MeshConfig,
     Quantization,
+    SamplerName,
     TrainConfig,
     TransformerConfig,
 )
@@ -34,203 +35,228 @@ from dalle_jax.models.registry import model_spec
 from dalle_jax.parallel.sharding import make_mesh, replicated
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.train.flops import count_flops
+from dalle_jax.typing import Params
 
-STEPS, SAMPLER = 50, "dpm++2m"  # of a diffusion model: what the command `sample` takes by itself
-
-
-class _Drawing(NamedTuple):
-    """What draws: a jitted function lowered on demand, shapes of its parameters, GiB of its cache or None, model
-    FLOPs, its description, and of codes the bytes that a pass of the decode loop must read and what lies on the device
-    before the program runs, GiB by class and in all."""
-
-    lower: Callable[[], Any]
-    params: Any
-    cache: float | None
-    flops: float
-    what: str
-    least: float | None = None
-    known: dict[str, float] | None = None
-    held: float | None = None
+_NUM_STEPS = 50  # of a diffusion model, the default of `dalle-jax sample`
+_SAMPLER: SamplerName = "dpm++2m"
+_GUIDANCE_SCALE = 1.5  # traced: any scale gives the same program
 
 
-def compile_sample(
+def compile_sampler(
     config: TrainConfig,
     target: str,
-    rows: int,
-    slices: int = 1,
-    keep: str | None = None,
+    batch_size: int,
+    num_slices: int = 1,
+    hlo_path: str | None = None,
     *,
-    weights: Quantization | None = None,
+    quantization: Quantization | None = None,
 ) -> CompileReport:
-    """Compiles drawing `rows` pictures on one device of `target` and describes it.
+    """Compile the sampling of a batch of images and report on it.
 
-    weights: of a Transformer, as `prepare_for_decode` has them. keep: file for the text of the compiled
-    program. Returns the fields of `compile_only.compile_step`, times for all rows; in `memory_gib` the KV cache,
-    `cache`, is a part of `temporaries`, and `stored`, for a CPU, the parameters of a run, which the command `sample`
-    keeps in the memory of the host; `decoding`, of a Transformer on a GPU, is what `roofline.decoding` says. Raises
-    ValueError for a stage that draws nothing or not so, no rows, or a target of more than one chip.
+    Args:
+      config: Configuration of a Transformer or a diffusion model.
+      target: A target of one device, as in `targets.make_target`.
+      batch_size: Number of images.
+      num_slices: TPU slices of this topology.
+      hlo_path: File for the optimized HLO; None writes none.
+      quantization: 8-bit format of a Transformer's kernels, as in `prepare_for_decode`.
+
+    Returns:
+      The report, with times for the whole batch. In `memory_gib` of a Transformer, `cache` is the KV cache, a part of
+      `temporaries`, and on a CPU `checkpoint_parameters` are those of the run, which `dalle-jax sample` keeps in memory.
+
+    Raises:
+      ValueError: If the model does not sample images, there are no images, or the target has several devices.
+      ModuleNotFoundError: If the compiler of the target is not installed.
     """
     model = config.model
     if not isinstance(model, TransformerConfig | DiffusionConfig):
-        raise ValueError(f"--sample draws with the stages dalle, bart and diffusion, not {model.kind}")
-    if rows < 1:
-        raise ValueError(f"--sample is {rows}; want at least 1 row")
-    if isinstance(model, DiffusionConfig) and weights is not None:
-        raise ValueError("--quantization is for Transformers; this is a diffusion model")
-    where = one_device(target, "--sample", slices)
-    mesh = make_mesh(MeshConfig(data=1), where.devices)
+        raise ValueError(f"Expected a stage that samples images (dalle, bart, diffusion), got {model.kind}.")
+    if batch_size < 1:
+        raise ValueError(f"Expected at least 1 image, got --sample {batch_size}.")
+    if isinstance(model, DiffusionConfig) and quantization is not None:
+        raise ValueError("--quantization is for Transformers, and this is a diffusion model.")
+    device = single_device_target(target, "--sample", num_slices)
+    mesh = make_mesh(MeshConfig(data=1), device.devices)
     if isinstance(model, DiffusionConfig):
-        drawing = _of_diffusion(model, rows, mesh)
-    else:
-        drawing = _of_codes(model, rows, mesh, weights)
-    report = where.about() | {
-        "program": drawing.what,
-        "mesh": dict(mesh.shape),
-        "batch": rows,
-        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(drawing.params)),
-        "compiler_options": {},
-        "model_flops": drawing.flops,
-    }
-    known = drawing.known or {"parameters": tree_gib(drawing.params)}
-    found, costs, hlo_text = measure(drawing.lower, mesh, where, known, keep, drawing.held)
-    if drawing.cache is not None:  # it stands among the temporaries too
-        found["memory_gib"]["cache"] = drawing.cache
-    inside = None if costs is None or costs.kernels else 0.0  # operations of kernels that are not XLA's
-    times, decoding = estimate(costs, hlo_text, where, drawing.flops, inside), None
-    if drawing.least is not None and where.devices[0].platform == "gpu":
-        decoding = roofline.decode_loop_report(hlo_text, where.gpu, rows, drawing.least)
-    return report | found | times | {"decoding": decoding}
+        report, _ = compile_program(_diffusion_program(model, batch_size, mesh), device, hlo_path)
+        return report
+    lowered = lower_sampler(model, batch_size, mesh, quantization=quantization)
+    cache = jax.eval_shape(lambda: autoregressive.init_cache(model, batch_size))
+    report, text = compile_program(_transformer_program(model, batch_size, mesh, lowered), device, hlo_path)
+    report["memory_gib"]["cache"] = _tree_bytes(cache) / GIB
+    if text and device.devices[0].platform == "gpu":
+        params = lowered.arguments[0]
+        minimum = minimum_bytes(model, params, cache, batch_size)
+        report["decode_loop"] = roofline.decode_loop_report(text, device.gpu, batch_size, minimum)
+    return report
 
 
-def _shapes(make: Callable[[], Any], mesh: Mesh) -> Any:
-    """What `make` makes, as shapes of arrays that lie whole on the mesh."""
-    whole = replicated(mesh)
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), jax.eval_shape(make)
-    )
+class LoweredSampler(NamedTuple):
+    """Sampling of codes, and the bytes on the device before it runs.
 
-
-class CompiledSampler(NamedTuple):
-    """The drawing of codes: `generate` lowered on demand, its arguments as shapes, and what lies on the device before
-    it runs, in bytes: `stored`, the parameters of a run, which stay in the memory of the host: 0 where that is another;
-    `prepared`, those of sampling; `given`, captions and keys."""
+    Attributes:
+      lower: Lowers `generate`; returns a `jax.stages.Lowered`.
+      arguments: Parameters, captions and keys as ShapeDtypeStructs.
+      checkpoint_bytes: Parameters of the run on a CPU; 0 on other devices, since they stay in host memory.
+      params_bytes: Parameters as sampling prepares them.
+      input_bytes: Captions and keys.
+    """
 
     lower: Callable[[], Any]
-    arguments: tuple[Any, Any, Any]
-    stored: int
-    prepared: int
-    given: int
+    arguments: tuple[Params, jax.Array, jax.Array]
+    checkpoint_bytes: int
+    params_bytes: int
+    input_bytes: int
 
 
 def lower_sampler(
     model: TransformerConfig,
-    rows: int,
+    batch_size: int,
     mesh: Mesh,
     *,
-    weights: Quantization | None = None,
-    guided: bool = False,
-) -> CompiledSampler:
-    """Drawing `rows` pictures of as many captions on the one device of `mesh`, as the command `sample` does it."""
+    quantization: Quantization | None = None,
+    use_cfg: bool = False,
+) -> LoweredSampler:
+    """Return the program that samples one image for each of `batch_size` captions on the device of `mesh`.
+
+    Args:
+      model: A Transformer.
+      batch_size: Number of images.
+      mesh: One device.
+      quantization: 8-bit format of the kernels; None keeps the compute dtype.
+      use_cfg: Whether to use classifier-free guidance, which doubles the batch.
+    """
     platform = mesh.devices.flat[0].platform
-    stored = _shapes(lambda: autoregressive.init(model, jax.random.key(0)), mesh)
-    params = _shapes(
-        lambda: autoregressive.prepare_for_decode(
-            model, autoregressive.init(model, jax.random.key(0)), quantization=weights, platform=platform
-        ),
-        mesh,
+
+    def init() -> Params:
+        return autoregressive.init(model, jax.random.key(0))
+
+    def prepare() -> Params:
+        return autoregressive.prepare_for_decode(model, init(), quantization, platform=platform)
+
+    params = _abstract(prepare, mesh)
+    text_BT = _abstract(lambda: jnp.zeros((batch_size, model.text_len), jnp.int32), mesh)
+    keys_B = _abstract(lambda: row_keys(jnp.arange(batch_size)), mesh)
+    scale = _GUIDANCE_SCALE if use_cfg else None
+    return LoweredSampler(
+        lower=partial(generate.lower, model, params, text_BT, keys_B, guidance_scale=scale),
+        arguments=(params, text_BT, keys_B),
+        checkpoint_bytes=_tree_bytes(jax.eval_shape(init)) if platform == "cpu" else 0,
+        params_bytes=_tree_bytes(params),
+        input_bytes=_tree_bytes((text_BT, keys_B)),
     )
-    text = _shapes(lambda: jnp.zeros((rows, model.text_len), jnp.int32), mesh)
-    keys = _shapes(lambda: row_keys(jnp.arange(rows)), mesh)
-    lower = partial(generate.lower, model, params, text, keys, guidance_scale=1.5 if guided else None)
-    in_run = _size(stored) if platform == "cpu" else 0
-    return CompiledSampler(lower, (params, text, keys), in_run, _size(params), _size((text, keys)))
 
 
-def _of_codes(model: TransformerConfig, rows: int, mesh: Mesh, weights: Quantization | None) -> _Drawing:
-    codes = lower_sampler(model, rows, mesh, weights=weights)
-    params, text, _ = codes.arguments
-    cache = jax.eval_shape(lambda: autoregressive.init_cache(model, rows))
+def _transformer_program(
+    model: TransformerConfig, batch_size: int, mesh: Mesh, lowered: LoweredSampler
+) -> Program:
+    params, text_BT, _ = lowered.arguments
     formula = model_spec(model).sample_flops
     if formula is not None:
-        flops = formula(model, rows)
+        flops = formula(model, batch_size)
     else:
-        drawn = _shapes(lambda: jnp.zeros((rows, model.num_codes), jnp.int32), mesh)
-        whole = _shapes(lambda: autoregressive.init(model, jax.random.key(0)), mesh)
-        flops = count_flops(jax.make_jaxpr(partial(autoregressive.logits, model))(whole, text, drawn))
-    return _Drawing(
-        codes.lower,
-        params,
-        _size(cache) / GIB,
-        flops,
-        f"drawing the codes of {rows} pictures at once",
-        minimum_bytes(model, params, cache, rows),
-        ({"stored": codes.stored / GIB} if codes.stored else {}) | {"parameters": codes.prepared / GIB},
-        (codes.stored + codes.prepared + codes.given) / GIB,
+        codes_BN = _abstract(lambda: jnp.zeros((batch_size, model.num_codes), jnp.int32), mesh)
+        init_params = _abstract(lambda: autoregressive.init(model, jax.random.key(0)), mesh)
+        logits_fn = partial(autoregressive.logits, model)
+        flops = count_flops(jax.make_jaxpr(logits_fn)(init_params, text_BT, codes_BN))
+    memory_gib = {"parameters": lowered.params_bytes / GIB}
+    if lowered.checkpoint_bytes:
+        memory_gib = {"checkpoint_parameters": lowered.checkpoint_bytes / GIB} | memory_gib
+    return Program(
+        lower=lowered.lower,
+        description=f"sampling of the codes of {batch_size} images",
+        mesh=mesh,
+        batch_size=batch_size,
+        parameters=_count(params),
+        model_flops=flops,
+        memory_gib=memory_gib,
+        resident_gib=(lowered.checkpoint_bytes + lowered.params_bytes + lowered.input_bytes) / GIB,
     )
 
 
-def _size(tree: Any) -> int:
-    """Bytes of all arrays; a key is two numbers of 32 bits."""
+def minimum_bytes(model: TransformerConfig, params: Params, cache: Any, batch_size: int) -> float:
+    """Return the bytes that one pass of the decode loop must read, averaged over the image positions.
+
+    These are the layers and the output head once, and for each image the visible keys and values; text keys count whole.
+    The embedding row of a code is neglected.
+
+    Args:
+      model: A Transformer.
+      params: Parameters as `prepare_for_decode` returns them, or their shapes.
+      cache: KV cache of `batch_size` captions, or its shapes.
+      batch_size: Number of images.
+    """
+    weights = _tree_bytes(
+        [params[name] for name in ("blocks", "image_head", "norm_out", "norm_head") if name in params]
+    )
+    # Key and value of one position in one layer.
+    position_bytes = 2 * batch_size * model.dim * jnp.dtype(model.dtype).itemsize
+    if isinstance(model, DalleConfig):
+        masks, mask_of_layer = dalle.layer_masks(model)
+        first = model.text_len - model.shift_masks
+        visible_by_mask = masks[:, first:, first:].sum(axis=2).mean(axis=1)
+        visible = float(visible_by_mask[mask_of_layer].sum())
+        text = _tree_bytes([layer.text for layer in cache])
+    else:
+        # Only the prefill computes keys and values of the captions.
+        weights -= _tree_bytes([(layer["cross"]["k"], layer["cross"]["v"]) for layer in params["blocks"]])
+        visible = model.layers * (model.num_codes + 1) / 2
+        text = _tree_bytes(cache.cross_kv)
+    return weights + visible * position_bytes + text
+
+
+def _diffusion_program(model: DiffusionConfig, batch_size: int, mesh: Mesh) -> Program:
+    def abstract_ints(*shape: int) -> jax.Array:
+        return _abstract(lambda: jnp.zeros((batch_size, *shape), jnp.int32), mesh)
+
+    def low_res() -> jax.Array:
+        return jnp.zeros((batch_size, model.low_res_size, model.low_res_size, 3))
+
+    conditions = unet.Conditions(
+        text=None if model.text is None else abstract_ints(model.text.text_len),
+        label=abstract_ints() if model.num_classes else None,
+        codes=None if model.codes is None else abstract_ints(model.codes.grid**2),
+        low_res=_abstract(low_res, mesh) if model.low_res_size else None,
+    )
+    params = _abstract(lambda: unet.init(model, jax.random.key(0)), mesh)
+    keys_B = _abstract(lambda: row_keys(jnp.arange(batch_size)), mesh)
+
+    def sample_fn(params: Params, conditions: unet.Conditions, keys_B: jax.Array) -> jax.Array:
+        encoded = denoise.encode_conditions_cfg(model, params, conditions, use_cfg=False)
+        context = denoise.DenoiserContext(params, encoded)
+        shape = (model.image_size, model.image_size, 3)
+        denoiser = denoise.make_denoiser(model)
+        return sampler.sample(
+            model.noise, denoiser, context, keys_B, shape, sampler=_SAMPLER, num_steps=_NUM_STEPS
+        ).x
+
+    return Program(
+        lower=partial(jax.jit(sample_fn).lower, params, conditions, keys_B),
+        description=f"sampling of {batch_size} images in {_NUM_STEPS} steps of {_SAMPLER}",
+        mesh=mesh,
+        batch_size=batch_size,
+        parameters=_count(params),
+        model_flops=count_flops(jax.make_jaxpr(sample_fn)(params, conditions, keys_B)),
+        memory_gib={"parameters": tree_gib(params)},
+    )
+
+
+def _abstract(fn: Callable[[], Any], mesh: Mesh) -> Any:
+    """Return the result of `fn` as ShapeDtypeStructs replicated over the mesh."""
+    sharding = replicated(mesh)
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), jax.eval_shape(fn)
+    )
+
+
+def _tree_bytes(tree: Any) -> int:
+    """Return the bytes of all arrays; a key has two 32-bit words."""
     return sum(
         leaf.size * (8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def minimum_bytes(model: TransformerConfig, params: Any, cache: Any, rows: int) -> float:
-    """What one pass of the decode loop must read at least, the mean over the places: the layers and the head once, of
-    the embeddings a row each, and once the keys and values that its code sees.
-
-    cache: of as many captions. Text keys are read whole.
-    """
-    weights = _size(
-        [params[name] for name in ("blocks", "image_head", "norm_out", "norm_head") if name in params]
-    )
-    position = (
-        2 * rows * model.dim * jnp.dtype(model.dtype).itemsize
-    )  # key and value of one position of a layer
-    if isinstance(model, DalleConfig):
-        masks, which = dalle.layer_masks(model)
-        first = model.text_len - model.shift_masks
-        by_mask = masks[:, first:, first:].sum(axis=2).mean(axis=1)
-        seen, text = float(by_mask[which].sum()), _size([layer.text for layer in cache])
-    else:
-        weights -= _size(
-            [(layer["cross"]["k"], layer["cross"]["v"]) for layer in params["blocks"]]
-        )  # of prefill
-        seen, text = model.layers * (model.num_codes + 1) / 2, _size(cache.cross_kv)
-    return weights + seen * position + text
-
-
-def _of_diffusion(model: DiffusionConfig, rows: int, mesh: Mesh) -> _Drawing:
-    size = model.image_size
-
-    def shapes(make):
-        return _shapes(make, mesh)
-
-    params = shapes(lambda: unet.init(model, jax.random.key(0)))
-
-    def ints(*shape: int):
-        return shapes(lambda: jnp.zeros((rows, *shape), jnp.int32))
-
-    given = unet.Conditions(
-        text=None if model.text is None else ints(model.text.text_len),
-        label=ints() if model.num_classes else None,
-        codes=None if model.codes is None else ints(model.codes.grid**2),
-        low_res=shapes(lambda: jnp.zeros((rows, model.low_res_size, model.low_res_size, 3)))
-        if model.low_res_size
-        else None,
-    )
-    keys = shapes(lambda: row_keys(jnp.arange(rows)))
-
-    def draw(params, given, keys):
-        context = denoise.DenoiserContext(
-            params, denoise.encode_conditions_cfg(model, params, given, use_cfg=False)
-        )
-        see, shape = denoise.make_denoiser(model), (size, size, 3)
-        return sampler.sample(model.noise, see, context, keys, shape, sampler=SAMPLER, num_steps=STEPS).x
-
-    flops = count_flops(jax.make_jaxpr(draw)(params, given, keys))
-    what = f"drawing {rows} pictures at once, {STEPS} steps of {SAMPLER}"
-    lower = partial(jax.jit(draw).lower, params, given, keys)
-    return _Drawing(lower, params, None, flops, what)
+def _count(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

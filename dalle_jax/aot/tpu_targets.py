@@ -42,7 +42,13 @@ TPU_CHIPS = {
 DCN_BANDWIDTH = 6.25e9  # bytes per second and chip between slices: 200 Gbit/s for a host of four chips
 
 # Prefix of a Cloud name -> generation, and how many units of the name make a chip.
-_CLOUD_PREFIXES = {"v4": ("v4", 2), "v5p": ("v5p", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1)}
+_CLOUD_PREFIXES = {
+    "v4": ("v4", 2),
+    "v5p": ("v5p", 2),
+    "v5litepod": ("v5e", 1),
+    "v5e": ("v5e", 1),
+    "v6e": ("v6e", 1),
+}
 _SHAPES_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _SHAPES_3D = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",

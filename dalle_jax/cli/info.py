@@ -13,7 +13,7 @@ import jax
 from tyro.conf import Positional, arg
 
 from dalle_jax.aot import sampler
-from dalle_jax.aot.report import Target, one_device
+from dalle_jax.aot.targets import Target, single_device_target
 from dalle_jax.checkpoint.manager import CheckpointManager
 from dalle_jax.cli.common_args import JsonFlag, resolve_config
 from dalle_jax.config import (
@@ -64,7 +64,7 @@ def run(args: InfoArgs) -> dict[str, Any]:
             raise ValueError(f"--{name} is for what drawing takes; give --batch-size as well")
     # First of all: what makes an array has jax look for its devices, and leave compilers for others out.
     try:
-        where = None if args.device is None else one_device(args.device, "--device")
+        where = None if args.device is None else single_device_target(args.device, "--device")
     except ModuleNotFoundError as error:
         raise ValueError(error) from None
     config = resolve_config(args.target)
@@ -185,18 +185,18 @@ def describe_sampling(
     """
     if batch < 1:
         raise ValueError(f"--batch-size is {batch}; want at least 1 picture")
-    where = one_device("local", "--device") if where is None else where
+    where = single_device_target("local", "--device") if where is None else where
     mesh = make_mesh(MeshConfig(data=1), where.devices)
 
-    def total(rows: int) -> tuple[sampler.CompiledSampler, int]:
-        codes = sampler.lower_sampler(cfg, rows, mesh, weights=weights, guided=guided)
+    def total(rows: int) -> tuple[sampler.LoweredSampler, int]:
+        codes = sampler.lower_sampler(cfg, rows, mesh, quantization=weights, use_cfg=guided)
         with jax.set_mesh(mesh):
             size = codes.lower().compile().memory_analysis()
         taken = size.output_size_in_bytes + size.temp_size_in_bytes + size.generated_code_size_in_bytes
-        return codes, codes.stored + codes.prepared + codes.given + taken
+        return codes, codes.checkpoint_bytes + codes.params_bytes + codes.input_bytes + taken
 
     codes, whole = total(batch)
-    memory = _device_memory() if where.hbm is None else int(where.hbm * 2**30)
+    memory = _device_memory() if where.hbm_gib is None else int(where.hbm_gib * 2**30)
     other = 1 if batch > 1 else 2
     per_picture = abs(whole - total(other)[1]) / abs(batch - other)
     return {
@@ -204,8 +204,8 @@ def describe_sampling(
         "guided": guided,
         "quantization": weights,
         "on": where.devices[0].device_kind,
-        "stored": codes.stored,
-        "parameters": codes.prepared,
+        "stored": codes.checkpoint_bytes,
+        "parameters": codes.params_bytes,
         "caches": _bytes(jax.eval_shape(partial(autoregressive.init_cache, cfg, batch, use_cfg=guided))),
         "total": whole,
         "device": memory,

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
-from dalle_jax.aot.compile_only import compile_step
 from dalle_jax.aot.report import format_report
-from dalle_jax.aot.sampler import compile_sample
+from dalle_jax.aot.sampler import compile_sampler
+from dalle_jax.aot.training_step import compile_step
 from dalle_jax.checkpoint.run_dir import load_config
 from dalle_jax.cli.common_args import JsonFlag
 from dalle_jax.cli.exit_codes import DOES_NOT_FIT, USAGE, NegativeResult, UsageError
@@ -125,8 +125,8 @@ def _compile(args: TrainArgs, target: str) -> dict[str, Any]:
         if args.sample is None:
             report = compile_step(args.config, target, args.slices, args.hlo)
         else:
-            report = compile_sample(
-                args.config, target, args.sample, args.slices, args.hlo, weights=args.quantization
+            report = compile_sampler(
+                args.config, target, args.sample, args.slices, args.hlo, quantization=args.quantization
             )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -1,5 +1,6 @@
-"""Compile-only on the devices at hand: names of topologies, costs read from HLO by hand-made programs, reports of
-every stage. With the TPU compiler: test_tpu_compiler.py.
+"""Compilation for the attached devices: names of topologies, costs read from hand-written HLO, reports of every stage.
+
+test_tpu_compiler.py compiles with the TPU compiler.
 """
 
 import dataclasses
@@ -12,29 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aot_configs import SMALL_DALLE, SMALL_RUN, STAGES, stage_config, write_config
 
 from dalle_jax.aot import hlo
-from dalle_jax.aot.compile_only import compile_step, step_and_arguments
-from dalle_jax.aot.report import format_report, needed_gib
-from dalle_jax.aot.sampler import compile_sample
+from dalle_jax.aot.report import CompileReport, format_report, required_gib
+from dalle_jax.aot.sampler import compile_sampler
 from dalle_jax.aot.tpu_targets import parse_topology, tpu_devices
+from dalle_jax.aot.training_step import compile_step, step_and_arguments
 from dalle_jax.cli import main
 from dalle_jax.config import (
-    AdversarialConfig,
-    BartConfig,
-    ClipConfig,
     CodesConfig,
     DalleConfig,
     DataConfig,
     DiffusionConfig,
-    DVAEConfig,
     MeshConfig,
     OptimConfig,
     TextEncoderConfig,
-    TowerConfig,
     TrainConfig,
-    VectorQuantizer,
-    VQGANConfig,
 )
 from dalle_jax.models.diffusion import loss, unet
 from dalle_jax.parallel.sharding import make_mesh
@@ -42,11 +37,7 @@ from dalle_jax.train.compiler_options import compiler_option_error, compiler_opt
 from dalle_jax.train.flops import count_flops
 from dalle_jax.train.tasks import make_task
 
-MODEL = DalleConfig(
-    text_vocab=20, text_len=4, image_vocab=16, grid=4, dim=16, layers=3, heads=2, conv_kernel=3
-)
-TINY = TrainConfig(model=MODEL, data=DataConfig(batch_size=16), mesh=MeshConfig(data=2, fsdp=4))
-
+REPORT_FIELDS = CompileReport.__required_keys__
 
 # --- names -----------------------------------------------------------------------------------------------
 
@@ -63,32 +54,32 @@ TINY = TrainConfig(model=MODEL, data=DataConfig(batch_size=16), mesh=MeshConfig(
         ("v5e:1x1", ("v5e", (1, 1))),
     ],
 )
-def test_names_of_topologies(name, want):
+def test_topology_names(name, want):
     assert parse_topology(name) == want
 
 
 @pytest.mark.parametrize("name", ["v5p:4x4", "v5e:2x2x2", "v9:2x2", "v5p", "v5p-129", "v6e-3", "v5e:0x4", ""])
-def test_what_is_no_topology(name):
-    with pytest.raises(ValueError, match=r"topology '.*' is not one; (want|known are)"):
+def test_unknown_topologies_are_refused(name):
+    with pytest.raises(ValueError, match=r"There is no topology '.*'. Use "):
         parse_topology(name)
 
 
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("v5e:3x5", "'v5e:3x5' does not divide into hosts of 2 x 2 chips; want even numbers first"),
+        ("v5e:3x5", "'v5e:3x5' does not divide into hosts of 2 x 2 chips. Use even first two sizes"),
         ("v5p:4x3x4", "does not divide into hosts"),
-        ("v6e:32x32", "'v6e:32x32' has 1024 chips, a slice of v6e at most 256; take --slices"),
+        ("v6e:32x32", "'v6e:32x32' has 1024 chips, a slice of v6e at most 256. Use --slices"),
     ],
 )
-def test_shapes_that_no_slice_has(name, want):
+def test_impossible_shapes_are_refused(name, want):
     with pytest.raises(ValueError, match=want):
         parse_topology(name)
 
 
-def test_what_is_known_is_told():
+def test_messages_list_the_known_topologies():
     with pytest.raises(
-        ValueError, match=r"'v5p-129' is not one; known are v5p-8, v5p-16.*shape, as in v5p:8x16x16"
+        ValueError, match=r"no topology 'v5p-129'. Use v5p-8, v5p-16.*shape, as in v5p:8x16x16"
     ):
         parse_topology("v5p-129")
     with pytest.raises(ValueError, match=r"\(v4-N, v5p-N, v5litepod-N, v5e-N, v6e-N: v5p-128, v5litepod-256"):
@@ -96,7 +87,7 @@ def test_what_is_known_is_told():
 
 
 def test_slices_are_at_least_one():
-    with pytest.raises(ValueError, match="slices is 0; want at least 1"):
+    with pytest.raises(ValueError, match="Expected at least 1 slice, got 0"):
         tpu_devices("v5e:2x2", 0)
 
 
@@ -143,16 +134,16 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_costs_by_hand():
-    """Five rounds of a loop; a fusion's cycles once; the dearest arm; the results of asynchronous collectives, of one
-    array and of several, larger and smaller than what they take."""
-    found = hlo.costs(PROGRAM)
+    """Five iterations of a loop; the cycles of a fusion once; the most expensive branch; the results of asynchronous
+    collectives, of one array and of several, larger and smaller than their operands."""
+    found = hlo.program_costs(PROGRAM)
     assert found.cycles == 5 * 100 + 11
     assert found.collectives == {
         "all-gather": (5 + 2, 5 * 8 * 4 * 2 + 8 * 4 + 20 * 4),
         "all-reduce": (5, 5 * (8 + 6) * 4),
         "reduce-scatter": (1, 2 * 4),
     }
-    assert found.kernels == {"kernel": 1}
+    assert found.custom_kernels == {"kernel": 1}
 
 
 OVERLAPPED = """HloModule by_hand
@@ -179,40 +170,40 @@ ENTRY %main (x: f32[2]) -> f32[8] {
 """
 
 
-def test_a_collective_beside_products_counts_once():
-    """It stands in three fusions with one channel; another channel inside is another collective."""
-    found = hlo.costs(OVERLAPPED)
+def test_an_overlapped_collective_counts_once():
+    """It is in three fusions with one channel; another channel is another collective."""
+    found = hlo.program_costs(OVERLAPPED)
     assert found.cycles == 30 and found.collectives == {"all-gather": (2, 32 + 16)}
-    found = hlo.costs(OVERLAPPED.replace("channel_id=8", "channel_id=7"))
+    found = hlo.program_costs(OVERLAPPED.replace("channel_id=8", "channel_id=7"))
     assert found.collectives == {"all-gather": (1, 32)}
 
 
-def test_bytes_of_types():
+def test_shape_bytes():
     assert hlo.shape_bytes("(bf16[2,3]{1,0}, f32[], pred[4], s64[2], u32[0])") == 12 + 4 + 4 + 16
     assert hlo.shape_bytes("f8e4m3fn[10]") == 10
 
 
-def test_the_gib_that_the_compiler_lacks():
-    """The form of XLA's allocator, and the one that libtpu 0.0.42.1 printed here."""
+def test_required_gib():
+    """The message of XLA's allocator, and that of libtpu 0.0.42.1."""
     first = (
         "Ran out of memory in memory space hbm. Used 16.25G of 15.75G hbm. Exceeded hbm capacity by 512.0M."
     )
     second = "the total memory required for HLO temporaries (1.5T) exceeds available HBM (15.75G)."
-    assert (needed_gib(first), needed_gib(second), needed_gib("no room")) == (16.25, 1536.0, None)
+    assert (required_gib(first), required_gib(second), required_gib("no room")) == (16.25, 1536.0, None)
 
 
-# --- the devices at hand ---------------------------------------------------------------------------------
+# --- the attached devices ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def local():
-    return compile_step(TINY)
+    return compile_step(SMALL_RUN)
 
 
 def test_local_report(local):
     assert (
         local["fits"] is None
-        and local["devices"] == 8
+        and local["num_devices"] == 8
         and local["mesh"] == {"slice": 1, "data": 2, "fsdp": 4, "model": 1}
     )
     assert local["estimated_mfu"] is None and local["compile_seconds"] > 0
@@ -220,12 +211,12 @@ def test_local_report(local):
     assert local["peak_gib_per_device"] == pytest.approx(sum(memory.values()), rel=1e-3)
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-2)  # two moments
     whole = local["parameters"] * 4 / 2**30
-    assert whole / 4 <= memory["parameters"] < whole / 2  # over fsdp=4 but for what is small
+    assert whole / 4 <= memory["parameters"] < whole / 2  # sharded over fsdp=4, except small arrays
     assert "all-gather" in local["collectives"] and "all-reduce" in local["collectives"]
 
 
-def test_no_moment_is_gathered(local):
-    """What a gather of parameters must bring is known: forward, again for the backward pass, and no more.
+def test_no_optimizer_state_is_gathered(local):
+    """All-gathers bring the parameters once for the forward and once for the backward pass.
 
     Gathered moments or averages would add one or two times the parameters.
     """
@@ -248,9 +239,9 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "adafactor"])
-def test_nothing_large_lies_whole_or_is_gathered_by_the_optimizer(optimizer):
-    """In the compiled step no argument of a device exceeds 1 MiB, while 12 arrays and more do as a whole; and no
-    all-gather of the update brings as much together."""
+def test_large_arrays_are_sharded_and_the_optimizer_gathers_none(optimizer):
+    """No argument of a device exceeds 1 MiB, though 12 or more global arrays do; no all-gather of the update does
+    either."""
     config = TrainConfig(
         model=LARGE,
         data=DataConfig(batch_size=16),
@@ -272,48 +263,14 @@ def test_nothing_large_lies_whole_or_is_gathered_by_the_optimizer(optimizer):
     assert not [line for line in own if hlo.shape_bytes(line.split(" all-gather")[0].split(" = ")[1]) > MIB]
 
 
-STAGES = {
-    "dvae": DVAEConfig(image_size=8, groups=2, blocks=1, width=8, decoder_width=8, vocab=8),
-    "vqgan": VQGANConfig(
-        image_size=8, width=8, channel_multipliers=(1, 2), blocks=1, attention_levels=(1,), latent_width=8,
-        quantizer=VectorQuantizer(vocab=8, dim=4), adversarial=AdversarialConfig(width=4, layers=1),
-    ),
-    "clip": ClipConfig(
-        image_size=8, patch_size=4, vision=TowerConfig(dim=8, layers=2, heads=2), text=TowerConfig(dim=8, layers=2, heads=2),
-        text_vocab=11, text_len=5, embed_dim=8,
-    ),
-    "bart": BartConfig(
-        text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16, encoder_layers=2, layers=2,
-        heads=2, mlp_width=16,
-    ),
-    "diffusion": DiffusionConfig(
-        image_size=8, width=8, channel_multipliers=(1,), blocks=1, attention_sizes=(), num_classes=3,
-        text=TextEncoderConfig(text_vocab=9, text_len=3, dim=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=2),
-    ),
-}  # fmt: skip
-REPORTED = {
-    "fits", "peak_gib_per_device", "hbm_gib_per_device", "memory_gib", "estimated_mfu", "estimated_mfu_high",
-    "step_seconds", "model_flops", "collectives", "compiler_options", "compile_seconds", "parameters", "batch",
-    "target", "slices", "devices", "device_kind", "mesh", "program", "hbm_share", "roofline_seconds", "decoding",
-}  # fmt: skip
-
-
-def of_stage(name):
-    """Every optimization left out: what is compiled matters here, and not how well."""
-    return TrainConfig(
-        model=STAGES[name], data=DataConfig(batch_size=16), mesh=MeshConfig(data=2, fsdp=4),
-        compiler_options=("xla_backend_optimization_level=0",),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "name", [n if n in ("dvae", "clip") else pytest.param(n, marks=pytest.mark.slow) for n in STAGES]
 )
-def test_every_stage_is_compiled_and_reported_alike(name):
-    """No tokenizer, vocabulary or data has to exist. A VQGAN has its discriminator's parameters too."""
-    config = of_stage(name)
+def test_every_stage_compiles(name):
+    """No tokenizer, vocabulary or data has to exist. A VQGAN includes the parameters of its discriminator."""
+    config = stage_config(name)
     report = compile_step(config)
-    assert report.keys() == REPORTED and report["program"] == f"training step of a {config.model.kind}"
+    assert report.keys() == REPORT_FIELDS and report["program"] == f"training step of a {config.model.kind}"
     params = jax.eval_shape(lambda: make_task(config).init(jax.random.key(0)))
     assert report["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert report["model_flops"] > 6 * 16 * 100 and report["peak_gib_per_device"] > 0
@@ -321,31 +278,20 @@ def test_every_stage_is_compiled_and_reported_alike(name):
     assert "all-reduce" in report["collectives"] and format_report(report)
 
 
-CONFIG = """
-from dalle_jax.config import *
-config = TrainConfig(
-    model=DalleConfig(text_vocab=20, text_len=4, image_vocab=16, grid=4, dim=16, layers=3, heads=2, conv_kernel=3),
-    data=DataConfig(batch_size=16), mesh=MeshConfig(data=-1),
-)
-"""
-
-
 @pytest.fixture
 def config_file(tmp_path):
-    path = tmp_path / "config.py"
-    path.write_text(CONFIG)
-    return str(path)
+    return write_config(tmp_path)
 
 
-def test_command_prints_json_and_keeps_the_program(config_file, tmp_path, capsys):
+def test_command_prints_json_and_writes_the_hlo(config_file, tmp_path, capsys):
     file = tmp_path / "step.hlo"
     flags = ["--mesh.data", "2", "--mesh.fsdp", "4", "--compiler-options", "xla_backend_optimization_level=0"]
     assert main(["train", config_file, "--compile-only", "local", "--json", "--hlo", str(file), *flags]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert report.keys() == REPORTED
+    assert report.keys() == REPORT_FIELDS
     assert "all-gather" in err and "optimizer" in err and "xla_backend_optimization_level=0" in err
-    found = hlo.costs(file.read_text()).collectives
+    found = hlo.program_costs(file.read_text()).collectives
     assert {k: v["runs"] for k, v in report["collectives"].items()} == {k: n for k, (n, _) in found.items()}
     assert not (Path(config_file).parent / "runs").exists()
 
@@ -356,32 +302,35 @@ def test_command_prints_json_and_keeps_the_program(config_file, tmp_path, capsys
         (["local", "--mesh.fsdp", "3"], "does not divide 8 devices"),
         (["local", "--data.batch-size", "12"], "data.batch_size 12 is not divisible by the 8 devices"),
         (["local", "--slices", "2"], "--slices 2 is for a TPU topology"),
-        (["v5p:4x4"], "topology 'v5p:4x4' is not one"),
+        (["v5p:4x4"], "There is no topology 'v5p:4x4'"),
     ],
 )
-def test_what_does_not_go_together_exits_2(config_file, capsys, flags, want):
+def test_mismatched_arguments_exit_2(config_file, capsys, flags, want):
     assert main(["train", config_file, "--compile-only", *flags]) == 2
     assert want in capsys.readouterr().err
 
 
 def test_sampling_compiles_for_a_device(config_file, capsys):
-    """Parameters in the compute dtype: 2 bytes for matrices, 4 for the rest; the cache by hand."""
+    """Matrices have 2 bytes per number, the rest 4; the sizes of parameters and caches by hand."""
     assert main(["train", config_file, "--compile-only", "local", "--sample", "3", "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert report.keys() == REPORTED and report["fits"] is None and report["devices"] == 1
-    assert report["batch"] == 3 and "drawing the codes of 3 pictures at once" in err
+    assert report.keys() == REPORT_FIELDS and report["fits"] is None and report["num_devices"] == 1
+    assert report["batch_size"] == 3 and "sampling of the codes of 3 images" in err
     blocks = 3 * (12 * 16**2 * 2 + (9 + 4) * 16 * 4)
-    tables = (24 + 4 + 16 + 4 + 4 + 2) * 16 * 4  # text and image embeddings, places, the last norm
+    tables = (24 + 4 + 16 + 4 + 4 + 2) * 16 * 4  # text and image embeddings, positions, the last norm
     memory = report["memory_gib"]
     assert memory["parameters"] == pytest.approx((blocks + tables + 16 * (24 * 4 + 16 * 2)) / 2**30)
-    kept = [5, 16, 6]  # image tokens of row, column and conv
-    assert memory["cache"] == pytest.approx(sum(4 + n for n in kept) * 3 * 2 * 16 * 2 / 2**30)
-    # What a run has stored, all in float32, lies beside it.
+    cache_sizes = [5, 16, 6]  # image tokens of row, column and conv
+    assert memory["cache"] == pytest.approx(sum(4 + n for n in cache_sizes) * 3 * 2 * 16 * 2 / 2**30)
+    # The float32 parameters of the run stay in memory.
     stored = 3 * (12 * 16**2 + (9 + 4) * 16) * 4 + tables + 16 * (24 + 16) * 4
-    assert memory["stored"] == pytest.approx(stored / 2**30)
+    assert memory["checkpoint_parameters"] == pytest.approx(stored / 2**30)
     rows = 3 * (4 * 4 + 8 + 16 * 4)  # ids, a key, and the codes
-    taken = sum(memory[name] for name in ("stored", "parameters", "temporaries", "program")) + rows / 2**30
+    taken = (
+        sum(memory[name] for name in ("checkpoint_parameters", "parameters", "temporaries", "program"))
+        + rows / 2**30
+    )
     assert report["peak_gib_per_device"] == pytest.approx(taken, rel=1e-6)
     per_token = 3 * (12 * 16**2 + 2 * 20 * 16)
     assert report["model_flops"] == 2 * 3 * (20 * per_token + 16 * 16 * 16)
@@ -389,10 +338,10 @@ def test_sampling_compiles_for_a_device(config_file, capsys):
 
 @pytest.mark.slow
 def test_sampling_of_a_diffusion_model_runs_all_steps():
-    """The network looks 50 times at the picture and once at the conditions."""
+    """The U-Net runs 50 times, the encoder of the conditions once."""
     model = STAGES["diffusion"]
-    report = compile_sample(of_stage("diffusion"), "local", 2)
-    assert report.keys() == REPORTED and report["program"].startswith("drawing 2 pictures at once, 50 steps")
+    report = compile_sampler(stage_config("diffusion"), "local", 2)
+    assert report.keys() == REPORT_FIELDS and report["program"].startswith("sampling of 2 images in 50 steps")
     params = jax.eval_shape(lambda: unet.init(model, jax.random.key(0)))
     given = unet.Conditions(*(jnp.zeros((2, *n), jnp.int32) for n in ((3,), (), (4,))))
     read = count_flops(jax.make_jaxpr(lambda p: unet.encode_conditions(model, p, given))(params))
@@ -404,42 +353,42 @@ def test_sampling_of_a_diffusion_model_runs_all_steps():
 @pytest.mark.parametrize(
     ("flags", "want"),
     [
-        (["local", "--sample", "0"], "--sample is 0; want at least 1 row"),
+        (["local", "--sample", "0"], "Expected at least 1 image, got --sample 0"),
         (["local", "--sample", "1", "--slices", "2"], "--slices 2 is for a TPU topology"),
         (
             ["local", "--quantization", "int8"],
             "--quantization is for the sampler; give --sample ROWS as well",
         ),
-        (["v5e:2x2", "--sample", "1"], "--sample compiles for one chip and v5e:2x2 has 4; want v5e:1x1"),
+        (["v5e:2x2", "--sample", "1"], "--sample compiles for one device, and v5e:2x2 has 4. Use v5e:1x1"),
     ],
 )
-def test_sampling_refuses(config_file, capsys, flags, want):
+def test_mismatched_sampling_arguments_exit_2(config_file, capsys, flags, want):
     assert main(["train", config_file, "--compile-only", *flags]) == 2
     assert want in capsys.readouterr().err
 
 
-def test_options_of_the_compiler():
-    """What is asked for stands over what the chip gets by itself; an empty value takes that away."""
+def test_compiler_options():
+    """Options of the configuration replace the defaults of the device; an empty value removes one."""
     windowed = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
-    def told(kind, *wanted, platform="tpu"):
+    def options(kind, *overrides, platform="tpu"):
         device = types.SimpleNamespace(platform=platform, device_kind=kind)
-        return compiler_options(types.SimpleNamespace(devices=np.array([[device]])), wanted)
+        return compiler_options(types.SimpleNamespace(devices=np.array([[device]])), overrides)
 
-    v5p = told("TPU v5")
+    v5p = options("TPU v5")
     assert v5p.items() > windowed.items() and "xla_tpu_scoped_vmem_limit_kib" in v5p
-    assert told("TPU v5 lite") == windowed and told("cpu", platform="cpu") == {}
-    assert told("TPU v5", "xla_tpu_scoped_vmem_limit_kib=") == windowed
-    assert told("TPU v5", "xla_tpu_scoped_vmem_limit_kib=1") == windowed | {
+    assert options("TPU v5 lite") == windowed and options("cpu", platform="cpu") == {}
+    assert options("TPU v5", "xla_tpu_scoped_vmem_limit_kib=") == windowed
+    assert options("TPU v5", "xla_tpu_scoped_vmem_limit_kib=1") == windowed | {
         "xla_tpu_scoped_vmem_limit_kib": "1"
     }
-    assert told("cpu", "xla_a=true", "xla_b=2", platform="cpu") == {"xla_a": "True", "xla_b": "2"}
+    assert options("cpu", "xla_a=true", "xla_b=2", platform="cpu") == {"xla_a": "True", "xla_b": "2"}
 
 
-def test_options_reach_the_step_that_trains():
-    """The step of `make_step` is refused with an option that does not exist, and no other option is."""
-    mesh = make_mesh(TINY.mesh)
-    config = dataclasses.replace(TINY, compiler_options=("xla_no_such=1",))
+def test_compiler_options_reach_the_training_step():
+    """`make_step` passes an unknown option to the compiler, which refuses it."""
+    mesh = make_mesh(SMALL_RUN.mesh)
+    config = dataclasses.replace(SMALL_RUN, compiler_options=("xla_no_such=1",))
     step, arguments = step_and_arguments(config, mesh)
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option") as error,
@@ -459,33 +408,33 @@ def test_options_reach_the_step_that_trains():
         ("xla_cpu_enable_fast_math=maybe", "'maybe' is not a valid bool value"),
     ],
 )
-def test_an_option_that_the_compiler_does_not_have_exits_2(config_file, capsys, option, want):
+def test_an_invalid_compiler_option_exits_2(config_file, capsys, option, want):
     flags = ["--compile-only", "local", "--mesh.data", "-1", "--compiler-options", option]
     assert main(["train", config_file, *flags]) == 2
     assert want in capsys.readouterr().err
 
 
-def test_an_option_in_another_form_is_told():
+def test_a_malformed_compiler_option_is_refused():
     with pytest.raises(ValueError, match=r"compiler_options has '--xla_a'; want NAME=VALUE"):
-        TrainConfig(model=MODEL, compiler_options=("--xla_a",))
+        TrainConfig(model=SMALL_DALLE, compiler_options=("--xla_a",))
 
 
 @pytest.mark.parametrize(
     "flags", [("--slices", "2"), ("--sample", "1"), ("--quantization", "int8"), ("--hlo", "program.hlo")]
 )
-def test_its_flags_are_refused_without_it(config_file, capsys, flags):
+def test_flags_are_refused_without_compile_only(config_file, capsys, flags):
     assert main(["train", config_file, *flags]) == 2
     assert f"{flags[0]} is for --compile-only" in capsys.readouterr().err
 
 
-def test_without_libtpu_the_package_is_named(config_file, capsys, monkeypatch):
+def test_a_missing_libtpu_names_the_extra(config_file, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["train", config_file, "--compile-only", "v5e:2x2"]) == 1
     assert "pip install 'dalle-jax[compile]'" in capsys.readouterr().err
 
 
 def test_diffusion_compiles_on_codes():
-    """Its step can be traced from shapes alone, with every condition, before a tokenizer is trained."""
+    """The step traces from shapes alone, with every condition, before a tokenizer exists."""
     model = DiffusionConfig(
         image_size=16, patch_size=2, width=8, channel_multipliers=(1, 2), blocks=1, attention_sizes=(4,), num_classes=3, low_res_size=8,
         text=TextEncoderConfig(text_vocab=9, text_len=3, dim=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=4),

@@ -1,7 +1,6 @@
-"""Laws of the programs that XLA's GPU compiler makes of the sampler, and compile-only for GPUs: `pytest -m cuda`.
+"""Compilation with XLA's GPU compiler, and laws of the sampler's programs: `pytest -m cuda`.
 
-Needs the CUDA plugin of jax and no GPU. The decode loops have every kind of attention in one model, so that a program
-is compiled once for all of them.
+The tests need the CUDA plugin of jax and no GPU. The model has every attention type, so that one program covers all.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 KINDS = ("full", "row", "column", "conv", "conv_torus", "conv_clamped")
-# Matrices of 2 MiB, which nothing else of a step comes near; caches of 18 KiB a row and more.
+# Matrices have 2 MiB, much more than any other array of a step; caches have 18 KiB or more per image.
 CFG = DalleConfig(
     text_vocab=100, text_len=16, image_vocab=1024, grid=8, dim=1024, layers=len(KINDS), heads=8, attention=KINDS,
     conv_kernel=3, dtype="bfloat16",
@@ -41,20 +40,18 @@ CFG = DalleConfig(
 MATRIX = CFG.dim**2 * 2
 
 
-def on_gpu(program, tree, *static, gpu="h200", **options):
-    """`program` compiled for a GPU, with the shapes of `tree`: positional arguments after the static ones."""
+def compile_for_gpu(program, tree, *static, gpu="h200", **options):
+    """Compile a jitted function for a GPU: static arguments, then `tree` as shapes, then keyword arguments."""
     mesh = make_mesh(MeshConfig(data=1), gpu_devices(gpu))
-    whole = replicated(mesh)
 
-    def placed(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    def abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
 
     with jax.set_mesh(mesh):
-        lowered = program.lower(*static, *jax.tree.map(placed, tree), **options)
-        return lowered.compile()
+        return program.lower(*static, *jax.tree.map(abstract, tree), **options).compile()
 
 
-def prepared(cfg):
+def decode_params(cfg):
     return jax.eval_shape(
         lambda key: autoregressive.prepare_for_decode(cfg, dalle.init(cfg, key), platform="gpu"),
         jax.random.key(0),
@@ -62,15 +59,20 @@ def prepared(cfg):
 
 
 def sampler(cfg, rows, **options):
-    params = prepared(cfg)
+    params = decode_params(cfg)
     text = jnp.zeros((rows, cfg.text_len), jnp.int32)
-    return on_gpu(generate, (params, text, row_keys(range(rows))), cfg, top_k=8, **options)
+    return compile_for_gpu(generate, (params, text, row_keys(range(rows))), cfg, top_k=8, **options)
 
 
-def queue(program, *counts, **options):
-    held = jax.eval_shape(lambda: decode_state.init_decode_state(CFG, 4))
-    return on_gpu(
-        program, (prepared(CFG), held, *map(jnp.int32, counts)), CFG, top_k=8, use_top_p=False, **options
+def batcher(program, *counts, **options):
+    state = jax.eval_shape(lambda: decode_state.init_decode_state(CFG, 4))
+    return compile_for_gpu(
+        program,
+        (decode_params(CFG), state, *map(jnp.int32, counts)),
+        CFG,
+        top_k=8,
+        use_top_p=False,
+        **options,
     )
 
 
@@ -79,42 +81,42 @@ PROGRAMS = {
     "eight rows": lambda: sampler(CFG, 8),
     "guided": lambda: sampler(CFG, 1, guidance_scale=1.5),
     "jacobi": lambda: sampler(CFG, 2, draft_len=4),
-    "queue": lambda: queue(decode_state.decode_steps, 1),
-    "queue, jacobi": lambda: queue(decode_state.speculative_passes, 1, 1, draft_len=4),
+    "queue": lambda: batcher(decode_state.decode_steps, 1),
+    "queue, jacobi": lambda: batcher(decode_state.speculative_passes, 1, 1, draft_len=4),
 }
 
 
 @pytest.fixture(scope="module", params=PROGRAMS)
 def decode(request):
-    """Name of a program and kernels of its decode loops."""
+    """Name of a program, and the kernels of its decode loops."""
     text = PROGRAMS[request.param]().as_text()
-    held = [loop for loop in find_loops(text) if "/decode/" in loop.scope]
-    assert held and all(len(loop.kernels) > 4 * CFG.layers for loop in held)
-    return request.param, [kernel for loop in held for kernel in loop.kernels]
+    loops = [loop for loop in find_loops(text) if "/decode/" in loop.scope]
+    assert loops and all(len(loop.kernels) > 4 * CFG.layers for loop in loops)
+    return request.param, [kernel for loop in loops for kernel in loop.kernels]
 
 
-def test_the_loop_copies_no_cache(decode):
-    """Not the smallest. With jacobi, which puts several tokens into a cache at once, none of a whole picture: jax
-    0.12 turns a ring round for that, and back."""
+def test_the_decode_loop_copies_no_cache(decode):
+    """No cache, not even the smallest, is copied. Speculative decoding writes several tokens into a ring buffer, which jax
+    0.12 rolls there and back; there, no cache of all codes is copied."""
     name, kernels = decode
-    kept = CFG.num_codes if name == "jacobi" else CFG.grid + 1
-    copies = [k for k in kernels if k.sort == "copy"]
-    assert not [k for k in copies if k.written >= kept * CFG.dim * 2]  # keys of one row
+    size = CFG.num_codes if name == "jacobi" else CFG.grid + 1
+    copies = [k for k in kernels if k.kind == "copy"]
+    assert not [k for k in copies if k.bytes_written >= size * CFG.dim * 2]  # keys of one image
 
 
 def test_no_kernel_writes_a_matrix(decode):
-    """A step reads weights; what it writes is vectors."""
-    assert not [k.line for k in decode[1] if k.written >= MATRIX]
+    """A decode step reads matrices and writes vectors."""
+    assert not [k.line for k in decode[1] if k.bytes_written >= MATRIX]
 
 
-def test_memory_grows_by_the_cache_alone():
-    """Four times the codes take the larger cache and a few numbers each: no scores and no streams are kept."""
+def test_memory_grows_only_by_the_cache():
+    """Four times the codes need a larger cache and a few numbers each: no logits and no activations are stored."""
     size = []
     for grid in (4, 8):
         cfg = dataclasses.replace(CFG, grid=grid, dim=256, heads=4, layers=2, attention=("full", "column"))
-        held = jax.tree.leaves(jax.eval_shape(lambda cfg=cfg: autoregressive.init_cache(cfg, 2)))
+        cache = jax.tree.leaves(jax.eval_shape(lambda cfg=cfg: autoregressive.init_cache(cfg, 2)))
         temporary = sampler(cfg, 2).memory_analysis().temp_size_in_bytes
-        size.append((temporary, sum(x.size * x.dtype.itemsize for x in held)))
+        size.append((temporary, sum(x.size * x.dtype.itemsize for x in cache)))
     (small, few), (large, many) = size
     assert many - few > 90_000
     assert large - small <= (many - few) + 48 * 128  # 32 numbers a code
@@ -140,44 +142,48 @@ def config_file(tmp_path):
 
 
 def report(config_file, *flags, code=0):
-    """What the command prints in a process of its own, with nothing set for the compiler."""
-    bare = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    """Return the JSON report of the command, run in a process without variables of jax and XLA."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     done = subprocess.run(
         [sys.executable, "train.py", config_file, "--compile-only", *flags, "--json"],
-        capture_output=True, text=True, cwd=ROOT, env=bare, timeout=500,
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=500,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     return json.loads(done.stdout)
 
 
 def test_training_on_several_gpus(config_file):
-    """Products of cuDNN's attention among them, as the step that trains has them."""
+    """The step uses cuDNN's attention, as on a GPU."""
     found = report(config_file, "h100:4")
-    assert found["fits"] is True and found["devices"] == 4 and found["device_kind"] == GPUS["h100"].kind
-    assert found["hbm_gib_per_device"] == pytest.approx(0.75 * GPUS["h100"].memory)
+    assert (
+        found["fits"] is True
+        and found["num_devices"] == 4
+        and found["device_kind"] == GPUS["h100"].device_kind
+    )
+    assert found["hbm_gib_per_device"] == pytest.approx(0.75 * GPUS["h100"].memory_gib)
     assert found["collectives"]["all-reduce"]["gib"] > 0 and found["estimated_mfu"] is None
     assert min(found["roofline_seconds"].values()) > 0
 
 
-def test_sampling_tells_kernels_and_bytes(config_file):
+def test_sampling_reports_the_decode_loop(config_file):
     found = report(config_file, "l4", "--sample", "2")
-    loop = found["decoding"]
-    assert loop["kernels"]["fusions"] > 10 and loop["read_bytes"] > 0.8 * loop["minimum_bytes"]
-    moves = loop["read_bytes"] + loop["written_bytes"]
-    assert loop["codes_per_second"] == pytest.approx(2 * GPUS["l4"].bandwidth / moves)
+    loop = found["decode_loop"]
+    assert loop["kernels"]["fusions"] > 10 and loop["bytes_read"] > 0.8 * loop["minimum_bytes"]
+    traffic = loop["bytes_read"] + loop["bytes_written"]
+    assert loop["codes_per_second"] == pytest.approx(2 * GPUS["l4"].memory_bandwidth / traffic)
 
 
-def test_what_does_not_fit_exits_3(config_file):
-    """40 thousand pictures at once."""
+def test_a_program_that_does_not_fit_exits_3(config_file):
+    """A batch of 40,000 images."""
     flags = ("l4", "--sample", "40000", "--model.dim", "1024", "--model.grid", "32")
     found = report(config_file, *flags, code=3)
     assert found["fits"] is False and found["peak_gib_per_device"] > found["hbm_gib_per_device"] == 16.5
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_every_gpu_is_one_that_the_compiler_knows(name):
+def test_the_compiler_accepts_every_gpu(name):
     (device,) = gpu_devices(name)
-    assert device.device_kind == GPUS[name].kind and device.platform == "gpu"
+    assert device.device_kind == GPUS[name].device_kind and device.platform == "gpu"
     at = jax.sharding.SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16, sharding=at)
     assert "fusion" in jax.jit(lambda a, b: jax.nn.gelu(a @ b)).lower(x, x).compile().as_text()

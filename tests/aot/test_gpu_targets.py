@@ -1,16 +1,18 @@
-"""GPUs that are not here, without their compiler: names and errors, and kernels read from hand-made programs.
-With it: test_gpu_compiler.py.
+"""GPU targets without the GPU compiler: names, errors, and kernels read from hand-written HLO.
+
+test_gpu_compiler.py compiles with the GPU compiler.
 """
 
 import jax
 import pytest
-from test_compile_only import CONFIG, TINY
+from aot_configs import SMALL_RUN, write_config
 
-from dalle_jax.aot import compile_only, hlo, roofline
-from dalle_jax.aot.gpu_kernels import collective_bytes, find_loops, kernels
+from dalle_jax.aot import hlo, roofline, training_step
+from dalle_jax.aot.gpu_kernels import collective_bytes, find_loops, list_kernels
 from dalle_jax.aot.gpu_targets import GPUS, gpu_devices, is_gpu, memory_fraction, parse_gpus
-from dalle_jax.aot.report import Target, format_report, parse_target
-from dalle_jax.aot.sampler import compile_sample, minimum_bytes
+from dalle_jax.aot.report import format_report
+from dalle_jax.aot.sampler import compile_sampler, minimum_bytes
+from dalle_jax.aot.targets import Target, make_target
 from dalle_jax.aot.tpu_targets import parse_topology
 from dalle_jax.cli import main
 from dalle_jax.config import BartConfig, DalleConfig
@@ -20,15 +22,13 @@ from dalle_jax.parallel.devices import peak_flops
 
 @pytest.fixture
 def config_file(tmp_path):
-    path = tmp_path / "config.py"
-    path.write_text(CONFIG)
-    return str(path)
+    return write_config(tmp_path)
 
 
 # --- names -----------------------------------------------------------------------------------------------
 
 
-def test_names_of_gpus():
+def test_gpu_names():
     assert parse_gpus("h200") == (GPUS["h200"], 1) and parse_gpus("a100-40:8") == (GPUS["a100-40"], 8)
     assert is_gpu("l4:2") and not is_gpu("v5p:2x2x1") and not is_gpu("local")
 
@@ -36,31 +36,31 @@ def test_names_of_gpus():
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("h200:0", "target 'h200:0' has '0' GPUs; want 1 to 8 of one host, as in h200:8"),
-        ("h200:16", "want 1 to 8"),
+        ("h200:0", "Target 'h200:0' has '0' GPUs. Use 1 to 8 of one host, as in h200:8"),
+        ("h200:16", "Use 1 to 8"),
         ("l4:2x2", "has '2x2' GPUs"),
         ("h200:", "has '' GPUs"),
     ],
 )
-def test_counts_that_no_host_has(name, want):
+def test_impossible_counts_are_refused(name, want):
     with pytest.raises(ValueError, match=want):
-        parse_target(name)
+        make_target(name)
 
 
 @pytest.mark.parametrize(
     ("name", "near"), [("H200", "h200"), ("h20:4", "h200"), ("a100:8", "a100-40 or a100-80"), ("l40", "l4")]
 )
-def test_the_nearest_gpu_is_told(name, near):
+def test_messages_suggest_the_nearest_gpu(name, near):
     with pytest.raises(
-        ValueError, match=rf"did you mean ({near})\? GPUs are h100, h200, a100-40, a100-80, l4"
+        ValueError, match=rf"Did you mean ({near})\? GPUs are h100, h200, a100-40, a100-80, l4"
     ):
         parse_topology(name)
 
 
-def test_a_gpu_is_known_by_what_jax_calls_it():
-    """The peak that training reports mfu by is that of the table."""
+def test_the_peak_agrees_with_the_table_of_training():
+    """Training looks up the peak by the device kind."""
     for gpu in GPUS.values():
-        assert peak_flops(gpu.kind) == gpu.flops
+        assert peak_flops(gpu.device_kind) == gpu.peak_flops
 
 
 def test_gpus_have_no_slices():
@@ -68,14 +68,14 @@ def test_gpus_have_no_slices():
         gpu_devices("h200:8", 2)
 
 
-def test_without_the_plugin_the_package_is_named(config_file, capsys, monkeypatch):
+def test_a_missing_plugin_names_the_extra(config_file, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["train", config_file, "--compile-only", "h200"]) == 1
     assert "pip install 'dalle-jax[cuda]' (no GPU is needed)" in capsys.readouterr().err
 
 
-def test_jax_that_left_the_compiler_out_is_told(monkeypatch):
-    """As after the first array in a process of a machine without a GPU."""
+def test_initialized_backends_are_refused(monkeypatch):
+    """After the first array of a process without a GPU, jax does not know the platform."""
 
     def missing(**_):
         raise NotImplementedError("topology not implemented for cuda")
@@ -83,7 +83,7 @@ def test_jax_that_left_the_compiler_out_is_told(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
     with pytest.raises(
-        ValueError, match=r"jax found its devices before h200 was asked for.*JAX_PLATFORMS=cpu"
+        ValueError, match=r"jax initialized its backends before the target h200.*JAX_PLATFORMS=cpu"
     ):
         gpu_devices("h200")
 
@@ -91,24 +91,24 @@ def test_jax_that_left_the_compiler_out_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "want"),
     [
-        (["h200:2", "--sample", "1"], "--sample compiles for one chip and h200:2 has 2; want h200"),
+        (["h200:2", "--sample", "1"], "--sample compiles for one device, and h200:2 has 2. Use h200"),
         (["h200", "--slices", "2", "--sample", "1"], "--slices 2 is for a TPU topology"),
-        (["h300"], "topology 'h300' is not one"),
+        (["h300"], "There is no topology 'h300'"),
     ],
 )
-def test_what_does_not_go_together_exits_2(config_file, capsys, flags, want):
+def test_mismatched_arguments_exit_2(config_file, capsys, flags, want):
     assert main(["train", config_file, "--compile-only", *flags]) == 2
     assert want in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("told", ["0", "1.5", "much"])
-def test_the_share_of_memory(monkeypatch, told):
+@pytest.mark.parametrize("value", ["0", "1.5", "much"])
+def test_memory_fraction(monkeypatch, value):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     assert memory_fraction() == 0.75
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     assert memory_fraction() == 0.9
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", told)
-    with pytest.raises(ValueError, match=f"MEM_FRACTION is '{told}'; want a share"):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
+    with pytest.raises(ValueError, match=f"MEM_FRACTION is '{value}'. Use a fraction"):
         memory_fraction()
 
 
@@ -194,46 +194,51 @@ for n in (3, 10):
 
 
 def test_kernels_by_hand():
-    """Two rows of a table; one place of a cache that is updated where it lies; a quarter of an array, and another
-    that two results read; a library call without its room to work in; a copy that three turns make."""
+    """Two rows of a table; one position of a cache that is updated in place; a quarter of an array, and another that two
+    results read; a library call without its workspace; a copy in a loop of three iterations."""
     (loop,) = find_loops(PROGRAM)
-    assert loop.trips == 10 and loop.scope == "jit(f)/decode/while"
-    found = {kernel.name: (kernel.sort, kernel.read, kernel.written, kernel.runs) for kernel in loop.kernels}
+    assert loop.trip_count == 10 and loop.scope == "jit(f)/decode/while"
+    found = {
+        kernel.name: (kernel.kind, kernel.bytes_read, kernel.bytes_written, kernel.runs)
+        for kernel in loop.kernels
+    }
     assert found == {
         "one": ("fusion", 2 * 8 * 4 + 2 * 4, 2 * 8 * 4, 1),
         "cache.1": ("fusion", 4 * 8 * 4 + 4, 4 * 8 * 4, 1),
         "both": ("fusion", 4 * 8 * 4 + 8 * 4, 8 * 4 + 16 * 8 * 4, 1),
-        "dot": ("call", 16 * 8 * 4 + 8 * 4, 8 * 4, 1),
+        "dot": ("library_call", 16 * 8 * 4 + 8 * 4, 8 * 4, 1),
         "moved": ("copy", 16 * 8 * 4, 16 * 8 * 4, 1),
         "later": ("copy", 16 * 8 * 4, 16 * 8 * 4, 1),
         "again": ("copy", 8 * 4, 8 * 4, 3),
     }
 
 
-def test_what_collectives_bring_to_a_device():
-    """Of four devices: three quarters of what is gathered, and of a sum twice three quarters."""
-    entry, found = hlo.computations(PROGRAM)
-    assert collective_bytes(kernels(found, entry), 4) == 32 * 4 * 3 / 4 + 2 * 8 * 4 * 3 / 4
+def test_collective_bytes():
+    """On four devices: three quarters of a gathered array, and twice three quarters of a summed one."""
+    entry, computations = hlo.parse_computations(PROGRAM)
+    assert collective_bytes(list_kernels(computations, entry), 4) == 32 * 4 * 3 / 4 + 2 * 8 * 4 * 3 / 4
 
 
-def test_the_bound_of_the_decode_loop_by_hand():
+def test_decode_loop_report_by_hand():
     gpu, (loop,) = GPUS["h200"], find_loops(PROGRAM)
-    read, written = (sum(getattr(k, name) * k.runs for k in loop.kernels) for name in ("read", "written"))
-    found = roofline.decode_loop_report(PROGRAM, gpu, rows=2, least=500.0)
+    read, written = (
+        sum(getattr(k, name) * k.runs for k in loop.kernels) for name in ("bytes_read", "bytes_written")
+    )
+    found = roofline.decode_loop_report(PROGRAM, gpu, batch_size=2, minimum_bytes=500.0)
     assert found == {
         "kernels": {"fusions": 3, "library_calls": 1, "copies": 5, "others": 0},
-        "read_bytes": read,
-        "written_bytes": written,
+        "bytes_read": read,
+        "bytes_written": written,
         "minimum_bytes": 500.0,
-        "codes_per_second": pytest.approx(2 * gpu.bandwidth / (read + written)),
+        "codes_per_second": pytest.approx(2 * gpu.memory_bandwidth / (read + written)),
     }
     assert roofline.decode_loop_report(PROGRAM.replace("/decode/", "/prefill/"), gpu, 2, 500.0) is None
-    seconds = roofline.roofline_seconds(PROGRAM, gpu, 4, flops=gpu.flops)
-    assert seconds["products"] == 1 / 4 and seconds["links"] == pytest.approx(144 / gpu.link)
+    seconds = roofline.roofline_seconds(PROGRAM, gpu, 4, model_flops=gpu.peak_flops)
+    assert seconds["products"] == 1 / 4 and seconds["links"] == pytest.approx(144 / gpu.link_bandwidth)
 
 
-def test_the_least_that_a_pass_reads_by_hand():
-    """float32: matrices, biases, norms and head; and of each kind the keys and values that a code sees."""
+def test_minimum_bytes_by_hand():
+    """float32: matrices, biases, norms and head, and the visible keys and values of each attention type."""
     cfg = DalleConfig(
         text_vocab=20, text_len=4, image_vocab=16, grid=4, dim=16, layers=2, heads=2, attention=("full", "row"),
         last_attention=None, dtype="float32",
@@ -248,8 +253,8 @@ def test_the_least_that_a_pass_reads_by_hand():
     assert minimum_bytes(cfg, params, cache, 3) == pytest.approx(4 * (weights + keys))
 
 
-def test_the_least_of_an_encoder_and_decoder():
-    """What makes the keys of captions is the prefill's, and no pass reads it."""
+def test_minimum_bytes_of_an_encoder_decoder():
+    """The matrices for keys and values of captions belong to the prefill; no pass reads them."""
     cfg = BartConfig(
         text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16, encoder_layers=2, layers=2,
         heads=2, mlp_width=16, dtype="float32",
@@ -267,25 +272,25 @@ def test_the_least_of_an_encoder_and_decoder():
 # --- reports ---------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_exits_3(config_file, capsys, monkeypatch):
-    """On the devices here, said to have a ten-thousandth of a GiB."""
+def test_a_program_that_does_not_fit_exits_3(config_file, capsys, monkeypatch):
+    """The attached device, with a memory of 0.0001 GiB."""
 
-    def small(name, slices=1):
-        return Target(name, slices, jax.devices()[:1], None, 1e-4, None, 0.5)
+    def small_target(name, num_slices=1):
+        return Target(name, num_slices, jax.devices()[:1], hbm_gib=1e-4, hbm_fraction=0.5)
 
-    monkeypatch.setattr(compile_only, "parse_target", small)
+    monkeypatch.setattr(training_step, "make_target", small_target)
     flags = ["--mesh.data", "1", "--compiler-options", "xla_backend_optimization_level=0"]
     assert main(["train", config_file, "--compile-only", "h200", *flags]) == 3
     assert "0.0001 GiB, 50% of the GPU's 0.0002 (XLA_PYTHON_CLIENT_MEM_FRACTION)" in capsys.readouterr().out
 
 
-def test_a_report_tells_an_estimate_from_a_run(monkeypatch):
-    """Lines of what a GPU's program reads, on top of a report of the devices here."""
-    report = compile_sample(TINY, "local", 2)
-    assert report["decoding"] is None and "decode loop" not in format_report(report)
+def test_a_report_marks_bounds():
+    """Lines for the decode loop of a GPU, added to a report for the attached device."""
+    report = compile_sampler(SMALL_RUN, "local", 2)
+    assert report["decode_loop"] is None and "decode loop" not in format_report(report)
     report["roofline_seconds"] = {"products": 0.5, "memory": 2.0, "links": 0.0}
-    report["decoding"] = roofline.decode_loop_report(PROGRAM, GPUS["l4"], 2, 1000.0)
+    report["decode_loop"] = roofline.decode_loop_report(PROGRAM, GPUS["l4"], 2, 1000.0)
     text = format_report(report)
-    assert "at least 2 s by the data sheet (products 0.5, memory 2, links 0); not a run" in text
-    assert "9 kernels a pass of 2 codes: 3 fusions, 1 library calls, 5 copies" in text
-    assert "an estimate from the program, not a run" in text
+    assert "at least 2 s by the data sheet (products 0.5, memory 2, links 0); a bound, not measured" in text
+    assert "9 kernels per pass of 2 codes: 3 fusions, 1 library calls, 5 copies" in text
+    assert "bounds, not measured" in text

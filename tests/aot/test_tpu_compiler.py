@@ -1,6 +1,6 @@
-"""Compile-only with the real TPU compiler (package libtpu), which needs no TPU: `pytest -m libtpu`.
+"""Compilation with the TPU compiler (package libtpu), which needs no TPU: `pytest -m libtpu`.
 
-Everything runs in processes of its own, because libtpu's variables are the process's.
+Each test runs in a process of its own, because libtpu is configured by environment variables.
 """
 
 import json
@@ -9,24 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from aot_configs import write_config
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.libtpu
 
-CONFIG = """
-from dalle_jax.config import *
-config = TrainConfig(
-    model=DalleConfig(text_vocab=20, text_len=4, image_vocab=16, grid=4, dim=16, layers=3, heads=2, conv_kernel=3),
-    data=DataConfig(batch_size=16), mesh=MeshConfig(data=-1),
-)
-"""
-
 
 @pytest.fixture
 def config_file(tmp_path):
-    path = tmp_path / "config.py"
-    path.write_text(CONFIG)
-    return str(path)
+    return write_config(tmp_path)
 
 
 def python(*arguments):
@@ -34,13 +25,13 @@ def python(*arguments):
 
 
 def tpu(config_file, *flags):
-    """Exit code and report."""
+    """Return the exit code and the report of the command."""
     done = python("train.py", config_file, "--compile-only", *flags, "--json")
     assert done.returncode in (0, 3), done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
-NAMES = """
+CLOUD_NAMES_SCRIPT = """
 import json
 from dalle_jax.aot.tpu_targets import CLOUD_NAMES, tpu_devices
 
@@ -55,9 +46,9 @@ print(json.dumps(found))
 """
 
 
-def test_every_cloud_name_is_a_topology_of_that_many_chips():
-    """v4 and v5p count TensorCores, two to a chip; the others chips."""
-    done = python("-c", NAMES)
+def test_every_cloud_name_has_its_number_of_chips():
+    """Names of v4 and v5p count TensorCores, two per chip; the others count chips."""
+    done = python("-c", CLOUD_NAMES_SCRIPT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.pop("two") == [32, [0, 1]]
@@ -77,35 +68,35 @@ def test_every_cloud_name_is_a_topology_of_that_many_chips():
     assert found["v5p-128"][1] == [4, 4, 4] and found["v5litepod-256"][1] == [16, 16, 1]
 
 
-STAGE = """
+STAGE_SCRIPT = """
 import dataclasses, json, sys
 sys.path.insert(0, "tests")
-from test_compile_only import of_stage
+from aot_configs import stage_config
 from dalle_jax.config import MeshConfig
-from dalle_jax.aot.compile_only import compile_step
-from dalle_jax.aot.sampler import compile_sample
+from dalle_jax.aot.sampler import compile_sampler
+from dalle_jax.aot.training_step import compile_step
 
 name, what = sys.argv[1:]
-config = dataclasses.replace(of_stage(name), mesh=MeshConfig(data=2, fsdp=2), compiler_options=())
-print(json.dumps(compile_step(config, "v5e:2x2") if what == "step" else compile_sample(config, "v6e:1x1", 2)))
+config = dataclasses.replace(stage_config(name), mesh=MeshConfig(data=2, fsdp=2), compiler_options=())
+print(json.dumps(compile_step(config, "v5e:2x2") if what == "step" else compile_sampler(config, "v6e:1x1", 2)))
 """
 
 
 @pytest.mark.parametrize("name", ["dvae", "vqgan", "clip", "bart", "diffusion"])
 def test_every_stage_compiles_for_a_tpu(name):
     report = stage(name, "step")
-    assert report["device_kind"] == "TPU v5 lite" and report["devices"] == 4
+    assert report["device_kind"] == "TPU v5 lite" and report["num_devices"] == 4
     assert "all-reduce" in report["collectives"]
 
 
 @pytest.mark.parametrize("name", ["bart", "diffusion"])
 def test_sampling_of_other_stages_compiles_for_a_tpu(name):
     report = stage(name, "sample")
-    assert report["device_kind"] == "TPU v6 lite" and report["devices"] == 1 and not report["collectives"]
+    assert report["device_kind"] == "TPU v6 lite" and report["num_devices"] == 1 and not report["collectives"]
 
 
 def stage(name, what):
-    done = python("-c", STAGE, name, what)
+    done = python("-c", STAGE_SCRIPT, name, what)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["fits"] is True and 0 < report["peak_gib_per_device"] < 1
@@ -115,22 +106,22 @@ def stage(name, what):
 
 def test_tpu_report(config_file):
     code, report = tpu(config_file, "v5e:2x4", "--mesh.data", "1", "--mesh.fsdp", "8")
-    assert code == 0 and report["fits"] is True and report["devices"] == 8
+    assert code == 0 and report["fits"] is True and report["num_devices"] == 8
     assert report["hbm_gib_per_device"] == 16 and 0 < report["peak_gib_per_device"] < 1
     assert 0 < report["estimated_mfu"] <= report["estimated_mfu_high"] < 1
     assert "all-gather" in report["collectives"]
 
 
-def test_an_axis_may_be_part_of_a_side(config_file):
-    """8 of 4 x 4 chips: a mesh that jax.make_mesh refuses."""
+def test_an_axis_may_be_a_part_of_a_torus_side(config_file):
+    """An axis of 8 on 4 x 4 chips: jax.make_mesh refuses this mesh."""
     code, report = tpu(config_file, "v6e:4x4", "--mesh.data", "2", "--mesh.fsdp", "8")
     assert code == 0 and report["mesh"] == {"slice": 1, "data": 2, "fsdp": 8, "model": 1}
 
 
 def test_tpu_slices_send_gradients_only(config_file):
-    """Between slices go the gradients' sums and no parameters."""
+    """Sums of gradients cross slices, and no parameters."""
     code, report = tpu(config_file, "v5e:2x2", "--slices", "2", "--mesh.data", "1", "--mesh.fsdp", "4")
-    assert code == 0 and report["devices"] == 8 and report["mesh"]["slice"] == 2
+    assert code == 0 and report["num_devices"] == 8 and report["mesh"]["slice"] == 2
     assert 0 < report["collectives"]["send"]["gib"] < 2 * report["parameters"] * 4 / 2**30
 
 
@@ -144,7 +135,7 @@ def test_tpu_out_of_memory_exits_3(config_file):
 
 def test_sampling_on_one_chip(config_file):
     code, report = tpu(config_file, "v5e:1x1", "--sample", "2")
-    assert code == 0 and report["fits"] is True and report["devices"] == 1
+    assert code == 0 and report["fits"] is True and report["num_devices"] == 1
     assert report["memory_gib"]["cache"] > 0 and 0 < report["estimated_mfu"] < 1 and not report["collectives"]
 
 
@@ -158,18 +149,18 @@ def test_sampling_that_does_not_fit_exits_3(config_file):
 @pytest.mark.parametrize(
     ("flags", "want"),
     [
-        (["v5e:3x5"], "topology 'v5e:3x5'"),
+        (["v5e:3x5"], "Topology 'v5e:3x5'"),
         (["v5p:4x4x4", "--mesh.fsdp", "3"], "does not divide 64 devices"),
         (["v5e:2x2", "--slices", "2", "--mesh.slices", "4"], "mesh slices=4"),
         (["v5e:2x2", "--compiler-options", "xla_tpu_no_such=1"], "No such compile option: 'xla_tpu_no_such'"),
     ],
 )
-def test_what_does_not_go_together_exits_2(config_file, flags, want):
+def test_mismatched_arguments_exit_2(config_file, flags, want):
     done = python("train.py", config_file, "--compile-only", *flags)
     assert done.returncode == 2 and want in done.stderr, done.stderr
 
 
-def test_a_true_option_is_taken(config_file):
+def test_a_boolean_option_is_accepted(config_file):
     code, report = tpu(
         config_file, "v5e:2x2", "--compiler-options", "xla_tpu_enable_latency_hiding_scheduler=true"
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.aot.sampler import compile_sample
+from dalle_jax.aot.sampler import compile_sampler
 from dalle_jax.checkpoint.run_dir import load_run, read_config
 from dalle_jax.cli import COMMANDS, demo_run, main, sample_file
 from dalle_jax.config import (
@@ -1064,8 +1064,8 @@ def test_info_says_what_drawing_takes(made):
     )
     assert "--quantization is for what drawing takes" in refused("info", made.dalle, "--quantization", "int8")
     assert "--device is for what drawing takes" in refused("info", made.dalle, "--device", "h200")
-    assert "did you mean h200?" in refused("info", made.dalle, "--batch-size", 1, "--device", "h20")
-    assert "--device compiles for one chip and h200:2 has 2; want h200" in refused(
+    assert "Did you mean h200?" in refused("info", made.dalle, "--batch-size", 1, "--device", "h20")
+    assert "--device compiles for one device, and h200:2 has 2. Use h200" in refused(
         "info", made.dalle, "--batch-size", 1, "--device", "h200:2"
     )
     assert "--batch-size is 0; want at least 1" in refused("info", made.dalle, "--batch-size", 0)
@@ -1075,12 +1075,12 @@ def test_info_says_what_drawing_takes(made):
 def test_info_and_compile_only_say_the_same_of_drawing(made):
     """Both count what the command `sample` has on the device: the run, what it prepares, and the program."""
     told = json_of("info", made.dalle, "--batch-size", 2)["sampling"]
-    report = compile_sample(read_config(made.dalle), "local", 2)
+    report = compile_sampler(read_config(made.dalle), "local", 2)
     assert report["peak_gib_per_device"] * 2**30 == pytest.approx(told["total"], rel=1e-9)
     memory = {name: size * 2**30 for name, size in report["memory_gib"].items()}
-    assert memory["stored"] == pytest.approx(told["stored"]) and memory["cache"] == pytest.approx(
-        told["caches"]
-    )
+    assert memory["checkpoint_parameters"] == pytest.approx(told["stored"]) and memory[
+        "cache"
+    ] == pytest.approx(told["caches"])
     assert memory["parameters"] == pytest.approx(told["parameters"]) and told["on"] == report["device_kind"]
 
 
