@@ -1,1 +1,1 @@
-"""Layers shared by the models, their attention masks, and how arrays are laid over devices."""
+"""Layers that the models share: attention and its masks, KV caches, linear layers, norms, losses."""

@@ -1,8 +1,8 @@
-"""A pre-norm Transformer block whose attention runs over the positions given, or as its caller says.
+"""A pre-norm Transformer block with dense attention, or with an attention function of its caller.
 
-Its choices make it the block of the paper or of a public family: layer or RMS norms, before the branches only or
-after them too, kinds of MLP, with biases or without, turned queries and keys or none.
-B batch, T positions computed now, S positions seen, D width, H heads, K width of a head, F width of the MLP.
+Its options cover the block of the paper (Ramesh et al. 2021, 2102.12092) and of the public families: layer or RMS norms,
+before the branches or also after them (sandwich norm), the MLP's activation, biases, QK-norm and RoPE.
+B batch, T query positions, S key positions, D width, H heads, K width of a head, F width of the MLP.
 """
 
 from __future__ import annotations
@@ -20,24 +20,31 @@ from dalle_jax.nn.linear import Dense, fused_linear
 from dalle_jax.nn.rope import apply_rope
 from dalle_jax.parallel.sharding import constrain
 
-# Of the MLP; swiglu and geglu are gated (2002.05202), geglu by the tanh form, as T5 has it.
+# swiglu and geglu are gated (Shazeer 2020, 2002.05202); geglu has the tanh form of GELU, as in T5.
 Activation = Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu", "geglu"]
 Norm = Literal["layer", "rms"]
-NORM_EPSILON = 1e-5  # of norms, where nothing else is said
+_NORM_EPSILON = 1e-5
 
-# Names under which a remat policy finds queries, keys and values, what attention makes of them, and the stream
-# between attention and MLP; each has the size of the stream.
-QKV, ATTN_OUT, POST_ATTN = "qkv", "attended", "middle"
+# Names of values that a remat policy can save: queries, keys and values; the output of attention; the residual stream
+# between attention and MLP. Each has the size of the residual stream.
+QKV, ATTN_OUT, POST_ATTN = "qkv", "attn_out", "post_attn"
 
-# Queries, keys and values of the positions given, (B, T, H, K) each, to what they attend to, (B, T, H, K), and
-# whatever the caller wants back.
+# Maps queries, keys and values, (B, T, H, K) each, to the output of attention, (B, T, H, K), and a second value that the
+# block returns, such as a KV cache.
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def dense_attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention, scores and softmax in float32; a position sees where `mask`, (T, S) or (B, T, S), is True.
+    """Compute softmax attention, with scores and softmax in float32.
 
-    Every row of the mask must see something. Returns (B, T, H, K) in the dtype of `v`.
+    Args:
+      q_BTHK: queries.
+      k_BSHK: keys.
+      v_BSHK: values.
+      mask: bool (T, S) or (B, T, S), True where a query attends to a key; at least one key for each query.
+
+    Returns:
+      (B, T, H, K) in the dtype of the values.
     """
     scale = 1.0 / math.sqrt(q_BTHK.shape[-1])
     att_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32)
@@ -48,27 +55,36 @@ def dense_attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mas
 
 
 def _rms_norm(x: jax.Array, scale_K: jax.Array) -> jax.Array:
+    """Apply QK-norm over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
     return (x32 * scale_K.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def make_norm(kind: Norm, name: str | None = None, epsilon: float = NORM_EPSILON) -> nn.Module:
-    """A norm over the last axis, in float32."""
-    make = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind]
-    return make(epsilon=epsilon, dtype=jnp.float32, name=name)
+def make_norm(kind: Norm, name: str | None = None, epsilon: float = _NORM_EPSILON) -> nn.Module:
+    """Return a Linen norm over the last axis that computes in float32."""
+    norm = nn.LayerNorm if kind == "layer" else nn.RMSNorm
+    return norm(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
-def _products(module: nn.Module, names: tuple[str, ...], x: jax.Array, width: int) -> list[jax.Array]:
-    """What Dense layers of a module make of the same input, or the one matrix to which sampling has joined them."""
-    if module.has_variable("params", joined := "_".join(names)):
-        return fused_linear({joined: module.get_variable("params", joined)}, names, x, module.dtype)
+def _apply_linears(
+    module: Attention | MLP, names: tuple[str, ...], x: jax.Array, width: int
+) -> list[jax.Array]:
+    """Apply Dense layers to the same input, or the one matrix that `fuse_qkv` has joined them to."""
+    if module.has_variable("params", fused := "_".join(names)):
+        return fused_linear({fused: module.get_variable("params", fused)}, names, x, module.dtype)
     init = nn.initializers.normal(0.02)
     layers = (Dense(width, module.biases, module.dtype, init, name=name) for name in names)
     return [layer(x) for layer in layers]
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention with optional QK-norm and RoPE.
+
+    Called with x_BTD and either a mask, bool (T, S), or an `attention_fn`. Returns (B, T, D) and the second value of
+    `attention_fn`, or None.
+    """
+
     heads: int
     qk_norm: bool
     out_std: float
@@ -76,17 +92,23 @@ class Attention(nn.Module):
     biases: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD, mask_TS, attention_fn: AttentionFn | None = None, rope=None):
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask_TS: jax.Array | None = None,
+        attention_fn: AttentionFn | None = None,
+        rope: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         *lead, dim = x_BTD.shape
         width = dim // self.heads
 
-        # Flat kernels (D, H * K): a stored axis of K = 64 would fill half of a TPU's lanes, and three of them
-        # split over heads where one of (D, 3 * H * K) would be cut across queries, keys and values.
+        # Kernels are flat, (D, H * K): an axis of K = 64 would fill half of a TPU's lanes. They are three, each sharded
+        # over heads: one kernel of (D, 3 * H * K) would be split across queries, keys and values.
         def split(y_BTD):
             y_BTD = checkpoint_name(y_BTD, QKV)
             return constrain(y_BTD.reshape(*lead, self.heads, width), "batch", None, "heads", None)
 
-        q, k, v = map(split, _products(self, ("q", "k", "v"), x_BTD, dim))
+        q, k, v = map(split, _apply_linears(self, ("q", "k", "v"), x_BTD, dim))
         if self.qk_norm:
             q = _rms_norm(q, self.param("q_scale", nn.initializers.ones, (width,)))
             k = _rms_norm(k, self.param("k_scale", nn.initializers.ones, (width,)))
@@ -95,6 +117,7 @@ class Attention(nn.Module):
         cache = None
         with jax.named_scope("attend"):
             if attention_fn is None:
+                assert mask_TS is not None
                 y_BTHK = dense_attention(q, k, v, mask_TS)
             else:
                 y_BTHK, cache = attention_fn(q, k, v)
@@ -104,6 +127,11 @@ class Attention(nn.Module):
 
 
 def activate(name: Activation, x: jax.Array) -> jax.Array:
+    """Apply an activation without a gate.
+
+    Raises:
+      ValueError: the name is unknown or of a gated activation.
+    """
     match name:
         case "gelu-tanh":
             return nn.gelu(x, approximate=True)
@@ -111,13 +139,15 @@ def activate(name: Activation, x: jax.Array) -> jax.Array:
             return nn.gelu(x, approximate=False)
         case "quick-gelu":  # of OpenAI's CLIP
             return x * jax.nn.sigmoid(1.702 * x)
-    raise ValueError(f"activation is {name!r}; want one of {', '.join(get_args(Activation))}")
+    raise ValueError(f"Expected activation to be one of {', '.join(get_args(Activation))}, got {name!r}.")
 
 
-GATED_ACTIVATIONS = {"swiglu": nn.silu, "geglu": nn.gelu}
+_GATED_ACTIVATIONS = {"swiglu": nn.silu, "geglu": nn.gelu}
 
 
 class MLP(nn.Module):
+    """Two linear layers with an activation between them, or three with a gate; maps (B, T, D) to (B, T, D)."""
+
     width: int
     out_std: float
     dtype: Any
@@ -125,15 +155,15 @@ class MLP(nn.Module):
     biases: bool = True
 
     @nn.compact
-    def __call__(self, x_BTD):
-        def dense(name, width, std):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        def dense(name: str, width: int, std: float) -> Dense:
             init = nn.initializers.normal(std)
             return Dense(width, self.biases, self.dtype, init, name=name)
 
-        if self.activation in GATED_ACTIVATIONS:
-            both = _products(self, ("gate", "up"), x_BTD, self.width)
+        if self.activation in _GATED_ACTIVATIONS:
+            both = _apply_linears(self, ("gate", "up"), x_BTD, self.width)
             gate_BTF, x_BTF = (constrain(y_BTF, "batch", None, "mlp") for y_BTF in both)
-            x_BTF = GATED_ACTIVATIONS[self.activation](gate_BTF) * x_BTF
+            x_BTF = _GATED_ACTIVATIONS[self.activation](gate_BTF) * x_BTF
         else:
             x_BTF = constrain(dense("up", self.width, 0.02)(x_BTD), "batch", None, "mlp")
             x_BTF = activate(self.activation, x_BTF)
@@ -141,10 +171,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm, attention, sum; norm, MLP, sum. Returns the new stream and what `look` gave besides, or None.
+    """A pre-norm Transformer block.
 
-    look: attention instead of the dense one under `mask_TS`, as sampling has it over a cache (cache.py).
-    turns: of queries and keys, where positions are rotary (rotary.py).
+    Called with the residual stream, (B, T, D), and either a mask, bool (T, S), for dense attention, or an `attention_fn`,
+    such as attention over a KV cache (kv_cache.py); `rope` are the rotation tables of queries and keys (rope.py).
+    Returns the new residual stream and the second value of `attention_fn`, or None.
     """
 
     heads: int
@@ -154,22 +185,28 @@ class Block(nn.Module):
     dtype: Any
     activation: Activation = "gelu-tanh"
     norm: Norm = "layer"
-    sandwich_norm: bool = False  # a norm of what attention and MLP give too, before each sum
+    sandwich_norm: bool = False  # a norm after attention and after the MLP too, before each sum
     biases: bool = True
-    epsilon: float = NORM_EPSILON  # of the norms
+    epsilon: float = _NORM_EPSILON  # of the norms
 
     @nn.compact
-    def __call__(self, x_BTD, mask_TS=None, attention_fn: AttentionFn | None = None, rope=None):
-        def normed(name, x_BTD):
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask_TS: jax.Array | None = None,
+        attention_fn: AttentionFn | None = None,
+        rope: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        def apply_norm(name: str, x_BTD: jax.Array) -> jax.Array:
             return make_norm(self.norm, name, self.epsilon)(x_BTD).astype(self.dtype)
 
         attention = Attention(self.heads, self.qk_norm, self.out_std, self.dtype, self.biases, name="attn")
-        y_BTD, cache = attention(normed("norm_attn", x_BTD), mask_TS, attention_fn, rope)
+        y_BTD, cache = attention(apply_norm("norm_attn", x_BTD), mask_TS, attention_fn, rope)
         if self.sandwich_norm:
-            y_BTD = normed("norm_attn_out", y_BTD)
+            y_BTD = apply_norm("norm_attn_out", y_BTD)
         x_BTD = checkpoint_name(constrain(x_BTD + y_BTD, "batch", None, "embed"), POST_ATTN)
         mlp = MLP(self.mlp_width, self.out_std, self.dtype, self.activation, self.biases, name="mlp")
-        y_BTD = mlp(normed("norm_mlp", x_BTD))
+        y_BTD = mlp(apply_norm("norm_mlp", x_BTD))
         if self.sandwich_norm:
-            y_BTD = normed("norm_mlp_out", y_BTD)
+            y_BTD = apply_norm("norm_mlp_out", y_BTD)
         return constrain(x_BTD + y_BTD, "batch", None, "embed"), cache

@@ -1,10 +1,10 @@
-"""Cross-entropy over a large vocabulary that never holds the scores of all of it.
+"""Cross-entropy over a large vocabulary, computed in chunks so that the logits never exist as a whole.
 
-The columns of the head are taken in groups; the forward pass keeps a running maximum and sum per token, the
-backward pass computes each group's scores again. Groups of columns and not of tokens, because the gradient of
-each column is then complete after its group: over a mesh it is summed once, not once per group of tokens.
-B batch, T tokens, D width, V vocabulary, C groups, E columns of a group: column v is number v // C of group v % C,
-so that every group has its share of a vocabulary that is split over devices.
+The forward pass scans over chunks of the head's columns with a running maximum and sum per token; the backward pass
+recomputes the logits of each chunk. Chunks are of columns and not of tokens, because the gradient of a column is then
+complete after its chunk: over a mesh it is reduced once, not once per chunk of tokens.
+B batch, T tokens, D width, V vocabulary, C chunks, E columns of a chunk. Column v is number v // C of chunk v % C, so that
+every chunk has columns on every device of a sharded vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dalle_jax.parallel.sharding import constrain
 
 
 def head_logits(x_BTD: jax.Array, kernel_DV: jax.Array, bias_V: jax.Array | None = None) -> jax.Array:
-    """x times kernel, both in the compute dtype, and bias; sums and result, (B, T, V), in float32."""
+    """Compute logits, float32 (B, T, V), of `x_BTD` and `kernel_DV` in the compute dtype; sums are in float32."""
     y_BTV = jnp.einsum("btd,dv->btv", x_BTD, kernel_DV, preferred_element_type=jnp.float32)
     if bias_V is not None:
         y_BTV = y_BTV + bias_V[None, None].astype(jnp.float32)
@@ -35,79 +35,97 @@ def cross_entropy(
     dtype: Any,
     vocab_chunk: int,
 ) -> jax.Array:
-    """Mean over all tokens of -log softmax(x kernel + bias)[id], in nats, float32 scalar.
+    """Compute the mean over all tokens of -log softmax(x kernel + bias)[id].
 
-    Products in `dtype`. ids: int32 in [0, V). chunk: columns per group, about; with 0, or from V on, all at once.
+    Args:
+      x_BTD: hidden states.
+      kernel_DV: of the head.
+      ids_BT: int32 in [0, V), the targets.
+      bias_V: of the head, or None.
+      dtype: compute dtype of the products.
+      vocab_chunk: approximate columns per chunk; 0, or V and more, computes all logits at once.
+
+    Returns:
+      float32 scalar, in nats.
     """
     x_BTD, kernel_DV = x_BTD.astype(dtype), kernel_DV.astype(dtype)
     width, vocab = kernel_DV.shape
     if not vocab_chunk or vocab_chunk >= vocab:
         y_BTV = head_logits(x_BTD, kernel_DV, bias_V)
-        picked = jnp.take_along_axis(y_BTV, ids_BT[..., None], axis=-1)[..., 0]
-        return jnp.mean(jax.nn.logsumexp(y_BTV, axis=-1) - picked)
-    groups = -(-vocab // vocab_chunk)
-    columns = -(-vocab // groups)
-    columns = -(-columns // 128) * 128 if columns > 128 else columns  # whole lanes of a TPU
+        target_BT = jnp.take_along_axis(y_BTV, ids_BT[..., None], axis=-1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(y_BTV, axis=-1) - target_BT)
+    chunks = -(-vocab // vocab_chunk)
+    columns = -(-vocab // chunks)
+    columns = -(-columns // 128) * 128 if columns > 128 else columns  # a multiple of a TPU's lanes
     bias_V = jnp.zeros(vocab, jnp.float32) if bias_V is None else bias_V
-    kernel_DV = jnp.pad(kernel_DV, ((0, 0), (0, groups * columns - vocab)))
-    bias_CE = jnp.pad(bias_V, (0, groups * columns - vocab)).reshape(columns, groups).T
-    kernel_CDE = jnp.moveaxis(kernel_DV.reshape(width, columns, groups), -1, 0)
+    kernel_DV = jnp.pad(kernel_DV, ((0, 0), (0, chunks * columns - vocab)))
+    bias_CE = jnp.pad(bias_V, (0, chunks * columns - vocab)).reshape(columns, chunks).T
+    kernel_CDE = jnp.moveaxis(kernel_DV.reshape(width, columns, chunks), -1, 0)
     kernel_CDE = constrain(kernel_CDE, None, "width", "vocab")
     return jnp.mean(_token_losses(vocab, x_BTD, kernel_CDE, bias_CE, ids_BT))
 
 
-def _group(vocab: int, x_BTD, kernel_DE, bias_E, ids_BT, number, groups: int):
-    """Scores of one group, with those of columns that only fill it up out of the way; and where the ids are."""
-    columns = jnp.arange(kernel_DE.shape[1]) * groups + number
+def _chunk_logits(
+    vocab: int,
+    x_BTD: jax.Array,
+    kernel_DE: jax.Array,
+    bias_E: jax.Array,
+    ids_BT: jax.Array,
+    index: jax.Array,
+    num_chunks: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the logits of a chunk, minimal for padding columns, and where they are targets; (B, T, E) each."""
+    columns_E = jnp.arange(kernel_DE.shape[1]) * num_chunks + index
     y_BTE = head_logits(x_BTD, kernel_DE, bias_E)
-    y_BTE = jnp.where((columns < vocab)[None, None], y_BTE, jnp.finfo(jnp.float32).min)
-    return y_BTE, ids_BT[..., None] == columns[None, None]
+    y_BTE = jnp.where((columns_E < vocab)[None, None], y_BTE, jnp.finfo(jnp.float32).min)
+    return y_BTE, ids_BT[..., None] == columns_E[None, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_losses(vocab: int, x_BTD, kernel_CDE, bias_CE, ids_BT):
+    """Return -log softmax of each target, float32 (B, T)."""
     return _forward(vocab, x_BTD, kernel_CDE, bias_CE, ids_BT)[0]
 
 
 def _forward(vocab, x_BTD, kernel_CDE, bias_CE, ids_BT):
-    groups = len(kernel_CDE)
+    num_chunks = len(kernel_CDE)
 
-    def body(carry, group):
-        high_BT, sum_BT, picked_BT = carry
-        number, kernel_DE, bias_E = group
-        y_BTE, here_BTE = _group(vocab, x_BTD, kernel_DE, bias_E, ids_BT, number, groups)
-        new_BT = jnp.maximum(high_BT, y_BTE.max(axis=-1))
-        sum_BT = sum_BT * jnp.exp(high_BT - new_BT) + jnp.exp(y_BTE - new_BT[..., None]).sum(axis=-1)
-        return (new_BT, sum_BT, picked_BT + jnp.where(here_BTE, y_BTE, 0.0).sum(axis=-1)), None
+    def body(carry, chunk):
+        max_BT, sum_BT, target_BT = carry
+        index, kernel_DE, bias_E = chunk
+        y_BTE, is_target_BTE = _chunk_logits(vocab, x_BTD, kernel_DE, bias_E, ids_BT, index, num_chunks)
+        new_max_BT = jnp.maximum(max_BT, y_BTE.max(axis=-1))
+        sum_BT = sum_BT * jnp.exp(max_BT - new_max_BT) + jnp.exp(y_BTE - new_max_BT[..., None]).sum(axis=-1)
+        return (new_max_BT, sum_BT, target_BT + jnp.where(is_target_BTE, y_BTE, 0.0).sum(axis=-1)), None
 
     zeros = jnp.zeros(ids_BT.shape, jnp.float32)
-    start = (zeros + jnp.finfo(jnp.float32).min, zeros, zeros)
-    (high_BT, sum_BT, picked_BT), _ = jax.lax.scan(body, start, (jnp.arange(groups), kernel_CDE, bias_CE))
-    total_BT = high_BT + jnp.log(sum_BT)
-    return total_BT - picked_BT, (x_BTD, kernel_CDE, bias_CE, ids_BT, total_BT)
+    initial = (zeros + jnp.finfo(jnp.float32).min, zeros, zeros)
+    (max_BT, sum_BT, target_BT), _ = jax.lax.scan(
+        body, initial, (jnp.arange(num_chunks), kernel_CDE, bias_CE)
+    )
+    logsumexp_BT = max_BT + jnp.log(sum_BT)
+    return logsumexp_BT - target_BT, (x_BTD, kernel_CDE, bias_CE, ids_BT, logsumexp_BT)
 
 
-def _backward(vocab, kept, gradient_BT):
-    x_BTD, kernel_CDE, bias_CE, ids_BT, total_BT = kept
-    groups = len(kernel_CDE)
+def _backward(vocab, residuals, grad_BT):
+    x_BTD, kernel_CDE, bias_CE, ids_BT, logsumexp_BT = residuals
+    num_chunks = len(kernel_CDE)
 
-    def body(x_gradient_BTD, group):
-        number, kernel_DE, bias_E = group
-        y_BTE, here_BTE = _group(vocab, x_BTD, kernel_DE, bias_E, ids_BT, number, groups)
-        off_BTE = (jnp.exp(y_BTE - total_BT[..., None]) - here_BTE) * gradient_BT[..., None]
-        bias_gradient_E = off_BTE.sum(axis=(0, 1)).astype(bias_E.dtype)
-        off_BTE = off_BTE.astype(x_BTD.dtype)
-        back_BTD = jnp.einsum("bte,de->btd", off_BTE, kernel_DE, preferred_element_type=jnp.float32)
-        kernel_gradient_DE = jnp.einsum("btd,bte->de", x_BTD, off_BTE, preferred_element_type=jnp.float32)
-        kernel_gradient_DE = constrain(kernel_gradient_DE.astype(kernel_DE.dtype), "width", "vocab")
-        return constrain(x_gradient_BTD + back_BTD, "batch", None, "embed"), (
-            kernel_gradient_DE,
-            bias_gradient_E,
-        )
+    def body(x_grad_BTD, chunk):
+        index, kernel_DE, bias_E = chunk
+        y_BTE, is_target_BTE = _chunk_logits(vocab, x_BTD, kernel_DE, bias_E, ids_BT, index, num_chunks)
+        y_grad_BTE = (jnp.exp(y_BTE - logsumexp_BT[..., None]) - is_target_BTE) * grad_BT[..., None]
+        bias_grad_E = y_grad_BTE.sum(axis=(0, 1)).astype(bias_E.dtype)
+        y_grad_BTE = y_grad_BTE.astype(x_BTD.dtype)
+        chunk_grad_BTD = jnp.einsum("bte,de->btd", y_grad_BTE, kernel_DE, preferred_element_type=jnp.float32)
+        kernel_grad_DE = jnp.einsum("btd,bte->de", x_BTD, y_grad_BTE, preferred_element_type=jnp.float32)
+        kernel_grad_DE = constrain(kernel_grad_DE.astype(kernel_DE.dtype), "width", "vocab")
+        x_grad_BTD = constrain(x_grad_BTD + chunk_grad_BTD, "batch", None, "embed")
+        return x_grad_BTD, (kernel_grad_DE, bias_grad_E)
 
     zeros = constrain(jnp.zeros(x_BTD.shape, jnp.float32), "batch", None, "embed")
-    x_gradient_BTD, head = jax.lax.scan(body, zeros, (jnp.arange(groups), kernel_CDE, bias_CE))
-    return x_gradient_BTD.astype(x_BTD.dtype), *head, None
+    x_grad_BTD, head_grads = jax.lax.scan(body, zeros, (jnp.arange(num_chunks), kernel_CDE, bias_CE))
+    return x_grad_BTD.astype(x_BTD.dtype), *head_grads, None
 
 
 _token_losses.defvjp(_forward, _backward)

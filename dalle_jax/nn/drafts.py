@@ -1,9 +1,10 @@
-"""Several tokens of each row at once over its KV cache, of which only the first that turn out right are kept.
+"""Attention of several draft tokens per row over a KV cache, for speculative decoding (sampling/speculative.py).
 
-Guessed tokens see the cache and each other but leave no trace in it: a ring has no room for a token that may be
-wrong, as writing it drops one that is still seen. Their keys and values come back beside the result, and
-`keep` writes those of the right ones.
-B rows, Q tokens of each, W tokens kept, R slots of the cache, H heads, K width of a head.
+Draft tokens attend to the cache and to each other but are not written to it: a ring buffer has no slot for a token that may
+be rejected, because writing it drops a token that is still attended to. Their keys and values are returned instead, and
+`commit` writes those of the accepted tokens.
+A position is the raster index of an image token.
+B rows, Q draft tokens of each, R slots of the cache, S keys, H heads, K width of a head.
 """
 
 from __future__ import annotations
@@ -21,35 +22,36 @@ from dalle_jax.nn.masks import causal_offset_mask
 def _slot_positions(
     cfg: DalleConfig, kind: AttentionKind, num_slots: int, position_B: jax.Array
 ) -> jax.Array:
-    """The raster place whose token each slot holds when the tokens before `place_B` were written: int32 (B, R).
+    """Return the position of the token in each slot after the tokens before `position_B`, int32 (B, R).
 
-    A place that is negative or not before `place_B` is none.
+    A slot is not written yet if the result is negative or not below `position_B`.
     """
-    at_1R = jnp.arange(num_slots)[None]
+    slot_1R = jnp.arange(num_slots)[None]
     match kind:
         case "full":
-            return jnp.broadcast_to(at_1R, (len(position_B), num_slots))
+            return jnp.broadcast_to(slot_1R, (len(position_B), num_slots))
         case "column":
-            place_1R = at_1R % cfg.grid * cfg.grid + at_1R // cfg.grid
-            return jnp.broadcast_to(place_1R, (len(position_B), num_slots))
+            slot_position_1R = slot_1R % cfg.grid * cfg.grid + slot_1R // cfg.grid
+            return jnp.broadcast_to(slot_position_1R, (len(position_B), num_slots))
     newest_B1 = position_B[:, None] - 1
-    return newest_B1 - (newest_B1 - at_1R) % num_slots
+    return newest_B1 - (newest_B1 - slot_1R) % num_slots
 
 
 def _draft_mask(
     cfg: DalleConfig, kind: AttentionKind, num_slots: int, position_B: jax.Array, num_drafts: int
 ) -> jax.Array:
-    """What tokens at the places from `place_B` on see of the cache, then of each other: bool (B, Q, R + Q)."""
-    places_BQ = position_B[:, None] + jnp.arange(num_drafts)[None]
-    held_BR = _slot_positions(cfg, kind, num_slots, position_B)
-    there_BR = (held_BR >= 0) & (held_BR < position_B[:, None])
-    other_BS = jnp.concatenate([held_BR, places_BQ], axis=1)
-    there_BS = jnp.concatenate([there_BR, jnp.ones_like(places_BQ, bool)], axis=1)
-    back_BQS = places_BQ[:, :, None] - other_BS[:, None]
+    """Return which slots, then which drafts, the drafts from `position_B` on attend to, bool (B, Q, R + Q)."""
+    query_BQ = position_B[:, None] + jnp.arange(num_drafts)[None]
+    slot_BR = _slot_positions(cfg, kind, num_slots, position_B)
+    written_BR = (slot_BR >= 0) & (slot_BR < position_B[:, None])
+    key_BS = jnp.concatenate([slot_BR, query_BQ], axis=1)
+    valid_BS = jnp.concatenate([written_BR, jnp.ones_like(query_BQ, bool)], axis=1)
+    offset_BQS = query_BQ[:, :, None] - key_BS[:, None]
     table = jnp.asarray(causal_offset_mask(kind, cfg.grid, cfg.conv_kernel))
-    near_BQS = (back_BQS >= 0) & (back_BQS < table.shape[1])
-    seen_BQS = table[jnp.minimum(places_BQ, len(table) - 1)[:, :, None], jnp.where(near_BQS, back_BQS, 0)]
-    return there_BS[:, None] & near_BQS & seen_BQS
+    in_table_BQS = (offset_BQS >= 0) & (offset_BQS < table.shape[1])
+    table_row_BQ1 = jnp.minimum(query_BQ, len(table) - 1)[:, :, None]
+    mask_BQS = table[table_row_BQ1, jnp.where(in_table_BQS, offset_BQS, 0)]
+    return valid_BS[:, None] & in_table_BQS & mask_BQS
 
 
 def attend_drafts(
@@ -59,14 +61,22 @@ def attend_drafts(
     qkv: tuple[jax.Array, jax.Array, jax.Array],
     position_B: jax.Array,
 ) -> tuple[jax.Array, KV]:
-    """`new` is query, key and value of Q tokens of each row, (B, Q, H, K) each, at the places from `place_B` on.
+    """Compute attention of Q draft tokens of each row.
 
-    The cache is as after the tokens before `place_B`. Returns (B, Q, H, K), and what `keep` takes.
+    Args:
+      cfg: the model.
+      kind: of the layer.
+      cache: after the tokens before `position_B`.
+      qkv: query, key and value, (B, Q, H, K) each.
+      position_B: int32, the position of the first draft token.
+
+    Returns:
+      (B, Q, H, K), and the keys and values of the drafts for `commit`.
     """
     q, k, v = qkv
-    fresh, slots = kv.to_cache_layout(k, v), cache.image.k.shape[2]
-    visible_BQS = _draft_mask(cfg, kind, slots, position_B, q.shape[1])
-    return kv.attend_cached(q, cache.text, (cache.image, fresh), visible_BQS, cache.text_mask), fresh
+    new_kv, num_slots = kv.to_cache_layout(k, v), cache.image.k.shape[2]
+    mask_BQS = _draft_mask(cfg, kind, num_slots, position_B, q.shape[1])
+    return kv.attend_cached(q, cache.text, (cache.image, new_kv), mask_BQS, cache.text_mask), new_kv
 
 
 def _commit_slots(
@@ -77,11 +87,12 @@ def _commit_slots(
     num_accepted_B: jax.Array,
     num_tokens: int,
 ) -> jax.Array:
-    """The slot of each of `tokens` tokens, int32 (B, Q), `slots` for one that is not kept."""
-    token_1Q, count_B1 = jnp.arange(num_tokens)[None], num_accepted_B[:, None]
-    # Of more tokens than a ring has slots the newest stay: two writes to one slot have no order.
-    stays_BQ = (token_1Q < count_B1) & (token_1Q >= count_B1 - kv.cache_size(cfg, kind))
-    return jnp.where(stays_BQ, kv.slot_index(cfg, kind, position_B[:, None] + token_1Q), num_slots)
+    """Return the slot of each token, int32 (B, Q); `num_slots` for a token that is not written."""
+    token_1Q, num_accepted_B1 = jnp.arange(num_tokens)[None], num_accepted_B[:, None]
+    # Of more tokens than a ring buffer holds only the newest are written: two writes to one slot have no defined order.
+    size = kv.cache_size(cfg, kind)
+    written_BQ = (token_1Q < num_accepted_B1) & (token_1Q >= num_accepted_B1 - size)
+    return jnp.where(written_BQ, kv.slot_index(cfg, kind, position_B[:, None] + token_1Q), num_slots)
 
 
 def commit(
@@ -92,11 +103,20 @@ def commit(
     position_B: jax.Array,
     num_accepted_B: jax.Array,
 ) -> LayerCache:
-    """The cache with the first `count_B` of the tokens that `attend` saw at `place_B` and on; the rest is dropped."""
+    """Write the accepted tokens of `attend_drafts` to the cache.
+
+    Args:
+      cfg: the model.
+      kind: of the layer.
+      cache: as given to `attend_drafts`.
+      new_kv: as `attend_drafts` returns it.
+      position_B: as given to `attend_drafts`.
+      num_accepted_B: int32, how many tokens of each row are written, from the first; the others are dropped.
+    """
     rows = jnp.arange(len(position_B))[:, None]
-    at_BQ = _commit_slots(cfg, kind, cache.image.k.shape[2], position_B, num_accepted_B, new_kv.k.shape[2])
+    slot_BQ = _commit_slots(cfg, kind, cache.image.k.shape[2], position_B, num_accepted_B, new_kv.k.shape[2])
 
     def write(old, new):
-        return old.at[rows, :, at_BQ].set(new.swapaxes(1, 2), mode="drop")
+        return old.at[rows, :, slot_BQ].set(new.swapaxes(1, 2), mode="drop")
 
     return cache._replace(image=KV(write(cache.image.k, new_kv.k), write(cache.image.v, new_kv.v)))

@@ -1,30 +1,36 @@
-"""What a Transformer is given: captions int32 (B, T) and codes int32 (B, P)."""
+"""Checks of the inputs of a Transformer: captions int32 (B, T) and codes int32 (B, P)."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dalle_jax.config import TransformerConfig
 
 
 def check_ids(cfg: TransformerConfig, text_BT: jax.Array, codes_BP: jax.Array) -> None:
-    """Raises ValueError unless these are captions and the first P <= N codes for each.
+    """Check captions and the first P <= N codes for each.
 
-    Ids that there are no tokens for are seen where the arrays have values. Under `jit` they have none, and a lookup
-    takes the last row of a table for them.
+    Ids out of range are found where the arrays are concrete. Under `jit` they are not, and a lookup clamps such ids to the
+    last row of the embedding.
+
+    Raises:
+      ValueError: a wrong type, dtype or shape, or ids out of range.
     """
     for name, ids in (("text", text_BT), ("codes", codes_BP)):
-        if not hasattr(ids, "dtype"):
-            raise ValueError(f"{name} is a {type(ids).__name__}, want an array of int32 ids")
+        if not isinstance(ids, jax.Array | np.ndarray):
+            raise ValueError(f"Expected {name} to be an array of int32 ids, got a {type(ids).__name__}.")
         if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"{name} is {ids.dtype}, want int32 ids")
+            raise ValueError(f"Expected {name} of int32 ids, got {ids.dtype}.")
     if text_BT.ndim != 2 or text_BT.shape[1] != cfg.text_len:
-        raise ValueError(f"text has shape {text_BT.shape}, want (batch, {cfg.text_len}); pad or cut captions")
+        raise ValueError(
+            f"Expected text of shape (batch, {cfg.text_len}), got {text_BT.shape}. Pad or truncate captions."
+        )
     if codes_BP.ndim != 2 or codes_BP.shape[1] > cfg.num_codes or len(codes_BP) != len(text_BT):
         raise ValueError(
-            f"codes have shape {codes_BP.shape}, want ({len(text_BT)}, {cfg.num_codes}) or fewer columns"
+            f"Expected codes of shape ({len(text_BT)}, {cfg.num_codes}) or fewer columns, got {codes_BP.shape}."
         )
     _check_range("text", text_BT, cfg.text_vocab + cfg.text_len, "text_vocab + text_len")
     _check_range("codes", codes_BP, cfg.image_vocab, "image_vocab")
@@ -56,13 +62,12 @@ def check_prefix(
     return codes_BP
 
 
-def _check_range(name: str, ids: jax.Array, end: int, field: str) -> None:
-    try:
-        if not ids.size or not getattr(ids, "is_fully_addressable", True):
-            return
-        ids = np.asarray(ids)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+def _check_range(name: str, ids: jax.Array | np.ndarray, end: int, field: str) -> None:
+    if isinstance(ids, Tracer) or not ids.size:
         return
-    least, most = int(ids.min()), int(ids.max())
-    if least < 0 or most >= end:
-        raise ValueError(f"{name} has ids from {least} to {most}, want ids in [0, {end}), which is {field}")
+    if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
+        return
+    values = np.asarray(ids)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= end:
+        raise ValueError(f"Expected {name} in [0, {end}), which is {field}, got ids from {low} to {high}.")

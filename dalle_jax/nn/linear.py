@@ -1,20 +1,20 @@
-"""Products with the matrices of a layer, as training has them and as sampling prepares them.
+"""Linear layers whose kernels are in the layout of training or prepared for sampling.
 
-A matrix is a dict {"kernel": (D, F), "bias"?: (F,)}. For sampling those that meet the same input are joined to one,
-(D, M, F), since a step at a small batch is made of many short products; and on a GPU matrices lie by output, (F, D) or
-(M, F, D) as `kernel_t`: XLA computes the product of one row with a matrix there by multiplying and summing, and writes
-all of the products to memory unless what it sums lies together. On a CPU float32 matrices lie in tiles of 64 columns,
-(N, D, 64) or (M, N, D, 64) as `kernel_tiles`: the product of 2 to 16 rows with a whole matrix first packs it into
-such tiles, each time, which takes as long as the product itself (benchmarks/RESULTS.md).
+A layer is a dict {"kernel": (D, F), "bias"?: (F,)}. For sampling:
 
-Weights of 8 bits have a scale for each output column.
+- Kernels with the same input are fused to one, (D, M, F), because a step at a small batch consists of many short products.
+- On a GPU kernels are transposed, (F, D) or (M, F, D), as `kernel_t`. XLA computes the product of one row with a matrix
+  there by multiplication and reduction, and writes all products to memory unless the reduced axis is contiguous.
+- On a CPU float32 kernels are tiled by 64 columns, (N, D, 64) or (M, N, D, 64), as `kernel_tiles`. A product of 2 to 16
+  rows with a whole matrix first packs it into such tiles, each time, which takes as long as the product itself
+  (benchmarks/RESULTS.md).
+- Kernels may be quantized to 8 bits, with a scale per output column. `int8` and `fp8` (float8_e4m3fn) quantize weights
+  alone: a step reads a quarter of the bytes of float32, and products run in the compute dtype. `w8a8` also rounds the
+  input to int8, with a scale per row computed on the fly (LLM.int8(), Dettmers et al. 2022, 2208.07339, without its
+  outliers), so that products are of integers. A quantized layer has int8 or float8 in `kernel` and a float32 scale (F,):
+  `scale` for weights alone, `scale_w8a8` for both.
 
-`int8` and `fp8` (float8_e4m3fn) store weights alone: a step reads a quarter of the bytes of float32, and the products
-run in the compute dtype. `w8a8` rounds what comes in to int8 as well, with a scale for each row found on the way
-(LLM.int8(), Dettmers et al. 2022, 2208.07339, without its outliers), so that the products are of integers.
-A quantised matrix has int8 or float8 in `kernel` and float32 (F,) beside it, `scale` for weights alone, `scale_w8a8`
-for both.
-D channels in, F channels out, M matrices joined, N tiles.
+D input channels, F output channels, M fused kernels, N tiles.
 """
 
 from __future__ import annotations
@@ -31,147 +31,185 @@ from dalle_jax.config import Quantization
 from dalle_jax.typing import Params
 
 _SCALES = ("scale", "scale_w8a8")
-_LAID = ("kernel_t", "kernel_tiles")
-_TILE = 64  # columns; of 128 XLA packs each tile again
-_JOINED = {"attn": (("q", "k", "v"),), "mlp": (("gate", "up"),)}  # by the part of a block that has them
+_LAYOUTS = ("kernel_t", "kernel_tiles")
+_TILE = 64  # columns; tiles of 128 columns are packed again by XLA
+_FUSED = {"attn": (("q", "k", "v"),), "mlp": (("gate", "up"),)}  # by the part of a block that has them
 
 
 def quantize_kernels(params: Params, quantization: Quantization) -> Params:
-    """Every `kernel` in nested dicts, (..., D, F), in 8 bits, each column with the scale at which it just fits.
+    """Quantize every `kernel` in nested dicts to 8 bits.
 
-    Raises ValueError for an unknown kind.
+    Args:
+      params: nested dicts with kernels (..., D, F).
+      quantization: int8, fp8 or w8a8. The scale of a column maps its largest absolute value to the largest 8-bit value.
+
+    Returns:
+      The parameters with quantized kernels and their scales.
+
+    Raises:
+      ValueError: the quantization is unknown.
     """
     if quantization not in typing.get_args(Quantization):
         raise ValueError(
-            f"weights is {quantization!r}; want one of {', '.join(typing.get_args(Quantization))}, or None for the compute dtype"
+            f"Expected quantization to be one of {', '.join(typing.get_args(Quantization))}, got {quantization!r}. "
+            "Use None for the compute dtype."
         )
-    found = {k: quantize_kernels(v, quantization) if isinstance(v, dict) else v for k, v in params.items()}
-    if (kernel := params.get("kernel")) is not None and not isinstance(kernel, dict):
+    out = {k: quantize_kernels(v, quantization) if isinstance(v, dict) else v for k, v in params.items()}
+    if (kernel := _kernel(params)) is not None:
         dtype = jnp.float8_e4m3fn if quantization == "fp8" else jnp.int8
-        values, scale = _rounded(kernel.astype(jnp.float32), dtype, axis=-2)
-        found |= {"kernel": values, "scale_w8a8" if quantization == "w8a8" else "scale": scale.squeeze(-2)}
-    return found
+        values, scale = _quantize(kernel.astype(jnp.float32), dtype, axis=-2)
+        out |= {"kernel": values, "scale_w8a8" if quantization == "w8a8" else "scale": scale.squeeze(-2)}
+    return out
 
 
-def _rounded(x: jax.Array, dtype: Any, axis: int) -> tuple[jax.Array, jax.Array]:
-    """`x` in 8 bits and its float32 scales along `axis`: values times scales are `x`, nearly."""
-    integers = jnp.issubdtype(dtype, jnp.integer)
-    most = float(jnp.iinfo(dtype).max if integers else jnp.finfo(dtype).max)
-    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / most
+def _kernel(params: Params) -> jax.Array | None:
+    """Return the kernel if `params` is a linear layer; a part of a model that is called `kernel` is none."""
+    kernel = params.get("kernel")
+    return None if isinstance(kernel, dict) else kernel
+
+
+def _quantize(x: jax.Array, dtype: Any, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Return 8-bit values and float32 scales along `axis`; values times scales approximate `x`."""
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    max_value = float(jnp.iinfo(dtype).max if is_integer else jnp.finfo(dtype).max)
+    scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / max_value
     values = x / jnp.where(scale > 0, scale, 1)
-    return (jnp.round(values) if integers else values).astype(dtype), scale
+    return (jnp.round(values) if is_integer else values).astype(dtype), scale
 
 
 def fuse_qkv(block: Params) -> Params:
-    """A block of a Transformer with one matrix for queries, keys and values, and one for a gate and what it gates."""
-    found = dict(block)
-    for part, groups in _JOINED.items():
+    """Fuse the kernels of queries, keys and values of a Transformer block, and those of a gate and its input."""
+    out = dict(block)
+    for part, groups in _FUSED.items():
         for names in groups:
             if part in block and set(names) <= set(block[part]):
                 rest = {k: v for k, v in block[part].items() if k not in names}
-                members = [block[part][name] for name in names]
-                one = {k: jnp.stack([m[k] for m in members], axis=-2) for k in members[0]}
-                found[part] = rest | {"_".join(names): one}
-    return found
+                layers = [block[part][name] for name in names]
+                fused = {k: jnp.stack([layer[k] for layer in layers], axis=-2) for k in layers[0]}
+                out[part] = rest | {"_".join(names): fused}
+    return out
 
 
 def transpose_kernels(params: Params) -> Params:
-    """Every `kernel` in nested dicts as `kernel_t`, what makes one output side by side."""
-    found = {k: transpose_kernels(v) if isinstance(v, dict) else v for k, v in params.items()}
-    if (kernel := params.get("kernel")) is not None and not isinstance(kernel, dict):
-        found |= {"kernel_t": jnp.moveaxis(found.pop("kernel"), 0, -1)}
-    return found
+    """Replace every `kernel` in nested dicts by `kernel_t`, whose input axis is contiguous."""
+    out = {k: transpose_kernels(v) if isinstance(v, dict) else v for k, v in params.items()}
+    if (kernel := _kernel(params)) is not None:
+        del out["kernel"]
+        out |= {"kernel_t": jnp.moveaxis(kernel, 0, -1)}
+    return out
 
 
 def tile_kernels(params: Params) -> Params:
-    """Every float32 `kernel` in nested dicts whose columns fill tiles as `kernel_tiles`."""
-    found = {k: tile_kernels(v) if isinstance(v, dict) else v for k, v in params.items()}
-    kernel = params.get("kernel")
-    if kernel is None or isinstance(kernel, dict) or kernel.dtype != jnp.float32 or kernel.shape[-1] % _TILE:
-        return found
-    tiles = found.pop("kernel").reshape(*kernel.shape[:-1], -1, _TILE)
-    return found | {"kernel_tiles": jnp.moveaxis(tiles, 0, -2)}
+    """Replace every float32 `kernel` in nested dicts by `kernel_tiles` if its columns divide into tiles."""
+    out = {k: tile_kernels(v) if isinstance(v, dict) else v for k, v in params.items()}
+    kernel = _kernel(params)
+    if kernel is None or kernel.dtype != jnp.float32 or kernel.shape[-1] % _TILE:
+        return out
+    del out["kernel"]
+    tiles = kernel.reshape(*kernel.shape[:-1], -1, _TILE)
+    return out | {"kernel_tiles": jnp.moveaxis(tiles, 0, -2)}
 
 
 def fused_linear(p: Params, names: tuple[str, ...], x: jax.Array, dtype: Any) -> list[jax.Array]:
-    """`affine` of each of the matrices `names` of `p`: one product where they are joined."""
-    if (joined := "_".join(names)) in names or joined not in p:
+    """Apply `linear` with each of the layers `names` of `p`, in one product if they are fused."""
+    if (fused := "_".join(names)) in names or fused not in p:
         return [linear(p[name], x, dtype) for name in names]
-    y = linear(p[joined], x, dtype)
+    y = linear(p[fused], x, dtype)
     return [y[..., i, :] for i in range(len(names))]
 
 
 def linear(p: Params, x: jax.Array, dtype: Any) -> jax.Array:
-    """x (..., D) times the matrix, plus its bias if it has one: (..., F), or (..., M, F), in `dtype`."""
+    """Apply a linear layer.
+
+    Args:
+      p: the layer, in any of the layouts.
+      x: (..., D).
+      dtype: compute dtype.
+
+    Returns:
+      (..., F), or (..., M, F) of a fused layer, in `dtype`.
+    """
     y = matmul(p, x, dtype)
-    return y + _lead(p["bias"].astype(dtype), y.ndim) if "bias" in p else y
+    return y + _add_leading_axes(p["bias"].astype(dtype), y.ndim) if "bias" in p else y
 
 
 def matmul(p: Params, x: jax.Array, dtype: Any, *, out_dtype: Any = None) -> jax.Array:
-    """x (..., D) times the matrix, in the compute dtype `dtype`, without the bias. Returns (..., F) in `out`, which
-    is `dtype` where it is not given."""
+    """Apply a linear layer without its bias.
+
+    Args:
+      p: the layer, in any of the layouts.
+      x: (..., D).
+      dtype: compute dtype.
+      out_dtype: dtype of the result; None is `dtype`.
+
+    Returns:
+      (..., F), or (..., M, F) of a fused layer.
+    """
     out_dtype = dtype if out_dtype is None else out_dtype
     if "kernel_tiles" in p:
-        return _times_tiles(x.astype(dtype), p["kernel_tiles"].astype(dtype), out_dtype)
+        return _matmul_tiles(x.astype(dtype), p["kernel_tiles"].astype(dtype), out_dtype)
     kernel, axis = (p["kernel"], 0) if "kernel" in p else (p["kernel_t"], p["kernel_t"].ndim - 1)
     x = x.astype(dtype)
     if not any(name in p for name in _SCALES):
-        # Sums of single rows on a GPU are taken in the dtype of the result: float32, as its matrix units have it.
+        # Products of single rows on a GPU accumulate in the dtype of the result: float32, as its matrix units do.
         y = _dot(x, kernel.astype(dtype), axis, out_dtype if axis == 0 else jnp.float32)
         return y.astype(out_dtype)
     if "scale" in p:
-        scale_F, y = p["scale"], _product(x, kernel, axis, dtype, jnp.float32)
+        scale_F, y = p["scale"], _dot_quantized(x, kernel, axis, dtype, jnp.float32)
     else:
-        rounded, own = _rounded(x.astype(jnp.float32), jnp.int8, axis=-1)
-        own = own.reshape(own.shape + (1,) * (kernel.ndim - 2))
-        scale_F, y = p["scale_w8a8"], _product(rounded, kernel, axis, jnp.int8, jnp.int32) * own
-    return (y.astype(jnp.float32) * _lead(scale_F, y.ndim)).astype(out_dtype)
+        values, row_scale = _quantize(x.astype(jnp.float32), jnp.int8, axis=-1)
+        row_scale = row_scale.reshape(row_scale.shape + (1,) * (kernel.ndim - 2))
+        scale_F, y = p["scale_w8a8"], _dot_quantized(values, kernel, axis, jnp.int8, jnp.int32) * row_scale
+    return (y.astype(jnp.float32) * _add_leading_axes(scale_F, y.ndim)).astype(out_dtype)
 
 
-def _product(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any, sums: Any) -> jax.Array:
-    """x times kernel, in `dtype` and summed in `sums`."""
+def _dot_quantized(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any, sum_dtype: Any) -> jax.Array:
+    """Multiply by a quantized kernel in `dtype`, with sums in `sum_dtype`."""
 
     def dot(x, kernel):
-        return _dot(x, kernel.astype(dtype), axis, sums)
+        return _dot(x, kernel.astype(dtype), axis, sum_dtype)
 
-    def twice(x, kernel):
-        both = jax.lax.optimization_barrier(jnp.concatenate([x, x]))  # or XLA sees that they are equal
-        return jax.lax.optimization_barrier(dot(both, kernel))[: len(x)]
+    def dot_twice(x, kernel):
+        rows = jax.lax.optimization_barrier(jnp.concatenate([x, x]))  # hides from XLA that they are equal
+        return jax.lax.optimization_barrier(dot(rows, kernel))[: len(x)]
 
-    # XLA takes one number after another for the product of a single row with a converted matrix on a CPU, 14 times as
-    # long as the one of two rows (benchmarks/RESULTS.md).
-    single = x.ndim > 1 and math.prod(x.shape[:-1]) == 1
-    return jax.lax.platform_dependent(x, kernel, cpu=twice if single else dot, default=dot)
+    # On a CPU XLA computes the product of a single row with a converted matrix one number at a time, which takes 14 times
+    # as long as the product of two rows (benchmarks/RESULTS.md).
+    is_single_row = x.ndim > 1 and math.prod(x.shape[:-1]) == 1
+    return jax.lax.platform_dependent(x, kernel, cpu=dot_twice if is_single_row else dot, default=dot)
 
 
-def _times_tiles(x: jax.Array, tiles: jax.Array, out: Any) -> jax.Array:
-    """x (..., D) times the matrix whose tiles these are, (N, D, 64) or (M, N, D, 64)."""
-    *joined, count, depth, width = tiles.shape
+def _matmul_tiles(x: jax.Array, tiles: jax.Array, out_dtype: Any) -> jax.Array:
+    """Multiply x (..., D) by a tiled kernel, (N, D, 64) or (M, N, D, 64)."""
+    *fused, count, depth, width = tiles.shape
     rows = math.prod(x.shape[:-1])
-    if rows > 512:  # here packing hardly counts, and one large product is the faster one
-        return _dot(x, jnp.moveaxis(tiles, -2, 0).reshape(depth, *joined, -1), 0, out)
+    if rows > 512:  # packing hardly counts here, and one large product is faster
+        return _dot(x, jnp.moveaxis(tiles, -2, 0).reshape(depth, *fused, -1), 0, out_dtype)
     x_XRD = x.reshape(1, rows, depth)
     if rows == 1:  # XLA reads a matrix faster for two rows; the barrier hides that they are equal
         x_XRD = jax.lax.optimization_barrier(jnp.concatenate([x_XRD, x_XRD], axis=1))
     tiles_XDC = tiles.reshape(-1, depth, width)
     x_XRD = jnp.broadcast_to(x_XRD, (len(tiles_XDC), *x_XRD.shape[1:]))
-    y_XRC = jax.lax.dot_general(x_XRD, tiles_XDC, (((2,), (1,)), ((0,), (0,))), preferred_element_type=out)
+    y_XRC = jax.lax.dot_general(
+        x_XRD, tiles_XDC, (((2,), (1,)), ((0,), (0,))), preferred_element_type=out_dtype
+    )
     if rows == 1:
         y_XRC = jax.lax.optimization_barrier(y_XRC)[:, :1]
-    return jnp.moveaxis(y_XRC, 0, 1).reshape(*x.shape[:-1], *joined, count * width)
+    return jnp.moveaxis(y_XRC, 0, 1).reshape(*x.shape[:-1], *fused, count * width)
 
 
-def _dot(x: jax.Array, kernel: jax.Array, axis: int, out: Any) -> jax.Array:
-    """Over the last axis of `x` and `axis` of the kernel."""
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=out)
+def _dot(x: jax.Array, kernel: jax.Array, axis: int, out_dtype: Any) -> jax.Array:
+    """Contract the last axis of `x` with `axis` of the kernel."""
+    dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=out_dtype)
 
 
-def _lead(x: jax.Array, ndim: int) -> jax.Array:
+def _add_leading_axes(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 class Dense(nn.Module):
-    """flax's Dense, whose matrix may be one that sampling has prepared."""
+    """Flax's Dense, whose kernel may be prepared for sampling; maps (..., D) to (..., F)."""
 
     width: int
     use_bias: bool
@@ -180,9 +218,9 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        prepared = (name for name in (*_LAID, *_SCALES) if self.has_variable("params", name))
+        prepared = (name for name in (*_LAYOUTS, *_SCALES) if self.has_variable("params", name))
         p = {name: self.get_variable("params", name) for name in prepared}
-        if not any(name in p for name in _LAID):
+        if not any(name in p for name in _LAYOUTS):
             p["kernel"] = self.param("kernel", self.kernel_init, (x.shape[-1], self.width))
         if self.use_bias:
             p["bias"] = self.param("bias", nn.initializers.zeros, (self.width,))

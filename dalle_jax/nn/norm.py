@@ -1,5 +1,7 @@
-"""Group norm (Wu and He 2018, 1803.08494), in float32 whatever comes in. B batch, H W places, C channels,
-G groups."""
+"""Group normalization (Wu and He 2018, 1803.08494), computed in float32.
+
+B batch, H W spatial positions, C channels, G groups.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,16 @@ import jax.numpy as jnp
 
 
 class GroupNorm(nn.Module):
-    """`groups` groups, fewer where the channels do not divide; epsilon 1e-6. float32 (B, H, W, C)."""
+    """Group norm with epsilon 1e-6; maps (B, H, W, C) to float32 (B, H, W, C).
+
+    Attributes:
+      groups: number of groups; where it does not divide the channels, their greatest common divisor.
+    """
 
     groups: int = 32
 
     @nn.compact
-    def __call__(self, x_BHWC):
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         groups = math.gcd(self.groups, x_BHWC.shape[-1])
         shape = (x_BHWC.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape)
@@ -28,9 +34,12 @@ class GroupNorm(nn.Module):
 
 
 def _group_means(x_BHWC: jax.Array, groups: int) -> jax.Array:
-    """Mean of each group, for each of its channels: (B, 1, 1, C). Over the places first: with the few channels of a
-    group innermost, the CPU's sums take two to three times as long."""
+    """Return the mean of each group, repeated for its channels: (B, 1, 1, C).
+
+    The spatial axes are reduced first: with the few channels of a group innermost, sums on a CPU take two to three times
+    as long.
+    """
     mean_BC = jnp.mean(x_BHWC, axis=(1, 2))
     mean_BG1 = jnp.mean(mean_BC.reshape(len(mean_BC), groups, -1), axis=-1, keepdims=True)
-    each = jnp.broadcast_to(mean_BG1, (len(mean_BC), groups, mean_BC.shape[1] // groups))
-    return each.reshape(len(mean_BC), 1, 1, -1)
+    mean_BGX = jnp.broadcast_to(mean_BG1, (len(mean_BC), groups, mean_BC.shape[1] // groups))
+    return mean_BGX.reshape(len(mean_BC), 1, 1, -1)

@@ -1,8 +1,8 @@
 """The encoder of T5 v1.1 and Flan-T5 (Raffel et al. 2020, 1910.10683; Chung et al. 2022, 2210.11416).
 
-Our blocks with RMS norms, gated GELU and no biases; positions are told by a learned number for each head and distance
-between query and key, the same in all layers, added to scores that are not scaled. Distances share buckets: near ones
-have their own, far ones more and more share one.
+The blocks have RMS norms, gated GELU and no biases. Positions are encoded by a learned bias for each head and relative
+position of key and query, the same in all layers, which is added to unscaled attention scores. Relative positions share
+buckets that grow with the distance.
 B batch, T positions, D width, H heads, L layers.
 """
 
@@ -20,8 +20,8 @@ from dalle_jax.nn.attention import Block, make_norm
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
-T5_NORM_EPSILON = 1e-6  # of the norms
-MAX_DISTANCE = 128  # distance from which on all share the last bucket
+_NORM_EPSILON = 1e-6
+_MAX_DISTANCE = 128  # greater distances share the last bucket
 
 
 def _block(cfg: T5Config, dtype: Any) -> Block:
@@ -34,12 +34,21 @@ def _block(cfg: T5Config, dtype: Any) -> Block:
         activation="geglu",
         norm="rms",
         biases=False,
-        epsilon=T5_NORM_EPSILON,
+        epsilon=_NORM_EPSILON,
     )
 
 
 def init(cfg: T5Config, vocab: int, key: jax.Array) -> Params:
-    """Fresh float32 parameters; those of the blocks are stacked over a leading axis of layers."""
+    """Initialize the encoder.
+
+    Args:
+      cfg: the encoder.
+      vocab: vocabulary size.
+      key: random key.
+
+    Returns:
+      float32 parameters; those of the blocks are stacked over a leading axis of layers.
+    """
     k_embed, k_relative, k_blocks = jax.random.split(key, 3)
     x_BTD, mask_TT = jnp.zeros((1, 1, cfg.dim)), jnp.ones((1, 1), bool)
     make = jax.vmap(lambda k: _block(cfg, jnp.float32).init(k, x_BTD, mask_TT)["params"])
@@ -52,65 +61,96 @@ def init(cfg: T5Config, vocab: int, key: jax.Array) -> Params:
 
 
 def relative_position_buckets(length: int, num_buckets: int) -> np.ndarray:
-    """Which of `count` buckets the distance from query to key is in: int (length, length).
+    """Return the bucket of each relative position.
 
-    The second half is for keys that come later. Of a half, half again are of one distance each, the others cut the
-    distances up to FAR evenly by their logarithm.
+    Half of the buckets are for keys after the query. Of each half, the first half are for one distance each; the others
+    divide the distances up to 128 evenly by their logarithm.
+
+    Args:
+      length: T.
+      num_buckets: a multiple of 4.
+
+    Returns:
+      int (T, T), [query, key], in [0, num_buckets).
     """
-    half, own = num_buckets // 2, num_buckets // 4
-    distance = np.arange(length)[None] - np.arange(length)[:, None]
-    far = np.maximum(np.abs(distance), own) / own
-    shared = own + np.log(far) / math.log(MAX_DISTANCE / own) * (half - own)
-    shared = np.minimum(
-        np.floor(shared + 1e-9).astype(int), half - 1
-    )  # a whole number may come out just below it
-    return np.where(distance > 0, half, 0) + np.where(np.abs(distance) < own, np.abs(distance), shared)
+    half, exact = num_buckets // 2, num_buckets // 4
+    offset = np.arange(length)[None] - np.arange(length)[:, None]
+    distance = np.abs(offset)
+    ratio = np.maximum(distance, exact) / exact
+    log_bucket = exact + np.log(ratio) / math.log(_MAX_DISTANCE / exact) * (half - exact)
+    log_bucket = np.floor(log_bucket + 1e-9).astype(int)  # rounding may leave a whole number just below it
+    log_bucket = np.minimum(log_bucket, half - 1)
+    return np.where(offset > 0, half, 0) + np.where(distance < exact, distance, log_bucket)
 
 
 def encode(
     cfg: T5Config, params: Params, ids_BT: jax.Array, text_mask_BT: jax.Array, dtype: Any
 ) -> jax.Array:
-    """What the encoder makes of pieces, (B, T, D) in `dtype`; positions look where `seen_BT` is True."""
+    """Encode token ids.
+
+    Args:
+      cfg: the encoder.
+      params: of `init`.
+      ids_BT: int32.
+      text_mask_BT: bool, which positions are attended to.
+      dtype: compute dtype.
+
+    Returns:
+      (B, T, D) in `dtype`.
+    """
     x_BTD = constrain(params["embed"][ids_BT], "batch", None, "embed").astype(dtype)
-    table = jnp.asarray(relative_position_buckets(ids_BT.shape[1], cfg.num_relative_buckets))
-    added_BHTS = jnp.moveaxis(params["relative"][table], -1, 0)[None]
-    added_BHTS = jnp.where(text_mask_BT[:, None, None], added_BHTS, jnp.finfo(jnp.float32).min)
+    buckets_TS = jnp.asarray(relative_position_buckets(ids_BT.shape[1], cfg.num_relative_buckets))
+    bias_BHTS = jnp.moveaxis(params["relative"][buckets_TS], -1, 0)[None]
+    bias_BHTS = jnp.where(text_mask_BT[:, None, None], bias_BHTS, jnp.finfo(jnp.float32).min)
 
     def attention_fn(q_BTHK, k_BSHK, v_BSHK):
         att_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
-        att_BHTS = jax.nn.softmax(att_BHTS + added_BHTS, axis=-1).astype(v_BSHK.dtype)
+        att_BHTS = jax.nn.softmax(att_BHTS + bias_BHTS, axis=-1).astype(v_BSHK.dtype)
         return jnp.einsum("bhts,bshk->bthk", att_BHTS, v_BSHK), None
 
     block = _block(cfg, dtype)
-    x_BTD, _ = jax.lax.scan(
-        lambda x, layer: (block.apply({"params": layer}, x, attention_fn=attention_fn)[0], None),
-        x_BTD,
-        params["blocks"],
-    )
-    return (
-        make_norm("rms", epsilon=T5_NORM_EPSILON).apply({"params": params["norm_out"]}, x_BTD).astype(dtype)
-    )
+
+    def body(x_BTD, layer):
+        x_BTD, _ = block.apply({"params": layer}, x_BTD, attention_fn=attention_fn)
+        return x_BTD, None
+
+    x_BTD, _ = jax.lax.scan(body, x_BTD, params["blocks"])
+    norm_out = make_norm("rms", epsilon=_NORM_EPSILON)
+    return jnp.asarray(norm_out.apply({"params": params["norm_out"]}, x_BTD), dtype)
 
 
 def caption_lengths(text_BT: jax.Array, vocab: int) -> jax.Array:
-    """Pieces of captions, and of null captions what their last id says (dalle/): int32 (B,)."""
-    pieces_B = jnp.sum(text_BT < vocab, axis=1, dtype=jnp.int32)
-    return jnp.where(pieces_B > 0, pieces_B, text_BT[:, -1] - vocab + 1)
+    """Return the number of tokens of each caption, int32 (B,).
+
+    Args:
+      text_BT: int32 as for `encode_captions`. A row without a token below `vocab` is a null caption, whose length is its
+        last id - vocab + 1.
+      vocab: vocabulary size.
+    """
+    length_B = jnp.sum(text_BT < vocab, axis=1, dtype=jnp.int32)
+    return jnp.where(length_B > 0, length_B, text_BT[:, -1] - vocab + 1)
 
 
 def encode_captions(
     cfg: T5Config, params: Params, text_BT: jax.Array, vocab: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Captions at the right of the text positions: what the encoder makes of them, (B, T, D), and where they are, bool
-    (B, T).
+    """Encode captions and align them to the right of the text positions.
 
-    text_BT: pieces below `vocab`, the end piece last, then ids of padding. A caption without padding was cut, and still
-    has its end. Of a null caption only the length counts.
+    Args:
+      cfg: the encoder.
+      params: of `init`.
+      text_BT: int32, tokens below `vocab` with the end token last, then padding ids. A caption without padding was
+        truncated and gets the end token. Of a null caption only the length matters.
+      vocab: vocabulary size.
+      dtype: compute dtype.
+
+    Returns:
+      The encodings, (B, T, D) in `dtype`, and which positions have one, bool (B, T).
     """
     length = text_BT.shape[1]
-    place_T, pieces_B1 = jnp.arange(length), caption_lengths(text_BT, vocab)[:, None]
-    cut_B = text_BT[:, -1] < vocab
-    ids_BT = text_BT.at[:, -1].set(jnp.where(cut_B, cfg.eos_id, text_BT[:, -1]))
-    x_BTD = encode(cfg, params, jnp.minimum(ids_BT, vocab - 1), place_T[None] < pieces_B1, dtype)
-    from_BT = (place_T[None] + pieces_B1) % length
-    return jnp.take_along_axis(x_BTD, from_BT[..., None], axis=1), place_T[None] >= length - pieces_B1
+    position_1T, length_B1 = jnp.arange(length)[None], caption_lengths(text_BT, vocab)[:, None]
+    is_truncated_B = text_BT[:, -1] < vocab
+    ids_BT = text_BT.at[:, -1].set(jnp.where(is_truncated_B, cfg.eos_id, text_BT[:, -1]))
+    x_BTD = encode(cfg, params, jnp.minimum(ids_BT, vocab - 1), position_1T < length_B1, dtype)
+    source_BT = (position_1T + length_B1) % length
+    return jnp.take_along_axis(x_BTD, source_BT[..., None], axis=1), position_1T >= length - length_B1

@@ -13,7 +13,7 @@ import re
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.config import MeshConfig
 from dalle_jax.typing import Params
@@ -185,7 +185,9 @@ def _split_cpu(count: int) -> None:
             raise
 
 
-def partition_spec(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+def partition_spec(
+    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
     """Partition of `shape`: each logical axis over its mesh axes where they divide it, else whole.
 
     Of an activation, whose sizes are checked in the configuration; `param_shardings` is stricter.

@@ -407,18 +407,18 @@ GOOD_TEXT, GOOD_CODES = jnp.zeros((2, T), jnp.int32), jnp.zeros((2, N), jnp.int3
 @pytest.mark.parametrize(
     ("caption", "codes", "match"),
     [
-        (GOOD_TEXT[:, :2], GOOD_CODES, r"text has shape \(2, 2\), want \(batch, 3\); pad or cut captions"),
-        (GOOD_TEXT[0], GOOD_CODES, r"text has shape \(3,\)"),
-        (GOOD_TEXT, GOOD_CODES[:1], r"codes have shape \(1, 9\), want \(2, 9\)"),
+        (GOOD_TEXT[:, :2], GOOD_CODES, r"Expected text of shape \(batch, 3\), got \(2, 2\). Pad or truncate"),
+        (GOOD_TEXT[0], GOOD_CODES, r"Expected text of shape .*, got \(3,\)"),
+        (GOOD_TEXT, GOOD_CODES[:1], r"Expected codes of shape \(2, 9\).*, got \(1, 9\)"),
         (GOOD_TEXT, GOOD_CODES[:, 1:], r"codes of shape \(2, 9\), got \(2, 8\)"),  # not a shorter image
-        (GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32), r"codes have shape \(2, 10\), want \(2, 9\)"),
-        (GOOD_TEXT, GOOD_CODES[0], r"codes have shape \(9,\), want \(2, 9\)"),
-        (GOOD_TEXT * 1.0, GOOD_CODES, "text is float32, want int32 ids"),
-        (GOOD_TEXT, GOOD_CODES * 1.0, "codes is float32, want int32 ids"),
-        ([[0] * T] * 2, GOOD_CODES, "text is a list, want an array of int32 ids"),
-        (GOOD_TEXT - 1, GOOD_CODES, r"text has ids from -1 to -1, want ids in \[0, 9\)"),
-        (GOOD_TEXT + 9, GOOD_CODES, r"text has ids from 9 to 9, want ids in \[0, 9\)"),
-        (GOOD_TEXT, GOOD_CODES.at[0, 0].set(7), r"codes has ids from 0 to 7, want ids in \[0, 7\), which"),
+        (GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32), r"Expected codes of shape \(2, 9\).*, got \(2, 10\)"),
+        (GOOD_TEXT, GOOD_CODES[0], r"Expected codes of shape \(2, 9\).*, got \(9,\)"),
+        (GOOD_TEXT * 1.0, GOOD_CODES, "Expected text of int32 ids, got float32"),
+        (GOOD_TEXT, GOOD_CODES * 1.0, "Expected codes of int32 ids, got float32"),
+        ([[0] * T] * 2, GOOD_CODES, "Expected text to be an array of int32 ids, got a list"),
+        (GOOD_TEXT - 1, GOOD_CODES, r"Expected text in \[0, 9\), .* got ids from -1 to -1"),
+        (GOOD_TEXT + 9, GOOD_CODES, r"Expected text in \[0, 9\), .* got ids from 9 to 9"),
+        (GOOD_TEXT, GOOD_CODES.at[0, 0].set(7), r"Expected codes in \[0, 7\), which is image_vocab, got ids from 0 to 7"),
     ],
 )  # fmt: skip
 def test_refuses_wrong_arrays(params, caption, codes, match):
@@ -436,7 +436,7 @@ def test_parameters_of_another_number_of_layers(params):
 
 
 def test_hidden_takes_no_more_than_a_picture(params):
-    with pytest.raises(ValueError, match=r"codes have shape \(2, 10\), want \(2, 9\) or fewer columns"):
+    with pytest.raises(ValueError, match=r"Expected codes of shape \(2, 9\) or fewer columns, got \(2, 10\)"):
         dalle.hidden(TINY, params, GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32))
 
 

@@ -178,10 +178,11 @@ def test_choice(monkeypatch):
 def test_cudnn_says_what_it_cannot_do():
     assert flash.select_kernel("cudnn", ("row", "conv", "row"), 1280, "bfloat16") == "cudnn"
     with pytest.raises(
-        ValueError, match="masks an even number of positions, here are 1281 of layers that are conv, row"
+        ValueError,
+        match="Expected an even number of positions for attention_kernel cudnn with conv, row layers, got 1281",
     ):
         flash.select_kernel("cudnn", ("row", "conv", "row"), 1281, "bfloat16")
-    with pytest.raises(ValueError, match="computes in bfloat16, the model in float32; take auto or dense"):
+    with pytest.raises(ValueError, match="Expected dtype bfloat16 for attention_kernel cudnn, got float32"):
         flash.select_kernel("cudnn", ("full",), 1280, "float32")
 
 

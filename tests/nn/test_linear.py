@@ -194,7 +194,7 @@ def test_a_quarter_of_the_bytes():
 def test_refused():
     cfg = FAMILIES["llamagen"]
     params = family_params(cfg)
-    with pytest.raises(ValueError, match="weights is 'int4'; want one of int8, fp8, w8a8, or None"):
+    with pytest.raises(ValueError, match="Expected quantization to be one of int8, fp8, w8a8, got 'int4'"):
         autoregressive.prepare_for_decode(cfg, params, "int4")
     with pytest.raises(ValueError, match=r"got converted ones\. Quantize the originals"):
         autoregressive.prepare_for_decode(cfg, autoregressive.prepare_for_decode(cfg, params), "int8")

@@ -83,7 +83,7 @@ def test_conv_runs_over_row_ends_as_the_raster_does():
 def test_unknown_kind():
     with pytest.raises(
         ValueError,
-        match="attention kind is 'col'; want one of full, row, column, conv, conv_clamped, conv_torus",
+        match="Expected attention kind to be one of full, row, column, conv, conv_clamped, conv_torus, got 'col'",
     ):
         attention_mask("col", 2, 3)
 

@@ -192,19 +192,22 @@ def test_other_values_do_not_compile_again(params):
     ("change", "match"),
     [
         ({"keys": row_keys([0])}, r"Expected one key per row, \(3,\) or a multiple of it, got shape \(1,\)"),
-        ({"text": CAPTIONS[:, :2]}, r"text has shape \(3, 2\), want \(batch, 3\)"),
-        ({"text": CAPTIONS[:, :2], "guidance_scale": 2.0}, r"text has shape \(3, 2\), want \(batch, 3\)"),
+        ({"text": CAPTIONS[:, :2]}, r"Expected text of shape \(batch, 3\), got \(3, 2\)"),
+        (
+            {"text": CAPTIONS[:, :2], "guidance_scale": 2.0},
+            r"Expected text of shape \(batch, 3\), got \(3, 2\)",
+        ),
         ({"prefix_codes": jnp.zeros((B, N), jnp.int32)}, "fewer than 9 codes, got 9"),
         (
             {"prefix_codes": jnp.zeros((2, 4), jnp.int32)},
-            r"codes have shape \(2, 4\), want \(3, 9\) or fewer",
+            r"Expected codes of shape \(3, 9\) or fewer columns, got \(2, 4\)",
         ),
         (
             {"prefix_codes": jnp.zeros((2, 4), jnp.int32), "guidance_scale": 2.0},
-            r"shape \(2, 4\), want \(3, 9\)",
+            r"Expected codes of shape \(3, 9\) or fewer columns, got \(2, 4\)",
         ),
-        ({"prefix_codes": jnp.zeros((B, 4))}, "codes is float32, want int32"),
-        ({"prefix_codes": jnp.zeros(4, jnp.int32)}, r"codes have shape \(4,\), want \(3, 9\)"),
+        ({"prefix_codes": jnp.zeros((B, 4))}, "Expected codes of int32 ids, got float32"),
+        ({"prefix_codes": jnp.zeros(4, jnp.int32)}, r"Expected codes of shape \(3, 9\) .*, got \(4,\)"),
         ({"top_k": 0}, "Expected top_k of at least 1, got 0"),
     ],
 )
