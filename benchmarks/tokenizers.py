@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import FiniteScalarQuantizer, Schedule, TrainConfig, VectorQuantizer, VQGANConfig
+from dalle_jax.config.files import load_config
 from dalle_jax.data import images
 from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.sources import open_source
@@ -37,7 +37,7 @@ from dalle_jax.train import loop
 
 def configs(out: Path, steps: int) -> dict[str, TrainConfig]:
     """The four runs; parameters within 1% of each other."""
-    demo = dvae_config()
+    demo = load_config("demo_dvae")
     tau = Schedule(start=1.0, end=0.3, steps=steps)
     convolutional = VQGANConfig(
         image_size=32, width=16, channel_multipliers=(1, 2, 2), blocks=1, attention_levels=(2,), latent_width=32,
@@ -95,7 +95,7 @@ def main() -> None:
     network, truth = None, None
     if args.fid_weights is not None:
         network = inception.load_inception(args.fid_weights)
-        truth = metrics.reference_stats(network, dvae_config().data, 32, args.count)
+        truth = metrics.reference_stats(network, load_config("demo_dvae").data, 32, args.count)
     weights = None if args.lpips is None else lpips.load_lpips(args.lpips)
     rows, shown, labels = {}, [], []
     runs = configs(args.out, args.steps)
@@ -127,7 +127,8 @@ def main() -> None:
         args.out / "tokenizers.png", images.image_grid(np.concatenate(shown), 8, labels=labels, scale=3)
     )
     names = list(next(iter(rows.values())))
-    print(f"{args.steps} updates of {dvae_config().data.batch_size} pictures; {args.count} held-out pictures")
+    batch = load_config("demo_dvae").data.batch_size
+    print(f"{args.steps} updates of {batch} pictures; {args.count} held-out pictures")
     print("  ".join(["        ", *names]))
     for name, row in rows.items():
         print(

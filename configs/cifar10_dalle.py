@@ -10,10 +10,10 @@ pictures".
 
 import dataclasses
 
-from dalle_jax.cli.demo_run import dalle_config
 from dalle_jax.config import ArraysSource, DataConfig, TextConfig
+from dalle_jax.config.files import load_config
 
-_demo = dalle_config()
+_demo = load_config("demo_dalle")
 
 config = dataclasses.replace(
     _demo,

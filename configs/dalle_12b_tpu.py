@@ -8,11 +8,10 @@ Not trained here; `--compile-only v5p:4x4x4` compiles it for a TPU without one.
 """
 
 import dataclasses
-from pathlib import Path
 
-from dalle_jax.checkpoint.run_dir import load_config
+from dalle_jax.config.files import load_config
 
-_paper = load_config(Path(__file__).with_name("dalle_12b.py"))
+_paper = load_config("dalle_12b")
 config = dataclasses.replace(
     _paper,
     run="runs/dalle_12b_tpu",

@@ -7,10 +7,10 @@ Score: docs/clip.md.
     dalle-jax sample runs/demo/dalle "a red circle" --clip runs/demo_clip --candidates 64 --keep 4
 """
 
-from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import ClipConfig, DataConfig, OptimConfig, TextConfig, TowerConfig, TrainConfig
+from dalle_jax.config.files import load_config
 
-_demo = dvae_config()
+_demo = load_config("demo_dvae")
 STEPS = 2_000
 
 config = TrainConfig(

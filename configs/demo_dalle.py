@@ -1,10 +1,53 @@
-"""The demo's Transformer: captions in English and Chinese to the codes of configs/demo_dvae.py.
+"""Captions of the demo's scenes, English and Chinese, to the codes of configs/demo_dvae.py: the Transformer of the demo.
 
-The same configuration that `dalle-jax demo` trains; two CPU cores, minutes, after the tokenizer.
+Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.2, at a very small size. `dalle-jax demo` trains this configuration.
+Hardware: two CPU cores, minutes, after configs/demo_dvae.py. Score: docs/scenes.md.
 
-    python train.py configs/demo_dalle.py
+    dalle-jax train demo_dalle
 """
 
-from dalle_jax.cli.demo_run import dalle_config
+import dataclasses
 
-config = dalle_config()
+from dalle_jax.config import DalleConfig, OptimConfig, TextConfig, TrainConfig
+from dalle_jax.config.files import load_config
+
+_tokenizer = load_config("demo_dvae")
+STEPS = 3_000
+
+config = TrainConfig(
+    run="runs/demo/dalle",
+    image_tokenizer=_tokenizer.run,
+    model=DalleConfig(
+        text_vocab=768,
+        text_len=16,
+        image_vocab=128,
+        grid=8,
+        dim=128,
+        layers=5,
+        heads=4,
+        attention=("full",),
+        last_attention=None,
+        qk_norm=True,
+        dtype="float32",
+        remat="none",
+        scan_unroll=5,
+    ),
+    data=dataclasses.replace(_tokenizer.data, batch_size=32),
+    text=TextConfig(num_train_captions=20_000, bpe_dropout=0.0),
+    optim=OptimConfig(
+        learning_rate=3e-3,
+        warmup_steps=100,
+        b2=0.99,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        ema_decay=0.995,
+        ema_every=1,
+    ),
+    mesh=_tokenizer.mesh,
+    steps=STEPS,
+    eval_every=500,
+    save_every=500,
+    sample_every=STEPS,
+    eval_rows=256,
+    log_every=50,
+)

@@ -9,10 +9,10 @@ one place of the network. Hardware: two CPU cores. Time and score: docs/diffusio
 
 import dataclasses
 
-from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import DiffusionConfig, NoiseConfig, TextConfig, TextEncoderConfig, TrainConfig
+from dalle_jax.config.files import load_config
 
-_demo = dvae_config()
+_demo = load_config("demo_dvae")
 STEPS = 6_000
 
 config = TrainConfig(

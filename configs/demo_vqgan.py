@@ -8,10 +8,10 @@ Score: docs/tokenizers.md.
 
 import dataclasses
 
-from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import AdversarialConfig, TrainConfig, VectorQuantizer, VQGANConfig
+from dalle_jax.config.files import load_config
 
-_demo = dvae_config()
+_demo = load_config("demo_dvae")
 STEPS = 1_500
 
 config = TrainConfig(

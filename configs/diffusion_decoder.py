@@ -10,10 +10,10 @@ two CPU cores, minutes, after configs/demo_dvae.py. Time and score: docs/diffusi
 
 import dataclasses
 
-from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import CodesConfig, DiffusionConfig, NoiseConfig, TrainConfig
+from dalle_jax.config.files import load_config
 
-_demo = dvae_config()
+_demo = load_config("demo_dvae")
 
 config = TrainConfig(
     run="runs/diffusion_decoder",

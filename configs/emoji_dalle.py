@@ -7,10 +7,10 @@ Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score
 
 import dataclasses
 
-from dalle_jax.cli.demo_run import dalle_config
 from dalle_jax.config import DataConfig, TarSource, TextConfig
+from dalle_jax.config.files import load_config
 
-_demo = dalle_config()
+_demo = load_config("demo_dalle")
 
 config = dataclasses.replace(
     _demo,

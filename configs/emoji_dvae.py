@@ -8,10 +8,10 @@ Paper: 2102.12092, 2.1, at a small size. Hardware: two CPU cores. Time and score
 
 import dataclasses
 
-from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import DataConfig, Schedule, TarSource
+from dalle_jax.config.files import load_config
 
-_demo = dvae_config()
+_demo = load_config("demo_dvae")
 STEPS = 12_000
 
 config = dataclasses.replace(

@@ -8,10 +8,10 @@ Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real pictures
 
 import dataclasses
 
-from dalle_jax.cli.demo_run import dvae_config
 from dalle_jax.config import DataConfig, Schedule, TarSource
+from dalle_jax.config.files import load_config
 
-_demo = dvae_config()
+_demo = load_config("demo_dvae")
 STEPS = 2_500
 
 config = dataclasses.replace(

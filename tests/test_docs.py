@@ -20,9 +20,10 @@ import pytest
 import tyro
 from documentation import PAGES, ROOT, block_commands, fences, inline_commands, split_words
 
-from dalle_jax.checkpoint.run_dir import load_config, shapes_by_name
+from dalle_jax.checkpoint.run_dir import shapes_by_name
 from dalle_jax.cli import COMMANDS as CLI_COMMANDS
 from dalle_jax.cli import flags_of, train
+from dalle_jax.config.files import load_config
 from dalle_jax.evaluate import diffusion, metrics
 from dalle_jax.parallel.sharding import make_mesh
 from dalle_jax.train import loop

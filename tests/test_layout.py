@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,12 @@ def test_order_names_existing_subpackages():
         if not list(PACKAGE.glob(f"{subpackage}.py")) and not (PACKAGE / subpackage).is_dir()
     ]
     assert not missing, f"ORDER of tests/test_layout.py has names that do not exist: {', '.join(missing)}"
+
+
+def test_every_package_is_in_the_wheel():
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {".".join(path.relative_to(PACKAGE.parent).parent.parts) for path in FILES}
+    assert set(listed["tool"]["setuptools"]["packages"]) == packages | {"dalle_jax.configs"}
 
 
 def test_python_m():

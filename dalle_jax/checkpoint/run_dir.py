@@ -18,8 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import runpy
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -57,30 +55,6 @@ class Run(NamedTuple):
     params: Params
     path: Path
     step: int
-
-
-def load_config(path: str | Path) -> TrainConfig:
-    """The `config` that the Python file `path` defines.
-
-    Raises FileNotFoundError, or ValueError for a file that fails or that defines no TrainConfig.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no configuration file {path}; want a Python file, e.g. configs/demo_dvae.py"
-        )
-    try:
-        names = runpy.run_path(str(path))
-    except Exception as error:
-        inside = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = f":{inside[-1].lineno}" if inside else ""
-        raise ValueError(f"{path}{line}: {type(error).__name__}: {error}") from error
-    config = names.get("config")
-    if not isinstance(config, TrainConfig):
-        kind = type(config).__name__
-        found = "defines no `config`" if config is None else f"has a `config` of type {kind}"
-        raise ValueError(f"{path} {found}; want `config = TrainConfig(...)`")
-    return config
 
 
 def model_kind(config: TrainConfig) -> str:

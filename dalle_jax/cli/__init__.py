@@ -30,6 +30,7 @@ COMMANDS = {  # command: (module, one line of help)
     "data": ("data", "describe a data set and list its unusable records; build a TFDS data set"),
     "text": ("text", "train a text tokenizer on the captions of a data set"),
     "evaluate": ("evaluate", "compute every metric that applies to a run"),
+    "configs": ("configs", "list the configurations that come with the package, or print one"),
     "export": ("export", "write a run as safetensors and config.json, usable like a run"),
     "import": ("import_", "convert a public checkpoint to a run, without torch"),
     "info": ("info", "list parameters, shapes and memory of a run or a configuration"),

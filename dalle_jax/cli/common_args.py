@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from dalle_jax.checkpoint.run_dir import load_config, read_config
-from dalle_jax.config import DataConfig, MixtureSource, SourceConfig, TrainConfig
+from dalle_jax.checkpoint.run_dir import read_config
+from dalle_jax.config import DataConfig, MixtureSource, ScenesSource, SourceConfig, TrainConfig
+from dalle_jax.config.files import list_configs, load_config
 from dalle_jax.data.sources import infer_source
 from dalle_jax.pipelines.diffusion import DiffusionSamplingConfig
 
@@ -35,24 +36,35 @@ def denoising(args: Any, guidance: float = 1.0) -> DiffusionSamplingConfig:
     )
 
 
-def resolve_config(path: str) -> TrainConfig:
-    """The configuration of a run directory, or of a Python file."""
-    return load_config(path) if path.endswith(".py") or Path(path).is_file() else read_config(path)
+def resolve_config(target: str) -> TrainConfig:
+    """Return the configuration of a run directory, of a configuration file, or of a shipped configuration's name.
+
+    Raises:
+        FileNotFoundError: there is none of them.
+        ValueError: the file or config.json is invalid.
+    """
+    path = Path(target)
+    if target.endswith(".py") or path.is_file() or (not path.exists() and target in list_configs()):
+        return load_config(target)
+    return read_config(target)
 
 
-def resolve_data(path: str) -> DataConfig:
-    """The data of a configuration file or of a run, else what is at `path` in the usual way of reading it."""
-    if path.endswith(".py") or (Path(path) / "config.json").is_file():
-        return resolve_config(path).data
-    return DataConfig(source=infer_source(path))
+def resolve_data(target: str) -> DataConfig:
+    """Return the data of a configuration or a run, or a default configuration of the data set at a path."""
+    path = Path(target)
+    if target.endswith(".py") or (path / "config.json").is_file():
+        return resolve_config(target).data
+    if not path.exists() and target in list_configs():
+        return load_config(target).data
+    return DataConfig(source=infer_source(target))
 
 
-def allow_bad_records(source: SourceConfig, share: float) -> SourceConfig:
-    """`source` that does not stop below this share of unusable records, so that they can be told."""
-    if isinstance(source, MixtureSource):
-        return dataclasses.replace(
-            source, parts=tuple(allow_bad_records(part, share) for part in source.parts)
-        )
-    return (
-        dataclasses.replace(source, max_bad_fraction=share) if hasattr(source, "max_bad_fraction") else source
-    )
+def allow_bad_records(source: SourceConfig, fraction: float) -> SourceConfig:
+    """Return `source` with `max_bad_fraction` set to `fraction`, so that unusable records are counted, not an error."""
+    match source:
+        case MixtureSource():
+            parts = tuple(allow_bad_records(part, fraction) for part in source.parts)
+            return dataclasses.replace(source, parts=parts)
+        case ScenesSource():
+            return source
+    return dataclasses.replace(source, max_bad_fraction=fraction)

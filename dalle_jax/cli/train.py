@@ -15,10 +15,10 @@ from tyro.conf import Positional, arg
 from dalle_jax.aot.report import format_report
 from dalle_jax.aot.sampler import compile_sampler
 from dalle_jax.aot.training_step import compile_step
-from dalle_jax.checkpoint.run_dir import load_config
 from dalle_jax.cli.common_args import JsonFlag
 from dalle_jax.cli.exit_codes import DOES_NOT_FIT, USAGE, NegativeResult, UsageError
 from dalle_jax.config import Quantization, TrainConfig
+from dalle_jax.config.files import load_config
 from dalle_jax.parallel.processes import initialize_distributed
 from dalle_jax.train import loop
 from dalle_jax.train.initialize import with_data_path, with_init_model
@@ -43,7 +43,7 @@ class TrainArgs:
     collectives and an estimate of the time. Exit code 3: the program does not fit."""
 
     config_file: Positional[Annotated[str, arg(metavar="CONFIG")]]
-    """configuration file"""
+    """configuration file, or the name of a shipped one (`dalle-jax configs`)"""
     config: Annotated[TrainConfig, arg(name="", prefix_name=False)]
     data_path: Annotated[str | None, arg(name="data.path")] = None
     """folder, tar files (commas, globs), npz file, TFDS directory or name to train on; the kind is detected"""

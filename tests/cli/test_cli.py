@@ -18,7 +18,7 @@ from PIL import Image
 
 from dalle_jax.aot.sampler import compile_sampler
 from dalle_jax.checkpoint.run_dir import load_run, read_config
-from dalle_jax.cli import COMMANDS, demo_run, main, sample_file
+from dalle_jax.cli import COMMANDS, demo, main, sample_file
 from dalle_jax.config import (
     ArraysSource,
     DalleConfig,
@@ -109,13 +109,17 @@ def tiny_dalle(out="runs/demo") -> TrainConfig:
     )  # fmt: skip
 
 
+def tiny_config(name: str) -> TrainConfig:
+    """In place of `load_config`."""
+    return {"demo_dvae": tiny_dvae, "demo_dalle": tiny_dalle}[name]()
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """What `dalle-jax demo` makes with the tiny configurations; `first` is what that call printed."""
     out = tmp_path_factory.mktemp("cli") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_run, "dvae_config", tiny_dvae)
-        patch.setattr(demo_run, "dalle_config", tiny_dalle)
+        patch.setattr(demo, "load_config", tiny_config)
         patch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))  # compiles faster
         patch.setattr(metrics, "EVAL_ROWS", 8)
         first = json_of("demo", "--out", out, "--count", 4)
@@ -317,25 +321,24 @@ def test_demo_again_trains_and_measures_nothing(made, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a finished stage was done again")
 
-    monkeypatch.setattr(demo_run, "dvae_config", tiny_dvae)
-    monkeypatch.setattr(demo_run, "dalle_config", tiny_dalle)
-    monkeypatch.setattr(demo_run.loop, "train", refuse)
-    monkeypatch.setattr(demo_run, "_measure", refuse)
+    monkeypatch.setattr(demo, "load_config", tiny_config)
+    monkeypatch.setattr(demo.loop, "train", refuse)
+    monkeypatch.setattr(demo, "_measure", refuse)
     assert json_of("demo", "--out", made.out, "--count", 4)["figures"] == made.first["figures"]
     done = run("demo", "--out", made.out, "--count", 4)
     assert "accuracy_held_out" in done.out and "dalle-jax sample" in done.out
 
 
 def test_demo_stops_and_says_so_when_training_was_interrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_run, "dvae_config", tiny_dvae)
-    monkeypatch.setattr(demo_run.loop, "train", lambda config: SimpleNamespace(finished=False))
+    monkeypatch.setattr(demo, "load_config", tiny_config)
+    monkeypatch.setattr(demo.loop, "train", lambda config: SimpleNamespace(finished=False))
     done = run("demo", "--out", tmp_path, "--json")
     assert done.code == 0 and json.loads(done.out)["finished"] is False
-    assert "the same command goes on" in done.err
+    assert "run the same command to resume" in done.err
 
 
 def test_the_demo_configurations_fit_together():
-    tokenizer, transformer = demo_run.configs("x", seed=3, transformer_steps=7)
+    tokenizer, transformer = demo.demo_configs(demo.DemoArgs(out="x", seed=3, transformer_steps=7))
     assert (tokenizer.run, transformer.run, transformer.image_tokenizer) == ("x/dvae", "x/dalle", "x/dvae")
     assert (transformer.seed, transformer.data.seed, transformer.steps) == (3, 3, 7)
     assert (transformer.model.grid, transformer.model.image_vocab) == (
@@ -1088,7 +1091,7 @@ def test_info_refuses(made, tmp_path):
     assert "no run directory" in refused("info", tmp_path / "none")
     assert "no configuration file" in refused("info", tmp_path / "none.py")
     (tmp_path / "bad.py").write_text("config = 3\n")
-    assert "want `config = TrainConfig(...)`" in refused("info", tmp_path / "bad.py")
+    assert "end the file in `config = TrainConfig(...)`" in refused("info", tmp_path / "bad.py")
     (tmp_path / "worse.py").write_text("from dalle_jax.config import *\nTrainConfig(modle=1)\n")
     assert "worse.py:2: TypeError" in refused("info", tmp_path / "worse.py")
     assert "is not divisible by heads" in refused(

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from dalle_jax.checkpoint.run_dir import load_config
 from dalle_jax.config import (
     AdversarialConfig,
     ArraysSource,
@@ -47,6 +46,7 @@ from dalle_jax.config import (
     from_json,
     to_json,
 )
+from dalle_jax.config.files import load_config
 from dalle_jax.models import clip, dalle, tokenizer
 from dalle_jax.models.diffusion import unet
 from dalle_jax.parallel.sharding import PARAM_AXES, param_axes, path_name
@@ -554,7 +554,7 @@ def test_parameters_of_published_diffusion_models():
     assert_one_rule_each(tree)
     small = shapes(DiffusionConfig(**adm, text=TextEncoderConfig(text_vocab=50_257, dim=512, layers=16)))
     assert abs(count(small) / 385e6 - 1) < 0.002
-    glide = load_config(Path(__file__).parents[2] / "configs" / "glide_64.py").model
+    glide = load_config("glide_64").model
     tree = shapes(glide)
     assert abs(count(tree["unet"]) / 2.3e9 - 1) < 0.03
     assert round(count(tree["text_encoder"]) / 1e9, 1) == 1.2

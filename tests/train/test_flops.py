@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dalle_jax.checkpoint.run_dir import load_config
 from dalle_jax.config import ClipConfig, DalleConfig, DataConfig, T5Config, TrainConfig
+from dalle_jax.config.files import load_config
 from dalle_jax.models import clip, dalle
 from dalle_jax.models.dalle.flops import dalle_flops, encoder_flops
 from dalle_jax.models.diffusion import unet

@@ -21,6 +21,7 @@ from dalle_jax.checkpoint import run_dir as rundir
 from dalle_jax.checkpoint.lock import run_lock
 from dalle_jax.cli import main, train
 from dalle_jax.config import MeshConfig, TrainConfig
+from dalle_jax.config.files import load_config
 from dalle_jax.parallel.sharding import make_mesh
 from dalle_jax.train import loop
 from dalle_jax.train.metrics import MetricsLog, read_metrics
@@ -519,7 +520,7 @@ def test_flags_change_the_file_s_config(tmp_path):
         [file, "--run", "x", "--optim.learning-rate", "0.5", "--model.vocab", "16"]
     ).config
     assert (config.run, config.optim.learning_rate, config.model.vocab, config.steps) == ("x", 0.5, 16, 3)
-    assert train.parse_args([file]).config == rundir.load_config(file)
+    assert train.parse_args([file]).config == load_config(file)
 
 
 def test_command_line_errors(tmp_path, capsys):
