@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dalle_jax.checkpoint.run_dir import PARAMS_FILE, load_config, write_params
+from dalle_jax.checkpoint.run_dir import PARAMS_FILE, write_params
 from dalle_jax.cli import main
 from dalle_jax.config import TrainConfig, VectorQuantizer, VQGANConfig, to_json
+from dalle_jax.config.files import load_config
 from dalle_jax.evaluate import classifier, inception
 from dalle_jax.models import lpips, tokenizer
 

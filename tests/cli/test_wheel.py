@@ -19,11 +19,27 @@ ROOT = Path(__file__).parents[2]
 def installed(tmp_path_factory):
     """The files of the wheel, unpacked, as an installation has them."""
     room = tmp_path_factory.mktemp("wheel")
-    sources = ["pyproject.toml", "README.md", "LICENSE", "dalle_jax", "configs"]  # builds write beside their sources
+    sources = [
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "dalle_jax",
+        "configs",
+    ]  # builds write beside their sources
     (room / "sources").mkdir()
     for name in sources:
         subprocess.run(["cp", "-r", str(ROOT / name), str(room / "sources" / name)], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(room)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(room),
+    ]
     done = subprocess.run(command, cwd=room / "sources", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = room.glob("*.whl")
