@@ -20,7 +20,8 @@ from pathlib import Path
 
 import jax
 
-from dalle_jax.checkpoint.run_dir import PARAMS_FILE, write_params
+from dalle_jax.checkpoint.layout import PARAMS_FILE
+from dalle_jax.checkpoint.params_file import write_params
 from dalle_jax.config import TrainConfig, VectorQuantizer, VQGANConfig, to_json
 from dalle_jax.models import tokenizer
 from dalle_jax.text import byte_bpe
@@ -121,7 +122,7 @@ def main() -> None:
     size = (source / "flax_model.msgpack").stat().st_size
     begun = time.perf_counter()
     command = [sys.executable, "-m", "dalle_jax.cli", "import", "dalle-mini", str(source)]
-    command += ["--out", str(args.work / "run"), "--tokenizer", str(args.work / "tokenizer")]
+    command += ["--out", str(args.work / "run"), "--image-tokenizer", str(args.work / "tokenizer")]
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

@@ -4,7 +4,7 @@ Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.2 to 2.4 and B. Hardware: the pap
 430,000 updates; parameters are sharded over `fsdp`, as the paper sharded them over the GPUs of a machine.
 Not trained here; shapes and the parameter count are tested. `dalle-jax info configs/dalle_12b.py` prints both.
 
-    python train.py configs/dalle_12b.py --tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
+    python train.py configs/dalle_12b.py --image-tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
 """
 
 from dalle_jax.config import (

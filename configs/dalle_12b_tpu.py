@@ -4,7 +4,7 @@ Paper: Ramesh et al. 2021, arXiv 2102.12092; there 64 layers, width 3968, 62 hea
 128 x 31: it does not divide over 256 chips, and 62 heads not over more than 2. Everything else is as there.
 Not trained here; `--compile-only v5p:4x4x4` compiles it for a TPU without one.
 
-    python train.py configs/dalle_12b_tpu.py --tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
+    python train.py configs/dalle_12b_tpu.py --image-tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
 """
 
 import dataclasses

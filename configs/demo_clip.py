@@ -3,7 +3,7 @@
 Paper: Radford et al. 2021, arXiv 2103.00020, at a very small size. Hardware: two CPU cores, minutes.
 Score: docs/clip.md.
 
-    python train.py configs/demo_clip.py [--tokenizer runs/demo/dvae]
+    python train.py configs/demo_clip.py [--image-tokenizer runs/demo/dvae]
     dalle-jax sample runs/demo/dalle "a red circle" --clip runs/demo_clip --candidates 64 --keep 4
 """
 

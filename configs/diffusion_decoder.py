@@ -3,7 +3,7 @@
 Image tokens are embedded, scaled up and put beside the noised picture (as low pictures are in 2104.07636). Hardware:
 two CPU cores, minutes, after configs/demo_dvae.py. Time and score: docs/diffusion.md.
 
-    python train.py configs/diffusion_decoder.py --tokenizer runs/demo/dvae
+    python train.py configs/diffusion_decoder.py --image-tokenizer runs/demo/dvae
     dalle-jax evaluate runs/diffusion_decoder
     dalle-jax sample runs/demo/dalle "a large red star" --decoder runs/diffusion_decoder
 """

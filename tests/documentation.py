@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dalle_jax.checkpoint.run_dir import PARAMS_FILE, write_params
+from dalle_jax.checkpoint.layout import PARAMS_FILE
+from dalle_jax.checkpoint.params_file import write_params
 from dalle_jax.cli import main
 from dalle_jax.config import TrainConfig, VectorQuantizer, VQGANConfig, to_json
 from dalle_jax.config.files import load_config

@@ -19,8 +19,8 @@ import jax
 import pytest
 import tyro
 from documentation import PAGES, ROOT, block_commands, fences, inline_commands, split_words
+from foreign_checkpoints import shapes_by_name
 
-from dalle_jax.checkpoint.run_dir import shapes_by_name
 from dalle_jax.cli import COMMANDS as CLI_COMMANDS
 from dalle_jax.cli import flags_of, train
 from dalle_jax.config.files import load_config

@@ -1,9 +1,8 @@
-"""Checkpoints on disk; the only file that imports Orbax (its v1 interface).
+"""Checkpoints of a run; the only file that imports Orbax (its v1 interface).
 
-A save is atomic: Orbax writes beside the final place and renames, so a directory with a step's number is whole,
-and what a killed process left is not taken for a checkpoint. A deletion is atomic, too: it begins with a rename. A
-checkpoint that cannot be read stops the caller with its name; nothing falls back to an older one, or to new
-parameters, on its own.
+A save is atomic: Orbax writes to a temporary directory and renames it, so a directory named by a step is complete. A
+deletion is atomic too: it begins with a rename. A checkpoint that cannot be read raises an error with its path; there
+is no fallback to an older checkpoint or to new parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import json
 import logging
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +21,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from dalle_jax.typing import Params
-
-# Orbax logs the traceback of each failing thread; every failure reaches our caller as an error with a
-# message.
+# Orbax logs the traceback of each failing thread; every failure reaches the caller as an error.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 _MARK = "commit_success.txt"
@@ -35,33 +31,45 @@ BestMetric = tuple[str, Literal["min", "max"]]
 
 
 class CheckpointManager:
-    """The checkpoints of one run: saved while training goes on, the last `keep` and the best one kept.
+    """The checkpoints of one run: saved in the background; the last `keep` and the best one are kept.
 
-    path: the directory, made if missing: a Path, or what `bucket.remote` makes of a URL. keep: how many of the
-    latest survive; None opens the directory for reading only: nothing is deleted and nothing is made, and what is
-    there is looked up once. best: name of a measure, and whether the smallest or the largest is best. alone: this
-    process reads by itself. Else every method is called on all processes, from the main thread: each writes what its
-    devices hold, and the first one finishes the directory.
+    All processes call every method from the main thread: each writes the arrays on its devices, and the first one
+    finishes the directory.
     """
 
     def __init__(
         self, path: Any, keep: int | None = None, best: BestMetric | None = None, alone: bool = False
     ):
+        """Open the directory.
+
+        Args:
+          path: The directory, made if missing: a Path, or `remote_dir.remote_path` of a URL.
+          keep: The number of latest checkpoints to keep; None opens the directory read-only and lists it once.
+          best: The name of a metric, and whether its minimum or its maximum is best.
+          alone: This process reads without the others.
+
+        Raises:
+          FileNotFoundError: There is no directory to read.
+          OSError: The directory cannot be opened, or a checkpoint is damaged.
+        """
         self.path = path.absolute() if isinstance(path, Path) else path
-        self.keep, self.best_measure, self.alone = keep, best, alone
-        self._pending: tuple[_Found, Any] | None = None
-        self._thread, self._deleting = ThreadPoolExecutor(1), None
+        self.keep, self.best_metric, self.alone = keep, best, alone
+        self._pending: tuple[_Checkpoint, Any] | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._deletion: Future[None] | None = None
         if keep is None and not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not a directory; want the checkpoints/ of a run")
-        # For reading there is none: it would want to make the directory, which one of several processes cannot alone.
+        # Read-only there is no Checkpointer: it makes the directory, which one of several processes cannot do alone.
         self._orbax = None if keep is None else self._open()
-        self._found = [self._look(step) for step in _finished(self.path)]
+        self._checkpoints = [self._read_metrics(step) for step in _finished_steps(self.path)]
 
     def _open(self) -> ocp.training.Checkpointer:
         try:
-            if self.path.is_dir() and jax.process_index() == 0:  # a killed process was about to delete them
-                for left in [p for p in self.path.iterdir() if p.name.endswith(_DELETED)]:
-                    epath.Path(left).rmtree()
+            if (
+                self.path.is_dir() and jax.process_index() == 0
+            ):  # a killed process did not finish their deletion
+                for deleted in [p for p in self.path.iterdir() if p.name.endswith(_DELETED)]:
+                    epath.Path(deleted).rmtree()
             return ocp.training.Checkpointer(
                 self.path,
                 context=_context(alone=self.alone),
@@ -69,61 +77,68 @@ class CheckpointManager:
                 save_decision_policy=_Always(),
             )
         except (OSError, ValueError) as error:
-            for step in reversed(_numbered(self.path)):
-                self._look(step)
+            for step in reversed(_all_steps(self.path)):
+                self._read_metrics(step)
             raise OSError(f"cannot open the checkpoints in {self.path}: {_first_line(error)}") from error
 
-    def _look(self, step: int) -> _Found:
-        """The measures of a checkpoint, if it has any. Raises OSError where they are damaged."""
+    def _read_metrics(self, step: int) -> _Checkpoint:
+        """Read the metrics of a checkpoint. Raises OSError if they are damaged."""
         file = self.path / str(step) / "metrics" / "metrics"
         try:
             metrics = json.loads(file.read_text()) if file.exists() else None
             if not isinstance(metrics, dict | None):
-                raise ValueError(f"{file.name} holds no object")
+                raise ValueError(f"{file.name} is no JSON object")
         except (OSError, ValueError) as error:
             raise self._read_error(step, error) from error
-        return _Found(step, metrics)
+        return _Checkpoint(step, metrics)
 
     @property
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, ascending."""
-        return [c.step for c in self._found]
+        """The steps with a checkpoint, ascending."""
+        return [c.step for c in self._checkpoints]
 
     @property
     def latest(self) -> int | None:
+        """The last step with a checkpoint, or None."""
         return self.steps[-1] if self.steps else None
 
     @property
     def best(self) -> int | None:
-        """The step with the best measure; None where no checkpoint carries one."""
-        index = _best_index(self._found)
+        """The step with the best metric; None if no checkpoint has one."""
+        index = _best_index(self._checkpoints)
         return None if index is None else self.steps[index]
 
-    def save(self, step: int, state: Any, measures: dict[str, float] | None = None) -> None:
-        """Begins to save `state`; returns once it is copied off the device, the writing goes on behind.
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Start to save `state`; return once it is copied off the device. It is written in the background.
 
-        measures: what the evaluation at this very step found, or None. First waits for the save before, and
-        raises OSError if that one failed.
+        Args:
+          step: The training step of `state`.
+          state: A tree of arrays.
+          metrics: The metrics of the evaluation at this step, or None.
+
+        Raises:
+          OSError: The previous save, which is waited for, or this one failed.
         """
         self.wait()
-        metrics = None
-        if self.best_measure and measures and math.isfinite(measures.get(self.best_measure[0], math.nan)):
-            name, order = self.best_measure
-            metrics = {"measure": name, "order": order, "value": measures[name]}
+        assert self._orbax is not None  # not opened read-only
+        record: dict[str, Any] | None = None
+        if self.best_metric and metrics and math.isfinite(metrics.get(self.best_metric[0], math.nan)):
+            name, order = self.best_metric
+            record = {"metric": name, "order": order, "value": metrics[name]}
         try:
-            response = self._orbax.save_async(step, state, metrics=metrics, force=True)
-            self._pending = (_Found(step, metrics), response)
+            response = self._orbax.save_async(step, state, metrics=record, force=True)
+            self._pending = (_Checkpoint(step, record), response)
         except Exception as error:
             raise self._save_error(step, error) from error
 
     def check(self) -> None:
-        """Raises OSError if a save has failed in the meantime; does not wait."""
+        """Check the save in the background without waiting. Raises OSError if it failed."""
         self._collect(timeout=0)
 
     def wait(self) -> None:
-        """Waits until the last save is on disk, and what it replaces gone. Raises OSError if it failed."""
+        """Wait until the last save is on disk and old checkpoints are deleted. Raises OSError if that failed."""
         self._collect(timeout=None)
-        self._end_deleting()
+        self._finish_deletion()
 
     def _collect(self, timeout: float | None) -> None:
         if self._pending is None:
@@ -140,40 +155,47 @@ class CheckpointManager:
             self._pending = None
             raise self._save_error(saved.step, error) from error
         self._pending = None
-        self._found = [*(c for c in self._found if c.step != saved.step), saved]
-        self._delete_superfluous()
+        self._checkpoints = [*(c for c in self._checkpoints if c.step != saved.step), saved]
+        self._delete_old()
 
-    def _delete_superfluous(self) -> None:
-        """Forgets all but the latest `keep` and the best; the first process deletes them, behind the training."""
-        best = self.best
-        kept = [c for i, c in enumerate(self._found) if i >= len(self._found) - self.keep or c.step == best]
-        gone = [self.path / str(c.step) for c in self._found if c not in kept]
-        self._found = kept
-        if gone and jax.process_index() == 0:
-            self._end_deleting()
-            self._deleting = self._thread.submit(_delete, gone)
+    def _delete_old(self) -> None:
+        """Drop all but the latest `keep` and the best; the first process deletes them in the background."""
+        assert self.keep is not None
+        best, first_kept = self.best, len(self._checkpoints) - self.keep
+        kept = [c for i, c in enumerate(self._checkpoints) if i >= first_kept or c.step == best]
+        old = [self.path / str(c.step) for c in self._checkpoints if c not in kept]
+        self._checkpoints = kept
+        if old and jax.process_index() == 0:
+            self._finish_deletion()
+            self._deletion = self._thread.submit(_delete, old)
 
-    def _end_deleting(self) -> None:
-        deleting, self._deleting = self._deleting, None
-        if deleting is not None:
-            deleting.result()
+    def _finish_deletion(self) -> None:
+        deletion, self._deletion = self._deletion, None
+        if deletion is not None:
+            deletion.result()
 
     def _save_error(self, step: int, error: Exception) -> OSError:
-        intact = [str(s) for s in _numbered(self.path) if s != step]
-        before = (
-            f"steps saved before, all intact: {', '.join(intact)}" if intact else "no step was saved before"
-        )
+        intact = [str(s) for s in _all_steps(self.path) if s != step]
+        before = f"intact earlier steps: {', '.join(intact)}" if intact else "no step was saved before"
         return OSError(
             f"cannot save the checkpoint of step {step} in {self.path}: {_first_line(error)} ({before}). "
-            "Make room or choose a writable place, then run the same command again"
+            "Free disk space or choose a writable directory, then run the same command again to resume"
         )
 
     def load(self, step: int, abstract: Any, partial: bool = False) -> Any:
-        """The state of `step`, laid out as `abstract` (ShapeDtypeStructs with shardings) says.
+        """Load the state of `step`.
 
-        partial: `abstract` is a dict of some top entries (`{"params": ...}`); the others are not read. Raises
-        ValueError naming the leaves whose name, shape or dtype differ, OSError for a checkpoint that cannot
-        be read.
+        Args:
+          step: One of `steps`.
+          abstract: The tree of the state, ShapeDtypeStructs with the shardings of the result.
+          partial: `abstract` is a dict of some top entries (`{"params": ...}`); the others are not read.
+
+        Returns:
+          The state.
+
+        Raises:
+          ValueError: It names the leaves whose name, shape or dtype differ.
+          OSError: The checkpoint cannot be read.
         """
         saved = self.shapes(step)
         if partial:
@@ -181,12 +203,17 @@ class CheckpointManager:
         check_shapes(abstract, saved, self.path / str(step))
         try:
             with _context(partial, self.alone):
-                return ocp.load(self.path / str(step), abstract)
+                return ocp.load(epath.Path(self.path / str(step)), abstract)
         except Exception as error:
             raise self._read_error(step, error) from error
 
     def shapes(self, step: int) -> Any:
-        """The tree of what is saved, leaves with `.shape` and `.dtype`; reads no array."""
+        """Return the tree of a saved state, leaves with `.shape` and `.dtype`, without reading an array.
+
+        Raises:
+          FileNotFoundError: There is no checkpoint of this step.
+          OSError: The checkpoint cannot be read.
+        """
         if step not in self.steps:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.path}; it has {self.steps}")
         try:
@@ -198,99 +225,71 @@ class CheckpointManager:
         return tree
 
     def _read_error(self, step: int, error: Exception) -> OSError:
-        earlier = [s for s in _numbered(self.path) if s < step]
-        then = (
-            f"go on from step {earlier[-1]}"
-            if earlier
-            else "start again from step 0, as no earlier one exists"
-        )
+        earlier = [s for s in _all_steps(self.path) if s < step]
+        then = f"resume from step {earlier[-1]}" if earlier else "start from step 0, as no earlier one exists"
         return OSError(
             f"the checkpoint {self.path / str(step)} cannot be read, it is damaged or incomplete: "
             f"{_first_line(error)}. Delete that directory to {then}"
         )
 
     def close(self) -> None:
-        """Waits for the last save and lets go of the directory. Raises OSError if the save failed."""
+        """Wait for the last save and close the directory. Raises OSError if the save failed."""
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # a failed save is told above, or was before
+            with contextlib.suppress(Exception):  # a failed save has raised already
                 self._thread.shutdown()
                 if self._orbax is not None:
                     self._orbax.close()
 
 
-def load_params(path: Path, abstract: Params | None = None) -> Params:
-    """The tree of arrays in an Orbax directory; each process that wants it calls by itself.
-
-    abstract: ShapeDtypeStructs with shardings on devices of this process; None puts every array whole on the
-    first one. Raises FileNotFoundError, ValueError for other names or shapes than `abstract` has, OSError for
-    damaged files.
-    """
-    path = Path(path).absolute()
-    if not path.is_dir():
-        raise FileNotFoundError(f"no parameters at {path}")
-    try:
-        saved = ocp.metadata(path).metadata
-    except Exception as error:
-        raise OSError(f"the parameters at {path} cannot be read: {_first_line(error)}") from error
-    if abstract is None:
-        abstract = on_one_device(saved)
-    check_shapes(abstract, saved, path)
-    try:
-        with _context(alone=True):
-            return ocp.load(path, abstract)
-    except Exception as error:
-        raise OSError(f"the parameters at {path} cannot be read: {_first_line(error)}") from error
-
-
 def on_one_device(shapes: Any, device: jax.Device | None = None) -> Any:
-    """ShapeDtypeStructs of `shapes`, whole on `device`, or the first one of this process."""
+    """Return ShapeDtypeStructs like `shapes`, unsharded on `device`, or on the first one of this process."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0] if device is None else device)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 
-class _Found(NamedTuple):
-    """A checkpoint: its step, and the measures saved with it, None without."""
+class _Checkpoint(NamedTuple):
+    """A checkpoint: its step, and the best-metric record saved with it, or None."""
 
     step: int
     metrics: dict[str, Any] | None
 
 
 class _Always:
-    """Orbax save policy: the loop decides when to save."""
+    """Orbax save policy: the training loop decides when to save."""
 
     def should_save(self, step, previous_steps, *, context) -> bool:
         return True
 
 
-def _best_index(checkpoints) -> int | None:
-    """Index of the best checkpoint, the later one of equals; None where none carries a measure."""
-    scored = [(i, c.metrics) for i, c in enumerate(checkpoints) if c.metrics and "value" in c.metrics]
-    if not scored:
+def _best_index(checkpoints: list[_Checkpoint]) -> int | None:
+    """Index of the best checkpoint, the later one of equals; None if none has a metric."""
+    measured = [(i, c.metrics) for i, c in enumerate(checkpoints) if c.metrics and "value" in c.metrics]
+    if not measured:
         return None
-    sign = 1 if scored[-1][1]["order"] == "max" else -1
-    return max(scored, key=lambda item: (sign * item[1]["value"], item[0]))[0]
+    sign = 1 if measured[-1][1]["order"] == "max" else -1
+    return max(measured, key=lambda item: (sign * item[1]["value"], item[0]))[0]
 
 
-def _numbered(path: Any) -> list[int]:
+def _all_steps(path: Any) -> list[int]:
     """Steps that have a directory in `path`, ascending."""
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal()) if path.is_dir() else []
 
 
 def _in_bucket(path: Any) -> bool:
-    """Whether nothing there can be renamed: a directory then is whole when Orbax has marked it, last of all."""
+    """Whether renames are not atomic there: Orbax marks a complete directory with a last file."""
     return str(path).startswith("gs://")
 
 
-def _finished(path: Any) -> list[int]:
-    """Those of `_numbered` that were saved to the end, and not begun to be deleted."""
+def _finished_steps(path: Any) -> list[int]:
+    """The steps whose directory is complete and not being deleted."""
     marked = _in_bucket(path)
-    return [step for step in _numbered(path) if not marked or (path / str(step) / _MARK).exists()]
+    return [step for step in _all_steps(path) if not marked or (path / str(step) / _MARK).exists()]
 
 
 def _delete(paths: list[Any]) -> None:
-    """Deletes checkpoints. One whose deletion does not come to its end is none any more."""
+    """Delete checkpoints. One whose deletion is interrupted is no longer listed."""
     for path in map(epath.Path, paths):
         try:
             if _in_bucket(path):
@@ -298,36 +297,40 @@ def _delete(paths: list[Any]) -> None:
             else:
                 path = path.rename(path.with_name(f"{path.name}{_DELETED}"))
             path.rmtree()
-        except Exception as error:  # each store has its own kinds
+        except Exception as error:  # each store has its own errors
             raise OSError(f"cannot delete the checkpoint {path}: {_first_line(error)}") from error
 
 
 def _context(partial: bool = False, alone: bool = False) -> ocp.Context:
     context = ocp.Context()
-    if alone and jax.process_count() > 1:  # Orbax would wait for the others
+    if alone and jax.process_count() > 1:  # else Orbax waits for the others
         me = jax.process_index()
         context.multiprocessing.primary_host = me
         context.multiprocessing.active_processes = {me}
         context.multiprocessing.barrier_sync_key_prefix = f"alone_{me}"
     context.pytree.loading.partial_load = partial
-    # Made in the background, a directory that cannot be made keeps the process from ending for 5 minutes.
+    # In the background, a directory that cannot be made delays the end of the process by 5 minutes.
     context.asynchronous.create_directories_asynchronously = False
     return context
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """`{"params/a/kernel": leaf}`; a State has the same names as the dicts by which Orbax describes it."""
+    """`{"params/a/kernel": leaf}`; a TrainState has the same names as the dicts that Orbax restores."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
 
 
-def check_shapes(want: Any, saved: Any, path: Any) -> None:
-    """Raises ValueError, which lists the differences, unless the trees have the same names, shapes and dtypes."""
-    want, saved = _leaves(want), _leaves(saved)
-    lines = [f"{name}: not in the checkpoint" for name in want if name not in saved]
-    lines += [f"{name}: only in the checkpoint" for name in saved if name not in want]
+def check_shapes(expected: Any, saved: Any, path: Any) -> None:
+    """Check that two trees have the same names, shapes and dtypes.
+
+    Raises:
+      ValueError: It lists the differences.
+    """
+    want, have = _leaves(expected), _leaves(saved)
+    lines = [f"{name}: not in the checkpoint" for name in want if name not in have]
+    lines += [f"{name}: only in the checkpoint" for name in have if name not in want]
     for name, leaf in want.items():
-        other = saved.get(name)
+        other = have.get(name)
         if other is not None and (tuple(leaf.shape), np.dtype(leaf.dtype)) != (
             tuple(other.shape), np.dtype(other.dtype),
         ):  # fmt: skip
@@ -341,7 +344,7 @@ def check_shapes(want: Any, saved: Any, path: Any) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """The error in one line; of a long one its two ends, where the kind and the reason stand."""
+    """The error in one line; of a long one the two ends, which name the kind and the reason."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"

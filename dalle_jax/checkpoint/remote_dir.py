@@ -1,56 +1,68 @@
-"""Run directories in a bucket: `gs://BUCKET/RUN` wherever a run directory is asked for (`s3://` with s3fs, too).
+"""Run directories in cloud storage: `gs://BUCKET/RUN` in place of a run directory (`s3://` with s3fs too).
 
-Objects can be neither appended to nor renamed in one stroke. So each process keeps a mirror of the run's small files
-in a temporary directory: filled from the bucket when the run is opened, copied back by the first process whenever
-it has written what must last (`push`). Checkpoints are not mirrored: all processes write and read them in the bucket.
+Objects can be neither appended to nor renamed atomically. So each process keeps a mirror of the run's small files in a
+temporary directory: downloaded when the run is opened, uploaded by the first process (`push`) at each save.
+Checkpoints are not mirrored: all processes write and read them in the bucket.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-_MIRRORED = (
-    "config.json",
-    "text_tokenizer.model",
-    "metrics.jsonl",
-    "model.safetensors",
-)  # and tokenizer/; others only go up
+from dalle_jax.checkpoint.layout import (
+    CHECKPOINTS_DIR,
+    CONFIG_FILE,
+    IMAGE_TOKENIZER_DIR,
+    METRICS_FILE,
+    PARAMS_FILE,
+    TEXT_TOKENIZER_FILE,
+)
+
+# What is downloaded, with image_tokenizer/; other files are only uploaded.
+_DOWNLOADED = (CONFIG_FILE, TEXT_TOKENIZER_FILE, METRICS_FILE, PARAMS_FILE)
 _mirrors: dict[str, Path] = {}
-_known: dict[Path, tuple[int, int]] = {}  # size and time of files that the bucket has
+_uploaded: dict[Path, tuple[int, int]] = {}  # size and modification time of the files that the bucket has
 
 
 def is_url(path: str | Path) -> bool:
+    """Return whether `path` is a URL."""
     return "://" in str(path)
 
 
 def remote_path(url: str) -> Any:
-    """`url` as a path-like object. Raises ValueError where no package serves its kind."""
+    """Return `url` as a path object.
+
+    Raises:
+      ValueError: The package that serves this kind of URL is not installed.
+      OSError: The URL cannot be reached.
+    """
     from etils import epath
 
     try:
         path = epath.Path(url)
         path.exists()
     except ImportError as error:
-        raise ValueError(f"{url} wants a package (for gs://, pip install gcsfs): {error}") from error
+        raise ValueError(f"{url} needs a package (for gs://, pip install gcsfs): {error}") from error
     except Exception as error:
         raise OSError(f"cannot reach {url}: {type(error).__name__}: {error}") from error
     return path
 
 
 def local_dir(path: str | Path) -> Path:
-    """A run directory on local disk: `path` itself, or this process's mirror of a URL."""
+    """Return a run directory on local disk: `path` itself, or the mirror of a URL in this process."""
     if not is_url(path):
         return Path(path)
     url = str(path).rstrip("/")
     if url not in _mirrors:
-        there = remote_path(url)
+        remote = remote_path(url)
         mirror = Path(tempfile.mkdtemp(prefix="dalle_jax_run_"))
         atexit.register(shutil.rmtree, mirror, ignore_errors=True)
-        _download(there, mirror)
+        _download(remote, mirror)
         _mirrors[url] = mirror
     return _mirrors[url]
 
@@ -60,57 +72,58 @@ def _url_of(run_dir: Path) -> str | None:
 
 
 def checkpoints_of(run_dir: Path) -> Any:
-    """Where the checkpoints of a run are, whose `local_dir` is `run_dir`."""
+    """Return the path of the checkpoints of the run whose `local_dir` is `run_dir`."""
     url = _url_of(run_dir)
-    return run_dir / "checkpoints" if url is None else remote_path(f"{url}/checkpoints")
+    return run_dir / CHECKPOINTS_DIR if url is None else remote_path(f"{url}/{CHECKPOINTS_DIR}")
 
 
 def pull(run_dir: Path) -> None:
-    """Brings what other processes have pushed; does nothing for a run on disk."""
+    """Download the files that other processes have uploaded; no effect for a run on disk."""
     url = _url_of(run_dir)
     if url is not None:
         _download(remote_path(url), run_dir)
 
 
 def push(run_dir: Path) -> None:
-    """Copies every file that has changed to the bucket; does nothing for a run on disk."""
+    """Upload every file that has changed; no effect for a run on disk. Raises OSError if an upload fails."""
     url = _url_of(run_dir)
     if url is None:
         return
-    there = remote_path(url)
+    remote = remote_path(url)
     for file in sorted(p for p in run_dir.rglob("*") if p.is_file()):
         stat = file.stat()
-        if (file.name.startswith(".") and file.name.endswith(".tmp")) or _known.get(file) == _mark(stat):
+        is_temporary = file.name.startswith(".") and file.name.endswith(".tmp")  # of files/atomic.py
+        if is_temporary or _uploaded.get(file) == _version(stat):
             continue
-        goal = there / file.relative_to(run_dir).as_posix()
+        target = remote / file.relative_to(run_dir).as_posix()
         try:
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            goal.write_bytes(file.read_bytes())
-        except Exception as error:  # each store has its own kinds
-            raise OSError(f"cannot write {goal}: {type(error).__name__}: {error}") from error
-        _known[file] = _mark(stat)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+        except Exception as error:  # each store has its own errors
+            raise OSError(f"cannot write {target}: {type(error).__name__}: {error}") from error
+        _uploaded[file] = _version(stat)
 
 
-def _mark(stat: Any) -> tuple[int, int]:
+def _version(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _download(there: Any, mirror: Path) -> None:
+def _download(remote: Any, mirror: Path) -> None:
     try:
-        names = [name for name in _MIRRORED if (there / name).exists()]
-        if (there / "tokenizer").is_dir():
-            names += [str(p.relative_to(there)) for p in _files(there / "tokenizer")]
+        names = [name for name in _DOWNLOADED if (remote / name).exists()]
+        if (remote / IMAGE_TOKENIZER_DIR).is_dir():
+            names += [str(p.relative_to(remote)) for p in _files(remote / IMAGE_TOKENIZER_DIR)]
         for name in names:
             file = mirror / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes((there / name).read_bytes())
-            _known[file] = _mark(file.stat())
-    except Exception as error:
-        raise OSError(f"cannot read {there}: {type(error).__name__}: {error}") from error
+            file.write_bytes((remote / name).read_bytes())
+            _uploaded[file] = _version(file.stat())
+    except Exception as error:  # each store has its own errors
+        raise OSError(f"cannot read {remote}: {type(error).__name__}: {error}") from error
 
 
-def _files(there: Any) -> list[Any]:
-    found = []
-    for path in there.iterdir():
-        found += _files(path) if path.is_dir() else [path]
-    return found
+def _files(directory: Any) -> list[Any]:
+    files = []
+    for path in directory.iterdir():
+        files += _files(path) if path.is_dir() else [path]
+    return files

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
-from dalle_jax.checkpoint.run_dir import fingerprint, load_run, read_config
+from dalle_jax.checkpoint.load import load_run
+from dalle_jax.checkpoint.params_file import fingerprint
+from dalle_jax.checkpoint.run_dir import read_config
 from dalle_jax.cli.common_args import JsonFlag, RunPath, denoising, refuse_flags
 from dalle_jax.config import (
     BartConfig,

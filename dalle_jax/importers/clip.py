@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from dalle_jax.config import ClipConfig, TowerConfig
-from dalle_jax.importers.blocks import block_rules, dense_rules, fused_rules, norm_rules
 from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    ImportedRun,
+    ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
+    block_rules,
     check_names,
     count_layers,
+    dense_rules,
     from_tensor,
+    fused_qkv_rules,
     identity,
+    imported_model,
+    norm_rules,
     tensor_shape,
     transpose_conv,
     transpose_linear,
@@ -38,27 +42,34 @@ _LEFT_ENDS = (".attn_mask", ".position_ids", ".causal_mask")
 _ACTIVATIONS = {"quick_gelu": "quick-gelu", "gelu": "gelu"}
 
 
-def load_params(path: Path, text: str | None = None) -> ImportedRun:
-    """The model of a file or of a directory of Hugging Face, whose config.json tells heads and activation.
+def load_params(path: Path, text_tokenizer: str | None = None) -> ImportedModel:
+    """Open a file, or the directory of a Hugging Face model, whose config.json gives heads and activation.
 
-    text: its vocabulary, `bpe_simple_vocab_16e6.txt.gz` or vocab.json with merges.txt, taken from the directory where
-    those are in it. Without one the run has none, and captions cannot be read.
+    Args:
+      path: The file or directory.
+      text_tokenizer: The vocabulary, `bpe_simple_vocab_16e6.txt.gz` or vocab.json beside merges.txt; by default those
+        of the directory. Without one the model cannot encode captions.
+
+    Raises:
+      FileNotFoundError: A file is missing.
+      ValueError: A file is of another model.
     """
-    found, files = from_tensors(path, read_tensors(path)), {}
-    if text is None and (path / "vocab.json").is_file():
-        text = str(path)
-    if text is not None:
-        pairs = byte_bpe.load_byte_bpe(Path(text))
-        if pairs is None:
+    model, content = from_tensors(path, read_tensors(path)), None
+    if text_tokenizer is None and (path / "vocab.json").is_file():
+        text_tokenizer = str(path)
+    if text_tokenizer is not None:
+        bpe = byte_bpe.load_byte_bpe(Path(text_tokenizer))
+        if bpe is None:
             raise ValueError(
-                f"--text {text} is no vocabulary of CLIP; want bpe_simple_vocab_16e6.txt.gz or vocab.json"
+                f"--text-tokenizer {text_tokenizer} is no vocabulary of CLIP; want bpe_simple_vocab_16e6.txt.gz or "
+                "vocab.json"
             )
-        if pairs.vocab_size > found.config.text_vocab:
+        if bpe.vocab_size > model.config.text_vocab:
             raise ValueError(
-                f"--text {text} has {pairs.vocab_size} pieces, the model has {found.config.text_vocab}"
+                f"--text-tokenizer {text_tokenizer} has {bpe.vocab_size} pieces, the model has {model.config.text_vocab}"
             )
-        files["text_tokenizer.model"] = pairs.to_bytes().decode()
-    return ImportedRun(found, files)
+        content = bpe.to_bytes().decode()
+    return imported_model(model, content)
 
 
 def from_tensors(path: Path, tensors: Tensors) -> LazyModel:
@@ -75,7 +86,7 @@ def from_tensors(path: Path, tensors: Tensors) -> LazyModel:
     else:
         config, rules = _hugging_face(path, tensors)
     check_names(rules, tensors, path, _ABOUT)
-    return LazyModel(config, rules, tensors)
+    return LazyModel(config, rules, tensors, path)
 
 
 def _config(
@@ -131,7 +142,7 @@ def _openai(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, ParamRu
     }
     for to, prefix, tower in (("vision", "visual.", config.vision), ("text", "", config.text)):
         block = prefix + "transformer.resblocks.{}."
-        table = fused_rules(block + "attn.in_proj", join="_") | dense_rules(
+        table = fused_qkv_rules(block + "attn.in_proj", join="_") | dense_rules(
             "attn/out", block + "attn.out_proj"
         )
         table |= dense_rules("mlp/up", block + "mlp.c_fc") | dense_rules("mlp/down", block + "mlp.c_proj")

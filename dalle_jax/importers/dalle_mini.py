@@ -14,13 +14,14 @@ from typing import Any
 from dalle_jax.config import BartConfig
 from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    ImportedRun,
+    ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
     check_names,
     from_tensor,
     identity,
+    imported_model,
     tensor_shape,
 )
 from dalle_jax.text import byte_bpe
@@ -38,7 +39,7 @@ _FIXED = {
 }  # fmt: skip
 
 
-def load_params(path: Path) -> ImportedRun:
+def load_params(path: Path) -> ImportedModel:
     """The directory of a published model.
 
     Raises FileNotFoundError, and ValueError for files of another model.
@@ -53,9 +54,7 @@ def load_params(path: Path) -> ImportedRun:
     config = _config(file, tensors, settings, text.vocab_size)
     rules = _rules()
     check_names(rules, tensors, file, _ABOUT)
-    return ImportedRun(
-        LazyModel(config, rules, tensors), files={"text_tokenizer.model": text.to_bytes().decode()}
-    )
+    return imported_model(LazyModel(config, rules, tensors, path), text_tokenizer=text.to_bytes().decode())
 
 
 def _settings(path: Path) -> dict[str, Any]:

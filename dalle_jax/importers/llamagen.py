@@ -15,18 +15,21 @@ from typing import Any
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.importers import t5 as encoders
-from dalle_jax.importers.blocks import block_rules, dense_rules, fused_rules
 from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    ImportedRun,
+    ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
+    block_rules,
     check_names,
     count_layers,
+    dense_rules,
     drop_buffers,
     from_tensor,
+    fused_qkv_rules,
     identity,
+    imported_model,
     tensor_shape,
     transpose_linear,
 )
@@ -41,14 +44,14 @@ _BUFFERS = ("freqs_cis", "causal_mask", "k_cache", "v_cache")  # computed, not l
 
 def load_params(
     path: Path,
-    text: str | None = None,
+    text_tokenizer: str | None = None,
     heads: int | None = None,
     image_size: int | None = None,
     t5: str | None = None,
-) -> ImportedRun:
+) -> ImportedModel:
     """The Transformer of a published file (c2i_B_256.pt to c2i_3B_384.pt, t2i_XL_stage1_256.pt, t2i_XL_stage2_512.pt).
 
-    text: names of the classes, one a line; without it they are called by their numbers. heads: of attention; 32 where
+    text_tokenizer: names of the classes, one a line; without it they are called by their numbers. heads: of attention; 32 where
     the model is 3200 wide (3B), else one for every 64 channels. image_size: side of the pictures, 16 times the grid;
     what the file name says of 256 and 512, else 384, as published. t5: directory of flan-t5-xl, for a t2i model.
 
@@ -62,20 +65,20 @@ def load_params(
         if t5 is not None:
             raise ValueError(f"--t5 is for models on captions (t2i); {path} is one on classes: leave it out")
         found = from_tensors(path, tensors, size // 16, heads)
-        words = _names(text, found.config.text_vocab).to_bytes().decode()
+        words = _names(text_tokenizer, found.config.text_vocab).to_bytes().decode()
     else:
         if t5 is None:
             raise ValueError(
                 f"{path} is a model on captions (t2i), which reads them with flan-t5-xl: give --t5 DIR, the directory "
                 "of google/flan-t5-xl with config.json, spiece.model and its weights"
             )
-        if text is not None:
+        if text_tokenizer is not None:
             raise ValueError(
-                "--text names classes; a model on captions (t2i) has the vocabulary of --t5: leave it out"
+                "--text-tokenizer names classes; a model on captions (t2i) has the vocabulary of --t5: leave it out"
             )
         found = from_t2i_tensors(path, tensors, Path(t5), encoders.read_encoder(Path(t5)), size // 16, heads)
         words = encoders.read_tokenizer(Path(t5), found.config.text_vocab)
-    return ImportedRun(found, files={"text_tokenizer.model": words})
+    return imported_model(found, text_tokenizer=words)
 
 
 def from_tensors(path: Path, tensors: Tensors, grid: int, heads: int | None = None) -> LazyModel:
@@ -84,7 +87,7 @@ def from_tensors(path: Path, tensors: Tensors, grid: int, heads: int | None = No
     config = _config(path, tensors, dim, heads, grid, text_vocab=classes - 1, text_len=1)
     rules = _rules(config) | {"text_embed": from_tensor(_CLASSES, identity)}
     check_names(rules, tensors, path, _ABOUT)
-    return LazyModel(config, rules, tensors)
+    return LazyModel(config, rules, tensors, path)
 
 
 def from_t2i_tensors(
@@ -108,17 +111,20 @@ def from_t2i_tensors(
     }
     check_names(rules, tensors, path, _ABOUT)
     rules |= {f"t5/{name}": rule for name, rule in t5_rules.items()}
-    return LazyModel(config, rules, tensors | {_T5 + name: tensor for name, tensor in t5_tensors.items()})
+    tensors = tensors | {_T5 + name: tensor for name, tensor in t5_tensors.items()}
+    return LazyModel(config, rules, tensors, path)
 
 
-def _names(text: str | None, classes: int) -> class_labels.ClassLabelTokenizer:
-    if text is None:
+def _names(text_tokenizer: str | None, classes: int) -> class_labels.ClassLabelTokenizer:
+    if text_tokenizer is None:
         return class_labels.ClassLabelTokenizer([str(i) for i in range(classes)])
-    if not Path(text).is_file():
-        raise FileNotFoundError(f"no file {text}; want the names of the classes, one a line")
-    names = Path(text).read_text(encoding="utf-8").splitlines()
+    if not Path(text_tokenizer).is_file():
+        raise FileNotFoundError(f"no file {text_tokenizer}; want the names of the classes, one a line")
+    names = Path(text_tokenizer).read_text(encoding="utf-8").splitlines()
     if len(names) != classes:
-        raise ValueError(f"{text} has {len(names)} lines; want the names of {classes} classes, one a line")
+        raise ValueError(
+            f"{text_tokenizer} has {len(names)} lines; want the names of {classes} classes, one a line"
+        )
     return class_labels.ClassLabelTokenizer(names)
 
 
@@ -146,7 +152,7 @@ def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
     blocks = {
         "norm_attn/scale": ("layers.{}.attention_norm.weight", identity),
         "norm_mlp/scale": ("layers.{}.ffn_norm.weight", identity),
-        **fused_rules("layers.{}.attention.wqkv", bias=False),
+        **fused_qkv_rules("layers.{}.attention.wqkv", bias=False),
     }
     for name, source in {
         "attn/out": "attention.wo",

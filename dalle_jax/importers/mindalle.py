@@ -14,17 +14,20 @@ from pathlib import Path
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.importers import vqgan
-from dalle_jax.importers.blocks import block_rules, dense_rules, norm_rules
 from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    ImportedRun,
+    ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
+    block_rules,
     check_names,
     count_layers,
+    dense_rules,
     from_tensor,
     identity,
+    imported_model,
+    norm_rules,
     tensor_shape,
     transpose_linear,
 )
@@ -40,7 +43,7 @@ _FILES = (
 )
 
 
-def load_params(path: Path) -> ImportedRun:
+def load_params(path: Path) -> ImportedModel:
     """The directory that the published archive 1.3B.tar.gz unpacks to.
 
     Raises FileNotFoundError, and ValueError for files of another model.
@@ -51,10 +54,10 @@ def load_params(path: Path) -> ImportedRun:
     text, pad = _vocabulary(path / _FILES[3], path / _FILES[4])
     file = path / "stage2_last.ckpt"
     found = from_tensors(file, read_tensors(file), (path / "config.yaml").read_text(encoding="utf-8"), pad)
-    return ImportedRun(
+    return imported_model(
         found,
-        files={"text_tokenizer.model": text.to_bytes().decode()},
-        tokenizer=_tokenizer(path / "stage1_last.ckpt", found.config.grid),
+        text_tokenizer=text.to_bytes().decode(),
+        image_tokenizer=_tokenizer(path / "stage1_last.ckpt", found.config.grid),
     )
 
 
@@ -65,12 +68,12 @@ def from_tensors(path: Path, tensors: Tensors, settings: str, pad: int) -> LazyM
     config = _config(path, tensors, settings, pad)
     rules = _rules(config)
     check_names(rules, tensors, path, _ABOUT)
-    return LazyModel(config, rules, tensors)
+    return LazyModel(config, rules, tensors, path)
 
 
 def _tokenizer(path: Path, grid: int) -> LazyModel:
     """The first stage, for pictures whose codes fill the grid."""
-    found = vqgan.taming(path).model
+    found = vqgan.open_taming_vqgan(path)
     size = grid * found.config.downsample
     return found._replace(config=dataclasses.replace(found.config, image_size=size))
 

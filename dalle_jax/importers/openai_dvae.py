@@ -7,7 +7,7 @@ from pathlib import Path
 from dalle_jax.config import DVAEConfig
 from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    ImportedRun,
+    ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
@@ -15,6 +15,7 @@ from dalle_jax.importers.tensors import (
     count_layers,
     from_tensor,
     identity,
+    imported_model,
     tensor_shape,
     transpose_conv,
 )
@@ -22,7 +23,7 @@ from dalle_jax.importers.tensors import (
 _ABOUT = "OpenAI's dVAE"
 
 
-def load_params(path: Path, image_size: int | None = None) -> ImportedRun:
+def load_params(path: Path, image_size: int | None = None) -> ImportedModel:
     """The tokenizer in a directory that holds both files.
 
     Raises FileNotFoundError, and ValueError for files of another model.
@@ -33,7 +34,7 @@ def load_params(path: Path, image_size: int | None = None) -> ImportedRun:
         if not file.is_file():
             raise FileNotFoundError(f"no file {file}; want a directory with encoder.pkl and decoder.pkl")
         tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensors(file).items()}
-    return ImportedRun(from_tensors(path, tensors, image_size))
+    return imported_model(from_tensors(path, tensors, image_size))
 
 
 def from_tensors(path: Path, tensors: Tensors, image_size: int | None) -> LazyModel:
@@ -41,7 +42,7 @@ def from_tensors(path: Path, tensors: Tensors, image_size: int | None) -> LazyMo
     config = _config(path, tensors, image_size)
     rules = _rules(config)
     check_names(rules, tensors, path, _ABOUT)
-    return LazyModel(config, rules, tensors)
+    return LazyModel(config, rules, tensors, path)
 
 
 def _config(path: Path, tensors: Tensors, image_size: int | None) -> DVAEConfig:

@@ -15,18 +15,22 @@ from pathlib import Path
 import numpy as np
 
 from dalle_jax.config import DalleConfig
-from dalle_jax.importers.blocks import block_rules, dense_rules, fused_rules, norm_rules
 from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    ImportedRun,
+    ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
+    block_rules,
     check_names,
     count_layers,
+    dense_rules,
     drop_buffers,
     from_tensor,
+    fused_qkv_rules,
     identity,
+    imported_model,
+    norm_rules,
     tensor_shape,
     transpose_linear,
 )
@@ -38,19 +42,21 @@ _VERSIONS = ("v2", "v3")
 
 
 def load_params(
-    path: Path, text: str | None = None, version: str | None = None, heads: int | None = None
-) -> ImportedRun:
+    path: Path, text_tokenizer: str | None = None, version: str | None = None, heads: int | None = None
+) -> ImportedModel:
     """The Transformer of a published file, with a vocabulary.
 
-    text: the file bpe.model. version: v2 or v3, told by the published file names of Malevich. heads: of attention;
+    text_tokenizer: the file bpe.model. version: v2 or v3, told by the published file names of Malevich. heads: of attention;
     16 of 128 channels where the model is as wide as Malevich, else of 64.
 
     Raises FileNotFoundError, and ValueError for files of another model and for a version that cannot be told.
     """
-    if text is None:
-        raise ValueError("ruDALL-E needs its vocabulary: give --text bpe.model (of shonenkov/rudalle-utils)")
-    if not Path(text).is_file():
-        raise FileNotFoundError(f"no file {text}; want the bpe.model of shonenkov/rudalle-utils")
+    if text_tokenizer is None:
+        raise ValueError(
+            "ruDALL-E needs its vocabulary: give --text-tokenizer bpe.model (of shonenkov/rudalle-utils)"
+        )
+    if not Path(text_tokenizer).is_file():
+        raise FileNotFoundError(f"no file {text_tokenizer}; want the bpe.model of shonenkov/rudalle-utils")
     version = version or next((v for v in _VERSIONS if v in path.name), None)
     if version not in _VERSIONS:
         raise ValueError(
@@ -60,11 +66,11 @@ def load_params(
     tensors = drop_buffers(read_tensors(path), ("row_mask", "col_mask", "conv_mask"))
     found = from_tensors(path, tensors, version, heads)
     try:
-        lines = Path(text).read_text(encoding="utf-8")
+        lines = Path(text_tokenizer).read_text(encoding="utf-8")
         pieces = char_bpe.char_bpe_from_youtokentome(lines, num_bos=2 if version == "v2" else 1)
     except ValueError as error:
-        raise ValueError(f"{text}: {error}") from None
-    return ImportedRun(found, files={"text_tokenizer.model": pieces.to_bytes().decode()})
+        raise ValueError(f"{text_tokenizer}: {error}") from None
+    return imported_model(found, text_tokenizer=pieces.to_bytes().decode())
 
 
 def from_tensors(path: Path, tensors: Tensors, version: str, heads: int | None = None) -> LazyModel:
@@ -72,7 +78,7 @@ def from_tensors(path: Path, tensors: Tensors, version: str, heads: int | None =
     config = _config(path, tensors, version, heads)
     rules = _rules(config)
     check_names(rules, tensors, path, _ABOUT)
-    return LazyModel(config, rules, tensors)
+    return LazyModel(config, rules, tensors, path)
 
 
 def _config(path: Path, tensors: Tensors, version: str, heads: int | None) -> DalleConfig:
@@ -106,7 +112,7 @@ def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
         | norm_rules("norm_attn_out", f"{layer}before_first_addition_layernorm")
         | norm_rules("norm_mlp", f"{layer}post_attention_layernorm")
         | norm_rules("norm_mlp_out", f"{layer}before_second_addition_layernorm")
-        | fused_rules(f"{layer}attention.query_key_value")
+        | fused_qkv_rules(f"{layer}attention.query_key_value")
         | dense_rules("attn/out", f"{layer}attention.dense")
         | dense_rules("mlp/up", f"{layer}mlp.dense_h_to_4h")
         | dense_rules("mlp/down", f"{layer}mlp.dense_4h_to_h")

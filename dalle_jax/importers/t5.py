@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 
 from dalle_jax.config import T5Config
-from dalle_jax.importers.blocks import block_rules, dense_rules
 from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
     ParamRule,
     Tensors,
+    block_rules,
     check_names,
     count_layers,
+    dense_rules,
     from_tensor,
     identity,
     tensor_shape,

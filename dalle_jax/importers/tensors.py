@@ -1,23 +1,37 @@
-"""Arrays of a file that are not read yet, and how a model's parameters are made of them.
+"""Tensors of foreign files that are read on demand, and the rules that make a model's parameters of them.
 
-    tensors = read_tensors(path)                          # {"encoder.conv_in.weight": Tensor((128, 3, 3, 3), ...)}
-    rules = {"encoder/conv_in/kernel": one("encoder.conv_in.weight", conv), ...}
+    tensors = read_tensors(path)                # {"encoder.conv_in.weight": Tensor((128, 3, 3, 3), ...), ...}
+    rules = {"encoder/conv_in/kernel": from_tensor("encoder.conv_in.weight", transpose_conv), ...}
 
-A rule makes one parameter of one tensor, or one slice after another along its first axis (`stack`: layers that the
-model keeps in one array). So a file of any size passes through memory a slice at a time.
+A rule makes one parameter of one tensor, or of one tensor per layer (`stack_layers`). Parameters are read chunk by
+chunk, so a file larger than memory can be converted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from dalle_jax.models.registry import model_shapes
+from dalle_jax.parallel.sharding import path_name
+from dalle_jax.typing import Params
+
+_MAX_NAME = 500  # characters of a tensor's name
+_CHUNK = 1 << 24  # numbers in memory at once
 
 
 class Tensor(NamedTuple):
-    """shape, dtype: what the file's table says, already checked against the size of the file. read: gives the
-    array, mapped from the file where its layout allows."""
+    """A tensor of a file.
+
+    Attributes:
+      shape, dtype: As the table of the file states, checked against the size of the file.
+      read: Returns the array, memory-mapped where the layout of the file allows.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -25,83 +39,213 @@ class Tensor(NamedTuple):
 
 
 Tensors = dict[str, Tensor]
-_MAX_NAME = 500  # characters of a tensor's name
-_PIECE = 1 << 24  # numbers in memory at once
 Transform = Callable[..., np.ndarray]
+LayerTable = dict[
+    str, tuple[str, Transform]
+]  # parameter below a block -> (tensor with {} for the layer, transform)
 
 
 class ParamPart(NamedTuple):
-    """One slice of a parameter: `transform(*tensors named)`."""
+    """One slice of a parameter: `transform` of the tensors `names`."""
 
     names: tuple[str, ...]
     transform: Transform
 
 
 class ParamRule(NamedTuple):
-    """How one parameter is made. stacked: each part is one index of its first axis; else there is one part."""
+    """How one parameter is made. stacked: part i is index i of its first axis; else there is one part."""
 
     parts: tuple[ParamPart, ...]
     stacked: bool
 
 
+@dataclass(frozen=True)
+class LazyParam:
+    """A float32 parameter that is not read yet; a leaf of a parameter tree.
+
+    Attributes:
+      shape: Its shape.
+      chunks: Yields its rows, some at a time, checked for their shape and for finite values.
+    """
+
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32."""
+        return np.dtype(np.float32)
+
+    def read(self) -> np.ndarray:
+        """Return the whole parameter. Raises ValueError, naming the tensor that is invalid."""
+        array, start = np.empty(self.shape, self.dtype), 0
+        flat = array.reshape(-1)
+        for chunk in self.chunks():
+            flat[start : start + chunk.size] = chunk.reshape(-1)
+            start += chunk.size
+        return array
+
+
 class LazyModel(NamedTuple):
-    """A model found in foreign files. config: of the library's stage. rules: one for each parameter, by its path
-    `a/b/c`. tensors: what the rules name."""
+    """A model in foreign files.
+
+    Attributes:
+      config: Its configuration.
+      rules: One for each parameter, by its path `a/b/c`.
+      tensors: The tensors that the rules name.
+      path: The file or directory, for error messages.
+    """
 
     config: Any
     rules: dict[str, ParamRule]
     tensors: Tensors
+    path: Any
 
 
-class ImportedRun(NamedTuple):
-    """What an importer makes of its files: a model, and what else its run directory holds. files: texts or files
-    to copy, by name. tokenizer: for the Transformer stages, a tokenizer to keep beside it."""
+class ImportedModel(NamedTuple):
+    """A model of a public checkpoint.
 
-    model: LazyModel
-    files: Mapping[str, Any] = {}
-    tokenizer: LazyModel | None = None
+    Attributes:
+      config: Its configuration.
+      params: Nested dicts of `LazyParam`s, or of float32 arrays (`read`).
+      text_tokenizer: The content of its text tokenizer file, or None.
+      image_tokenizer: The image tokenizer that its files hold, or None.
+    """
+
+    config: Any
+    params: Params
+    text_tokenizer: str | None = None
+    image_tokenizer: ImportedModel | None = None
+
+    def read(self) -> ImportedModel:
+        """Return the same model with all parameters in memory. Raises ValueError for an invalid tensor."""
+        tokenizer = self.image_tokenizer
+        return self._replace(
+            params=jax.tree.map(LazyParam.read, self.params),
+            image_tokenizer=None if tokenizer is None else tokenizer.read(),
+        )
+
+
+def imported_model(
+    model: LazyModel, text_tokenizer: str | None = None, image_tokenizer: LazyModel | None = None
+) -> ImportedModel:
+    """Return `model` with a tree of `LazyParam`s in place of its rules and tensors."""
+    tokenizer = None if image_tokenizer is None else imported_model(image_tokenizer)
+    return ImportedModel(model.config, _lazy_params(model), text_tokenizer, tokenizer)
+
+
+def _lazy_params(model: LazyModel) -> Params:
+    pairs = jax.tree_util.tree_flatten_with_path(model_shapes(model.config))[0]
+    shapes = {path_name(path): leaf.shape for path, leaf in pairs}
+    missing, unknown = sorted(shapes.keys() - model.rules), sorted(model.rules.keys() - shapes)
+    if missing or unknown:  # no file can cause it: the rules of the family are wrong
+        raise AssertionError(f"no rule for {missing[:3]}, no parameter {unknown[:3]}")
+
+    def lazy(name: str, shape: tuple[int, ...]) -> LazyParam:
+        rule = model.rules[name]
+        return LazyParam(shape, lambda: iter_param_chunks(name, rule, model.tensors, shape, model.path))
+
+    return unflatten_dict({name: lazy(name, shape) for name, shape in shapes.items()}, sep="/")
+
+
+# --- rules ----------------------------------------------------------------------------------------------
 
 
 def from_tensor(names: str | Iterable[str], transform: Transform) -> ParamRule:
-    """A parameter that is `transform` of one tensor, or of several."""
+    """Return the rule of a parameter that is `transform` of one tensor, or of several."""
     names = (names,) if isinstance(names, str) else tuple(names)
     return ParamRule((ParamPart(names, transform),), False)
 
 
 def stack_layers(names: Iterable[str | Iterable[str]], transform: Transform) -> ParamRule:
-    """A parameter with a leading axis: `transform` of the tensor or tensors of each index."""
+    """Return the rule of a parameter with a leading axis: `transform` of the tensor or tensors of each index."""
     rows = [(row,) if isinstance(row, str) else tuple(row) for row in names]
     return ParamRule(tuple(ParamPart(row, transform) for row in rows), True)
 
 
+def block_rules(layers: int, table: LayerTable, to: str = "blocks") -> dict[str, ParamRule]:
+    """Return the rules of Transformer blocks, which this library keeps in one array for all layers.
+
+    Args:
+      layers: The number of blocks.
+      table: Parameter below `to` -> (tensor with {} for the number of the layer, transform).
+      to: The path of the blocks.
+    """
+    return {
+        f"{to}/{name}": stack_layers([source.format(i) for i in range(layers)], transform)
+        for name, (source, transform) in table.items()
+    }
+
+
+def dense_rules(name: str, source: str, *, bias: bool = True) -> LayerTable:
+    """Return the rows of a `LayerTable` for a torch Linear layer."""
+    rows: LayerTable = {f"{name}/kernel": (f"{source}.weight", transpose_linear)}
+    return rows | ({f"{name}/bias": (f"{source}.bias", identity)} if bias else {})
+
+
+def norm_rules(name: str, source: str) -> LayerTable:
+    """Return the rows of a `LayerTable` for a torch LayerNorm."""
+    return {f"{name}/scale": (f"{source}.weight", identity), f"{name}/bias": (f"{source}.bias", identity)}
+
+
+def fused_qkv_rules(source: str, *, bias: bool = True, join: str = ".") -> LayerTable:
+    """Return the rows of a `LayerTable` for queries, keys and values in one Linear layer, a third of its outputs each.
+
+    Args:
+      source: The layer.
+      bias: Whether it has a bias.
+      join: What separates its name from `weight` and `bias`; torch.nn.MultiheadAttention has an underscore.
+    """
+    rows: LayerTable = {}
+    for i, name in enumerate("qkv"):
+        rows[f"attn/{name}/kernel"] = (f"{source}{join}weight", lambda x, i=i: transpose_linear(_third(x, i)))
+        if bias:
+            rows[f"attn/{name}/bias"] = (f"{source}{join}bias", lambda x, i=i: _third(x, i))
+    return rows
+
+
+def _third(x: np.ndarray, i: int) -> np.ndarray:
+    size = len(x) // 3
+    return x[i * size : (i + 1) * size]
+
+
+# --- transforms -----------------------------------------------------------------------------------------
+
+
 def identity(x: np.ndarray) -> np.ndarray:
+    """Return `x`."""
     return x
 
 
 def transpose_linear(x: np.ndarray) -> np.ndarray:
-    """Torch's Linear (out, in) to (in, out)."""
+    """Transpose torch's Linear (out, in) to (in, out)."""
     return np.transpose(x)
 
 
 def transpose_conv(x: np.ndarray) -> np.ndarray:
-    """Torch's convolution (out, in, height, width) to (height, width, in, out)."""
+    """Transpose torch's convolution (out, in, height, width) to (height, width, in, out)."""
     return np.transpose(x, (2, 3, 1, 0))
 
 
 def conv_as_linear(x: np.ndarray) -> np.ndarray:
-    """Torch's 1x1 convolution (out, in, 1, 1) to (in, out)."""
+    """Reshape torch's 1x1 convolution (out, in, 1, 1) to (in, out)."""
     return np.transpose(x[:, :, 0, 0])
 
 
-def drop_buffers(tensors: Tensors, computed: tuple[str, ...]) -> Tensors:
-    """Without those whose names end in one of `computed`, and without the `module.` that parallel training puts before
-    names."""
-    return {n.removeprefix("module."): tensor for n, tensor in tensors.items() if not n.endswith(computed)}
+# --- names and shapes -----------------------------------------------------------------------------------
+
+
+def drop_buffers(tensors: Tensors, buffers: tuple[str, ...]) -> Tensors:
+    """Drop the tensors whose names end in one of `buffers`, and the `module.` that parallel training puts before names."""
+    return {n.removeprefix("module."): tensor for n, tensor in tensors.items() if not n.endswith(buffers)}
 
 
 def check_tensor_name(name: str, path: Any) -> None:
-    """Raises ValueError for a name that is long or would reach a terminal as more than text: so later messages may
-    show names as they are."""
+    """Check that a name is short and printable, so that messages can show it as it is.
+
+    Raises:
+      ValueError: It is not.
+    """
     if len(name) > _MAX_NAME or not name.isprintable():
         raise ValueError(
             f"{path}: Expected a tensor's name of at most {_MAX_NAME} printable characters, got {name[:80]!a} "
@@ -109,24 +253,32 @@ def check_tensor_name(name: str, path: Any) -> None:
         )
 
 
-def check_names(rules: Mapping[str, ParamRule], tensors: Tensors, path: Any, about: str) -> None:
-    """Raises ValueError naming what `rules` want and `tensors` lack, or what no rule takes."""
-    wanted = {name: None for rule in rules.values() for part in rule.parts for name in part.names}
-    missing = [name for name in wanted if name not in tensors]
-    extra = [name for name in tensors if name not in wanted]
-    for names, what in ((missing, f"lacks, of {about}:"), (extra, f"has what is not of {about}:")):
+def check_names(rules: Mapping[str, ParamRule], tensors: Tensors, path: Any, model: str) -> None:
+    """Check that `rules` use every tensor, and no other.
+
+    Raises:
+      ValueError: It lists the tensors that are missing, or that no rule uses.
+    """
+    used = {name: None for rule in rules.values() for part in rule.parts for name in part.names}
+    missing = [name for name in used if name not in tensors]
+    unknown = [name for name in tensors if name not in used]
+    for names, problem in (
+        (missing, f"lacks tensors of {model}:"),
+        (unknown, f"has tensors not in {model}:"),
+    ):
         if names:
             more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
-            raise ValueError(f"{path} {what} {', '.join(names[:5])}{more}")
+            raise ValueError(f"{path} {problem} {', '.join(names[:5])}{more}")
 
 
-def tensor_shape(tensors: Tensors, name: str, path: Any, ndim: int, about: str) -> tuple[int, ...]:
-    """The shape of a tensor that the configuration is read from.
+def tensor_shape(tensors: Tensors, name: str, path: Any, ndim: int, model: str) -> tuple[int, ...]:
+    """Return the shape of a tensor that the configuration is derived from.
 
-    Raises ValueError where it is missing or has another number of axes.
+    Raises:
+      ValueError: The tensor is missing, or does not have `ndim` axes, none of them empty.
     """
     if name not in tensors:
-        raise ValueError(f"{path} is not {about}: it has no tensor {name}")
+        raise ValueError(f"{path} is not {model}: it has no tensor {name}")
     shape = tensors[name].shape
     if len(shape) != ndim or 0 in shape:
         raise ValueError(f"{path}: tensor {name} has shape {shape}; want {ndim} axes, none of them empty")
@@ -134,54 +286,60 @@ def tensor_shape(tensors: Tensors, name: str, path: Any, ndim: int, about: str) 
 
 
 def count_layers(tensors: Tensors, pattern: str, first: int = 0) -> int:
-    """How many of pattern.format(first), pattern.format(first + 1), ... are there, without a gap."""
+    """Return how many tensors pattern.format(first), pattern.format(first + 1), ... exist without a gap."""
     count = 0
     while pattern.format(first + count) in tensors:
         count += 1
     return count
 
 
-def iter_param_chunks(
-    name: str, rule: ParamRule, model: LazyModel, shape: tuple[int, ...], path: Any
-) -> Iterable[np.ndarray]:
-    """Parameter `name` some rows after others, float32, checked.
+# --- reading --------------------------------------------------------------------------------------------
 
-    Raises ValueError naming the tensor whose shape does not give `shape`, that is not of numbers, or that has a
-    value that is not finite.
+
+def iter_param_chunks(
+    name: str, rule: ParamRule, tensors: Tensors, shape: tuple[int, ...], path: Any
+) -> Iterator[np.ndarray]:
+    """Yield parameter `name`, float32 (rows, ...), some rows at a time.
+
+    Raises:
+      ValueError: It names the tensor that does not give `shape`, is not of floating-point numbers, or has a value
+        that is not finite.
     """
     if rule.stacked and len(rule.parts) != shape[0]:
         first = rule.parts[0].names[0]
         raise ValueError(f"{path}: {len(rule.parts)} tensors like {first}; want {shape[0]} for {name}")
-    want = shape[1:] if rule.stacked else shape
+    part_shape = shape[1:] if rule.stacked else shape
     for part in rule.parts:
         arrays = []
         for source in part.names:
-            array = model.tensors[source].read()
+            array = tensors[source].read()
             if array.dtype.kind not in "fV" and array.dtype.name != "bfloat16":
                 raise ValueError(f"{path}: tensor {source} is {array.dtype}; want floating-point numbers")
             arrays.append(array)
-        told = ", ".join(f"{n} {model.tensors[n].shape}" for n in part.names)
+        sources = ", ".join(f"{n} {tensors[n].shape}" for n in part.names)
         try:
-            made = part.transform(*arrays)
+            param = part.transform(*arrays)
         except (ValueError, IndexError):
-            raise ValueError(f"{path}: tensor {told} cannot become {name} {want}") from None
-        if made.shape != want:
-            raise ValueError(f"{path}: tensor {told} becomes {name} {made.shape}; want {want}")
-        for piece in _pieces(made):
-            if not np.isfinite(piece).all():
-                bad = [n for n, a in zip(part.names, arrays, strict=True) if not _finite(a)]
-                raise ValueError(f"{path}: tensor {bad[0] if bad else told} has values that are not finite")
-            yield piece
+            raise ValueError(f"{path}: tensor {sources} cannot become {name} {part_shape}") from None
+        if param.shape != part_shape:
+            raise ValueError(f"{path}: tensor {sources} becomes {name} {param.shape}; want {part_shape}")
+        for chunk in _chunks(param):
+            if not np.isfinite(chunk).all():
+                bad = [n for n, a in zip(part.names, arrays, strict=True) if not _is_finite(a)]
+                raise ValueError(
+                    f"{path}: tensor {bad[0] if bad else sources} has values that are not finite"
+                )
+            yield chunk
 
 
-def _pieces(array: np.ndarray) -> Iterable[np.ndarray]:
+def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     """`array` in float32, some rows at a time: a table of a gigabyte is never whole in memory."""
     if array.ndim == 0:
         array = array[None]
-    rows = max(1, _PIECE * len(array) // max(array.size, 1))
+    rows = max(1, _CHUNK * len(array) // max(array.size, 1))
     for start in range(0, len(array), rows):
         yield np.ascontiguousarray(array[start : start + rows], np.float32)
 
 
-def _finite(array: np.ndarray) -> bool:
-    return all(np.isfinite(piece).all() for piece in _pieces(array))
+def _is_finite(array: np.ndarray) -> bool:
+    return all(np.isfinite(chunk).all() for chunk in _chunks(array))

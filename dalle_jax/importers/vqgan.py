@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from dalle_jax.config import GumbelQuantizer, VectorQuantizer, VQGANConfig
 from dalle_jax.importers.formats.files import read_tensors
 from dalle_jax.importers.tensors import (
-    ImportedRun,
+    ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
@@ -22,11 +22,12 @@ from dalle_jax.importers.tensors import (
     count_layers,
     from_tensor,
     identity,
+    imported_model,
     tensor_shape,
     transpose_conv,
 )
 
-Pixels = Literal["symmetric", "unit"]
+PixelRange = Literal["symmetric", "unit"]
 
 
 class Naming(NamedTuple):
@@ -57,43 +58,61 @@ LLAMAGEN = Naming(
 )  # fmt: skip
 
 
-def taming(path: Path, image_size: int | None = None, pixels: Pixels | None = None) -> ImportedRun:
-    """A Lightning checkpoint; its discriminator and LPIPS network, under `loss`, are left behind."""
-    return ImportedRun(
-        from_tensors(path, drop_training_tensors(read_tensors(path), "loss."), TAMING, image_size, pixels)
-    )
+def load_taming_vqgan(
+    path: Path, image_size: int | None = None, pixel_range: PixelRange | None = None
+) -> ImportedModel:
+    """Open a Lightning checkpoint of taming-transformers.
+
+    Args:
+      path: The checkpoint.
+      image_size: The side of the images, 256 by default; no tensor depends on it.
+      pixel_range: The range of the pixels that the networks read; [-1, 1] by default.
+    """
+    return imported_model(open_taming_vqgan(path, image_size, pixel_range))
 
 
-def flax(path: Path, image_size: int | None = None, pixels: Pixels | None = None) -> ImportedRun:
-    """`flax_model.msgpack` of `dalle-mini/vqgan_imagenet_f16_16384`.
+def open_taming_vqgan(
+    path: Path, image_size: int | None = None, pixel_range: PixelRange | None = None
+) -> LazyModel:
+    """The model of `load_taming_vqgan`; the discriminator and the LPIPS network, under `loss.`, are dropped."""
+    tensors = _drop_prefix(read_tensors(path), "loss.")
+    return from_tensors(path, tensors, TAMING, image_size, pixel_range)
 
-    DALL-E Mini feeds it pixels in [0, 1], although its weights were trained on [-1, 1]; so does this by default.
+
+def load_flax_vqgan(
+    path: Path, image_size: int | None = None, pixel_range: PixelRange | None = None
+) -> ImportedModel:
+    """Open `flax_model.msgpack` of `dalle-mini/vqgan_imagenet_f16_16384`; arguments as of `load_taming_vqgan`.
+
+    DALL-E Mini feeds it pixels in [0, 1], although it was trained on [-1, 1]; [0, 1] is the default here too.
     """
     tensors = {name.removeprefix("params/"): tensor for name, tensor in read_tensors(path).items()}
-    return ImportedRun(from_tensors(path, tensors, FLAX, image_size, pixels or "unit"))
+    return imported_model(from_tensors(path, tensors, FLAX, image_size, pixel_range or "unit"))
 
 
-def llamagen(path: Path, image_size: int | None = None) -> ImportedRun:
-    """`vq_ds16_c2i.pt`, `vq_ds16_t2i.pt` or `vq_ds8_c2i.pt`; codes are compared on the unit sphere."""
-    tensors = drop_training_tensors(read_tensors(path), "quantize.codebook_used")
-    return ImportedRun(from_tensors(path, tensors, LLAMAGEN, image_size, None))
+def load_llamagen_vq(path: Path, image_size: int | None = None) -> ImportedModel:
+    """Open `vq_ds16_c2i.pt`, `vq_ds16_t2i.pt` or `vq_ds8_c2i.pt`, whose codes are compared on the unit sphere."""
+    tensors = _drop_prefix(read_tensors(path), "quantize.codebook_used")
+    return imported_model(from_tensors(path, tensors, LLAMAGEN, image_size, None))
 
 
-def drop_training_tensors(tensors: Tensors, *prefixes: str) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+def _drop_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
 
 
 def from_tensors(
-    path: Path, tensors: Tensors, naming: Naming, image_size: int | None, pixels: Pixels | None
+    path: Path, tensors: Tensors, naming: Naming, image_size: int | None, pixel_range: PixelRange | None
 ) -> LazyModel:
-    """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
-    cfg = _config(path, tensors, naming, image_size or 256, pixels or "symmetric")
+    """Return the VQGAN of all `tensors`. Raises ValueError, listing the tensors that are missing or unknown."""
+    cfg = _config(path, tensors, naming, image_size or 256, pixel_range or "symmetric")
     rules = _rules(cfg, naming)
     check_names(rules, tensors, path, naming.about)
-    return LazyModel(cfg, rules, tensors)
+    return LazyModel(cfg, rules, tensors, path)
 
 
-def _config(path, tensors, naming, image_size, pixels) -> VQGANConfig:
+def _config(
+    path: Path, tensors: Tensors, naming: Naming, image_size: int, pixel_range: PixelRange
+) -> VQGANConfig:
     join, kernel, table = naming.join, naming.weights[0], naming.weights[2]
 
     def shape(*words: str, ndim: int = 4) -> tuple[int, ...]:
@@ -122,7 +141,7 @@ def _config(path, tensors, naming, image_size, pixels) -> VQGANConfig:
     return VQGANConfig(
         image_size=image_size, width=width, channel_multipliers=tuple(first // width for first in firsts), blocks=blocks,
         attention_levels=tuple(attention), latent_width=shape("encoder", "conv_out", kernel)[out],
-        quantizer=quantizer, pixel_range=pixels,
+        quantizer=quantizer, pixel_range=pixel_range,
     )  # fmt: skip
 
 

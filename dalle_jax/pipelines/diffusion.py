@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.checkpoint.run_dir import Run, load_model, read_config
+from dalle_jax.checkpoint.load import Run, load_run
+from dalle_jax.checkpoint.run_dir import read_config
 from dalle_jax.config import DiffusionConfig, SamplerName, Spacing
 from dalle_jax.data.images import to_uint8
 from dalle_jax.models.diffusion import denoise, likelihood, sampler, unet
@@ -88,9 +89,9 @@ class DiffusionImages(NamedTuple):
 
 
 def load_diffusion(path: str | Path) -> DiffusionModel:
-    """The diffusion model of a run directory. Raises what `load_model` does; ValueError for a run of another stage."""
+    """The diffusion model of a run directory. Raises what `load_run` does; ValueError for a run of another stage."""
     path = Path(path)
-    run = load_model(path, "diffusion")
+    run = load_run(path, "diffusion")
     model = run.config.model
     text = None if model.text is None else TextTokenizer.load(path / "text_tokenizer.model")
     return DiffusionModel(run, text, None if model.codes is None else load_image_tokenizer(path))
@@ -101,7 +102,7 @@ def check_decoder(decoder: DiffusionModel, tokenizer: ImageTokenizer) -> None:
     if decoder.tokenizer is None or decoder.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{decoder.run.path} was not trained on the codes of this tokenizer ({tokenizer.fingerprint}); give a "
-            "diffusion model that was (--tokenizer of its training)"
+            "diffusion model that was (--image-tokenizer of its training)"
         )
 
 

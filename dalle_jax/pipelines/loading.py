@@ -7,15 +7,18 @@ from typing import NamedTuple
 
 import jax
 
+from dalle_jax.checkpoint.layout import CONFIG_FILE, IMAGE_TOKENIZER_DIR
+from dalle_jax.checkpoint.load import Run, load_run
+from dalle_jax.checkpoint.params_file import fingerprint
 from dalle_jax.checkpoint.remote_dir import local_dir
-from dalle_jax.checkpoint.run_dir import Run, fingerprint, load_frozen, load_model, read_config
+from dalle_jax.checkpoint.run_dir import read_config
 from dalle_jax.config import ClipConfig, TokenizerConfig, TransformerConfig
 from dalle_jax.text.tokenizers import TextTokenizer
 from dalle_jax.typing import Params
 
 
 class ImageTokenizer(NamedTuple):
-    """A frozen image tokenizer. fingerprint: changes with any of its parameters (`rundir.fingerprint`)."""
+    """A frozen image tokenizer. fingerprint: changes with any of its parameters (`checkpoint.params_file.fingerprint`)."""
 
     config: TokenizerConfig
     params: Params
@@ -37,20 +40,20 @@ class TextToImage(NamedTuple):
 def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
     """The image tokenizer of a run: a tokenizer run itself, or the copy that a Transformer run keeps.
 
-    Raises FileNotFoundError, ValueError or OSError as `load_model` does.
+    Raises FileNotFoundError, ValueError or OSError as `load_run` does.
     """
     path = local_dir(path)
     model = read_config(path).model
     if isinstance(model, ClipConfig):
         raise ValueError(f"{path} is a run of stage clip: it has no image tokenizer; give a run that has one")
-    if isinstance(model, TokenizerConfig):
-        run = load_model(path)
-        return ImageTokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
-    if not (path / "tokenizer" / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path} has no tokenizer/ yet; train it first, or give the tokenizer's own run"
-        )
-    return ImageTokenizer(*load_frozen(path / "tokenizer"))
+    if not isinstance(model, TokenizerConfig):
+        path = path / IMAGE_TOKENIZER_DIR
+        if not (path / CONFIG_FILE).is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist yet; train the run first, or give the tokenizer's own run"
+            )
+    run = load_run(path)
+    return ImageTokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
 
 
 def host_device() -> jax.Device:
@@ -81,7 +84,7 @@ def load_text_to_image(path: str | Path, *, on_host: bool = False) -> TextToImag
     if kind not in ("dalle", "bart"):
         raise ValueError(
             f"{path} is a tokenizer run (stage {kind}): it knows no captions. Give the run of a Transformer "
-            f"trained on it (--tokenizer {path}); `encode` and `decode` work with tokenizer runs"
+            f"trained on it (--image-tokenizer {path}); `encode` and `decode` work with tokenizer runs"
         )
-    run = load_model(path, device=host_device() if on_host else None)
+    run = load_run(path, device=host_device() if on_host else None)
     return TextToImage(run, TextTokenizer.load(path / "text_tokenizer.model"), load_image_tokenizer(path))

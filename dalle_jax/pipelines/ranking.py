@@ -16,7 +16,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dalle_jax.checkpoint.run_dir import Run, load_model, read_config
+from dalle_jax.checkpoint.load import Run, load_run
+from dalle_jax.checkpoint.run_dir import read_config
 from dalle_jax.config import ClipConfig
 from dalle_jax.data.images import to_float
 from dalle_jax.models import clip as clips
@@ -57,10 +58,10 @@ def load_clip(path: str | Path) -> ClipRanker:
         )
     if not (path / "text_tokenizer.model").is_file():
         raise FileNotFoundError(
-            f"{path} has no text_tokenizer.model, the vocabulary of its captions: import it again with --text FILE, e.g. CLIP's "
+            f"{path} has no text_tokenizer.model, the vocabulary of its captions: import it again with --text-tokenizer FILE, e.g. CLIP's "
             "bpe_simple_vocab_16e6.txt.gz (docs/import.md), or train it to its first save"
         )
-    return ClipRanker(load_model(path), BosEosTokenizer.load(path / "text_tokenizer.model"))
+    return ClipRanker(load_run(path), BosEosTokenizer.load(path / "text_tokenizer.model"))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -16,11 +16,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from dalle_jax.checkpoint.layout import CONFIG_FILE, IMAGE_TOKENIZER_DIR
+from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.remote_dir import local_dir
-from dalle_jax.checkpoint.run_dir import load_run, read_config
+from dalle_jax.checkpoint.run_dir import read_config
 from dalle_jax.config import TrainConfig
 from dalle_jax.data.sources import infer_source
-from dalle_jax.files.atomic import write_atomic
+from dalle_jax.files.atomic import atomic_path, write_atomic
 from dalle_jax.models.registry import model_spec
 from dalle_jax.parallel.sharding import path_name
 from dalle_jax.train.state import TrainState, shardings_of
@@ -111,11 +113,11 @@ def copy_tokenizer(config: TrainConfig, path: Path) -> bool:
     """Copy the frozen image tokenizer of the run `config.init_from` to `path`; return False if there is none."""
     if config.init_from is None:
         return False
-    source = local_dir(config.init_from) / "tokenizer"
-    if not (source / "config.json").is_file():
+    source = local_dir(config.init_from) / IMAGE_TOKENIZER_DIR
+    if not (source / CONFIG_FILE).is_file():
         return False
-    shutil.copytree(source, path, ignore=shutil.ignore_patterns("config.json"))
-    shutil.copyfile(source / "config.json", path / "config.json")  # last: it marks a complete copy
+    with atomic_path(path) as copy:
+        shutil.copytree(source, copy)
     return True
 
 

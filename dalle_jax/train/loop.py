@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from dalle_jax.checkpoint import remote_dir
 from dalle_jax.checkpoint.lock import run_lock
 from dalle_jax.checkpoint.manager import CheckpointManager
-from dalle_jax.checkpoint.run_dir import model_kind, opened_run_dir, sync_run_dir
+from dalle_jax.checkpoint.run_dir import opened_run_dir, sync_run_dir
 from dalle_jax.config import TrainConfig
 from dalle_jax.data.images import save_png
 from dalle_jax.parallel.devices import peak_flops
@@ -154,7 +154,7 @@ class _Trainer:
             if config.init_from is not None:
                 self.state = init_from_run(self.state, config, mesh)
         self.progress = stack.add(
-            ProgressBar(model_kind(config), self.start, config.steps, shown=self.is_first_process)
+            ProgressBar(config.model.kind, self.start, config.steps, shown=self.is_first_process)
         )
         self.log: MetricsLog | None = None  # of the first process, once there is a step to do
         self.timer = StepTimer(self.start)

@@ -14,8 +14,11 @@ from etils import epath
 from jobs import SHORT, Job, assert_close, free_port, series, straight_run
 
 from dalle_jax.checkpoint import remote_dir, run_dir
+from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.manager import CheckpointManager
 from dalle_jax.train import loop
+
+pytestmark = pytest.mark.usefixtures("fake_models")
 
 RUN = "gs://my-bucket/runs/one"
 
@@ -34,7 +37,7 @@ def store(tmp_path, monkeypatch):
 def forget():
     """What a new process knows."""
     remote_dir._mirrors.clear()
-    remote_dir._known.clear()
+    remote_dir._uploaded.clear()
 
 
 def test_a_run_in_a_bucket_equals_one_on_disk_and_goes_on_elsewhere(store, tmp_path):
@@ -64,9 +67,9 @@ def test_a_run_in_a_bucket_equals_one_on_disk_and_goes_on_elsewhere(store, tmp_p
 
     forget()
     assert run_dir.read_config(RUN) == config
-    run = run_dir.load_run(RUN, which="latest")
+    run = load_run(RUN, step="latest")
     assert run.step == 10
-    want = run_dir.load_run(tmp_path / "straight", which="latest")
+    want = load_run(tmp_path / "straight", step="latest")
     for x, y in zip(jax.tree.leaves(run.params), jax.tree.leaves(want.params), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -87,21 +90,21 @@ def test_no_checkpoint_is_newer_than_its_rows(store, monkeypatch):
 
 def test_only_what_has_changed_is_copied(store, monkeypatch):
     run = remote_dir.local_dir(RUN)
-    (run / "tokenizer").mkdir()
-    (run / "tokenizer" / "a").write_text("1")
+    (run / "image_tokenizer").mkdir()
+    (run / "image_tokenizer" / "a").write_text("1")
     (run / "config.json").write_text("{}")
     (run / ".config.json.7.tmp").write_text("half")
     remote_dir.push(run)
     assert {str(p.relative_to(store)) for p in store.rglob("*") if p.is_file()} == {
         "config.json",
-        "tokenizer/a",
+        "image_tokenizer/a",
     }
     (store / "config.json").unlink()
-    (run / "tokenizer" / "a").write_text("22")
+    (run / "image_tokenizer" / "a").write_text("22")
     remote_dir.push(run)
-    assert (store / "tokenizer" / "a").read_text() == "22" and not (store / "config.json").exists()
+    assert (store / "image_tokenizer" / "a").read_text() == "22" and not (store / "config.json").exists()
     forget()
-    assert (remote_dir.local_dir(RUN) / "tokenizer" / "a").read_text() == "22"
+    assert (remote_dir.local_dir(RUN) / "image_tokenizer" / "a").read_text() == "22"
 
 
 def test_what_is_not_there_is_named_by_its_url(store, monkeypatch):
@@ -141,7 +144,7 @@ def test_a_missing_package_is_named(monkeypatch):
         raise ImportError("Please install gcsfs")
 
     monkeypatch.setattr(epath, "Path", no_gcsfs)
-    with pytest.raises(ValueError, match=r"gs://b/r wants a package \(for gs://, pip install gcsfs\)"):
+    with pytest.raises(ValueError, match=r"gs://b/r needs a package \(for gs://, pip install gcsfs\)"):
         remote_dir.remote_path("gs://b/r")
 
 

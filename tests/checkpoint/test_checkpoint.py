@@ -14,14 +14,18 @@ from conftest import FakeTask, tiny_config
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from dalle_jax.checkpoint import run_dir
-from dalle_jax.checkpoint.manager import CheckpointManager, load_params
+from dalle_jax.checkpoint.export import write_run
+from dalle_jax.checkpoint.load import load_run
+from dalle_jax.checkpoint.manager import CheckpointManager
+from dalle_jax.checkpoint.params_file import fingerprint
 from dalle_jax.config import MeshConfig
 from dalle_jax.models import tokenizer
 from dalle_jax.parallel.sharding import make_mesh
 from dalle_jax.train import loop
 from dalle_jax.train.optim import make_optimizer
 from dalle_jax.train.state import abstract_state, init_state, param_shapes
+
+pytestmark = pytest.mark.usefixtures("fake_models")
 
 
 def leaves_equal(a, b):
@@ -142,7 +146,7 @@ def test_damaged_latest_checkpoint_stops_the_run(tmp_path, eight_steps, damage):
     before = sorted(p.relative_to(run) for p in run.rglob("*"))
     longer = tiny_config(run, steps=10)
     with pytest.raises(
-        OSError, match=r"checkpoints/8 cannot be read.*Delete that directory to go on from step 4"
+        OSError, match=r"checkpoints/8 cannot be read.*Delete that directory to resume from step 4"
     ):
         loop.train(longer, FakeTask(longer))
     assert sorted(p.relative_to(run) for p in run.rglob("*")) == before
@@ -153,7 +157,7 @@ def test_damaged_latest_checkpoint_stops_the_run(tmp_path, eight_steps, damage):
 def test_half_written_checkpoint_is_ignored(tmp_path, eight_steps):
     run = shutil.copytree(eight_steps, tmp_path / "run")
     shutil.copytree(run / "checkpoints" / "8", run / "checkpoints" / "9.orbax-checkpoint-tmp")
-    assert run_dir.load_run(run).step == 8
+    assert load_run(run).step == 8
     assert (run / "checkpoints" / "9.orbax-checkpoint-tmp").exists()  # reading deletes nothing
     longer = tiny_config(run, steps=10)
     assert loop.train(longer, FakeTask(longer)).step == 10
@@ -214,14 +218,13 @@ def test_full_disk_leaves_the_earlier_checkpoints(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "error: cannot save the checkpoint of step 6" in done.stderr, done.stderr
-    assert "intact: 2, 4)" in done.stderr and "File too large" in done.stderr, done.stderr
-    assert run_dir.load_run(run).step == 4
+    assert "intact earlier steps: 2, 4)" in done.stderr and "File too large" in done.stderr, done.stderr
+    assert load_run(run).step == 4
     config = tiny_config(run, steps=8, log_every=100)
     assert loop.train(config, FakeTask(config)).finished
 
 
 def test_failing_save_is_told_and_stops_the_run(tmp_path, monkeypatch):
-    from orbax.checkpoint import v1 as ocp
 
     class Failed:
         def result(self, timeout=None):
@@ -234,11 +237,11 @@ def test_failing_save_is_told_and_stops_the_run(tmp_path, monkeypatch):
     def save_async(self, step, *args, **kwargs):
         return Failed() if step == 8 else real(self, step, *args, **kwargs)
 
-    monkeypatch.setattr(ocp.training.Checkpointer, "save_async", save_async)
-    with pytest.raises(OSError, match=r"step 8.*No space left on device.*intact: 4"):
-        loop.train(config, FakeTask(config))
-    monkeypatch.undo()
-    assert run_dir.load_run(run).step == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.training.Checkpointer, "save_async", save_async)
+        with pytest.raises(OSError, match=r"step 8.*No space left on device.*intact earlier steps: 4"):
+            loop.train(config, FakeTask(config))
+    assert load_run(run).step == 4
 
 
 def test_place_that_cannot_be_written(tmp_path):
@@ -252,22 +255,6 @@ def test_place_that_cannot_be_written(tmp_path):
             loop.train(config, FakeTask(config))
 
 
-def test_params_of_an_orbax_directory(tmp_path):
-    """What runs of earlier versions hold as their tokenizer."""
-    task, _, _ = setup()
-    params = task.init(jax.random.key(1))
-    ocp.save(tmp_path / "params", params)
-    leaves_equal(load_params(tmp_path / "params"), params)
-    leaves_equal(load_params(tmp_path / "params", abstract_of(params)), params)
-    with pytest.raises(ValueError, match="a/kernel"):
-        load_params(tmp_path / "params", abstract_of(one_array(1.0, rows=8)))
-    with pytest.raises(FileNotFoundError, match="no parameters at"):
-        load_params(tmp_path / "nothing")
-    damage_truncate(tmp_path / "params")
-    with pytest.raises(OSError, match="cannot be read"):
-        load_params(tmp_path / "params")
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     run = tmp_path_factory.mktemp("trained") / "run"
@@ -277,47 +264,48 @@ def trained(tmp_path_factory):
 
 def test_load_run_takes_what_is_asked_for(trained):
     run, state = trained
-    best = run_dir.load_run(run)
+    best = load_run(run)
     assert best.step == 10 and best.config.steps == 10 and best.path == run
     leaves_equal(best.params, state.ema)
-    leaves_equal(run_dir.load_run(run, which="latest", ema=False).params, state.params)
-    assert run_dir.load_run(run, which=8).step == 8
+    leaves_equal(load_run(run, step="latest", ema=False).params, state.params)
+    assert load_run(run, step=8).step == 8
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
-    spread = run_dir.load_run(run, stage="dvae", mesh=mesh).params
+    spread = load_run(run, kind="dvae", mesh=mesh).params
     leaves_equal(spread, state.ema)
     assert spread["text_head"]["kernel"].sharding == state.ema["text_head"]["kernel"].sharding
 
 
-def test_frozen_model_round_trip(tmp_path):
+def test_written_run_is_the_same_model(tmp_path):
     config = tiny_config(tmp_path / "run")
-    run = run_dir.Run(config, tokenizer.init(config.model, jax.random.key(0)), tmp_path / "run", 7)
-    run_dir.save_frozen(tmp_path / "tokenizer", run)
-    model, params, name = run_dir.load_frozen(tmp_path / "tokenizer")
-    assert model == run.config.model and name == run_dir.fingerprint(model, run.params) and len(name) == 16
-    leaves_equal(params, run.params)
-    other = jax.tree.map(lambda x: x.at[-1].add(1e-6), params)
-    assert run_dir.fingerprint(model, other) != name
-    (tmp_path / "tokenizer" / "config.json").unlink()  # killed before the end
+    params = tokenizer.init(config.model, jax.random.key(0))
+    write_run(tmp_path / "frozen", config, params, 7)
+    run = load_run(tmp_path / "frozen")
+    assert (run.config, run.step) == (config, 7)
+    leaves_equal(run.params, params)
+    name = fingerprint(config.model, params)
+    assert name == fingerprint(config.model, run.params) and len(name) == 16
+    assert fingerprint(config.model, jax.tree.map(lambda x: x.at[-1].add(1e-6), params)) != name
+    (tmp_path / "frozen" / "config.json").unlink()  # killed before the end
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        run_dir.load_frozen(tmp_path / "tokenizer")
+        load_run(tmp_path / "frozen")
 
 
 def test_load_run_errors(trained, tmp_path):
     run, _ = trained
     with pytest.raises(ValueError, match="is a run of stage dvae, want one of stage dalle"):
-        run_dir.load_run(run, stage="dalle")
+        load_run(run, kind="dalle")
     with pytest.raises(FileNotFoundError, match="no run directory"):
-        run_dir.load_run(tmp_path / "nothing")
+        load_run(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        run_dir.load_run(tmp_path)
+        load_run(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 .* it has"):
-        run_dir.load_run(run, which=5)
+        load_run(run, step=5)
     shutil.copy(run / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-        run_dir.load_run(tmp_path)
+        load_run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-        run_dir.load_run(tmp_path)
+        load_run(tmp_path)
     (tmp_path / "config.json").write_text('{"model": ')
     with pytest.raises(ValueError, match=r"config\.json is not a configuration"):
-        run_dir.load_run(tmp_path)
+        load_run(tmp_path)

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from dalle_jax.aot.sampler import compile_sampler
-from dalle_jax.checkpoint.run_dir import load_run, read_config
+from dalle_jax.checkpoint.load import load_run
+from dalle_jax.checkpoint.run_dir import read_config
 from dalle_jax.cli import COMMANDS, demo, main, sample_file
 from dalle_jax.config import (
     ArraysSource,
@@ -170,7 +171,7 @@ def test_finetuning_begins_with_the_weights_of_the_other_run(made, folder):
     assert new.config.model == old.config.model and new.config.data.source.kind == "folder"
     for a, b in zip(jax.tree.leaves(old.params), jax.tree.leaves(new.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    for name in ("text_tokenizer.model", "tokenizer/config.json"):
+    for name in ("text_tokenizer.model", "image_tokenizer/config.json"):
         assert (new.path / name).read_bytes() == (made.dalle / name).read_bytes()
     assert load_image_tokenizer(new.path).fingerprint == load_image_tokenizer(made.dalle).fingerprint
     assert finetune(made, folder).code == 0  # has its step already
@@ -703,7 +704,7 @@ def test_runs_that_are_missing_half_written_or_of_another_stage(made, tmp_path):
     assert "has no checkpoint yet; train it first" in refused("sample", tmp_path / "half", "a")
     np.savez(tmp_path / "c.npz", codes=np.zeros((1, 64), np.int32))
     message = refused("decode", tmp_path / "half", tmp_path / "c.npz", "--out", tmp_path / "x")
-    assert "has no tokenizer/ yet; train it first" in message
+    assert "image_tokenizer does not exist yet; train the run first" in message
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     assert "is not a configuration of this version" in refused("info", tmp_path / "broken")

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.checkpoint.run_dir import Run, save_frozen, write_params
+from dalle_jax.checkpoint.export import write_run
+from dalle_jax.checkpoint.load import Run
+from dalle_jax.checkpoint.params_file import write_params
 from dalle_jax.cli import main
 from dalle_jax.config import (
     CodesConfig,
@@ -222,7 +224,7 @@ def test_a_picture_that_is_not_finite_names_its_step(trained, tmp_path):
     path = exported(tmp_path / "bad", config, model.run.params)
     (path / "text_tokenizer.model").write_bytes((trained.run / "text_tokenizer.model").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dalle_jax.pipelines.diffusion.load_model", lambda *_: Run(config, bad, path, 7))
+        patch.setattr("dalle_jax.pipelines.diffusion.load_run", lambda *_: Run(config, bad, path, 7))
         done = run("sample", path, "x", "--num-images", 1, "--num-steps", 4, "--out", tmp_path / "out")
     assert done.code == 3 and "in sampling step 1 (rows 0)" in done.err
 
@@ -275,7 +277,7 @@ def decoder(tmp_path_factory):
     config = TrainConfig(model=model, data=DATA, image_tokenizer=str(room / "dvae"))
     params = random_params(jax.eval_shape(lambda: unet.init(model, jax.random.key(0))))
     path = exported(room / "run", config, params)
-    save_frozen(path / "tokenizer", tokenizer)
+    write_run(path / "image_tokenizer", tokenizer.config, tokenizer.params, tokenizer.step)
     return path
 
 
@@ -344,7 +346,7 @@ def test_rfid_is_of_what_the_decoder_draws_from_codes_of_true_pictures(decoder, 
 def test_stage_refuses_codes_that_do_not_fit(decoder, codes, match):
     model = dataclasses.replace(MODEL, text=None, codes=codes)
     with pytest.raises(ValueError, match=match):
-        config = TrainConfig(model=model, image_tokenizer=str(decoder / "tokenizer"), run="nowhere")
+        config = TrainConfig(model=model, image_tokenizer=str(decoder / "image_tokenizer"), run="nowhere")
         DiffusionTask(config).check_prerequisites()
     with pytest.raises(
         ValueError, match="image_tokenizer is not set; the stage diffusion needs the run directory"

@@ -5,7 +5,7 @@ pytest -m parity tests/evaluate/test_inception_score.py     # wants torch, torch
 
 import numpy as np
 import pytest
-from test_foreign_files import torch_zip
+from foreign_checkpoints import torch_zip
 
 from dalle_jax.evaluate import inception, inception_score, metrics
 from dalle_jax.importers.inception import CLASSIFIER, convolutions, read_inception

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import pipelines
-from dalle_jax.checkpoint.run_dir import Run
+from dalle_jax.checkpoint.load import Run
 from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig, ScenesSource, TarSource, TrainConfig
 from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.scenes import generator

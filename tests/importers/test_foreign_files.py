@@ -14,73 +14,24 @@ import flax.serialization
 import ml_dtypes
 import numpy as np
 import pytest
+from foreign_checkpoints import (
+    pickle_int,
+    pickle_state_dict,
+    pickle_tensor,
+    pickle_text,
+    read_arrays,
+    shapes_by_name,
+    torch_zip,
+)
+from safetensors.numpy import save_file
 
 from dalle_jax import cli
-from dalle_jax.checkpoint.run_dir import shapes_by_name
 from dalle_jax.config import DVAEConfig
 from dalle_jax.files import archives
 from dalle_jax.files.archives import read_npz
 from dalle_jax.importers import openai_dvae
 from dalle_jax.importers.formats import flax_files, safetensors, torch_files
 from dalle_jax.importers.formats.files import read_tensors
-
-STORAGES = {
-    "float32": "FloatStorage",
-    "float16": "HalfStorage",
-    "bfloat16": "BFloat16Storage",
-    "int64": "LongStorage",
-}
-
-
-def text(value):
-    data = value.encode()
-    return b"X" + len(data).to_bytes(4, "little") + data
-
-
-def integer(value):
-    return b"J" + value.to_bytes(4, "little", signed=True)
-
-
-def integers(values):
-    return b"(" + b"".join(map(integer, values)) + b"t"
-
-
-def tensor(key, array, *, offset=0, shape=None, strides=None, legacy=False):
-    """The pickle of a tensor over storage `key` that holds all of `array`."""
-    shape = array.shape if shape is None else shape
-    strides = [s // array.itemsize for s in array.strides] if strides is None else strides
-    kind = STORAGES[array.dtype.name].encode()
-    storage = (
-        b"(" + text("storage") + b"ctorch\n" + kind + b"\n" + text(key) + text("cpu") + integer(array.size)
-    )
-    storage += b"NtQ" if legacy else b"tQ"
-    args = (
-        b"("
-        + storage
-        + integer(offset)
-        + integers(shape)
-        + integers(strides)
-        + b"\x89ccollections\nOrderedDict\n)R"
-    )
-    return b"ctorch._utils\n_rebuild_tensor_v2\n" + args + b"tR"
-
-
-def state_dict(entries):
-    return b"\x80\x02}(" + b"".join(text(name) + value for name, value in entries.items()) + b"u."
-
-
-def torch_zip(path, arrays, table=None):
-    """What torch.save writes of a state dict, by hand from the description of the format."""
-    keys = {name: str(i) for i, name in enumerate(arrays)}
-    if table is None:
-        table = state_dict({name: tensor(keys[name], array) for name, array in arrays.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", table)
-        for name, array in arrays.items():
-            archive.writestr(f"archive/data/{keys[name]}", array.tobytes())
-    return path
-
 
 ARRAYS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -103,9 +54,9 @@ def test_zip_of_torch_is_read_and_mapped(tmp_path):
 
 def test_views_of_one_storage_have_their_own_offset_and_strides(tmp_path):
     whole = np.arange(12, dtype=np.float32)
-    table = state_dict({
-        "slice": tensor("0", whole, offset=4, shape=(2, 2), strides=(2, 1)),
-        "transposed": tensor("0", whole, shape=(3, 4), strides=(1, 3)),
+    table = pickle_state_dict({
+        "slice": pickle_tensor("0", whole, offset=4, shape=(2, 2), strides=(2, 1)),
+        "transposed": pickle_tensor("0", whole, shape=(3, 4), strides=(1, 3)),
     })  # fmt: skip
     found = read_tensors(torch_zip(tmp_path / "x.pt", {"whole": whole}, table))
     np.testing.assert_array_equal(found["slice"].read(), [[4, 5], [6, 7]])
@@ -113,20 +64,22 @@ def test_views_of_one_storage_have_their_own_offset_and_strides(tmp_path):
 
 
 def test_the_format_before_torch_1_6(tmp_path):
-    entries = {name: tensor(f"key{i}", array, legacy=True) for i, (name, array) in enumerate(ARRAYS.items())}
+    entries = {
+        name: pickle_tensor(f"key{i}", array, legacy=True) for i, (name, array) in enumerate(ARRAYS.items())
+    }
     magic = torch_files.LEGACY_MAGIC.to_bytes(10, "little")
     data = (
         b"\x80\x02\x8a\x0a"
         + magic
         + b"."
         + b"\x80\x02"
-        + integer(1001)
+        + pickle_int(1001)
         + b"."
         + b"\x80\x02}."
-        + state_dict(entries)
+        + pickle_state_dict(entries)
     )
     order = [2, 0, 1]  # storages stand in their own order
-    data += b"\x80\x02](" + b"".join(text(f"key{i}") for i in order) + b"e."
+    data += b"\x80\x02](" + b"".join(pickle_text(f"key{i}") for i in order) + b"e."
     for i in order:
         array = list(ARRAYS.values())[i]
         data += array.size.to_bytes(8, "little") + array.tobytes()
@@ -143,12 +96,19 @@ def test_the_format_before_torch_1_6(tmp_path):
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
 def test_a_state_dict_is_taken_out_of_what_a_trainer_saves(tmp_path, wrapper):
-    inner = state_dict({"w": tensor("0", np.zeros(2, np.float32))})[2:-1]
+    inner = pickle_state_dict({"w": pickle_tensor("0", np.zeros(2, np.float32))})[2:-1]
     settings = (
-        b"ctraining\nSettings\n)\x81}" + text("lr") + b"G" + b"\0" * 8 + b"sb"
+        b"ctraining\nSettings\n)\x81}" + pickle_text("lr") + b"G" + b"\0" * 8 + b"sb"
     )  # an object; its class is not known
     table = (
-        b"\x80\x02}(" + text("epoch") + b"K\x03" + text("settings") + settings + text(wrapper) + inner + b"u."
+        b"\x80\x02}("
+        + pickle_text("epoch")
+        + b"K\x03"
+        + pickle_text("settings")
+        + settings
+        + pickle_text(wrapper)
+        + inner
+        + b"u."
     )
     assert list(read_tensors(torch_zip(tmp_path / "x.pt", {"w": np.zeros(2, np.float32)}, table))) == ["w"]
 
@@ -157,23 +117,23 @@ PROOF = "proof_that_it_ran"
 
 
 def run_by_reduce(command):
-    return b"cos\nsystem\n(" + text(command) + b"tR"
+    return b"cos\nsystem\n(" + pickle_text(command) + b"tR"
 
 
 def run_by_inst(command):
-    return b"(" + text(command) + b"ios\nsystem\n"
+    return b"(" + pickle_text(command) + b"ios\nsystem\n"
 
 
 def run_by_obj(command):
-    return b"(cos\nsystem\n" + text(command) + b"o"
+    return b"(cos\nsystem\n" + pickle_text(command) + b"o"
 
 
 def run_by_stack_global(command):
-    return text("os") + text("system") + b"\x93(" + text(command) + b"tR"
+    return pickle_text("os") + pickle_text("system") + b"\x93(" + pickle_text(command) + b"tR"
 
 
 def run_by_getattr(command):
-    return b"cbuiltins\neval\n(" + text(f"__import__('os').system({command!r})") + b"tR"
+    return b"cbuiltins\neval\n(" + pickle_text(f"__import__('os').system({command!r})") + b"tR"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +143,9 @@ def run_by_getattr(command):
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys, monkeypatch, attack, zipped):
     monkeypatch.chdir(tmp_path)
     arrays = {"w": np.zeros(2, np.float32)}
-    table = state_dict({"w": tensor("0", arrays["w"]), "blocks.input.w": attack(f"touch {PROOF}")})
+    table = pickle_state_dict(
+        {"w": pickle_tensor("0", arrays["w"]), "blocks.input.w": attack(f"touch {PROOF}")}
+    )
     path = tmp_path / "in" / "encoder.pkl"
     torch_zip(path, arrays, table)
     if not zipped:
@@ -197,22 +159,28 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys, monkeypatch, 
 
 
 def test_pickles_that_are_not_whole_are_refused(tmp_path):
-    good = state_dict({"w": tensor("0", np.zeros(2, np.float32))})
+    good = pickle_state_dict({"w": pickle_tensor("0", np.zeros(2, np.float32))})
     arrays = {"w": np.zeros(2, np.float32)}
     broken = (b".", b"N0.", b"t.", b"K\x01h\x09.", b"NN.", b"K\x01)R.", b"NNs.", b"\x82\x01.")
     for table in (good[:-1], good[:20], *(b"\x80\x02" + rest for rest in broken)):
         with pytest.raises(ValueError, match=r"is not a whole pickle of a model|holds no tensors"):
             torch_files.read_torch(torch_zip(tmp_path / "x.pt", arrays, table))
     for entry, said in (
-        (tensor("7", arrays["w"]), r"the bytes of tensor w \(storage 7\) are not there"),
-        (tensor("0", arrays["w"], shape=(3,), strides=(1,)), r"cut off: tensor w \(3,\) wants 12 bytes"),
-        (tensor("0", arrays["w"], offset=1), r"cut off: tensor w \(2,\)"),
-        (tensor("0", arrays["w"], shape=(10**9,), strides=(0,)), r"tensor w .* is larger than its storage"),
-        (tensor("0", arrays["w"], offset=-1), "a tensor has shape"),
-        (tensor("0", arrays["w"], strides=(-1,)), "a tensor has shape"),
+        (pickle_tensor("7", arrays["w"]), r"the bytes of tensor w \(storage 7\) are not there"),
+        (
+            pickle_tensor("0", arrays["w"], shape=(3,), strides=(1,)),
+            r"cut off: tensor w \(3,\) wants 12 bytes",
+        ),
+        (pickle_tensor("0", arrays["w"], offset=1), r"cut off: tensor w \(2,\)"),
+        (
+            pickle_tensor("0", arrays["w"], shape=(10**9,), strides=(0,)),
+            r"tensor w .* is larger than its storage",
+        ),
+        (pickle_tensor("0", arrays["w"], offset=-1), "a tensor has shape"),
+        (pickle_tensor("0", arrays["w"], strides=(-1,)), "a tensor has shape"),
     ):
         with pytest.raises(ValueError, match=said):
-            torch_files.read_torch(torch_zip(tmp_path / "x.pt", arrays, state_dict({"w": entry})))
+            torch_files.read_torch(torch_zip(tmp_path / "x.pt", arrays, pickle_state_dict({"w": entry})))
 
 
 def test_zips_that_are_cut_off_are_refused(tmp_path):
@@ -278,7 +246,7 @@ def test_flax_files_that_must_not_be_believed(tmp_path):
 
 def test_the_format_is_told_by_the_bytes(tmp_path):
     for size in range(560, 700, 7):  # a safetensors table of 640 bytes begins like a pickle of protocol 2
-        safetensors.write_safetensors(tmp_path / "x.bin", {"w": np.zeros(2, np.float32)}, {"k": "v" * size})
+        save_file({"w": np.zeros(2, np.float32)}, tmp_path / "x.bin", {"k": "v" * size})
         assert list(read_tensors(tmp_path / "x.bin")) == ["w"]
     for data, said in (
         (b"hello, world", "which is no format that is read"),
@@ -304,7 +272,7 @@ def split(path, parts, name="pytorch_model.bin"):
 def test_a_model_in_parts_is_one_model(tmp_path):
     first, second = {"a": ARRAYS["a.weight"]}, {"b": ARRAYS["b.brain"], "c": ARRAYS["a.half"]}
     torch_zip(tmp_path / "1.bin", first)
-    safetensors.write_safetensors(tmp_path / "2.bin", second, {})
+    save_file(second, tmp_path / "2.bin")
     # Indices of converted files also list tensors that are tied to others and in no file.
     index = split(tmp_path, {"1.bin": ["a", "tied"], "2.bin": ["b", "c"]})
     for path in (tmp_path, index):
@@ -312,7 +280,7 @@ def test_a_model_in_parts_is_one_model(tmp_path):
         assert sorted(found) == ["a", "b", "c"]
         for name, want in (first | second).items():
             np.testing.assert_array_equal(found[name].read(), want)
-    safetensors.write_safetensors(tmp_path / "model.safetensors", first, {})
+    save_file(first, tmp_path / "model.safetensors")
     assert list(read_tensors(tmp_path)) == ["a"]  # a whole file goes before parts
 
 
@@ -381,14 +349,21 @@ GRAPH = b"N" + b"2\x86" * 60  # t = (t, t), 60 times: 2**60 elements to whoever 
 DEEP = b"N" + b"\x85" * 1_000_000
 GET = b"h\x00"  # what stands first in the memo
 LEGACY = b"\x80\x02\x8a\x0a" + torch_files.LEGACY_MAGIC.to_bytes(10, "little") + b"." + b"\x80\x02K\x01." * 2
-WEIGHT = tensor("0", np.zeros(2, np.float32))
+WEIGHT = pickle_tensor("0", np.zeros(2, np.float32))
 
 
 def rebuilt(storage, shape=b")", strides=b")"):
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + shape + strides + b"tR"
 
 
-STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x02tQ"
+STORAGE = (
+    b"("
+    + pickle_text("storage")
+    + b"ctorch\nFloatStorage\n"
+    + pickle_text("0")
+    + pickle_text("cpu")
+    + b"K\x02tQ"
+)
 HOSTILE_PICKLES = {  # name -> (pickle without its end, part of the answer)
     "graph_as_key": (b"}(" + GRAPH + b"Nu", "holds no tensors"),
     "graph_as_key_of_a_marked_dict": (b"(" + GRAPH + b"Nd", "holds no tensors"),
@@ -397,21 +372,21 @@ HOSTILE_PICKLES = {  # name -> (pickle without its end, part of the answer)
     "graph_in_a_set": (b"\x8f(" + GRAPH + b"\x90", "holds no tensors"),
     "graph_in_a_frozenset": (b"(" + GRAPH + b"\x91", "holds no tensors"),
     "graph_as_identifier": (GRAPH + b"Q", "an identifier, a tuple, is not one of"),
-    "graph_as_storage_type": (b"(" + text("storage") + GRAPH + b"N" * 3 + b"tQ", "an identifier, a tuple, is not"),
+    "graph_as_storage_type": (b"(" + pickle_text("storage") + GRAPH + b"N" * 3 + b"tQ", "an identifier, a tuple, is not"),
     "graph_as_shape": (rebuilt(STORAGE, GRAPH, GRAPH), "a tensor has shape"),
     "graph_as_callee": (GRAPH + b")R", "it calls a tuple"),
     "graph_as_argument": (b"cos\nsystem\n" + GRAPH + b"\x85R", "would run os.system"),
-    "graph_as_name": (GRAPH + text("system") + b"\x93", "a name is not text"),
+    "graph_as_name": (GRAPH + pickle_text("system") + b"\x93", "a name is not text"),
     "deep_tuple_as_key": (b"}(" + DEEP + b"Nu", "holds no tensors"),
     "deep_tuple": (DEEP, "holds no tensors"),
     "deep_lists": (b"]" + b"]" * 900_000 + b"a" * 900_000, "holds no tensors"),
-    "deep_dicts": ((b"}" + text("a")) * 5000 + b"N" + b"s" * 5000, "nested more than 128 deep"),
-    "deep_modules": ((b"}" + text("_parameters")) * 5000 + b"}" + b"s" * 5000, "nested more than 128 deep"),
+    "deep_dicts": ((b"}" + pickle_text("a")) * 5000 + b"N" + b"s" * 5000, "nested more than 128 deep"),
+    "deep_modules": ((b"}" + pickle_text("_parameters")) * 5000 + b"}" + b"s" * 5000, "nested more than 128 deep"),
     "deep_objects": (b"ca\nB\n)\x81" * 200_000 + b"}" + b"b" * 200_000, "holds no tensors"),
     "empty_lists": (b"(" + b"]" * 20_000_000 + b"t", "at most 2097152 opcodes"),
     "empty_dicts": (b"(" + b"}\x94" * 5_000_000 + b"t", "at most 2097152 opcodes"),
     "objects": (b"ca\nB\nq\0(" + (GET + b")\x81") * 2_000_000 + b"t", "at most 2097152 opcodes"),
-    "long_list_as_many_dicts": (b"](" + text("k") + b"N\x86" + b"2" * 100_000 + b"eq\0(" + (
+    "long_list_as_many_dicts": (b"](" + pickle_text("k") + b"N\x86" + b"2" * 100_000 + b"eq\0(" + (
         b"ccollections\nOrderedDict\n" + GET + b"\x85R") * 100_000 + b"t", "at most 2097152 opcodes"),
     "long_arguments_of_many_calls": (b"(" + b"N" * 100_000 + b"tq\0(" + (b"ca\nB\n" + GET + b"\x81") * 100_000
                                      + b"t", "at most 2097152 opcodes"),
@@ -424,11 +399,11 @@ HOSTILE_PICKLES = {  # name -> (pickle without its end, part of the answer)
     "bytes_longer_than_the_file": (b"\x8e" + (1 << 62).to_bytes(8, "little") + b"data", "is not a whole pickle"),
     "array_longer_than_the_file": (b"\x96" + (1 << 40).to_bytes(8, "little") + b"data", "is not a whole pickle"),
     "long_name_of_a_class": (b"c" + b"torch.nn." + b"x" * 1000 + b"\nB\n)R", "a name is not text of at most 256"),
-    "long_name_of_a_tensor": (b"}" + text("x" * 10_000_000) + WEIGHT + b"s", "at most 500 printable characters"),
-    "long_names_of_dicts": ((b"}" + text("x" * 400)) * 60 + WEIGHT + b"s" * 60, "at most 500 printable characters"),
-    "escape_in_a_name": (b"}" + text("w\x1b[31m") + WEIGHT + b"s", r"got 'w\x1b[31m'"),
-    "escape_in_a_call": (text("os\x1b[31m") + text("system") + b"\x93)R", r"would run os\x1b[31m.system"),
-    "escape_in_a_storage": (b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("\x1b[31m") + text("cpu")
+    "long_name_of_a_tensor": (b"}" + pickle_text("x" * 10_000_000) + WEIGHT + b"s", "at most 500 printable characters"),
+    "long_names_of_dicts": ((b"}" + pickle_text("x" * 400)) * 60 + WEIGHT + b"s" * 60, "at most 500 printable characters"),
+    "escape_in_a_name": (b"}" + pickle_text("w\x1b[31m") + WEIGHT + b"s", r"got 'w\x1b[31m'"),
+    "escape_in_a_call": (pickle_text("os\x1b[31m") + pickle_text("system") + b"\x93)R", r"would run os\x1b[31m.system"),
+    "escape_in_a_storage": (b"(" + pickle_text("storage") + b"ctorch\nFloatStorage\n" + pickle_text("\x1b[31m") + pickle_text("cpu")
                             + b"K\x02tQ", r"a storage has the key '\x1b[31m'"),
     "extension": (b"\x82\x01)R", "opcode EXT1"),
     "out_of_band_buffer": (b"\x97", "opcode NEXT_BUFFER"),
@@ -518,8 +493,8 @@ NAME = "decoder.blocks.group_1.block_1.res_path.conv_2.w"  # (2, 2, 3, 3)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({NAME: None}, f"lacks, of OpenAI's dVAE: {NAME}"),
-        ({"encoder.more": np.zeros(2, np.float32)}, "has what is not of OpenAI's dVAE: encoder.more"),
+        ({NAME: None}, f"lacks tensors of OpenAI's dVAE: {NAME}"),
+        ({"encoder.more": np.zeros(2, np.float32)}, "has tensors not in OpenAI's dVAE: encoder.more"),
         ({NAME: np.zeros((2, 3, 3, 3), np.float32)}, rf"tensor {NAME} \(2, 3, 3, 3\) becomes .*conv_2/kernel .*want"),
         ({NAME: np.zeros((2, 2), np.float32)}, rf"tensor {NAME} \(2, 2\) cannot become"),
         ({NAME: np.full((2, 2, 3, 3), np.nan, np.float32)}, f"tensor {NAME} has values that are not finite"),
@@ -551,7 +526,8 @@ def test_every_tensor_arrives_at_its_place(tmp_path, capsys):
     ]
     assert cli.main(words) == 0
     assert f'"parameters": {sum(a.size for a in arrays.values())}' in capsys.readouterr().out
-    found, metadata = safetensors.read_safetensors(tmp_path / "runs" / "out" / "model.safetensors")
+    tensors, metadata = safetensors.lazy_safetensors(tmp_path / "runs" / "out" / "model.safetensors")
+    found = read_arrays(tensors)
     assert metadata == {"format": "dalle_jax", "step": "0"}
     kernel = found["encoder.groups.group_2_block_1.conv_3.kernel"]
     want = arrays["encoder.blocks.group_2.block_1.res_path.conv_3.w"]

@@ -12,10 +12,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_foreign_files import torch_zip
+from foreign_checkpoints import read_arrays, shapes_by_name, torch_zip
+from safetensors.numpy import save_file
 
 from dalle_jax import cli
-from dalle_jax.checkpoint.run_dir import load_run, shapes_by_name
+from dalle_jax.checkpoint.load import load_run
 from dalle_jax.config import ClipConfig, TowerConfig
 from dalle_jax.importers import clip as importer
 from dalle_jax.importers.formats import safetensors
@@ -73,10 +74,11 @@ def test_the_vocabulary_comes_along(tmp_path, capsys):
     source, golden = tmp_path / "clip", GOLDEN / "clip_hugging_face"
     source.mkdir()
     (source / "config.json").write_bytes((golden / "config.json").read_bytes())
-    arrays, metadata = safetensors.read_safetensors(golden / "model.safetensors")
+    tensors, metadata = safetensors.lazy_safetensors(golden / "model.safetensors")
+    arrays = read_arrays(tensors)
     name = "text_model.embeddings.token_embedding.weight"
     arrays[name] = np.pad(arrays[name], ((0, 515 - len(arrays[name])), (0, 0)))
-    safetensors.write_safetensors(source / "model.safetensors", arrays, metadata)
+    save_file(arrays, source / "model.safetensors", metadata)
     letters = byte_bpe._letters()
     words = [*letters, *(letter + "</w>" for letter in letters), "bc</w>", "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: i for i, word in enumerate(words)}
@@ -95,7 +97,7 @@ def test_without_a_vocabulary_it_says_so(tmp_path, capsys):
     run = imported(tmp_path, GOLDEN / "clip_hugging_face")
     assert "without a vocabulary it reads no captions yet" in capsys.readouterr().out
     with pytest.raises(
-        FileNotFoundError, match=r"has no text_tokenizer\.model.*import it again with --text FILE"
+        FileNotFoundError, match=r"has no text_tokenizer\.model.*import it again with --text-tokenizer FILE"
     ):
         ranking.load_clip(run.path)
 

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from foreign_checkpoints import shapes_by_name
 from PIL import Image
 
 from dalle_jax import cli
-from dalle_jax.checkpoint.run_dir import load_run, shapes_by_name
+from dalle_jax.checkpoint.load import load_run
 from dalle_jax.config import (
     DVAEConfig,
     GumbelQuantizer,
@@ -27,7 +28,7 @@ from dalle_jax.config import (
     VectorQuantizer,
     VQGANConfig,
 )
-from dalle_jax.importers import families, openai_dvae
+from dalle_jax.importers import open_model, openai_dvae
 from dalle_jax.importers import vqgan as importer
 from dalle_jax.importers.tensors import Tensor
 from dalle_jax.models import dvae, tokenizer, tokenizer_losses
@@ -226,4 +227,4 @@ def test_a_family_that_is_not_known_is_told(capsys, tmp_path):
     assert cli.main(["import", "openai-dvea", "x", "--out", str(tmp_path / "out")]) == 1
     assert "no family 'openai-dvea'; perhaps you meant 'openai-dvae'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="want one of openai-dvae"):
-        families.load_family("zzz", tmp_path)
+        open_model("zzz", tmp_path)

@@ -16,13 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from foreign_checkpoints import shapes_by_name
+from safetensors.numpy import save_file
 
 from dalle_jax import cli
-from dalle_jax.checkpoint.run_dir import PARAMS_FILE, load_run, shapes_by_name, write_params
+from dalle_jax.checkpoint.layout import PARAMS_FILE
+from dalle_jax.checkpoint.load import load_run
+from dalle_jax.checkpoint.params_file import write_params
 from dalle_jax.config import T5Config, TrainConfig, VectorQuantizer, VQGANConfig, to_json
 from dalle_jax.importers import llamagen, mindalle, rudalle
 from dalle_jax.importers import t5 as encoders
-from dalle_jax.importers.formats import safetensors
 from dalle_jax.importers.tensors import Tensor
 from dalle_jax.models import autoregressive, dalle, tokenizer
 from dalle_jax.nn import t5
@@ -90,8 +93,8 @@ def check_rudalle(files, out, tokenizers):
     vocab = 44  # pieces; the file's zeros are pads, whose ids follow
     for version in ("v2", "v3"):
         run, text, cfg = imported(
-            out / version, "rudalle", files / f"pytorch_model_{version}.bin", text=files / "bpe.model", heads=2,
-            tokenizer=tokenizers(12, 12),
+            out / version, "rudalle", files / f"pytorch_model_{version}.bin", text_tokenizer=files / "bpe.model", heads=2,
+            image_tokenizer=tokenizers(12, 12),
         )  # fmt: skip
         ids = ids_of(text, cfg, want["captions"])
         own = ids[:, 1:] if version == "v2" else ids  # v2 puts another begin before them
@@ -114,7 +117,7 @@ def check_llamagen(files, out, tokenizers):
     with np.load(files / "answers.npz") as file:
         want = dict(file)
     for name in ("c2i_tiny_64.pt", "c2i_odd_64.pt"):
-        flags = {"heads": 2, "image_size": 64, "tokenizer": tokenizers(24, 4)}
+        flags = {"heads": 2, "image_size": 64, "image_tokenizer": tokenizers(24, 4)}
         run, text, cfg = imported(out / name, "llamagen", files / name, **flags)
         ids = ids_of(text, cfg, ["" if label == 10 else label for label in want["labels"]])
         np.testing.assert_array_equal(ids[:, 0], want["labels"])
@@ -126,7 +129,7 @@ def check_llamagen(files, out, tokenizers):
 def check_llamagen_t2i(files, out, tokenizers):
     with np.load(files / "answers.npz") as file:
         want = dict(file)
-    flags = {"heads": 2, "image_size": 64, "t5": files / "flan-t5", "tokenizer": tokenizers(24, 4)}
+    flags = {"heads": 2, "image_size": 64, "t5": files / "flan-t5", "image_tokenizer": tokenizers(24, 4)}
     run, text, cfg = imported(out / "run", "llamagen", files / "t2i_tiny_64.pt", **flags)
     ids = ids_of(text, cfg, want["captions"])
     padded = ids >= cfg.text_vocab
@@ -150,7 +153,7 @@ def check_llamagen_t2i(files, out, tokenizers):
 def check_dalle_mini(files, out, tokenizers):
     with np.load(files / "answers.npz") as file:
         want = dict(file)
-    run, text, cfg = imported(out / "run", "dalle-mini", files, tokenizer=tokenizers(20, 16))
+    run, text, cfg = imported(out / "run", "dalle-mini", files, image_tokenizer=tokenizers(20, 16))
     ids = ids_of(text, cfg, want["captions"])
     ids = np.where(ids < cfg.text_vocab, ids, cfg.pad_id)
     cut = ids[:, -1] != cfg.pad_id
@@ -264,7 +267,7 @@ def test_the_published_model_on_captions_is_known_by_its_tensors():
 def captioned(tmp_path_factory, tokenizers):
     files, out = GOLDEN / "llamagen_t2i", tmp_path_factory.mktemp("captioned") / "run"
     words = ["llamagen", files / "t2i_tiny_64.pt", "--t5", files / "flan-t5", "--out", out, "--heads", 2]
-    words += ["--image-size", 64, "--tokenizer", tokenizers(24, 4)]
+    words += ["--image-size", 64, "--image-tokenizer", tokenizers(24, 4)]
     assert cli.main(["import", *map(str, words)]) == 0
     return out
 
@@ -294,7 +297,7 @@ def test_a_run_on_captions_is_described_and_exported(tmp_path, captioned, capsys
     assert cli.main(["export", str(captioned), "--out", str(tmp_path / "again")]) == 0
     again = load_run(tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, again.params, run.params)
-    for name in ("text_tokenizer.model", "tokenizer/config.json", f"tokenizer/{PARAMS_FILE}"):
+    for name in ("text_tokenizer.model", "image_tokenizer/config.json", f"image_tokenizer/{PARAMS_FILE}"):
         assert (tmp_path / "again" / name).read_bytes() == (captioned / name).read_bytes()
 
 
@@ -303,13 +306,13 @@ def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
     files = GOLDEN / "llamagen" / "c2i_tiny_64.pt"
     names = tmp_path / "names.txt"
     names.write_text("\n".join(["goldfish", *(f"thing {i}" for i in range(9))]))
-    flags = {"heads": 2, "image_size": 64, "tokenizer": tokenizers(24, 4), "text": names}
+    flags = {"heads": 2, "image_size": 64, "image_tokenizer": tokenizers(24, 4), "text_tokenizer": names}
     run, _, _ = imported(tmp_path / "run", "llamagen", files, **flags)
     assert {p.name for p in run.path.iterdir()} == {
         "config.json",
         PARAMS_FILE,
         "text_tokenizer.model",
-        "tokenizer",
+        "image_tokenizer",
     }
     out = tmp_path / "pictures"
     words = [
@@ -340,7 +343,7 @@ def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
 def test_the_sampler_draws_from_an_encoder_and_decoder(tmp_path, tokenizers):
     """Greedy drawing over the caches is the best code at every place without them, through the limits of `generate`."""
     run, text, cfg = imported(
-        tmp_path / "run", "dalle-mini", GOLDEN / "dalle_mini", tokenizer=tokenizers(20, 16)
+        tmp_path / "run", "dalle-mini", GOLDEN / "dalle_mini", image_tokenizer=tokenizers(20, 16)
     )
     ids = ids_of(text, cfg, ["a red circle above", "a blue square"])
     codes = np.asarray(generate(cfg, run.params, jnp.asarray(ids), row_keys([0, 1]), temperature=0.0))
@@ -356,18 +359,22 @@ def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
     """One update too small to see, from a configuration of another Transformer: model, vocabulary and tokenizer are
     those of the imported run."""
     if name == "dalle-mini":
-        path, flags = GOLDEN / "dalle_mini", {"tokenizer": tokenizers(20, 16)}
+        path, flags = GOLDEN / "dalle_mini", {"image_tokenizer": tokenizers(20, 16)}
     elif name == "llamagen":
         path = GOLDEN / "llamagen_t2i" / "t2i_tiny_64.pt"
         flags = {
             "t5": path.parent / "flan-t5",
-            "tokenizer": tokenizers(24, 16),
+            "image_tokenizer": tokenizers(24, 16),
             "heads": 2,
             "image_size": 256,
         }
     else:
         path = GOLDEN / "rudalle" / "pytorch_model_v2.bin"
-        flags = {"tokenizer": tokenizers(12, 12), "heads": 2, "text": GOLDEN / "rudalle" / "bpe.model"}
+        flags = {
+            "image_tokenizer": tokenizers(12, 12),
+            "heads": 2,
+            "text_tokenizer": GOLDEN / "rudalle" / "bpe.model",
+        }
     begun, _, _ = imported(tmp_path / "begun", name, path, **flags)
     config = tmp_path / "config.py"
     config.write_text(
@@ -398,12 +405,12 @@ def test_what_is_refused(tmp_path, tokenizers, capsys):
     out = tmp_path / "run"
     to = ["--out", out]
     malevich = GOLDEN / "rudalle" / "pytorch_model_v3.bin"
-    text, small = ["--text", GOLDEN / "rudalle" / "bpe.model"], ["--heads", 2]
-    fit = ["--tokenizer", tokenizers(12, 12)]
-    assert "give --text bpe.model" in refused(capsys, "rudalle", malevich, *to, *small, *fit)
-    assert "give --tokenizer RUN" in refused(capsys, "rudalle", malevich, *to, *text, *small)
-    wrong = refused(capsys, "rudalle", malevich, *to, *text, *small, "--tokenizer", tokenizers(24, 4))
-    assert "model.image_vocab is 12, but the tokenizer" in wrong
+    text, small = ["--text-tokenizer", GOLDEN / "rudalle" / "bpe.model"], ["--heads", 2]
+    fit = ["--image-tokenizer", tokenizers(12, 12)]
+    assert "give --text-tokenizer bpe.model" in refused(capsys, "rudalle", malevich, *to, *small, *fit)
+    assert "give --image-tokenizer RUN" in refused(capsys, "rudalle", malevich, *to, *text, *small)
+    wrong = refused(capsys, "rudalle", malevich, *to, *text, *small, "--image-tokenizer", tokenizers(24, 4))
+    assert "model.image_vocab is 12, but the image tokenizer" in wrong
     untold = shutil.copy(malevich, tmp_path / "pytorch_model.bin")
     assert "does not tell its version: give --version v3" in refused(
         capsys, "rudalle", untold, *to, *text, *small, *fit
@@ -418,7 +425,7 @@ def test_what_is_refused(tmp_path, tokenizers, capsys):
     broken = tmp_path / "bpe.model"
     broken.write_text("1 2\n3")
     assert f"{broken}: not a model of YouTokenToMe" in refused(
-        capsys, "rudalle", malevich, *to, "--text", broken, *small, *fit
+        capsys, "rudalle", malevich, *to, "--text-tokenizer", broken, *small, *fit
     )
 
     mini = shutil.copytree(GOLDEN / "dalle_mini", tmp_path / "mini")
@@ -435,7 +442,7 @@ def test_what_is_refused(tmp_path, tokenizers, capsys):
     lines = tmp_path / "names.txt"
     lines.write_text("one\ntwo")
     tiny = ["llamagen", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, "--image-size", 64, "--heads", 2]
-    assert "has 2 lines; want the names of 10 classes" in refused(capsys, *tiny, "--text", lines)
+    assert "has 2 lines; want the names of 10 classes" in refused(capsys, *tiny, "--text-tokenizer", lines)
     assert "--t5 is for models on captions (t2i)" in refused(capsys, *tiny, "--t5", tmp_path)
     assert not out.exists()
 
@@ -444,9 +451,11 @@ def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
     """A T5 that is missing, not whole, or another than the model reads; nothing is written."""
     files, out, folder = GOLDEN / "llamagen_t2i", tmp_path / "run", tmp_path / "t5"
     gpt = ["llamagen", files / "t2i_tiny_64.pt", "--out", out, "--image-size", 64, "--heads", 2]
-    gpt += ["--tokenizer", tokenizers(24, 4)]
+    gpt += ["--image-tokenizer", tokenizers(24, 4)]
     assert "reads them with flan-t5-xl: give --t5 DIR" in refused(capsys, *gpt)
-    assert "--text names classes" in refused(capsys, *gpt, "--t5", folder, "--text", files / "x")
+    assert "--text-tokenizer names classes" in refused(
+        capsys, *gpt, "--t5", folder, "--text-tokenizer", files / "x"
+    )
     assert f"no file {folder / 'config.json'}" in refused(capsys, *gpt, "--t5", folder)
     tensors = {
         name: np.asarray(tensor.read()) for name, tensor in encoders.read_encoder(files / "flan-t5").items()
@@ -471,17 +480,17 @@ def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
         if spiece:
             shutil.copy(files / "flan-t5" / "spiece.model", folder)
         kept = {name: x for name, x in (tensors | changed).items() if name not in drop}
-        safetensors.write_safetensors(folder / "model.safetensors", kept, {})
+        save_file(kept, folder / "model.safetensors")
         return refused(capsys, *gpt, "--t5", folder)
 
     assert "feed_forward_proj is 'relu'; the T5 that can be imported has 'gated-gelu'" in told(
         {"feed_forward_proj": "relu"}
     )
-    assert f"lacks, of the encoder of a T5 v1.1 (Flan-T5): {wide}" in told(drop=[wide])
+    assert f"lacks tensors of the encoder of a T5 v1.1 (Flan-T5): {wide}" in told(drop=[wide])
     assert "is not the encoder of a T5 v1.1 (Flan-T5): it has no tensor shared.weight" in told(
         drop=["shared.weight"]
     )
-    assert "has what is not of the encoder of a T5 v1.1 (Flan-T5): encoder.more" in told(
+    assert "has tensors not in the encoder of a T5 v1.1 (Flan-T5): encoder.more" in told(
         **{"encoder.more": nan}
     )
     assert f"tensor t5:{norm} has values that are not finite" in told(**{norm: nan})

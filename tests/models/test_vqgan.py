@@ -11,7 +11,7 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from dalle_jax.checkpoint.run_dir import load_run
+from dalle_jax.checkpoint.load import load_run
 from dalle_jax.config import (
     AdversarialConfig,
     FiniteScalarQuantizer,

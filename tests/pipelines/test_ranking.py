@@ -11,7 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from dalle_jax.checkpoint.run_dir import PARAMS_FILE, Run, load_run, read_config, save_frozen, write_params
+from dalle_jax.checkpoint.export import write_run
+from dalle_jax.checkpoint.layout import PARAMS_FILE
+from dalle_jax.checkpoint.load import load_run
+from dalle_jax.checkpoint.params_file import write_params
+from dalle_jax.checkpoint.run_dir import read_config
 from dalle_jax.cli import main
 from dalle_jax.config import (
     ClipConfig,
@@ -84,7 +88,7 @@ def room(tmp_path_factory):
         write_params(room / name / PARAMS_FILE, random(init, model, 1), 7)
         (room / name / "config.json").write_text(to_json(TrainConfig(model=model, data=DATA)))
     tokenizer = random(dvae.init, DVAE, 2)
-    save_frozen(room / "dalle" / "tokenizer", Run(TrainConfig(model=DVAE, data=DATA), tokenizer, room, 0))
+    write_run(room / "dalle" / "image_tokenizer", TrainConfig(model=DVAE, data=DATA), tokenizer)
     return room
 
 

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.checkpoint.run_dir import Run, fingerprint, save_frozen
+from dalle_jax.checkpoint.export import write_run
+from dalle_jax.checkpoint.load import Run
+from dalle_jax.checkpoint.params_file import fingerprint
 from dalle_jax.config import (
     DalleConfig,
     DataConfig,
@@ -76,7 +78,7 @@ def dalle_config(room, **changes):
 def prepared(config, tokenizer: Run, run_dir: Path):
     """A task over a run directory that has its frozen tokenizer, as after its first start."""
     run_dir.mkdir()
-    save_frozen(run_dir / "tokenizer", tokenizer)
+    write_run(run_dir / "image_tokenizer", tokenizer.config, tokenizer.params, tokenizer.step)
     task = DalleTask(config)
     task.prepare(run_dir)
     return task
@@ -214,7 +216,7 @@ def test_a_tokenizer_is_needed(room):
     ):
         make_task(dalle_config(room, image_tokenizer=None, run=str(room / "nowhere"))).check_prerequisites()
     half = room / "half"  # killed while it copied its tokenizer
-    (half / "tokenizer" / "params").mkdir(parents=True)
+    (half / "image_tokenizer" / "params").mkdir(parents=True)
     with pytest.raises(ValueError, match="tokenizer is not set"):
         make_task(dalle_config(room, image_tokenizer=None, run=str(half))).check_prerequisites()
     with pytest.raises(

@@ -18,6 +18,7 @@ import pytest
 from conftest import FakeTask, tiny_config
 
 from dalle_jax.checkpoint import run_dir as rundir
+from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.lock import run_lock
 from dalle_jax.cli import main, train
 from dalle_jax.config import MeshConfig, TrainConfig
@@ -27,6 +28,8 @@ from dalle_jax.train import loop
 from dalle_jax.train.metrics import MetricsLog, read_metrics
 from dalle_jax.train.optim import make_optimizer, update_ema
 from dalle_jax.train.state import INIT, abstract_state, init_state, make_step, param_shapes, run_key
+
+pytestmark = pytest.mark.usefixtures("fake_models")
 
 MESHES = [
     {"data": 8, "fsdp": 1, "model": 1},
@@ -151,7 +154,7 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, straight, number):
     stopped = loop.train(config, task)
     assert not stopped.finished and stopped.step == 7
     assert signal.getsignal(number) is before
-    assert rundir.load_run(run, which="latest").step == 7
+    assert load_run(run, step="latest").step == 7
 
     outcome = loop.train(config, FakeTask(config))
     assert outcome.finished
@@ -195,7 +198,7 @@ def test_a_second_signal_aborts(tmp_path, python_s_own_interrupt):
 
     with pytest.raises(KeyboardInterrupt):
         loop.train(config, FakeTask(config, at={6: twice}))
-    assert rundir.load_run(tmp_path / "run").step == 4
+    assert load_run(tmp_path / "run").step == 4
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path, straight):
@@ -288,7 +291,7 @@ def test_kill_9_then_the_same_command_equals_an_undisturbed_run(tmp_path, straig
     assert process.wait(120) == 0, process.stderr.read()
     assert series(run) == series(straight_command)
     for which in (60, 55):
-        a, b = (rundir.load_run(r, which=which, ema=False) for r in (run, straight_command))
+        a, b = (load_run(r, step=which, ema=False) for r in (run, straight_command))
         assert_equal(a.params, b.params)
     pictures = [(r / "samples" / "step_00000060.png").read_bytes() for r in (run, straight_command)]
     assert pictures[0] == pictures[1]
@@ -303,7 +306,7 @@ def test_a_signal_from_outside_exits_0_with_a_checkpoint(tmp_path, number):
     assert process.wait(60) == 0, process.stderr.read()
     text = process.stderr.read()
     assert f"{number.name}: finishing the step" in text and "the same command resumes from there" in text
-    assert f"stopped after step {rundir.load_run(run, which='latest').step};" in text
+    assert f"stopped after step {load_run(run, step='latest').step};" in text
 
 
 # --- NaN ------------------------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ def test_nan_stops_and_leaves_the_last_checkpoint(tmp_path):
     with pytest.raises(loop.NonFiniteError, match=r"step 8: loss nan.*last checkpoint is of step 4"):
         loop.train(config, FakeTask(config, nan_at=7))
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["4"]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(rundir.load_run(run).params))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(load_run(run).params))
     assert loop.train(config, FakeTask(config)).finished  # the batch has been repaired
 
 
@@ -421,7 +424,7 @@ def test_without_averaging_and_without_clipping(tmp_path):
     assert outcome.state.ema == {}
     longer = tiny_config(tmp_path / "run", optim={"ema_decay": 0.0, "clip_norm": 0.0}, steps=6)
     assert loop.train(longer, FakeTask(longer)).finished
-    assert_equal(rundir.load_run(tmp_path / "run", which=5).params, outcome.state.params)
+    assert_equal(load_run(tmp_path / "run", step=5).params, outcome.state.params)
 
 
 # --- refused before anything is written -----------------------------------------------------------------

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from PIL import Image
 
+from dalle_jax.checkpoint.layout import IMAGE_TOKENIZER_DIR
 from dalle_jax.config import DalleConfig, TrainConfig, TransformerConfig
 from dalle_jax.data.codes import CodesDataset
 from dalle_jax.data.images import to_float, to_uint8
@@ -64,7 +65,7 @@ class DalleTask(DataTask):
         warn_truncated(self.text_tokenizer, self.train_source, model.text_len)
         image_tokenizer, self.frozen, fingerprint = prepare_image_tokenizer(config, run_dir)
         self.image_tokenizer = check_tokenizer_match(
-            image_tokenizer, run_dir / "tokenizer", model.image_vocab, model.grid
+            image_tokenizer, run_dir / IMAGE_TOKENIZER_DIR, model.image_vocab, model.grid
         )
         self._check_codes(fingerprint)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from PIL import Image
 
+from dalle_jax.checkpoint.layout import IMAGE_TOKENIZER_DIR
 from dalle_jax.config import DiffusionConfig, TokenizerConfig, TrainConfig
 from dalle_jax.data.images import to_float, to_uint8
 from dalle_jax.data.sources import open_source
@@ -74,7 +75,7 @@ class DiffusionTask(DataTask):
         if (codes := model.codes) is not None:
             image_tokenizer, self.frozen, _ = prepare_image_tokenizer(config, run_dir)
             self.image_tokenizer = check_tokenizer_match(
-                image_tokenizer, run_dir / "tokenizer", codes.vocab, codes.grid, "model.codes.{}"
+                image_tokenizer, run_dir / IMAGE_TOKENIZER_DIR, codes.vocab, codes.grid, "model.codes.{}"
             )
             if self.image_tokenizer.image_size != model.image_size:
                 raise ValueError(

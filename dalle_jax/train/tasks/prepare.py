@@ -9,8 +9,12 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from dalle_jax.checkpoint.export import write_run
+from dalle_jax.checkpoint.layout import CONFIG_FILE, IMAGE_TOKENIZER_DIR, TEXT_TOKENIZER_FILE
+from dalle_jax.checkpoint.load import load_run
+from dalle_jax.checkpoint.params_file import fingerprint
 from dalle_jax.checkpoint.remote_dir import local_dir
-from dalle_jax.checkpoint.run_dir import load_frozen, load_run, read_config, save_frozen, sync_run_dir
+from dalle_jax.checkpoint.run_dir import read_config, sync_run_dir
 from dalle_jax.config import ModelConfig, TokenizerConfig, TrainConfig
 from dalle_jax.data.codes import CodesDataset
 from dalle_jax.data.sources import Dataset, iter_captions
@@ -32,7 +36,8 @@ def check_tokenizer(config: TrainConfig, vocab: int, grid: int, fields: str = "m
       ValueError: If no tokenizer is named or present, or it does not match.
       FileNotFoundError: If the named tokenizer does not exist.
     """
-    copies = [local_dir(run) / "tokenizer" / "config.json" for run in (config.run, config.init_from) if run]
+    runs = [local_dir(run) for run in (config.run, config.init_from) if run]
+    copies = [run / IMAGE_TOKENIZER_DIR / CONFIG_FILE for run in runs]
     if config.image_tokenizer is not None:
         try:
             model = read_config(config.image_tokenizer).model
@@ -90,7 +95,7 @@ def prepare_text_tokenizer(
       run_dir: Directory of the run.
       vocab: Maximum number of tokens of a trained one.
     """
-    path = run_dir / "text_tokenizer.model"
+    path = run_dir / TEXT_TOKENIZER_FILE
     if jax.process_index() == 0 and not path.exists():
         if config.text.tokenizer_path is not None:
             TextTokenizer.load(config.text.tokenizer_path).save(path)
@@ -137,8 +142,8 @@ def prepare_image_tokenizer(config: TrainConfig, run_dir: Path) -> tuple[ModelCo
     Returns:
       Configuration, parameters and fingerprint of the tokenizer.
     """
-    path = run_dir / "tokenizer"
-    missing = not (path / "config.json").exists()
+    path = run_dir / IMAGE_TOKENIZER_DIR
+    missing = not (path / CONFIG_FILE).exists()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("prepare")  # all processes check before the first one writes
     # Every process loads the run, though one would do: Orbax counts the calls of each process, and processes with
@@ -147,8 +152,9 @@ def prepare_image_tokenizer(config: TrainConfig, run_dir: Path) -> tuple[ModelCo
     if missing and jax.process_index() == 0:
         shutil.rmtree(path, ignore_errors=True)  # an incomplete copy
         if run is not None:
-            save_frozen(path, run)
+            write_run(path, run.config, run.params, run.step)
         else:
             copy_tokenizer(config, path)
     sync_run_dir(run_dir)
-    return load_frozen(path)
+    run = load_run(path)
+    return run.config.model, run.params, fingerprint(run.config.model, run.params)
