@@ -21,7 +21,8 @@ import numpy as np
 from dalle_jax.checkpoint.manager import CheckpointManager
 from dalle_jax.config import DalleConfig, DataConfig, MeshConfig, TrainConfig
 from dalle_jax.models import dalle
-from dalle_jax.parallel.sharding import batch_sharding, make_mesh
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import batch_sharding
 from dalle_jax.train.state import init_state, make_step, task_optimizer
 
 

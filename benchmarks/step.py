@@ -33,7 +33,8 @@ from dalle_jax.aot.training_step import step_and_arguments
 from dalle_jax.cli.train import parse_args
 from dalle_jax.config import DiffusionConfig, TrainConfig
 from dalle_jax.parallel.devices import peak_flops
-from dalle_jax.parallel.sharding import batch_sharding, make_mesh
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import batch_sharding
 from dalle_jax.train.flops import train_flops
 from dalle_jax.train.state import check_batch, init_state, task_optimizer
 from dalle_jax.train.tasks import make_task

@@ -16,7 +16,8 @@ import optax
 
 from dalle_jax import dalle
 from dalle_jax.config import DalleConfig, MeshConfig
-from dalle_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import batch_sharding, param_shardings
 from dalle_jax.sampling.generate import generate, row_keys
 
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax.config import DataConfig, DVAEConfig, MeshConfig, OptimConfig, ProfileConfig, TrainConfig
-from dalle_jax.parallel.processes import gather_to_host
+from dalle_jax.parallel.global_arrays import gather_to_host
 from dalle_jax.train.task import Task
 
 jax.config.update("jax_platforms", "cpu")

@@ -25,7 +25,7 @@ from dalle_jax.cli import COMMANDS as CLI_COMMANDS
 from dalle_jax.cli import flags_of, train
 from dalle_jax.config.files import load_config
 from dalle_jax.evaluate import diffusion, metrics
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.train import loop
 
 COMMANDS = [(page.name, line) for page in PAGES for line in block_commands(page) + inline_commands(page)]

@@ -32,7 +32,8 @@ from dalle_jax.config import (
 from dalle_jax.models import autoregressive, dalle
 from dalle_jax.models.diffusion import denoise, sampler, unet
 from dalle_jax.models.registry import model_spec
-from dalle_jax.parallel.sharding import make_mesh, replicated
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import replicated
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.train.flops import count_flops
 from dalle_jax.typing import Params

@@ -17,7 +17,8 @@ from dalle_jax.aot.targets import make_target
 from dalle_jax.config import DalleConfig, TrainConfig
 from dalle_jax.models import dalle
 from dalle_jax.nn import flash
-from dalle_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import batch_sharding, param_shardings
 from dalle_jax.train.compiler_options import compiler_options
 from dalle_jax.train.flops import batch_shapes, train_flops
 from dalle_jax.train.state import TrainState, abstract_state, check_batch, make_step, task_optimizer

@@ -17,7 +17,7 @@ from dalle_jax.data import images
 from dalle_jax.data.codes import EVAL_DIR, is_complete
 from dalle_jax.data.sources import open_source
 from dalle_jax.files.atomic import write_npz
-from dalle_jax.parallel.processes import process_share
+from dalle_jax.parallel.processes import process_index_and_count
 from dalle_jax.pipelines import (
     IMAGE_BATCH,
     ImageTokenizer,
@@ -90,7 +90,7 @@ def _encode_ahead(args: EncodeArgs) -> dict[str, Any]:
     tokenizer, out = load_image_tokenizer(args.run), output.directory(args.out)
     if (args.process is None) != (args.processes is None):
         raise ValueError("--process and --processes go together: --process 0 --processes 4")
-    process = process_share() if args.process is None else (args.process, args.processes)
+    process = process_index_and_count() if args.process is None else (args.process, args.processes)
     options = {"rows": args.rows, "shard_rows": args.shard_rows, "process": process}
     info, made = encode_source(tokenizer, data, out, progress=ProgressPrinter("rows"), **options)
     held_out = _encode_held_out(args, tokenizer, data, out / EVAL_DIR, process)

@@ -32,8 +32,8 @@ def exit_code(error: BaseException) -> tuple[int, str] | None:
     import jax
 
     from dalle_jax.models.diffusion.sampler import NonFiniteSampleError
-    from dalle_jax.parallel.processes import LOST, first_line, process_name
-    from dalle_jax.parallel.sharding import MeshError
+    from dalle_jax.parallel.mesh import MeshError
+    from dalle_jax.parallel.processes import PROCESS_LOST, first_line, process_name
     from dalle_jax.train.compiler_options import compiler_option_error
     from dalle_jax.train.loop import NonFiniteError
 
@@ -52,7 +52,7 @@ def exit_code(error: BaseException) -> tuple[int, str] | None:
             if (refused := compiler_option_error(error)) is not None:
                 return USAGE, f"error: {refused}"
             if distributed:
-                return LOST, (
+                return PROCESS_LOST, (
                     f"error{process}: this process failed, or lost another one: {first_line(error)}. Start all "
                     "processes again: they resume from the last checkpoint"
                 )

@@ -31,7 +31,8 @@ from dalle_jax.config import (
 from dalle_jax.models import autoregressive, clip, tokenizer
 from dalle_jax.models.diffusion import unet
 from dalle_jax.models.vqgan import adversarial
-from dalle_jax.parallel.sharding import make_mesh, path_name
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import path_name
 from dalle_jax.train.adversarial_optim import adversarial_optimizer, tokenizer_params
 from dalle_jax.train.metrics import read_metrics
 from dalle_jax.train.optim import make_optimizer

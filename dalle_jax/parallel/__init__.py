@@ -1,1 +1,1 @@
-"""TODO room."""
+"""The device mesh, sharding, and processes of a distributed training."""

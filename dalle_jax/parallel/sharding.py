@@ -1,46 +1,42 @@
-"""How arrays lie over devices: one mesh, one table of parameters, one table of rules.
+"""Sharding of parameters, batches and activations over the mesh (mesh.py), by two tables.
 
-A parameter's name gives its logical axes (`PARAM_AXES`), a logical axis gives its mesh axes (`RULES`).
-Model code never names a mesh axis: it calls `constrain(x_BTD, "batch", None, "embed")`, which does nothing
-when no mesh is in force. Mesh axes: `slice` and `data` split the batch, the first across the network between
-slices of a TPU pod; `fsdp` splits the batch and the parameters; `model` splits heads and channels.
+`PARAM_AXES` maps a parameter's path to its logical axes; `LOGICAL_AXIS_RULES` maps a logical axis to mesh axes. Model code
+does not name mesh axes: it calls `constrain(x_BTD, "batch", None, "embed")`, which is the identity without a mesh.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.config import MeshConfig
+from dalle_jax.parallel.mesh import MeshError
 from dalle_jax.typing import Params
 
-AXES = ("slice", "data", "fsdp", "model")
-REPLICATE_BELOW_BYTES = (
-    2**20
-)  # bytes up to which a parameter may lie whole on every device although a rule would split it
+REPLICATE_BELOW_BYTES = 2**20  # a parameter up to this size is replicated if its rule does not divide it
 
 # Logical axis -> mesh axes.
-RULES: dict[str, tuple[str, ...]] = {
+LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp"),
-    "embed": (),  # activations keep their channels whole between layers
+    "embed": (),  # activations keep all channels on each device between layers
     "heads": ("model",),
     "mlp": ("model",),
     "vocab": ("model",),
-    "width": ("fsdp",),  # the embed axis of parameters: gathered when used
-    # Rows of the matrices that lead back to the stream. `fsdp` splits rows and not columns, as in the others:
-    # gathered columns would have to be copied into place.
+    "width": ("fsdp",),  # the embed axis of parameters, which are gathered when used
+    # Input axes of the projections back to the residual stream. `fsdp` splits rows here too, because gathered columns would
+    # have to be copied to contiguous memory.
     "heads_in": ("model", "fsdp"),
     "mlp_in": ("model", "fsdp"),
     "layers": (),
 }
 
-# Parameter path (as "a/b/c") -> logical axis of each dimension. Exactly one pattern matches each parameter.
+# Pattern of a parameter's path ("a/b/c") -> logical axis of each dimension. Exactly one pattern matches each parameter.
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # Transformer (dalle/); `blocks` are stacked over layers.
+    # Transformer (models/dalle/); `blocks` are stacked over layers.
     (r"(text|image)_embed", ("vocab", "width")),
     (r"(text_pos|image_pos|image_row|image_col)", (None, "width")),
     (r"blocks/norm_(attn|mlp)(_out)?/(scale|bias)", ("layers", None)),
@@ -54,7 +50,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/(attn/out|mlp/down)/bias", ("layers", None)),
     (r"norm_out/(scale|bias)", (None,)),
     (r"norm_head/(scale|bias)", (None,)),
-    # What an encoder-decoder Transformer (bart.py) has besides.
+    # Encoder-decoder Transformer (models/bart.py), in addition.
     (r"(text|image)_norm/(scale|bias)|norm_text_out/bias", (None,)),
     (
         r"text_blocks/norm_(attn|mlp)(_out)?/(scale|bias)|blocks/norm_cross(_out)?/(scale|bias)",
@@ -65,16 +61,16 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"text_blocks/mlp/(up|gate)/kernel", ("layers", "width", "mlp")),
     (r"text_blocks/mlp/down/kernel", ("layers", "mlp", "width")),
     (r"(text_)?blocks/mlp/norm/bias", ("layers", None)),
-    # What one that reads captions with T5 (nn/t5.py) has besides.
+    # Transformer with a T5 text encoder (nn/t5.py), in addition.
     (r"text_null", (None, "width")),
     (r"text_proj/(up|down)/kernel", ("width", None)),
     (r"t5/relative", (None, None)),
     (r"(text|image)_head/kernel", ("width", "vocab")),
     (r"(text|image)_head/bias", ("vocab",)),
-    # dVAE (models/dvae.py): convolutions split over input channels.
+    # dVAE (models/dvae.py): convolutions are split over input channels.
     (r"(encoder|decoder)/.*(conv_\d|id_path|input|output)/kernel", (None, None, "width", None)),
     (r"(encoder|decoder)/.*(conv_\d|id_path|input|output)/bias", (None,)),
-    # VQGAN (models/vqgan/autoencoder.py, quantize.py), alone and as part of a state with a discriminator.
+    # VQGAN (models/vqgan/autoencoder.py, quantize.py), alone and in a state with a discriminator.
     (
         r"(tokenizer/)?((encoder|decoder)/(.*/)?(conv_in|conv_out|conv\d|nin_shortcut|q|k|v|proj_out|"
         r"(down|up)_\d_(down|up)sample)|(post_)?quant_conv)/kernel",
@@ -93,7 +89,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"discriminator/((conv_\d|score)/bias|norm_\d/(scale|bias))", (None,)),
     (r"lpips/conv_\d+/kernel", (None, None, None, None)),
     (r"lpips/(conv_\d+/bias|head_\d/kernel)", (None,)),
-    # CLIP (clip.py).
+    # CLIP (models/clip.py).
     (r"vision/patch/kernel", (None, None, None, "width")),
     (r"vision/class_embed", (None,)),
     (r"(vision/norm_in|(vision|text)/norm_out)/(scale|bias)", (None,)),
@@ -121,7 +117,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"text_encoder/pos", (None, "width")),
     (r"(text_encoder|t5)/norm_out/(scale|bias)", (None,)),
 )
-# The towers of CLIP, the text encoder of diffusion and T5 are of the Transformer's blocks.
+# The towers of CLIP, the text encoder of diffusion and T5 consist of the Transformer's blocks.
 PARAM_AXES += tuple(
     (f"(vision|text|text_encoder|t5)/{pattern}", axes)
     for pattern, axes in PARAM_AXES
@@ -129,109 +125,94 @@ PARAM_AXES += tuple(
 )
 
 
-class MeshError(ValueError):
-    """A mesh that the devices or the sizes of the model do not allow."""
-
-
-def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of `cfg` over `devices` (all devices by default), axes `slice, data, fsdp, model`.
-
-    Slices of TPU joined by the data centre's network are found by themselves; the other sizes are those within
-    a slice, so parameters and heads are never split across that network and only gradients cross it. Devices
-    that are one slice are taken as several, in their order, where `cfg.slices` says so. Raises MeshError when
-    the sizes do not multiply to the number of devices, or `slices` is not what is there.
-    """
-    if cfg.cpu_devices:
-        _split_cpu(cfg.cpu_devices)
-    devices = jax.devices() if devices is None else devices
-    found = len({getattr(d, "slice_index", 0) for d in devices})
-    slices = found if cfg.slices == -1 else cfg.slices
-    if found not in (1, slices) or len(devices) % slices:
-        raise MeshError(
-            f"mesh slices={cfg.slices}, and {len(devices)} devices in {found} slices are here; leave it at -1 to "
-            "take what is there"
-        )
-    within, sizes = len(devices) // slices, [cfg.data, cfg.fsdp, cfg.model]
-    here = f"{within} devices" + (f" in each of {slices} slices" if slices > 1 else "")
-    known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes:
-        if within % known:
-            raise MeshError(
-                f"mesh data={cfg.data} fsdp={cfg.fsdp} model={cfg.model} does not divide {here}; "
-                f"the named sizes multiply to {known}, want a divisor of {within}"
-            )
-        sizes[sizes.index(-1)] = within // known
-    if math.prod(sizes) != within:
-        raise MeshError(
-            f"mesh data={cfg.data} fsdp={cfg.fsdp} model={cfg.model} wants {math.prod(sizes)} devices, "
-            f"{here.replace(' devices', '')} are here; set one of them to -1 to take what is there"
-        )
-    if found > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(
-            (1, *sizes), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
-        )
-    else:
-        # jax.make_mesh would refuse an axis that is part of a side of the torus: 128 of 16 x 16 chips.
-        grid = mesh_utils.create_device_mesh((slices, *sizes), devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _split_cpu(count: int) -> None:
-    """Makes the CPU `count` devices, if no device is in use yet; then the mesh takes what there is."""
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError as error:
-        if "initialized" not in str(error):
-            raise
+def _num_shards(mesh: Mesh | AbstractMesh, axis: str | None) -> tuple[tuple[str, ...], int]:
+    """Return the mesh axes of a logical axis and the product of their sizes."""
+    mesh_axes = LOGICAL_AXIS_RULES[axis] if axis is not None else ()
+    return mesh_axes, math.prod(mesh.shape[a] for a in mesh_axes)
 
 
 def partition_spec(
-    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+    mesh: Mesh | AbstractMesh, axes: Iterable[str | None], shape: tuple[int, ...]
 ) -> PartitionSpec:
-    """Partition of `shape`: each logical axis over its mesh axes where they divide it, else whole.
+    """Return the partition of an array: each axis over the mesh axes of its rule if they divide it, else replicated.
 
-    Of an activation, whose sizes are checked in the configuration; `param_shardings` is stricter.
+    This suits activations, whose sizes the configuration checks; `param_shardings` is stricter.
+
+    Args:
+      mesh: the mesh.
+      axes: logical axis of each dimension; None is replicated.
+      shape: of the array.
     """
     parts = []
-    for name, size in zip(axes, shape, strict=True):
-        mesh_axes = RULES[name] if name is not None else ()
-        ways = math.prod(mesh.shape[a] for a in mesh_axes)
-        parts.append(mesh_axes if mesh_axes and size % ways == 0 else None)
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axes, num_shards = _num_shards(mesh, axis)
+        parts.append(mesh_axes if mesh_axes and size % num_shards == 0 else None)
     return PartitionSpec(*parts)
 
 
-def check_divides(mesh: Mesh, axis: str | None, size: int, what: str) -> None:
-    """Raises MeshError unless `size` of `what`, along a logical axis, divides over the devices of its rule."""
-    mesh_axes = RULES[axis] if axis is not None else ()
-    ways = math.prod(mesh.shape[a] for a in mesh_axes)
-    if size % ways:
+def check_divides(mesh: Mesh, axis: str | None, size: int, name: str) -> None:
+    """Check that a size divides over the devices of a logical axis.
+
+    Args:
+      mesh: the mesh.
+      axis: logical axis; None is replicated.
+      size: along the axis.
+      name: of the size, for the error.
+
+    Raises:
+      MeshError: it does not.
+    """
+    mesh_axes, num_shards = _num_shards(mesh, axis)
+    if size % num_shards:
         devices = " x ".join(f"mesh.{a} {mesh.shape[a]}" for a in mesh_axes if mesh.shape[a] > 1)
         divisors = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
-        raise MeshError(f"{what}: {size} does not divide over {devices}; want one of {divisors}")
+        raise MeshError(
+            f"Expected {name} to be divisible by {devices}, got {size}. Use mesh sizes with product {divisors}."
+        )
 
 
 def param_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """Logical axes of the parameter called `path`. Raises ValueError unless exactly one pattern matches."""
-    found = [axes for pattern, axes in PARAM_AXES if re.fullmatch(pattern, path)]
-    if len(found) != 1:
-        raise ValueError(f"{path} {shape}: matched {len(found)} rules in PARAM_AXES, want exactly 1")
-    if len(found[0]) != len(shape):
-        raise ValueError(f"{path} {shape}: its rule has {len(found[0])} axes {found[0]}, want {len(shape)}")
-    return found[0]
+    """Return the logical axes of a parameter.
+
+    Args:
+      path: of the parameter, `a/b/c`.
+      shape: of the parameter.
+
+    Raises:
+      ValueError: not exactly one pattern of `PARAM_AXES` matches, or it has another number of axes.
+    """
+    matches = [axes for pattern, axes in PARAM_AXES if re.fullmatch(pattern, path)]
+    if len(matches) != 1:
+        raise ValueError(f"Expected 1 rule of PARAM_AXES for {path} {shape}, got {len(matches)}.")
+    (axes,) = matches
+    if len(axes) != len(shape):
+        raise ValueError(
+            f"Expected {len(shape)} axes in the rule of {path} {shape}, got {len(axes)}: {axes}."
+        )
+    return axes
 
 
-def path_name(path: tuple) -> str:
-    """`a/b/c` for a key path of nested dictionaries."""
+def path_name(path: Iterable[Any]) -> str:
+    """Return `a/b/c` for a key path of nested dicts."""
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
 def param_shardings(mesh: Mesh, params: Params) -> Params:
-    """A NamedSharding for each parameter; `params` holds arrays or ShapeDtypeStructs in nested dicts.
+    """Return the sharding of each parameter.
 
-    Raises MeshError for a parameter above SMALL that the mesh does not divide as its rule says.
+    Args:
+      mesh: the mesh.
+      params: nested dicts of arrays or ShapeDtypeStructs.
+
+    Returns:
+      Nested dicts of NamedSharding.
+
+    Raises:
+      MeshError: the mesh does not divide a parameter above REPLICATE_BELOW_BYTES as its rule requires.
+      ValueError: a parameter has no rule.
     """
 
-    def one(path, leaf):
+    def leaf_sharding(path, leaf):
         name = path_name(path)
         axes = param_axes(name, leaf.shape)
         if math.prod(leaf.shape) * leaf.dtype.itemsize > REPLICATE_BELOW_BYTES:
@@ -239,21 +220,26 @@ def param_shardings(mesh: Mesh, params: Params) -> Params:
                 check_divides(mesh, axis, size, f"{name} {leaf.shape}")
         return NamedSharding(mesh, partition_spec(mesh, axes, leaf.shape))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over `data` and `fsdp`, the rest whole."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    """Return the sharding of a batch: the leading axis over `slice`, `data` and `fsdp`, the others replicated."""
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_AXIS_RULES["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding that has the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by its logical axes under the mesh set by `jax.set_mesh`; `x` itself without a mesh."""
+    """Constrain the sharding of an activation under the mesh set by `jax.set_mesh`; the identity without a mesh.
+
+    Args:
+      x: the activation.
+      *axes: logical axis of each dimension; None is replicated.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

@@ -18,7 +18,8 @@ from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_source, is_com
 from dalle_jax.data.images import to_float
 from dalle_jax.data.sources import Split, open_source
 from dalle_jax.models import tokenizer as tokenizers
-from dalle_jax.parallel.sharding import batch_sharding, make_mesh, replicated
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import batch_sharding, replicated
 from dalle_jax.pipelines.batching import ProgressFn, in_batches, pad_rows
 from dalle_jax.pipelines.loading import ImageTokenizer, Params
 

@@ -25,9 +25,10 @@ from dalle_jax.checkpoint.run_dir import opened_run_dir, sync_run_dir
 from dalle_jax.config import TrainConfig
 from dalle_jax.data.images import save_png
 from dalle_jax.parallel.devices import peak_flops
+from dalle_jax.parallel.global_arrays import device_put_global, local_rows, make_global_batch
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.parallel.preemption import PreemptionSignal, Watchdog, preemption_signals
-from dalle_jax.parallel.processes import device_put_global, local_rows, make_global_batch
-from dalle_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from dalle_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from dalle_jax.train.flops import train_flops
 from dalle_jax.train.initialize import init_from_run
 from dalle_jax.train.metrics import MetricsLog, ProgressBar, StepTimer

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.config import TrainConfig
 from dalle_jax.models.registry import check_mesh
-from dalle_jax.parallel.sharding import RULES, batch_sharding, param_shardings, replicated
+from dalle_jax.parallel.sharding import LOGICAL_AXIS_RULES, batch_sharding, param_shardings, replicated
 from dalle_jax.train.compiler_options import compiler_options
 from dalle_jax.train.optim import learning_rate, update_ema
 from dalle_jax.train.task import Metrics, Task
@@ -144,7 +144,7 @@ def init_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> Trai
 
 def num_batch_shards(mesh: Mesh) -> int:
     """Return the number of shards that the rows of a batch are split into."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return math.prod(mesh.shape[axis] for axis in LOGICAL_AXIS_RULES["batch"])
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
@@ -158,7 +158,7 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     rows = config.data.batch_size // pieces
     if rows % shards:
         split = f" in {pieces} microbatches of {rows} rows (optim.grad_accum_steps)" if pieces > 1 else ""
-        axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
+        axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in LOGICAL_AXIS_RULES["batch"])
         raise ValueError(
             f"data.batch_size {config.data.batch_size}{split} is not divisible by the {shards} devices that share a batch "
             f"(mesh {axes}). Use a multiple of {shards * pieces}."

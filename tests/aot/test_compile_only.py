@@ -32,7 +32,7 @@ from dalle_jax.config import (
     TrainConfig,
 )
 from dalle_jax.models.diffusion import loss, unet
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.train.compiler_options import compiler_option_error, compiler_options
 from dalle_jax.train.flops import count_flops
 from dalle_jax.train.tasks import make_task
@@ -299,7 +299,7 @@ def test_command_prints_json_and_writes_the_hlo(config_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "want"),
     [
-        (["local", "--mesh.fsdp", "3"], "does not divide 8 devices"),
+        (["local", "--mesh.fsdp", "3"], "whose product divides 8 devices"),
         (["local", "--data.batch-size", "12"], "data.batch_size 12 is not divisible by the 8 devices"),
         (["local", "--slices", "2"], "--slices 2 is for a TPU topology"),
         (["v5p:4x4"], "There is no topology 'v5p:4x4'"),

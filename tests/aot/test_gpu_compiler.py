@@ -19,7 +19,8 @@ from dalle_jax.aot.gpu_kernels import find_loops
 from dalle_jax.aot.gpu_targets import GPUS, gpu_devices
 from dalle_jax.config import DalleConfig, MeshConfig
 from dalle_jax.models import autoregressive, dalle
-from dalle_jax.parallel.sharding import make_mesh, replicated
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import replicated
 from dalle_jax.sampling import decode_state
 from dalle_jax.sampling.generate import generate, row_keys
 

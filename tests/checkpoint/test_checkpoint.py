@@ -20,7 +20,7 @@ from dalle_jax.checkpoint.manager import CheckpointManager
 from dalle_jax.checkpoint.params_file import fingerprint
 from dalle_jax.config import MeshConfig
 from dalle_jax.models import tokenizer
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.train import loop
 from dalle_jax.train.optim import make_optimizer
 from dalle_jax.train.state import abstract_state, init_state, param_shapes

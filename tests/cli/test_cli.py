@@ -39,7 +39,7 @@ from dalle_jax.data.loader.pipeline import eval_batch, open_train_source
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import classifier, fid, inception, metrics
 from dalle_jax.models import dvae
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.pipelines import (
     SamplingConfig,
     decode_codes,

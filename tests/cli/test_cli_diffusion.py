@@ -35,7 +35,7 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import diffusion, metrics
 from dalle_jax.models import dvae
 from dalle_jax.models.diffusion import unet
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.pipelines import decode_codes, encode_images
 from dalle_jax.pipelines.diffusion import (
     DiffusionSamplingConfig,

@@ -33,7 +33,7 @@ from dalle_jax.importers import vqgan as importer
 from dalle_jax.importers.tensors import Tensor
 from dalle_jax.models import dvae, tokenizer, tokenizer_losses
 from dalle_jax.models.vqgan import autoencoder, quantizers
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.train.initialize import init_from_run
 from dalle_jax.train.state import TrainState
 

@@ -10,14 +10,8 @@ from PIL import Image
 
 from dalle_jax.config import ClipConfig, MeshConfig, TowerConfig
 from dalle_jax.models import clip
-from dalle_jax.parallel.sharding import (
-    batch_sharding,
-    make_mesh,
-    param_axes,
-    param_shardings,
-    path_name,
-    replicated,
-)
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import batch_sharding, param_axes, param_shardings, path_name, replicated
 
 CFG = ClipConfig(
     image_size=8, patch_size=4, vision=TowerConfig(dim=12, layers=2, heads=3, mlp_ratio=2),

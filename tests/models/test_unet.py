@@ -12,7 +12,8 @@ from dalle_jax.config import CodesConfig, DiffusionConfig, MeshConfig, NoiseConf
 from dalle_jax.models.diffusion import denoise, loss, text_encoder, unet
 from dalle_jax.models.diffusion.schedule import alpha_sigma
 from dalle_jax.nn.norm import GroupNorm
-from dalle_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import batch_sharding, param_shardings
 
 # Everything on: patches, two levels, attention with captions, labels, codes, a small picture.
 CFG = DiffusionConfig(

@@ -25,7 +25,8 @@ from dalle_jax.config import (
 )
 from dalle_jax.models import lpips, tokenizer
 from dalle_jax.models.vqgan import adversarial, autoencoder, discriminator, quantizers
-from dalle_jax.parallel.sharding import make_mesh, param_shardings
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.sharding import param_shardings
 from dalle_jax.pipelines import decode_codes, encode_images, load_image_tokenizer
 from dalle_jax.train import loop
 from dalle_jax.train.adversarial_optim import adversarial_optimizer

@@ -13,7 +13,7 @@ from dalle_jax.nn import flash
 from dalle_jax.nn.attention import dense_attention
 from dalle_jax.nn.cross_entropy import cross_entropy
 from dalle_jax.nn.masks import attention_mask
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 
 KINDS = ("full", "row", "column", "conv")
 TEXT, GRID = 5, 12  # 149 positions: two blocks of 128, the second mostly padding

@@ -13,8 +13,10 @@ from jobs import Job, assert_close, same_weights, saved_steps, series, straight_
 from dalle_jax.config import DistributedConfig, MeshConfig
 from dalle_jax.parallel import preemption, processes
 from dalle_jax.parallel.devices import peak_flops
-from dalle_jax.parallel.processes import initialize_distributed, local_rows, make_global_batch
-from dalle_jax.parallel.sharding import batch_sharding, make_mesh
+from dalle_jax.parallel.global_arrays import local_rows, make_global_batch
+from dalle_jax.parallel.mesh import make_mesh
+from dalle_jax.parallel.processes import initialize_distributed
+from dalle_jax.parallel.sharding import batch_sharding
 from dalle_jax.train import loop
 from dalle_jax.train.metrics import read_metrics
 
@@ -85,7 +87,7 @@ def test_a_cluster_that_jax_cannot_make_out_is_no_reason_to_train_n_times_alone(
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     with pytest.raises(
-        ValueError, match=r"several processes of Open MPI.*--distributed\.coordinator-address HOST:PORT"
+        ValueError, match=r"find the processes of Open MPI.*--distributed\.coordinator-address HOST:PORT"
     ):
         initialize_distributed(DistributedConfig())
     monkeypatch.delenv("OMPI_COMM_WORLD_SIZE")
@@ -99,7 +101,7 @@ def test_processes_that_do_not_meet_are_told(joined, monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", time_out)
     with pytest.raises(
-        OSError, match=r"\(h:12\) in 5 s: DEADLINE_EXCEEDED: Barrier timed out\.\. Look whether"
+        OSError, match=r"\(h:12\) within 5 s, got: DEADLINE_EXCEEDED: Barrier timed out\.\. Check that"
     ):
         initialize_distributed(
             DistributedConfig(
@@ -120,15 +122,15 @@ def test_processes_that_do_not_meet_are_told(joined, monkeypatch):
 def test_work_without_joining_is_shared_by_the_same_marks(joined, monkeypatch, marks, share):
     for name, value in marks.items():
         monkeypatch.setenv(name, value)
-    assert processes.process_share() == share
+    assert processes.process_index_and_count() == share
     assert joined == []
 
 
 def test_a_cluster_that_does_not_say_how_many_is_no_reason_to_do_all_the_work(joined, monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "h")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
-    with pytest.raises(ValueError, match=r"process 2 of a job of Kubernetes.*--process and --processes"):
-        processes.process_share()
+    with pytest.raises(ValueError, match=r"only index 2 from Kubernetes.*--process and --processes"):
+        processes.process_index_and_count()
 
 
 # --- rows -----------------------------------------------------------------------------------------------
@@ -213,9 +215,9 @@ def test_a_watchdog_ends_what_does_not_move_and_says_what_it_was_at(monkeypatch,
     dog = preemption.Watchdog(0.2)
     dog.at("reading the batch of step 7")
     assert ended.wait(60)
-    assert codes == [processes.LOST]
+    assert codes == [processes.PROCESS_LOST]
     told = capfd.readouterr().err
-    assert "nothing has moved for 0.2 s" in told and "it was reading the batch of step 7" in told
+    assert "no progress for 0.2 s" in told and "while reading the batch of step 7" in told
     assert "test_processes.py" in told  # where the main thread was
 
 

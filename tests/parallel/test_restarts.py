@@ -44,8 +44,8 @@ def test_a_process_that_hangs_ends_all_with_a_message(tmp_path):
     job = Job(tmp_path / "run", 2, 4, "hang:1:6", ["--distributed.stall-timeout-seconds", "20"])
     codes = job.codes()
     assert codes[1] == 4 and codes[0] not in (0, None), job.logs_text()
-    assert "process 1 of 2: nothing has moved for 20 s" in job.log(1)
-    assert "it was reading the batch of step 7" in job.log(1)
+    assert "process 1 of 2: no progress for 20 s" in job.log(1)
+    assert "while reading the batch of step 7" in job.log(1)
 
 
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])

@@ -12,14 +12,12 @@ from jax.sharding import PartitionSpec as P
 from dalle_jax.config import DalleConfig, DVAEConfig, MeshConfig
 from dalle_jax.models import dalle, dvae
 from dalle_jax.models.registry import check_mesh
+from dalle_jax.parallel.mesh import MESH_AXES, MeshError, make_mesh
 from dalle_jax.parallel.sharding import (
-    AXES,
+    LOGICAL_AXIS_RULES,
     PARAM_AXES,
-    RULES,
-    MeshError,
     batch_sharding,
     constrain,
-    make_mesh,
     param_shardings,
     path_name,
     replicated,
@@ -62,7 +60,7 @@ def lively(cfg):
 )
 def test_mesh_sizes(sizes, want):
     mesh = make_mesh(MeshConfig(**sizes))
-    assert mesh.axis_names == AXES == ("slice", "data", "fsdp", "model")
+    assert mesh.axis_names == MESH_AXES == ("slice", "data", "fsdp", "model")
     assert tuple(mesh.shape.values()) == want
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
 
@@ -76,11 +74,14 @@ def test_mesh_over_some_devices():
 @pytest.mark.parametrize(
     ("sizes", "match"),
     [
-        ({"data": 2, "fsdp": 2}, "data=2 fsdp=2 model=1 wants 4 devices, 8 are here; set one of them to -1"),
-        ({"data": 16}, "wants 16 devices, 8 are here"),
-        ({"slices": 3}, "slices=3, and 8 devices in 1 slices are here; leave it at -1"),
-        ({"slices": 2, "fsdp": 3}, "does not divide 4 devices in each of 2 slices; .* a divisor of 4"),
-        ({"data": -1, "model": 3}, "data=-1 fsdp=1 model=3 does not divide 8 devices; .* a divisor of 8"),
+        (
+            {"data": 2, "fsdp": 2},
+            "product is 8 devices, got data=2 fsdp=2 model=1, whose product is 4. Set one of them to -1",
+        ),
+        ({"data": 16}, "got data=16 .*, whose product is 16"),
+        ({"slices": 3}, "to match 8 devices in 1 slices, got 3. Use -1"),
+        ({"slices": 2, "fsdp": 3}, "divides 4 devices in each of 2 slices, got .*, whose product is 3"),
+        ({"data": -1, "model": 3}, "divides 8 devices, got data=-1 fsdp=1 model=3, whose product is 3"),
     ],
 )
 def test_mesh_refuses(sizes, match):
@@ -103,7 +104,7 @@ def test_slices_are_found():
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), devices)
     assert tuple(mesh.shape.values()) == (2, 1, 4, 1)
     assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
-    with pytest.raises(MeshError, match="slices=4, and 8 devices in 2 slices are here"):
+    with pytest.raises(MeshError, match="to match 8 devices in 2 slices, got 4"):
         make_mesh(MeshConfig(slices=4, data=1, fsdp=-1), devices)
 
 
@@ -146,16 +147,22 @@ def test_dalle_parameters_on_the_mesh(mesh):
 @pytest.mark.parametrize(
     ("sizes", "match"),
     [
-        ({"heads": 31}, r"^model\.heads: 31 does not divide over mesh\.model 2; want one of 1$"),
-        ({"dim": 3 * 181, "heads": 1}, r"model\.heads: 1 does not divide over mesh\.model 2"),
-        ({"dim": 2 * 625, "heads": 2}, r"model\.dim: 1250 does not divide over mesh\.model 2 x mesh\.fsdp 2"),
+        (
+            {"heads": 31},
+            r"^Expected model\.heads to be divisible by mesh\.model 2, got 31\. Use mesh sizes with product 1\.$",
+        ),
+        ({"dim": 3 * 181, "heads": 1}, r"model\.heads to be divisible by mesh\.model 2, got 1\."),
+        (
+            {"dim": 2 * 625, "heads": 2},
+            r"model\.dim to be divisible by mesh\.model 2 x mesh\.fsdp 2, got 1250",
+        ),
         (
             {"image_vocab": 8191},
-            r"model\.image_vocab: 8191 does not divide over mesh\.model 2; want one of 1$",
+            r"model\.image_vocab to be divisible by mesh\.model 2, got 8191",
         ),
         (
             {"text_len": 255},
-            r"model\.text_vocab \+ model\.text_len: 16639 does not divide over mesh\.model 2",
+            r"model\.text_vocab \+ model\.text_len to be divisible by mesh\.model 2, got 16639",
         ),
     ],
 )
@@ -168,7 +175,7 @@ def test_large_parameters_are_split_or_refused(mesh):
     """The paper's model divides; 1 MiB of a width that does not is refused, a little less may lie whole."""
     check_mesh(DalleConfig(), mesh)
     with pytest.raises(
-        MeshError, match=r"text_head/kernel \(1025, 512\): 1025 does not divide over mesh.fsdp 2"
+        MeshError, match=r"text_head/kernel \(1025, 512\) to be divisible by mesh.fsdp 2, got 1025"
     ):
         specs(mesh, {"text_head": {"kernel": jax.ShapeDtypeStruct((1025, 512), jnp.float32)}})
     small = specs(mesh, {"text_head": {"kernel": jax.ShapeDtypeStruct((1023, 256), jnp.float32)}})
@@ -186,18 +193,20 @@ def test_dvae_parameters_on_the_mesh(mesh):
 
 def test_unknown_parameters_are_refused(mesh):
     leaf = jax.ShapeDtypeStruct((3, 4), jnp.float32)
-    with pytest.raises(ValueError, match=r"blocks/mystery/kernel \(3, 4\): matched 0 rules in PARAM_AXES"):
+    with pytest.raises(
+        ValueError, match=r"Expected 1 rule of PARAM_AXES for blocks/mystery/kernel \(3, 4\), got 0"
+    ):
         param_shardings(mesh, {"blocks": {"mystery": {"kernel": leaf}}})
-    with pytest.raises(ValueError, match=r"text_head/kernel \(3,\): its rule has 2 axes"):
+    with pytest.raises(ValueError, match=r"Expected 1 axes in the rule of text_head/kernel \(3,\), got 2"):
         param_shardings(mesh, {"text_head": {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}})
 
 
 def test_table_and_rules_agree():
     named = {axis for _, axes in PARAM_AXES for axis in axes if axis is not None}
-    assert named <= RULES.keys()
-    assert {axis for axes in RULES.values() for axis in axes} <= set(AXES)
+    assert named <= LOGICAL_AXIS_RULES.keys()
+    assert {axis for axes in LOGICAL_AXIS_RULES.values() for axis in axes} <= set(MESH_AXES)
     for pattern, axes in PARAM_AXES:  # one array can't use a mesh axis twice
-        used = [m for axis in axes if axis is not None for m in RULES[axis]]
+        used = [m for axis in axes if axis is not None for m in LOGICAL_AXIS_RULES[axis]]
         assert len(used) == len(set(used)), pattern
 
 

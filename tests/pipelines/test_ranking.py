@@ -33,7 +33,7 @@ from dalle_jax.data.scenes import generator
 from dalle_jax.evaluate import metrics, reranking, retrieval
 from dalle_jax.models import clip as clips
 from dalle_jax.models import dalle, dvae
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.pipelines import SamplingConfig, load_text_to_image, ranking, sample_images
 from dalle_jax.pipelines.ranking import (
     clip_scores,

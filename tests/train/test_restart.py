@@ -14,7 +14,7 @@ from PIL import Image
 from dalle_jax.checkpoint.manager import CheckpointManager
 from dalle_jax.config import VectorQuantizer, VQGANConfig
 from dalle_jax.models.vqgan import quantizers
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.train import loop
 from dalle_jax.train.state import abstract_state, init_state, make_step, task_optimizer
 from dalle_jax.train.tasks.vqgan import VQGANTask

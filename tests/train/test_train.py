@@ -23,7 +23,7 @@ from dalle_jax.checkpoint.lock import run_lock
 from dalle_jax.cli import main, train
 from dalle_jax.config import MeshConfig, TrainConfig
 from dalle_jax.config.files import load_config
-from dalle_jax.parallel.sharding import make_mesh
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.train import loop
 from dalle_jax.train.metrics import MetricsLog, read_metrics
 from dalle_jax.train.optim import make_optimizer, update_ema

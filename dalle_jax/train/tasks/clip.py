@@ -15,7 +15,7 @@ from dalle_jax.config import ClipConfig, ModelConfig, TokenizerConfig, TrainConf
 from dalle_jax.data.images import to_float
 from dalle_jax.data.sources import open_source
 from dalle_jax.models import clip, tokenizer
-from dalle_jax.parallel.processes import gather_to_host
+from dalle_jax.parallel.global_arrays import gather_to_host
 from dalle_jax.text.tokenizers import BosEosTokenizer
 from dalle_jax.train.task import Metrics
 from dalle_jax.train.tasks.data_task import DataTask, labeled_grid, log_bad_records

@@ -16,7 +16,7 @@ from dalle_jax.data.codes import CodesDataset
 from dalle_jax.data.images import to_float, to_uint8
 from dalle_jax.data.loader.pipeline import open_eval_source, open_train_source
 from dalle_jax.models import autoregressive, tokenizer
-from dalle_jax.parallel.processes import gather_to_host
+from dalle_jax.parallel.global_arrays import gather_to_host
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.train.task import Metrics
 from dalle_jax.train.tasks.data_task import DataTask, labeled_grid, log_bad_records

@@ -15,7 +15,7 @@ from dalle_jax.data.images import to_float, to_uint8
 from dalle_jax.data.sources import open_source
 from dalle_jax.models import tokenizer
 from dalle_jax.models.diffusion import denoise, loss, sampler, unet
-from dalle_jax.parallel.processes import gather_to_host
+from dalle_jax.parallel.global_arrays import gather_to_host
 from dalle_jax.text.tokenizers import TextTokenizer
 from dalle_jax.train.task import BatchSpec, Metrics
 from dalle_jax.train.tasks.data_task import DataTask, labeled_grid, log_bad_records
