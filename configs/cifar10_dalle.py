@@ -1,10 +1,11 @@
-"""CIFAR-10 by class caption ("a photo of a horse"): the Transformer over the codes of configs/cifar10_dvae.py.
+"""Transformer from class captions of CIFAR-10 ("a photo of a horse") to the codes of cifar10_dvae.
 
-Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real
-pictures".
+Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.2, at a small size.
+Hardware: two CPU cores. Time: 20 minutes for 1,500 steps, cores shared. Score: 3.82 nats per code; class accuracy
+23.8% at guidance 3, upper bound 26.4% (docs/data.md).
 
     dalle-jax encode runs/cifar10_dvae --data cifar10.npz --out cifar10_codes
-    python train.py configs/cifar10_dalle.py --data.source.path cifar10.npz --data.codes cifar10_codes
+    dalle-jax train cifar10_dalle --data.path cifar10.npz --data.codes cifar10_codes
     dalle-jax evaluate runs/cifar10_dalle --classifier resnet20_cifar10.npz --guidance-scale 1 2 3
 """
 

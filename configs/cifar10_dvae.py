@@ -1,9 +1,10 @@
-"""CIFAR-10 at 32 x 32 pixels to 8 x 8 codes of 1,024: the tokenizer.
+"""Discrete VAE on CIFAR-10, 32 x 32 pixels to 8 x 8 codes of 1,024.
 
-Paper: 2102.12092, 2.1, at a small size; data: Krizhevsky 2009, "Learning multiple layers of features from tiny
-images". Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real pictures".
+Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.1, at a small size. Data: Krizhevsky 2009, "Learning multiple layers of
+features from tiny images".
+Hardware: two CPU cores. Time: 9 minutes, cores shared. Score: PSNR 21.0 dB, 76% of the codes in use (docs/data.md).
 
-    python train.py configs/cifar10_dvae.py --data.source.path cifar10.npz      # or --data.path cifar10, a TFDS set
+    dalle-jax train cifar10_dvae --data.path cifar10.npz
 """
 
 import dataclasses

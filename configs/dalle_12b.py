@@ -1,10 +1,11 @@
-"""The paper's Transformer at full size: 64 layers, width 3968, 12 billion parameters, 256 text and 1024 image tokens.
+"""Transformer of the paper at full size: 64 layers, width 3968, 12 billion parameters, 256 text and 1024 image tokens.
 
-Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.2 to 2.4 and B. Hardware: the paper used 1024 V100, batch 1024,
-430,000 updates; parameters are sharded over `fsdp`, as the paper sharded them over the GPUs of a machine.
-Not trained here; shapes and the parameter count are tested. `dalle-jax info configs/dalle_12b.py` prints both.
+Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.2 to 2.4 and B; trained there on 1024 V100, batch 1024, for 430,000
+steps.
+Hardware: a TPU pod; parameters are sharded over `fsdp`, as the paper sharded them over the GPUs of a machine. Time:
+not trained. Score: shapes and parameter count are tested; estimated mfu 60.3% on 64 v5p (docs/scale.md).
 
-    python train.py configs/dalle_12b.py --image-tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
+    dalle-jax train dalle_12b --image-tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
 """
 
 from dalle_jax.config import (

@@ -1,10 +1,11 @@
-"""The paper's Transformer in sizes that a TPU likes: 60 layers, width 4096, 64 heads, 12 billion parameters.
+"""Transformer of the paper in sizes that divide over TPU pods: 60 layers, width 4096, 64 heads, 12 billion parameters.
 
-Paper: Ramesh et al. 2021, arXiv 2102.12092; there 64 layers, width 3968, 62 heads (configs/dalle_12b.py). 3968 is
-128 x 31: it does not divide over 256 chips, and 62 heads not over more than 2. Everything else is as there.
-Not trained here; `--compile-only v5p:4x4x4` compiles it for a TPU without one.
+Paper: Ramesh et al. 2021, arXiv 2102.12092; there 64 layers, width 3968, 62 heads (dalle_12b). 3968 is 128 x 31,
+which does not divide over 256 chips, and 62 heads do not divide over more than 2. All else is equal.
+Hardware: a TPU pod. Time: not trained. Score: estimated mfu 62.3% on 64 v5p (docs/scale.md).
 
-    python train.py configs/dalle_12b_tpu.py --image-tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
+    dalle-jax train dalle_12b_tpu --image-tokenizer runs/dvae_openai --data.source.path "shards/*.tar"
+    dalle-jax train dalle_12b_tpu --compile-only v5p:4x4x4
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
-"""CIFAR-10 without captions or labels: the network, schedule and optimizer of the DDPM paper.
+"""Diffusion on CIFAR-10 without conditions: network, noise schedule and optimizer of the DDPM paper.
 
-Paper: Ho et al. 2020, arXiv 2006.11239, B: 35,746,307 parameters, 800,000 updates of 128, FID 3.17 there. Data: TFDS
-`cifar10` in array_record format, or --data.path cifar10.npz (docs/data.md). Hardware: written for one GPU; not yet
-trained here, shapes tested.
+Paper: Ho et al. 2020, arXiv 2006.11239, B: 35,746,307 parameters, 800,000 steps of 128 images, FID 3.17 there. Data:
+TFDS `cifar10` in array_record format, or an npz file (docs/data.md).
+Hardware: one GPU. Time: not trained. Score: shapes are tested; a reduced run is in docs/diffusion.md.
 
-    python train.py configs/ddpm_cifar10.py --data.path cifar10.npz
-    dalle-jax evaluate runs/ddpm_cifar10 --fid-weights inception.npz --count 10000 --sampler ddim --steps 50
+    dalle-jax train ddpm_cifar10 --data.path cifar10.npz
+    dalle-jax evaluate runs/ddpm_cifar10 --fid-weights inception.npz --count 10000 --sampler ddim --num-steps 50
 """
 
 from dalle_jax.config import DataConfig, DiffusionConfig, OptimConfig, TfdsSource, TrainConfig

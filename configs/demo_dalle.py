@@ -1,7 +1,8 @@
-"""Captions of the demo's scenes, English and Chinese, to the codes of configs/demo_dvae.py: the Transformer of the demo.
+"""Transformer of the demo: English and Chinese captions of its scenes to the codes of demo_dvae.
 
 Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.2, at a very small size. `dalle-jax demo` trains this configuration.
-Hardware: two CPU cores, minutes, after configs/demo_dvae.py. Score: docs/scenes.md.
+Hardware: two CPU cores. Time: 476 s. Score: 96.0% of samples correct, 84.5% on held-out color-shape pairs
+(docs/scenes.md).
 
     dalle-jax train demo_dalle
 """

@@ -1,9 +1,11 @@
-"""The demo's scenes, 32 x 32 pixels, from English captions by diffusion: a U-Net small enough for a CPU.
+"""Diffusion on the demo's scenes from English captions, 32 x 32 pixels: a U-Net small enough for a CPU.
 
-Paper: Ho et al. 2020, arXiv 2006.11239, with captions as in 2112.10741, at a small size: squares of 2 x 2 pixels are
-one place of the network. Hardware: two CPU cores. Time and score: docs/diffusion.md.
+Paper: Ho et al. 2020, arXiv 2006.11239, with captions as in 2112.10741, at a small size; the network has one position
+per 2 x 2 pixels.
+Hardware: two CPU cores. Time: 18 minutes idle, 41 minutes shared. Score: 87.5% of samples correct, 87.5% on held-out
+color-shape pairs, at guidance 2 (docs/diffusion.md).
 
-    python train.py configs/demo_diffusion.py
+    dalle-jax train demo_diffusion
     dalle-jax sample runs/demo_diffusion "a large red star" --num-images 4 --guidance-scale 2
 """
 
@@ -27,7 +29,7 @@ config = TrainConfig(
         dropout=0.0,
         text=TextEncoderConfig(text_vocab=768, text_len=16, dim=64, layers=2, heads=4),
         noise=NoiseConfig(kind="cosine"),
-        prediction="x0",  # weighs high noise, where colour and shape are decided, as much as low
+        prediction="x0",  # weighs high noise, where color and shape are decided, as much as low
     ),
     data=dataclasses.replace(_demo.data, batch_size=32, languages=("en",)),
     text=TextConfig(num_train_captions=20_000, bpe_dropout=0.0),

@@ -1,9 +1,10 @@
-"""The demo's scenes, 32 x 32 pixels to 8 x 8 codes of 128, by a small VQGAN; the discriminator begins half-way.
+"""VQGAN on the demo's scenes, 32 x 32 pixels to 8 x 8 codes of 128; its discriminator starts halfway.
 
-Paper: Esser et al. 2020, arXiv 2012.09841, at a small size. Hardware: two CPU cores, about four minutes.
-Score: docs/tokenizers.md.
+Paper: Esser et al. 2020, arXiv 2012.09841, at a small size.
+Hardware: two CPU cores. Time: about four minutes. Score: PSNR 21.4 dB, 37.5% of the codes in use
+(docs/tokenizers.md).
 
-    python train.py configs/demo_vqgan.py
+    dalle-jax train demo_vqgan
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
-"""Procedural scenes at 64 x 64 pixels, up to four objects, English and Chinese captions: text-conditional diffusion.
+"""Diffusion on scenes of up to four objects, 64 x 64 pixels, from English and Chinese captions.
 
-Paper: 2006.11239 and 2112.10741 at 34 million parameters, v-prediction (2202.00512) on a cosine schedule. Hardware:
-written for one GPU; not yet run on one. Time and score on a GPU: to be measured.
+Paper: Ho et al. 2020, arXiv 2006.11239, and 2112.10741 at 36 million parameters; v-prediction (2202.00512) on a
+cosine schedule.
+Hardware: one GPU. Time: not trained. Score: none.
 
-    python train.py configs/diffusion_scenes.py
+    dalle-jax train diffusion_scenes
     dalle-jax evaluate runs/diffusion_scenes --guidance-scale 1 2 4
 """
 

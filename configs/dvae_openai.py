@@ -1,9 +1,10 @@
-"""The paper's tokenizer at full size: 256 x 256 pixels to 32 x 32 codes of 8192.
+"""Discrete VAE of the paper at full size: 256 x 256 pixels to 32 x 32 codes of 8192.
 
-Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.1 and A. Encoder 53,786,240 and decoder 43,829,766 parameters.
-Hardware: the paper used 64 V100, batch 512, 3,000,000 updates. Not trained here; shapes are tested.
+Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.1 and A: encoder 53,786,240 and decoder 43,829,766 parameters; trained
+there on 64 V100, batch 512, for 3,000,000 steps.
+Hardware: a TPU slice or several GPUs. Time: not trained. Score: shapes are tested.
 
-    python train.py configs/dvae_openai.py --data.source.path "shards/*.tar"
+    dalle-jax train dvae_openai --data.source.path "shards/*.tar"
 """
 
 from dalle_jax.config import DataConfig, DVAEConfig, MeshConfig, OptimConfig, TarSource, TrainConfig

@@ -1,9 +1,10 @@
-"""Real pictures: a tar of emoji (or any tar of pictures) at 32 x 32 pixels to 8 x 8
-codes of 512: the tokenizer.
+"""Discrete VAE on a tar file of emoji or other images, 32 x 32 pixels to 8 x 8 codes of 512.
 
-Paper: 2102.12092, 2.1, at a small size. Hardware: two CPU cores. Time and score: docs/data.md.
+Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.1, at a small size.
+Hardware: two CPU cores. Time: three minutes for 5,000 of 12,000 steps. Score: PSNR 21.7 dB, 95% of the codes in use
+after them (docs/data.md).
 
-    python train.py configs/emoji_dvae.py --data.source.path emoji-64.tar
+    dalle-jax train emoji_dvae --data.path emoji-64.tar
 """
 
 import dataclasses

@@ -1,9 +1,11 @@
-"""Fine-tuning a trained Transformer on one's own pictures: a folder, tar files, an npz file or a TFDS set.
+"""Fine-tuning of any trained Transformer on your own images: a folder, tar files, an npz file or a TFDS data set.
 
-The model, its vocabulary and its tokenizer are those of RUN; a small learning rate without a long warm-up keeps
-what it knows. docs/finetune.md takes a folder to samples.
+Paper: the one of the run that is fine-tuned: model, text tokenizer and image tokenizer are those of RUN. A small
+learning rate with a short warm-up preserves what it learned.
+Hardware: that of the run. Time: depends on the model. Score: docs/finetune.md shows the steps from a folder to
+samples.
 
-    python train.py configs/finetune.py --init-from RUN --data.path FOLDER --run runs/mine
+    dalle-jax train finetune --init-from RUN --data.path FOLDER --run runs/mine
     dalle-jax sample runs/mine "a caption" --num-images 4 --out samples
 """
 

@@ -1,10 +1,11 @@
-"""Photographs and their captions, English and Chinese: the Transformer over the codes of configs/flickr8k_dvae.py.
+"""Transformer from English and Chinese captions of photographs to the codes of flickr8k_dvae.
 
-Paper: 2102.12092, 2.2, at a small size. Hardware: two CPU cores. Time and score of a quarter of it: docs/data.md,
-"Trained on real pictures".
+Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.2, at a small size.
+Hardware: two CPU cores. Time: 10 minutes for 600 of 2,500 steps, cores shared. Score: 4.46 nats per code after them
+(docs/data.md).
 
     dalle-jax encode runs/flickr8k_dvae --data flickr8k.tar --out flickr8k_codes
-    python train.py configs/flickr8k_dalle.py --data.source.path flickr8k.tar --data.codes flickr8k_codes
+    dalle-jax train flickr8k_dalle --data.path flickr8k.tar --data.codes flickr8k_codes
 """
 
 import dataclasses

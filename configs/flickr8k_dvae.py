@@ -1,9 +1,10 @@
-"""Photographs: Flickr8k as tar files at 32 x 32 pixels to 8 x 8 codes of 512: the tokenizer.
+"""Discrete VAE on the photographs of Flickr8k, 32 x 32 pixels to 8 x 8 codes of 512.
 
-Paper: 2102.12092, 2.1, at a small size; data: Hodosh et al. 2013, "Framing image description as a ranking task".
-Hardware: two CPU cores. Time and score: docs/data.md, "Trained on real pictures".
+Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.1, at a small size. Data: Hodosh et al. 2013, "Framing image
+description as a ranking task".
+Hardware: two CPU cores. Time: not recorded. Score: PSNR 21.4 dB, 98.5% of the codes in use (docs/data.md).
 
-    python train.py configs/flickr8k_dvae.py --data.source.path flickr8k.tar
+    dalle-jax train flickr8k_dvae --data.path flickr8k.tar
 """
 
 import dataclasses

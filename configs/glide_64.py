@@ -1,10 +1,11 @@
-"""The base model of GLIDE at 64 x 64 pixels by size: 2.2 billion parameters of U-Net, 1.2 billion of text encoder.
+"""Base model of GLIDE at full size, 64 x 64 pixels: a U-Net of 2.2 and a text encoder of 1.2 billion parameters.
 
-Paper: Nichol et al. 2021, arXiv 2112.10741, 3: width 512, 24 text layers of width 2048, noise cosine. Keys and values
-of captions stand beside those of pictures; the mean of the caption's states is added to the time (the paper: that of
-its last token). Hardware: a pod; not trained here, shapes tested.
+Paper: Nichol et al. 2021, arXiv 2112.10741, 3: width 512, 24 text layers of width 2048, cosine schedule. Keys and
+values of captions are appended to those of images; the mean of the caption's states is added to the time embedding
+(in the paper that of its last token).
+Hardware: a TPU pod. Time: not trained. Score: shapes are tested.
 
-    python train.py configs/glide_64.py --data.path captioned --compile-only v5p:4x4x4
+    dalle-jax train glide_64 --data.path captioned --compile-only v5p:4x4x4
 """
 
 from dalle_jax.config import (

@@ -1,9 +1,9 @@
-"""CLIP on procedural scenes at 64 x 64 pixels, up to four objects: it ranks what configs/scenes_dalle.py draws.
+"""CLIP on scenes of up to four objects, 64 x 64 pixels, to re-rank the samples of scenes_dalle.
 
-Paper: Radford et al. 2021, arXiv 2103.00020, at 22 million parameters. Hardware: written for one GPU and about 15
-minutes; not yet run on one.
+Paper: Radford et al. 2021, arXiv 2103.00020, at 21 million parameters.
+Hardware: one GPU. Time: written for 15 minutes; not trained. Score: none.
 
-    python train.py configs/scenes_clip.py
+    dalle-jax train scenes_clip
     dalle-jax evaluate runs/scenes_dalle --clip runs/scenes_clip --candidates 64
 """
 

@@ -1,9 +1,10 @@
-"""Procedural scenes at 64 x 64 pixels to 16 x 16 codes: VQGAN, trained adversarially in its second half.
+"""VQGAN on scenes of up to four objects, 64 x 64 pixels to 16 x 16 codes of 2048; adversarial in its second half.
 
-Paper: Esser et al. 2020, arXiv 2012.09841, at a small size, codes compared on the unit sphere (Yu et al. 2021).
-Hardware: written for one GPU; not yet run on one. docs/tokenizers.md says what a small one reached on a CPU.
+Paper: Esser et al. 2020, arXiv 2012.09841, at a small size; codes are compared on the unit sphere (Yu et al. 2021,
+arXiv 2110.04627).
+Hardware: one GPU. Time: not trained. Score: none; a small one is in docs/tokenizers.md.
 
-    python train.py configs/scenes_vqgan.py --model.lpips lpips_vgg16.npz
+    dalle-jax train scenes_vqgan --model.lpips lpips_vgg16.npz
 """
 
 from dalle_jax.config import (

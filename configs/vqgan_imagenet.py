@@ -1,9 +1,9 @@
-"""The published VQGAN at full size: 256 x 256 pixels to 16 x 16 codes of 16,384.
+"""VQGAN of taming-transformers at full size: 256 x 256 pixels to 16 x 16 codes of 16,384.
 
-Paper: Esser et al. 2020, arXiv 2012.09841; sizes of taming-transformers' f16-16384 (76,073,859 parameters).
-Hardware: not trained here; shapes are tested.
+Paper: Esser et al. 2020, arXiv 2012.09841; sizes of the published f16-16384 (76,073,859 parameters).
+Hardware: a TPU slice or several GPUs. Time: not trained. Score: shapes are tested.
 
-    python train.py configs/vqgan_imagenet.py --data.source.path "shards/*.tar" --model.lpips lpips_vgg16.npz
+    dalle-jax train vqgan_imagenet --data.source.path "shards/*.tar" --model.lpips lpips_vgg16.npz
 """
 
 from dalle_jax.config import DataConfig, MeshConfig, OptimConfig, TarSource, TrainConfig, VQGANConfig

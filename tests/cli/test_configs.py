@@ -1,0 +1,91 @@
+"""Shipped configurations: their headers, `dalle-jax configs`, and files found by name or by path."""
+
+import ast
+import contextlib
+import io
+import json
+import re
+import shlex
+
+import pytest
+import tyro
+
+from dalle_jax.cli import flags_of, main, train
+from dalle_jax.config import TrainConfig, from_json
+from dalle_jax.config.files import config_dir, find_config, list_configs, load_config
+
+NAMES = list(list_configs())
+
+
+def header(name: str) -> str:
+    return ast.get_docstring(ast.parse((config_dir() / f"{name}.py").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_header_has_every_part(name):
+    """What, paper, hardware, time, score, and the commands, the first training under this name."""
+    summary, _, rest = header(name).partition("\n\n")
+    assert "\n" not in summary and summary.endswith(".")
+    for part in ("Paper:", "Hardware:", "Time:", "Score:"):
+        assert part in rest
+    commands = re.findall(r"^    (dalle-jax .*)", rest, re.MULTILINE)
+    assert any(shlex.split(command)[1:3] == ["train", name] for command in commands)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_of_a_header_have_valid_flags(name, capsys):
+    for line in re.findall(r"^    dalle-jax (.*)", header(name), re.MULTILINE):
+        command, *words = shlex.split(line)
+        if command == "train":
+            words = [word for i, word in enumerate(words) if "--init-from" not in (word, words[i - 1])]
+            words = [word for i, word in enumerate(words) if "--data.path" not in (word, words[i - 1])]
+            assert train.parse_args(words).config_file == name
+        else:
+            tyro.cli(flags_of(command), args=words, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def run(*argv: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(list(argv)) == 0
+    return out.getvalue()
+
+
+def test_the_command_lists_and_prints():
+    lines = run("configs").splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+    assert lines[NAMES.index("demo_dvae")].endswith(header("demo_dvae").partition("\n")[0])
+    text = (config_dir() / "demo_dvae.py").read_text(encoding="utf-8")
+    assert run("configs", "demo_dvae") == run("configs", "demo_dvae.py") == text
+    assert run("configs", "demo_dvae", "--path") == f"{config_dir() / 'demo_dvae.py'}\n"
+    found = json.loads(run("configs", "demo_dvae", "--json"))
+    assert from_json(TrainConfig, json.dumps(found["config"])) == load_config("demo_dvae")
+
+
+def test_a_name_a_file_name_and_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = config_dir() / "demo_dalle.py"
+    assert find_config("demo_dalle") == find_config("demo_dalle.py") == find_config(shipped) == shipped
+    (tmp_path / "demo_dalle").mkdir()  # a run of that name
+    assert find_config("demo_dalle") == shipped
+    (tmp_path / "demo_dalle.py").touch()
+    assert find_config("demo_dalle.py").resolve() == tmp_path / "demo_dalle.py"
+    assert find_config("demo_dalle") == shipped
+    with pytest.raises(FileNotFoundError, match=r"no configuration file x/demo_dalle\.py"):
+        find_config("x/demo_dalle.py")
+    with pytest.raises(FileNotFoundError, match="perhaps you meant demo_dalle"):
+        find_config("demo_dale")
+    with pytest.raises(FileNotFoundError, match="`dalle-jax configs` lists"):
+        find_config("nothing_like_it")
+
+
+def test_info_takes_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(run("info", "demo_dvae", "--json"))["stage"] == "dvae"
+
+
+def test_the_demo_configurations_fit_together():
+    tokenizer, transformer = load_config("demo_dvae"), load_config("demo_dalle")
+    assert transformer.image_tokenizer == tokenizer.run
+    assert transformer.model.grid == tokenizer.model.grid
+    assert transformer.model.image_vocab == tokenizer.model.vocab
