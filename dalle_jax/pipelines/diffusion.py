@@ -61,7 +61,7 @@ class DiffusionSamplingConfig:
         for holds, message in (
             (self.sampler in sampler.SAMPLERS,
              f"sampler is {self.sampler!r}; want one of {', '.join(sampler.SAMPLERS)}"),
-            (self.num_steps >= 1, f"steps is {self.num_steps}; want at least 1"),
+            (self.num_steps >= 1, f"num_steps is {self.num_steps}; want at least 1"),
             (0 <= self.eta <= 1, f"eta is {self.eta}; want a share in [0, 1]"),
             (self.eta == 0 or self.sampler == "ddim", f"eta is for ddim; {self.sampler} has none"),
             (0 <= self.guidance_scale < math.inf, f"guidance_scale is {self.guidance_scale}; want 0 or more, 1 is none"),

@@ -183,7 +183,7 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
     [
         (["x", "--sampler", "euler2"], 2, "euler2"),
         (["x", "--num-steps", "0"], 1, "num_steps is 0; want at least 1"),
-        (["x", "--num-steps", "41"], 1, "num_steps is 41; the schedule has 40 (noise.num_timesteps)"),
+        (["x", "--num-steps", "41"], 1, "num_steps in [1, 40] (noise.num_timesteps), got 41"),
         (["x", "--eta", "0.5"], 1, "eta is for ddim; dpm++2m has none"),
         (["x", "--guidance-scale", "-1"], 1, "guidance_scale is -1.0; want 0 or more"),
         (["x", "--guidance-interval", "0.9", "0.1"], 1, "guidance times 0.9 to 0.1"),
