@@ -1,6 +1,6 @@
-"""Our U-Net and samplers beside those of diffusers on the same random weights and the same noise; `-m parity`.
+"""Parity tests (`-m parity`) of U-Net and samplers with diffusers on the same random weights and noise.
 
-Needs torch and diffusers (0.42.1 is what it ran with); neither is a dependency of the library.
+They need torch and diffusers (last run with 0.42.1); neither is a dependency of the library.
 """
 
 import numpy as np
@@ -26,11 +26,11 @@ def dense(weight):
 
 
 def to_ours(state: dict, levels_: int, attention: list[bool], blocks: int, resample: str) -> dict:
-    """The parameters of a diffusers UNet2DModel under our names."""
-    left = {k: v.detach().numpy() for k, v in state.items()}
+    """Convert the parameters of a diffusers UNet2DModel."""
+    remaining = {k: v.detach().numpy() for k, v in state.items()}
 
     def take(name, conv=False):
-        weight, bias = left.pop(f"{name}.weight"), left.pop(f"{name}.bias")
+        weight, bias = remaining.pop(f"{name}.weight"), remaining.pop(f"{name}.bias")
         if weight.ndim == 1:
             return {"scale": weight, "bias": bias}
         return {"kernel": weight.transpose(2, 3, 1, 0) if conv else dense(weight), "bias": bias}
@@ -41,7 +41,7 @@ def to_ours(state: dict, levels_: int, attention: list[bool], blocks: int, resam
             "time": take(f"{name}.time_emb_proj"), "conv2": take(f"{name}.conv2", True),
         }  # fmt: skip
         return out | (
-            {"shortcut": take(f"{name}.conv_shortcut")} if f"{name}.conv_shortcut.weight" in left else {}
+            {"shortcut": take(f"{name}.conv_shortcut")} if f"{name}.conv_shortcut.weight" in remaining else {}
         )
 
     def attn(name):
@@ -66,12 +66,12 @@ def to_ours(state: dict, levels_: int, attention: list[bool], blocks: int, resam
             name = f"{theirs}.{way}samplers.0"
             made = res(name) if resample == "block" else take(f"{name}.conv", True)
             out[f"{way}_{level}_{way}sample"] = made
-    assert not left, f"not taken over: {sorted(left)}"
+    assert not remaining, f"not converted: {sorted(remaining)}"
     return {"unet": jax.tree.map(jnp.asarray, out)}
 
 
 def theirs(cfg: DiffusionConfig):
-    """A UNet2DModel of the same architecture with every parameter random."""
+    """Make a UNet2DModel of the same architecture with random parameters."""
     torch.manual_seed(0)
     last = len(cfg.channel_multipliers) - 1
     attention = [side in cfg.attention_sizes for side in cfg.sizes]
@@ -91,7 +91,7 @@ def theirs(cfg: DiffusionConfig):
         upsample_type="resnet" if block else "conv",
         resnet_time_scale_shift="scale_shift_norm" if cfg.scale_shift_norm else "default",
         norm_eps=1e-6,
-        attn_norm_num_groups=32,  # else the middle's attention has no norm when the time scales and shifts
+        attn_norm_num_groups=32,  # otherwise the middle attention has no norm with scale_shift_norm
     ).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -115,25 +115,25 @@ def theirs(cfg: DiffusionConfig):
     ids=["ddpm", "adm"],
 )  # fmt: skip
 def test_unet(cfg):
-    """Of 2006.11239 and of 2105.05233, attention at one level and at both: answers agree within 1e-5."""
+    """The networks of 2006.11239 and 2105.05233, attention at one level and at both, agree within 1e-5."""
     model, params = theirs(cfg)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 16, 16, 3)).astype(np.float32)
-    steps = np.array([0, 417, 999])  # counted from 0, as the published network does
+    steps = np.array([0, 417, 999])  # counted from 0, as in the published network
     with torch.no_grad():
         want = model(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(steps)).sample.numpy()
     t = jnp.asarray((steps + 1) / 1000, jnp.float32)
     at = alpha_sigma(DDPM, t)
-    read = unet.encode_conditions(cfg, params, unet.Conditions())
+    encoded = unet.encode_conditions(cfg, params, unet.Conditions())
     with jax.default_matmul_precision("float32"):
-        got = np.asarray(unet.predict(cfg, params, jnp.asarray(x), t, at.alpha, at.sigma, read))
+        got = np.asarray(unet.predict(cfg, params, jnp.asarray(x), t, at.alpha, at.sigma, encoded))
     want = want.transpose(0, 2, 3, 1)
     assert np.abs(want).max() > 0.2
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_attention_with_captions():
-    """Keys and values of the caption beside those of the picture, as diffusers has it for GLIDE-like networks."""
+    """Attention over image and caption together, as in diffusers for GLIDE-like networks."""
     from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 
     torch.manual_seed(1)
@@ -166,11 +166,11 @@ def test_attention_with_captions():
     np.testing.assert_allclose(got, want.transpose(0, 2, 3, 1), atol=1e-5 * np.abs(want).max())
 
 
-# --- samplers: one network, answers of the noise, the same steps --------------------------------------------
+# --- samplers with one network and the same steps -----------------------------------------------------------
 
 
 def network(x, step):
-    """Stands for a trained network: some smooth answer for the noise, at a step counted from 0."""
+    """Predict noise by a smooth function instead of a trained network, at a step counted from 0."""
     xp = torch if isinstance(x, torch.Tensor) else jnp
     return 0.8 * x * (0.2 + step / 1500) + 0.3 * xp.sin(3 * x + step / 300)
 
@@ -180,27 +180,27 @@ def denoise(context, x, t, alpha, sigma):
 
 
 def ours(name, grid, monkeypatch, x1, cfg=DDPM, denoise=denoise, noise=None, **options):
-    """Our sampler from x1 at the times `grid`; noise: (keys, number, x) -> what is drawn, nothing by default."""
-    zero = lambda keys, number, x: jnp.zeros_like(x)  # noqa: E731
+    """Run our sampler from x1 at the times `grid`; noise: (keys, index, x) -> noise, zeros by default."""
+    zero = lambda keys, index, x: jnp.zeros_like(x)  # noqa: E731
     monkeypatch.setattr(sampler, "time_grid", lambda *_: np.asarray(grid, np.float64))
     monkeypatch.setattr(sampler, "_noise", noise or zero)
-    begin = jnp.asarray(x1 / float(alpha_sigma(cfg, grid[0]).alpha))  # as a picture that no noise is put on
+    image = jnp.asarray(x1 / float(alpha_sigma(cfg, grid[0]).alpha))  # an image to which no noise is added
     keys = jax.random.split(jax.random.key(0), len(x1))
     run = sampler.sample.__wrapped__
-    how = {
+    options |= {
         "sampler": name,
         "num_steps": len(grid),
-        "image": begin,
+        "image": image,
         "start_time": min(float(grid[0]), 1 - 1e-12),
     }
-    return np.asarray(run(cfg, denoise, None, keys, x1.shape[1:], **how, **options).x)
+    return np.asarray(run(cfg, denoise, None, keys, x1.shape[1:], **options).x)
 
 
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 X1 = np.random.default_rng(5).normal(size=(2, 3, 3, 1)).astype(np.float32)
 
 
-def walked(scheduler, steps, x1, **options):
+def run_scheduler(scheduler, steps, x1, **options):
     scheduler.set_timesteps(steps)
     x = torch.tensor(x1, dtype=torch.float64)
     for step in scheduler.timesteps:
@@ -222,36 +222,36 @@ def test_ddim(eta, monkeypatch):
     scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=True)
     z = torch.full((2, 3, 3, 1), 0.5, dtype=torch.float64)
     noise = {"variance_noise": z} if eta else {}
-    want, grid = walked(scheduler, 20, X1, eta=eta, **noise)
+    want, grid = run_scheduler(scheduler, 20, X1, eta=eta, **noise)
     got = ours(
         "ddim", grid, monkeypatch, X1, eta=eta,
-        noise=lambda keys, number, x: jnp.where(number == 0, 0.0, 0.5) * jnp.ones_like(x),
+        noise=lambda keys, index, x: jnp.where(index == 0, 0.0, 0.5) * jnp.ones_like(x),
     )  # fmt: skip
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_ancestral(monkeypatch):
-    """50 of the 1000 steps, the posterior's variance; the noise of diffusers' own generator is given to ours."""
+    """50 of the 1000 steps, the variance of the posterior; both use the same noise."""
     scheduler = diffusers.DDPMScheduler(**BETAS, clip_sample=False, variance_type="fixed_small")
-    drawn = []
+    noises = []
 
     def recorded(shape, **_):
-        drawn.append(np.random.default_rng(len(drawn)).normal(size=shape))
-        return torch.tensor(drawn[-1])
+        noises.append(np.random.default_rng(len(noises)).normal(size=shape))
+        return torch.tensor(noises[-1])
 
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", recorded)
-    want, grid = walked(scheduler, 50, X1)
-    table = jnp.asarray(np.stack([*drawn, np.zeros(X1.shape)]), jnp.float32)  # the last step draws nothing
+    want, grid = run_scheduler(scheduler, 50, X1)
+    table = jnp.asarray(np.stack([*noises, np.zeros(X1.shape)]), jnp.float32)  # the last step has no noise
 
-    def noise(keys, number, x):
-        return jnp.where(number == 0, jnp.zeros_like(x), table[(number - 1) // 2])
+    def noise(keys, index, x):
+        return jnp.where(index == 0, jnp.zeros_like(x), table[(index - 1) // 2])
 
     got = ours("ancestral", grid, monkeypatch, X1, noise=noise)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_dpm_solver(monkeypatch):
-    """The second order multistep form; the last step is of first order in both."""
+    """The second-order multistep form; the last step is of first order in both."""
     scheduler = diffusers.DPMSolverMultistepScheduler(
         **BETAS,
         algorithm_type="dpmsolver++",
@@ -259,16 +259,16 @@ def test_dpm_solver(monkeypatch):
         solver_type="midpoint",
         final_sigmas_type="zero",
     )
-    want, grid = walked(scheduler, 20, X1)
+    want, grid = run_scheduler(scheduler, 20, X1)
     got = ours("dpm++2m", grid, monkeypatch, X1)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_euler(monkeypatch):
-    """Theirs steps in sigma of x / alpha: our Euler on noise that explodes evenly in t, at the same levels."""
+    """Diffusers steps in sigma of x / alpha, like our Euler with sigma linear in t, at the same levels."""
     scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
     x1 = X1 * 30
-    want, grid = walked(scheduler, 20, x1)
+    want, grid = run_scheduler(scheduler, 20, x1)
     sigmas, steps = scheduler.sigmas.numpy()[:-1].astype(np.float64), grid * 1000 - 1
     cfg = NoiseConfig(kind="edm", rho=1.0, sigma_min=float(sigmas[-1]), sigma_max=float(sigmas[0]))
 

@@ -1,4 +1,4 @@
-"""Laws of the diffusion schedules and samplers, on Gaussian data whose score and likelihood are known."""
+"""Tests of the diffusion schedules, samplers and likelihood on Gaussian data, where score and likelihood are known."""
 
 import math
 
@@ -46,7 +46,7 @@ GAUSS = (jnp.asarray(MEAN, jnp.float32), jnp.asarray(COV, jnp.float32))
 
 
 def gaussian_denoiser(context, x, t, alpha, sigma):
-    """E[x_0 | x_t] for normal data, in closed form."""
+    """Compute E[x_0 | x_t] for normal data in closed form."""
     mean, cov = context
     gain = alpha * cov @ jnp.linalg.inv(alpha**2 * cov + sigma**2 * jnp.eye(2))
     return mean[None] + (x - alpha * mean[None]) @ gain.T
@@ -56,7 +56,7 @@ def keys(n, seed=0):
     return jax.random.split(jax.random.key(seed), n)
 
 
-def draw(noise=LINEAR, n=4, context=GAUSS, seed=0, **options):
+def run_sampler(noise=LINEAR, n=4, context=GAUSS, seed=0, **options):
     return sample(noise, gaussian_denoiser, context, keys(n, seed), (2,), **options)
 
 
@@ -64,7 +64,7 @@ def draw(noise=LINEAR, n=4, context=GAUSS, seed=0, **options):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_derivatives_are_the_slopes(name):
+def test_derivatives_equal_finite_differences(name):
     cfg, h = KINDS[name], 1e-6
     t = np.array([0.05003, 0.31007, 0.77003, 0.98007])
     at, up, down = alpha_sigma(cfg, t), alpha_sigma(cfg, t + h), alpha_sigma(cfg, t - h)
@@ -76,7 +76,7 @@ def test_derivatives_are_the_slopes(name):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "ddpm", "zero", "shifted", "shifted ddpm"])
-def test_variance_is_preserved_and_falls_from_signal_to_noise(name):
+def test_variance_is_preserved_and_alpha_decreases(name):
     at = alpha_sigma(KINDS[name], np.linspace(0, 1, 101))
     np.testing.assert_allclose(at.alpha**2 + at.sigma**2, 1.0, rtol=1e-12)
     assert at.alpha[0] == 1 and (np.diff(at.alpha) < 0).all()
@@ -84,11 +84,11 @@ def test_variance_is_preserved_and_falls_from_signal_to_noise(name):
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "ddpm"])
-def test_a_shift_multiplies_noise_over_signal(kind):
-    """2301.11093, eq. 6: the log SNR moves by -2 log(shift) at every time."""
+def test_shift_multiplies_noise_over_signal(kind):
+    """2301.11093, eq. 6: the log SNR changes by -2 log(shift) at every time."""
     t = np.linspace(0.01, 0.99, 7)
-    plain, moved = (alpha_sigma(NoiseConfig(kind=kind, shift=shift), t) for shift in (1.0, 4.0))
-    np.testing.assert_allclose(np.log(moved.snr), np.log(plain.snr) - 2 * math.log(4.0), rtol=1e-9)
+    plain, shifted = (alpha_sigma(NoiseConfig(kind=kind, shift=shift), t) for shift in (1.0, 4.0))
+    np.testing.assert_allclose(np.log(shifted.snr), np.log(plain.snr) - 2 * math.log(4.0), rtol=1e-9)
 
 
 def test_ddpm_is_the_published_product():
@@ -104,7 +104,7 @@ def test_ddpm_is_the_published_product():
     np.testing.assert_allclose(np.sqrt(bar), near, atol=2e-3)
 
 
-def test_exploding_levels_by_hand():
+def test_sigmas_of_ve_and_edm_by_hand():
     at = alpha_sigma(KINDS["ve"], np.array([0.0, 0.5, 1.0]))
     np.testing.assert_allclose(at.sigma, [0.01, math.sqrt(0.01 * 50), 50.0])
     edm = alpha_sigma(KINDS["edm"], np.array([0.0, 0.5, 1.0])).sigma
@@ -119,14 +119,14 @@ def test_predictions_convert_both_ways(source, want, name):
     t = jnp.array([0.2, 0.5, 0.8])
     at = alpha_sigma(KINDS[name], t)
     x = add_noise(KINDS[name], x0, noise, t)
-    given, wanted = (prediction_target(p, x0, noise, at.alpha, at.sigma) for p in (source, want))
-    got = convert_prediction(source, want, given, x, at.alpha, at.sigma)
-    scale = float(jnp.abs(wanted).max()) * max(1.0, float(at.sigma.max() / at.alpha.min()))
-    np.testing.assert_allclose(got, wanted, atol=1e-5 * scale)
+    prediction, target = (prediction_target(p, x0, noise, at.alpha, at.sigma) for p in (source, want))
+    got = convert_prediction(source, want, prediction, x, at.alpha, at.sigma)
+    scale = float(jnp.abs(target).max()) * max(1.0, float(at.sigma.max() / at.alpha.min()))
+    np.testing.assert_allclose(got, target, atol=1e-5 * scale)
 
 
 def test_score_is_the_gradient_of_the_log_density():
-    """Of x_t given x_0: -(x - alpha x_0) / sigma^2."""
+    """For x_t given x_0 it is -(x - alpha x_0) / sigma^2."""
     at = alpha_sigma(LINEAR, np.asarray(0.4))
     x0, x = jnp.array([[0.3]]), jnp.array([[0.9]])
     log_density = lambda x: -0.5 * jnp.sum((x - at.alpha * x0) ** 2) / at.sigma**2  # noqa: E731
@@ -136,7 +136,7 @@ def test_score_is_the_gradient_of_the_log_density():
 
 @pytest.mark.parametrize("weighting", ["min_snr", "likelihood"])
 def test_weighted_loss_does_not_depend_on_the_prediction(weighting):
-    """The same wrong picture costs the same, however the network says it."""
+    """The same wrong x_0 has the same loss with every prediction type."""
     t = jnp.array([0.15, 0.5, 0.9])
     at = alpha_sigma(LINEAR, t)
     x0, wrong, noise = (jax.random.normal(k, (3, 4)) for k in keys(3))
@@ -158,12 +158,13 @@ def test_weighted_loss_does_not_depend_on_the_prediction(weighting):
     np.testing.assert_allclose(costs[0], want, rtol=1e-3)
 
 
-def test_times_have_one_in_each_stretch():
+def test_low_discrepancy_times():
+    """One time lies in each interval, and each single time is uniform."""
     t = np.asarray(low_discrepancy_times(LINEAR, jax.random.key(3), 16))
-    share = (t - LINEAR.t_min) / (1 - LINEAR.t_min)
-    assert sorted(np.floor(share * 16 + 1e-4).astype(int) % 16) == list(range(16))
+    fraction = (t - LINEAR.t_min) / (1 - LINEAR.t_min)
+    assert sorted(np.floor(fraction * 16 + 1e-4).astype(int) % 16) == list(range(16))
     firsts = [float(low_discrepancy_times(LINEAR, k, 4)[0]) for k in keys(50)]
-    assert np.ptp(firsts) > 0.8  # each single one is uniform
+    assert np.ptp(firsts) > 0.8
 
 
 @pytest.mark.parametrize("spacing", ["uniform", "log_snr", "karras"])
@@ -186,23 +187,25 @@ def test_sampler_recovers_mean_and_covariance(name, kind):
     n, spacing = 8_000, "uniform" if name in ("ancestral", "pc") else "log_snr"
     options = {"corrector_snr": 0.05} if name == "pc" else {}
     x = np.asarray(
-        draw(KINDS[kind], n, sampler=name, num_steps=HARD[name], spacing=spacing, **options).x, np.float64
+        run_sampler(KINDS[kind], n, sampler=name, num_steps=HARD[name], spacing=spacing, **options).x,
+        np.float64,
     )
-    # six standard errors of the sample, and 2% of the covariance for the size of the steps
-    slack = 6 / math.sqrt(n)
+    # six standard errors of the sample, and 2% of the covariance for the discretization
+    tolerance = 6 / math.sqrt(n)
     prior = alpha_sigma(KINDS[kind], 1.0).alpha * np.abs(MEAN).max() / alpha_sigma(KINDS[kind], 1.0).sigma
-    np.testing.assert_allclose(x.mean(axis=0), MEAN, atol=slack * 0.71 + prior)
-    np.testing.assert_allclose(np.cov(x.T), COV, atol=slack * 0.71 + 0.02 * COV.max())
+    np.testing.assert_allclose(x.mean(axis=0), MEAN, atol=tolerance * 0.71 + prior)
+    np.testing.assert_allclose(np.cov(x.T), COV, atol=tolerance * 0.71 + 0.02 * COV.max())
 
 
-def final_map(noise, **options):
-    """Deterministic samplers are linear here: the error of mean and covariance without sampling noise.
+def covariance_error(noise, **options):
+    """Compute the error of the covariance of a deterministic sampler without sampling noise.
 
-    Rows start from the same keys in every call, so the map x = A z + b is read off from many z by least squares.
+    It is a linear map x = A z + b here, and rows start from the same keys in every call, so least squares over many z
+    give A.
     """
     z = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), (2,)))(keys(64))
     z = np.column_stack([np.asarray(z, np.float64), np.ones(64)])
-    x = np.asarray(draw(noise, 64, **options).x, np.float64)
+    x = np.asarray(run_sampler(noise, 64, **options).x, np.float64)
     solved, *_ = np.linalg.lstsq(z, x, rcond=None)
     return np.abs(solved[:2].T @ solved[:2] - COV).max()
 
@@ -218,16 +221,16 @@ def final_map(noise, **options):
     ],
 )
 def test_order_of_convergence(name, order, spacing):
-    """Twice the steps: half the error for first order, a quarter for second."""
+    """Twice the steps halve the error of first order and quarter that of second order."""
     options = {"sampler": name, "spacing": spacing}
-    coarse, fine = (final_map(NoiseConfig(t_min=1e-4), num_steps=s, **options) for s in (24, 48))
+    coarse, fine = (covariance_error(NoiseConfig(t_min=1e-4), num_steps=s, **options) for s in (24, 48))
     assert fine < coarse / (1.6 if order == 1 else 2.8), (coarse, fine)
     assert fine < (0.1 if order == 1 else 0.02)
 
 
 def test_dpm_solver_extrapolates_to_the_middle_of_the_step():
-    """2211.01095, algorithm 2: a denoised picture that is linear in the log SNR is taken at the middle of the step,
-    whatever the lengths of the steps."""
+    """2211.01095, algorithm 2: an x_0 that is linear in the log SNR is evaluated at the middle of the step, for steps of
+    any lengths."""
     grid = time_grid(LINEAR, 12, spacing="karras")
     lam = 0.5 * np.log(alpha_sigma(LINEAR, grid).snr)
     second = np.asarray(sampling._step_table(LINEAR, grid)["second_order"])[1:-1]
@@ -236,17 +239,17 @@ def test_dpm_solver_extrapolates_to_the_middle_of_the_step():
 
 
 def test_ddim_with_eta_one_is_ancestral():
-    """The same distribution at every step, and with the same noise the same picture."""
-    a = draw(sampler="ancestral", num_steps=20, n=8).x
-    b = draw(sampler="ddim", eta=1.0, num_steps=20, n=8).x
+    """With the same noise they give the same samples."""
+    a = run_sampler(sampler="ancestral", num_steps=20, n=8).x
+    b = run_sampler(sampler="ddim", eta=1.0, num_steps=20, n=8).x
     np.testing.assert_allclose(a, b, atol=1e-5)
-    assert float(jnp.abs(a - draw(sampler="ddim", num_steps=20, n=8).x).max()) > 0.1
+    assert float(jnp.abs(a - run_sampler(sampler="ddim", num_steps=20, n=8).x).max()) > 0.1
 
 
 def test_ancestral_step_is_the_ddpm_posterior():
-    """2006.11239, eq. 7 with the betas themselves, for one step in the middle."""
+    """2006.11239, eq. 7 in terms of the betas, for one step in the middle."""
     cfg = KINDS["ddpm"]
-    i = 500  # x_i -> x_{i-1}; beta[i - 1] is the step's
+    i = 500  # x_i -> x_{i-1} with beta[i - 1]
     beta, bar = betas(cfg), np.cumprod(1 - betas(cfg))
     b, bar_t, bar_s = beta[i - 1], bar[i - 1], bar[i - 2]
     steps = sampling._step_table(cfg, np.array([i / 1000, (i - 1) / 1000]))
@@ -260,14 +263,14 @@ def test_ancestral_step_is_the_ddpm_posterior():
 
 
 def test_zero_terminal_snr_samples():
-    x = np.asarray(draw(KINDS["zero"], 20_000, sampler="dpm++2m", num_steps=50, spacing="log_snr").x)
+    x = np.asarray(run_sampler(KINDS["zero"], 20_000, sampler="dpm++2m", num_steps=50, spacing="log_snr").x)
     np.testing.assert_allclose(x.mean(axis=0), MEAN, atol=0.04)
     np.testing.assert_allclose(np.cov(x.T), COV, atol=0.04)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_row_follows_from_its_own_key(name):
-    together = draw(n=4, sampler=name, num_steps=4).x
+def test_a_row_depends_on_its_own_key_alone(name):
+    together = run_sampler(n=4, sampler=name, num_steps=4).x
     alone = sample(LINEAR, gaussian_denoiser, GAUSS, keys(4)[2:3], (2,), sampler=name, num_steps=4).x
     np.testing.assert_allclose(together[2:3], alone, atol=1e-5)
 
@@ -287,49 +290,53 @@ def test_threshold_by_hand():
     np.testing.assert_allclose(dynamic_threshold(x, 0.0)[0], [0.5, -1, 1, 0])
 
 
-def test_inpainting_keeps_what_is_known_and_draws_the_rest_from_it():
-    """The known value stays to the bit; the mean of the other goes more than half of the way from its own to its
-    conditional mean. All of the way it doesn't: replacing is not an exact conditional sampler (2201.09865, 4.2)."""
+def test_inpainting():
+    """The kept value is exact; the mean of the other moves more than half of the way from its marginal to its conditional
+    mean, not all of it, as replacing pixels is not an exact conditional sampler (2201.09865, 4.2)."""
     n, value = 4000, 1.7
     image = jnp.broadcast_to(jnp.array([value, 0.0]), (n, 2))
     mask = jnp.broadcast_to(jnp.array([True, False]), (n, 2))
-    x = draw(n=n, sampler="ancestral", num_steps=100, inpaint_image=image, inpaint_mask=mask).x
+    x = run_sampler(n=n, sampler="ancestral", num_steps=100, inpaint_image=image, inpaint_mask=mask).x
     assert (x[:, 0] == jnp.float32(value)).all()
-    conditional = MEAN[1] + COV[1, 0] / COV[0, 0] * (value - MEAN[0])  # 0.2; without regard to it -0.4
+    conditional = MEAN[1] + COV[1, 0] / COV[0, 0] * (value - MEAN[0])  # 0.2; the marginal mean is -0.4
     assert 0.5 < (float(x[:, 1].mean()) - MEAN[1]) / (conditional - MEAN[1]) < 1.05
 
 
-def test_image_to_image_keeps_more_of_a_picture_the_later_it_starts():
+def test_image_to_image_is_nearer_for_earlier_start_times():
     image = jnp.broadcast_to(jnp.array([2.0, 1.5]), (500, 2))
     gaps = [
-        float(jnp.abs(draw(n=500, sampler="ddim", num_steps=20, image=image, start_time=s).x - image).mean())
+        float(
+            jnp.abs(
+                run_sampler(n=500, sampler="ddim", num_steps=20, image=image, start_time=s).x - image
+            ).mean()
+        )
         for s in (0.05, 0.3, 0.8)
     ]
     assert gaps[0] < 0.2 and gaps[0] < gaps[1] < gaps[2]
 
 
-def test_frames_end_with_the_picture():
-    drawn = draw(sampler="ddim", num_steps=10, num_frames=4)
-    assert drawn.frames.shape == (4, 4, 2)
-    np.testing.assert_array_equal(drawn.frames[-1], drawn.x)
-    assert float(jnp.abs(drawn.frames[0] - drawn.x).max()) > 1e-3
-    np.testing.assert_array_equal(drawn.x, draw(sampler="ddim", num_steps=10).x)
+def test_the_last_frame_is_the_sample():
+    output = run_sampler(sampler="ddim", num_steps=10, num_frames=4)
+    assert output.frames.shape == (4, 4, 2)
+    np.testing.assert_array_equal(output.frames[-1], output.x)
+    assert float(jnp.abs(output.frames[0] - output.x).max()) > 1e-3
+    np.testing.assert_array_equal(output.x, run_sampler(sampler="ddim", num_steps=10).x)
 
 
-def test_not_finite_names_the_step():
+def test_the_first_nonfinite_step_is_reported():
     def denoise(context, x, t, alpha, sigma):
         bad = (t < context) & (jnp.arange(len(x)) == 1)
         return jnp.where(bad[:, None], jnp.nan, 0.0 * x)
 
-    drawn = sample(LINEAR, denoise, 0.5, keys(3), (2,), sampler="ddim", num_steps=11)
-    assert list(drawn.first_nonfinite_step) == [
+    output = sample(LINEAR, denoise, 0.5, keys(3), (2,), sampler="ddim", num_steps=11)
+    assert list(output.first_nonfinite_step) == [
         -1,
         6,
         -1,
     ]  # times 1, 0.9, ..., of which the seventh is 0.4006
     with pytest.raises(NonFiniteSampleError, match=r"in sampling step 7 \(rows 1\)"):
-        check_finite(drawn)
-    check_finite(draw(num_steps=3))
+        check_finite(output)
+    check_finite(run_sampler(num_steps=3))
 
 
 @pytest.mark.parametrize(
@@ -356,9 +363,9 @@ def test_not_finite_names_the_step():
         ({"image": jnp.ones((4, 2)), "start_time": 1e-4}, r"start_time in \(.*, 1\], got 0\.0001"),
     ],
 )
-def test_sampling_refuses(options, match):
+def test_invalid_sampler_options_raise(options, match):
     with pytest.raises(ValueError, match=match):
-        draw(**options)
+        run_sampler(**options)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +381,7 @@ def test_sampling_refuses(options, match):
         ({"kind": "edm", "shift": 2.0}, "for edm set sigma_min and sigma_max"),
     ],
 )
-def test_noise_config_refuses(values, match):
+def test_invalid_noise_configurations_raise(values, match):
     with pytest.raises(ValueError, match=match):
         NoiseConfig(**values)
 
@@ -382,8 +389,8 @@ def test_noise_config_refuses(values, match):
 # --- likelihood -------------------------------------------------------------------------------------------
 
 
-def closed_form(centred, cov):
-    quadratic = np.einsum("bi,ij,bj->b", centred, np.linalg.inv(cov), centred)
+def closed_form(centered, cov):
+    quadratic = np.einsum("bi,ij,bj->b", centered, np.linalg.inv(cov), centered)
     return -0.5 * quadratic - 0.5 * np.log(np.linalg.det(2 * np.pi * cov))
 
 
@@ -392,8 +399,8 @@ def closed_form(centred, cov):
     [("linear", MEAN), ("linear", 0 * MEAN), ("cosine", 0 * MEAN), ("ddpm", 0 * MEAN), ("ve", MEAN)],
 )
 def test_likelihood_is_the_closed_form(kind, mean):
-    """Within 1e-3 bits per value, of the data themselves. A mean that is left in x_1 would shift the prior: it is
-    zero where the schedule leaves one."""
+    """Within 1e-3 bits per value. The mean is zero where the schedule keeps a part of it in x_1, which would shift the
+    prior."""
     cfg = NoiseConfig(kind=kind, t_min=1e-4, sigma_min=1e-3, sigma_max=2000.0, beta_max=40.0)
     x = np.random.default_rng(0).multivariate_normal(mean, COV, 16)
     context = (jnp.asarray(mean, jnp.float32), GAUSS[1])
@@ -421,7 +428,7 @@ def test_hutchinson_is_unbiased():
 
 
 def test_bits_per_dim_by_hand():
-    """Uniform over 256 grey levels is 8 bits: density 1/2 on [-1, 1]."""
+    """The uniform distribution over 256 gray levels, density 1/2 on [-1, 1], has 8 bits."""
     np.testing.assert_allclose(bits_per_dim(jnp.array([12 * math.log(0.5)]), 12, 127.5), 7.9943, atol=1e-4)
     np.testing.assert_allclose(bits_per_dim(jnp.array([12 * math.log(0.5)]), 12, 128.0), 8.0, atol=1e-6)
 
@@ -434,7 +441,7 @@ def test_bits_per_dim_by_hand():
         ({"cfg": KINDS["zero"]}, "zero terminal SNR"),
     ],
 )
-def test_likelihood_refuses(options, match):
+def test_invalid_likelihood_options_raise(options, match):
     cfg = options.pop("cfg", LINEAR)
     with pytest.raises(ValueError, match=match):
         log_likelihood(cfg, gaussian_denoiser, GAUSS, jnp.ones((1, 2)), jax.random.key(0), **options)

@@ -1,7 +1,7 @@
-"""Laws of the discrete VAE: the published architecture, its losses at hand-made points, and what learns.
+"""Tests of the discrete VAE: the published architecture, losses by hand, gradients and initialization.
 
-The reference below is NumPy in float64: a convolution is a sum of shifted products, max-pooling and
-upsampling are loops, and parameters go by their published names (openai/DALL-E, encoder.pkl and decoder.pkl).
+The reference below is NumPy in float64: a convolution is a sum of shifted products, max-pooling and upsampling are
+loops, and parameters have their published names (openai/DALL-E, encoder.pkl and decoder.pkl).
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from dalle_jax.models import dvae, tokenizer_losses
 from dalle_jax.models.tokenizer_losses import schedule_value
 from dalle_jax.parallel.sharding import path_name
 
-# Bottlenecks 4 and 8: at and above the width at which `Conv` gathers its inputs first.
+# Bottlenecks of 4 and 8 channels: `Conv` gathers inputs of up to 4 channels.
 TINY = DVAEConfig(image_size=6, groups=2, blocks=2, width=16, decoder_width=5, vocab=11)
 
 
 def published_names(cfg: DVAEConfig) -> dict[str, str]:
-    """Published name -> our path; `w` is [out, in, k, k], ours [k, k, in, out]."""
+    """Return published name -> parameter path; `w` is [out, in, k, k], our kernel [k, k, in, out]."""
     table = {}
     widths = {"encoder": [cfg.width * 2**g for g in range(cfg.groups)]}
     widths["decoder"] = widths["encoder"][::-1]
@@ -55,22 +55,22 @@ def shapes(cfg):
 
 @pytest.fixture(scope="module")
 def params():
-    """Of a size at which every layer matters, biases too, and the residual paths in spite of their gain."""
+    """Parameters large enough that every layer matters, biases and residual paths included."""
     rng = np.random.default_rng(0)
 
-    def one(path, leaf):
+    def random_leaf(path, leaf):
         fan_in = math.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 25
-        loud = 2.5 if "conv_" in path_name(path) else 1.5
-        if "decoder/output" in path_name(path):  # mu, and ln b nearer to 0
-            loud = np.array([4.0] * 3 + [0.2] * 3)
-        return jnp.asarray(loud * rng.normal(size=leaf.shape) / math.sqrt(fan_in), jnp.float32)
+        gain = 2.5 if "conv_" in path_name(path) else 1.5
+        if "decoder/output" in path_name(path):  # mu, and log b nearer to 0
+            gain = np.array([4.0] * 3 + [0.2] * 3)
+        return jnp.asarray(gain * rng.normal(size=leaf.shape) / math.sqrt(fan_in), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(one, shapes(TINY))
+    return jax.tree_util.tree_map_with_path(random_leaf, shapes(TINY))
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """Patches of strong colours, so that codes differ, with noise on them."""
+def images():
+    """Patches of saturated colors, so that codes differ, with noise."""
     rng = np.random.default_rng(1)
     patches = np.repeat(np.repeat(rng.integers(0, 2, (2, 3, 3, 3)), 2, axis=1), 2, axis=2)
     return (0.85 * patches + 0.15 * rng.random((2, 6, 6, 3))).astype(np.float32)
@@ -89,7 +89,7 @@ def decode_stats(cfg, params, z):
 
 
 def conv(x, w, b):
-    """Cross-correlation with zeros around, stride 1; w [k, k, in, out]."""
+    """Compute cross-correlation with zero padding and stride 1; w is [k, k, in, out]."""
     k = len(w)
     _, height, width, _ = x.shape
     x = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
@@ -105,7 +105,7 @@ def relu(x):
 
 
 class Reference:
-    """The published encoder and decoder, by the published names."""
+    """The published encoder and decoder with the published parameter names."""
 
     def __init__(self, cfg, params):
         ours = flat(params)
@@ -154,16 +154,16 @@ class Reference:
         return self.conv(relu(self.groups(x, "decoder", double)), "decoder.blocks.output.conv")
 
 
-def test_encoder_equals_the_reference(params, pictures):
-    want = Reference(TINY, params).encode(pictures)
-    got = encode_logits(TINY, params, pictures)
+def test_encoder_equals_the_reference(params, images):
+    want = Reference(TINY, params).encode(images)
+    got = encode_logits(TINY, params, images)
     assert got.shape == (2, 3, 3, 11) and got.dtype == jnp.float32 and want.std() > 0.3
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_encode_is_the_most_probable_code_in_raster_order(params, pictures):
-    codes = jax.jit(dvae.encode, static_argnums=0)(TINY, params, pictures)
-    want = Reference(TINY, params).encode(pictures).argmax(-1)
+def test_encode_is_the_most_probable_code_in_raster_order(params, images):
+    codes = jax.jit(dvae.encode, static_argnums=0)(TINY, params, images)
+    want = Reference(TINY, params).encode(images).argmax(-1)
     assert codes.shape == (2, 9) and codes.dtype == jnp.int32 and len(np.unique(want)) > 2
     for b in range(2):
         for i in range(9):
@@ -180,20 +180,20 @@ def test_decoder_equals_the_reference(params):
 
 
 def test_codes_are_one_hot_vectors(params):
-    """A table lookup is the 1x1 convolution of a one-hot vector; pixels are sigmoid(mu), unmapped."""
+    """A table lookup equals the 1x1 convolution of a one-hot vector; pixels are sigmoid(mu), unmapped."""
     codes = np.random.default_rng(3).integers(0, 11, (2, 9)).astype(np.int32)
     want = Reference(TINY, params).decode(np.eye(11)[codes.reshape(2, 3, 3)])
     want = np.clip((1 / (1 + np.exp(-want[..., :3])) - 0.1) / 0.8, 0, 1)
     got = np.asarray(decode(TINY, params, codes))
     assert got.shape == (2, 6, 6, 3) and got.dtype == np.float32
     assert got.min() >= 0 and got.max() <= 1 and got.std() > 0.1
-    assert (got == 0).any() or (got == 1).any()  # else the clip was not tried
+    assert (got == 0).any() or (got == 1).any()  # so that clipping is tested
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "channels"), [(7, 3), (3, 2), (3, 4), (3, 5), (1, 6)])
 def test_conv_equals_the_plain_one(size, channels):
-    """Whatever way it is written for speed."""
+    """In each of its faster forms."""
     rng = np.random.default_rng(4)
     x = rng.normal(size=(2, 5, 6, channels)).astype(np.float32)
     p = {"kernel": rng.normal(size=(size, size, channels, 3)), "bias": rng.normal(size=3)}
@@ -202,12 +202,12 @@ def test_conv_equals_the_plain_one(size, channels):
     names = ("NHWC", "HWIO", "NHWC")
     plain = jax.lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=names)
     np.testing.assert_allclose(got, plain + p["bias"][None, None, None], rtol=1e-4, atol=1e-4)
-    slow = conv(x.astype(np.float64), np.asarray(p["kernel"]), np.asarray(p["bias"]))
-    np.testing.assert_allclose(got, slow, rtol=1e-4, atol=1e-4)
+    by_loop = conv(x.astype(np.float64), np.asarray(p["kernel"]), np.asarray(p["bias"]))
+    np.testing.assert_allclose(got, by_loop, rtol=1e-4, atol=1e-4)
 
 
-def test_each_window_sends_its_gradient_to_one_place():
-    """To the largest; among equals to one of them, so that flat pictures train like others."""
+def test_max_pool_gradient_has_one_winner_per_window():
+    """It goes to the largest value, among equal values to one of them, so flat images train like others."""
     x = np.random.default_rng(5).normal(size=(1, 4, 4, 2)).astype(np.float32)
     x[0, :2, :2] = 0.5  # all equal
     weights = np.random.default_rng(6).normal(size=(1, 2, 2, 2)).astype(np.float32)
@@ -216,14 +216,14 @@ def test_each_window_sends_its_gradient_to_one_place():
         for j in range(2):
             for c in range(2):
                 window = np.s_[0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c]
-                (place,) = np.flatnonzero(got[window])
-                assert x[window].ravel()[place] == x[window].max()
-                assert got[window].ravel()[place] == weights[0, i, j, c]
+                (winner,) = np.flatnonzero(got[window])
+                assert x[window].ravel()[winner] == x[window].max()
+                assert got[window].ravel()[winner] == weights[0, i, j, c]
 
 
 @pytest.mark.parametrize("cfg", [TINY, DVAEConfig()], ids=["tiny", "published"])
 def test_parameters_are_the_published_ones(cfg):
-    """One to one; at full size with the shapes of encoder.pkl and decoder.pkl."""
+    """Each has one published name; at full size the shapes are those of encoder.pkl and decoder.pkl."""
     ours, table = flat(shapes(cfg)), published_names(cfg)
     assert sorted(table.values()) == sorted(ours)
     if cfg is TINY:
@@ -251,12 +251,12 @@ def test_parameters_are_the_published_ones(cfg):
     assert skips == [("d", str(g), "1") for g in (1, 2, 3, 4)] + [("e", str(g), "1") for g in (2, 3, 4)]
 
 
-# --- losses and measures ---------------------------------------------------------------------------------
+# --- losses and metrics ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mu", "b"), [(0.0, 1.0), (0.0, 0.3), (1.5, 0.5), (-2.0, 0.8), (0.7, 0.1)])
 def test_logit_laplace_is_a_density(mu, b):
-    """Integrates to 1 over (0, 1): a Riemann sum, in steps equal in the logit."""
+    """It integrates to 1 over (0, 1), by a sum with equal steps of the logit."""
     t = np.linspace(-14, 14, 40_001)
     x = 1 / (1 + np.exp(-t))
     nll = jax.jit(tokenizer_losses.logit_laplace_nll)(
@@ -278,7 +278,7 @@ def test_logit_laplace_by_hand():
 
 
 def test_pixel_map():
-    """phi(x) = 0.8 x + 0.1 for x in [0, 1], and back, clipped."""
+    """phi(x) = 0.8 x + 0.1 for x in [0, 1], and its inverse, clipped."""
     np.testing.assert_allclose(
         tokenizer_losses.map_pixels(jnp.array([0.0, 0.5, 1.0])), [0.1, 0.5, 0.9], rtol=1e-6
     )
@@ -301,7 +301,7 @@ def test_kl_to_uniform():
 
 
 def test_codebook_imbalance():
-    """Zero when the batch as a whole is even, though each place is certain; log V when all hold one code."""
+    """It is 0 for one-hot distributions that are balanced over the batch, and log V for one code."""
     assert abs(jax.jit(tokenizer_losses.codebook_imbalance)(100.0 * jnp.eye(6).reshape(2, 3, 6))) < 1e-5
     one = jnp.broadcast_to(100.0 * jnp.eye(6)[2], (4, 6))
     np.testing.assert_allclose(jax.jit(tokenizer_losses.codebook_imbalance)(one), math.log(6), rtol=1e-5)
@@ -310,7 +310,7 @@ def test_codebook_imbalance():
 
 
 def test_psnr():
-    """An error of 0.1 everywhere is 20 dB, of 0.01 is 40 dB; per picture; equal pictures stay finite."""
+    """An error of 0.1 everywhere is 20 dB, of 0.01 is 40 dB, per image; equal images have a finite value."""
     x = jnp.full((3, 2, 2, 3), 0.5)
     y = x.at[0].add(0.1).at[1].add(-0.01)
     np.testing.assert_allclose(jax.jit(tokenizer_losses.psnr)(x, y), [20.0, 40.0, 100.0], rtol=1e-3)
@@ -342,16 +342,16 @@ def loss_and_grad(cfg, params, images, key, tau, kl_weight, code_usage_weight):
     return jax.value_and_grad(value, has_aux=True)(params)
 
 
-def test_loss_by_hand(params, pictures):
-    """Gumbel noise and temperature before the softmax; both terms sums over a picture by its H W 3 values."""
+def test_loss_by_hand(params, images):
+    """Gumbel noise and temperature apply before the softmax; both terms are sums over an image divided by H W 3."""
     key, tau = jax.random.key(5), 0.7
     reference = Reference(TINY, params)
-    logits = reference.encode(pictures)
+    logits = reference.encode(images)
     noisy = (logits + np.asarray(jax.random.gumbel(key, logits.shape), np.float64)) / tau
     soft = np.exp(noisy - noisy.max(-1, keepdims=True))
     soft /= soft.sum(-1, keepdims=True)
     stats = reference.decode(soft)
-    x = 0.8 * pictures + 0.1
+    x = 0.8 * images + 0.1
     mu, b = stats[..., :3], np.exp(stats[..., 3:])
     density = np.exp(-np.abs(np.log(x / (1 - x)) - mu) / b) / (2 * b * x * (1 - x))
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -364,38 +364,38 @@ def test_loss_by_hand(params, pictures):
     }
     assert abs(want[2.5] - want[0.0]) > 0.01
     for beta, value in want.items():
-        (got, metrics), _ = loss_and_grad(TINY, params, pictures, key, tau, beta, 0.0)
+        (got, metrics), _ = loss_and_grad(TINY, params, images, key, tau, beta, 0.0)
         np.testing.assert_allclose(got, value, rtol=1e-4)
     np.testing.assert_allclose(metrics["reconstruction"], want[0.0], rtol=1e-4)
     np.testing.assert_allclose(metrics["kl"], kl.mean(), rtol=1e-4)
     decoded = np.clip((1 / (1 + np.exp(-mu)) - 0.1) / 0.8, 0, 1)
-    psnr = [-10 * math.log10(np.mean((decoded[i] - pictures[i]) ** 2)) for i in range(2)]
+    psnr = [-10 * math.log10(np.mean((decoded[i] - images[i]) ** 2)) for i in range(2)]
     np.testing.assert_allclose(metrics["psnr"], np.mean(psnr), rtol=1e-3)
     _, counts = np.unique(logits.argmax(-1), return_counts=True)
     np.testing.assert_allclose(metrics["codebook_use"], len(counts) / 11, rtol=1e-5)
-    share = counts / counts.sum()
-    np.testing.assert_allclose(metrics["perplexity"], np.exp(-(share * np.log(share)).sum()), rtol=1e-4)
-    floored = dataclasses.replace(TINY, min_scale=0.3)  # b + 0.3 instead of b
-    (got, _) = jax.jit(lambda p: dvae.loss(floored, p, pictures, key, tau=tau, kl_weight=0.0))(params)
+    fraction = counts / counts.sum()
+    np.testing.assert_allclose(metrics["perplexity"], np.exp(-(fraction * np.log(fraction)).sum()), rtol=1e-4)
+    bounded = dataclasses.replace(TINY, min_scale=0.3)  # b + 0.3 instead of b
+    (got, _) = jax.jit(lambda p: dvae.loss(bounded, p, images, key, tau=tau, kl_weight=0.0))(params)
     b += 0.3
     density = np.exp(-np.abs(np.log(x / (1 - x)) - mu) / b) / (2 * b * x * (1 - x))
     np.testing.assert_allclose(got, -np.log(density).mean(), rtol=1e-4)
-    (balanced, _), _ = loss_and_grad(TINY, params, pictures, key, tau, 0.0, 3.0)
+    (balanced, _), _ = loss_and_grad(TINY, params, images, key, tau, 0.0, 3.0)
     mean = p.mean((0, 1, 2))
     np.testing.assert_allclose(balanced - want[0.0], 3.0 * (mean * np.log(mean * 11)).sum(), rtol=1e-3)
 
 
 def test_kl_weight_of_the_paper():
-    """32 x 32 codes, 256 x 256 x 3 values: beta / 192."""
+    """With 32 x 32 codes and 256 x 256 x 3 values it is beta / 192."""
     cfg = DVAEConfig()
     assert (256 * 256 * 3) / cfg.num_codes == 192 == cfg.image_size**2 * 3 / cfg.num_codes
 
 
-def test_gradient_goes_through_the_relaxation(params, pictures):
-    """Encoder and decoder both learn, from the reconstruction alone; the encoder's gradient is that of the
-    relaxed loss itself, so along it the loss moves as the gradient says, straight-through would not."""
+def test_gradient_goes_through_the_relaxation(params, images):
+    """Encoder and decoder get gradients from the reconstruction alone. The encoder's is that of the relaxed loss itself,
+    so it equals the finite difference along it; a straight-through gradient would not."""
     key = jax.random.key(6)
-    (value, _), grads = loss_and_grad(TINY, params, pictures, key, 1.0, 0.0, 0.0)
+    (value, _), grads = loss_and_grad(TINY, params, images, key, 1.0, 0.0, 0.0)
     for name, grad in flat(grads).items():
         assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-8, name
     for part in ("encoder", "decoder"):
@@ -404,28 +404,28 @@ def test_gradient_goes_through_the_relaxation(params, pictures):
         ends = []
         for sign in (1, -1):
             moved = jax.tree.map(lambda p, g, s=sign * size: p + s * g, params[part], grads[part])
-            ends.append(loss_and_grad(TINY, {**params, part: moved}, pictures, key, 1.0, 0.0, 0.0)[0][0])
+            ends.append(loss_and_grad(TINY, {**params, part: moved}, images, key, 1.0, 0.0, 0.0)[0][0])
         slope = float(ends[0] - ends[1]) / (2 * size)
         np.testing.assert_allclose(slope, norm2, rtol=0.05)
     assert np.isfinite(value)
 
 
-def test_noise_and_temperature_matter(params, pictures):
+def test_noise_and_temperature_matter(params, images):
     def value(seed, tau):
-        return float(loss_and_grad(TINY, params, pictures, jax.random.key(seed), tau, 0.0, 0.0)[0][0])
+        return float(loss_and_grad(TINY, params, images, jax.random.key(seed), tau, 0.0, 0.0)[0][0])
 
     assert value(0, 1.0) == value(0, 1.0) != value(1, 1.0)
     assert value(0, 1.0) != value(0, 0.1)
 
 
-def test_bfloat16_convolutions(params, pictures):
-    """Compute in bfloat16, logits and loss in float32, near the float32 ones."""
+def test_bfloat16_convolutions(params, images):
+    """Convolutions are in bfloat16, logits and loss in float32 and near those of float32."""
     cfg = dataclasses.replace(TINY, dtype="bfloat16")
-    got, want = encode_logits(cfg, params, pictures), encode_logits(TINY, params, pictures)
+    got, want = encode_logits(cfg, params, images), encode_logits(TINY, params, images)
     assert got.dtype == jnp.float32
     assert 1e-4 < np.sqrt(np.mean((got - want) ** 2)) / np.std(want) < 0.05
-    picture = jax.eval_shape(lambda: dvae.decode(cfg, params, np.zeros((1, 9), np.int32)))
-    assert picture.dtype == jnp.float32
+    image = jax.eval_shape(lambda: dvae.decode(cfg, params, np.zeros((1, 9), np.int32)))
+    assert image.dtype == jnp.float32
 
 
 SMALLER = DVAEConfig(image_size=6, groups=2, blocks=1, width=8, decoder_width=5, vocab=11)
@@ -437,7 +437,7 @@ def fresh():
 
 
 def test_init(fresh):
-    """Float32; biases zero, kernels not; no two kernels from one key."""
+    """Parameters are float32, biases zero, kernels not, and no two kernels share a random key."""
     kernels = []
     for name, leaf in flat(fresh).items():
         assert leaf.dtype == jnp.float32
@@ -451,16 +451,15 @@ def test_init(fresh):
     assert len(np.unique(units)) > 0.99 * len(units)
 
 
-def test_fresh_pictures_keep_their_scale(fresh, pictures):
-    """Neither dead nor exploding at the start, from pixels to code scores."""
-    assert 0.03 < encode_logits(SMALLER, fresh, pictures).std() < 10
+def test_initial_logits_have_a_moderate_scale(fresh, images):
+    assert 0.03 < encode_logits(SMALLER, fresh, images).std() < 10
 
 
 # --- schedules -------------------------------------------------------------------------------------------
 
 
 def test_schedule_by_hand():
-    """Half a cosine: start, half way, a quarter (1 + cos 45 degrees) / 2, end, and the end ever after."""
+    """A half-cosine: start, middle, a quarter at (1 + cos 45 degrees) / 2, end, and constant afterwards."""
     down = Schedule(start=1.0, end=0.2, steps=100)
     at = {0: 1.0, 25: 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2, 50: 0.6, 100: 0.2, 10_000: 0.2}
     for step, want in at.items():
@@ -473,14 +472,14 @@ def test_schedule_by_hand():
 
 
 def test_schedules_of_the_paper():
-    """A.2: tau 1 to 1/16 over 150,000 updates, beta 0 to 6.6 over 5,000; nothing beside the bound."""
+    """A.2: tau 1 to 1/16 over 150,000 steps, beta from 0 to 6.6 over 5,000; no term but the bound."""
     cfg = DVAEConfig()
     assert cfg.tau == Schedule(start=1.0, end=0.0625, steps=150_000)
     assert cfg.kl_weight == Schedule(start=0.0, end=6.6, steps=5_000)
     assert cfg.code_usage_weight.start == cfg.code_usage_weight.end == cfg.min_scale == 0.0
 
 
-# --- refusals --------------------------------------------------------------------------------------------
+# --- invalid input ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -492,7 +491,7 @@ def test_schedules_of_the_paper():
         (np.zeros((2, 6, 6, 3), np.uint8), r"float images in \[0, 1\], got uint8\. Divide"),
     ],
 )
-def test_encode_refuses(params, images, match):
+def test_invalid_images_raise(params, images, match):
     with pytest.raises(ValueError, match=match):
         dvae.encode(TINY, params, images)
     with pytest.raises(ValueError, match=match):
@@ -507,6 +506,6 @@ def test_encode_refuses(params, images, match):
         (np.zeros((2, 9), np.float32), r"int32 codes in \[0, 11\), got float32"),
     ],
 )
-def test_decode_refuses(params, codes, match):
+def test_invalid_codes_raise(params, codes, match):
     with pytest.raises(ValueError, match=match):
         dvae.decode(TINY, params, codes)

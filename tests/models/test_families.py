@@ -1,6 +1,7 @@
-"""Laws of the Transformer's choices, in the combinations that public families are made of: what is cached scores as
-what is not, nothing sees the future, every parameter has one place on the mesh and a part in the loss.
-That the choices compute what the families' own programs do is the matter of the parity tests.
+"""Tests of the Transformer options in the combinations of public model families.
+
+Cached logits equal uncached ones, no position depends on the future, every parameter has one sharding rule and a
+gradient. The parity tests compare the families with their reference implementations.
 """
 
 import dataclasses
@@ -21,63 +22,63 @@ family = pytest.mark.parametrize("cfg", FAMILIES.values(), ids=FAMILIES)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def scores(cfg, params, text_BT, codes_BN):
+def logits(cfg, params, text_BT, codes_BN):
     return autoregressive.logits(cfg, params, text_BT, codes_BN)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def cached(cfg, params, text_CT, codes_BN, given):
-    """Image logits of the places from `given` on, over the caches; two candidates a caption, guided."""
+def cached_logits(cfg, params, text_CT, codes_BN, prefix_len):
+    """Compute image logits from position `prefix_len` on over the caches; two samples per caption, with guidance."""
     params = autoregressive.prepare_for_decode(cfg, params)
     first, cache = autoregressive.prefill(
-        cfg, params, text_CT, codes_BN[:, :given], samples_per_caption=2, use_cfg=True
+        cfg, params, text_CT, codes_BN[:, :prefix_len], samples_per_caption=2, use_cfg=True
     )
 
-    def step(cache, place):
-        code_B = codes_BN[:, place]
-        logits, cache = autoregressive.decode_step(
-            cfg, params, cache, jnp.concatenate([code_B, code_B]), place
+    def step(cache, position):
+        code_B = codes_BN[:, position]
+        logits_BV, cache = autoregressive.decode_step(
+            cfg, params, cache, jnp.concatenate([code_B, code_B]), position
         )
-        return cache, logits
+        return cache, logits_BV
 
-    _, rest = jax.lax.scan(step, cache, given + jnp.arange(cfg.num_codes - 1 - given))
+    _, rest = jax.lax.scan(step, cache, prefix_len + jnp.arange(cfg.num_codes - 1 - prefix_len))
     return jnp.concatenate([first[None], rest]).swapaxes(0, 1)
 
 
 @family
-def test_the_cache_changes_no_score(cfg):
+def test_cached_equals_uncached(cfg):
     params = family_params(cfg)
     text, codes = family_batch(cfg, 4)
     captions = text[:2]
-    own = scores(cfg, params, jnp.repeat(captions, 2, axis=0), codes)[1]
+    own = logits(cfg, params, jnp.repeat(captions, 2, axis=0), codes)[1]
     nulls = jnp.broadcast_to(autoregressive.null_text(cfg), text.shape)
     if isinstance(cfg, DalleConfig):
         nulls = dalle.null_texts(cfg, jnp.repeat(captions, 2, axis=0))
-    null = scores(cfg, params, nulls, codes)[1]
+    null = logits(cfg, params, nulls, codes)[1]
     want = np.concatenate([own, null])
     assert want.std() > 0.2 and np.abs(own - null).max() > 0.1
-    for given in (0, 6):
-        got = cached(cfg, params, captions, codes, given)
-        np.testing.assert_allclose(got, want[:, given:], rtol=2e-4, atol=2e-4)
+    for prefix_len in (0, 6):
+        got = cached_logits(cfg, params, captions, codes, prefix_len)
+        np.testing.assert_allclose(got, want[:, prefix_len:], rtol=2e-4, atol=2e-4)
 
 
 @family
-def test_nothing_sees_the_future(cfg):
+def test_no_future_leak(cfg):
     params = family_params(cfg)
     text, codes = family_batch(cfg, 1)
     changed = (codes + 1) % cfg.image_vocab
     many = jnp.stack(
         [jnp.where(jnp.arange(cfg.num_codes) >= t, changed[0], codes[0]) for t in range(cfg.num_codes)]
     )
-    got = scores(cfg, params, jnp.repeat(text, len(many), axis=0), many)[1]
-    want = scores(cfg, params, jnp.repeat(text, len(many), axis=0), jnp.repeat(codes, len(many), axis=0))[1]
+    got = logits(cfg, params, jnp.repeat(text, len(many), axis=0), many)[1]
+    want = logits(cfg, params, jnp.repeat(text, len(many), axis=0), jnp.repeat(codes, len(many), axis=0))[1]
     for t in range(cfg.num_codes - 1):
         np.testing.assert_allclose(got[t, : t + 1], want[t, : t + 1], rtol=1e-5, atol=1e-5)
         assert np.abs(got[t, t + 1] - want[t, t + 1]).max() > 1e-3
 
 
 @family
-def test_every_parameter_has_a_place_and_learns(cfg):
+def test_every_parameter_has_a_rule_and_a_gradient(cfg):
     params = family_params(cfg)
     text, codes = family_batch(cfg, 3)
     cfg = dataclasses.replace(cfg, cond_drop_prob=0.3)
@@ -88,17 +89,17 @@ def test_every_parameter_has_a_place_and_learns(cfg):
         param_axes(name, grad.shape)
         if name.startswith("t5/"):  # frozen
             assert not grad.any()
-        elif name != "blocks/attn/k/bias":  # adds the same to all scores of a query
+        elif name != "blocks/attn/k/bias":  # softmax cancels it
             assert np.abs(grad).max() > 1e-6, name
 
 
 def test_padding_is_the_pad_piece():
-    """Padding ids mean the piece; the loss wants it of the text head too."""
+    """Pad tokens are mapped to `pad_id`, as inputs and as targets of the text head."""
     cfg = FAMILIES["mindalle"]
     params = family_params(cfg)
     text, codes = family_batch(cfg)
     spelled = jnp.where(text < cfg.text_vocab, text, cfg.pad_id)
-    for one, other in zip(scores(cfg, params, text, codes), scores(cfg, params, spelled, codes), strict=True):
+    for one, other in zip(logits(cfg, params, text, codes), logits(cfg, params, spelled, codes), strict=True):
         np.testing.assert_array_equal(one, other)
     key = jax.random.key(0)
     assert (
@@ -108,24 +109,24 @@ def test_padding_is_the_pad_piece():
     assert params["text_embed"].shape[0] == cfg.text_vocab
 
 
-def test_an_encoder_does_not_see_padding():
-    """Piece 1 and padding ids are one; what stands there counts for nothing; a caption that is cut keeps its end."""
+def test_the_encoder_masks_padding():
+    """Piece 1 and pad tokens are equal, their positions have no effect, and a truncated caption keeps its end token."""
     cfg = FAMILIES["dalle_mini"]
     params = family_params(cfg)
     codes = family_batch(cfg, 4)[1][:1].repeat(4, axis=0)
     text = np.array([[0, 5, 2, 11, 12], [0, 5, 2, 1, 1], [0, 5, 6, 7, 8], [0, 5, 6, 7, 2]])
-    got = scores(cfg, params, jnp.asarray(text), codes)[1]
+    got = logits(cfg, params, jnp.asarray(text), codes)[1]
     np.testing.assert_array_equal(got[0], got[1])
     np.testing.assert_array_equal(got[2], got[3])
     moved = dict(params, text_pos=params["text_pos"].at[3:].multiply(-3.0))
-    other = scores(cfg, moved, jnp.asarray(text), codes)[1]
+    other = logits(cfg, moved, jnp.asarray(text), codes)[1]
     np.testing.assert_array_equal(other[:2], got[:2])
     assert np.abs(other[2:] - got[2:]).max() > 1e-2
 
 
-def test_an_encoded_caption_is_the_same_whatever_room_it_has():
-    """Its pieces, alone, decide what it does: scores with room for 3 pieces are those with room for 6, of a null
-    caption too, whose vectors are the last ones. What fills all of the room was cut, and still has its end."""
+def test_an_encoded_caption_does_not_depend_on_text_len():
+    """Logits with text_len 3 equal those with text_len 6, also of a null caption, which uses the last vectors. A caption
+    of text_len pieces was truncated, and keeps its end token."""
     small = FAMILIES["llamagen_t2i"]
     large = dataclasses.replace(small, text_len=6)
     params = family_params(large)
@@ -133,25 +134,25 @@ def test_an_encoded_caption_is_the_same_whatever_room_it_has():
     codes = family_batch(small, 4)[1]
     text = np.array([[4, 1, 8, 0, 0, 0], [1, 7, 8, 0, 0, 0], [2, 5, 1, 0, 0, 0], [6, 7, 7, 0, 0, 0]])
     wide = np.where(text > 0, text, np.array([[9, 9, 9, 9, 9, 9]] * 3 + [[7] * 6]))
-    want = scores(small, cut, jnp.asarray(text[:, :3], jnp.int32), codes)[1]
-    got = scores(large, params, jnp.asarray(wide, jnp.int32), codes)[1]
+    want = logits(small, cut, jnp.asarray(text[:, :3], jnp.int32), codes)[1]
+    got = logits(large, params, jnp.asarray(wide, jnp.int32), codes)[1]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert (
-        np.abs(want[:-1] - scores(small, cut, jnp.asarray(text[1:, :3], jnp.int32), codes[:-1])[1]).max()
+        np.abs(want[:-1] - logits(small, cut, jnp.asarray(text[1:, :3], jnp.int32), codes[:-1])[1]).max()
         > 0.1
     )
     ended, unended = jnp.asarray([[2, 5, 1]], jnp.int32), jnp.asarray([[2, 5, 3]], jnp.int32)
     np.testing.assert_array_equal(
-        scores(small, cut, ended, codes[:1])[1], scores(small, cut, unended, codes[:1])[1]
+        logits(small, cut, ended, codes[:1])[1], logits(small, cut, unended, codes[:1])[1]
     )
     np.testing.assert_array_equal(
         dalle.null_texts(large, wide), np.minimum(np.arange(6) + 6, [[7], [6], [8], [7]])
     )
 
 
-def test_a_decoder_reads_no_further_than_it_has_room():
-    """With room for the start and 8 codes the scores are those with room for all; each row may stand at a place of
-    its own."""
+def test_a_resized_decoder_cache():
+    """Logits with room for the start token and 8 codes equal those with room for all; rows may be at different
+    positions."""
     cfg = FAMILIES["dalle_mini"]
     params = autoregressive.prepare_for_decode(cfg, family_params(cfg))
     text, codes = family_batch(cfg, 2)
@@ -164,35 +165,34 @@ def test_a_decoder_reads_no_further_than_it_has_room():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     large = autoregressive.resize_cache(cfg, small, cfg.num_codes)
     assert {x.shape[1] for x in jax.tree.leaves(large.self_kv)} == {cfg.num_codes}
-    for grown, kept in zip(jax.tree.leaves(large.self_kv), jax.tree.leaves(small.self_kv), strict=True):
-        np.testing.assert_array_equal(grown[:, :9], kept)
+    for grown, before in zip(jax.tree.leaves(large.self_kv), jax.tree.leaves(small.self_kv), strict=True):
+        np.testing.assert_array_equal(grown[:, :9], before)
     apart, _ = step(cfg, params, cache, codes[jnp.arange(2), jnp.array([6, 2])], jnp.array([6, 2]))
     np.testing.assert_allclose(apart[0], want[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
-        apart[1], scores(cfg, family_params(cfg), text, codes)[1][1, 3], rtol=1e-4, atol=1e-4
+        apart[1], logits(cfg, family_params(cfg), text, codes)[1][1, 3], rtol=1e-4, atol=1e-4
     )
 
 
-def test_turns_by_hand():
-    """Heads of 4: one pair by the row, one by the column, angle 1 per step; text is turned to nothing."""
+def test_rope_by_hand():
+    """With heads of 4 channels one pair is rotated by the row and one by the column, by 1 radian each; text is zero."""
     rope = axial_rope_table(2, 3, 4)
     x = np.random.default_rng(0).normal(size=(1, 11, 1, 4))
     got = apply_rope(jnp.asarray(x, jnp.float32), jnp.asarray(rope)[None])[0, :, 0]
     np.testing.assert_array_equal(got[:2], 0)
-    for place in range(9):
-        row, column = divmod(place, 3)
-        pairs = np.array([x[0, 2 + place, 0, :2] @ [1, 1j], x[0, 2 + place, 0, 2:] @ [1, 1j]])
+    for position in range(9):
+        row, column = divmod(position, 3)
+        pairs = np.array([x[0, 2 + position, 0, :2] @ [1, 1j], x[0, 2 + position, 0, 2:] @ [1, 1j]])
         want = pairs * np.exp([1j * row, 1j * column])
         np.testing.assert_allclose(
-            got[2 + place], [want[0].real, want[0].imag, want[1].real, want[1].imag], atol=1e-6
+            got[2 + position], [want[0].real, want[0].imag, want[1].real, want[1].imag], atol=1e-6
         )
-    second = axial_rope_table(0, 3, 8)[
-        4
-    ]  # place (1, 1); the second pair of each half turns a hundredth as far
+    # position (1, 1); the second pair of each half rotates a hundredth as far
+    second = axial_rope_table(0, 3, 8)[4]
     np.testing.assert_allclose(second[0], np.cos([1, 0.01, 1, 0.01]), atol=1e-6)
 
 
-def test_bad_choices_are_refused():
+def test_invalid_configurations_raise():
     with pytest.raises(ValueError, match=r"pad_id is 6; want a piece in \[0, 6\), or None"):
         dataclasses.replace(TINY_FAMILY, pad_id=6)
     with pytest.raises(
@@ -202,13 +202,13 @@ def test_bad_choices_are_refused():
     with pytest.raises(ValueError, match="mlp_width is 0; want at least 1"):
         dataclasses.replace(TINY_FAMILY, mlp_width=0)
     encoded = FAMILIES["llamagen_t2i"]
-    for field, value, said in (
+    for field, value, message in (
         ("text_loss_weight", 0.1, "text_loss_weight is 0.1; a Transformer with a text_encoder has 0.0"),
         ("pad_id", 2, "pad_id is 2; a Transformer with a text_encoder has None"),
         ("attention_kernel", "splash", "attention_kernel is splash; with a text_encoder"),
         ("text_vocab", 1, r"eos_id is 1; want a piece in \[0, 1\)"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             dataclasses.replace(encoded, **{field: value})
     with pytest.raises(ValueError, match="buckets is 6; want a multiple of 4"):
         T5Config(num_relative_buckets=6)
@@ -254,7 +254,7 @@ def test_bad_choices_are_refused():
     ],
 )  # fmt: skip
 def test_published_sizes(want, cfg):
-    """Parameter counts of the published checkpoints; each parameter has one place on the mesh."""
+    """Parameter counts equal those of the published checkpoints; each parameter has one sharding rule."""
     shapes = jax.eval_shape(functools.partial(autoregressive.init, cfg), jax.random.key(0))
     pairs = jax.tree_util.tree_flatten_with_path(shapes)[0]
     assert sum(leaf.size for _, leaf in pairs) == want

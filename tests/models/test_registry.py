@@ -1,4 +1,4 @@
-"""Laws of the table of models (models/registry.py): it is complete, and what it names exists and fits together."""
+"""Tests of the table of models (models/registry.py): completeness, and agreement with configurations, tasks and parameters."""
 
 import dataclasses
 import re
@@ -57,7 +57,7 @@ def test_descriptions_are_printable(spec):
     assert about and all(re.fullmatch(r"[a-z_]+", name) for name in about)
 
 
-def test_other_configurations_are_refused():
+def test_other_configurations_raise():
     with pytest.raises(ValueError, match=r"of a model \(DVAEConfig, .*\), got TrainConfig"):
         model_spec(TrainConfig(model=DalleConfig()))
     with pytest.raises(ValueError, match="of an image tokenizer, got BartConfig"):

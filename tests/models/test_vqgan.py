@@ -1,9 +1,10 @@
-"""VQGAN: quantizers against answers by hand, the published sizes, gradients of the adversarial step, a whole run."""
+"""Tests of VQGAN: quantizers by hand, published sizes, gradients of the adversarial step, a training run."""
 
 import dataclasses
 import json
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +32,12 @@ from dalle_jax.pipelines import decode_codes, encode_images, load_image_tokenize
 from dalle_jax.train import loop
 from dalle_jax.train.adversarial_optim import adversarial_optimizer
 
-AGAINST = AdversarialConfig(
+ADVERSARIAL = AdversarialConfig(
     disc_start_step=3, disc_warmup_steps=2, width=4, layers=2, r1_every=2, learning_rate=1e-3
 )
 TINY = VQGANConfig(
     image_size=16, width=8, channel_multipliers=(1, 2), blocks=1, attention_levels=(1,), latent_width=8,
-    quantizer=VectorQuantizer(vocab=16, dim=4), adversarial=AGAINST,
+    quantizer=VectorQuantizer(vocab=16, dim=4), adversarial=ADVERSARIAL,
 )  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_nearest_code_by_hand():
     np.testing.assert_allclose(out.loss, 1.25 * square, rtol=1e-5)
 
 
-def test_commitment_moves_the_encoder_and_the_other_term_the_codebook():
+def test_commitment_trains_the_encoder_and_the_other_term_the_codebook():
     cfg = VectorQuantizer(vocab=2, dim=1, codebook_weight=1.0, commitment_weight=0.25)
     table, z = jnp.array([[0.0], [10.0]]), jnp.array([[[[2.0]]]])
 
@@ -102,12 +103,12 @@ def test_normalized_codes_ignore_length():
     )
 
 
-def test_fsq_codes_count_through_every_level():
-    """All codes decode to different vectors on the published grid, and those vectors encode to the same codes."""
+def test_fsq_codes_cover_every_level():
+    """All codes have different vectors on the published grid, and these vectors have the same codes."""
     cfg = FiniteScalarQuantizer(levels=(5, 4, 3))
     assert cfg.vocab == 60
-    every = jnp.arange(60).reshape(1, 6, 10)
-    z = quantizers.embed_codebook(cfg, {}, every)
+    codes = jnp.arange(60).reshape(1, 6, 10)
+    z = quantizers.embed_codebook(cfg, {}, codes)
     assert len(np.unique(np.asarray(z).reshape(60, 3), axis=0)) == 60
     np.testing.assert_allclose(np.unique(z[..., 0]), [-1, -0.5, 0, 0.5, 1])
     np.testing.assert_allclose(np.unique(z[..., 1]), [-1, -0.5, 0, 0.5])
@@ -115,12 +116,12 @@ def test_fsq_codes_count_through_every_level():
     levels = np.array([5, 4, 3])
     spread, offset = (levels - 1) * 1.001 / 2, np.where(levels % 2 == 0, 0.5, 0)
     raw = np.arctanh((np.asarray(z) * half + offset) / spread) - np.arctanh(offset / spread)
-    np.testing.assert_array_equal(quantizers.nearest_codes(cfg, {}, jnp.asarray(raw)), every)
+    np.testing.assert_array_equal(quantizers.nearest_codes(cfg, {}, jnp.asarray(raw)), codes)
     np.testing.assert_allclose(quantizers.quantize(cfg, {}, jnp.asarray(raw), key()).z, z, atol=1e-6)
 
 
-def test_fsq_levels_of_an_even_number_begin_where_they_should():
-    """Four levels: 1.5015 tanh(z + atanh(1 / 3.003)) - 0.5, rounded to -2, -1, 0, 1 (2309.15505, A.1), by hand."""
+def test_fsq_with_an_even_number_of_levels():
+    """Four levels by hand: 1.5015 tanh(z + atanh(1 / 3.003)) - 0.5, rounded to -2, -1, 0, 1 (2309.15505, A.1)."""
     cfg = FiniteScalarQuantizer(levels=(4, 5))
     edges = [-1.1496, -0.3460, 0.4576]
     z = [-9.0] + [edge + step for edge in edges for step in (-0.01, 0.01)] + [9.0]
@@ -130,7 +131,7 @@ def test_fsq_levels_of_an_even_number_begin_where_they_should():
     np.testing.assert_allclose(values[0, 0, :, 1], 0)
 
 
-def test_gumbel_draws_by_its_logits_and_decides_by_the_largest():
+def test_gumbel_samples_in_training_and_takes_the_largest_logit_in_encoding():
     cfg = GumbelQuantizer(vocab=2, dim=1, kl_weight=1.0)
     params = {
         "proj": {"kernel": jnp.array([[math.log(3.0), 0.0]]), "bias": jnp.zeros(2)},
@@ -138,9 +139,9 @@ def test_gumbel_draws_by_its_logits_and_decides_by_the_largest():
     }
     z = jnp.ones((1, 100, 100, 1))
     out = quantizers.quantize(cfg, params, z, key(), tau=0.5)
-    share = float((out.codes == 0).mean())
-    assert abs(share - 0.75) < 0.02
-    np.testing.assert_allclose(out.z[..., 0], out.codes + 1.0, atol=1e-6)  # hard in the forward pass
+    fraction = float((out.codes == 0).mean())
+    assert abs(fraction - 0.75) < 0.02
+    np.testing.assert_allclose(out.z[..., 0], out.codes + 1.0, atol=1e-6)  # one-hot in the forward pass
     np.testing.assert_allclose(
         out.loss, math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25), rtol=1e-5
     )
@@ -178,25 +179,23 @@ def test_every_parameter_has_one_sharding_rule(quantizer):
 
 
 def test_downsampling_pads_on_the_right_and_at_the_bottom():
-    """A kernel of ones over a picture of ones sees 9 pixels but at the last row and column."""
+    """A kernel of ones over an image of ones sums 9 pixels except at the last row and column."""
     cfg = dataclasses.replace(TINY, width=1, channel_multipliers=(1, 1), attention_levels=())
     params = autoencoder.init(cfg, key())["encoder"]
 
-    def spy(next_fun, args, kwargs, context):
+    def record(next_fun, args, kwargs, context):
         out = next_fun(*args, **kwargs)
         if context.module.name == "down_0_downsample":
-            seen.append(out)
+            outputs.append(out)
         return out
 
-    import flax.linen as nn
-
-    seen = []
+    outputs = []
     params = jax.tree.map(jnp.zeros_like, params)
     params["conv_in"]["bias"] = jnp.ones(1)
     params["down_0_downsample"]["kernel"] = jnp.ones((3, 3, 1, 1))
-    with nn.intercept_methods(spy):
+    with nn.intercept_methods(record):
         autoencoder.VQGANEncoder(cfg).apply({"params": params}, jnp.zeros((1, 8, 8, 3)))
-    np.testing.assert_allclose(seen[0][0, :, :, 0], [[9, 9, 9, 6]] * 3 + [[6, 6, 6, 4]])
+    np.testing.assert_allclose(outputs[0][0, :, :, 0], [[9, 9, 9, 6]] * 3 + [[6, 6, 6, 4]])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +203,7 @@ def test_downsampling_pads_on_the_right_and_at_the_bottom():
     [TINY.quantizer, GumbelQuantizer(vocab=16, dim=4), FiniteScalarQuantizer(levels=(4, 4))],
     ids=["vq", "gumbel", "fsq"],
 )
-def test_either_tokenizer_by_the_same_functions(quantizer):
+def test_tokenizer_functions_with_each_quantizer(quantizer):
     cfg = dataclasses.replace(TINY, quantizer=quantizer)
     params = tokenizer.init(cfg, key())
     codes = tokenizer.encode(cfg, params, images())
@@ -220,7 +219,7 @@ def test_either_tokenizer_by_the_same_functions(quantizer):
         tokenizer.decode(cfg, params, codes[:, :3])
 
 
-def test_configurations_round_trip_and_refuse():
+def test_configurations_round_trip_and_are_checked():
     config = TrainConfig(model=dataclasses.replace(TINY, quantizer=FiniteScalarQuantizer(levels=(8, 5))))
     assert from_json(TrainConfig, to_json(config)) == config
     with pytest.raises(ValueError, match="image_size 20 is not divisible by 16"):
@@ -256,22 +255,22 @@ def _lpips_file(path, **changes):
     return path
 
 
-def test_lpips_is_a_distance_and_reads_its_file_strictly(tmp_path):
+def test_lpips_is_a_distance_and_checks_its_file(tmp_path):
     params = lpips.load_lpips(_lpips_file(tmp_path / "good.npz"))
     x = images(2, 64) * 2 - 1
     y = x.at[1].multiply(-1)
-    found = lpips.lpips(params, x, y)
-    assert found[0] == 0 and found[1] > 0
-    np.testing.assert_allclose(found, lpips.lpips(params, y, x), rtol=1e-5)
-    with pytest.raises(FileNotFoundError, match="want an npz file with the weights of LPIPS"):
+    distance = lpips.lpips(params, x, y)
+    assert distance[0] == 0 and distance[1] > 0
+    np.testing.assert_allclose(distance, lpips.lpips(params, y, x), rtol=1e-5)
+    with pytest.raises(FileNotFoundError, match="want the weights of LPIPS"):
         lpips.load_lpips(tmp_path / "none.npz")
     name = "AlexNet_0.Conv_2.bias"
-    for value, said in (
+    for value, message in (
         (None, f"array {name} is missing"),
         (np.zeros(3), rf"expected array {name} of shape \(384,\), got \(3,\)"),
         (np.full(384, np.nan), f"array {name} has values that are not finite"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             lpips.load_lpips(_lpips_file(tmp_path / "bad.npz", **{name: value}))
     with pytest.raises(ValueError, match="array extra is not one of LPIPS"):
         lpips.load_lpips(_lpips_file(tmp_path / "bad.npz", extra=np.zeros(1)))
@@ -280,7 +279,7 @@ def test_lpips_is_a_distance_and_reads_its_file_strictly(tmp_path):
 # --- the adversarial step -----------------------------------------------------------------------------------
 
 
-def test_losses_of_the_two_players_by_hand():
+def test_adversarial_losses_by_hand():
     real, fake = jnp.array([0.0, 2.0]), jnp.array([0.0, -2.0])
     np.testing.assert_allclose(adversarial.generator_loss("hinge", fake), 1.0)
     np.testing.assert_allclose(adversarial.discriminator_loss("hinge", real, fake), (0.5 + 0.5) / 2)
@@ -290,17 +289,17 @@ def test_losses_of_the_two_players_by_hand():
     np.testing.assert_allclose(adversarial.generator_loss("non-saturating", fake), other, rtol=1e-6)
 
 
-def test_a_pictures_score_does_not_depend_on_the_batch(params):
+def test_patch_logits_do_not_depend_on_the_batch(params):
     x = images() * 2 - 1
-    whole = discriminator.patch_logits(AGAINST, params["discriminator"], x)
-    alone = discriminator.patch_logits(AGAINST, params["discriminator"], x[:1])
-    np.testing.assert_allclose(whole[:1], alone, atol=1e-5)
+    batched = discriminator.patch_logits(ADVERSARIAL, params["discriminator"], x)
+    alone = discriminator.patch_logits(ADVERSARIAL, params["discriminator"], x[:1])
+    np.testing.assert_allclose(batched[:1], alone, atol=1e-5)
 
 
-def test_the_ramp():
+def test_disc_factor():
     cfg = AdversarialConfig(disc_start_step=10, disc_warmup_steps=4)
-    found = [float(adversarial.disc_factor(cfg, jnp.int32(s))) for s in (9, 10, 11, 13, 99)]
-    assert found == [0.0, 0.25, 0.5, 1.0, 1.0]
+    factors = [float(adversarial.disc_factor(cfg, jnp.int32(s))) for s in (9, 10, 11, 13, 99)]
+    assert factors == [0.0, 0.25, 0.5, 1.0, 1.0]
     assert (
         float(
             adversarial.disc_factor(AdversarialConfig(disc_start_step=10, disc_warmup_steps=0), jnp.int32(10))
@@ -310,22 +309,26 @@ def test_the_ramp():
 
 
 @pytest.mark.parametrize("kind", ["hinge", "non-saturating"])
-def test_gradients_are_those_of_the_written_loss(params, kind):
-    """One backward pass gives what differentiating the whole weighed loss gives, the weight held constant."""
-    against = dataclasses.replace(AGAINST, loss=kind, disc_start_step=0, disc_warmup_steps=0, r1_every=1)
-    cfg = dataclasses.replace(TINY, adversarial=against)
+def test_gradients_equal_those_of_the_full_loss(params, kind):
+    """One backward pass equals the gradient of the whole weighted loss with a constant adaptive weight."""
+    adversarial_cfg = dataclasses.replace(
+        ADVERSARIAL, loss=kind, disc_start_step=0, disc_warmup_steps=0, r1_every=1
+    )
+    cfg = dataclasses.replace(TINY, adversarial=adversarial_cfg)
     x, step = images(), jnp.int32(5)
-    grads, measures, _ = jax.jit(adversarial.adversarial_gradients, static_argnums=0)(
+    grads, metrics, _ = jax.jit(adversarial.adversarial_gradients, static_argnums=0)(
         cfg, params, None, x, key(1), step
     )
-    real, scores = 2 * x - 1, params["discriminator"]
+    real, disc_params = 2 * x - 1, params["discriminator"]
 
     def parts(tokenizer):
         out = autoencoder.reconstruct(cfg, tokenizer, x, key(1))
         rec = jnp.abs(real - out.pixels).mean() + lpips.laplacian_pyramid_loss(real, out.pixels).mean()
         return (
             rec,
-            adversarial.generator_loss(kind, discriminator.patch_logits(against, scores, out.pixels)),
+            adversarial.generator_loss(
+                kind, discriminator.patch_logits(adversarial_cfg, disc_params, out.pixels)
+            ),
             out,
         )
 
@@ -334,52 +337,54 @@ def test_gradients_are_those_of_the_written_loss(params, kind):
         return jnp.linalg.norm(grad)
 
     rec, adv = last_norm(0), last_norm(1)
-    np.testing.assert_allclose(measures["norm_reconstruction"], rec, rtol=1e-4)
-    np.testing.assert_allclose(measures["norm_adversarial"], adv, rtol=1e-4)
+    np.testing.assert_allclose(metrics["norm_reconstruction"], rec, rtol=1e-4)
+    np.testing.assert_allclose(metrics["norm_adversarial"], adv, rtol=1e-4)
     weight = 0.8 * rec / (adv + 1e-4)
 
-    def whole(tokenizer):
+    def full_loss(tokenizer):
         rec, adv, out = parts(tokenizer)
         return rec + out.loss + weight * adv
 
-    want = jax.grad(whole)(params["tokenizer"])
+    want = jax.grad(full_loss)(params["tokenizer"])
     assert optax.tree.norm(optax.tree.sub(want, grads["tokenizer"])) < 1e-4 * optax.tree.norm(want)
 
     fake = jax.lax.stop_gradient(parts(params["tokenizer"])[2].pixels)
 
-    def judge(p):
+    def disc_loss(p):
         loss = adversarial.discriminator_loss(
-            kind, discriminator.patch_logits(against, p, real), discriminator.patch_logits(against, p, fake)
+            kind,
+            discriminator.patch_logits(adversarial_cfg, p, real),
+            discriminator.patch_logits(adversarial_cfg, p, fake),
         )
-        return loss + against.r1_weight * adversarial.r1_penalty(against, p, real)
+        return loss + adversarial_cfg.r1_weight * adversarial.r1_penalty(adversarial_cfg, p, real)
 
-    want = jax.grad(judge)(scores)
+    want = jax.grad(disc_loss)(disc_params)
     assert optax.tree.norm(optax.tree.sub(want, grads["discriminator"])) < 1e-3 * optax.tree.norm(want)
 
 
-def test_before_the_start_nothing_of_the_discriminator_moves(params):
+def test_the_discriminator_is_constant_before_its_start(params):
     x = images()
     step = jax.jit(adversarial.adversarial_gradients, static_argnums=0)
-    grads, measures, _ = step(TINY, params, None, x, key(1), jnp.int32(2))
-    assert optax.tree.norm(grads["discriminator"]) == 0 and math.isnan(measures["log_d_real"])
+    grads, metrics, _ = step(TINY, params, None, x, key(1), jnp.int32(2))
+    assert optax.tree.norm(grads["discriminator"]) == 0 and math.isnan(metrics["log_d_real"])
     alone = dataclasses.replace(TINY, adversarial=None)
     want, *_ = step(alone, {"tokenizer": params["tokenizer"]}, None, x, key(1), jnp.int32(2))
     assert optax.tree.norm(optax.tree.sub(want["tokenizer"], grads["tokenizer"])) < 1e-5
     tx = adversarial_optimizer(TINY, optax.sgd(0.1))
     state = tx.init(params)
     ones = jax.tree.map(jnp.ones_like, params)
-    moved = []
+    norms = []
     for _ in range(5):
         updates, state = tx.update(ones, state, params)
-        moved.append(float(optax.tree.norm(updates["discriminator"])))
-    # it begins at update 3, and its first step has Adam's first length: the learning rate, in every place
-    first = AGAINST.learning_rate * math.sqrt(_count(params["discriminator"]))
-    assert moved[:3] == [0, 0, 0]
-    np.testing.assert_allclose(moved[3], first, rtol=1e-3)
+        norms.append(float(optax.tree.norm(updates["discriminator"])))
+    # It starts at step 3, and each value of its first step is Adam's first: the learning rate.
+    first = ADVERSARIAL.learning_rate * math.sqrt(_count(params["discriminator"]))
+    assert norms[:3] == [0, 0, 0]
+    np.testing.assert_allclose(norms[3], first, rtol=1e-3)
 
 
 def run_config(run, steps):
-    """Through the switch-on after the third update, on eight devices, two microbatches an update, codes restarted."""
+    """Train past the start of the discriminator after step 3: eight devices, two microbatches, restarted codes."""
     quantizer = dataclasses.replace(TINY.quantizer, dead_code_restart_steps=2)
     return tiny_config(
         run, model=dataclasses.replace(TINY, image_size=32, quantizer=quantizer), steps=steps,
@@ -388,8 +393,8 @@ def run_config(run, steps):
     )  # fmt: skip
 
 
-def test_a_run_is_a_tokenizer_like_any_other(tmp_path, capfd):
-    """Trained through the switch-on, then loaded, encoded and decoded without knowing the kind."""
+def test_a_run_encodes_and_decodes(tmp_path, capfd):
+    """After training past the start of the discriminator, through the functions for any tokenizer."""
     outcome = loop.train(run_config(tmp_path / "run", 6))
     assert outcome.finished and "eval_psnr" in outcome.metrics
     assert "model.lpips is not set" in capfd.readouterr().err
@@ -398,7 +403,7 @@ def test_a_run_is_a_tokenizer_like_any_other(tmp_path, capfd):
     assert log_d[:3] == [None] * 3 and all(value < 0 for value in log_d[3:])
     assert sum(row.get("codes_restarted", 0) for row in rows) > 0
     assert set(outcome.state.params) == {"tokenizer", "discriminator"}
-    assert set(outcome.state.ema) == {"tokenizer"}  # nobody uses an average of the discriminator
+    assert set(outcome.state.ema) == {"tokenizer"}  # an average of the discriminator has no use
     run = load_run(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((run.params, outcome.state.ema["tokenizer"])))
     assert set(run.params) == {"encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"}
@@ -408,7 +413,7 @@ def test_a_run_is_a_tokenizer_like_any_other(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_stop_at_the_switch_on_and_resume(tmp_path):
+def test_resume_at_the_start_of_the_discriminator(tmp_path):
     whole = loop.train(run_config(tmp_path / "whole", 6))
     loop.train(run_config(tmp_path / "parts", 3))
     parts = loop.train(run_config(tmp_path / "parts", 6))
@@ -416,8 +421,8 @@ def test_stop_at_the_switch_on_and_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_another_run_begins_from_its_weights(tmp_path):
-    """`init_from` gives the tokenizer; the discriminator begins anew."""
+def test_init_from_a_run(tmp_path):
+    """`init_from` initializes the tokenizer; the discriminator is initialized randomly."""
     before = loop.train(run_config(tmp_path / "first", 3)).state
     config = dataclasses.replace(run_config(tmp_path / "second", 1), init_from=str(tmp_path / "first"))
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1e-12))
