@@ -69,6 +69,11 @@ def test_commands_stand_in_shell_blocks(page):
     assert not re.findall(r"^ *(?:dalle-jax|python train\.py|pytest) .*", text, re.MULTILINE)
 
 
+def test_every_command_is_listed():
+    table = (ROOT / "docs" / "commands.md").read_text()
+    assert re.findall(r"^\| `(\w+)", table, re.MULTILINE) == list(CLI_COMMANDS)
+
+
 def anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
