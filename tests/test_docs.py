@@ -102,6 +102,11 @@ def test_links_and_files_exist(page):
         assert (ROOT / "benchmarks" / f"{name}.py").is_file(), f"{page.name} runs benchmarks.{name}"
 
 
+def test_ci_runs_existing_tests():
+    names = re.findall(r"tests/[\w/.]+", (ROOT / ".ci" / "run").read_text())
+    assert len(names) > 10 and all((ROOT / name).exists() for name in names), names
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_flags_of_benchmarks_exist(page):
     text = page.read_text().replace("\\\n", " ")
