@@ -1,4 +1,4 @@
-"""`dalle-jax info`: what a model is and needs, from its configuration alone; nothing is allocated."""
+"""`dalle-jax info`: size and memory of a model, computed from its configuration without allocating it."""
 
 from __future__ import annotations
 
@@ -12,150 +12,91 @@ from typing import Annotated, Any
 import jax
 from tyro.conf import Positional, arg
 
-from dalle_jax.aot import sampler
+from dalle_jax.aot.sampler import LoweredSampler, lower_sampler
 from dalle_jax.aot.targets import Target, single_device_target
 from dalle_jax.checkpoint.manager import CheckpointManager
 from dalle_jax.cli.common_args import JsonFlag, resolve_config
-from dalle_jax.config import (
-    BartConfig,
-    ClipConfig,
-    DalleConfig,
-    DiffusionConfig,
-    DVAEConfig,
-    MeshConfig,
-    Quantization,
-    TrainConfig,
-    TransformerConfig,
-    VQGANConfig,
-)
-from dalle_jax.models import autoregressive, clip, tokenizer
-from dalle_jax.models.diffusion import unet
-from dalle_jax.models.vqgan import adversarial
+from dalle_jax.config import MeshConfig, Quantization, TrainConfig, TransformerConfig
+from dalle_jax.models import autoregressive
+from dalle_jax.models.registry import model_shapes, model_spec
 from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.parallel.sharding import path_name
-from dalle_jax.train.adversarial_optim import adversarial_optimizer, tokenizer_params
 from dalle_jax.train.metrics import read_metrics
-from dalle_jax.train.optim import make_optimizer
+from dalle_jax.train.state import ema_params, param_shapes, task_optimizer
+from dalle_jax.train.tasks import make_task
+
+_SAMPLING_BYTES = ("checkpoint_parameters", "parameters", "caches", "total", "device_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoArgs:
-    """Tells the size of a model, without allocating it: parameters in all and by part, their shapes, and the
-    memory that training and drawing need for them."""
+    """Print the size of a model without allocating it: the number of parameters, in total and by part, their shapes,
+    and the memory for training and sampling."""
 
     target: Positional[Annotated[str, arg(metavar="RUN_OR_CONFIG")]]
-    """run directory or configuration file"""
+    """run directory, configuration file or name of a shipped configuration"""
     shapes: bool = False
     """list the shape of every parameter (--json always does)"""
     batch_size: int | None = None
-    """pictures drawn at once: adds what that takes, by the compiler, and the largest batch that fits the device"""
+    """also print the memory for sampling this many images at once, by the compiler, and the largest batch that fits"""
     use_cfg: bool = False
-    """with --batch-size: drawn with classifier-free guidance"""
+    """with --batch-size: sample with classifier-free guidance"""
     quantization: Quantization | None = None
-    """with --batch-size: drawn with the matrices in 8 bits"""
-    device: str | None = None
-    """with --batch-size: on a device that is not here, named as for train.py --compile-only: h200, v5e:1x1"""
+    """with --batch-size: sample with 8-bit weights"""
+    device: Annotated[str | None, arg(metavar="TARGET")] = None
+    """with --batch-size: for a device that is not attached, named as for `train --compile-only`: h200, v5e:1x1"""
     json: JsonFlag = False
 
 
 def run(args: InfoArgs) -> dict[str, Any]:
-    """Counts and prints."""
-    for name, value in (("quantization", args.quantization), ("device", args.device)):
-        if args.batch_size is None and value is not None:
-            raise ValueError(f"--{name} is for what drawing takes; give --batch-size as well")
-    # First of all: what makes an array has jax look for its devices, and leave compilers for others out.
+    """Compute and print the sizes."""
+    for name in ("use_cfg", "quantization", "device"):
+        if args.batch_size is None and getattr(args, name) != getattr(InfoArgs, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for sampling. Give --batch-size too.")
+    # Before any array exists: the first array makes jax initialize its devices, and then it cannot add compilers.
     try:
-        where = None if args.device is None else single_device_target(args.device, "--device")
+        target = None if args.device is None else single_device_target(args.device, "--device")
     except ModuleNotFoundError as error:
-        raise ValueError(error) from None
+        raise ValueError(str(error)) from None
     config = resolve_config(args.target)
-    result = describe_model(config)
+    result = _describe_model(config)
     if args.batch_size is not None:
         if not isinstance(config.model, TransformerConfig):
             raise ValueError(
-                f"--batch-size asks what drawing takes; {args.target} is of stage {config.model.kind}"
+                f"--batch-size is for Transformers, and {args.target} is of stage {config.model.kind}"
             )
-        result["sampling"] = describe_sampling(
-            config.model, args.batch_size, guided=args.use_cfg, weights=args.quantization, where=where
+        result["sampling"] = _describe_sampling(
+            config.model, args.batch_size, use_cfg=args.use_cfg, quantization=args.quantization, target=target
         )
     if Path(args.target).is_dir():
-        result |= describe_run(Path(args.target))
+        result |= _describe_run(Path(args.target))
     _print(result, args.shapes)
     return result
 
 
-def describe_model(config: TrainConfig) -> dict[str, Any]:
-    """`parameters` in all and by part, `shapes`, sizes of the stage, `memory` in bytes on one device.
+def _describe_model(config: TrainConfig) -> dict[str, Any]:
+    """Parameters, sizes and training memory in bytes on one device, without activations.
 
-    Memory of training has no activations: those depend on the batch, the compute type and remat.
+    Activations depend on the batch, the compute dtype and rematerialization.
     """
-    model = config.model
-    match model:
-        case DVAEConfig() | VQGANConfig():
-            shapes = jax.eval_shape(partial(tokenizer.init, model), jax.random.key(0))
-            about = {
-                "grid": model.grid,
-                "num_codes": model.num_codes,
-                "image_size": model.image_size,
-                "vocab": model.vocab,
-            }
-        case DalleConfig() | BartConfig():
-            shapes = jax.eval_shape(partial(autoregressive.init, model), jax.random.key(0))
-            about = {
-                "grid": model.grid,
-                "num_codes": model.num_codes,
-                "text_vocab": model.text_vocab,
-                "text_len": model.text_len,
-                "image_vocab": model.image_vocab,
-                "length": model.seq_len,
-                "layers": model.layers,
-                "tokenizer": config.image_tokenizer,
-            }
-        case ClipConfig():
-            shapes = jax.eval_shape(partial(clip.init, model), jax.random.key(0))
-            about = {
-                "image_size": model.image_size,
-                "patch": model.patch_size,
-                "text_vocab": model.text_vocab,
-                "text_len": model.text_len,
-                "embed_dim": model.embed_dim,
-            }
-        case DiffusionConfig():
-            shapes = jax.eval_shape(partial(unet.init, model), jax.random.key(0))
-            reads = {
-                "captions": model.text,
-                "labels": model.num_classes,
-                "codes": model.codes,
-                "low": model.low_res_size,
-            }
-            about = {
-                "image_size": model.image_size,
-                "sides": model.sizes,
-                "prediction": model.prediction,
-                "noise": model.noise.kind,
-                "reads": ", ".join(name for name, value in reads.items() if value) or "nothing",
-            }
-    trained, tx = shapes, make_optimizer(config.optim, config.steps, shapes)
-    if isinstance(model, VQGANConfig):  # trains with a discriminator beside it
-        trained = jax.eval_shape(partial(adversarial.init, model), jax.random.key(0))
-        own = make_optimizer(config.optim, config.steps, tokenizer_params(trained))
-        tx = adversarial_optimizer(model, own)
-        about["discriminator_parameters"] = _count(trained.get("discriminator", {}))
-    size = _bytes(trained)
+    model, task = config.model, make_task(config)
+    spec, shapes, trained = model_spec(model), model_shapes(model), param_shapes(task)
+    optimizer = jax.eval_shape(task_optimizer(task).init, trained)
     memory = {
-        "parameters": size,
-        "gradients": size,
-        "optimizer": _bytes(jax.eval_shape(tx.init, trained)),
-        "ema": _bytes(shapes) if config.optim.ema_decay else 0,  # of the model, not of what trains beside it
+        "parameters": _num_bytes(trained),
+        "gradients": _num_bytes(trained),
+        "optimizer": _num_bytes(optimizer),
+        "ema": _num_bytes(ema_params(task, trained)),
     }
     memory["training_without_activations"] = sum(memory.values())
-    if isinstance(model, TransformerConfig):
-        memory["kv_cache_per_picture"] = _bytes(jax.eval_shape(partial(autoregressive.init_cache, model, 1)))
-    return {
+    if spec.transformer is not None:
+        cache = jax.eval_shape(partial(spec.transformer.init_cache, model, 1))
+        memory["kv_cache_per_image"] = _num_bytes(cache)
+    result = {
         "stage": model.kind,
-        "parameters": _count(shapes),
-        "parts": {name: _count(part) for name, part in shapes.items()},
-        **about,
+        "parameters": _num_elements(shapes),
+        "parts": {name: _num_elements(part) for name, part in shapes.items()},
+        **spec.describe(model),
         "dtype": model.dtype,
         "batch": config.data.batch_size,
         "steps": config.steps,
@@ -165,85 +106,84 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
             for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
         },
     }
+    if spec.init_training is not None:  # a discriminator
+        result["parameters_in_training"] = _num_elements(trained)
+    if config.image_tokenizer is not None:
+        result["image_tokenizer"] = config.image_tokenizer
+    return result
 
 
-def describe_sampling(
+def _describe_sampling(
     cfg: TransformerConfig,
-    batch: int,
+    batch_size: int,
     *,
-    guided: bool = False,
-    weights: Quantization | None = None,
-    where: Target | None = None,
+    use_cfg: bool = False,
+    quantization: Quantization | None = None,
+    target: Target | None = None,
 ) -> dict[str, Any]:
-    """What drawing `batch` pictures of as many captions takes, in bytes, as the compiler of the first device lays
-    `generate` out; nothing is allocated.
+    """Memory in bytes for sampling `batch_size` images of as many captions, by the compiler of the device.
 
-    where: a device that is not here, in place of the first.
-    Parts of `total`: `stored`, on a CPU the parameters of the run, `parameters`, their copy in the form that sampling
-    wants, and `caches`. The image tokenizer is not counted. `device` is the memory that the device has,
-    `largest_batch` the most pictures that fit there, from how `total` grows between one picture and `batch`.
-    Raises ValueError for a batch below 1.
+    `total` contains `checkpoint_parameters` (on a CPU, the parameters of the run), `parameters` (their copy prepared
+    for decoding) and `caches`, but not the image tokenizer. `largest_batch` follows from how `total` grows with the
+    batch. target: None is the first device of this machine.
     """
-    if batch < 1:
-        raise ValueError(f"--batch-size is {batch}; want at least 1 picture")
-    where = single_device_target("local", "--device") if where is None else where
-    mesh = make_mesh(MeshConfig(data=1), where.devices)
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; want at least 1 image")
+    target = single_device_target("local", "--device") if target is None else target
+    mesh = make_mesh(MeshConfig(data=1), target.devices)
 
-    def total(rows: int) -> tuple[sampler.LoweredSampler, int]:
-        codes = sampler.lower_sampler(cfg, rows, mesh, quantization=weights, use_cfg=guided)
+    def compiled(rows: int) -> tuple[LoweredSampler, int]:
+        lowered = lower_sampler(cfg, rows, mesh, quantization=quantization, use_cfg=use_cfg)
         with jax.set_mesh(mesh):
-            size = codes.lower().compile().memory_analysis()
-        taken = size.output_size_in_bytes + size.temp_size_in_bytes + size.generated_code_size_in_bytes
-        return codes, codes.checkpoint_bytes + codes.params_bytes + codes.input_bytes + taken
+            stats = lowered.lower().compile().memory_analysis()
+        program = stats.output_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+        return lowered, lowered.checkpoint_bytes + lowered.params_bytes + lowered.input_bytes + program
 
-    codes, whole = total(batch)
-    memory = _device_memory() if where.hbm_gib is None else int(where.hbm_gib * 2**30)
-    other = 1 if batch > 1 else 2
-    per_picture = abs(whole - total(other)[1]) / abs(batch - other)
+    lowered, total = compiled(batch_size)
+    device_memory = _machine_memory() if target.hbm_gib is None else int(target.hbm_gib * 2**30)
+    other = 1 if batch_size > 1 else 2
+    bytes_per_image = abs(total - compiled(other)[1]) / abs(batch_size - other)
+    init_cache = partial(autoregressive.init_cache, cfg, batch_size, use_cfg=use_cfg)
     return {
-        "batch": batch,
-        "guided": guided,
-        "quantization": weights,
-        "on": where.devices[0].device_kind,
-        "stored": codes.checkpoint_bytes,
-        "parameters": codes.params_bytes,
-        "caches": _bytes(jax.eval_shape(partial(autoregressive.init_cache, cfg, batch, use_cfg=guided))),
-        "total": whole,
-        "device": memory,
-        "fits": whole <= memory,
-        "largest_batch": max(0, int(batch + (memory - whole) // per_picture)),
+        "batch": batch_size,
+        "use_cfg": use_cfg,
+        "quantization": quantization,
+        "device_kind": target.devices[0].device_kind,
+        "checkpoint_parameters": lowered.checkpoint_bytes,
+        "parameters": lowered.params_bytes,
+        "caches": _num_bytes(jax.eval_shape(init_cache)),
+        "total": total,
+        "device_memory": device_memory,
+        "fits": total <= device_memory,
+        "largest_batch": max(0, int(batch_size + (device_memory - total) // bytes_per_image)),
     }
 
 
-def _device_memory() -> int:
-    """Bytes of the machine, which are those of a CPU."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def describe_run(path: Path) -> dict[str, Any]:
-    """How far a run is: `step` (None without a checkpoint), `saved_steps`, `best_step` and its `measures`."""
+def _describe_run(path: Path) -> dict[str, Any]:
+    """Progress of a run: `step` (None without a checkpoint), `saved_steps`, `best_step` and its `metrics`."""
     result: dict[str, Any] = {"run": str(path), "step": None, "saved_steps": [], "best_step": None}
     if (path / "checkpoints").is_dir():
         checkpoints = CheckpointManager(path / "checkpoints")
         try:
-            result |= {
-                "step": checkpoints.latest,
-                "saved_steps": checkpoints.steps,
-                "best_step": checkpoints.best,
-            }
+            result["step"], result["best_step"] = checkpoints.latest, checkpoints.best
+            result["saved_steps"] = checkpoints.steps
         finally:
             checkpoints.close()
-    used = result["step"] if result["best_step"] is None else result["best_step"]
-    rows = [row for row in read_metrics(path / "metrics.jsonl") if row["step"] == used]
-    found = {k: v for row in rows for k, v in row.items() if k.startswith("eval_")}
-    return result | {"measures": found}
+    step = result["step"] if result["best_step"] is None else result["best_step"]
+    rows = [row for row in read_metrics(path / "metrics.jsonl") if row["step"] == step]
+    return result | {"metrics": {k: v for row in rows for k, v in row.items() if k.startswith("eval_")}}
 
 
-def _count(shapes: Any) -> int:
+def _machine_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _num_elements(shapes: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def _bytes(shapes: Any) -> int:
+def _num_bytes(shapes: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
@@ -252,28 +192,23 @@ def _print(result: dict[str, Any], shapes: bool) -> None:
         if name == "shapes" and not shapes:
             continue
         if not isinstance(value, dict):
-            print(f"{name:<14}{_number(value)}")
+            print(f"{name:<14}{_format_number(value)}")
             continue
         print(name)
-        width = max((len(k) for k in value), default=0)
-        for k, v in value.items():
-            print(f"  {k:<{width}}  {_size(v) if _in_bytes(name, k) else _number(v)}")
+        width = max((len(key) for key in value), default=0)
+        for key, entry in value.items():
+            in_bytes = name == "memory" or (name == "sampling" and key in _SAMPLING_BYTES)
+            print(f"  {key:<{width}}  {_format_bytes(entry) if in_bytes else _format_number(entry)}")
 
 
-def _in_bytes(part: str, name: str) -> bool:
-    return part == "memory" or (
-        part == "sampling" and name in ("stored", "parameters", "caches", "total", "device")
-    )
-
-
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _size(count: int) -> str:
-    for unit, letter in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+def _format_bytes(count: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
-            return f"{count / unit:,.1f} {letter}"
+            return f"{count / unit:,.1f} {name}"
     return f"{count} B"

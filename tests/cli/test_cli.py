@@ -1009,8 +1009,8 @@ def test_info_on_the_paper_s_transformer(tmp_path):
     assert found["memory"]["parameters"] == 4 * want and found["memory"]["ema"] == 4 * want
     assert found["memory"]["optimizer"] - 8 * want < 100  # two moments and counters
     kept = 47 * (256 + 33) + 16 * (256 + N) + (256 + 5 * side + 5 + 1)  # row, column and conv layers; B.1
-    assert found["memory"]["kv_cache_per_picture"] == 2 * kept * D * 2  # keys and values, bfloat16
-    assert (found["length"], found["num_codes"], found["grid"]) == (1280, 1024, 32)
+    assert found["memory"]["kv_cache_per_image"] == 2 * kept * D * 2  # keys and values, bfloat16
+    assert (found["seq_len"], found["num_codes"], found["grid"]) == (1280, 1024, 32)
 
 
 def test_info_on_the_published_tokenizer(tmp_path):
@@ -1022,7 +1022,7 @@ def test_info_on_the_published_tokenizer(tmp_path):
 def test_info_on_a_run(made):
     found = json_of("info", made.dalle)
     assert (found["stage"], found["step"], found["best_step"], found["saved_steps"]) == ("dalle", 2, 2, [2])
-    assert np.isfinite(found["measures"]["eval_loss"])
+    assert np.isfinite(found["metrics"]["eval_loss"])
     done = run("info", made.dvae, "--shapes")
     assert all(word in done.out for word in ("encoder/input/kernel", "eval_psnr", "KiB"))
 
@@ -1051,12 +1051,12 @@ def test_info_says_what_drawing_takes(made):
     assert few["caches"] == 2 * per_picture and many["caches"] == 6 * per_picture
     for told in (few, many):
         assert (
-            told["total"] > told["stored"] + told["parameters"] + told["caches"]
+            told["total"] > told["checkpoint_parameters"] + told["parameters"] + told["caches"]
             and told["fits"]
-            and told["device"] > 2**28
+            and told["device_memory"] > 2**28
         )
     assert 4 * per_picture <= many["total"] - few["total"] < 40 * per_picture
-    room = few["device"] - few["total"]
+    room = few["device_memory"] - few["total"]
     assert 0 < few["largest_batch"] - 2 <= room / per_picture
     guided = json_of("info", made.dalle, "--batch-size", 2, "--use-cfg")["sampling"]
     assert guided["total"] > few["total"]
@@ -1066,8 +1066,10 @@ def test_info_says_what_drawing_takes(made):
         and small["quantization"] == "int8"
         and few["quantization"] is None
     )
-    assert "--quantization is for what drawing takes" in refused("info", made.dalle, "--quantization", "int8")
-    assert "--device is for what drawing takes" in refused("info", made.dalle, "--device", "h200")
+    assert "--quantization is for sampling. Give --batch-size" in refused(
+        "info", made.dalle, "--quantization", "int8"
+    )
+    assert "--device is for sampling. Give --batch-size" in refused("info", made.dalle, "--device", "h200")
     assert "Did you mean h200?" in refused("info", made.dalle, "--batch-size", 1, "--device", "h20")
     assert "--device compiles for one device, and h200:2 has 2. Use h200" in refused(
         "info", made.dalle, "--batch-size", 1, "--device", "h200:2"
@@ -1082,10 +1084,13 @@ def test_info_and_compile_only_say_the_same_of_drawing(made):
     report = compile_sampler(read_config(made.dalle), "local", 2)
     assert report["peak_gib_per_device"] * 2**30 == pytest.approx(told["total"], rel=1e-9)
     memory = {name: size * 2**30 for name, size in report["memory_gib"].items()}
-    assert memory["checkpoint_parameters"] == pytest.approx(told["stored"]) and memory[
+    assert memory["checkpoint_parameters"] == pytest.approx(told["checkpoint_parameters"]) and memory[
         "cache"
     ] == pytest.approx(told["caches"])
-    assert memory["parameters"] == pytest.approx(told["parameters"]) and told["on"] == report["device_kind"]
+    assert (
+        memory["parameters"] == pytest.approx(told["parameters"])
+        and told["device_kind"] == report["device_kind"]
+    )
 
 
 def test_info_refuses(made, tmp_path):
