@@ -1,10 +1,9 @@
-"""Other samplers at the work of benchmarks/sample.py; needs torch, and transformers for `llama` and `gpt2`.
+"""Samplers of other libraries for benchmarks/sample.py; needs torch, and transformers for `llama` and `gpt2`.
 
-torch: a decoder with a static cache under torch.compile, in the manner of gpt-fast, written here with the layers
-that our Transformer has. llama, gpt2: transformers' `generate` with a static cache, its forward pass compiled for
-llama-compiled. llamagen: the class of a checkout of LlamaGen at $LLAMAGEN, its own `generate`, which
-draws two codes at least.
-B batch, T text positions, S positions, H heads, K width of a head.
+torch: a decoder with a static cache under torch.compile, in the manner of gpt-fast, with the layers of our Transformer.
+llama, gpt2: `generate` of transformers with a static cache; `llama-compiled` compiles its forward pass. llamagen: the
+model and `generate` of the LlamaGen checkout at $LLAMAGEN, which samples at least two codes.
+B batch, T text positions, S positions, H heads, K top-k.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.sample import in_turn
+from benchmarks.sample import time_interleaved
 
 
-def draw(logits_BV: torch.Tensor, k: int) -> torch.Tensor:
-    """(B, 1), among the k most probable, without waiting for the device."""
-    values_BK, where_BK = torch.topk(logits_BV, k)
+def sample_top_k(logits_BV: torch.Tensor, k: int) -> torch.Tensor:
+    """Sample codes (B, 1) among the k most probable, without waiting for the device."""
+    values_BK, indices_BK = torch.topk(logits_BV, k)
     probs_BK = torch.softmax(values_BK.float(), -1)
     noise_BK = torch.empty_like(probs_BK).exponential_(1)
-    return where_BK.gather(1, torch.argmax(probs_BK / noise_BK, -1, keepdim=True))
+    return indices_BK.gather(1, torch.argmax(probs_BK / noise_BK, -1, keepdim=True))
 
 
 class Layer(nn.Module):
@@ -43,10 +42,10 @@ class Layer(nn.Module):
         for name in ("k", "v"):
             self.register_buffer(name, torch.zeros(job["batch"], self.heads, length, d // self.heads))
 
-    def forward(self, x_BTD, where_T, mask_TS):
+    def forward(self, x_BTD, positions_T, mask_TS):
         b, t, d = x_BTD.shape
         q, k, v = self.qkv(self.norm_attn(x_BTD)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        self.k[:, :, where_T], self.v[:, :, where_T] = k, v
+        self.k[:, :, positions_T], self.v[:, :, positions_T] = k, v
         y = F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask_TS[None, None])
         x_BTD = x_BTD + self.out(y.transpose(1, 2).reshape(b, t, d))
         return x_BTD + self.down(F.gelu(self.up(self.norm_mlp(x_BTD)), approximate="tanh"))
@@ -57,36 +56,36 @@ class Decoder(nn.Module):
         super().__init__()
         d, self.length = job["dim"], job["text_len"] + job["grid"] ** 2
         self.embed = nn.Embedding(job["text_len"] + job["codes"], d)
-        self.place = nn.Embedding(self.length, d)
+        self.pos_embed = nn.Embedding(self.length, d)
         self.layers = nn.ModuleList(Layer(job) for _ in range(job["layers"]))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, job["codes"], bias=False)
 
-    def forward(self, ids_BT, where_T):
-        mask_TS = torch.arange(self.length, device=ids_BT.device)[None] <= where_T[:, None]
-        x_BTD = self.embed(ids_BT) + self.place(where_T)
+    def forward(self, ids_BT, positions_T):
+        mask_TS = torch.arange(self.length, device=ids_BT.device)[None] <= positions_T[:, None]
+        x_BTD = self.embed(ids_BT) + self.pos_embed(positions_T)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, where_T, mask_TS)
+            x_BTD = layer(x_BTD, positions_T, mask_TS)
         return self.head(self.norm(x_BTD[:, -1])).float()
 
 
 def torch_compiled(job: dict[str, Any], device: str, dtype: torch.dtype):
     model = Decoder(job).to(device, dtype).eval()
 
-    def step(ids, where):
-        return draw(model(ids, where), job["top_k"])
+    def step(ids, position):
+        return sample_top_k(model(ids, position), job["top_k"])
 
     compiled = torch.compile(step, mode="reduce-overhead" if device == "cuda" else None, fullgraph=True)
     text, n = job["text_len"], job["grid"] ** 2
-    places = torch.arange(text + n, device=device)  # made once: a copy to the device would wait for it
+    positions = torch.arange(text + n, device=device)  # created once: a copy to the device would wait for it
 
     def call(seed, count=n):
         torch.manual_seed(seed)
         ids = torch.zeros(job["batch"], text, dtype=torch.long, device=device)
-        code = step(ids, places[:text])
+        code = step(ids, positions[:text])
         codes = [code]
-        for place in range(count - 1):
-            where = places[text + place : text + place + 1]
-            code = compiled(code + text, where).clone()
+        for i in range(count - 1):
+            position = positions[text + i : text + i + 1]
+            code = compiled(code + text, position).clone()
             codes.append(code)
         return torch.cat(codes, 1)
 
@@ -107,7 +106,7 @@ def transformers_model(job: dict[str, Any], device: str, dtype: torch.dtype):
         )
         model = transformers.GPT2LMHeadModel(config)
     else:
-        config = transformers.LlamaConfig(  # three matrices of 8/3 of the width make the MLP as large as two of 4
+        config = transformers.LlamaConfig(  # an MLP of three matrices with 8/3 of the width is as large as one of two with 4
             vocab_size=vocab, hidden_size=job["dim"], intermediate_size=job["dim"] * 8 // 3,
             num_hidden_layers=job["layers"], num_attention_heads=job["heads"], max_position_embeddings=length,
             tie_word_embeddings=False,
@@ -117,7 +116,7 @@ def transformers_model(job: dict[str, Any], device: str, dtype: torch.dtype):
     compiled = job["name"] == "llama-compiled"
     forward = torch.compile(model.forward, fullgraph=False) if compiled else model.forward
     text, n = job["text_len"], job["grid"] ** 2
-    places = torch.arange(text + n, device=device)  # made once: a copy to the device would wait for it
+    positions = torch.arange(text + n, device=device)  # created once: a copy to the device would wait for it
 
     def call(seed, count=n):
         torch.manual_seed(seed)
@@ -125,14 +124,14 @@ def transformers_model(job: dict[str, Any], device: str, dtype: torch.dtype):
         ids = torch.zeros(job["batch"], text, dtype=torch.long, device=device)
         out = model.forward(
             input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1,
-            cache_position=places[:text],
+            cache_position=positions[:text],
         )  # fmt: skip
-        code = draw(out.logits[:, -1], job["top_k"])
-        for place in range(count - 1):
-            where = places[text + place : text + place + 1]
-            out = forward(input_ids=code, past_key_values=cache, use_cache=True, cache_position=where,
-                          position_ids=where[None].expand(job["batch"], 1))  # fmt: skip
-            code = draw(out.logits[:, -1], job["top_k"])
+        code = sample_top_k(out.logits[:, -1], job["top_k"])
+        for i in range(count - 1):
+            position = positions[text + i : text + i + 1]
+            out = forward(input_ids=code, past_key_values=cache, use_cache=True, cache_position=position,
+                          position_ids=position[None].expand(job["batch"], 1))  # fmt: skip
+            code = sample_top_k(out.logits[:, -1], job["top_k"])
         return code
 
     return call
@@ -144,7 +143,7 @@ def llamagen(job: dict[str, Any], device: str, dtype: torch.dtype):
     from autoregressive.models.gpt import ModelArgs, Transformer
 
     if job["grid"] ** 2 != 16 * 16 and job["grid"] ** 2 != 32 * 32:
-        raise ValueError(f"grid {job['grid']}; want 16 or 32")
+        raise ValueError(f"Expected grid 16 or 32, got {job['grid']}.")
     args = ModelArgs(
         dim=job["dim"], n_layer=job["layers"], n_head=job["heads"], vocab_size=job["codes"], model_type="t2i",
         cls_token_num=job["text_len"], block_size=job["grid"] ** 2, caption_dim=job["dim"],
@@ -170,24 +169,26 @@ PEERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--job", required=True, help="the work, as benchmarks/sample.py writes it")
+    parser.add_argument("--job", required=True, help="workload as JSON, from benchmarks/sample.py")
     job = json.loads(parser.parse_args().job)
     if job["name"] not in PEERS:
-        raise SystemExit(f"no peer {job['name']!r}; want one of {', '.join(PEERS)}")
+        raise SystemExit(f"There is no peer {job['name']!r}. Use one of {', '.join(PEERS)}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with torch.inference_mode(), contextlib.redirect_stdout(sys.stderr):
         call = PEERS[job["name"]](job, device, getattr(torch, job["dtype"]))
 
-        def done(seed, **count):
+        def synchronized(seed, **count):
             call(seed, **count)
             if device == "cuda":
                 torch.cuda.synchronize()
 
         begin = time.perf_counter()
-        done(0)
+        synchronized(0)
         first = time.perf_counter() - begin
-        seconds, prefill = in_turn([done, lambda seed: done(seed, count=1)], job["repeats"])
+        seconds, prefill = time_interleaved(
+            [synchronized, lambda seed: synchronized(seed, count=1)], job["repeats"]
+        )
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     print(json.dumps({
         "seconds": seconds, "prefill": prefill, "compile": max(0.0, first - min(seconds)),

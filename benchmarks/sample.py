@@ -1,12 +1,12 @@
-"""Codes per second of our sampler and of others, the same work for all, one after another in one run.
+"""Codes per second of autoregressive samplers, dalle_jax and others, on the same workload.
 
     taskset -c 0 python -m benchmarks.sample --batch 1 8 --peers torch llama --peer-python PEERS/bin/python
 
-The work: a decoder of 8 layers, width 512, 8 heads and an MLP of four times the width, random weights, 256 text
-tokens of prefill, then 16 x 16 codes of 8,192, temperature 1, top-k. Each sampler runs in a process of its own, warm;
-the median of `--repeats` whole calls counts, prefill included; beside it stand the prefill alone, up to the first code,
-and the codes per second after it. The bound is what reading the weights and the filled part of the cache once per code
-would take at the bandwidth that a sum over a large array reaches.
+The workload is a decoder with 8 layers, width 512, 8 heads, an MLP of four times the width and random weights: a prefill of
+256 text tokens, then 16 x 16 codes of 8,192, temperature 1, top-k. The samplers run one after another, each in a process
+of its own. The result is the median of `--repeats` calls after a warmup, prefill included, with the prefill up to the
+first code and the rate after it. The bound reads the weights and the filled part of the cache once per code, at the
+bandwidth that a sum over a large array reaches.
 """
 
 from __future__ import annotations
@@ -23,31 +23,34 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {"dim": 512, "layers": 8, "heads": 8, "text_len": 256, "grid": 16, "codes": 8192}
-OURS = ("full", "sparse")
-WEIGHTS = ("whole", "int8", "fp8", "w8a8")
+MODELS = ("full", "sparse")
+QUANTIZATIONS = ("none", "int8", "fp8", "w8a8")
 
 
-def timed(call, repeats: int) -> list[float]:
-    """Seconds of calls after a first one."""
-    return in_turn([call], repeats)[0]
+def time_calls(call, repeats: int) -> list[float]:
+    """Return the seconds of `repeats` calls after a warmup call."""
+    return time_interleaved([call], repeats)[0]
 
 
-def in_turn(calls, repeats: int) -> list[list[float]]:
-    """The same of several calls, one after another in each round, so that a slow minute of the machine hits all."""
+def time_interleaved(calls, repeats: int) -> list[list[float]]:
+    """Time several functions in turn, so that a slow minute of the machine affects all of them."""
     for call in calls:
         call(0)
-    found = [[] for _ in calls]
+    seconds = [[] for _ in calls]
     for seed in range(1, repeats + 1):
-        for call, seconds in zip(calls, found, strict=True):
+        for call, times in zip(calls, seconds, strict=True):
             begin = time.perf_counter()
             call(seed)
-            seconds.append(time.perf_counter() - begin)
-    return found
+            times.append(time.perf_counter() - begin)
+    return seconds
 
 
-def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """kind `full`: every layer reads the whole cache, as the peers do; `sparse`: the paper's layers. Beside that, where
-    the job says so, `weights` in 8 bits and other `buckets` than the sampler's own."""
+def run_dalle_jax(job: dict[str, Any]) -> dict[str, Any]:
+    """Time the sampler of dalle_jax.
+
+    In the model `full` every layer reads the whole cache, as in the peers; `sparse` has the layers of the paper. Optional
+    entries of the job: `quantization`, and `buckets`, the number of cache sizes.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -58,23 +61,23 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     from dalle_jax.sampling.logits import sample_codes
 
     sampler.CACHE_BUCKETS = job.get("buckets", sampler.CACHE_BUCKETS)
-    kinds = (
+    attention = (
         {"attention": ("row", "column", "row", "row"), "last_attention": "conv"}
         if job["name"] == "sparse"
         else {"attention": ("full",), "last_attention": None}
     )
     cfg = DalleConfig(
         text_vocab=job["text_len"], text_len=job["text_len"], image_vocab=job["codes"], grid=job["grid"],
-        dim=job["dim"], layers=job["layers"], heads=job["heads"], dtype=job["dtype"], **kinds,
+        dim=job["dim"], layers=job["layers"], heads=job["heads"], dtype=job["dtype"], **attention,
     )  # fmt: skip
     params = jax.jit(dalle.init, static_argnums=0)(cfg, jax.random.key(0))
     prepare_for_decode = jax.jit(autoregressive.prepare_for_decode, static_argnums=(0, 2))
-    params = jax.block_until_ready(prepare_for_decode(cfg, params, job.get("weights")))
+    params = jax.block_until_ready(prepare_for_decode(cfg, params, job.get("quantization")))
     text = jnp.zeros((job["batch"], job["text_len"]), jnp.int32)
-    before = time.perf_counter()
+    begin = time.perf_counter()
     args = (text, row_keys(range(job["batch"])))
     program = generate.lower(cfg, params, *args, top_k=job["top_k"]).compile()
-    compiled = time.perf_counter() - before
+    compile_seconds = time.perf_counter() - begin
 
     def call(seed):
         jax.block_until_ready(program(params, text, row_keys(range(seed, seed + job["batch"]))))
@@ -84,38 +87,38 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         logits, cache = autoregressive.prefill(cfg, params, text)
         return sample_codes(logits, keys, 0, top_k=job["top_k"]), cache
 
-    def begin(seed):
+    def call_prefill(seed):
         jax.block_until_ready(first(params, text, row_keys(range(seed, seed + job["batch"]))))
 
-    seconds, prefill = in_turn([call, begin], job["repeats"])
-    return {"seconds": seconds, "prefill": prefill, "compile": compiled, "version": f"jax {jax.__version__}",
+    seconds, prefill = time_interleaved([call, call_prefill], job["repeats"])
+    return {"seconds": seconds, "prefill": prefill, "compile": compile_seconds, "version": f"jax {jax.__version__}",
             "device": jax.devices()[0].device_kind}  # fmt: skip
 
 
 def bandwidth() -> float:
-    """Bytes per second that a sum over 512 MiB, on a GPU 4 GiB, reads, best of five."""
+    """Return the bytes per second of a sum over 512 MiB, on a GPU 4 GiB, the best of five."""
     import jax
     import jax.numpy as jnp
 
-    # A call takes tens of microseconds to start: of 512 MiB on a GPU that would be a tenth.
+    # The launch takes tens of microseconds, a tenth of the time for 512 MiB on a GPU.
     size = 2**27 if jax.default_backend() == "cpu" else 2**30
     big = jnp.ones((size,), jnp.float32)
     total = jax.jit(lambda x: jnp.dot(x, x))
-    return big.nbytes / min(timed(lambda seed: jax.block_until_ready(total(big)), 5))
+    return big.nbytes / min(time_calls(lambda seed: jax.block_until_ready(total(big)), 5))
 
 
 def bytes_per_code(job: dict[str, Any]) -> float:
-    """Weights once per step of a batch, and for each row the keys and values of half of the picture and the text."""
+    """Return the bytes per code: the weights once per step of a batch, and keys and values of the text and half the image."""
     size = {"float32": 4, "bfloat16": 2}[job["dtype"]]
-    stored = 1 if job.get("weights") else size
+    weight_size = 1 if job.get("quantization") else size
     d = job["dim"]
     weights = job["layers"] * 12 * d * d + d * job["codes"]
     cache = job["batch"] * job["layers"] * 2 * d * (job["text_len"] + job["grid"] ** 2 / 2)
-    return (stored * weights + size * cache) / job["batch"]
+    return (weight_size * weights + size * cache) / job["batch"]
 
 
-def child(python: str, module: str, job: dict[str, Any]) -> dict[str, Any] | str:
-    """Runs one sampler by itself. Returns what it printed last, or why it did not run."""
+def run_job(python: str, module: str, job: dict[str, Any]) -> dict[str, Any] | str:
+    """Run one sampler in a process of its own and return its result, or the last line of its error message."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
         [python, "-m", module, "--job", json.dumps(job)], env=env, capture_output=True, text=True
@@ -128,10 +131,12 @@ def child(python: str, module: str, job: dict[str, Any]) -> dict[str, Any] | str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
-    parser.add_argument("--peers", nargs="*", default=[], help="of benchmarks/peers.py")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="of dalle_jax")
+    parser.add_argument("--peers", nargs="*", default=[], help="names in benchmarks/peers.py")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has torch")
-    parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=["whole"], help="of ours")
+    parser.add_argument(
+        "--quantization", nargs="*", choices=QUANTIZATIONS, default=["none"], help="of dalle_jax"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--top-k", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
@@ -141,41 +146,45 @@ def main() -> None:
     args = parser.parse_args()
     if args.job is not None:
         job = json.loads(args.job)
-        print(json.dumps({"bandwidth": bandwidth()} if job["name"] == "bandwidth" else ours(job)))
+        print(json.dumps({"bandwidth": bandwidth()} if job["name"] == "bandwidth" else run_dalle_jax(job)))
         return
     job = {n: getattr(args, n) for n in (*SIZES, "dtype", "top_k", "repeats")}
-    read = child(sys.executable, "benchmarks.sample", {"name": "bandwidth"})["bandwidth"]
+    measured = run_job(sys.executable, "benchmarks.sample", {"name": "bandwidth"})
+    if isinstance(measured, str):
+        sys.exit(f"benchmarks.sample: error: {measured}")
+    bytes_per_second = measured["bandwidth"]
     print(
-        f"a sum reads {read / 1e9:.1f} GB/s; {args.dtype}, cores {sorted(os.sched_getaffinity(0))}",
+        f"a sum reads {bytes_per_second / 1e9:.1f} GB/s; {args.dtype}, cores {sorted(os.sched_getaffinity(0))}",
         flush=True,
     )
     for batch in args.batch:
         job["batch"] = batch
-        rates = {}
-        asked = itertools.product(args.weights, args.ours)
-        for weights, name in [*((None, name) for name in args.peers), *asked]:
-            mine = weights is not None
-            this = {**job, "name": name, "weights": None if weights == "whole" else weights}
-            bound = read / bytes_per_code(this)
-            module = "benchmarks.sample" if mine else "benchmarks.peers"
-            found = child(sys.executable if mine else args.peer_python, module, this)
-            label = f"dalle_jax, {name}" if mine else name
-            label += f" {weights}" if this["weights"] else ""
-            if isinstance(found, str):
-                print(f"batch {batch:3d}  {label:24s} did not run: {found}", flush=True)
+        peer_rates = []
+        models = list(itertools.product(args.quantization, args.models))
+        for quantization, name in [*((None, name) for name in args.peers), *models]:
+            is_peer = quantization is None
+            this = {**job, "name": name, "quantization": None if quantization == "none" else quantization}
+            bound = bytes_per_second / bytes_per_code(this)
+            if is_peer:
+                result = run_job(args.peer_python, "benchmarks.peers", this)
+            else:
+                result = run_job(sys.executable, "benchmarks.sample", this)
+            label = name if is_peer else f"dalle_jax, {name} {this['quantization'] or ''}"
+            if isinstance(result, str):
+                print(f"batch {batch:3d}  {label:24s} failed: {result}", flush=True)
                 continue
-            whole, prefill = (statistics.median(found[name]) for name in ("seconds", "prefill"))
+            whole, prefill = (statistics.median(result[name]) for name in ("seconds", "prefill"))
             codes = batch * job["grid"] ** 2
-            rate, after = codes / whole, (codes - batch) / (whole - prefill)
-            if not mine:
-                rates[name] = rate
-            best = f"{rate / max(rates.values()):5.2f} x best peer" if mine and rates else ""
+            rate, decode_rate = codes / whole, (codes - batch) / (whole - prefill)
+            if is_peer:
+                peer_rates.append(rate)
+            ratio = f"{rate / max(peer_rates):5.2f} x best peer" if peer_rates and not is_peer else ""
             print(
                 f"batch {batch:3d}  {label:24s} {rate:9.1f} codes/s  {rate / bound:4.0%} of the bound; "
-                f"prefill {prefill:.3f} s, then {after:9.1f} codes/s, {after / bound:4.0%}; "
-                f"compiled in {found['compile']:5.1f} s  {found['version']} {best}",
+                f"prefill {prefill:.3f} s, then {decode_rate:9.1f} codes/s, {decode_rate / bound:4.0%}; "
+                f"compiled in {result['compile']:5.1f} s  {result['version']} {ratio}",
                 flush=True,
-            )  # fmt: skip
+            )
 
 
 if __name__ == "__main__":

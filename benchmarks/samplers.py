@@ -1,8 +1,8 @@
-"""FID of every sampler of diffusion: python -m benchmarks.samplers RUN --fid-weights FILE [--steps 50 250]
+"""FID of every diffusion sampler: python -m benchmarks.samplers RUN --fid-weights FILE [--steps 50 250]
 
-Draws as many pictures as `--count` says (no more than the evaluation split has) with each sampler and number of steps,
-one seed each, and prints FID against the true pictures of the split, the Inception score where the weights hold the
-classifier, evaluations of the network, and pictures per second of drawing alone.
+Samples `--count` images (at most the size of the evaluation split) with each sampler and number of steps, one seed each.
+Prints the FID against the images of the split, the Inception score if the weights include the classifier, network
+evaluations, and for unconditional models images per second of sampling alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dalle_jax.pipelines.batching import ProgressPrinter
 from dalle_jax.pipelines.diffusion import DiffusionSamplingConfig, denoise_images, load_diffusion
 
 SAMPLERS = SamplerName.__args__
-TWICE = ("heun", "pc")  # evaluations of the network a step
+TWO_CALLS = ("heun", "pc")  # samplers with two network evaluations per step
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,27 +42,25 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     options = {
         "languages": metrics.model_languages(model),
-        "progress": ProgressPrinter("features of true pictures"),
+        "progress": ProgressPrinter("features of reference images"),
     }
     data, size = model.run.config.data, metrics.image_size(model)
-    true = metrics.reference_stats(network, data, size, args.count, **options)
+    reference = metrics.reference_stats(network, data, size, args.count, **options)
     where = f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
-    print(f"{args.run}, {model.run.step} updates; {true.count} pictures; {where}", file=sys.stderr)
+    print(f"{args.run}, {model.run.step} updates; {reference.count} images; {where}", file=sys.stderr)
     rows = []
     for steps in args.steps:
         for sampler in args.samplers:
-            how = DiffusionSamplingConfig(sampler=sampler, num_steps=steps, guidance_scale=args.guidance)
-            found = metrics.measure_fid(network, model, true, args.count, how)
+            sampling = DiffusionSamplingConfig(sampler=sampler, num_steps=steps, guidance_scale=args.guidance)
+            result = metrics.measure_fid(network, model, reference, args.count, sampling)
             rows.append(
-                {"sampler": sampler, "steps": steps, "calls": steps * (1 + (sampler in TWICE)), **found}
+                {"sampler": sampler, "steps": steps, "calls": steps * (1 + (sampler in TWO_CALLS)), **result}
             )
             if model.text is None and not model.config.num_classes:
-                denoise_images(
-                    model, range(metrics.EVAL_ROWS), how, batch=metrics.EVAL_ROWS
-                )  # compiled by now
+                denoise_images(model, range(metrics.EVAL_ROWS), sampling, batch=metrics.EVAL_ROWS)  # compiles
                 begin = time.perf_counter()
-                denoise_images(model, range(metrics.EVAL_ROWS), how, batch=metrics.EVAL_ROWS)
-                rows[-1]["pictures_per_second"] = metrics.EVAL_ROWS / (time.perf_counter() - begin)
+                denoise_images(model, range(metrics.EVAL_ROWS), sampling, batch=metrics.EVAL_ROWS)
+                rows[-1]["images_per_second"] = metrics.EVAL_ROWS / (time.perf_counter() - begin)
             print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
                   file=sys.stderr if args.json else sys.stdout, flush=True)  # fmt: skip
     if args.json:

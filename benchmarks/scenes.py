@@ -1,56 +1,61 @@
-"""Speed of the embedded data set and of the verifier, on one core.
+"""Speed of the procedural scenes and of their verifier, on one core: python -m benchmarks.scenes
 
-    python -m benchmarks.scenes
+Prints the CPU time of layout, caption and pixels, scenes per second with one caption each (English and Chinese in turn),
+and verified images per second. Each value is the best of three rounds of CPU time, so other processes do not count.
+"""
 
-Prints scenes per second (layout, pixels and one caption, in turns English and Chinese) and pictures read per
-second, by CPU time, the best of three rounds: other programs on the machine do not count."""
+from __future__ import annotations
 
+import argparse
 import time
 
 from dalle_jax.data.scenes.generator import LANGUAGES, captions, render, scene
 from dalle_jax.evaluate.scenes.verifier import verify
 
 
-def seconds(work, count: int) -> float:
-    """CPU seconds per call of work(i), i < count, in the fastest of three rounds."""
+def seconds_per_call(fn, count: int) -> float:
+    """Return the CPU seconds per call of fn(i), i < count, in the fastest of three rounds."""
     rounds = []
     for _ in range(3):
         start = time.process_time()
         for i in range(count):
-            work(i)
+            fn(i)
         rounds.append((time.process_time() - start) / count)
     return min(rounds)
 
 
-def words(s, i: int):
-    """One caption of a scene, in turns English and Chinese."""
+def make_caption(s, i: int):
+    """Return one caption of a scene, in English for even i and in Chinese for odd i."""
     return captions(s, index=i, languages=LANGUAGES[i % 2 : i % 2 + 1])
 
 
-def sample(i: int, side: int) -> None:
-    """What a data source does for one row."""
+def make_row(i: int, side: int) -> None:
+    """Do the work of a data source for one row."""
     s = scene(i)
     render(s, side)
-    words(s, i)
+    make_caption(s, i)
 
 
 def main() -> None:
-    count = 2000
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=2000, help="scenes")
+    count = parser.parse_args().count
     scenes = [scene(i) for i in range(count)]
-    print(f"layout        {1e6 * seconds(scene, count):6.0f} us")
-    print(f"one caption   {1e6 * seconds(lambda i: words(scenes[i], i), count):6.0f} us")
+    print(f"layout        {1e6 * seconds_per_call(scene, count):6.0f} us")
+    print(f"one caption   {1e6 * seconds_per_call(lambda i: make_caption(scenes[i], i), count):6.0f} us")
     for side in (32, 64, 128, 256):
-        rows = count if side <= 64 else 200
-        pixels = seconds(lambda i, side=side: render(scenes[i], side), rows)
-        whole = seconds(lambda i, side=side: sample(i, side), rows)
+        rows = count if side <= 64 else min(count, 200)
+        pixels = seconds_per_call(lambda i, side=side: render(scenes[i], side), rows)
+        whole = seconds_per_call(lambda i, side=side: make_row(i, side), rows)
         print(
             f"{side:3} px pixels {1e6 * pixels:6.0f} us, all {1e6 * whole:6.0f} us = {1 / whole:.0f} scenes/s"
         )
+    verified = min(count, 100)
     for side in (32, 64, 128):
-        images = [render(scenes[i], side) for i in range(100)]
-        facts = [words(scenes[i], i)[0].facts for i in range(100)]
-        each = seconds(lambda i, images=images, facts=facts: verify(images[i], facts[i]), 100)
-        print(f"{side:3} px  verifier {1e3 * each:5.1f} ms = {1 / each:5.0f} pictures/s")
+        images = [render(scenes[i], side) for i in range(verified)]
+        facts = [make_caption(scenes[i], i)[0].facts for i in range(verified)]
+        each = seconds_per_call(lambda i, images=images, facts=facts: verify(images[i], facts[i]), verified)
+        print(f"{side:3} px  verifier {1e3 * each:5.1f} ms = {1 / each:5.0f} images/s")
 
 
 if __name__ == "__main__":

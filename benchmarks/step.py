@@ -1,19 +1,18 @@
-"""Speed and use of the chip's peak of one training step: python -m benchmarks.step CONFIG.py [--field value ...]
+"""Speed and MFU of one training step: python -m benchmarks.step CONFIG.py [--field value ...]
 
-The very step that training runs, on the devices that are here, with random rows that lie on them already, so that
-reading data costs nothing. Prints seconds per step, rows and tokens per second, and model FLOP/s mfu: the
-operations of the model (train/flops.py: nothing that is computed twice counts) over the peak of dense bf16 products
-by the data sheet.
+The step is the one that training runs, on the attached devices, with random rows that are in device memory already, so
+that reading data costs nothing. The result has seconds per step, rows and tokens per second, model FLOP/s
+(train/flops.py) and MFU, against the peak of dense bf16 products by the data sheet.
 
     python -m benchmarks.step configs/dalle_12b.py --model.dim 2048 --model.layers 24 --model.heads 32 \
         --data.batch-size 32 --trace step_trace                                       # 1.3 B on one GPU
     python -m benchmarks.step configs/ddpm_cifar10.py --peer-python PEERS/bin/python
     python -m benchmarks.step configs/dvae_openai.py
 
---steps N      steps that are timed (20), after two that are not
---trace DIR    a profile of three more steps for xprof or TensorBoard
---peer-python  a Python that has torch and diffusers: an equal U-Net trained there on the same device, after ours
---json         one JSON object to standard output
+--steps N      timed steps (20), after two warmup steps
+--trace DIR    directory for a profile of three more steps, for XProf or TensorBoard
+--peer-python  Python with torch and diffusers, which trains an equal U-Net on the same device afterwards
+--json         print one JSON object to standard output
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ from dalle_jax.train.flops import train_flops
 from dalle_jax.train.state import check_batch, init_state, task_optimizer
 from dalle_jax.train.tasks import make_task
 
-WARM = 2
+WARMUP_STEPS = 2
 
 
-def random_rows(shapes: dict[str, jax.ShapeDtypeStruct], config: TrainConfig) -> dict[str, np.ndarray]:
-    """Values that every stage takes: pixels of all 256 levels, ids that any vocabulary has."""
+def random_rows(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """Return a batch that every stage accepts: pixels of all 256 levels, ids below 8."""
     rng = np.random.default_rng(0)
     return {
         name: rng.integers(0, 256 if leaf.dtype == np.uint8 else 8, leaf.shape, leaf.dtype)
@@ -51,7 +50,8 @@ def random_rows(shapes: dict[str, jax.ShapeDtypeStruct], config: TrainConfig) ->
     }
 
 
-def measure(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any]:
+def measure_step(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any]:
+    """Time `steps` training steps and return the report."""
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     with jax.set_mesh(mesh):
@@ -59,12 +59,12 @@ def measure(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any
         flops = train_flops(task)
         step, (_, frozen, batch) = step_and_arguments(config, mesh)
         if frozen:
-            sys.exit("the stage has frozen parameters; it can't be measured by its configuration alone")
+            sys.exit("the stage has frozen parameters; its configuration alone does not define the step")
         state = init_state(task, task_optimizer(task), mesh)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        rows = jax.device_put(random_rows(batch, config), batch_sharding(mesh))
+        rows = jax.device_put(random_rows(batch), batch_sharding(mesh))
         begin = time.perf_counter()
-        compiled = step.lower(state, {}, rows).compile()
+        step_fn = step.lower(state, {}, rows).compile()
         compile_seconds = time.perf_counter() - begin
 
         def run(count: int) -> list[float]:
@@ -72,14 +72,14 @@ def measure(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any
             times = []
             for _ in range(count):
                 begin = time.perf_counter()
-                state, metrics = compiled(state, {}, rows)
+                state, metrics = step_fn(state, {}, rows)
                 finite = bool(metrics["finite"])  # waits
                 times.append(time.perf_counter() - begin)
                 if not finite:
                     sys.exit(f"the loss is not finite: {metrics['loss']}")
             return times
 
-        run(WARM)
+        run(WARMUP_STEPS)
         seconds = statistics.median(run(steps))
         if trace:
             with jax.profiler.trace(trace):
@@ -104,7 +104,11 @@ def measure(config: TrainConfig, steps: int, trace: str | None) -> dict[str, Any
 
 
 def peer_job(config: TrainConfig, steps: int) -> dict[str, Any]:
-    """The network of `config` for benchmarks/step_peer.py. Raises ValueError for one that diffusers does not have."""
+    """Return the network of a configuration for benchmarks/step_peer.py.
+
+    Raises:
+      ValueError: If diffusers does not have this network.
+    """
     model = config.model
     if not isinstance(model, DiffusionConfig):
         raise ValueError(f"--peer-python trains the U-Net of diffusion, not stage {model.kind}")
@@ -120,18 +124,19 @@ def peer_job(config: TrainConfig, steps: int) -> dict[str, Any]:
     names = ("image_size", "width", "channel_multipliers", "blocks", "attention_sizes", "dropout", "dtype")
     groups = {"groups": model.norm_groups or 32}
     return {name: getattr(model, name) for name in names} | groups | {
-        "batch": config.data.batch_size, "steps": steps, "warm": WARM,
+        "batch": config.data.batch_size, "steps": steps, "warmup_steps": WARMUP_STEPS,
     }  # fmt: skip
 
 
 def format_report(report: dict[str, Any]) -> str:
+    """Return the report as text for the terminal."""
     lines = [f"{report['devices']} x {report['device']}, jax {report['jax']}, {report['parameters']:,} parameters, "
              f"batch {report['batch']}; compiled in {report['compile_seconds']:.1f} s"]  # fmt: skip
-    line = f"ours    {report['seconds_per_step']:.4f} s/step  {report['rows_per_second']:.1f} rows/s"
+    line = f"dalle_jax  {report['seconds_per_step']:.4f} s/step  {report['rows_per_second']:.1f} rows/s"
     if report["tokens_per_second"]:
         line += f"  {report['tokens_per_second']:,.0f} tokens/s"
     if report["flops_per_step"]:
-        line += f"  {report['flops_per_step'] / report['seconds_per_step'] / 1e12:.3g} TFLOP/s of the model"
+        line += f"  {report['flops_per_step'] / report['seconds_per_step'] / 1e12:.3g} model TFLOP/s"
     if report["mfu"]:
         line += f", {report['mfu']:.1%} of peak"
     if report["peak_gib"]:
@@ -140,8 +145,8 @@ def format_report(report: dict[str, Any]) -> str:
     if peer := report.get("peer"):
         ratio = report["rows_per_second"] / peer["rows_per_second"]
         lines.append(
-            f"peer    {peer['seconds_per_step']:.4f} s/step  {peer['rows_per_second']:.1f} rows/s  "
-            f"{peer['parameters']:,} parameters, {peer['peer']}: ours is {ratio:.2f} times as fast"
+            f"peer       {peer['seconds_per_step']:.4f} s/step  {peer['rows_per_second']:.1f} rows/s  "
+            f"{peer['parameters']:,} parameters, {peer['peer']}: dalle_jax is {ratio:.2f} times as fast"
         )
     return "\n".join(lines)
 
@@ -150,17 +155,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--steps", type=int, default=20)  # of this command: nothing is trained to an end
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--trace")
     parser.add_argument("--peer-python")
     parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args(argv)
     if not rest or rest[0].startswith("-"):
-        parser.error("want a configuration first: python -m benchmarks.step configs/X.py")
+        parser.error("the first argument is a configuration: python -m benchmarks.step configs/X.py")
     try:
         config = parse_args(rest, "benchmarks.step").config
         job = peer_job(config, args.steps) if args.peer_python else None
-        report = measure(config, args.steps, args.trace)
+        report = measure_step(config, args.steps, args.trace)
     except (ValueError, OSError) as error:
         print(f"benchmarks.step: error: {error}", file=sys.stderr)
         return 2

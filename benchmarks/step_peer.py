@@ -1,8 +1,8 @@
-"""A training step of a U-Net by PyTorch and diffusers, for benchmarks/step.py; needs torch and diffusers.
+"""Training step of a U-Net with PyTorch and diffusers, for benchmarks/step.py; needs torch and diffusers.
 
-`python -m benchmarks.step_peer JOB` with a JSON object of `benchmarks.step.peer_job`: the network, batch and dtype.
-AdamW (fused), gradient clipping and averaged parameters as in our step; bfloat16 by autocast, channels last,
-torch.compile. Prints one JSON object.
+`python -m benchmarks.step_peer JOB` with a JSON object of `benchmarks.step.peer_job`: network, batch and dtype. As in our
+step there are AdamW (fused), gradient clipping and averaged parameters; bfloat16 is by autocast, the layout is channels
+last, and torch.compile compiles the network. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(job: dict) -> None:
         norm_num_groups=job["groups"],
         dropout=job["dropout"],
     ).to(device, memory_format=torch.channels_last)
-    averaged = [p.detach().clone() for p in model.parameters()]
+    ema = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0, fused=cuda)
     forward = torch.compile(model)
     alpha_T = torch.linspace(1.0 - 1e-4, 1.0 - 2e-2, 1000, device=device).cumprod(0)
@@ -46,18 +46,18 @@ def main(job: dict) -> None:
         noise = torch.randn_like(clean)
         alpha = alpha_T[t_B][:, None, None, None]
         with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
-            guess = forward(alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, t_B).sample
-        loss = ((guess.float() - noise) ** 2).mean()
+            prediction = forward(alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, t_B).sample
+        loss = ((prediction.float() - noise) ** 2).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, list(model.parameters()), 1e-4)
+            torch._foreach_lerp_(ema, list(model.parameters()), 1e-4)
         loss.item()  # waits
         return time.perf_counter() - begin
 
-    for _ in range(job["warm"]):
+    for _ in range(job["warmup_steps"]):
         step()
     seconds = statistics.median(step() for _ in range(job["steps"]))
     print(

@@ -1,15 +1,14 @@
-"""dVAE, VQGAN and FSQ side by side: as many parameters, codes, pictures and updates each, on the demo's scenes.
+"""Comparison of image tokenizers with equal parameters, codes, images and updates, on the scenes of the demo.
 
     python -m benchmarks.tokenizers --out runs/tokenizers [--only vqgan restarts] [--steps 1500] [--lpips FILE.npz]
         [--fid-weights FILE.npz]
 
-Trains four tokenizers of 8 x 8 codes out of 128 for pictures of 32 x 32 pixels, goes on where it was stopped, and
-prints a table of held-out pictures: PSNR, share of the codebook in use and its perplexity, the share of
-reconstructions that the verifier reads right, with --lpips the LPIPS distance, with --fid-weights the FID of
-reconstructions (docs/evaluation.md; it compares at the same count only). OUT/tokenizers.png shows the same
-pictures from each. All train without a discriminator, so that the codes are what differs; the VQGAN architecture
-stands three times, with a learned codebook, with one whose unused codes begin anew (`restarts`), and with finite
-scalars (Mentzer et al. 2023, arXiv 2309.15505).
+Trains four tokenizers with 8 x 8 codes of 128 for images of 32 x 32 pixels; a stopped command resumes. Prints a table for
+held-out images: PSNR, codebook use and perplexity, the fraction of reconstructions that the verifier reads correctly,
+with --lpips the LPIPS distance, and with --fid-weights the FID of reconstructions (docs/evaluation.md; it is comparable
+only for equal numbers of images). OUT/tokenizers.png shows the same images from each. All train without a discriminator,
+so that only the codes differ; the VQGAN architecture has a learned codebook (`vqgan`), a codebook with restarts of
+unused codes (`restarts`), and finite scalar quantization (`fsq`; Mentzer et al. 2023, 2309.15505).
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from dalle_jax.pipelines import ImageTokenizer, decode_codes, encode_images, loa
 from dalle_jax.train import loop
 
 
-def configs(out: Path, steps: int) -> dict[str, TrainConfig]:
-    """The four runs; parameters within 1% of each other."""
+def make_configs(out: Path, steps: int) -> dict[str, TrainConfig]:
+    """Return the four runs, whose numbers of parameters differ by at most 1%."""
     demo = load_config("demo_dvae")
     tau = Schedule(start=1.0, end=0.3, steps=steps)
     convolutional = VQGANConfig(
@@ -51,31 +50,31 @@ def configs(out: Path, steps: int) -> dict[str, TrainConfig]:
         ),
         "fsq": dataclasses.replace(convolutional, quantizer=FiniteScalarQuantizer(levels=(8, 4, 4))),
     }
-    rates = {"dvae": demo.optim.learning_rate}
-    often = max(1, steps // 4)
+    learning_rates = {"dvae": demo.optim.learning_rate}
+    interval = max(1, steps // 4)
     return {
         name: dataclasses.replace(
-            demo, run=str(out / name), model=model, steps=steps, eval_every=often, save_every=often,
-            sample_every=steps, optim=dataclasses.replace(demo.optim, learning_rate=rates.get(name, 2e-3)),
+            demo, run=str(out / name), model=model, steps=steps, eval_every=interval, save_every=interval,
+            sample_every=steps, optim=dataclasses.replace(demo.optim, learning_rate=learning_rates.get(name, 2e-3)),
         )
         for name, model in models.items()
     }  # fmt: skip
 
 
-def parameters(model) -> int:
-    """How many, by shape alone."""
+def count_parameters(model) -> int:
+    """Return the number of parameters of a model."""
     shapes = jax.eval_shape(functools.partial(tokenizers.init, model), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def again(tokenizer: ImageTokenizer, pictures: np.ndarray) -> np.ndarray:
-    """Pictures from their codes, uint8."""
-    return images.to_uint8(decode_codes(tokenizer, encode_images(tokenizer, pictures)))
+def reconstruct(tokenizer: ImageTokenizer, images_u8: np.ndarray) -> np.ndarray:
+    """Return uint8 images decoded from the codes of uint8 images."""
+    return images.to_uint8(decode_codes(tokenizer, encode_images(tokenizer, images_u8)))
 
 
-def lpips_of(weights: dict, true: np.ndarray, made: np.ndarray) -> float:
-    """Mean LPIPS distance of uint8 pictures."""
-    x, y = (jnp.asarray(p, jnp.float32) / 127.5 - 1 for p in (true, made))
+def mean_lpips(weights: dict, a_u8: np.ndarray, b_u8: np.ndarray) -> float:
+    """Return the mean LPIPS distance of pairs of uint8 images."""
+    x, y = (jnp.asarray(image, jnp.float32) / 127.5 - 1 for image in (a_u8, b_u8))
     return float(jnp.mean(jax.jit(lpips.lpips)(weights, x, y)))
 
 
@@ -85,50 +84,54 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/tokenizers"))
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="of dvae, vqgan, restarts, fsq; all without it"
+        "--only", nargs="+", metavar="NAME", help="some of dvae, vqgan, restarts, fsq; default: all"
     )
     parser.add_argument("--steps", type=int, default=1_500)
-    parser.add_argument("--count", type=int, default=256, help="held-out pictures that are measured")
-    parser.add_argument("--lpips", default=None, help="npz with the weights of LPIPS (docs/tokenizers.md)")
-    parser.add_argument("--fid-weights", default=None, help="npz with the Inception-v3 of FID")
+    parser.add_argument("--count", type=int, default=256, help="held-out images")
+    parser.add_argument(
+        "--lpips", default=None, help="npz file with the weights of LPIPS (docs/tokenizers.md)"
+    )
+    parser.add_argument("--fid-weights", default=None, help="npz file with the Inception-v3 of FID")
     args = parser.parse_args()
-    network, truth = None, None
+    network, reference = None, None
     if args.fid_weights is not None:
         network = inception.load_inception(args.fid_weights)
-        truth = metrics.reference_stats(network, load_config("demo_dvae").data, 32, args.count)
+        reference = metrics.reference_stats(network, load_config("demo_dvae").data, 32, args.count)
     weights = None if args.lpips is None else lpips.load_lpips(args.lpips)
     rows, shown, labels = {}, [], []
-    runs = configs(args.out, args.steps)
+    runs = make_configs(args.out, args.steps)
     if unknown := set(args.only or ()) - set(runs):
-        parser.error(f"--only {' '.join(sorted(unknown))}; want some of {', '.join(runs)}")
+        parser.error(f"--only {' '.join(sorted(unknown))}; use some of {', '.join(runs)}")
     for name in args.only or runs:
         config = runs[name]
         if not loop.train(config).finished:
             return
         tokenizer = load_image_tokenizer(config.run)
         source = open_source(config.data.source, "eval", languages=())
-        true = eval_batch(config.data, source, args.count, image_size=32)["image"]
+        original = eval_batch(config.data, source, args.count, image_size=32)["image"]
         if not shown:
-            shown, labels = [true[:8]], ["picture"] * 8
-        made = again(tokenizer, true)
-        shown.append(made[:8])
+            shown, labels = [original[:8]], ["original"] * 8
+        reconstructed = reconstruct(tokenizer, original)
+        shown.append(reconstructed[:8])
         labels += [name] * 8
-        found = metrics.measure_tokenizer(tokenizer, config.data, args.count)
-        found |= {
-            "right": metrics.reconstruction_accuracy(tokenizer, config.data, args.count)[
+        result = metrics.measure_tokenizer(tokenizer, config.data, args.count)
+        result |= {
+            "accuracy": metrics.reconstruction_accuracy(tokenizer, config.data, args.count)[
                 "accuracy_reconstruction"
             ]
         }
-        found |= {} if weights is None else {"lpips": lpips_of(weights, true, made)}
+        result |= {} if weights is None else {"lpips": mean_lpips(weights, original, reconstructed)}
         if network is not None:
-            found["rfid"] = metrics.measure_rfid(network, tokenizer, config.data, truth, args.count)["rfid"]
-        rows[name] = {"parameters": parameters(config.model), **found}
+            result["rfid"] = metrics.measure_rfid(network, tokenizer, config.data, reference, args.count)[
+                "rfid"
+            ]
+        rows[name] = {"parameters": count_parameters(config.model), **result}
     images.save_png(
         args.out / "tokenizers.png", images.image_grid(np.concatenate(shown), 8, labels=labels, scale=3)
     )
     names = list(next(iter(rows.values())))
     batch = load_config("demo_dvae").data.batch_size
-    print(f"{args.steps} updates of {batch} pictures; {args.count} held-out pictures")
+    print(f"{args.steps} updates of {batch} images; {args.count} held-out images")
     print("  ".join(["        ", *names]))
     for name, row in rows.items():
         print(
