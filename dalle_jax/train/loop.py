@@ -45,7 +45,7 @@ from dalle_jax.train.state import (
     run_key,
     task_optimizer,
 )
-from dalle_jax.train.task import Metrics, Task
+from dalle_jax.train.task import MetricDict, Task
 from dalle_jax.typing import Batch, HostBatch
 
 
@@ -141,7 +141,7 @@ class _Trainer:
         self.eval_batches: list[Batch] | None = None
         self.eval_metrics: dict[str, float] = {}
         self.eval_step = -1
-        self.pending: tuple[int, Metrics] | None = None  # metrics of a dispatched step, not read yet
+        self.pending: tuple[int, MetricDict] | None = None  # metrics of a dispatched step, not read yet
 
         watchdog.at("reading the checkpoint, or creating the initial state")
         path = remote_dir.checkpoints_of(run_dir)
@@ -248,7 +248,7 @@ class _Trainer:
         pending, self.pending = self.pending, None
         self._read_metrics(pending)
 
-    def _read_metrics(self, pending: tuple[int, Metrics] | None) -> None:
+    def _read_metrics(self, pending: tuple[int, MetricDict] | None) -> None:
         """Wait for a step and log its metrics."""
         if pending is None:
             return

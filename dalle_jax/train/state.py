@@ -21,7 +21,7 @@ from dalle_jax.models.registry import check_mesh
 from dalle_jax.parallel.sharding import LOGICAL_AXIS_RULES, batch_sharding, param_shardings, replicated
 from dalle_jax.train.compiler_options import compiler_options
 from dalle_jax.train.optim import learning_rate, update_ema
-from dalle_jax.train.task import Metrics, Task
+from dalle_jax.train.task import MetricDict, Task
 from dalle_jax.typing import Batch, Params
 
 # Step s uses the key fold_in(key(seed), s). These numbers are larger than any step and give the other keys of a run.
@@ -219,7 +219,7 @@ def make_step(
         total, aux = jax.lax.scan(add, zeros, (microbatches, keys))
         return *jax.tree.map(lambda x: x / pieces, total), jax.tree.map(join, aux)
 
-    def step_fn(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step_fn(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, MetricDict]:
         batch = dict(batch)
         stop = batch.pop("stop", None)
         key = run_key(config.seed, state.step)

@@ -18,7 +18,7 @@ from dalle_jax.typing import Batch, HostBatch, Params
 if TYPE_CHECKING:
     from dalle_jax.train.state import TrainState
 
-Metrics = dict[str, jax.Array]  # name -> scalar
+MetricDict = dict[str, jax.Array]  # name -> scalar
 BatchSpec = dict[str, tuple[tuple[int, ...], Any]]  # input -> shape without the batch axis, and dtype
 
 
@@ -71,7 +71,7 @@ class Task(Protocol):
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[jax.Array, MetricDict]:
         """Compute the loss of one batch.
 
         Args:
@@ -88,14 +88,14 @@ class Task(Protocol):
 
     def gradients(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[Params, Metrics, dict[str, jax.Array]]:
+    ) -> tuple[Params, MetricDict, dict[str, jax.Array]]:
         """Compute the gradients of one batch; the arguments are those of `loss`.
 
         Returns:
           Gradients like `params`, metrics with `loss` among them, and arrays of B rows for `post_update`, or {}.
         """
 
-        def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+        def loss_fn(params: Params) -> tuple[jax.Array, MetricDict]:
             loss, metrics = self.loss(params, frozen, batch, key, step)
             return loss, {**metrics, "loss": loss}
 
@@ -108,7 +108,7 @@ class Task(Protocol):
 
     def post_update(
         self, state: TrainState, aux: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, MetricDict]:
         """Change the state after the optimizer's update, in steps whose `gradients` returned arrays `aux`.
 
         Returns:
@@ -130,7 +130,7 @@ class Task(Protocol):
         """Return the evaluation batches, whole and equal on every process."""
 
     @abstractmethod
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> MetricDict:
         """Compute the evaluation metrics of one evaluation batch, averages over its rows."""
 
     @abstractmethod

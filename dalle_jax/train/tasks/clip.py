@@ -17,7 +17,7 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.models import clip, tokenizer
 from dalle_jax.parallel.global_arrays import gather_to_host
 from dalle_jax.text.tokenizers import BosEosTokenizer
-from dalle_jax.train.task import Metrics
+from dalle_jax.train.task import MetricDict
 from dalle_jax.train.tasks.data_task import DataTask, labeled_grid, log_bad_records
 from dalle_jax.train.tasks.prepare import prepare_image_tokenizer, prepare_text_tokenizer, warn_truncated
 from dalle_jax.typing import Batch, Params
@@ -86,13 +86,13 @@ class ClipTask(DataTask):
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[jax.Array, MetricDict]:
         images_BHWC = to_float(batch["image"])
         if self.image_tokenizer is not None and frozen:
             images_BHWC = half_reconstructed(self.image_tokenizer, frozen, images_BHWC)
         return clip.loss(self.model, params, images_BHWC, batch["text"])
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> MetricDict:
         """Compute the loss among the rows of one evaluation batch, whose number may differ from a training batch."""
         model = dataclasses.replace(self.model, grad_cache_chunks=1)
         loss, metrics = clip.loss(model, params, to_float(batch["image"]), batch["text"])

@@ -18,7 +18,7 @@ from dalle_jax.data.loader.pipeline import open_eval_source, open_train_source
 from dalle_jax.models import autoregressive, tokenizer
 from dalle_jax.parallel.global_arrays import gather_to_host
 from dalle_jax.sampling.generate import generate, row_keys
-from dalle_jax.train.task import Metrics
+from dalle_jax.train.task import MetricDict
 from dalle_jax.train.tasks.data_task import DataTask, labeled_grid, log_bad_records
 from dalle_jax.train.tasks.prepare import (
     check_tokenizer,
@@ -96,10 +96,10 @@ class DalleTask(DataTask):
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[jax.Array, MetricDict]:
         return autoregressive.loss(self.model, params, batch["text"], self._codes(frozen, batch), key)
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> MetricDict:
         """Compute the loss with every caption, whatever `cond_drop_prob` is."""
         model = dataclasses.replace(self.model, cond_drop_prob=0.0)
         codes = self._codes(frozen, batch)

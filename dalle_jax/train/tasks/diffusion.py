@@ -17,7 +17,7 @@ from dalle_jax.models import tokenizer
 from dalle_jax.models.diffusion import denoise, loss, sampler, unet
 from dalle_jax.parallel.global_arrays import gather_to_host
 from dalle_jax.text.tokenizers import TextTokenizer
-from dalle_jax.train.task import BatchSpec, Metrics
+from dalle_jax.train.task import BatchSpec, MetricDict
 from dalle_jax.train.tasks.data_task import DataTask, labeled_grid, log_bad_records
 from dalle_jax.train.tasks.prepare import (
     check_tokenizer,
@@ -106,11 +106,11 @@ class DiffusionTask(DataTask):
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[jax.Array, MetricDict]:
         conditions = self._conditions(frozen, batch)
         return loss.loss(self.model, params, to_float(batch["image"]), conditions, key)
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> MetricDict:
         """Compute the loss with every condition and without dropout."""
         conditions = self._conditions(frozen, batch)
         value, metrics = loss.loss(self.model, params, to_float(batch["image"]), conditions, key, train=False)

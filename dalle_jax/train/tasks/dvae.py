@@ -8,7 +8,7 @@ from dalle_jax.config import DVAEConfig, TrainConfig
 from dalle_jax.data.images import to_float
 from dalle_jax.models import dvae
 from dalle_jax.models.tokenizer_losses import schedule_value
-from dalle_jax.train.task import Metrics
+from dalle_jax.train.task import MetricDict
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
 from dalle_jax.typing import Batch, Params
 
@@ -23,7 +23,7 @@ class DVAETask(TokenizerTask):
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[jax.Array, MetricDict]:
         weights = {
             name: schedule_value(getattr(self.model, name), step)
             for name in ("tau", "kl_weight", "code_usage_weight")

@@ -15,7 +15,7 @@ from dalle_jax.data.images import to_float, to_uint8
 from dalle_jax.data.sources import open_source
 from dalle_jax.models import tokenizer, tokenizer_losses
 from dalle_jax.parallel.global_arrays import gather_to_host
-from dalle_jax.train.task import Metrics
+from dalle_jax.train.task import MetricDict
 from dalle_jax.train.tasks.data_task import DataTask, labeled_grid, log_bad_records
 from dalle_jax.typing import Batch, Params
 
@@ -42,7 +42,7 @@ class TokenizerTask(DataTask):
     def row_options(self) -> dict[str, Any]:
         return {"image_size": self.tokenizer.image_size}
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> MetricDict:
         images_BHWC = to_float(batch["image"])
         codes_BN = tokenizer.encode(self.tokenizer, params, images_BHWC)
         decoded_BHWC = tokenizer.decode(self.tokenizer, params, codes_BN)

@@ -16,7 +16,7 @@ from dalle_jax.models import lpips
 from dalle_jax.models.vqgan import adversarial, quantizers
 from dalle_jax.train.adversarial_optim import adversarial_optimizer, tokenizer_params
 from dalle_jax.train.state import TrainState
-from dalle_jax.train.task import Metrics
+from dalle_jax.train.task import MetricDict
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
 from dalle_jax.typing import Batch, Params
 
@@ -52,7 +52,7 @@ class VQGANTask(TokenizerTask):
 
     def gradients(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[Params, Metrics, dict[str, jax.Array]]:
+    ) -> tuple[Params, MetricDict, dict[str, jax.Array]]:
         images_BHWC = to_float(batch["image"])
         return adversarial.adversarial_gradients(
             self.model, params, frozen.get("lpips"), images_BHWC, key, step
@@ -60,7 +60,7 @@ class VQGANTask(TokenizerTask):
 
     def post_update(
         self, state: TrainState, aux: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, MetricDict]:
         """Restart unused codes, in the averages, too, which would follow only slowly."""
         quantizer = self.model.quantizer
         assert isinstance(
@@ -86,7 +86,7 @@ class VQGANTask(TokenizerTask):
         new = TrainState(state.step, restart(state.params), opt_state, restart(state.ema))
         return new, {"codes_restarted": jnp.sum(due_V)}
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> MetricDict:
         return super().evaluate(params["tokenizer"], frozen, batch, key)
 
     def sample_grid(self, params: Params, frozen: Params, key: jax.Array) -> Image.Image:
