@@ -21,14 +21,23 @@ JsonFlag = Annotated[
 
 
 def refuse_flags(args: Any, names: tuple[str, ...], why: str) -> None:
-    """Raises ValueError for the first of these flags that is not at its default."""
+    """Refuse flags that do not apply.
+
+    Args:
+        args: flags of a command, a dataclass.
+        names: fields that do not apply.
+        why: what the flags are for, for the message.
+
+    Raises:
+        ValueError: one of the fields is not at its default.
+    """
     for field in dataclasses.fields(args):
         if field.name in names and getattr(args, field.name) != field.default:
             raise ValueError(f"--{field.name.replace('_', '-')} is for {why}; leave it out")
 
 
 def denoising(args: Any, guidance: float = 1.0) -> DiffusionSamplingConfig:
-    """The settings in the flags of a verb; those it does not have, or that are not given, at their default."""
+    """Return the sampler settings in the flags of a command; defaults for flags that it lacks or that are None."""
     names = ("sampler", "num_steps", "spacing", "eta", "guidance_interval", "threshold")
     given = {name: getattr(args, name, None) for name in names}
     return DiffusionSamplingConfig(

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ class _Results:
         write_atomic(self._path, json.dumps(self.values, indent=2, ensure_ascii=False) + "\n")
 
     @contextlib.contextmanager
-    def timed(self, stage: str, *, restart: bool = False) -> Iterator[None]:
+    def timed(self, stage: str, *, restart: bool = False) -> Generator[None, None, None]:
         """Add the seconds of a block to those of its stage, also when the block is interrupted."""
         before = 0.0 if restart else self.values.get("seconds", {}).get(stage, 0.0)
         start = time.monotonic()

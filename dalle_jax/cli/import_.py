@@ -1,4 +1,4 @@
-"""`dalle-jax import`: a public checkpoint as a run directory, read without torch and without running anything."""
+"""`dalle-jax import`: a public checkpoint to a run directory, without torch."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ _FAMILIES = "; ".join(f"{name}: {family.help}" for name, family in FAMILIES.item
 
 @dataclass(frozen=True, kw_only=True)
 class ImportArgs:
-    """Makes a run directory of a public checkpoint that is on this disk: `sample`, `encode`, `decode`, `info`,
-    `export` and --init-from take it like a run that was trained here. Files are read without torch, and nothing in
-    them is run; tensors are checked by name and shape, and nothing is written unless all of them fit."""
+    """Convert a downloaded public checkpoint to a run directory, which all commands and --init-from accept as a run.
+    Files are read without torch, and no code in them is executed; every tensor is checked by name and shape before
+    anything is written."""
 
-    family: Positional[Annotated[str, arg(metavar="FAMILY", help="what the checkpoint is of. " + _FAMILIES)]]
+    family: Positional[Annotated[str, arg(metavar="FAMILY", help="model family. " + _FAMILIES)]]
     path: Positional[Annotated[str, arg(metavar="PATH")]]
-    """file or directory of the checkpoint, as it was published (docs/import.md)"""
+    """file or directory of the checkpoint, as published (docs/import.md)"""
     out: str
     """directory to write, new or empty"""
     image_size: int | None = None
-    """side of the pictures of a tokenizer that can take any; None is the published one"""
+    """side of the images of a tokenizer that accepts any size, pixels; None is the published size"""
     pixel_range: Literal["symmetric", "unit"] | None = None
-    """of a VQGAN: what its networks see, [-1, 1] or [0, 1]; None is what the family's own code feeds them"""
+    """VQGAN: range of its networks' inputs, [-1, 1] or [0, 1]; None is that of the family's own code"""
     image_tokenizer: str | None = None
-    """run of the image tokenizer that a Transformer was trained on, imported before; where its files hold none"""
+    """Transformer: run of its image tokenizer, imported before; for families whose files contain none"""
     text_tokenizer: str | None = None
-    """file of its vocabulary, where that is apart from the checkpoint: bpe.model of rudalle; names of the classes of
-    llamagen, one a line; bpe_simple_vocab_16e6.txt.gz of OpenAI's clip"""
+    """file of the vocabulary, if it is not part of the checkpoint: bpe.model of rudalle; class names of llamagen, one per
+    line; bpe_simple_vocab_16e6.txt.gz of OpenAI's clip"""
     version: Literal["v2", "v3"] | None = None
-    """of rudalle, where the file's name does not tell"""
+    """rudalle: version, if the name of the file does not contain it"""
     t5: str | None = None
-    """of llamagen's t2i_*.pt: directory of google/flan-t5-xl, whose encoder becomes a part of the model"""
+    """llamagen's t2i_*.pt: directory of google/flan-t5-xl, whose encoder becomes part of the model"""
     heads: int | None = None
-    """heads of attention, which no tensor tells; None is the published number for the width"""
+    """attention heads, which no tensor determines; None is the published number for the width"""
     json: JsonFlag = False
 
 
 def run(args: ImportArgs) -> dict[str, Any]:
-    """Reads, checks and writes."""
+    """Read, check and write the checkpoint."""
     out = new_directory(args.out)
     start = time.monotonic()
     names = sorted({name for family in FAMILIES.values() for name in family.options})
@@ -62,12 +62,11 @@ def run(args: ImportArgs) -> dict[str, Any]:
     )
     seconds = time.monotonic() - start
     print(
-        f"{count:,} parameters of {args.family} in {out} in {seconds:.0f} s; use it like a run of stage {model.kind}"
+        f"{count:,} parameters of {args.family} in {out} in {seconds:.0f} s; it is a run of stage {model.kind}"
     )
     if isinstance(model, ClipConfig) and not (out / "text_tokenizer.model").is_file():
         print(
-            "without a vocabulary it reads no captions yet: `rerank`, `evaluate` and --clip want it imported with "
-            "--text-tokenizer FILE"
+            "it has no vocabulary: `rerank`, `evaluate` and --clip need one. Import it again with --text-tokenizer FILE"
         )
     return {"run": str(out), "family": args.family, "stage": model.kind, "parameters": count}
 

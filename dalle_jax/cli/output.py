@@ -1,4 +1,4 @@
-"""Where verbs write: checked before the work begins, whole or not at all."""
+"""Output paths of the commands, checked before the work starts."""
 
 from __future__ import annotations
 
@@ -10,32 +10,46 @@ from dalle_jax.pipelines import ImageTokenizer
 
 
 def directory(path: str) -> Path:
-    """Makes the directory `path` if it is missing. Raises ValueError for a file, OSError if unwritable."""
+    """Create the directory `path` if it is missing.
+
+    Raises:
+        ValueError: it is a file.
+        OSError: it cannot be written.
+    """
     out = Path(path)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {path} is a file; want a directory, new or existing")
-    _try(out, path)
+    _check_writable(out, path)
     return out
 
 
 def new_directory(path: str) -> Path:
-    """Checks that the directory `path` is new or empty; makes nothing. Raises ValueError if it is not."""
+    """Check that the directory `path` is new or empty, without creating it.
+
+    Raises:
+        ValueError: it is neither.
+    """
     out = Path(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is there already; want a directory that is new or empty")
+        raise ValueError(f"--out {out} exists; want a directory that is new or empty")
     return out
 
 
 def file(path: str) -> Path:
-    """Checks that the file `path` can be written. Raises ValueError for a directory, OSError if it cannot."""
+    """Check that the file `path` can be written, and create its directory.
+
+    Raises:
+        ValueError: it is a directory.
+        OSError: it cannot be written.
+    """
     out = Path(path)
     if out.is_dir():
         raise ValueError(f"--out {path} is a directory; want the name of a file, e.g. {out / 'codes.npz'}")
-    _try(out.parent, path)
+    _check_writable(out.parent, path)
     return out
 
 
-def _try(folder: Path, path: str) -> None:
+def _check_writable(folder: Path, path: str) -> None:
     probe = folder / f".write-test.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +62,6 @@ def _try(folder: Path, path: str) -> None:
 
 
 def tokenizer_summary(tokenizer: ImageTokenizer) -> dict[str, Any]:
-    """What `--json` prints of the tokenizer that made or read codes."""
+    """Return the entries of `--json` about the image tokenizer of codes."""
     cfg = tokenizer.config
     return {"image_size": cfg.image_size, "vocab": cfg.vocab, "tokenizer": tokenizer.fingerprint}

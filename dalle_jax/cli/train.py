@@ -132,5 +132,5 @@ def _compile(args: TrainArgs, target: str) -> dict[str, Any]:
         raise UsageError(str(error)) from error
     print(format_report(report))
     if report["fits"] is False:
-        raise NegativeResult(DOES_NOT_FIT, report)
-    return report
+        raise NegativeResult(DOES_NOT_FIT, dict(report))
+    return dict(report)

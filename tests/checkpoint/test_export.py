@@ -186,6 +186,6 @@ def test_weights_must_be_those_of_the_configuration(tmp_path):
 def test_export_overwrites_nothing(tmp_path, capsys):
     make_run(tmp_path / "run")
     assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "run")]) == 1
-    assert "is there already; want a directory that is new or empty" in capsys.readouterr().err
+    assert "exists; want a directory that is new or empty" in capsys.readouterr().err
     assert cli.main(["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
     assert "no run directory" in capsys.readouterr().err and not (tmp_path / "out").exists()
