@@ -1,5 +1,5 @@
-"""Laws of the queue: a picture is the one sampled alone, whatever shares the batch, one code a pass and several, and
-nothing compiles again."""
+"""Laws of continuous batching: an image equals the one sampled alone, whatever shares the batch, sequential and speculative;
+no program compiles again."""
 
 import dataclasses
 import gc
@@ -11,11 +11,11 @@ import pytest
 from tiny_models import CAPTIONS, FAMILIES, TINY, captioned_params, family_batch, family_params
 
 from dalle_jax.models import autoregressive, dalle
-from dalle_jax.sampling import decode_state as device
+from dalle_jax.sampling import decode_state
 from dalle_jax.sampling.batcher import ContinuousBatcher, SamplingRequest
 from dalle_jax.sampling.generate import generate, row_keys
 
-# A ring; tests/nn/test_kv_cache.py and tests/sampling/test_speculative.py have rows at places of their own for every kind.
+# A ring buffer; test_kv_cache.py and test_speculative.py have rows at different positions for every kind.
 CFG = dataclasses.replace(TINY, grid=5, attention=("row",), layers=1)
 N, V = CFG.num_codes, CFG.image_vocab
 
@@ -26,7 +26,7 @@ def params():
 
 
 def requests(count):
-    """Mixtures of caption, seed, temperature, top-p, guidance and given codes."""
+    """Mixtures of caption, seed, temperature, top-p, guidance and prefix codes."""
     rng = np.random.default_rng(0)
     texts = [*np.asarray(CAPTIONS), np.asarray(dalle.null_text(CFG))]
     return [
@@ -43,19 +43,19 @@ def requests(count):
 
 
 def alone(params, request):
-    """The same picture by `generate`, in a batch of one."""
-    prime = {"prefix_codes": jnp.asarray(request.prefix_codes)[None]} if len(request.prefix_codes) else {}
+    """The same image by `generate`, in a batch of one."""
+    prefix = {"prefix_codes": jnp.asarray(request.prefix_codes)[None]} if len(request.prefix_codes) else {}
     return np.asarray(
         generate(
             CFG, params, jnp.asarray(request.text_T)[None], row_keys([request.seed]),
             temperature=jnp.float32(request.temperature), top_p=jnp.float32(request.top_p),
-            guidance_scale=jnp.float32(request.guidance_scale), **prime,
+            guidance_scale=jnp.float32(request.guidance_scale), **prefix,
         )
     )[0]  # fmt: skip
 
 
 COUNT, SLOTS, DRAFT_LEN = 20, 9, 6
-one_code_or_several = pytest.mark.parametrize("draft_len", [None, DRAFT_LEN])
+sequential_or_speculative = pytest.mark.parametrize("draft_len", [None, DRAFT_LEN])
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +63,21 @@ def wanted(params):
     return [alone(params, request) for request in requests(COUNT)]
 
 
-@one_code_or_several
-def test_every_picture_is_the_one_sampled_alone(params, wanted, draft_len):
-    """With seeds, guidance, temperature, top-p and given codes of all lengths mixed; slots end at all times."""
-    queue = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len)
-    assert [queue.submit(request) for request in requests(COUNT)] == list(range(COUNT))
-    assert queue.codes_per_pass is None
-    found = dict(queue.drain())
-    assert sorted(found) == list(range(COUNT)) and len(queue) == 0
+@sequential_or_speculative
+def test_every_image_equals_the_one_sampled_alone(params, wanted, draft_len):
+    """With mixed seeds, guidance, temperature, top-p and prefix lengths; slots finish at different times."""
+    batcher = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len)
+    assert [batcher.submit(request) for request in requests(COUNT)] == list(range(COUNT))
+    assert batcher.codes_per_pass is None
+    found = dict(batcher.drain())
+    assert sorted(found) == list(range(COUNT)) and len(batcher) == 0
     for ticket, want in enumerate(wanted):
         np.testing.assert_array_equal(found[ticket], want, err_msg=str(requests(COUNT)[ticket]))
     assert len(np.unique(wanted, axis=0)) == COUNT
-    assert queue.codes_per_pass == 1 if draft_len is None else 1.2 < queue.codes_per_pass < DRAFT_LEN
+    assert batcher.codes_per_pass == 1 if draft_len is None else 1.2 < batcher.codes_per_pass < DRAFT_LEN
 
 
-OTHERS = {  # with as few layers as have all of their choices
+FAMILY_MODELS = {  # with the fewest layers that have all options
     "dalle_mini": dataclasses.replace(FAMILIES["dalle_mini"], encoder_layers=1, layers=1),
     "malevich_v2": dataclasses.replace(FAMILIES["malevich_v2"], attention=("row",), layers=2),
     "llamagen_t2i": dataclasses.replace(
@@ -88,10 +88,10 @@ OTHERS = {  # with as few layers as have all of their choices
 }
 
 
-@pytest.mark.parametrize("cfg", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("cfg", FAMILY_MODELS.values(), ids=FAMILY_MODELS)
 def test_other_families(cfg):
-    """An encoder with a decoder, text in the raster, windows round the square, rotary positions, captions that hide
-    positions: one code a pass and several, together and in a queue, with and without guidance, draw the same."""
+    """Encoder-decoder, shifted masks, toroidal windows, RoPE, padded captions: sequential and speculative decoding, in a batch
+    and in the batcher, with and without guidance, sample the same images."""
     params = autoregressive.prepare_for_decode(cfg, family_params(cfg))
     text, scales = family_batch(cfg, 2)[0], [1.0, 2.0, 1.0, 0.5]
     options = {"temperature": jnp.float32(0.5), "guidance_scale": jnp.array(scales)}
@@ -101,7 +101,7 @@ def test_other_families(cfg):
     )
     np.testing.assert_array_equal(got, want)
     assert (passes < cfg.num_codes - 1).all()
-    asked = [
+    new_requests = [
         SamplingRequest(
             np.asarray(text)[i // 2],
             seed=i,
@@ -112,86 +112,86 @@ def test_other_families(cfg):
         for i, scale in enumerate(scales)
     ]
     for draft_len in (None, DRAFT_LEN):
-        queue, found = ContinuousBatcher(cfg, params, num_slots=3, draft_len=draft_len), {}
-        for request in asked:  # one by one, to places of their own
-            queue.submit(request)
-            found |= dict(queue.step(max_passes=3))
-        found |= dict(queue.drain())
+        batcher, found = ContinuousBatcher(cfg, params, num_slots=3, draft_len=draft_len), {}
+        for request in new_requests:  # one by one, so that slots are at different positions
+            batcher.submit(request)
+            found |= dict(batcher.step(max_passes=3))
+        found |= dict(batcher.drain())
         for ticket, codes in found.items():
             np.testing.assert_array_equal(codes, want[ticket], err_msg=f"{ticket}, {draft_len}")
         assert len(found) == 4
 
 
-@one_code_or_several
-def test_requests_that_come_while_others_are_drawn(params, wanted, draft_len):
-    """In the midst of the work a new request takes a slot, and no other moves."""
-    queue, found, waiting = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len), {}, requests(COUNT)
-    while waiting or len(queue):
+@sequential_or_speculative
+def test_requests_submitted_during_decoding(params, wanted, draft_len):
+    """A new request takes a free slot and changes no other."""
+    batcher, found, waiting = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len), {}, requests(COUNT)
+    while waiting or len(batcher):
         for request in waiting[:2]:
-            queue.submit(request)
+            batcher.submit(request)
         waiting = waiting[2:]
-        found |= dict(queue.step(max_passes=7 if draft_len is None else 2))
+        found |= dict(batcher.step(max_passes=7 if draft_len is None else 2))
     for ticket, want in enumerate(wanted):
         np.testing.assert_array_equal(found[ticket], want)
 
 
 def test_codes_per_pass_by_hand():
-    """Where every guess is right: 24 codes after the first in passes of 6, and the last 14 of 25 in the three passes
-    that go beyond what was given."""
-    queue = ContinuousBatcher(
+    """With every draft accepted: 24 codes after the first in passes of 6, and the last 14 of 25 in the three passes after the
+    prefix."""
+    batcher = ContinuousBatcher(
         CFG, jax.tree.map(jnp.zeros_like, captioned_params(CFG)), SLOTS, draft_len=DRAFT_LEN
     )
     text = np.asarray(CAPTIONS[0])
-    queue.submit(SamplingRequest(text, seed=0, temperature=0.0))
-    queue.submit(
+    batcher.submit(SamplingRequest(text, seed=0, temperature=0.0))
+    batcher.submit(
         SamplingRequest(
             text, seed=0, temperature=0.0, guidance_scale=2.0, prefix_codes=np.zeros(11, np.int32)
         )
     )
-    for _, codes in queue.drain():
+    for _, codes in batcher.drain():
         np.testing.assert_array_equal(codes, 0)
-    assert queue.codes_per_pass == (24 + 14) / (4 + 3)
+    assert batcher.codes_per_pass == (24 + 14) / (4 + 3)
 
 
-def test_slots_are_filled_an_eighth_at_once(params):
-    """With several codes a pass some picture ends in nearly every one: while requests wait, the device goes on until
-    two of the nine slots are free. Afterwards each picture comes when it is done."""
-    queue = ContinuousBatcher(CFG, params, SLOTS, draft_len=DRAFT_LEN)
+def test_slots_are_refilled_by_eighths(params):
+    """While requests wait, speculative decoding continues until two of the nine slots are finished. Afterwards each image is
+    returned when it is finished."""
+    batcher = ContinuousBatcher(CFG, params, SLOTS, draft_len=DRAFT_LEN)
     for request in requests(2 * COUNT):
         if request.guidance_scale == 1:
-            queue.submit(request)
+            batcher.submit(request)
     waited, after = [], []
-    while len(queue):
-        (waited if len(queue) > SLOTS else after).append(len(queue.step()))
+    while len(batcher):
+        (waited if len(batcher) > SLOTS else after).append(len(batcher.step()))
     assert min(waited) >= 2 and min(after) == 1 and sum(waited + after) == COUNT
 
 
-@one_code_or_several
-def test_five_programs_are_enough(params, draft_len):
-    """One request, and many with top-p among them; then others, in other numbers and orders, compile nothing more."""
-    programs = [device.decode_steps, device.speculative_passes, device.prefill_slots]
-    queue = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len)
+@sequential_or_speculative
+def test_no_program_compiles_again(params, draft_len):
+    """After one request, and many with top-p among them, others in other numbers and orders compile nothing."""
+    programs = [decode_state.decode_steps, decode_state.speculative_passes, decode_state.prefill_slots]
+    batcher = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len)
     for many in (requests(1), requests(2), requests(COUNT)):
         for request in many:
-            queue.submit(request)
-        list(queue.drain())
+            batcher.submit(request)
+        list(batcher.drain())
     compiled = [program._cache_size() for program in programs]
     for request in reversed(requests(COUNT)):
-        queue.submit(request._replace(guidance_scale=request.guidance_scale * 1.1, temperature=0.3))
-        if len(queue) > 5:
-            queue.step(max_passes=4)
-    assert len(dict(queue.drain())) > 0
+        batcher.submit(request._replace(guidance_scale=request.guidance_scale * 1.1, temperature=0.3))
+        if len(batcher) > 5:
+            batcher.step(max_passes=4)
+    assert len(dict(batcher.drain())) > 0
     assert [program._cache_size() for program in programs] == compiled
 
 
-def test_memory_stays(params):
-    """The device holds the slots, not what was drawn."""
-    queue = ContinuousBatcher(CFG, params, SLOTS)
+def test_device_memory_does_not_grow(params):
+    """Finished images are not kept on the device."""
+    batcher = ContinuousBatcher(CFG, params, SLOTS)
 
     def held(rounds):
         for request in requests(5) * rounds:
-            queue.submit(request)
-        list(queue.drain())
+            batcher.submit(request)
+        list(batcher.drain())
         gc.collect()
         return sum(x.nbytes for x in jax.live_arrays())
 
@@ -214,14 +214,14 @@ def test_memory_stays(params):
         ),
     ],
 )
-def test_what_it_cannot_draw(params, change, match):
-    queue = ContinuousBatcher(CFG, params, num_slots=1)
+def test_invalid_requests(params, change, match):
+    batcher = ContinuousBatcher(CFG, params, num_slots=1)
     with pytest.raises(ValueError, match=match):
-        queue.submit(requests(1)[0]._replace(**change))
-    assert len(queue) == 0 and queue.step() == []
+        batcher.submit(requests(1)[0]._replace(**change))
+    assert len(batcher) == 0 and batcher.step() == []
 
 
-def test_bad_queues(params):
+def test_invalid_batchers(params):
     with pytest.raises(ValueError, match="Expected num_slots of at least 1, got 0"):
         ContinuousBatcher(CFG, params, num_slots=0)
     with pytest.raises(ValueError, match="Expected top_k of at least 1, got 0"):
