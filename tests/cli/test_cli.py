@@ -660,7 +660,7 @@ def test_bad_prefix_pictures(made, pictures, tmp_path):
     for name, told in (
         ("big.png", f"is 48 x 64 pixels; this model's pictures are {SIZE} x {SIZE}: crop and resize"),
         ("broken.png", "broken.png: The image does not decode"),
-        ("text.png", "text.png: not a picture of a known format"),
+        ("text.png", "text.png: Expected an image of a known format"),
     ):
         assert told in refused(
             "sample", made.dalle, "a", "--prefix", tmp_path / name, "--out", tmp_path / "s"
