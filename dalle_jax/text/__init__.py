@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Text: captions to token ids by trained and public vocabularies."""

@@ -1,4 +1,4 @@
-"""Class labels in the place of captions, for models conditioned on a class: its name or number is one token."""
+"""Class labels in place of captions, for class-conditional models: the name or number of a class is one token."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ _FORMAT = "labels"
 
 
 class ClassLabelTokenizer:
-    """Names of classes by their ids; of the names that a class has, separated by commas, each is one."""
+    """A vocabulary of classes. Each of the comma-separated names of a class encodes to its id."""
 
     def __init__(self, names: list[str]):
-        """Raises ValueError for no names or what is no text."""
+        """Use the names of classes, in order of their ids. Raises ValueError for an empty list or other types."""
         if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("names of classes are texts, at least one")
-        self.vocab_size, self._names = len(names), list(names)
+            raise ValueError("Expected the names of one class or more.")
+        self.vocab_size = self.num_used_ids = len(names)
+        self._names = list(names)
         self._ids: dict[str, int] = {}
         for i, name in enumerate(names):
             for one in (name, *name.split(",")):
-                self._ids.setdefault(_folded(one), i)
+                self._ids.setdefault(_fold(one), i)
 
     def encode(self, caption: str, *, bpe_dropout: float = 0.0, seed: int = 0) -> list[int]:
-        """The id of the class that is named, or that the number names; none for an empty caption. Raises ValueError
-        for a name that no class has. dropout, seed: nothing is left out of a label."""
-        name = _folded(caption)
+        """Return the id of a class.
+
+        Args:
+          caption: A name or the number of a class, or an empty string, which encodes to no ids.
+          bpe_dropout: Unused.
+          seed: Unused.
+
+        Raises:
+          ValueError: No class has the name or number.
+        """
+        name = _fold(caption)
         if not name:
             return []
         if name in self._ids:
@@ -31,30 +40,32 @@ class ClassLabelTokenizer:
         if name.isdecimal() and int(name) < self.vocab_size:
             return [int(name)]
         raise ValueError(
-            f"no class {caption!r}; give the number of a class from 0 to {self.vocab_size - 1}, or its name, "
-            f"e.g. {self._names[0]!r}"
+            f"no class {caption!r}. Use the number of a class from 0 to {self.vocab_size - 1}, or its name, e.g. "
+            f"{self._names[0]!r}."
         )
 
     def decode(self, ids: list[int]) -> str:
+        """See `Vocabulary.decode`."""
         return " ".join(self._names[i] for i in ids)
 
     def normalize(self, caption: str) -> str:
+        """See `Vocabulary.normalize`."""
         return self.decode(self.encode(caption))
 
     def to_bytes(self) -> bytes:
-        """The names as one file, which `parse` reads."""
+        """Return the names as a file that `parse_class_labels` reads."""
         return json.dumps({"format": _FORMAT, "names": self._names}, ensure_ascii=False).encode()
 
 
 def parse_class_labels(data: bytes) -> ClassLabelTokenizer | None:
-    """What `Labels.serialized` wrote, or None if `data` is of another kind. Raises ValueError for broken files."""
+    """Parse `ClassLabelTokenizer.to_bytes`; None for data of another kind. Raises ValueError for damaged data."""
     if data[:1] != b"{" or f'"{_FORMAT}"'.encode() not in data[:32]:
         return None
     try:
         return ClassLabelTokenizer(json.loads(data)["names"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"a file of class labels is broken: {error!r}") from None
+        raise ValueError(f"The file of class labels is damaged: {error!r}.") from None
 
 
-def _folded(name: str) -> str:
+def _fold(name: str) -> str:
     return " ".join(name.lower().split())

@@ -424,7 +424,7 @@ def test_what_is_refused(tmp_path, tokenizers, capsys):
     assert "heads 5" in refused(capsys, "rudalle", malevich, *to, *text, "--heads", 5, *fit)
     broken = tmp_path / "bpe.model"
     broken.write_text("1 2\n3")
-    assert f"{broken}: not a model of YouTokenToMe" in refused(
+    assert f"{broken}: Expected a model of YouTokenToMe" in refused(
         capsys, "rudalle", malevich, *to, "--text-tokenizer", broken, *small, *fit
     )
 

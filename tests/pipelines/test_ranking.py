@@ -143,7 +143,7 @@ def test_framed_captions(clip):
     long = clip.text.encode("a red circle " * 9, **options)  # cut, with its end
     assert long[-1] == 401 and (long[1:-1] < 400).all()
     assert clip.text.encode("", **options).tolist() == [400] + [401] * 9
-    with pytest.raises(ValueError, match=r"has \d+ pieces, text_vocab is 300 with a start and an end; raise"):
+    with pytest.raises(ValueError, match=r"beside a start and an end in text_vocab 300, got \d+\. Raise"):
         clip.text.encode("a", text_vocab=300, text_len=10)
 
 

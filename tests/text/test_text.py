@@ -193,15 +193,15 @@ def test_vocabulary_too_small(tmp_path):
 
 
 def test_errors(tokenizer, model, tmp_path):
-    with pytest.raises(ValueError, match=f"{tokenizer.vocab_size} pieces, text_vocab is 300"):
+    with pytest.raises(ValueError, match=f"at most text_vocab 300 pieces, got {tokenizer.vocab_size}"):
         tokenizer.encode("a", text_vocab=300, text_len=8)
-    with pytest.raises(ValueError, match="a caption is a str, got bytes"):
+    with pytest.raises(ValueError, match="Expected a caption of type str, got bytes"):
         tokenizer.encode(b"a", text_vocab=400, text_len=8)
-    with pytest.raises(ValueError, match="no captions with text"):
+    with pytest.raises(ValueError, match="Expected captions with text"):
         train_text_tokenizer(["", " "], tmp_path / "m", vocab=400)
     with pytest.raises(ValueError, match=r"nowhere\.model.*text\.tokenizer_path"):
         TextTokenizer.load(tmp_path / "nowhere.model")
     for data in (b"", b"garbage", model.read_bytes()[:1000]):
         (tmp_path / "bad.model").write_bytes(data)
-        with pytest.raises(ValueError, match=r"bad\.model is broken"):
+        with pytest.raises(ValueError, match=r"bad\.model is damaged"):
             TextTokenizer.load(tmp_path / "bad.model")
