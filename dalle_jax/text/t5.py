@@ -128,6 +128,6 @@ def parse_t5(data: bytes) -> T5Tokenizer | None:
     try:
         fields = json.loads(data)
         model, eos_id = base64.b64decode(fields["pieces"], validate=True), fields["end"]
-        return T5Tokenizer(SentencePieceModel(model), eos_id)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The vocabulary of T5 is damaged: {error!r}.") from None
+    return T5Tokenizer(SentencePieceModel(model), eos_id)

@@ -333,7 +333,7 @@ def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
     codes = np.load(out / "codes.npz")["codes"]
     assert codes.shape == (4, 16) and len(np.unique(codes, axis=0)) == 4
     assert cli.main(["sample", str(run.path), "cat", "--out", str(tmp_path / "none")]) == 1
-    assert "no class 'cat'; give the number of a class from 0 to 9" in capsys.readouterr().err
+    assert "no class 'cat'. Use the number of a class from 0 to 9" in capsys.readouterr().err
     assert cli.main(["info", str(run.path)]) == 0
     assert cli.main(["export", str(run.path), "--out", str(tmp_path / "again")]) == 0
     again = load_run(tmp_path / "again").params
@@ -501,7 +501,7 @@ def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
     )
     assert f"no file {folder / 'spiece.model'}" in told(spiece=False)
     (folder / "spiece.model").write_bytes(b"no model")
-    assert f"{folder / 'spiece.model'}: not a sentencepiece model" in refused(capsys, *gpt, "--t5", folder)
+    assert f"{folder / 'spiece.model'}: Expected a sentencepiece model" in refused(capsys, *gpt, "--t5", folder)
     assert "has 26 pieces, the T5 beside it has 20" in told(
         **{"shared.weight": tensors["shared.weight"][:20].copy()}
     )
