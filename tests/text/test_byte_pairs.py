@@ -198,7 +198,7 @@ def test_files_that_are_no_vocabulary(clip, tmp_path):
         ("cut.json", b'{"format": ', "not JSON"),
     ):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=f"{name} is broken: .*{match}"):
+        with pytest.raises(ValueError, match=f"{name} is damaged: .*{match}"):
             TextTokenizer.load(tmp_path / name)
     with pytest.raises(ValueError, match="517 pieces, text_vocab is 516"):
         clip.encode("a", text_vocab=516, text_len=4)
