@@ -501,7 +501,9 @@ def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
     )
     assert f"no file {folder / 'spiece.model'}" in told(spiece=False)
     (folder / "spiece.model").write_bytes(b"no model")
-    assert f"{folder / 'spiece.model'}: Expected a sentencepiece model" in refused(capsys, *gpt, "--t5", folder)
+    assert f"{folder / 'spiece.model'}: Expected a sentencepiece model" in refused(
+        capsys, *gpt, "--t5", folder
+    )
     assert "has 26 pieces, the T5 beside it has 20" in told(
         **{"shared.weight": tensors["shared.weight"][:20].copy()}
     )

@@ -200,7 +200,7 @@ def test_files_that_are_no_vocabulary(clip, tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"{name} is damaged: .*{match}"):
             TextTokenizer.load(tmp_path / name)
-    with pytest.raises(ValueError, match="517 pieces, text_vocab is 516"):
+    with pytest.raises(ValueError, match="text_vocab 516 pieces, got 517"):
         clip.encode("a", text_vocab=516, text_len=4)
 
 
