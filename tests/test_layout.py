@@ -119,7 +119,7 @@ def test_docs_list_the_subpackages_in_order():
         ("orbax", {"dalle_jax.checkpoint.manager"}),
         ("grain", {"dalle_jax.data.loader.pipeline"}),
         ("array_record", {"dalle_jax.data.codes"}),
-        ("sentencepiece", {"dalle_jax.text.tokenizers"}),
+        ("sentencepiece", {"dalle_jax.text.sentencepiece_model"}),
         ("torch", set()),
     ],
 )

@@ -1,13 +1,20 @@
-"""Sentencepiece models as vocabularies, with a BPE dropout that is the same in every process."""
+"""Sentencepiece models: training, and encoding with a BPE dropout that is the same in every process."""
 
 from __future__ import annotations
 
+import io
 import random
+import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 SPACE = "\u2581"  # stands for a space in sentencepiece's pieces
+_COVERAGES = (0.9995, 0.98)  # fraction of characters with a piece of their own; the rest are written as bytes
+_MAX_CAPTION_BYTES = 65_536  # the vocabulary is not trained on longer captions
 
 
 class SentencePieceModel:
@@ -78,3 +85,82 @@ class SentencePieceModel:
     def to_bytes(self) -> bytes:
         """Return the contents of a `.model` file."""
         return self._processor.serialized_model_proto()
+
+
+def train_sentencepiece(lines: list[str], *, vocab: int, lowercase: bool, nfkc: bool) -> bytes:
+    """Train a BPE model with byte fallback; the same lines give the same model.
+
+    Args:
+      lines: Texts without line breaks.
+      vocab: Largest number of pieces, 256 bytes and one `<unk>` among them; lines that support fewer give fewer.
+      lowercase: Lower-case texts.
+      nfkc: Apply Unicode NFKC normalization.
+
+    Returns:
+      The contents of a `.model` file.
+
+    Raises:
+      ValueError: `vocab` cannot hold the bytes and the characters that make up 98% of the lines.
+    """
+    error, rule = "", _normalization_rule(lowercase, nfkc)
+    for coverage in _COVERAGES:
+        model, error = _train(lines, vocab, coverage, rule)
+        if model is None and (largest := re.search(r"value <= (\d+)", error)):
+            model, error = _train(lines, int(largest[1]), coverage, rule)
+        if model is not None:
+            return model
+    if smallest := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        raise ValueError(
+            f"A vocabulary of {vocab} pieces is too small for these captions: 256 bytes, <unk> and their characters are "
+            f"{smallest[1]}. Raise text_vocab to at least {smallest[1]}"
+        )
+    raise ValueError(f"sentencepiece could not train a vocabulary of {vocab} pieces: {error}")
+
+
+def _train(lines: list[str], vocab: int, coverage: float, rule: str | None) -> tuple[bytes | None, str]:
+    """Return a sentencepiece model, or None and the error of sentencepiece."""
+    with tempfile.TemporaryDirectory() as folder:
+        if rule is None:
+            rules = Path(folder, "lower.tsv")
+            rules.write_text(_lowercase_rules(), encoding="ascii")
+            return _train_sentencepiece(lines, vocab, coverage, {"normalization_rule_tsv": str(rules)})
+        return _train_sentencepiece(lines, vocab, coverage, {"normalization_rule_name": rule})
+
+
+def _normalization_rule(lowercase: bool, nfkc: bool) -> str | None:
+    """Return sentencepiece's name of a normalization; None for lower case alone, which has no name."""
+    if nfkc:
+        return "nmt_nfkc_cf" if lowercase else "nmt_nfkc"
+    return None if lowercase else "identity"
+
+
+def _lowercase_rules() -> str:
+    """Return sentencepiece rules for lower case: a line for each character that has one, in hexadecimal."""
+    pairs = [(c, chr(c).lower()) for c in range(0x41, 0x1F000) if chr(c).lower() != chr(c)]
+    return "".join(f"{c:X}\t{' '.join(f'{ord(x):X}' for x in low)}\n" for c, low in pairs)
+
+
+def _train_sentencepiece(
+    lines: list[str], vocab: int, coverage: float, normalization: dict[str, Any]
+) -> tuple[bytes | None, str]:
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=out,
+            vocab_size=vocab,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=coverage,
+            **normalization,
+            max_sentence_length=_MAX_CAPTION_BYTES,
+            num_threads=1,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
+    return out.getvalue(), ""

@@ -9,28 +9,20 @@ position i after it holds its own learned padding token, id `text_vocab + i`, so
 
 from __future__ import annotations
 
-import io
 import os
-import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from dalle_jax.files.atomic import write_atomic
 from dalle_jax.text.bart import parse_bart
 from dalle_jax.text.byte_bpe import load_byte_bpe, parse_byte_bpe
 from dalle_jax.text.char_bpe import parse_char_bpe
 from dalle_jax.text.class_labels import parse_class_labels
-from dalle_jax.text.sentencepiece_model import SPACE, SentencePieceModel
+from dalle_jax.text.sentencepiece_model import SPACE, SentencePieceModel, train_sentencepiece
 from dalle_jax.text.t5 import parse_t5
 from dalle_jax.text.vocabulary import Vocabulary
-
-_COVERAGES = (0.9995, 0.98)  # fraction of characters with a piece of their own; the rest are written as bytes
-_MAX_CAPTION_BYTES = 65_536  # the vocabulary is not trained on longer captions
 
 
 def train_text_tokenizer(
@@ -60,20 +52,7 @@ def train_text_tokenizer(
         raise ValueError(
             "Expected captions with text to train a vocabulary on, got none. Check the source and its languages."
         )
-    error, rule = "", _normalization_rule(lowercase, nfkc)
-    for coverage in _COVERAGES:
-        model, error = _train(lines, vocab, coverage, rule)
-        if model is None and (largest := re.search(r"value <= (\d+)", error)):
-            model, error = _train(lines, int(largest[1]), coverage, rule)
-        if model is not None:
-            write_atomic(path, model)
-            return
-    if smallest := re.search(r"required_chars\. \d+ vs (\d+)", error):
-        raise ValueError(
-            f"A vocabulary of {vocab} pieces is too small for these captions: 256 bytes, <unk> and their characters are "
-            f"{smallest[1]}. Raise text_vocab to at least {smallest[1]}"
-        )
-    raise ValueError(f"sentencepiece could not train a vocabulary of {vocab} pieces: {error}")
+    write_atomic(path, train_sentencepiece(lines, vocab=vocab, lowercase=lowercase, nfkc=nfkc))
 
 
 def null_caption(text_vocab: int, text_len: int) -> np.ndarray:
@@ -239,52 +218,3 @@ def _clean(caption: str) -> str:
     if not caption.isascii():
         caption = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace(SPACE, " ")
     return caption.replace("\n", " ").replace("\r", " ")
-
-
-def _train(lines: list[str], vocab: int, coverage: float, rule: str | None) -> tuple[bytes | None, str]:
-    """Return a sentencepiece model, or None and the error of sentencepiece."""
-    with tempfile.TemporaryDirectory() as folder:
-        if rule is None:
-            rules = Path(folder, "lower.tsv")
-            rules.write_text(_lowercase_rules(), encoding="ascii")
-            return _train_sentencepiece(lines, vocab, coverage, {"normalization_rule_tsv": str(rules)})
-        return _train_sentencepiece(lines, vocab, coverage, {"normalization_rule_name": rule})
-
-
-def _normalization_rule(lowercase: bool, nfkc: bool) -> str | None:
-    """Return sentencepiece's name of a normalization; None for lower case alone, which has no name."""
-    if nfkc:
-        return "nmt_nfkc_cf" if lowercase else "nmt_nfkc"
-    return None if lowercase else "identity"
-
-
-def _lowercase_rules() -> str:
-    """Return sentencepiece rules for lower case: a line for each character that has one, in hexadecimal."""
-    pairs = [(c, chr(c).lower()) for c in range(0x41, 0x1F000) if chr(c).lower() != chr(c)]
-    return "".join(f"{c:X}\t{' '.join(f'{ord(x):X}' for x in low)}\n" for c, low in pairs)
-
-
-def _train_sentencepiece(
-    lines: list[str], vocab: int, coverage: float, normalization: dict[str, Any]
-) -> tuple[bytes | None, str]:
-    out = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=out,
-            vocab_size=vocab,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=coverage,
-            **normalization,
-            max_sentence_length=_MAX_CAPTION_BYTES,
-            num_threads=1,
-            unk_id=0,
-            bos_id=-1,
-            eos_id=-1,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except (RuntimeError, ValueError) as error:
-        return None, str(error)
-    return out.getvalue(), ""
