@@ -1,7 +1,7 @@
 """CLIP (2103.00020): OpenAI's archives (`ViT-B-32.pt`: TorchScript or a state dict) and Hugging Face's models.
 
-The two name and lay out the same arrays differently: OpenAI keeps query, key and value in one matrix and multiplies
-its projections from the right; Hugging Face has a Linear for each.
+Both hold the same arrays under different names and layouts: OpenAI has query, key and value in one matrix and
+multiplies by its projections from the right; Hugging Face has a Linear for each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dalle_jax.config import ClipConfig, TowerConfig
 from dalle_jax.importers.formats.files import read_tensors
@@ -33,13 +33,13 @@ from dalle_jax.importers.tensors import (
 )
 from dalle_jax.text import byte_bpe
 
-_HEAD = 64  # width of a head in every published model
-_ABOUT = "CLIP"
+_HEAD_DIM = 64  # in every published model
+_MODEL = "CLIP"
 
-# Not weights: sizes that OpenAI keeps as tensors, the causal mask and positions 0, 1, ... as buffers.
-_LEFT = ("input_resolution", "context_length", "vocab_size")
-_LEFT_ENDS = (".attn_mask", ".position_ids", ".causal_mask")
-_ACTIVATIONS = {"quick_gelu": "quick-gelu", "gelu": "gelu"}
+# No parameters: sizes that OpenAI keeps as tensors; the causal mask and positions 0, 1, ... as buffers.
+_SIZES = ("input_resolution", "context_length", "vocab_size")
+_BUFFERS = (".attn_mask", ".position_ids", ".causal_mask")
+_ACTIVATIONS: dict[str, Literal["quick-gelu", "gelu"]] = {"quick_gelu": "quick-gelu", "gelu": "gelu"}
 
 
 def load_params(path: Path, text_tokenizer: str | None = None) -> ImportedModel:
@@ -73,19 +73,17 @@ def load_params(path: Path, text_tokenizer: str | None = None) -> ImportedModel:
 
 
 def from_tensors(path: Path, tensors: Tensors) -> LazyModel:
-    """The model that `tensors` make. Raises ValueError naming what is missing or too many."""
+    """Return the model of all `tensors`. Raises ValueError, listing the tensors that are missing or unknown."""
     tensors = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in _LEFT and not name.endswith(_LEFT_ENDS)
+        name: tensor for name, tensor in tensors.items() if name not in _SIZES and not name.endswith(_BUFFERS)
     }
     if "visual.conv1.weight" in tensors:
         config, rules = _openai(path, tensors)
     elif "visual.layer1.0.conv1.weight" in tensors:
-        raise ValueError(f"{path} is a CLIP with a ResNet for its pictures; only those with a ViT are read")
+        raise ValueError(f"Expected a CLIP with a vision Transformer, got one with a ResNet: {path}")
     else:
         config, rules = _hugging_face(path, tensors)
-    check_names(rules, tensors, path, _ABOUT)
+    check_names(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
@@ -96,7 +94,7 @@ def _config(
     towers: tuple[TowerConfig, TowerConfig],
     text: tuple[int, int],
     embed_dim: int,
-    activation: str = "quick-gelu",
+    activation: Literal["quick-gelu", "gelu"] = "quick-gelu",
 ) -> ClipConfig:
     side = math.isqrt(positions - 1)
     if side * side != positions - 1 or patch[2] != patch[3]:
@@ -114,7 +112,7 @@ def _config(
 
 def _openai(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, ParamRule]]:
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        return tensor_shape(tensors, name, path, ndim, _ABOUT)
+        return tensor_shape(tensors, name, path, ndim, _MODEL)
 
     def tower(prefix: str, dim: int) -> TowerConfig:
         blocks = prefix + "transformer.resblocks.{}."
@@ -140,14 +138,14 @@ def _openai(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, ParamRu
         "text/proj/kernel": from_tensor("text_projection", identity),
         **_norm("text/norm_out", "ln_final"),
     }
-    for to, prefix, tower in (("vision", "visual.", config.vision), ("text", "", config.text)):
+    for to, prefix, cfg in (("vision", "visual.", config.vision), ("text", "", config.text)):
         block = prefix + "transformer.resblocks.{}."
         table = fused_qkv_rules(block + "attn.in_proj", join="_") | dense_rules(
             "attn/out", block + "attn.out_proj"
         )
         table |= dense_rules("mlp/up", block + "mlp.c_fc") | dense_rules("mlp/down", block + "mlp.c_proj")
         table |= norm_rules("norm_attn", block + "ln_1") | norm_rules("norm_mlp", block + "ln_2")
-        rules |= block_rules(tower.layers, table, f"{to}/blocks")
+        rules |= block_rules(cfg.layers, table, f"{to}/blocks")
     return config, rules
 
 
@@ -158,7 +156,7 @@ def _hugging_face(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, P
     settings = _settings(path)
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        return tensor_shape(tensors, name, path, ndim, _ABOUT)
+        return tensor_shape(tensors, name, path, ndim, _MODEL)
 
     def tower(name: str, dim: int) -> TowerConfig:
         layers = f"{name}_model.encoder.layers."
@@ -185,14 +183,14 @@ def _hugging_face(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, P
         "vision/class_embed": from_tensor("vision_model.embeddings.class_embedding", identity),
         "vision/pos": from_tensor("vision_model.embeddings.position_embedding.weight", identity),
         "vision/proj/kernel": from_tensor("visual_projection.weight", transpose_linear),
-        **_norm("vision/norm_in", "vision_model.pre_layrnorm"),  # so it is spelt there
+        **_norm("vision/norm_in", "vision_model.pre_layrnorm"),  # sic
         **_norm("vision/norm_out", "vision_model.post_layernorm"),
         "text/embed": from_tensor("text_model.embeddings.token_embedding.weight", identity),
         "text/pos": from_tensor("text_model.embeddings.position_embedding.weight", identity),
         "text/proj/kernel": from_tensor("text_projection.weight", transpose_linear),
         **_norm("text/norm_out", "text_model.final_layer_norm"),
     }
-    for to, tower in (("vision", config.vision), ("text", config.text)):
+    for to, cfg in (("vision", config.vision), ("text", config.text)):
         block, table = f"{to}_model.encoder.layers." + "{}.", {}
         for name in ("q", "k", "v"):
             table |= dense_rules(f"attn/{name}", f"{block}self_attn.{name}_proj")
@@ -201,22 +199,22 @@ def _hugging_face(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, P
         table |= norm_rules("norm_attn", block + "layer_norm1") | norm_rules(
             "norm_mlp", block + "layer_norm2"
         )
-        rules |= block_rules(tower.layers, table, f"{to}/blocks")
+        rules |= block_rules(cfg.layers, table, f"{to}/blocks")
     return config, rules
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """config.json beside the weights; {} if there is none."""
+    """The sections of config.json beside the parameters; {} if there is none."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is a {type(found).__name__}; want the configuration of a CLIP")
-    return {name: value for name, value in found.items() if isinstance(value, dict)}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is a {type(settings).__name__}; want the configuration of a CLIP")
+    return {name: value for name, value in settings.items() if isinstance(value, dict)}
 
 
 # --- both ------------------------------------------------------------------------------------------------
@@ -225,9 +223,9 @@ def _settings(path: Path) -> dict[str, Any]:
 def _tower(path: Path, dim: int, layers: int, heads: int | None, wide: int) -> TowerConfig:
     if layers == 0 or wide % dim:
         raise ValueError(
-            f"{path} is not {_ABOUT}: a tower of {dim} channels has {layers} layers and an MLP of {wide}"
+            f"{path} is not {_MODEL}: a tower of {dim} channels has {layers} layers and an MLP of {wide}"
         )
-    return TowerConfig(dim=dim, layers=layers, heads=heads or max(dim // _HEAD, 1), mlp_ratio=wide // dim)
+    return TowerConfig(dim=dim, layers=layers, heads=heads or max(dim // _HEAD_DIM, 1), mlp_ratio=wide // dim)
 
 
 def _norm(to: str, source: str) -> dict[str, ParamRule]:

@@ -1,6 +1,6 @@
 """DALL-E Mini and Mega (github.com/borisdayma/dalle-mini): `flax_model.msgpack`, `config.json`, BART's vocabulary.
 
-The file's own layout is ours but for names: kernels are (in, out), and layers are stacked, as its program scans them.
+Only names differ from this library: kernels are (in, out), and layers are stacked, because its program scans them.
 Published under Apache 2.0.
 """
 
@@ -27,9 +27,9 @@ from dalle_jax.importers.tensors import (
 from dalle_jax.text import byte_bpe
 from dalle_jax.text.bart import BartTokenizer
 
-_ABOUT = "DALL-E Mini or Mega"
+_MODEL = "DALL-E Mini or Mega"
 _FILES = ("flax_model.msgpack", "config.json", "vocab.json", "merges.txt")
-# What the architecture here is; another value in config.json is another model.
+# The architecture of models/bart.py: settings of config.json that must have these values.
 _FIXED = {
     "ln_positions": "normformer", "ln_type": "layernorm", "use_glu": True, "use_bias": False, "force_ln_scale": False,
     "use_scan": True, "use_absolute_position_embeddings": True, "use_final_ln_encoder": True,
@@ -40,9 +40,11 @@ _FIXED = {
 
 
 def load_params(path: Path) -> ImportedModel:
-    """The directory of a published model.
+    """Open the directory of a published model.
 
-    Raises FileNotFoundError, and ValueError for files of another model.
+    Raises:
+      FileNotFoundError: A file is missing.
+      ValueError: A file is of another model.
     """
     for name in _FILES:
         if not (path / name).is_file():
@@ -53,28 +55,29 @@ def load_params(path: Path) -> ImportedModel:
     text = _vocabulary(path, settings)
     config = _config(file, tensors, settings, text.vocab_size)
     rules = _rules()
-    check_names(rules, tensors, file, _ABOUT)
+    check_names(rules, tensors, file, _MODEL)
     return imported_model(LazyModel(config, rules, tensors, path), text_tokenizer=text.to_bytes().decode())
 
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not the configuration of {_ABOUT}: it holds a {type(found).__name__}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not the configuration of {_MODEL}: it holds a {type(settings).__name__}")
     for name, want in _FIXED.items():
-        if found.get(name, want) != want:
+        if settings.get(name, want) != want:
             raise ValueError(
-                f"{path}: {name} is {found[name]!r}; the models that can be imported have {want!r}"
+                f"{path}: {name} is {settings[name]!r}; the models that can be imported have {want!r}"
             )
-    return found
+    return settings
 
 
 def _vocabulary(path: Path, settings: dict[str, Any]) -> BartTokenizer:
     try:
         pairs = byte_bpe.load_byte_bpe(path / "vocab.json")
+        assert pairs is not None  # load_params has found vocab.json and merges.txt
         ends = [settings.get(name, i) for name, i in (("bos_token_id", 0), ("eos_token_id", 2))]
         return BartTokenizer(pairs, *ends, normalize_captions=bool(settings.get("normalize_text", False)))
     except ValueError as error:
@@ -83,7 +86,7 @@ def _vocabulary(path: Path, settings: dict[str, Any]) -> BartTokenizer:
 
 def _config(path: Path, tensors: Tensors, settings: dict[str, Any], pieces: int) -> BartConfig:
     def shape(name: str, ndim: int = 2) -> tuple[int, ...]:
-        return tensor_shape(tensors, name, path, ndim, _ABOUT)
+        return tensor_shape(tensors, name, path, ndim, _MODEL)
 
     text_vocab, dim = shape("model/encoder/embed_tokens/embedding")
     if pieces > text_vocab:

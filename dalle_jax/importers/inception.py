@@ -1,8 +1,7 @@
-"""The FID Inception-v3 of 2015 as pytorch-fid and torch-fidelity publish it (`pt_inception-2015-12-05-6726825d.pth`),
-renamed to what `evaluate/inception.py` reads.
+"""The FID Inception-v3 of 2015 in the file of pytorch-fid and torch-fidelity, `pt_inception-2015-12-05-6726825d.pth`.
 
-The file has torchvision's module names, a scale in each batch norm (all ones, as trained) and the classifier `fc`
-of 1,008 classes.
+The file has torchvision's module names, a scale in each batch norm (all ones, as trained) and the classifier `fc` of
+1,008 classes; `evaluate/inception.py` reads the names of the original graph.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _STEM = {
 
 
 def _chain(theirs: str, ours: str, first: int, last: int) -> dict[str, str]:
-    """`theirs`_first to `theirs`_last are `ours`.conv, `ours`.conv_1, ..."""
+    """Map `theirs`_first to `theirs`_last to `ours`.conv, `ours`.conv_1, ..."""
     return {
         f"{theirs}_{i}": f"{ours}.conv" + (f"_{i - first}" if i > first else "")
         for i in range(first, last + 1)
@@ -60,7 +59,7 @@ _PARTS = {"conv.weight": "weight", "bn.bias": "beta", "bn.running_mean": "mean",
 
 
 def convolutions() -> Iterator[tuple[str, str]]:
-    """Their name and ours of every convolution with its batch norm."""
+    """Yield the name in the file and in the graph of every convolution with its batch norm."""
     yield from _STEM.items()
     for number, (block, inside) in enumerate(_BLOCKS.items()):
         mixed = "mixed" + (f"_{number}" if number else "")
@@ -68,13 +67,17 @@ def convolutions() -> Iterator[tuple[str, str]]:
 
 
 def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors by our names, the scales of the batch norms within kernels and means, and `CLASSIFIER`.
+    """Read the tensors by their names in the graph, scales of batch norms folded into kernels and means.
 
-    Raises ValueError naming what is missing, or what the file has beyond them.
+    Returns:
+      The arrays, among them `CLASSIFIER`.
+
+    Raises:
+      ValueError: It names a tensor that is missing or unknown.
     """
     tensors = read_tensors(path)
-    left = {name for name in tensors if not name.endswith("num_batches_tracked") and name != "fc.bias"}
-    found = {}
+    unread = {name for name in tensors if not name.endswith("num_batches_tracked") and name != "fc.bias"}
+    arrays = {}
 
     def take(name: str) -> np.ndarray:
         if name not in tensors:
@@ -82,7 +85,7 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 f"{path}: the weights lack {name}; want the file of pytorch-fid or torch-fidelity, "
                 "pt_inception-2015-12-05-6726825d.pth"
             )
-        left.discard(name)
+        unread.discard(name)
         return tensors[name].read()
 
     for theirs, ours in convolutions():
@@ -90,8 +93,8 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
         scale = take(f"{theirs}.bn.weight")
         part["weight"] = part["weight"] * scale.reshape(-1, 1, 1, 1)
         part["mean"] = part["mean"] * scale
-        found.update({f"{PREFIX}{ours}.{end}": tensor for end, tensor in part.items()})
-    found[CLASSIFIER] = take("fc.weight")
-    if left:
-        raise ValueError(f"{path}: the weights hold unknown {', '.join(sorted(left)[:3])}")
-    return found
+        arrays.update({f"{PREFIX}{ours}.{end}": tensor for end, tensor in part.items()})
+    arrays[CLASSIFIER] = take("fc.weight")
+    if unread:
+        raise ValueError(f"{path}: the weights hold unknown {', '.join(sorted(unread)[:3])}")
+    return arrays

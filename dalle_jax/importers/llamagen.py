@@ -1,11 +1,10 @@
 """LlamaGen's GPTs (github.com/FoundationVision/LlamaGen; Sun et al. 2024, 2406.06525), B to 3B on classes (c2i), XL on
 captions (t2i).
 
-A class token, or 120 of a caption, then the codes: Llama's blocks (RMS norms, gated SiLU, no biases), no embeddings of
-positions but rotary ones by row and column, which make queries and keys of what stands before the codes zero. The token
-after the last class is the null class of guidance, which is just our padding token of the one text position. Captions
-are read by the encoder of flan-t5-xl, which is not in the file and becomes a part of the model here. Published under
-the MIT licence.
+The sequence is a class token, or 120 tokens of a caption, then the codes. Blocks are Llama's (RMS norms, gated SiLU, no
+biases) with RoPE by row and column, which makes the queries and keys of the tokens before the codes zero. The token
+after the last class is the null class of guidance: the padding token of the one text position. Captions are encoded by
+flan-t5-xl, which is not in the file and becomes a part of the model. Published under the MIT license.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from dalle_jax.importers.tensors import (
 )
 from dalle_jax.text import class_labels
 
-_ABOUT = "a LlamaGen GPT"
+_MODEL = "a LlamaGen GPT"
 _CLASSES = "cls_embedding.embedding_table.weight"
 _NULL = "cls_embedding.uncond_embedding"  # which only the files of models on captions have
 _T5 = "t5:"  # before the names of its tensors
@@ -49,13 +48,19 @@ def load_params(
     image_size: int | None = None,
     t5: str | None = None,
 ) -> ImportedModel:
-    """The Transformer of a published file (c2i_B_256.pt to c2i_3B_384.pt, t2i_XL_stage1_256.pt, t2i_XL_stage2_512.pt).
+    """Open a published file (c2i_B_256.pt to c2i_3B_384.pt, t2i_XL_stage1_256.pt, t2i_XL_stage2_512.pt).
 
-    text_tokenizer: names of the classes, one a line; without it they are called by their numbers. heads: of attention; 32 where
-    the model is 3200 wide (3B), else one for every 64 channels. image_size: side of the pictures, 16 times the grid;
-    what the file name says of 256 and 512, else 384, as published. t5: directory of flan-t5-xl, for a t2i model.
+    Args:
+      path: The file.
+      text_tokenizer: The names of the classes, one a line; by default their numbers are their names.
+      heads: The number of attention heads; by default 32 where the model is 3200 wide (3B), else one per 64 channels.
+      image_size: The side of the images, 16 times the grid; by default 256 or 512 if the file name contains it, else
+        384, as published.
+      t5: The directory of flan-t5-xl, for a model on captions.
 
-    Raises FileNotFoundError, and ValueError for files of another model.
+    Raises:
+      FileNotFoundError: A file is missing.
+      ValueError: A file is of another model, or an option does not match it.
     """
     tensors = drop_buffers(read_tensors(path), _BUFFERS)
     size = image_size or next((n for n in (256, 512) if str(n) in path.name), 384)
@@ -64,8 +69,8 @@ def load_params(
     if _NULL not in tensors:
         if t5 is not None:
             raise ValueError(f"--t5 is for models on captions (t2i); {path} is one on classes: leave it out")
-        found = from_tensors(path, tensors, size // 16, heads)
-        words = _names(text_tokenizer, found.config.text_vocab).to_bytes().decode()
+        model = from_tensors(path, tensors, size // 16, heads)
+        text = _names(text_tokenizer, model.config.text_vocab).to_bytes().decode()
     else:
         if t5 is None:
             raise ValueError(
@@ -76,40 +81,42 @@ def load_params(
             raise ValueError(
                 "--text-tokenizer names classes; a model on captions (t2i) has the vocabulary of --t5: leave it out"
             )
-        found = from_t2i_tensors(path, tensors, Path(t5), encoders.read_encoder(Path(t5)), size // 16, heads)
-        words = encoders.read_tokenizer(Path(t5), found.config.text_vocab)
-    return imported_model(found, text_tokenizer=words)
+        model = from_t2i_tensors(path, tensors, Path(t5), encoders.read_encoder(Path(t5)), size // 16, heads)
+        text = encoders.read_tokenizer(Path(t5), model.config.text_vocab)
+    return imported_model(model, text_tokenizer=text)
 
 
 def from_tensors(path: Path, tensors: Tensors, grid: int, heads: int | None = None) -> LazyModel:
-    """The model on classes that all of `tensors` make. Raises ValueError naming what is missing or too many."""
-    classes, dim = tensor_shape(tensors, _CLASSES, path, 2, _ABOUT)
+    """Return the class-conditional model of all `tensors`. Raises ValueError, listing missing or unknown ones."""
+    classes, dim = tensor_shape(tensors, _CLASSES, path, 2, _MODEL)
     config = _config(path, tensors, dim, heads, grid, text_vocab=classes - 1, text_len=1)
     rules = _rules(config) | {"text_embed": from_tensor(_CLASSES, identity)}
-    check_names(rules, tensors, path, _ABOUT)
+    check_names(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
 def from_t2i_tensors(
     path: Path, tensors: Tensors, t5_path: Path, t5_tensors: Tensors, grid: int, heads: int | None = None
 ) -> LazyModel:
-    """The model on captions that all of `tensors` make with the encoder of all of `t5_tensors`.
+    """Return the text-conditional model of all `tensors`, with the encoder of all `t5_tensors`.
 
-    Raises ValueError naming what is missing or too many, or for an encoder of another width than the model reads."""
-    length, width = tensor_shape(tensors, _NULL, path, 2, _ABOUT)
+    Raises:
+      ValueError: It lists the tensors that are missing or unknown, or the width of the encoder differs.
+    """
+    length, width = tensor_shape(tensors, _NULL, path, 2, _MODEL)
     encoder, vocab, t5_rules = encoders.from_tensors(t5_path, t5_tensors, _T5)
     if encoder.dim != width:
         raise ValueError(
-            f"the T5 of {t5_path} is {encoder.dim} wide, {path} reads one of {width}: want flan-t5-xl"
+            f"the T5 of {t5_path} is {encoder.dim} wide, {path} needs one of width {width}: want flan-t5-xl"
         )
-    dim = tensor_shape(tensors, "cls_embedding.cap_proj.fc2.weight", path, 2, _ABOUT)[0]
+    dim = tensor_shape(tensors, "cls_embedding.cap_proj.fc2.weight", path, 2, _MODEL)[0]
     config = _config(path, tensors, dim, heads, grid, text_vocab=vocab, text_len=length, text_encoder=encoder)
     rules = _rules(config) | {
         "text_null": from_tensor(_NULL, identity),
         "text_proj/up/kernel": from_tensor("cls_embedding.cap_proj.fc1.weight", transpose_linear),
         "text_proj/down/kernel": from_tensor("cls_embedding.cap_proj.fc2.weight", transpose_linear),
     }
-    check_names(rules, tensors, path, _ABOUT)
+    check_names(rules, tensors, path, _MODEL)
     rules |= {f"t5/{name}": rule for name, rule in t5_rules.items()}
     tensors = tensors | {_T5 + name: tensor for name, tensor in t5_tensors.items()}
     return LazyModel(config, rules, tensors, path)
@@ -131,12 +138,12 @@ def _names(text_tokenizer: str | None, classes: int) -> class_labels.ClassLabelT
 def _config(path: Path, tensors: Tensors, dim: int, heads: int | None, grid: int, **text: Any) -> DalleConfig:
     return DalleConfig(
         **text,
-        image_vocab=tensor_shape(tensors, "tok_embeddings.weight", path, 2, _ABOUT)[0],
+        image_vocab=tensor_shape(tensors, "tok_embeddings.weight", path, 2, _MODEL)[0],
         grid=grid,
         dim=dim,
         layers=count_layers(tensors, "layers.{}.attention_norm.weight"),
         heads=heads or (32 if dim == 3200 else max(1, dim // 64)),
-        mlp_width=tensor_shape(tensors, "layers.0.feed_forward.w1.weight", path, 2, _ABOUT)[0],
+        mlp_width=tensor_shape(tensors, "layers.0.feed_forward.w1.weight", path, 2, _MODEL)[0],
         activation="swiglu",
         norm="rms",
         biases=False,

@@ -1,7 +1,7 @@
 """minDALL-E 1.3B (github.com/kakaobrain/minDALL-E): a Transformer over character-level BPE with its image tokenizer.
 
-The stream is plain: 64 text tokens, `[PAD]` among them and seen like any, then 256 codes, each position with a learned
-embedding of its own; blocks are GPT-2's with the exact GELU. Published weights: CC-BY-NC-SA 4.0; code: Apache 2.0.
+The sequence is 64 text tokens, among them `[PAD]`, which is attended like any other, then 256 codes; every position has
+a learned embedding. Blocks are GPT-2's with the exact GELU. Published weights: CC-BY-NC-SA 4.0; code: Apache 2.0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dalle_jax.importers.tensors import (
 )
 from dalle_jax.text import char_bpe
 
-_ABOUT = "minDALL-E"
+_MODEL = "minDALL-E"
 _FILES = (
     "config.yaml",
     "stage1_last.ckpt",
@@ -44,38 +44,48 @@ _FILES = (
 
 
 def load_params(path: Path) -> ImportedModel:
-    """The directory that the published archive 1.3B.tar.gz unpacks to.
+    """Open the directory that the published archive 1.3B.tar.gz unpacks to.
 
-    Raises FileNotFoundError, and ValueError for files of another model.
+    Raises:
+      FileNotFoundError: A file is missing.
+      ValueError: A file is of another model.
     """
     for name in _FILES:
         if not (path / name).is_file():
             raise FileNotFoundError(f"no file {path / name}; want the directory of the unpacked 1.3B.tar.gz")
     text, pad = _vocabulary(path / _FILES[3], path / _FILES[4])
     file = path / "stage2_last.ckpt"
-    found = from_tensors(file, read_tensors(file), (path / "config.yaml").read_text(encoding="utf-8"), pad)
+    model = from_tensors(file, read_tensors(file), (path / "config.yaml").read_text(encoding="utf-8"), pad)
     return imported_model(
-        found,
+        model,
         text_tokenizer=text.to_bytes().decode(),
-        image_tokenizer=_tokenizer(path / "stage1_last.ckpt", found.config.grid),
+        image_tokenizer=_tokenizer(path / "stage1_last.ckpt", model.config.grid),
     )
 
 
 def from_tensors(path: Path, tensors: Tensors, settings: str, pad: int) -> LazyModel:
-    """The Transformer that all of `tensors` make. settings: the text of config.yaml. pad: id of the piece [PAD].
+    """Return the Transformer of all `tensors`.
 
-    Raises ValueError naming what is missing or too many."""
+    Args:
+      path: The file, for error messages.
+      tensors: The tensors of the file.
+      settings: The text of config.yaml.
+      pad: The id of the piece [PAD].
+
+    Raises:
+      ValueError: It lists the tensors that are missing or unknown.
+    """
     config = _config(path, tensors, settings, pad)
     rules = _rules(config)
-    check_names(rules, tensors, path, _ABOUT)
+    check_names(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
 def _tokenizer(path: Path, grid: int) -> LazyModel:
-    """The first stage, for pictures whose codes fill the grid."""
-    found = vqgan.open_taming_vqgan(path)
-    size = grid * found.config.downsample
-    return found._replace(config=dataclasses.replace(found.config, image_size=size))
+    """The image tokenizer, for images of `grid` x `grid` codes."""
+    model = vqgan.open_taming_vqgan(path)
+    size = grid * model.config.downsample
+    return model._replace(config=dataclasses.replace(model.config, image_size=size))
 
 
 def _vocabulary(vocab: Path, merges: Path) -> tuple[char_bpe.CharBPE, int]:
@@ -83,23 +93,23 @@ def _vocabulary(vocab: Path, merges: Path) -> tuple[char_bpe.CharBPE, int]:
     try:
         pieces = json.loads(vocab.read_text(encoding="utf-8"))
         lines = [line for line in merges.read_text(encoding="utf-8").split("\n") if line.strip()]
-        found = char_bpe.char_bpe_from_vocab(
+        bpe = char_bpe.char_bpe_from_vocab(
             pieces, [line for line in lines if not line.startswith("#version")]
         )
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{vocab} with {merges.name} is no character-level vocabulary: {error}") from None
     if "[PAD]" not in pieces:
         raise ValueError(f"{vocab} has no piece [PAD], which stands after every caption")
-    return found, pieces["[PAD]"]
+    return bpe, pieces["[PAD]"]
 
 
 def _config(path: Path, tensors: Tensors, settings: str, pad: int) -> DalleConfig:
     def shape(name: str) -> tuple[int, ...]:
-        return tensor_shape(tensors, name, path, 2, _ABOUT)
+        return tensor_shape(tensors, name, path, 2, _MODEL)
 
     def setting(name: str) -> str | None:
-        found = re.search(rf"^\s*{name}\s*:\s*(\S+)", settings, re.MULTILINE)
-        return found and found[1]
+        match = re.search(rf"^\s*{name}\s*:\s*(\S+)", settings, re.MULTILINE)
+        return match and match[1]
 
     text_vocab, dim = shape("tok_emb_txt.weight")
     codes = shape("pos_emb_img.weight")[0]

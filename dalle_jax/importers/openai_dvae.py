@@ -1,4 +1,4 @@
-"""OpenAI's dVAE (`encoder.pkl`, `decoder.pkl`; 2102.12092): whole modules, of which only the tensors are taken."""
+"""OpenAI's dVAE (`encoder.pkl`, `decoder.pkl`; 2102.12092): pickled modules, of which only the tensors are read."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ from dalle_jax.importers.tensors import (
     transpose_conv,
 )
 
-_ABOUT = "OpenAI's dVAE"
+_MODEL = "OpenAI's dVAE"
 
 
 def load_params(path: Path, image_size: int | None = None) -> ImportedModel:
-    """The tokenizer in a directory that holds both files.
+    """Open a directory with encoder.pkl and decoder.pkl.
 
-    Raises FileNotFoundError, and ValueError for files of another model.
+    Args:
+      path: The directory.
+      image_size: The side of the images, 256 by default; no tensor depends on it.
+
+    Raises:
+      FileNotFoundError: A file is missing.
+      ValueError: A file is of another model.
     """
     tensors: Tensors = {}
     for part in ("encoder", "decoder"):
@@ -38,16 +44,16 @@ def load_params(path: Path, image_size: int | None = None) -> ImportedModel:
 
 
 def from_tensors(path: Path, tensors: Tensors, image_size: int | None) -> LazyModel:
-    """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
+    """Return the model of all `tensors`. Raises ValueError, listing the tensors that are missing or unknown."""
     config = _config(path, tensors, image_size)
     rules = _rules(config)
-    check_names(rules, tensors, path, _ABOUT)
+    check_names(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
 def _config(path: Path, tensors: Tensors, image_size: int | None) -> DVAEConfig:
-    width = tensor_shape(tensors, "encoder.blocks.input.w", path, 4, _ABOUT)[0]
-    decoder_width, vocab = tensor_shape(tensors, "decoder.blocks.input.w", path, 4, _ABOUT)[:2]
+    width = tensor_shape(tensors, "encoder.blocks.input.w", path, 4, _MODEL)[0]
+    decoder_width, vocab = tensor_shape(tensors, "decoder.blocks.input.w", path, 4, _MODEL)[:2]
     groups = count_layers(tensors, "encoder.blocks.group_{}.block_1.res_path.conv_1.w", first=1)
     blocks = count_layers(tensors, "encoder.blocks.group_1.block_{}.res_path.conv_1.w", first=1)
     return DVAEConfig(
@@ -57,22 +63,22 @@ def _config(path: Path, tensors: Tensors, image_size: int | None) -> DVAEConfig:
 
 
 def _rules(cfg: DVAEConfig) -> dict[str, ParamRule]:
-    rules = {}
+    rules: dict[str, ParamRule] = {}
 
     def add(to: str, source: str) -> None:
         rules[f"{to}/kernel"] = from_tensor(f"{source}.w", transpose_conv)
         rules[f"{to}/bias"] = from_tensor(f"{source}.b", identity)
 
     up = [cfg.width * 2**g for g in range(cfg.groups)]
-    for part, before, widths in (("encoder", cfg.width, up), ("decoder", cfg.decoder_width, up[::-1])):
+    for part, in_width, widths in (("encoder", cfg.width, up), ("decoder", cfg.decoder_width, up[::-1])):
         add(f"{part}/input", f"{part}.blocks.input")
         add(f"{part}/output", f"{part}.blocks.output.conv")
         for g, width in enumerate(widths, 1):
             for b in range(1, cfg.blocks + 1):
                 to, source = f"{part}/groups/group_{g}_block_{b}", f"{part}.blocks.group_{g}.block_{b}"
-                if before != width:
+                if in_width != width:
                     add(f"{to}/id_path", f"{source}.id_path")
                 for i in range(1, 5):
                     add(f"{to}/conv_{i}", f"{source}.res_path.conv_{i}")
-                before = width
+                in_width = width
     return rules

@@ -1,10 +1,10 @@
 """ruDALL-E (github.com/ai-forever/ru-dalle): Malevich, Emojich, Surrealist and Kandinsky, of one architecture.
 
-The paper's Transformer with the paper's row, column and conv layers, norms before and after each branch (Ding et al.
-2021, 2105.13290), a second norm before the logits, and biases everywhere. Two versions of the weights differ in what
-the reference program does with them: v3 clamps the conv window at the border; v2 wraps it round both edges, puts
-another begin token before the caption, and leaves the masks where they were, so that they take the last text token for
-the first place of the raster. Published under Apache 2.0.
+The paper's Transformer with its row, column and conv layers, norms before and after each branch (Ding et al. 2021,
+2105.13290), a second norm before the logits, and biases everywhere. The reference program treats two versions of the
+weights differently: v3 clamps the conv window at the border; v2 wraps it around both edges, adds another begin token
+before the caption, and does not shift the masks, so that they treat the last text token as the first image token.
+Published under Apache 2.0.
 """
 
 from __future__ import annotations
@@ -36,20 +36,25 @@ from dalle_jax.importers.tensors import (
 )
 from dalle_jax.text import char_bpe
 
-_ABOUT = "ruDALL-E"
-_BEGIN = 2  # the piece that v2 puts before captions once more
+_MODEL = "ruDALL-E"
+_BEGIN = 2  # the piece that v2 adds before captions again
 _VERSIONS = ("v2", "v3")
 
 
 def load_params(
     path: Path, text_tokenizer: str | None = None, version: str | None = None, heads: int | None = None
 ) -> ImportedModel:
-    """The Transformer of a published file, with a vocabulary.
+    """Open a published file.
 
-    text_tokenizer: the file bpe.model. version: v2 or v3, told by the published file names of Malevich. heads: of attention;
-    16 of 128 channels where the model is as wide as Malevich, else of 64.
+    Args:
+      path: The file.
+      text_tokenizer: The file bpe.model.
+      version: `v2` or `v3`; by default as the published file names of Malevich contain it.
+      heads: The number of attention heads; by default 16 of 128 channels at the width of Malevich, else of 64 channels.
 
-    Raises FileNotFoundError, and ValueError for files of another model and for a version that cannot be told.
+    Raises:
+      FileNotFoundError: A file is missing.
+      ValueError: A file is of another model, or the version is unknown.
     """
     if text_tokenizer is None:
         raise ValueError(
@@ -60,35 +65,35 @@ def load_params(
     version = version or next((v for v in _VERSIONS if v in path.name), None)
     if version not in _VERSIONS:
         raise ValueError(
-            f"{path.name} does not tell its version: give --version v3 (Malevich_v3, Surrealist, Kandinsky) or "
+            f"the name {path.name} does not contain a version: give --version v3 (Malevich_v3, Surrealist, Kandinsky) or "
             "--version v2 (Malevich_v2, Emojich)"
         )
     tensors = drop_buffers(read_tensors(path), ("row_mask", "col_mask", "conv_mask"))
-    found = from_tensors(path, tensors, version, heads)
+    model = from_tensors(path, tensors, version, heads)
     try:
         lines = Path(text_tokenizer).read_text(encoding="utf-8")
         pieces = char_bpe.char_bpe_from_youtokentome(lines, num_bos=2 if version == "v2" else 1)
     except ValueError as error:
         raise ValueError(f"{text_tokenizer}: {error}") from None
-    return imported_model(found, text_tokenizer=pieces.to_bytes().decode())
+    return imported_model(model, text_tokenizer=pieces.to_bytes().decode())
 
 
 def from_tensors(path: Path, tensors: Tensors, version: str, heads: int | None = None) -> LazyModel:
-    """The model that all of `tensors` make. Raises ValueError naming what is missing or too many."""
+    """Return the model of all `tensors`. Raises ValueError, listing the tensors that are missing or unknown."""
     config = _config(path, tensors, version, heads)
     rules = _rules(config)
-    check_names(rules, tensors, path, _ABOUT)
+    check_names(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
 def _config(path: Path, tensors: Tensors, version: str, heads: int | None) -> DalleConfig:
     def shape(name: str) -> tuple[int, ...]:
-        return tensor_shape(tensors, name, path, 2, _ABOUT)
+        return tensor_shape(tensors, name, path, 2, _MODEL)
 
-    words, dim = shape("text_embeddings.weight")
+    text_rows, dim = shape("text_embeddings.weight")
     positions = shape("text_pos_embeddings.weight")[0]  # one more than captions have tokens
     return DalleConfig(
-        text_vocab=words - (positions - 1),
+        text_vocab=text_rows - (positions - 1),
         text_len=positions if version == "v2" else positions - 1,
         image_vocab=shape("image_embeddings.weight")[0],
         grid=shape("image_row_embeddings.weight")[0],
@@ -118,10 +123,10 @@ def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
         | dense_rules("mlp/down", f"{layer}mlp.dense_4h_to_h")
     )
     shifted = cfg.shift_masks
-    words = (
+    text_rows = (
         cfg.num_text_ids - shifted
     )  # rows of text in the file: its text logits, and the first of the image's
-    pads = partial(_pads_moved, vocab=cfg.text_vocab) if shifted else lambda x, fill=None: x
+    pads = partial(_shift_pads, vocab=cfg.text_vocab) if shifted else lambda x, fill=None: x
     return {
         "text_embed": from_tensor("text_embeddings.weight", pads),
         "text_pos": from_tensor("text_pos_embeddings.weight", lambda x: x[: cfg.text_len]),
@@ -133,20 +138,20 @@ def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
         "norm_head/scale": from_tensor("to_logits.0.weight", identity),
         "norm_head/bias": from_tensor("to_logits.0.bias", identity),
         "text_head/kernel": from_tensor(
-            "to_logits.1.weight", lambda x: transpose_linear(pads(x[:words], fill=0.0))
+            "to_logits.1.weight", lambda x: transpose_linear(pads(x[:text_rows], fill=0.0))
         ),
-        "text_head/bias": from_tensor("to_logits.1.bias", lambda x: pads(x[:words], fill=-1e4)),
-        "image_head/kernel": from_tensor("to_logits.1.weight", lambda x: transpose_linear(x[words:])),
-        "image_head/bias": from_tensor("to_logits.1.bias", lambda x: x[words:]),
+        "text_head/bias": from_tensor("to_logits.1.bias", lambda x: pads(x[:text_rows], fill=-1e4)),
+        "image_head/kernel": from_tensor("to_logits.1.weight", lambda x: transpose_linear(x[text_rows:])),
+        "image_head/bias": from_tensor("to_logits.1.bias", lambda x: x[text_rows:]),
         **block_rules(cfg.layers, blocks),
     }
 
 
-def _pads_moved(x: np.ndarray, vocab: int, fill: float | None = None) -> np.ndarray:
-    """Rows of a text table of v2, whose captions move on by one and keep the pads that they had.
+def _shift_pads(x: np.ndarray, vocab: int, fill: float | None = None) -> np.ndarray:
+    """Rows of a text table of v2, whose captions are shifted by one position while the padding tokens are not.
 
-    So the pad of position i is the file's of i - 1. The first position is never a pad: its row is `fill` for logits,
-    which rules it out, and without one the begin token, so that the null caption is what an empty text would be.
+    So the padding token of position i is the file's of i - 1. The first position is never padding: its row is `fill` in
+    the logits, which rules it out, and else the begin token, so that the null caption equals an empty text.
     """
     first = x[_BEGIN : _BEGIN + 1] if fill is None else np.full_like(x[:1], fill)
     return np.concatenate([x[:vocab], first, x[vocab:]])

@@ -1,6 +1,6 @@
-"""T5 v1.1 and Flan-T5 of Hugging Face: the encoder, a part of models that read captions with it (nn/t5.py).
+"""The encoder of Hugging Face's T5 v1.1 and Flan-T5, a part of models that encode captions with it (nn/t5.py).
 
-A directory with config.json, spiece.model and the weights, in one file or several. Published under Apache 2.0.
+A directory with config.json, spiece.model and the parameters, in one file or several. Published under Apache 2.0.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dalle_jax.importers.tensors import (
 from dalle_jax.text import t5
 from dalle_jax.text.tokenizers import TextTokenizer
 
-_ABOUT = "the encoder of a T5 v1.1 (Flan-T5)"
+_MODEL = "the encoder of a T5 v1.1 (Flan-T5)"
 _EMBED = "shared.weight"
-_TIED = "encoder.embed_tokens.weight"  # the same table, in some files under this name, in some under both
-_LEFT = ("decoder.", "lm_head.")
+_TIED = "encoder.embed_tokens.weight"  # the same table; files have one of the names or both
+_DECODER = ("decoder.", "lm_head.")
 _BLOCK = "encoder.block.{}.layer."
 _END = 1  # the piece </s>
-_SETTINGS = {  # what the encoder of nn/t5.py computes
+_SETTINGS = {  # the architecture of nn/t5.py
     "feed_forward_proj": "gated-gelu",
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
@@ -39,9 +39,12 @@ _SETTINGS = {  # what the encoder of nn/t5.py computes
 
 
 def read_encoder(path: Path) -> Tensors:
-    """The tensors of the encoder in a directory, with the table of pieces; nothing of the decoder.
+    """Open the tensors of the encoder in a directory, with the token embeddings; the decoder is dropped.
 
-    Raises FileNotFoundError, and ValueError for another model."""
+    Raises:
+      FileNotFoundError: A file is missing.
+      ValueError: A file is of another model.
+    """
     config = path / "config.json"
     if not config.is_file():
         raise FileNotFoundError(
@@ -49,27 +52,36 @@ def read_encoder(path: Path) -> Tensors:
         )
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-        found = {name: settings.get(name, want) for name, want in _SETTINGS.items()}
+        values = {name: settings.get(name, want) for name, want in _SETTINGS.items()}
     except (ValueError, AttributeError):
         raise ValueError(f"{config} is not the configuration of a T5") from None
     for name, want in _SETTINGS.items():
-        if found[name] != want:
-            raise ValueError(f"{config}: {name} is {found[name]!r}; the T5 that can be imported has {want!r}")
+        if values[name] != want:
+            raise ValueError(
+                f"{config}: {name} is {values[name]!r}; the T5 that can be imported has {want!r}"
+            )
     tensors = read_tensors(path)
     if _TIED in tensors:
         tensors.setdefault(_EMBED, tensors[_TIED])
-    return {n: tensor for n, tensor in tensors.items() if n != _TIED and not n.startswith(_LEFT)}
+    return {n: tensor for n, tensor in tensors.items() if n != _TIED and not n.startswith(_DECODER)}
 
 
 def from_tensors(
     path: Path, tensors: Tensors, prefix: str = ""
 ) -> tuple[T5Config, int, dict[str, ParamRule]]:
-    """The encoder that all of `tensors` make, its vocabulary's size, and its rules, with `prefix` before all names.
+    """Return the configuration, the vocabulary size and the rules of the encoder of all `tensors`.
 
-    Raises ValueError naming what is missing or too many."""
+    Args:
+      path: The directory, for error messages.
+      tensors: The tensors of the encoder.
+      prefix: A prefix of all tensor names in the rules.
+
+    Raises:
+      ValueError: It lists the tensors that are missing or unknown.
+    """
 
     def shape(name: str) -> tuple[int, ...]:
-        return tensor_shape(tensors, name, path, 2, _ABOUT)
+        return tensor_shape(tensors, name, path, 2, _MODEL)
 
     vocab, dim = shape(_EMBED)
     relative = _BLOCK.format(0) + "0.SelfAttention.relative_attention_bias.weight"
@@ -82,12 +94,17 @@ def from_tensors(
         num_relative_buckets=buckets,
         eos_id=_END,
     )
-    check_names(_rules(config, relative, ""), tensors, path, _ABOUT)
+    check_names(_rules(config, relative, ""), tensors, path, _MODEL)
     return config, vocab, _rules(config, relative, prefix)
 
 
 def read_tokenizer(path: Path, vocab: int) -> str:
-    """spiece.model of the directory, as the file of a run's vocabulary. Raises FileNotFoundError and ValueError."""
+    """Return spiece.model of the directory as the content of a text tokenizer file.
+
+    Raises:
+      FileNotFoundError: The file is missing.
+      ValueError: It is no vocabulary, or has more than `vocab` pieces.
+    """
     file = path / "spiece.model"
     if not file.is_file():
         raise FileNotFoundError(

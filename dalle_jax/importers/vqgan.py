@@ -1,7 +1,7 @@
 """Published VQGANs: taming-transformers' (2012.09841), its Flax port of DALL-E Mini, and LlamaGen's (2406.06525).
 
-One architecture under three ways of naming it. The sizes of the networks and the kind of quantizer are read from the
-tensors, so smaller or larger models of the same code are read too; only the range of the pixels is not in a file.
+They share one architecture under three naming schemes. The sizes of the networks and the kind of quantizer are derived
+from the tensors, so other sizes of the same code can be read; no file states the pixel range.
 """
 
 from __future__ import annotations
@@ -31,17 +31,27 @@ PixelRange = Literal["symmetric", "unit"]
 
 
 class Naming(NamedTuple):
-    """How a code base names the layers; `{}` is a number."""
+    """How a code base names the layers; `{}` is a number.
 
-    about: str
+    Attributes:
+      model: The model, for error messages.
+      join: What separates the parts of a name.
+      levels: Of the encoder and the decoder.
+      deepest_first: Whether the decoder's levels are numbered in the order in which they run.
+      block, attention, middle: The blocks of a level and of the middle.
+      params: The parameter of a convolution, a norm and a table.
+      flax: Whether arrays have this library's layout.
+    """
+
+    model: str
     join: str
-    levels: tuple[str, str]  # of the encoder and the decoder
-    deepest_first: bool  # the decoder's levels are numbered in the order in which they run
+    levels: tuple[str, str]
+    deepest_first: bool
     block: str
     attention: str
     middle: tuple[str, str, str]
-    weights: tuple[str, str, str]  # of a convolution, a norm, and a table
-    flax: bool  # arrays have the library's own layout
+    params: tuple[str, str, str]
+    flax: bool
 
 
 TAMING = Naming(
@@ -106,17 +116,17 @@ def from_tensors(
     """Return the VQGAN of all `tensors`. Raises ValueError, listing the tensors that are missing or unknown."""
     cfg = _config(path, tensors, naming, image_size or 256, pixel_range or "symmetric")
     rules = _rules(cfg, naming)
-    check_names(rules, tensors, path, naming.about)
+    check_names(rules, tensors, path, naming.model)
     return LazyModel(cfg, rules, tensors, path)
 
 
 def _config(
     path: Path, tensors: Tensors, naming: Naming, image_size: int, pixel_range: PixelRange
 ) -> VQGANConfig:
-    join, kernel, table = naming.join, naming.weights[0], naming.weights[2]
+    join, kernel, table = naming.join, naming.params[0], naming.params[2]
 
-    def shape(*words: str, ndim: int = 4) -> tuple[int, ...]:
-        return tensor_shape(tensors, join.join(words), path, ndim, naming.about)
+    def shape(*parts: str, ndim: int = 4) -> tuple[int, ...]:
+        return tensor_shape(tensors, join.join(parts), path, ndim, naming.model)
 
     out = 3 if naming.flax else 0  # axis of a convolution's outputs
     width = shape("encoder", "conv_in", kernel)[out]
@@ -126,7 +136,7 @@ def _config(
     firsts = [shape(level.format(i), naming.block.format(0), "conv1", kernel)[out] for i in range(levels)]
     if levels == 0 or any(first % width for first in firsts):
         raise ValueError(
-            f"{path} is not {naming.about}: its levels have {firsts} channels, the first layer {width}"
+            f"{path} is not {naming.model}: its levels have {firsts} channels, the first layer {width}"
         )
     attention = [
         i for i in range(levels)
@@ -146,19 +156,19 @@ def _config(
 
 
 def _rules(cfg: VQGANConfig, naming: Naming) -> dict[str, ParamRule]:
-    rules = {}
+    rules: dict[str, ParamRule] = {}
     for to, source, kind in _layers(cfg, naming):
-        of_conv = kind == "conv"
-        name = naming.weights[0 if of_conv else 1]
-        how = transpose_conv if of_conv and not naming.flax else identity
-        rules[f"{to}/{'kernel' if of_conv else 'scale'}"] = from_tensor(
-            naming.join.join([*source, name]), how
+        is_conv = kind == "conv"
+        name = naming.params[0 if is_conv else 1]
+        transform = transpose_conv if is_conv and not naming.flax else identity
+        rules[f"{to}/{'kernel' if is_conv else 'scale'}"] = from_tensor(
+            naming.join.join([*source, name]), transform
         )
         rules[f"{to}/bias"] = from_tensor(naming.join.join([*source, "bias"]), identity)
-    quantize, table = "quantize" + naming.join, naming.join + naming.weights[2]
+    quantize, table = "quantize" + naming.join, naming.join + naming.params[2]
     if isinstance(cfg.quantizer, GumbelQuantizer):
         proj = f"{quantize}proj{naming.join}"
-        rules["quantize/proj/kernel"] = from_tensor(proj + naming.weights[0], conv_as_linear)
+        rules["quantize/proj/kernel"] = from_tensor(proj + naming.params[0], conv_as_linear)
         rules["quantize/proj/bias"] = from_tensor(proj + "bias", identity)
         rules["quantize/embedding"] = from_tensor(f"{quantize}embed{table}", identity)
     else:
@@ -167,7 +177,7 @@ def _rules(cfg: VQGANConfig, naming: Naming) -> dict[str, ParamRule]:
 
 
 def _layers(cfg: VQGANConfig, naming: Naming) -> Iterator[tuple[str, list[str], str]]:
-    """(path of the library, words of the source's name, `conv` or `norm`) of every layer with weights."""
+    """Yield (path in this library, parts of the name in the file, `conv` or `norm`) for every layer with parameters."""
     for name in ("quant_conv", "post_quant_conv"):
         yield name, [name], "conv"
     deepest = len(cfg.channel_multipliers) - 1
@@ -176,24 +186,28 @@ def _layers(cfg: VQGANConfig, naming: Naming) -> Iterator[tuple[str, list[str], 
         for name, kind in (("conv_in", "conv"), ("norm_out", "norm"), ("conv_out", "conv")):
             yield f"{part}/{name}", [part, name], kind
         for name, theirs in zip(("block_1", "attn_1", "block_2"), naming.middle, strict=True):
-            yield from _of_block(f"{part}/mid/{name}", [part, "mid", theirs], name.startswith("attn"), False)
-        # What enters the first block of each level; the decoder begins at the deepest.
-        before = cfg.channel_multipliers[-1] if decoder else 1
+            yield from _block_layers(
+                f"{part}/mid/{name}", [part, "mid", theirs], name.startswith("attn"), False
+            )
+        # Channel multiplier of the input of each block; the decoder begins at the deepest level.
+        in_multiplier = cfg.channel_multipliers[-1] if decoder else 1
         for level in range(deepest, -1, -1) if decoder else range(deepest + 1):
             number = deepest - level if decoder and naming.deepest_first else level
             there = naming.levels[decoder].format(number)
             for j in range(cfg.blocks + decoder):
                 to, source = f"{part}/{way}_{level}", [part, there]
-                widens = before != cfg.channel_multipliers[level]
-                yield from _of_block(f"{to}_block_{j}", [*source, naming.block.format(j)], False, widens)
+                widens = in_multiplier != cfg.channel_multipliers[level]
+                yield from _block_layers(f"{to}_block_{j}", [*source, naming.block.format(j)], False, widens)
                 if level in cfg.attention_levels:
-                    yield from _of_block(f"{to}_attn_{j}", [*source, naming.attention.format(j)], True, False)
-                before = cfg.channel_multipliers[level]
+                    yield from _block_layers(
+                        f"{to}_attn_{j}", [*source, naming.attention.format(j)], True, False
+                    )
+                in_multiplier = cfg.channel_multipliers[level]
             if level != (0 if decoder else deepest):
                 yield f"{part}/{way}_{level}_{resample}", [part, there, resample, "conv"], "conv"
 
 
-def _of_block(
+def _block_layers(
     to: str, source: list[str], attention: bool, widens: bool
 ) -> Iterator[tuple[str, list[str], str]]:
     if attention:

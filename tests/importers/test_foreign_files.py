@@ -249,7 +249,7 @@ def test_the_format_is_told_by_the_bytes(tmp_path):
         save_file({"w": np.zeros(2, np.float32)}, tmp_path / "x.bin", {"k": "v" * size})
         assert list(read_tensors(tmp_path / "x.bin")) == ["w"]
     for data, said in (
-        (b"hello, world", "which is no format that is read"),
+        (b"hello, world", "want a file of torch.save"),
         (b"\x1f\x8b\0", "gzip archive; unpack it"),
     ):
         (tmp_path / "x.bin").write_bytes(data)

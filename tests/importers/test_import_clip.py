@@ -138,7 +138,7 @@ def test_hugging_face_parity(tmp_path, activation, safe):
 
 def test_files_of_other_models_are_told(tmp_path, capsys):
     for arrays, said in (
-        ({"visual.layer1.0.conv1.weight": np.zeros(2, np.float32)}, "is a CLIP with a ResNet"),
+        ({"visual.layer1.0.conv1.weight": np.zeros(2, np.float32)}, "got one with a ResNet"),
         ({"encoder.weight": np.zeros(2, np.float32)}, "is not CLIP: it has no tensor vision_model."),
         (
             {"visual.conv1.weight": np.zeros((2, 3, 4, 4), np.float32)},

@@ -412,7 +412,7 @@ def test_what_is_refused(tmp_path, tokenizers, capsys):
     wrong = refused(capsys, "rudalle", malevich, *to, *text, *small, "--image-tokenizer", tokenizers(24, 4))
     assert "model.image_vocab is 12, but the image tokenizer" in wrong
     untold = shutil.copy(malevich, tmp_path / "pytorch_model.bin")
-    assert "does not tell its version: give --version v3" in refused(
+    assert "does not contain a version: give --version v3" in refused(
         capsys, "rudalle", untold, *to, *text, *small, *fit
     )
     assert "is not ruDALL-E: it has no tensor text_embeddings.weight" in refused(
@@ -496,7 +496,7 @@ def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
     assert f"tensor t5:{norm} has values that are not finite" in told(**{norm: nan})
     assert f"tensor t5:{wide} (20, 8)" in told(**{wide: tensors[wide][:, :8].copy()})
     assert (
-        f"the T5 of {folder} is 8 wide, {files / 't2i_tiny_64.pt'} reads one of 16: want flan-t5-xl"
+        f"the T5 of {folder} is 8 wide, {files / 't2i_tiny_64.pt'} needs one of width 16: want flan-t5-xl"
         in told(**narrow)
     )
     assert f"no file {folder / 'spiece.model'}" in told(spiece=False)

@@ -164,7 +164,7 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, straight, number):
 
 def test_one_training_at_a_time(tmp_path, monkeypatch):
     """A second one is refused and changes nothing; the lock goes with what held it, and is waited for."""
-    monkeypatch.setattr(loop, "run_lock", functools.partial(run_lock, patience=0))
+    monkeypatch.setattr(loop, "run_lock", functools.partial(run_lock, timeout=0))
     run = tmp_path / "run"
     config = tiny_config(run)
     with run_lock(str(run)):
@@ -176,7 +176,7 @@ def test_one_training_at_a_time(tmp_path, monkeypatch):
     held = run_lock(str(run))
     held.__enter__()
     threading.Timer(0.3, held.__exit__, (None, None, None)).start()
-    with run_lock(str(run), patience=30):
+    with run_lock(str(run), timeout=30):
         assert run.is_dir()
     assert run.is_dir()  # it was there before
 

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""File formats of foreign checkpoints: torch.save, safetensors and Flax msgpack to lazily read tensors."""

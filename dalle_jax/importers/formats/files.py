@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, whatever its format: told by its first bytes, not by its name."""
+"""The tensors of a checkpoint in any format, which its first bytes identify, not its name."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from pathlib import Path
 from dalle_jax.importers.formats import flax_files, safetensors, torch_files
 from dalle_jax.importers.tensors import Tensors
 
-# What a directory of a public model may hold, the safest format first: the file, or an index that names its parts.
+# The files of a public model's directory, the safest format first; with _INDEX, the list of its parts.
 _IN_DIRECTORIES = ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin")
 _INDEX = ".index.json"
 
 
 def read_tensors(path: str | os.PathLike) -> Tensors:
-    """Names, shapes and types of the tensors of a file, or of the weights of a directory; reads none.
+    """Open the tensors of a file, or of a model's directory; no array is read and no code in a file is executed.
 
-    Torch's zip archives and older files, safetensors, and Flax's msgpack, all read without running anything; in one
-    file, or in the parts that Hugging Face's `*.index.json` names. Raises FileNotFoundError, or ValueError saying what
-    is wrong with the file, naming the tensor where one is.
+    Args:
+      path: A file of torch.save, safetensors or Flax msgpack; a Hugging Face `*.index.json` with the parts that it
+        names beside it; or a directory with one of these.
+
+    Returns:
+      The tensors by name.
+
+    Raises:
+      FileNotFoundError: The file or a part is missing.
+      ValueError: The file is of no such format, damaged or too large; the message names the tensor if there is one.
     """
     path = Path(path)
     if path.is_dir():
@@ -34,7 +41,7 @@ def _read_file(path: Path) -> Tensors:
         start = file.read(16)
     if (
         start[4:9] == b"\0\0\0\0{"
-    ):  # a table of less than 4 GiB; before pickle, whose first bytes are a length too
+    ):  # a header of less than 4 GiB; before pickle, because its length may look like one
         return safetensors.lazy_safetensors(path)[0]
     if start[:4] == b"PK\x03\x04" or (len(start) > 1 and start[0] == 0x80 and start[1] in (2, 3, 4, 5)):
         return torch_files.read_torch(path)
@@ -45,32 +52,32 @@ def _read_file(path: Path) -> Tensors:
     if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
         return flax_files.read_flax(path)
     raise ValueError(
-        f"{path} begins with {start[:8]!r}, which is no format that is read: torch.save, safetensors, Flax msgpack"
+        f"{path} begins with {start[:8]!r}, want a file of torch.save, safetensors or Flax msgpack"
     )
 
 
 def _in_directory(path: Path) -> Path:
     names = [*_IN_DIRECTORIES, *(name + _INDEX for name in _IN_DIRECTORIES)]
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
+    files = [path / name for name in names if (path / name).is_file()]
+    if not files:
         raise FileNotFoundError(
             f"{path} has no weights: want one of {', '.join(_IN_DIRECTORIES)}, or of these with {_INDEX} and the parts "
             "that it names; or give the file itself"
         )
-    return found[0]
+    return files[0]
 
 
 def _read_parts(index: Path) -> Tensors:
-    """The tensors of the files that an index names, beside it.
+    """Open the files that an index names, beside it.
 
-    What the index says of single tensors is not used: indices of converted files list some, tied to others, that no
-    file has. What a model lacks is told where the model is known.
+    The index's list of tensors is not used: indices of converted files list tied tensors that no file has. The family
+    checks that all tensors exist.
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index} is no index of weights: want JSON with a weight_map of names") from None
-    found: Tensors = {}
+    tensors: Tensors = {}
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or not name:
             raise ValueError(f"{index} names the part {str(name)[:80]!r}; want a file beside it")
@@ -78,9 +85,9 @@ def _read_parts(index: Path) -> Tensors:
         if not file.is_file():
             raise FileNotFoundError(f"no file {file}, which {index.name} names as a part; copy it there too")
         part = _read_file(file)
-        if twice := found.keys() & part.keys():
+        if twice := tensors.keys() & part.keys():
             raise ValueError(
                 f"{file} has tensor {min(twice)}, as another part of {index.name}; want each once"
             )
-        found |= part
-    return found
+        tensors |= part
+    return tensors

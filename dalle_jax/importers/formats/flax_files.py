@@ -1,7 +1,7 @@
-"""Flax's msgpack files (`flax_model.msgpack`): nested maps of arrays, mapped and not yet read.
+"""Flax's msgpack files (`flax_model.msgpack`): nested maps of arrays, which are memory-mapped.
 
-MessagePack's types that such files use (maps, lists, texts, numbers, bytes) and Flax's extensions: 1, an array as
-(shape, dtype, bytes), and arrays over 1 GiB in chunks. Names of the tree are joined by `/`.
+The reader supports the MessagePack types of such files (maps, lists, strings, numbers, bytes) and Flax's extensions: 1,
+an array as (shape, dtype, bytes), and arrays over 1 GiB in chunks. Names in the tree are joined by `/`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ _CHUNKED = "__msgpack_chunked_array__"
 
 
 class _Bytes(NamedTuple):
-    """Bytes of the file that are not read."""
+    """A range of bytes of the file, not read."""
 
     start: int
     count: int
 
 
 def read_flax(path: Path) -> Tensors:
-    """The arrays by their names in the tree, `a/b/c`, none of them read yet.
+    """Open the arrays by their names in the tree, `a/b/c`; no array is read.
 
-    Raises ValueError for a file that is cut off or not of this format, naming the array where it ends.
+    Raises:
+      ValueError: The file is cut off (the message names the array) or not of this format.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -66,7 +67,7 @@ def read_flax(path: Path) -> Tensors:
 
 
 class _Reader:
-    """Reads values from a file; bytes are skipped and remembered by their place."""
+    """Reads values from a file; bytes are skipped and represented by their range."""
 
     def __init__(self, file: Any, path: Path, size: int):
         self.file, self.path, self.size, self.keys, self.values = file, path, size, [], 0
@@ -162,7 +163,7 @@ class _Reader:
     def _extension(self, length: int, depth: int) -> Any:
         kind = self._number(">b")
         place = self._skip(length)
-        if kind != 1:  # complex numbers and NumPy scalars: no weights
+        if kind != 1:  # complex numbers and NumPy scalars: no parameters
             return None
         self.file.seek(place.start)
         array = self.value(depth + 1)
@@ -199,7 +200,7 @@ def _collect(tree: Any, prefix: str, found: Tensors, path: Path) -> None:
 
 
 def _joined(tree: dict[str, Any], name: str, path: Path) -> Tensor:
-    """An array that was written in flat chunks."""
+    """An array that is stored in flat chunks."""
     try:
         shape = tuple(int(tree["shape"][str(i)]) for i in range(min(len(tree["shape"]), 65)))
         chunks = [tree["chunks"][str(i)] for i in range(len(tree["chunks"]))]

@@ -1,9 +1,9 @@
 """Pickles read as data: nothing is imported, nothing is called, and time and memory are bounded.
 
-A pickle is a program for a small stack machine. Python's machine imports names, calls them and hashes whatever is a
-key; its C version cannot be bounded. This machine keeps a name as a `Name` and a call as an `Object`, a record of the
-request, which the reader of a format turns into arrays. Opcodes that it does not list are refused. A pickle that would
-call a function outside the modules that hold tensors and settings is refused with the name of that function.
+A pickle is a program for a small stack machine. Python's machine imports and calls names and hashes every key, and its C
+version cannot be bounded. This machine represents a name by a `Name` and a call by an `Object`, which the reader of a
+format turns into arrays. It raises an error for an unlisted opcode, and for a call of a function outside the modules of
+tensors and settings, which it names.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def load_pickle(
         raise ValueError(f"{where} is not a whole pickle of a model: {str(error)[:200]}") from None
 
 
-def _run(file, where, call, persistent):
+def _run(
+    file: BinaryIO, where: str, call: Callable[[Name, tuple], Any], persistent: Callable[[Any], Any]
+) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     steps = 0
@@ -115,7 +117,8 @@ def _run(file, where, call, persistent):
             )
         stack.append(call(callee, args))
 
-    for opcode, arg, position in pickletools.genops(file):
+    for opcode, argument, position in pickletools.genops(file):
+        arg: Any = argument  # its type depends on the opcode
         spend(1)
         match opcode.name:
             case op if op in _PUSH:
@@ -190,7 +193,7 @@ def _run(file, where, call, persistent):
 
 
 def text_items(target: dict[str, Any], items: list[Any]) -> dict[str, Any]:
-    """Adds the pairs of key, value, key, value, ... whose key is text: no other key is hashed."""
+    """Add the pairs of key, value, key, value, ... whose key is text to `target`; no other key is hashed."""
     target.update((k, v) for k, v in zip(items[::2], items[1::2], strict=True) if type(k) is str)
     return target
 

@@ -1,9 +1,8 @@
-"""Files of torch.save: zip archives, the older stream of pickles, TorchScript archives; no torch, nothing is run.
+"""Files of torch.save: zip archives, the older stream of pickles, TorchScript archives; read without torch.
 
 A zip archive holds `NAME/data.pkl`, a pickle in which each tensor is a view of a storage, and `NAME/data/KEY`, the
-bytes of each storage, stored as they are, so that they are mapped. The older format is a magic number, three pickles,
-the list of storages, and their bytes one after another. Modules saved whole give the tensors of their tree by the
-names that their state dict has.
+uncompressed bytes of each storage, which are memory-mapped. The older format is a magic number, three pickles, the list
+of storages, and their bytes one after another. A pickled module gives the tensors of its state dict.
 """
 
 from __future__ import annotations
@@ -49,11 +48,12 @@ class _Tensor(NamedTuple):
 
 
 def read_torch(path: Path) -> Tensors:
-    """The tensors of a state dict or of a whole module, by name, none of them read yet.
+    """Open the tensors of a state dict or of a pickled module, by name; no array is read.
 
-    A state dict under `state_dict`, `model` or `module` is taken out. Time and memory are bounded, whatever the pickle
-    describes. Raises ValueError for a file that is cut off or not of this format, naming the tensor whose bytes are
-    not all there.
+    A state dict under the key `state_dict`, `model` or `module` is unwrapped. Time and memory are bounded.
+
+    Raises:
+      ValueError: The file is cut off (the message names the tensor) or not of this format.
     """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
@@ -66,7 +66,7 @@ def read_torch(path: Path) -> Tensors:
 
 
 def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The tree, and where the bytes of each storage begin and how many they are."""
+    """The unpickled tree, and the offset and size of each storage in the file."""
     places = {}
     try:
         entries = read_zip_directory(path)
@@ -94,7 +94,7 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
 
 
 def _place(file: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> tuple[int, int]:
-    """Where the bytes of an entry begin, and how many they are."""
+    """The offset and size of the bytes of an entry."""
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{path}: {entry.filename!r} is compressed; torch.save stores tensors as they are")
     file.seek(min(max(entry.header_offset, 0), os.path.getsize(path)))
@@ -112,7 +112,7 @@ def _bytes_at(file: BinaryIO, place: tuple[int, int]) -> bytes:
 
 
 def _where_cut(path: Path) -> str:
-    """` in tensor NAME`, of an archive without its table, which stands at the end; empty where it cannot be told.
+    """` in tensor NAME` of an archive whose directory, at its end, is cut off; empty if the tensor is unknown.
 
     torch.save writes data.pkl first, and the name of each storage before its bytes.
     """
@@ -141,7 +141,7 @@ def _where_cut(path: Path) -> str:
 
 
 def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The same of the format before torch 1.6."""
+    """As `_read_zip`, of the format before torch 1.6."""
     size, places, storages = path.stat().st_size, {}, {}
 
     def persistent(identifier: Any) -> Any:
@@ -174,7 +174,7 @@ def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
 
 
 def _storage(identifier: Any) -> Any:
-    """What stands for an identifier of torch.save: a storage, or in old files a module's class."""
+    """The object of a persistent identifier of torch.save: a storage, or in old files a module's class."""
     match identifier:
         case ("module", Name() as name, *_):
             return name
@@ -212,7 +212,7 @@ def _call(name: Name, args: tuple) -> Any:
 
 
 def _unwrapped(tree: Any) -> Any:
-    """The state dict that a trainer saved beside other things, or `tree` itself."""
+    """The state dict of a training checkpoint, or `tree` itself."""
     for key in _WRAPPERS:
         if isinstance(tree, dict) and isinstance(tree.get(key), (dict, Object)):
             return tree[key]
@@ -222,7 +222,7 @@ def _unwrapped(tree: Any) -> Any:
 def _collect(
     path: Path, tree: Any, prefix: str, found: dict[str, _Tensor], seen: set[int], depth: int = 0
 ) -> None:
-    """Adds the tensors of a tree of dicts and modules, by the names of its state dict."""
+    """Add the tensors of a tree of dicts and modules to `found`, by the names of its state dict."""
     if isinstance(tree, Object):
         tree = tree.state
     if not isinstance(tree, (dict, _Tensor)) or id(tree) in seen:
@@ -237,7 +237,7 @@ def _collect(
     seen.add(id(tree))
     if depth > _MAX_DEPTH:
         raise ValueError(f"{path}: tensors are nested more than {_MAX_DEPTH} deep, at {prefix[:80]!r}")
-    if isinstance(tree.get("_parameters"), dict):  # what torch.nn.Module keeps of itself
+    if isinstance(tree.get("_parameters"), dict):  # the state of a torch.nn.Module
         for kind in ("_parameters", "_buffers", "_modules"):
             _collect(path, tree.get(kind), prefix, found, seen, depth + 1)
         return
