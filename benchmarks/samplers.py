@@ -16,8 +16,13 @@ import jax
 
 from dalle_jax.config import SamplerName
 from dalle_jax.evaluate import inception, metrics
-from dalle_jax.pipelines.batching import ProgressPrinter
-from dalle_jax.pipelines.diffusion import DiffusionSamplingConfig, denoise_images, load_diffusion
+from dalle_jax.pipelines import (
+    DiffusionPipeline,
+    DiffusionSamplingConfig,
+    ImageRequest,
+    ProgressPrinter,
+    load,
+)
 
 SAMPLERS = SamplerName.__args__
 TWO_CALLS = ("heun", "pc")  # samplers with two network evaluations per step
@@ -36,15 +41,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     try:
-        network, model = inception.load_inception(args.fid_weights), load_diffusion(args.run)
+        network, model = inception.load_inception(args.fid_weights), load(args.run, DiffusionPipeline)
     except (ValueError, OSError) as error:
         print(f"benchmarks.samplers: error: {error}", file=sys.stderr)
         return 1
     options = {
-        "languages": metrics.model_languages(model),
+        "languages": model.languages,
         "progress": ProgressPrinter("features of reference images"),
     }
-    data, size = model.run.config.data, metrics.image_size(model)
+    data, size = model.run.config.data, model.image_size
     reference = metrics.reference_stats(network, data, size, args.count, **options)
     where = f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
     print(f"{args.run}, {model.run.step} updates; {reference.count} images; {where}", file=sys.stderr)
@@ -57,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
                 {"sampler": sampler, "steps": steps, "calls": steps * (1 + (sampler in TWO_CALLS)), **result}
             )
             if model.text is None and not model.config.num_classes:
-                denoise_images(model, range(metrics.EVAL_ROWS), sampling, batch=metrics.EVAL_ROWS)  # compiles
+                requests = [ImageRequest(seed=seed) for seed in range(metrics.EVAL_ROWS)]
+                list(model.sample(requests, sampling, batch_size=metrics.EVAL_ROWS))  # compiles
                 begin = time.perf_counter()
-                denoise_images(model, range(metrics.EVAL_ROWS), sampling, batch=metrics.EVAL_ROWS)
+                list(model.sample(requests, sampling, batch_size=metrics.EVAL_ROWS))
                 rows[-1]["images_per_second"] = metrics.EVAL_ROWS / (time.perf_counter() - begin)
             print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
                   file=sys.stderr if args.json else sys.stdout, flush=True)  # fmt: skip

@@ -30,7 +30,7 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import inception, metrics
 from dalle_jax.models import lpips
 from dalle_jax.models import tokenizer as tokenizers
-from dalle_jax.pipelines import ImageTokenizer, decode_codes, encode_images, load_image_tokenizer
+from dalle_jax.pipelines import TokenizerPipeline, load
 from dalle_jax.train import loop
 
 
@@ -67,11 +67,6 @@ def count_parameters(model) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def reconstruct(tokenizer: ImageTokenizer, images_u8: np.ndarray) -> np.ndarray:
-    """Return uint8 images decoded from the codes of uint8 images."""
-    return images.to_uint8(decode_codes(tokenizer, encode_images(tokenizer, images_u8)))
-
-
 def mean_lpips(weights: dict, a_u8: np.ndarray, b_u8: np.ndarray) -> float:
     """Return the mean LPIPS distance of pairs of uint8 images."""
     x, y = (jnp.asarray(image, jnp.float32) / 127.5 - 1 for image in (a_u8, b_u8))
@@ -106,12 +101,12 @@ def main() -> None:
         config = runs[name]
         if not loop.train(config).finished:
             return
-        tokenizer = load_image_tokenizer(config.run)
+        tokenizer = load(config.run, TokenizerPipeline)
         source = open_source(config.data.source, "eval", languages=())
         original = eval_batch(config.data, source, args.count, image_size=32)["image"]
         if not shown:
             shown, labels = [original[:8]], ["original"] * 8
-        reconstructed = reconstruct(tokenizer, original)
+        reconstructed = tokenizer.reconstruct(original)
         shown.append(reconstructed[:8])
         labels += [name] * 8
         result = metrics.measure_tokenizer(tokenizer, config.data, args.count)

@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from dalle_jax.cli import startup
@@ -35,6 +36,11 @@ COMMANDS = {  # command: (module, one line of help)
     "import": ("import_", "convert a public checkpoint to a run, without torch"),
     "info": ("info", "list parameters, shapes and memory of a run or a configuration"),
 }
+MODEL_COMMANDS = (
+    "sample",
+    "decode",
+    "evaluate",
+)  # whose flags depend on the model of RUN: `FLAGS` by kind of pipeline
 
 
 def usage() -> str:
@@ -140,16 +146,21 @@ def _call(command: str, argv: list[str], prog: str) -> int:
     return code
 
 
-def flags_of(command: str) -> type:
-    """Return the dataclass of a command's flags, the type of its handler's argument."""
+def flags_of(command: str, argv: Sequence[str] = ()) -> type:
+    """Return the dataclass of a command's flags; for `MODEL_COMMANDS` that of the model of the RUN in `argv`."""
     module = importlib.import_module(f"dalle_jax.cli.{COMMANDS[command][0]}")
-    return typing.get_type_hints(module.run)["args"]
+    common = typing.get_type_hints(module.run)["args"]
+    if command not in MODEL_COMMANDS:
+        return common
+    from dalle_jax.cli.common_args import flags_for_run
+
+    return flags_for_run(module.FLAGS, common, argv)
 
 
 def _parse_args(command: str, argv: list[str], prog: str) -> Any:
     import tyro
 
-    flags = flags_of(command)
+    flags = flags_of(command, argv)
     return tyro.cli(
         flags, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,),
         description=inspect.cleandoc(flags.__doc__ or ""),

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, arg
 
 from dalle_jax.checkpoint.run_dir import read_config
-from dalle_jax.config import DataConfig, MixtureSource, ScenesSource, SourceConfig, TrainConfig
+from dalle_jax.config import (
+    DataConfig,
+    MixtureSource,
+    SamplerName,
+    ScenesSource,
+    SourceConfig,
+    Spacing,
+    TrainConfig,
+)
 from dalle_jax.config.files import list_configs, load_config
 from dalle_jax.data.sources import infer_source
-from dalle_jax.pipelines.diffusion import DiffusionSamplingConfig
+from dalle_jax.pipelines import DiffusionSamplingConfig, pipeline_class
 
 RunPath = Annotated[str, arg(metavar="RUN")]
 JsonFlag = Annotated[
@@ -20,29 +29,78 @@ JsonFlag = Annotated[
 ]
 
 
-def refuse_flags(args: Any, names: tuple[str, ...], why: str) -> None:
-    """Refuse flags that do not apply.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerArgs:
+    """Flags of a diffusion model, or of one that decodes the codes of a Transformer."""
+
+    num_steps: int | None = None
+    """denoising steps; heun and pc evaluate the network twice in each. None is 50"""
+    sampler: SamplerName | None = None
+    """method that removes the noise; None is dpm++2m"""
+
+    def denoising_config(self, **options: Any) -> DiffusionSamplingConfig:
+        """Return the configuration of these flags and `options`; flags that are not set keep their default."""
+        return DiffusionSamplingConfig(**_given(self, SamplerArgs), **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenoisingArgs(SamplerArgs):
+    """All flags of a diffusion sampler."""
+
+    spacing: Spacing | None = None
+    """of the times between noise and image; None is uniform"""
+    eta: float | None = None
+    """of ddim: noise of each step; 0 is none, 1 as much as the ancestral sampler. None is 0"""
+    threshold: float | None = None
+    """quantile of dynamic thresholding of the denoised images, e.g. 0.995; None clips them"""
+
+    def denoising_config(self, **options: Any) -> DiffusionSamplingConfig:
+        """Return the configuration of these flags and `options`; flags that are not set keep their default."""
+        return DiffusionSamplingConfig(**_given(self, DenoisingArgs), **options)
+
+    def set_denoising_flags(self) -> list[str]:
+        """Return the names of the flags of the sampler that are set."""
+        return [f"--{name.replace('_', '-')}" for name in _given(self, DenoisingArgs)]
+
+
+def _given(args: Any, cls: type[SamplerArgs]) -> dict[str, Any]:
+    """The fields of `cls` that are not None."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def flags_for_run(flags: Mapping[str, type], common: type, argv: Sequence[str]) -> type:
+    """Return the dataclass of flags for the model of the run directory that a command line names.
 
     Args:
-        args: flags of a command, a dataclass.
-        names: fields that do not apply.
-        why: what the flags are for, for the message.
+        flags: dataclass of flags by kind of pipeline.
+        common: dataclass of the flags that all models share, for no RUN and for other kinds.
+        argv: the words after the command. RUN is the first one that is neither a flag nor its value.
 
     Raises:
-        ValueError: one of the fields is not at its default.
+        FileNotFoundError, ValueError: the run directory has no readable config.json.
     """
-    for field in dataclasses.fields(args):
-        if field.name in names and getattr(args, field.name) != field.default:
-            raise ValueError(f"--{field.name.replace('_', '-')} is for {why}; leave it out")
+    run = _run_of(argv, [common, *flags.values()])
+    if run is None:
+        return common
+    return flags.get(pipeline_class(read_config(run).model).kind, common)
 
 
-def denoising(args: Any, guidance: float = 1.0) -> DiffusionSamplingConfig:
-    """Return the sampler settings in the flags of a command; defaults for flags that it lacks or that are None."""
-    names = ("sampler", "num_steps", "spacing", "eta", "guidance_interval", "threshold")
-    given = {name: getattr(args, name, None) for name in names}
-    return DiffusionSamplingConfig(
-        guidance_scale=guidance, **{k: v for k, v in given.items() if v is not None}
-    )
+def _run_of(argv: Sequence[str], flags: Iterable[type[Any]]) -> str | None:
+    switches = {
+        f"--{prefix}{field.name.replace('_', '-')}"
+        for cls in flags
+        for field in dataclasses.fields(cls)
+        for prefix in ("", "no-")
+        if isinstance(field.default, bool)
+    }
+    previous = ""
+    for word in argv:
+        is_value = previous.startswith("--") and "=" not in previous and previous not in switches
+        if not word.startswith("-") and not is_value:
+            return word
+        previous = word
+    return None
 
 
 def resolve_config(target: str) -> TrainConfig:

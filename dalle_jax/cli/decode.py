@@ -3,100 +3,106 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 from tyro.conf import Positional, arg
 
 from dalle_jax.cli import output
-from dalle_jax.cli.common_args import JsonFlag, RunPath, denoising, refuse_flags
-from dalle_jax.config import SamplerName
+from dalle_jax.cli.common_args import JsonFlag, RunPath, SamplerArgs
 from dalle_jax.data import images
 from dalle_jax.data.images import to_float, to_uint8
 from dalle_jax.files.archives import read_npz
 from dalle_jax.files.atomic import write_npz
 from dalle_jax.pipelines import (
-    IMAGE_BATCH,
-    ImageTokenizer,
+    IMAGE_BATCH_SIZE,
+    DiffusionPipeline,
+    ImageRequest,
     ProgressPrinter,
-    decode_codes,
-    load_image_tokenizer,
+    TokenizerPipeline,
+    load,
 )
-from dalle_jax.pipelines.diffusion import DiffusionModel, denoise_images, is_diffusion, load_diffusion
+
+_DecodeFn = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeArgs:
-    """Turns codes into pictures: `images` float32 (pictures, height, width, 3) in [0, 1] in an npz file, or a
-    directory of PNG files."""
+    """Decode codes to images: `images` float32 (images, height, width, 3) in [0, 1] in an npz file, or a directory of
+    PNG files. `dalle-jax decode RUN --help` lists the flags for the model of RUN."""
 
     run: Positional[RunPath]
-    """directory of a trained tokenizer, of a Transformer, which keeps its own, or of a diffusion model on codes,
-    which draws them: picture i with seed SEED + i"""
+    """directory of a trained tokenizer, of a Transformer, which keeps its own, or of a diffusion model on codes"""
     codes: Positional[Annotated[str, arg(metavar="CODES.npz")]]
     """npz file with an array `codes`, as `encode` and `sample` write it"""
     out: str
-    """where to write: a file that ends in .npz, or else a directory"""
-    seed: int = 0
-    """diffusion: of the first picture"""
-    num_steps: int | None = None
-    """diffusion: steps of the sampler; None is 50"""
-    sampler: SamplerName | None = None
-    """diffusion: how the noise is taken away; None is dpm++2m"""
+    """output: a file that ends in .npz, or else a directory"""
     json: JsonFlag = False
+
+    def load_decoder(self) -> tuple[TokenizerPipeline, _DecodeFn]:
+        """Load the tokenizer of the codes, and the function from codes to images, float32 (R, H, W, 3) in [0, 1]."""
+        tokenizer = load(self.run, TokenizerPipeline)
+        return tokenizer, partial(tokenizer.decode, progress=ProgressPrinter("images"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionDecodeArgs(DecodeArgs, SamplerArgs):
+    """Generate the pixels of codes with a diffusion model: `images` float32 (images, height, width, 3) in [0, 1] in an
+    npz file, or a directory of PNG files. Image i has the seed SEED + i."""
+
+    seed: int = 0
+    """of the first image"""
+
+    def load_decoder(self) -> tuple[TokenizerPipeline, _DecodeFn]:
+        model = load(self.run, DiffusionPipeline)
+        if model.tokenizer is None:
+            raise ValueError(f"{self.run} is a diffusion model that reads no codes; use one with model.codes")
+        config = self.denoising_config()
+
+        def decode(codes: np.ndarray) -> np.ndarray:
+            requests = [ImageRequest(seed=self.seed + i, codes=row) for i, row in enumerate(codes)]
+            progress = ProgressPrinter("denoising steps")
+            images = model.sample(requests, config, batch_size=IMAGE_BATCH_SIZE, progress=progress)
+            return to_float(np.stack([generated.image for generated in images]))
+
+        return model.tokenizer, decode
+
+
+FLAGS = {"diffusion": DiffusionDecodeArgs}
 
 
 def run(args: DecodeArgs) -> dict[str, Any]:
-    """A file of codes to pictures."""
-    codes, made_by = _read_codes(args.codes)
-    decoder = load_diffusion(args.run) if is_diffusion(args.run) else None
-    if decoder is None:
-        refuse_flags(
-            args,
-            ("seed", "num_steps", "sampler"),
-            "a diffusion model",
-        )
-    tokenizer = load_image_tokenizer(args.run) if decoder is None else _own_tokenizer(decoder, args.run)
+    """Decode a file of codes and write the images."""
+    codes, encoded_by = _read_codes(args.codes)
+    tokenizer, decode = args.load_decoder()
     to_file = args.out.endswith(".npz")
     out = output.file(args.out) if to_file else output.directory(args.out)
-    if made_by is not None and made_by != tokenizer.fingerprint:
+    if encoded_by is not None and encoded_by != tokenizer.fingerprint:
         print(
-            f"warning: {args.codes} was made by tokenizer {made_by}, {args.run} has {tokenizer.fingerprint}: "
-            "the pictures will differ from those encoded",
+            f"warning: {args.codes} was made by tokenizer {encoded_by}, {args.run} has {tokenizer.fingerprint}: "
+            "the decoded images differ from those encoded",
             file=sys.stderr,
         )
     try:
-        if decoder is None:
-            pictures = decode_codes(tokenizer, codes, progress=ProgressPrinter("pictures"))
-        else:
-            progress = ProgressPrinter("denoising steps")
-            seeds = range(args.seed, args.seed + len(codes))
-            drawn = denoise_images(
-                decoder, seeds, denoising(args), codes=codes, batch=IMAGE_BATCH, progress=progress
-            )
-            pictures = to_float(drawn.images)
+        decoded = decode(codes)
     except ValueError as error:
         raise ValueError(f"{args.codes}: {error}") from None
     if to_file:
-        write_npz(out, images=pictures)
+        write_npz(out, images=decoded)
     else:
-        for i, picture in enumerate(to_uint8(pictures)):
-            images.save_png(out / f"{i:05d}.png", picture)
-    print(f"{len(pictures)} pictures in {out}")
-    return {"images": str(out), "pictures": len(pictures), **output.tokenizer_summary(tokenizer)}
-
-
-def _own_tokenizer(decoder: DiffusionModel, run: str) -> ImageTokenizer:
-    if decoder.tokenizer is None:
-        raise ValueError(f"{run} is a diffusion model that reads no codes; give one with model.codes")
-    return decoder.tokenizer
+        for i, image in enumerate(to_uint8(decoded)):
+            images.save_png(out / f"{i:05d}.png", image)
+    print(f"{len(decoded)} images in {out}")
+    return {"images": str(out), "pictures": len(decoded), **output.tokenizer_summary(tokenizer)}
 
 
 def _read_codes(path: str) -> tuple[np.ndarray, str | None]:
     """The array `codes` of an npz file, and the fingerprint of the tokenizer that made them if the file has it."""
-    want = "want an npz file with an array `codes`, as `dalle-jax encode` writes it"
-    arrays = read_npz(path, want)
+    hint = "expected an npz file with an array `codes`, as `dalle-jax encode` writes it"
+    arrays = read_npz(path, hint)
     if "codes" not in arrays:
-        raise ValueError(f"{path} has no array `codes`, it has {', '.join(arrays) or 'none'}; {want}")
+        raise ValueError(f"{path} has no array `codes`, it has {', '.join(arrays) or 'none'}; {hint}")
     return arrays["codes"], str(arrays["tokenizer"]) if "tokenizer" in arrays else None

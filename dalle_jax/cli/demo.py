@@ -36,13 +36,11 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import metrics
 from dalle_jax.files.atomic import write_atomic
 from dalle_jax.pipelines import (
-    ImageTokenizer,
     ProgressPrinter,
     SamplingConfig,
-    TextToImage,
-    decode_codes,
-    encode_images,
-    load_text_to_image,
+    TextToImagePipeline,
+    TokenizerPipeline,
+    load,
 )
 from dalle_jax.train import loop
 
@@ -101,7 +99,7 @@ def run(args: DemoArgs) -> dict[str, Any]:
         _log("3/4 and 4/4 are finished")
     else:
         with results.timed("measure", restart=True):
-            figures = _measure(load_text_to_image(transformer.run), args.count, args.seed, *files)
+            figures = _measure(load(transformer.run, TextToImagePipeline), args.count, args.seed, *files)
         results.update(asked=request, figures=figures)
     print(metrics.format_metrics(results.values["figures"]))
     seconds = results.values["seconds"]
@@ -141,7 +139,7 @@ def _train(config: TrainConfig, results: _Results, stage: str) -> bool:
 
 
 def _measure(
-    model: TextToImage, count: int, seed: int, reconstructions_file: Path, grid_file: Path
+    model: TextToImagePipeline, count: int, seed: int, reconstructions_file: Path, grid_file: Path
 ) -> metrics.Metrics:
     """Compute every metric and write the two images."""
     data = model.run.config.data
@@ -152,7 +150,7 @@ def _measure(
     _log("4/4 samples for captions of color-shape pairs in the training set, then of pairs held out of it")
     figures |= metrics.measure_nll(model, count)
     shown = []
-    for kind in metrics.scene_kinds(data, model.tokenizer.config.image_size):
+    for kind in metrics.scene_kinds(data, model.image_size):
         progress = ProgressPrinter(f"{kind} captions")
         samples = metrics.sample_and_verify(model, kind, count, _SAMPLING, seed=seed, progress=progress)
         figures |= metrics.accuracy_by_kind(kind, samples)
@@ -161,12 +159,12 @@ def _measure(
     return figures
 
 
-def _reconstruction_grid(tokenizer: ImageTokenizer, data: DataConfig) -> Image.Image:
+def _reconstruction_grid(tokenizer: TokenizerPipeline, data: DataConfig) -> Image.Image:
     """Images of the evaluation split, each above its reconstruction from its codes."""
     size = tokenizer.config.image_size
     source = open_source(data.source, "eval", languages=())
     originals = eval_batch(data, source, _GRID_COLUMNS, image_size=size)["image"]
-    decoded = images.to_uint8(decode_codes(tokenizer, encode_images(tokenizer, originals)))
+    decoded = tokenizer.reconstruct(originals)
     labels = ["image"] * len(originals) + [f"from {tokenizer.config.num_codes} codes"] * len(originals)
     cells = np.concatenate([originals, decoded])
     return images.image_grid(cells, len(originals), labels=labels, scale=max(1, 128 // size))

@@ -1,153 +1,400 @@
-"""`dalle-jax evaluate`: every measure that applies to a run."""
+"""`dalle-jax evaluate`: every metric that applies to a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
-from dalle_jax.checkpoint.load import load_run
-from dalle_jax.checkpoint.params_file import fingerprint
-from dalle_jax.checkpoint.run_dir import read_config
-from dalle_jax.cli.common_args import JsonFlag, RunPath, denoising, refuse_flags
-from dalle_jax.config import (
-    BartConfig,
-    ClipConfig,
-    DalleConfig,
-    DataConfig,
-    DiffusionConfig,
-    ModelConfig,
-    Quantization,
-    SamplerName,
-    TransformerConfig,
-)
+from dalle_jax.cli.common_args import JsonFlag, RunPath, SamplerArgs
+from dalle_jax.config import DataConfig, Quantization
 from dalle_jax.data.sources import infer_source
-from dalle_jax.evaluate import classifier, diffusion, fid, inception, metrics, reranking, retrieval
+from dalle_jax.evaluate import classifier as classifiers
+from dalle_jax.evaluate import diffusion, fid, inception, metrics, reranking, retrieval
 from dalle_jax.pipelines import (
-    ImageTokenizer,
+    ClipPipeline,
+    DiffusionPipeline,
+    DiffusionSamplingConfig,
+    Pipeline,
     ProgressPrinter,
     SamplingConfig,
-    TextToImage,
-    load_text_to_image,
+    TextToImagePipeline,
+    TokenizerPipeline,
+    load,
 )
-from dalle_jax.pipelines.diffusion import DiffusionModel, check_decoder, load_diffusion
-from dalle_jax.pipelines.ranking import ClipRanker, load_clip
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs:
-    """Measures a run on rows and captions that it was not trained on.
-
-    psnr, mse, codebook_use, codebook_perplexity: of the tokenizer. loss, image_loss, text_loss: of the
-    Transformer, nats per token. accuracy_one_object, accuracy_two_objects, accuracy_held_out: share of captions whose
-    drawn picture shows what the caption says, read back by image analysis; accuracy_reconstruction: the same of
-    true pictures that went through the tokenizer. The right_ figures exist for procedural scenes only. With
-    --fid-weights: rfid, distance of a tokenizer's reconstructions from true pictures; fid, of the pictures that a
-    Transformer or diffusion model draws. With --classifier: accuracy_class, share of drawn pictures that it puts into the
-    class asked for; accuracy_class_true and accuracy_class_reconstruction, of true pictures and of these after the
-    tokenizer. Of a Transformer with --clip: clip_score, mean cosine of captions and drawn pictures, clip_score_true of
-    true ones; with --candidates also accuracy_KIND_best_of_N, where the best of N pictures by that CLIP is taken, and
-    accuracy_KIND_any_of_N.
-
-    Of a CLIP: image_to_text_recall_K and text_to_image_recall_K among the rows measured; zero_shot_top1 and
-    zero_shot_top5 where there are classes.
-
-    Of a diffusion model: loss, eps_mse, band_1 (least noise) to band_4, squared errors. One on codes is set beside
-    its tokenizer: psnr and accuracy_reconstruction are of what it draws from the codes of true pictures,
-    tokenizer_psnr and tokenizer_accuracy_reconstruction of what the tokenizer makes of the same codes; so are, with
-    --fid-weights, rfid and tokenizer_rfid."""
+    """Evaluate a run on rows and captions that it was not trained on. The other flags and the metrics depend on the
+    model of RUN: `dalle-jax evaluate RUN --help` lists them."""
 
     run: Positional[RunPath]
     """directory of a trained tokenizer, Transformer, diffusion model or CLIP"""
     count: int = 256
     """rows, and captions of each kind"""
-    seed: int = 0
-    """of the drawn pictures"""
-    guidance_scale: tuple[float, ...] = (1.0,)
-    """scales of classifier-free guidance; several give a curve"""
-    temperature: float = 1.0
-    """of the drawn pictures"""
-    top_k: int | None = None
-    """draw among this many most probable codes; None is all"""
-    top_p: float | None = None
-    """draw among the most probable codes that share this much of the probability; None is all"""
-    quantization: Quantization | None = None
-    """Transformer: draw with its matrices in 8 bits"""
-    num_steps: int | None = None
-    """diffusion: steps of the sampler; None is 50"""
-    sampler: SamplerName | None = None
-    """diffusion: how the noise is taken away; None is dpm++2m"""
-    bits_per_dim: int = 0
-    """diffusion: also measure bits_per_dim, the likelihood by the ODE, of this many rows; slow"""
-    decoder: str | None = None
-    """Transformer: run of a diffusion model on its tokenizer's codes; adds accuracy_KIND_decoder, the share of the same
-    codes when it draws the pixels"""
+    json: JsonFlag = False
+
+    def check(self) -> None:
+        """Check the flags by themselves. Raises ValueError for values or combinations that are not allowed."""
+        if self.count < 1:
+            raise ValueError(f"--count is {self.count}; expected at least 1 row")
+
+    def evaluate(self) -> dict[str, Any]:
+        """Compute the metrics, each also printed to standard error as soon as it is known."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ImageEvaluateArgs(EvaluateArgs):
+    """Flags of models that make images."""
+
     fid_weights: str | None = None
     """npz or pth file of the Inception-v3 of FID; adds rfid or fid, which compare at the same count only, and the
-    Inception score where the file holds the classifier"""
+    Inception score where the file has the classifier"""
     fid_reference: str | None = None
-    """statistics of true pictures that --fid-save wrote; without it, the rows measured are the reference"""
+    """statistics of true images that --fid-save wrote; None computes those of the rows"""
     fid_save: str | None = None
-    """npz file to write, the statistics of the true pictures of the rows measured"""
+    """npz file to write, the statistics of the true images of the rows"""
     classifier: str | None = None
-    """npz file of a classifier of CIFAR-10 that judges what is drawn, for runs on its pictures (docs/evaluation.md)"""
+    """npz file of a CIFAR-10 classifier, for runs on its images (docs/evaluation.md)"""
+
+    def check(self) -> None:
+        super().check()
+        if not self.fid_weights and (self.fid_reference or self.fid_save):
+            raise ValueError(
+                "--fid-reference and --fid-save need --fid-weights, the npz file of Inception-v3"
+            )
+        if self.fid_reference and self.fid_save:
+            raise ValueError(
+                "--fid-save writes the statistics of rows, --fid-reference reads a file; use one of them"
+            )
+        if self.fid_weights and self.count < 2:
+            raise ValueError(f"--count is {self.count}; expected at least 2 images for a FID")
+
+    def load_reference(
+        self, data: DataConfig, image_size: int, languages: tuple[str, ...]
+    ) -> _Reference | None:
+        """Load or compute what FID compares with; None without --fid-weights."""
+        if not self.fid_weights:
+            return None
+        network = inception.load_inception(self.fid_weights)
+        settings = metrics.fid_settings(network, image_size)
+        if self.fid_reference:
+            return _Reference(network, fid.load_reference(self.fid_reference, settings))
+        progress = ProgressPrinter("features of true images")
+        stats = metrics.reference_stats(
+            network, data, image_size, self.count, languages=languages, progress=progress
+        )
+        if self.fid_save:
+            fid.save_reference(self.fid_save, stats, settings)
+            print(f"{self.fid_save}: statistics of {stats.count} true images", file=sys.stderr)
+        return _Reference(network, stats)
+
+    def load_classifier(self, data: DataConfig) -> classifiers.Classifier | None:
+        """Load the classifier; None without --classifier."""
+        if not self.classifier:
+            return None
+        network = classifiers.load_classifier(self.classifier)
+        classifiers.check_classes(network, data, self.classifier)
+        return network
+
+    def true_class_accuracy(
+        self,
+        network: classifiers.Classifier,
+        tokenizer: TokenizerPipeline | None,
+        data: DataConfig,
+        image_size: int,
+    ) -> metrics.Metrics:
+        """Classify true images and their reconstructions."""
+        progress = ProgressPrinter("classes of true images")
+        return _print(
+            classifiers.measure_true(network, tokenizer, data, image_size, self.count, progress=progress)
+        )
+
+
+class _Reference(NamedTuple):
+    """The network of FID and the statistics of true images."""
+
+    network: inception.Inception
+    stats: fid.FeatureStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerEvaluateArgs(_ImageEvaluateArgs):
+    """Evaluate an image tokenizer on rows that it was not trained on.
+
+    psnr, mse, codebook_use and codebook_perplexity of reconstructions; for procedural scenes accuracy_reconstruction,
+    the fraction of reconstructed images that image analysis finds to agree with their caption; with --fid-weights rfid;
+    with --classifier accuracy_class_true and accuracy_class_reconstruction."""
+
+    def evaluate(self) -> dict[str, Any]:
+        tokenizer = load(self.run, TokenizerPipeline)
+        data, size = tokenizer.run.config.data, tokenizer.image_size
+        reference = self.load_reference(data, size, ())
+        network = self.load_classifier(data)
+        result = {
+            **_header(tokenizer, self.count),
+            **_print(metrics.measure_tokenizer(tokenizer, data, self.count)),
+            **_print(metrics.reconstruction_accuracy(tokenizer, data, self.count)),
+        }
+        if reference:
+            progress = ProgressPrinter("features of reconstructions")
+            arguments = (reference.network, tokenizer, data, reference.stats, self.count)
+            result |= _print(metrics.measure_rfid(*arguments, progress=progress))
+        if network:
+            result |= self.true_class_accuracy(network, tokenizer, data, size)
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GeneratorEvaluateArgs(_ImageEvaluateArgs):
+    """Flags of models that generate images."""
+
+    seed: int = 0
+    """of the first generated image"""
+    guidance_scale: tuple[float, ...] = (1.0,)
+    """scales of classifier-free guidance; several give a curve"""
+
+    def check(self) -> None:
+        super().check()
+        if not self.guidance_scale:
+            raise ValueError(
+                "--guidance-scale has no value; expected one scale or several, e.g. --guidance-scale 1 2 4"
+            )
+
+    def curve(
+        self,
+        model: Pipeline,
+        configs: list[Any],
+        reference: _Reference | None,
+        network: classifiers.Classifier | None,
+        extra: Callable[[Any], metrics.Metrics] | None = None,
+    ) -> dict[str, Any]:
+        """Metrics of generated images at the first guidance scale, and those of several scales under `curve`.
+
+        extra: more metrics of a sampling configuration.
+        """
+        verifiable = bool(model.languages) and bool(
+            metrics.scene_kinds(model.run.config.data, model.image_size)
+        )
+        rows = []
+        for config in configs:
+            name, row = f"guidance {config.guidance_scale:g}", {}
+            if verifiable:
+                row |= metrics.caption_accuracy(
+                    model, self.count, config, seed=self.seed, progress=ProgressPrinter(f"{name}: sampling")
+                )
+            if reference:
+                progress = ProgressPrinter(f"{name}: features of generated images")
+                arguments = (reference.network, model, reference.stats, self.count, config)
+                row |= metrics.measure_fid(*arguments, seed=self.seed, progress=progress)
+            if network is not None:
+                progress = ProgressPrinter(f"{name}: classes of generated images")
+                arguments = (network, model, self.count, config)
+                row |= classifiers.measure_classes(*arguments, seed=self.seed, progress=progress)
+            if extra is not None:
+                row |= extra(config)
+            rows.append({"guidance_scale": config.guidance_scale, **row})
+            _print(row)
+        return rows[0] | ({"curve": rows} if len(rows) > 1 else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerEvaluateArgs(_GeneratorEvaluateArgs, SamplerArgs):
+    """Evaluate a Transformer on rows and captions that it was not trained on.
+
+    loss, image_loss and text_loss, nats per token; the metrics of its tokenizer. For procedural scenes
+    accuracy_one_object, accuracy_two_objects and accuracy_held_out: the fraction of captions whose generated image
+    agrees with them, by image analysis; accuracy_reconstruction, the same of true images after the tokenizer. With
+    --fid-weights fid; with --classifier accuracy_class, the fraction of generated images of the class asked for; with
+    --clip clip_score and clip_score_true, mean cosine similarities of captions with generated and true images; with
+    --candidates accuracy_KIND_best_of_N and accuracy_KIND_any_of_N."""
+
+    temperature: float = 1.0
+    """of the generated images"""
+    top_k: int | None = None
+    """sample among this many most probable codes; None is all"""
+    top_p: float | None = None
+    """sample among the most probable codes with this probability together; None is all"""
+    quantization: Quantization | None = None
+    """sample with 8-bit matrices"""
+    decoder: str | None = None
+    """run of a diffusion model on the tokenizer's codes; adds accuracy_KIND_decoder, of the pixels that it generates
+    from the same codes"""
     clip: str | None = None
-    """of a Transformer: directory of a trained CLIP that scores what is drawn"""
+    """directory of a trained CLIP that scores generated images"""
     candidates: int | None = None
-    """with --clip: pictures drawn for each caption, of which the CLIP takes the best of 1, 4, 16, ..."""
+    """with --clip: images generated for each caption, of which the CLIP takes the best of 1, 4, 16, ..."""
+
+    def check(self) -> None:
+        super().check()
+        if self.clip is None and self.candidates is not None:
+            raise ValueError("--candidates needs --clip, the run of the CLIP that takes the best of them")
+        if self.candidates is not None and self.candidates < 1:
+            raise ValueError(f"--candidates is {self.candidates}; expected at least 1 image per caption")
+        if not self.decoder and (self.num_steps is not None or self.sampler is not None):
+            raise ValueError("--num-steps and --sampler are for --decoder; leave them out")
+        self._configs()
+
+    def _configs(self) -> list[SamplingConfig]:
+        return [
+            SamplingConfig(
+                guidance_scale=scale,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                quantization=self.quantization,
+            )
+            for scale in self.guidance_scale
+        ]
+
+    def evaluate(self) -> dict[str, Any]:
+        model = load(self.run, TextToImagePipeline)
+        clip = None if self.clip is None else load(self.clip, ClipPipeline)
+        decoder = None if self.decoder is None else load(self.decoder, DiffusionPipeline)
+        if decoder is not None:
+            decoder.check_tokenizer(model.tokenizer)
+        data, size = model.run.config.data, model.image_size
+        reference = self.load_reference(data, size, model.languages)
+        network = self.load_classifier(data)
+        kinds = metrics.scene_kinds(data, size)
+        if not kinds and network is None:
+            print("the source is not of procedural scenes: captions are not verified", file=sys.stderr)
+        result = {
+            **_header(model, self.count),
+            **_print(metrics.measure_nll(model, self.count)),
+            **_print(metrics.measure_tokenizer(model.tokenizer, data, self.count)),
+            **_print(metrics.reconstruction_accuracy(model.tokenizer, data, self.count)),
+        }
+        if network:
+            result |= self.true_class_accuracy(network, model.tokenizer, data, size)
+        if not (kinds or reference or network or clip):
+            return result
+        configs = self._configs()
+        extra = None if clip is None else partial(self._clip_metrics, model, clip)
+        result |= {"temperature": self.temperature, **self.curve(model, configs, reference, network, extra)}
+        if decoder is not None:
+            arguments = (model, decoder, self.count, configs[0], self.denoising_config())
+            progress = ProgressPrinter("denoising steps")
+            result |= _print(diffusion.measure_decoded(*arguments, seed=self.seed, progress=progress))
+        return result
+
+    def _clip_metrics(
+        self, model: TextToImagePipeline, clip: ClipPipeline, config: SamplingConfig
+    ) -> metrics.Metrics:
+        progress = ProgressPrinter(f"guidance {config.guidance_scale:g}: images for the CLIP")
+        result = reranking.measure_clip_score(
+            model, clip, self.count, config, seed=self.seed, progress=progress
+        )
+        if self.candidates is not None:
+            arguments = (model, clip, self.count, self.candidates, config)
+            result |= reranking.measure_reranking(*arguments, seed=self.seed, progress=progress)
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionEvaluateArgs(_GeneratorEvaluateArgs, SamplerArgs):
+    """Evaluate a diffusion model on rows and captions that it was not trained on.
+
+    loss, eps_mse, and squared errors by noise level, band_1 (least noise) to band_4. For captions of procedural scenes
+    accuracy_one_object and accuracy_held_out: the fraction of captions whose generated image agrees with them, by image
+    analysis. With --fid-weights fid; with --classifier accuracy_class and accuracy_class_true.
+
+    A model on codes is compared with its tokenizer: psnr, accuracy_reconstruction and rfid are of what it generates
+    from the codes of true images, tokenizer_psnr, tokenizer_accuracy_reconstruction and tokenizer_rfid of what the
+    tokenizer decodes."""
+
+    bits_per_dim: int = 0
+    """also measure bits_per_dim, the likelihood by the ODE, of this many rows; slow"""
+
+    def check(self) -> None:
+        super().check()
+        if self.bits_per_dim < 0:
+            raise ValueError(f"--bits-per-dim is {self.bits_per_dim}; expected a number of rows, 0 for none")
+        self._configs()
+
+    def _configs(self) -> list[DiffusionSamplingConfig]:
+        return [self.denoising_config(guidance_scale=scale) for scale in self.guidance_scale]
+
+    def evaluate(self) -> dict[str, Any]:
+        configs = self._configs()
+        model = load(self.run, DiffusionPipeline)
+        data, size = model.run.config.data, model.image_size
+        reference = self.load_reference(data, size, model.languages)
+        network = self.load_classifier(data)
+        result = {
+            **_header(model, self.count),
+            "sampler": configs[0].sampler,
+            "steps": configs[0].num_steps,
+            **_print(diffusion.measure_denoising_error(model, self.count)),
+        }
+        if self.bits_per_dim:
+            progress = ProgressPrinter("likelihood of rows")
+            result |= _print(diffusion.measure_bits_per_dim(model, self.bits_per_dim, progress=progress))
+        if network:
+            result |= self.true_class_accuracy(network, None, data, size)
+        if model.config.codes is not None:
+            return result | self._decoder_metrics(model, configs[0], reference)
+        kinds = metrics.scene_kinds(data, size) if model.languages else ()
+        # A model that enlarges a small image needs more than a caption.
+        if model.config.low_res_size or not (kinds or reference or network):
+            return result
+        return result | self.curve(model, configs, reference, network)
+
+    def _decoder_metrics(
+        self, model: DiffusionPipeline, config: DiffusionSamplingConfig, reference: _Reference | None
+    ) -> metrics.Metrics:
+        progress = ProgressPrinter("denoising steps")
+        arguments = (model, self.count, config)
+        result = _print(diffusion.measure_decoder(*arguments, seed=self.seed, progress=progress))
+        if reference:
+            progress = ProgressPrinter("features of decoded images")
+            arguments = (reference.network, model, reference.stats, self.count, config)
+            result |= _print(diffusion.measure_decoder_rfid(*arguments, seed=self.seed, progress=progress))
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipEvaluateArgs(EvaluateArgs):
+    """Evaluate a CLIP on rows that it was not trained on: image_to_text_recall_K and text_to_image_recall_K among the
+    rows, and zero_shot_top1 and zero_shot_top5 where there are classes."""
+
     data: str | None = None
-    """of a CLIP: captioned or labelled pictures to measure on (folder, tar files, npz file, TFDS directory); None is
-    the run's own source"""
+    """captioned or labeled images (folder, tar files, npz file, TFDS directory); None is the run's own source"""
     templates: tuple[str, ...] = ()
-    """of a CLIP: texts for a class, {} is its name; none are those of the source"""
-    json: JsonFlag = False
+    """texts for a class, {} stands for its name; none are those of the source"""
+
+    def evaluate(self) -> dict[str, Any]:
+        clip = load(self.run, ClipPipeline)
+        data, progress = clip.run.config.data, ProgressPrinter("images")
+        if self.data is not None:
+            data = dataclasses.replace(data, source=infer_source(self.data))
+        zero_shot = {"templates": self.templates, "progress": progress}
+        return {
+            **_header(clip, self.count),
+            **_print(retrieval.measure_retrieval(clip, data, self.count, progress=progress)),
+            **_print(retrieval.measure_zero_shot(clip, data, self.count, **zero_shot)),
+        }
+
+
+FLAGS = {
+    "tokenizer": TokenizerEvaluateArgs,
+    "text-to-image": TransformerEvaluateArgs,
+    "diffusion": DiffusionEvaluateArgs,
+    "clip": ClipEvaluateArgs,
+}
 
 
 def run(args: EvaluateArgs) -> dict[str, Any]:
-    """Measures and prints a table."""
-    if args.count < 1:
-        raise ValueError(f"--count is {args.count}; want at least 1 row")
-    if not args.guidance_scale:
-        raise ValueError(
-            "--guidance-scale has no value; want one scale or several, e.g. --guidance-scale 1 2 4"
-        )
-    if not args.fid_weights and (args.fid_reference or args.fid_save):
-        raise ValueError("--fid-reference and --fid-save need --fid-weights, the npz file of Inception-v3")
-    if args.fid_reference and args.fid_save:
-        raise ValueError("--fid-save writes the statistics of rows, --fid-reference reads a file; want one")
-    if args.fid_weights and args.count < 2:
-        raise ValueError(f"--count is {args.count}; want at least 2 pictures for a FID")
-    options = {
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "quantization": args.quantization,
-    }
-    samplings = [SamplingConfig(guidance_scale=scale, **options) for scale in args.guidance_scale]
-    model = read_config(args.run).model
-    _check_clip(args, model)
-    match model:
-        case ClipConfig():
-            refuse_flags(
-                args, ("num_steps", "sampler", "bits_per_dim", "decoder", "quantization"), "models that draw"
-            )
-            result = _clip(args)
-        case DiffusionConfig():
-            refuse_flags(args, ("temperature", "top_k", "top_p", "quantization", "decoder"), "a Transformer")
-            result = _diffusion(args)
-        case DalleConfig() | BartConfig():
-            refuse_flags(args, ("bits_per_dim",), "a diffusion model")
-            if not args.decoder:
-                refuse_flags(args, ("num_steps", "sampler"), "a diffusion model, or for --decoder")
-            result = _transformer(args, samplings)
-        case _:
-            refuse_flags(
-                args, ("num_steps", "sampler", "bits_per_dim", "decoder", "quantization"), "models that draw"
-            )
-            result = _tokenizer(args)
+    """Compute the metrics and print a table."""
+    args.check()
+    result = args.evaluate()
     curve = result.pop("curve", None)
     print(metrics.format_metrics(result))
     if curve:
@@ -156,215 +403,16 @@ def run(args: EvaluateArgs) -> dict[str, Any]:
     return result
 
 
-def _check_clip(args: EvaluateArgs, model: ModelConfig) -> None:
-    """Flags that are for other stages than that of the run, or for a flag that is missing."""
-    if args.clip is None and args.candidates is not None:
-        raise ValueError("--candidates needs --clip, the run of the CLIP that takes the best of them")
-    if args.candidates is not None and args.candidates < 1:
-        raise ValueError(f"--candidates is {args.candidates}; want at least 1 picture per caption")
-    if args.clip is not None and not isinstance(model, TransformerConfig):
-        raise ValueError(f"--clip scores what a Transformer draws; {args.run} is a run of stage {model.kind}")
-    if (args.data is not None or args.templates) and not isinstance(model, ClipConfig):
-        raise ValueError(f"--data and --templates are for a CLIP; {args.run} is a run of stage {model.kind}")
-    if args.classifier and isinstance(model, ClipConfig):
-        raise ValueError("--classifier judges drawn pictures; a CLIP draws none")
-    if args.fid_weights and isinstance(model, ClipConfig):
-        raise ValueError("--fid-weights compares drawn pictures with true ones; a CLIP draws none")
+def _header(model: Pipeline, count: int) -> dict[str, Any]:
+    return {"stage": model.config.kind, "step": model.run.step, "count": count}
 
 
-class _Truth(NamedTuple):
-    """What pictures are compared with."""
-
-    network: inception.Inception
-    true: fid.FeatureStats
-
-
-def _truth(
-    args: EvaluateArgs, data: DataConfig, image_size: int, languages: tuple[str, ...]
-) -> _Truth | None:
-    """None without --fid-weights. Before all other work, so that a wrong file is told at once."""
-    if not args.fid_weights:
-        return None
-    network = inception.load_inception(args.fid_weights)
-    settings = metrics.fid_settings(network, image_size)
-    if args.fid_reference:
-        return _Truth(network, fid.load_reference(args.fid_reference, settings))
-    progress = ProgressPrinter("features of true pictures")
-    true = metrics.reference_stats(
-        network, data, image_size, args.count, languages=languages, progress=progress
-    )
-    if args.fid_save:
-        fid.save_reference(args.fid_save, true, settings)
-        print(f"{args.fid_save}: statistics of {true.count} true pictures", file=sys.stderr)
-    return _Truth(network, true)
-
-
-def _judge(args: EvaluateArgs, data: DataConfig) -> classifier.Classifier | None:
-    """None without --classifier. Before all other work, so that a wrong file is told at once."""
-    if not args.classifier:
-        return None
-    judge = classifier.load_classifier(args.classifier)
-    classifier.check_classes(judge, data, args.classifier)
-    return judge
-
-
-def _tokenizer(args: EvaluateArgs) -> dict[str, Any]:
-    run = load_run(args.run)
-    tokenizer = ImageTokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
-    truth = _truth(args, run.config.data, run.config.model.image_size, ())
-    judge = _judge(args, run.config.data)
-    result = {
-        "stage": run.config.model.kind,
-        "step": run.step,
-        "count": args.count,
-        **_told(metrics.measure_tokenizer(tokenizer, run.config.data, args.count)),
-        **_told(metrics.reconstruction_accuracy(tokenizer, run.config.data, args.count)),
-    }
-    if truth:
-        progress = ProgressPrinter("features of reconstructions")
-        rest = (tokenizer, run.config.data, truth.true, args.count)
-        result |= _told(metrics.measure_rfid(truth.network, *rest, progress=progress))
-    if judge:
-        result |= _ceiling(judge, tokenizer, run.config.data, run.config.model.image_size, args.count)
-    return result
-
-
-def _ceiling(judge, tokenizer, data: DataConfig, image_size: int, count: int) -> dict[str, float]:
-    progress = ProgressPrinter("classes of true pictures")
-    return _told(classifier.measure_true(judge, tokenizer, data, image_size, count, progress=progress))
-
-
-def _clip(args: EvaluateArgs) -> dict[str, Any]:
-    clip = load_clip(args.run)
-    data, progress = clip.run.config.data, ProgressPrinter("pictures")
-    if args.data is not None:
-        data = dataclasses.replace(data, source=infer_source(args.data))
-    options = {"templates": args.templates, "progress": progress}
-    return {
-        "stage": "clip",
-        "step": clip.run.step,
-        "count": args.count,
-        **_told(retrieval.measure_retrieval(clip, data, args.count, progress=progress)),
-        **_told(retrieval.measure_zero_shot(clip, data, args.count, **options)),
-    }
-
-
-def _diffusion(args: EvaluateArgs) -> dict[str, Any]:
-    hows = [denoising(args, scale) for scale in args.guidance_scale]
-    model = load_diffusion(args.run)
-    cfg, data = model.config, model.run.config.data
-    if args.bits_per_dim < 0:
-        raise ValueError(f"--bits-per-dim is {args.bits_per_dim}; want a number of rows, 0 for none")
-    truth = _truth(args, data, cfg.image_size, metrics.model_languages(model))
-    judge = _judge(args, data)
-    result = {
-        "stage": cfg.kind,
-        "step": model.run.step,
-        "count": args.count,
-        "sampler": hows[0].sampler,
-        "steps": hows[0].num_steps,
-        **_told(diffusion.measure_denoising_error(model, args.count)),
-    }
-    if args.bits_per_dim:
-        progress = ProgressPrinter("likelihood of rows")
-        result |= _told(diffusion.measure_bits_per_dim(model, args.bits_per_dim, progress=progress))
-    if judge:
-        result |= _ceiling(judge, None, data, cfg.image_size, args.count)
-    if cfg.codes is not None:
-        progress = ProgressPrinter("denoising steps")
-        rest = (args.count, hows[0])
-        result |= _told(diffusion.measure_decoder(model, *rest, seed=args.seed, progress=progress))
-        if truth:
-            progress = ProgressPrinter("features of what is made of codes")
-            rest = (truth.network, model, truth.true, *rest)
-            result |= _told(diffusion.measure_decoder_rfid(*rest, seed=args.seed, progress=progress))
-        return result
-    kinds = metrics.scene_kinds(data, cfg.image_size) if model.text is not None else ()
-    if cfg.low_res_size or not (
-        kinds or truth or judge
-    ):  # one that makes pictures large needs more than a caption
-        return result
-    return result | _curve(args, model, hows, truth, bool(kinds), judge=judge)
-
-
-def _curve(
-    args, model: TextToImage | DiffusionModel, hows: list, truth, verify: bool, clip=None, judge=None
-) -> dict[str, Any]:
-    """The figures of drawn pictures at the first guidance scale, and those of all under `curve`."""
-    curve = []
-    for how in hows:
-        progress, found = ProgressPrinter(f"guidance {how.guidance_scale:g}: drawing"), {}
-        if verify:
-            found = metrics.caption_accuracy(model, args.count, how, seed=args.seed, progress=progress)
-        if truth:
-            progress = ProgressPrinter(f"guidance {how.guidance_scale:g}: features of drawn pictures")
-            rest = (model, truth.true, args.count, how)
-            found |= metrics.measure_fid(truth.network, *rest, seed=args.seed, progress=progress)
-        if judge is not None:
-            progress = ProgressPrinter(f"guidance {how.guidance_scale:g}: classes of drawn pictures")
-            rest = {"seed": args.seed, "progress": progress}
-            found |= classifier.measure_classes(judge, model, args.count, how, **rest)
-        if clip is not None:
-            found |= _ranked(args, model, clip, how)
-        curve.append({"guidance_scale": how.guidance_scale, **found})
-        _told(found)
-    return curve[0] | ({"curve": curve} if len(curve) > 1 else {})  # one alone stays flat
-
-
-def _transformer(args: EvaluateArgs, samplings: list[SamplingConfig]) -> dict[str, Any]:
-    model = load_text_to_image(args.run)
-    clip = None if args.clip is None else load_clip(args.clip)
-    decoder = None if args.decoder is None else load_diffusion(args.decoder)
-    if decoder is not None:
-        check_decoder(decoder, model.tokenizer)
-    data = model.run.config.data
-    kinds = metrics.scene_kinds(data, model.tokenizer.config.image_size)
-    truth = _truth(args, data, model.tokenizer.config.image_size, data.languages)
-    judge = _judge(args, data)
-    if not kinds and judge is None:
-        print("the source is not of procedural scenes: captions cannot be verified", file=sys.stderr)
-    result = {
-        "stage": "dalle",
-        "step": model.run.step,
-        "count": args.count,
-        **_told(metrics.measure_nll(model, args.count)),
-        **_told(metrics.measure_tokenizer(model.tokenizer, data, args.count)),
-        **_told(metrics.reconstruction_accuracy(model.tokenizer, data, args.count)),
-    }
-    if judge:
-        result |= _ceiling(judge, model.tokenizer, data, model.tokenizer.config.image_size, args.count)
-    if not (kinds or truth or judge or clip):
-        return result
-    curve = _curve(args, model, samplings, truth, bool(kinds), clip, judge)
-    result |= {"temperature": args.temperature, **curve}
-    if decoder is not None:
-        progress = ProgressPrinter("denoising steps")
-        result |= _told(
-            diffusion.measure_decoded(
-                model, decoder, args.count, samplings[0], denoising(args), seed=args.seed, progress=progress
-            )
-        )
-    return result
-
-
-def _ranked(
-    args: EvaluateArgs, model: TextToImage, clip: ClipRanker, sampling: SamplingConfig
-) -> dict[str, float]:
-    progress = ProgressPrinter(f"guidance {sampling.guidance_scale:g}: pictures for the CLIP")
-    rest = {"seed": args.seed, "progress": progress}
-    found = reranking.measure_clip_score(model, clip, args.count, sampling, **rest)
-    if args.candidates is not None:
-        found |= reranking.measure_reranking(model, clip, args.count, args.candidates, sampling, **rest)
-    return found
-
-
-def _told(figures: dict[str, float]) -> dict[str, float]:
-    """`figures`, also on standard error: the long part of the work is still to come."""
-    if figures:
-        print(
-            "  ".join(f"{name} {value:.4g}" for name, value in figures.items()), file=sys.stderr, flush=True
-        )
-    return figures
+def _print(values: metrics.Metrics) -> metrics.Metrics:
+    """Print metrics to standard error and return them."""
+    if values:
+        line = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(line, file=sys.stderr, flush=True)
+    return values
 
 
 def _table(rows: list[dict[str, float]]) -> str:

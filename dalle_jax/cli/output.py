@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dalle_jax.pipelines import ImageTokenizer
+import numpy as np
+
+from dalle_jax.data import images
+from dalle_jax.pipelines import TokenizerPipeline
 
 
 def directory(path: str) -> Path:
@@ -61,7 +64,20 @@ def _check_writable(folder: Path, path: str) -> None:
         ) from error
 
 
-def tokenizer_summary(tokenizer: ImageTokenizer) -> dict[str, Any]:
-    """Return the entries of `--json` about the image tokenizer of codes."""
+class LabeledGrid:
+    """A PNG file with all images and their labels, in rows of `columns`."""
+
+    def __init__(self, path: Path, columns: int):
+        self.path, self._columns = path, columns
+
+    def save(self, pixels: list[np.ndarray], labels: list[str]) -> None:
+        """Write images, uint8 (H, W, 3) each, small ones enlarged by a whole number."""
+        scale = max(1, 128 // pixels[0].shape[0])
+        grid = images.image_grid(np.stack(pixels), self._columns, labels=labels, scale=scale)
+        images.save_png(self.path, grid)
+
+
+def tokenizer_summary(tokenizer: TokenizerPipeline) -> dict[str, Any]:
+    """What `--json` prints of the tokenizer that made or read codes."""
     cfg = tokenizer.config
     return {"image_size": cfg.image_size, "vocab": cfg.vocab, "tokenizer": tokenizer.fingerprint}

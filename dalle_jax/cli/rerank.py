@@ -1,4 +1,4 @@
-"""`dalle-jax rerank`: pictures in order of how well they fit a caption."""
+"""`dalle-jax rerank`: images ranked by how well they fit a caption."""
 
 from __future__ import annotations
 
@@ -10,42 +10,40 @@ from tyro.conf import Positional, arg
 
 from dalle_jax.cli.common_args import JsonFlag
 from dalle_jax.data import images
-from dalle_jax.pipelines import IMAGE_BATCH, ProgressPrinter
-from dalle_jax.pipelines.ranking import embed_captions, embed_images, load_clip
+from dalle_jax.pipelines import IMAGE_BATCH_SIZE, ClipPipeline, ProgressPrinter, chunked, load
 
 
 @dataclass(frozen=True, kw_only=True)
 class RerankArgs:
-    """Ranks pictures by how well they fit a caption, best first: the cosine of the vectors that a CLIP gives the
-    two. Pictures are cropped to their middle square and resized."""
+    """Rank images by how well they fit a caption, best first: the cosine similarity of the vectors that a CLIP computes
+    of the two. Images are cropped to their center square and resized."""
 
     run: Positional[Annotated[str, arg(metavar="CLIP_RUN")]]
     """directory of a trained CLIP"""
     caption: Positional[Annotated[str, arg(metavar="CAPTION")]]
-    """what the pictures should show"""
+    """text that the images are compared with"""
     images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE ...")]]
-    """picture files"""
+    """image files"""
     top: int | None = None
-    """list only the best; None lists all"""
+    """list only this many of the best; None lists all"""
     json: JsonFlag = False
 
 
 def run(args: RerankArgs) -> dict[str, Any]:
-    """Scores and lists the pictures, best first."""
+    """Score the images and list them, best first."""
     if not args.images:
-        raise ValueError("no pictures; give the files to rank after the caption")
+        raise ValueError("Expected at least one image file after the caption, got none.")
     if not args.caption.strip():
-        raise ValueError("the caption has no text: nothing to rank the pictures by")
+        raise ValueError("the caption has no text to rank the images by")
     if args.top is not None and not 1 <= args.top <= len(args.images):
-        raise ValueError(f"--top is {args.top}; want 1 to {len(args.images)}, the pictures given")
-    clip = load_clip(args.run)
-    progress, found = ProgressPrinter("pictures"), []
-    for start in range(0, len(args.images), IMAGE_BATCH):
-        paths = args.images[start : start + IMAGE_BATCH]
-        pictures = np.stack([images.load_image(path, clip.config.image_size) for path in paths])
-        found.append(embed_images(clip, pictures))
-        progress(start + len(paths), len(args.images))
-    score_R = np.concatenate(found) @ embed_captions(clip, [args.caption])[0]
+        raise ValueError(f"--top is {args.top}; expected 1 to {len(args.images)}, the number of images")
+    clip = load(args.run, ClipPipeline)
+    progress, vectors = ProgressPrinter("images"), []
+    for paths in chunked(args.images, IMAGE_BATCH_SIZE):
+        batch = np.stack([images.load_image(path, clip.image_size) for path in paths])
+        vectors.append(clip.embed_images(batch))
+        progress(sum(map(len, vectors)), len(args.images))
+    score_R = np.concatenate(vectors) @ clip.embed_captions([args.caption])[0]
     order = np.argsort(-score_R, kind="stable")[: args.top]
     for i in order:
         print(f"{score_R[i]:.4f}  {args.images[i]}")

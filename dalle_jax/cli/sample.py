@@ -1,345 +1,532 @@
-"""`dalle-jax sample`: pictures for captions."""
+"""`dalle-jax sample`: images for captions, by any model that generates images."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tyro.conf import Positional, arg
 
-from dalle_jax.cli import output, sample_diffusion, sample_file, startup
-from dalle_jax.cli.common_args import JsonFlag, RunPath, denoising, refuse_flags
-from dalle_jax.cli.sample_file import CaptionRequest
-from dalle_jax.config import Quantization, SamplerName, Spacing
+from dalle_jax.cli import output, sample_file
+from dalle_jax.cli.common_args import DenoisingArgs, JsonFlag, RunPath
+from dalle_jax.cli.sample_file import CaptionLine, print_first_image
+from dalle_jax.config import Quantization
 from dalle_jax.data import images
 from dalle_jax.files.atomic import write_npz
 from dalle_jax.pipelines import (
+    ClipPipeline,
+    DiffusionPipeline,
+    DiffusionSamplingConfig,
+    GeneratedImage,
+    ImageRequest,
+    Pipeline,
     ProgressPrinter,
     SamplingConfig,
-    TextToImage,
-    encode_images,
-    load_text_to_image,
-    sample_images,
+    TextToImagePipeline,
+    load,
+    sample_and_rerank,
 )
-from dalle_jax.pipelines.diffusion import check_decoder, denoise_images, is_diffusion, load_diffusion
-from dalle_jax.pipelines.ranking import ClipRanker, load_clip, sample_and_rerank
-from dalle_jax.text.tokenizers import TextTokenizer
 
-NO_CAPTION = "(no caption)"
+_NO_CAPTION = "(no caption)"
+_NUM_IMAGES, _CANDIDATES, _TOP = 4, 64, 4  # of each caption where the flags are not set
+
+
+class _Subject(NamedTuple):
+    """What images are generated of.
+
+    Attributes:
+        caption: as `--json` and manifest.jsonl list it.
+        label: text under the image in grid.png.
+        fields: fields of the ImageRequest.
+    """
+
+    caption: str
+    label: str
+    fields: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArgs:
-    """Draws pictures for captions: one PNG file each, and all of them with their captions in grid.png. RUN is a
-    Transformer or a diffusion model; flags that the other one has are refused.
+    """Sample images for captions: one PNG file each, and all of them with their captions in grid.png. The other flags
+    depend on the model of RUN: `dalle-jax sample RUN --help` lists them.
 
-    File c000_s0007.png is caption 0 with seed 7: it depends on that caption and that seed alone, whatever
-    else is drawn with it. codes.npz holds the codes of all pictures, for `decode`.
-
-    With --captions-file the pictures go through a queue that keeps all of --batch-size busy, and manifest.jsonl lists
-    those that are done: the same command again, after it was killed, draws the rest."""
+    File c000_s0007.png is caption 0 with seed 7; it depends on that caption and seed alone. With --captions-file,
+    manifest.jsonl lists the finished images, and re-running the command resumes."""
 
     run: Positional[RunPath]
     """directory of a trained Transformer or diffusion model"""
     captions: Positional[Annotated[tuple[str, ...], arg(metavar="CAPTION ...")]] = ()
-    """what to draw; "" draws without a caption"""
+    """captions; "" samples without one"""
     out: str = "samples"
-    """directory for the pictures"""
-    num_images: int = 4
-    """pictures per caption, with the seeds SEED, SEED + 1, ..."""
+    """directory for the images"""
+    num_images: int | None = None
+    """images per caption, with the seeds SEED, SEED + 1, ...; None is 4"""
     seed: int = 0
-    """of the first picture of each caption"""
-    temperature: float = 1.0
-    """lower is safer and less varied; 0 takes the most probable code every time"""
-    top_k: int | None = None
-    """draw among this many most probable codes; None is all"""
-    top_p: float | None = None
-    """draw among the most probable codes that share this much of the probability; None is all"""
+    """of the first image of each caption"""
     guidance_scale: float = 1.0
-    """scale of classifier-free guidance: above 1 the caption counts for more; 1 is none"""
+    """scale of classifier-free guidance; 1 turns it off, larger values follow the caption more closely"""
+    captions_file: str | None = None
+    """more captions, one per line, UTF-8; empty lines are skipped. A file that ends in .jsonl has one object per line:
+    caption, and seed, temperature, top_p, guidance_scale where they differ from the flags"""
+    unconditional: bool = False
+    """sample without a caption"""
+    batch_size: int = 8
+    """images computed at once"""
+    clip: str | None = None
+    """directory of a trained CLIP: sample --candidates images of each caption and keep the --top that fit it best, in
+    place of --num-images"""
+    candidates: int | None = None
+    """with --clip: images sampled for each caption; None is 64"""
+    top: int | None = None
+    """with --clip: images kept of each caption, best first; None is 4"""
+    json: JsonFlag = False
+
+    progress_name: ClassVar[str] = "images"
+
+    def check(self) -> None:
+        """Check the flags by themselves. Raises ValueError for values or combinations that are not allowed."""
+        if self.num_images is not None and self.num_images < 1:
+            raise ValueError(f"--num-images is {self.num_images}; expected at least 1 image per caption")
+        if self.clip is None and (self.candidates is not None or self.top is not None):
+            raise ValueError(
+                "--candidates and --top need --clip, the run of the CLIP that ranks. Use --num-images without one."
+            )
+        if self.clip is not None and self.num_images is not None:
+            raise ValueError("--num-images is for sampling without --clip. Use --top.")
+        if self.candidates is not None and self.candidates < 1:
+            raise ValueError(f"--candidates is {self.candidates}; expected at least 1 image per caption")
+
+    def sampling_config(self) -> Any:
+        """Return the configuration of the call; None for a model that generates no images."""
+        return None
+
+    def load(self) -> Pipeline:
+        """Load the model of RUN."""
+        return load(self.run)
+
+    def subjects(self, pipeline: Any, lines: list[CaptionLine]) -> list[_Subject]:
+        """Return what is sampled. Raises ValueError for no caption."""
+        if not lines:
+            raise ValueError(
+                'no captions; give one or more, e.g. "a red circle", or --unconditional to sample without'
+            )
+        return [
+            _Subject(line.caption, line.caption or _NO_CAPTION, {"prompt": line.caption, **line.settings})
+            for line in lines
+        ]
+
+    @property
+    def shows_previews(self) -> bool:
+        """Whether grid.png is updated while images are sampled."""
+        return False
+
+    def load_decoder(self, pipeline: Any) -> DiffusionPipeline | None:
+        """Load the diffusion model that replaces the pixels; None for none."""
+        return None
+
+    def decoder_config(self) -> DiffusionSamplingConfig:
+        """Return the configuration of the decoder."""
+        return DiffusionSamplingConfig()
+
+    def job(self, pipeline: Any, config: Any, requests: list[ImageRequest]) -> dict[str, Any]:
+        """Return the settings that the calls of a resumable job must share."""
+        return {}
+
+    def results(self, config: Any, generated: list[GeneratedImage], out: Path) -> dict[str, Any]:
+        """Write what else the model gives, and return it for `--json`."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSampleArgs(SampleArgs, DenoisingArgs):
+    """Sample images for captions with a Transformer: one PNG file each, and all of them with their captions in
+    grid.png.
+
+    File c000_s0007.png is caption 0 with seed 7; it depends on that caption and seed alone. codes.npz holds the codes
+    of all images, for `decode`. With --captions-file, manifest.jsonl lists the finished images, and re-running the
+    command resumes."""
+
+    temperature: float = 1.0
+    """lower values give less varied images; 0 takes the most probable code"""
+    top_k: int | None = None
+    """sample among this many most probable codes; None is all"""
+    top_p: float | None = None
+    """sample among the most probable codes with this probability together; None is all"""
     prefix: str | None = None
-    """picture whose top rows every drawn picture begins with; of the model's size"""
+    """image whose top rows each sampled image starts with; of the model's size"""
     prefix_rows: int | None = None
     """rows of codes taken from --prefix; None is half of them"""
-    captions_file: str | None = None
-    """more captions, one a line, UTF-8; empty lines are skipped. A file that ends in .jsonl has an object a line:
-    caption, and where it differs from the flags seed, temperature, top_p, guidance"""
-    unconditional: bool = False
-    """draw without a caption"""
-    batch_size: int = 8
-    """pictures drawn at once"""
     draft_len: int | None = None
-    """draw this many codes per pass of the network, as far as they turn out right: the same pictures in fewer passes,
-    each of more work (docs/sampling.md); None is one"""
+    """speculative decoding: codes per pass of the network. The images are the same, in fewer and larger passes
+    (docs/sampling.md); None is one"""
     quantization: Quantization | None = None
-    """matrices in 8 bits: int8 or fp8 stores weights so, w8a8 also rounds what they are multiplied with"""
+    """8-bit matrices: int8 and fp8 store weights in 8 bits, w8a8 also rounds activations"""
     preview_rows: int | None = None
-    """write grid.png anew after every so many rows of codes, grey where nothing is drawn yet; neither with a captions
-    file nor with --clip"""
-    clip: str | None = None
-    """directory of a trained CLIP: draw --candidates pictures of each caption and keep the --top that fit it best,
-    in place of --num-images"""
-    candidates: int | None = None
-    """with --clip: pictures drawn for each caption; None is 64"""
-    top: int | None = None
-    """with --clip: pictures kept of each caption, best first; None is 4"""
-    num_steps: int | None = None
-    """diffusion: evaluations of the network (heun and pc take two a step); None is 50"""
-    sampler: SamplerName | None = None
-    """diffusion: how the noise is taken away; None is dpm++2m"""
-    spacing: Spacing | None = None
-    """diffusion: of the times between noise and picture; None is uniform"""
-    eta: float | None = None
-    """diffusion, ddim: noise put back in each step; 0 is none, 1 as much as the ancestral sampler"""
-    threshold: float | None = None
-    """diffusion: quantile that clean pictures are held in on the way, e.g. 0.995; None clips them"""
-    guidance_interval: tuple[float, float] | None = None
-    """diffusion: guidance only where the time, 1 for noise and 0 for the picture, lies between these two"""
-    image: str | None = None
-    """diffusion: picture to begin from, with --strength or --mask; of the model's size"""
-    strength: float | None = None
-    """diffusion: share of the way from --image to pure noise that is gone back before drawing, (0, 1]"""
-    mask: str | None = None
-    """diffusion: picture of --image's size; what is white is drawn anew, what is black is kept"""
-    label: tuple[int, ...] = ()
-    """diffusion on classes: numbers of the classes to draw"""
-    low_res: str | None = None
-    """diffusion on small pictures: the one to make large"""
-    filmstrip: int | None = None
-    """diffusion: also write filmstrip.png, this many looks of each picture on its way"""
+    """update grid.png after every so many rows of codes, gray where nothing is sampled yet; without --captions-file
+    and --clip"""
     decoder: str | None = None
-    """Transformer: run of a diffusion model on its tokenizer's codes, which draws the pixels"""
-    json: JsonFlag = False
+    """run of a diffusion model on the tokenizer's codes, which generates the pixels; the flags of its sampler are
+    --num-steps, --sampler, --spacing, --eta and --threshold"""
+
+    def check(self) -> None:
+        super().check()
+        if self.preview_rows is not None and (self.preview_rows < 1 or self.captions_file or self.clip):
+            raise ValueError(
+                f"--preview-rows is {self.preview_rows}; expected at least 1, without --captions-file and --clip"
+            )
+        if self.decoder is None and (flags := self.set_denoising_flags()):
+            raise ValueError(f"{', '.join(flags)}: for --decoder; leave it out")
+        if self.decoder is not None and (self.clip is not None or self.captions_file is not None):
+            raise ValueError("--decoder is for captions on the command line, without --clip")
+        if self.prefix_rows is not None and self.prefix is None:
+            raise ValueError("--prefix-rows needs --prefix IMAGE")
+
+    def sampling_config(self) -> SamplingConfig:
+        return SamplingConfig(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            guidance_scale=self.guidance_scale,
+            draft_len=self.draft_len,
+            quantization=self.quantization,
+            preview_rows=self.preview_rows or 1,
+        )
+
+    def load(self) -> TextToImagePipeline:
+        return load(self.run, TextToImagePipeline, params_on_host=True)
+
+    def subjects(self, pipeline: TextToImagePipeline, lines: list[CaptionLine]) -> list[_Subject]:
+        subjects = super().subjects(pipeline, lines)
+        prefix = None if self.prefix is None else self._prefix_codes(pipeline)
+        return [subject._replace(fields={**subject.fields, "prefix_codes": prefix}) for subject in subjects]
+
+    def _prefix_codes(self, pipeline: TextToImagePipeline) -> np.ndarray:
+        """Codes of the top rows of --prefix, int32 (rows * grid,)."""
+        assert self.prefix is not None
+        grid = pipeline.tokenizer.config.grid
+        rows = grid // 2 if self.prefix_rows is None else self.prefix_rows
+        if not 1 <= rows < grid:
+            raise ValueError(f"--prefix-rows is {rows}; expected 1 to {grid - 1} of the {grid} rows of codes")
+        image = _load_exact(self.prefix, pipeline.image_size, "--prefix")
+        return pipeline.tokenizer.encode(image[None])[0, : rows * grid]
+
+    def load_decoder(self, pipeline: TextToImagePipeline) -> DiffusionPipeline | None:
+        if self.decoder is None:
+            return None
+        decoder = load(self.decoder, DiffusionPipeline)
+        decoder.check_tokenizer(pipeline.tokenizer)
+        return decoder
+
+    def decoder_config(self) -> DiffusionSamplingConfig:
+        return self.denoising_config()
+
+    @property
+    def shows_previews(self) -> bool:
+        return self.preview_rows is not None
+
+    def job(
+        self, pipeline: TextToImagePipeline, config: SamplingConfig, requests: list[ImageRequest]
+    ) -> dict[str, Any]:
+        prefix = requests[0].prefix_codes
+        return {
+            "tokenizer": pipeline.tokenizer.fingerprint,
+            "top_k": config.top_k,
+            "quantization": config.quantization,
+            "prefix": None if prefix is None else hashlib.sha256(prefix.tobytes()).hexdigest(),
+        }
+
+    def results(self, config: SamplingConfig, generated: list[GeneratedImage], out: Path) -> dict[str, Any]:
+        rate = generated[-1].codes_per_pass if generated else None
+        if rate is None:
+            return {}
+        print(f"{rate:.2f} codes per pass")
+        return {"codes_per_pass": rate}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
+    """Sample images with a diffusion model, for captions, classes, from a small image, from an image or from noise: one
+    PNG file each, and all of them with their captions in grid.png.
+
+    File c000_s0007.png is caption 0 with seed 7; it depends on that caption and seed alone. With --captions-file,
+    manifest.jsonl lists the finished images, and re-running the command resumes."""
+
+    guidance_interval: tuple[float, float] | None = None
+    """guidance applies only between these two times; 1 is noise, 0 is the image"""
+    image: str | None = None
+    """image to start from, with --strength or --mask; of the model's size"""
+    strength: float | None = None
+    """amount of noise added to --image before denoising, in (0, 1]"""
+    mask: str | None = None
+    """image of --image's size: white is sampled, black is kept"""
+    label: tuple[int, ...] = ()
+    """numbers of the classes to sample, for a model of classes"""
+    low_res: str | None = None
+    """small image, for a model that enlarges one"""
+    filmstrip: int | None = None
+    """also write filmstrip.png, with this many denoised images of each image on its way"""
+
+    progress_name: ClassVar[str] = "denoising steps"
+
+    def sampling_config(self) -> DiffusionSamplingConfig:
+        options: dict[str, Any] = {"guidance_scale": self.guidance_scale}
+        if self.guidance_interval is not None:
+            options["guidance_interval"] = self.guidance_interval
+        config = self.denoising_config(**options)
+        if self.filmstrip is None:
+            return config
+        if not 1 <= self.filmstrip <= config.num_steps:
+            raise ValueError(
+                f"--filmstrip is {self.filmstrip}; expected 1 to {config.num_steps} images, the number of steps"
+            )
+        return dataclasses.replace(config, num_frames=self.filmstrip)
+
+    def load(self) -> DiffusionPipeline:
+        return load(self.run, DiffusionPipeline)
+
+    def subjects(self, pipeline: DiffusionPipeline, lines: list[CaptionLine]) -> list[_Subject]:
+        cfg = pipeline.config
+        if cfg.codes is not None:
+            raise ValueError(
+                f"{self.run} generates the pixels of codes: `dalle-jax decode {self.run} CODES.npz`, or `dalle-jax "
+                f"sample RUN_OF_A_TRANSFORMER ... --decoder {self.run}`"
+            )
+        if self.label and not cfg.num_classes:
+            raise ValueError("--label is for a model of classes; this one has none")
+        if cfg.text is None and any(line.caption for line in lines):
+            hint = ", give --label" if cfg.num_classes else ""
+            raise ValueError(f"{self.run} reads no captions; leave them out{hint}")
+        fields = self._image_fields(pipeline)
+        if cfg.text is not None:
+            subjects = super().subjects(pipeline, lines)
+            if cfg.num_classes:
+                labels = self._labels(cfg.num_classes)
+                if len(labels) not in (1, len(lines)):
+                    raise ValueError(
+                        f"{len(labels)} labels and {len(lines)} captions; expected one label, or one for each"
+                    )
+                labels = labels * len(lines) if len(labels) == 1 else labels
+                subjects = [
+                    subject._replace(fields={**subject.fields, "label": label})
+                    for subject, label in zip(subjects, labels, strict=True)
+                ]
+        elif cfg.num_classes:
+            names = {
+                label: "(no class)" if label is None else f"class {label}"
+                for label in self._labels(cfg.num_classes)
+            }
+            subjects = [_Subject(names[i], names[i], {"label": i}) for i in self._labels(cfg.num_classes)]
+        else:
+            subjects = [_Subject("", "", {})]
+        return [_Subject(subject.label, subject.label, {**subject.fields, **fields}) for subject in subjects]
+
+    def _labels(self, num_classes: int) -> list[int | None]:
+        labels: list[int | None] = list(self.label) or ([None] if self.unconditional else [])
+        if not labels:
+            raise ValueError(
+                f"no label; give --label, 0 to {num_classes - 1}, or --unconditional to sample without"
+            )
+        return labels
+
+    def _image_fields(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """The fields of all requests that are read from image files."""
+        fields: dict[str, Any] = {"strength": self.strength}
+        size, low_res_size = pipeline.image_size, pipeline.config.low_res_size
+        if self.low_res is not None and not low_res_size:
+            raise ValueError("--low-res is for a model that enlarges a small image")
+        if self.low_res is None and low_res_size:
+            raise ValueError(
+                f"this model enlarges an image of {low_res_size} x {low_res_size}; give --low-res IMAGE"
+            )
+        if self.low_res is not None:
+            fields["low_res"] = images.load_image(self.low_res, low_res_size)
+        if self.image is not None:
+            fields["image"] = _load_exact(self.image, size, "--image")
+        if self.mask is not None:
+            kept = _load_exact(self.mask, size, "--mask").mean(axis=2) < 128  # white is sampled
+            if kept.all() or not kept.any():
+                problem = (
+                    "black: nothing is sampled" if kept.all() else "white: nothing is kept, leave it out"
+                )
+                raise ValueError(f"--mask {self.mask} is all {problem}")
+            fields["mask"] = kept
+        return fields
+
+    def job(
+        self, pipeline: DiffusionPipeline, config: DiffusionSamplingConfig, requests: list[ImageRequest]
+    ) -> dict[str, Any]:
+        digest = hashlib.sha256(repr((self.strength, self.label)).encode())
+        for array in (requests[0].image, requests[0].mask, requests[0].low_res):
+            digest.update(b"" if array is None else array.tobytes())
+        return {"denoising": dataclasses.asdict(config), "inputs": digest.hexdigest()}
+
+    def results(
+        self, config: DiffusionSamplingConfig, generated: list[GeneratedImage], out: Path
+    ) -> dict[str, Any]:
+        results: dict[str, Any] = {"denoising": dataclasses.asdict(config)}
+        frames = [image.frames for image in generated if image.frames is not None]
+        if frames:
+            film = np.concatenate(frames)
+            grid = images.image_grid(film, config.num_frames, scale=max(1, 64 // film.shape[1]))
+            images.save_png(out / "filmstrip.png", grid)
+            results["filmstrip"] = str(out / "filmstrip.png")
+        return results
+
+
+FLAGS = {"text-to-image": TransformerSampleArgs, "diffusion": DiffusionSampleArgs}
 
 
 def run(args: SampleArgs) -> dict[str, Any]:
-    """Draws, writes and lists the pictures."""
-    asked = _captions(args)
-    captions = [caption for caption, _ in asked]
-    if args.num_images < 1:
-        raise ValueError(f"--num-images is {args.num_images}; want at least 1 picture per caption")
-    if args.clip is None and (args.candidates is not None or args.top is not None):
-        raise ValueError(
-            "--candidates and --top need --clip, the run of the CLIP that ranks; --num-images draws without one"
-        )
-    if args.clip is not None and args.num_images != 4:
-        raise ValueError(
-            "--num-images is for drawing without --clip; with it, --top says how many pictures stay"
-        )
-    if args.preview_rows is not None and (args.preview_rows < 1 or args.captions_file or args.clip):
-        raise ValueError(
-            f"--preview-rows is {args.preview_rows}; want at least 1, and neither --captions-file nor --clip"
-        )
-    if is_diffusion(args.run):
-        refuse_flags(
-            args,
-            ("decoder", "clip", "preview_rows", "draft_len", "quantization"),
-            "a Transformer; this is the run of a diffusion model",
-        )
-        if any(own for _, own in asked):
-            raise ValueError("lines of --captions-file with settings of their own are for a Transformer")
-        return sample_diffusion.sample(args, captions, _exact_picture, _tell_cut)
-    if not captions:
-        raise ValueError(
-            'no captions; give one or more, e.g. "a red circle", or --unconditional to draw without'
-        )
-    if args.decoder is None:
-        flags = ("sampler", "num_steps", "spacing", "eta", "threshold")
-        refuse_flags(args, flags, "a diffusion model, or for --decoder")
-    elif args.clip is not None or args.captions_file is not None:
-        raise ValueError(
-            "--decoder goes with captions on the command line, without --clip; leave out the other"
-        )
-    flags = ("guidance_interval", "image", "mask", "strength", "label", "low_res", "filmstrip")
-    refuse_flags(args, flags, "a diffusion model; this is the run of a Transformer")
-    if args.prefix_rows is not None and args.prefix is None:
-        raise ValueError("--prefix-rows says how much of --prefix to keep; give --prefix PICTURE as well")
-    sampling = SamplingConfig(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance_scale=args.guidance_scale,
-        draft_len=args.draft_len, quantization=args.quantization,
-    )  # fmt: skip
-    model = load_text_to_image(args.run, on_host=True)
-    clip = None if args.clip is None else load_clip(args.clip)
-    prefix = None if args.prefix is None else _prefix(model, args.prefix, args.prefix_rows)
-    decoder = None if args.decoder is None else load_diffusion(args.decoder)
-    if decoder is not None:
-        check_decoder(decoder, model.tokenizer)
-    cut = _tell_cut(model.text, model.config.text_len, captions)
-    if args.captions_file is not None and clip is None:
-        return sample_file.sample_file(args, asked, model, sampling, prefix, _tell_first)
-    if any(own for _, own in asked):
-        raise ValueError(
-            "lines of --captions-file with settings of their own go through the queue, which --clip has not; give "
-            "plain captions, or leave out --clip"
-        )
-    out = output.directory(args.out)
-    if clip is not None:
-        return _best(args, model, clip, captions, sampling, prefix, cut, out)
-
-    rows = [(j, args.seed + i) for j in range(len(captions)) for i in range(args.num_images)]
-    names = [f"c{j:03d}_s{seed:04d}.png" for j, seed in rows]
-    seeds = [seed for _, seed in rows]
-    parts, passes = [], []
-
-    labels = [captions[j] or NO_CAPTION for j, _ in rows]
-    columns = args.num_images if len(captions) > 1 else min(args.num_images, 8)
-
-    def shown(unfinished: np.ndarray) -> None:
-        so_far = np.concatenate([*(pictures for _, pictures in parts), unfinished])
-        _save_grid(out, so_far, labels[: len(so_far)], columns)
-
-    for part in sample_images(
-        model, captions, seeds, sampling, prefix_codes=prefix, batch=args.batch_size, progress=ProgressPrinter("pictures"),
-        preview_rows=args.preview_rows, on_preview=shown, on_batch=passes.append,
-    ):  # fmt: skip
-        if not parts:
-            _tell_first(len(part[0]))
-        done = sum(len(codes) for codes, _ in parts)
-        for name, picture in zip(names[done:], part[1], strict=False):
-            images.save_png(out / name, picture)
-        parts.append(part)
-    codes, pictures = (np.concatenate(kind) for kind in zip(*parts, strict=True))
-    if decoder is not None:  # the same codes, seen by another
-        progress = ProgressPrinter("denoising steps")
-        pictures = denoise_images(
-            decoder, seeds, denoising(args), codes=codes, batch=args.batch_size, progress=progress
-        ).images
-        for name, picture in zip(names, pictures, strict=True):
-            images.save_png(out / name, picture)
-    _save_all(model, out, names, codes, pictures, labels, columns)
-    print(f"{len(names)} pictures in {out}, all with their captions in {out / 'grid.png'}")
-    faster = {}
-    if args.draft_len is not None:
-        drawn = model.config.num_codes - 1 - (0 if prefix is None else len(prefix))
-        faster = {"codes_per_pass": drawn / float(np.concatenate(passes).mean())}
-        print(f"{faster['codes_per_pass']:.2f} codes a pass")
-    return {
-        **_about(model, out),
-        **faster,
-        "pictures": [
-            {"file": str(out / name), "caption": captions[j], "seed": seed, "tokens_cut": cut[j]}
-            for name, (j, seed) in zip(names, rows, strict=True)
-        ],
-    }
-
-
-def _best(
-    args: SampleArgs,
-    model: TextToImage,
-    clip: ClipRanker,
-    captions: list[str],
-    sampling: SamplingConfig,
-    prefix: np.ndarray | None,
-    cut: list[int],
-    out: Path,
-) -> dict[str, Any]:
-    """Draws the candidates of each caption, writes and lists the best of them."""
-    candidates = 64 if args.candidates is None else args.candidates
-    keep = min(4, candidates) if args.top is None else args.top
-    if candidates < 1:
-        raise ValueError(f"--candidates is {candidates}; want at least 1 picture per caption")
-    seeds = [args.seed + i for _ in captions for i in range(candidates)]
-    options = {"prefix_codes": prefix, "batch": args.batch_size, "progress": ProgressPrinter("pictures")}
-    listed, codes, pictures = [], [], []
-    for best in sample_and_rerank(model, clip, captions, seeds, keep, sampling, **options):
-        for place, which in enumerate(best.which):
-            seed = args.seed + int(which)
-            name = f"c{best.number:03d}_s{seed:04d}.png"
-            images.save_png(out / name, best.images[place])
-            row = {"file": str(out / name), "caption": captions[best.number], "seed": seed}
-            listed.append({**row, "score": float(best.score[place]), "tokens_cut": cut[best.number]})
-        codes.append(best.codes)
-        pictures.append(best.images)
-    names = [Path(row["file"]).name for row in listed]
-    labels = [f"{row['score']:.3f} {row['caption']}" for row in listed]
-    _save_all(model, out, names, np.concatenate(codes), np.concatenate(pictures), labels, min(keep, 8))
-    print(
-        f"the best {keep} of {candidates} pictures of each caption in {out}, best first in {out / 'grid.png'}"
-    )
-    return {**_about(model, out), "clip": str(clip.run.path), "candidates": candidates, "pictures": listed}
-
-
-def _save_all(
-    model: TextToImage,
-    out: Path,
-    names: list[str],
-    codes: np.ndarray,
-    pictures: np.ndarray,
-    labels: list[str],
-    columns: int,
-) -> None:
-    """grid.png and codes.npz."""
-    _save_grid(out, pictures, labels, columns)
-    made_by = np.array(model.tokenizer.fingerprint)
-    write_npz(out / "codes.npz", codes=codes, names=np.array(names), tokenizer=made_by)
-
-
-def _save_grid(out: Path, pictures: np.ndarray, labels: list[str], columns: int) -> None:
-    scale = max(1, 128 // pictures.shape[1])
-    images.save_png(out / "grid.png", images.image_grid(pictures, columns, labels=labels, scale=scale))
-
-
-def _about(model: TextToImage, out: Path) -> dict[str, Any]:
-    run = {"run": str(model.run.path), "step": model.run.step}
-    return {**run, "grid": str(out / "grid.png"), "codes": str(out / "codes.npz")}
-
-
-def _tell_first(count: int) -> None:
-    told = "the first picture" if count == 1 else f"the first {count} pictures"
-    print(
-        f"{told} after {startup.seconds_since_start():.1f} s, starting up and compiling included",
-        file=sys.stderr,
-    )
-
-
-def _captions(args: SampleArgs) -> list[CaptionRequest]:
-    captions = [CaptionRequest(caption, {}) for caption in args.captions]
-    if args.captions_file is not None:
-        captions += sample_file.read_requests(args.captions_file)
-    if args.unconditional and captions:
-        raise ValueError("--unconditional draws without a caption; leave the captions out, or the flag")
-    if args.unconditional:
-        return [CaptionRequest("", {})]
-    return captions
-
-
-def _tell_cut(text: TextTokenizer, most: int, captions: list[str]) -> list[int]:
-    """Tokens of each caption beyond `most`, told on standard error."""
-    cut = [max(0, text.count_tokens(caption) - most) for caption in captions]
-    for j, more in enumerate(cut):
-        if more:
-            print(
-                f"warning: caption {j} has {most + more} tokens, the model reads {most}: the last {more} "
-                f"are cut ({captions[j]!r:.60})",
-                file=sys.stderr,
+    """Sample, write and list the images."""
+    args.check()
+    lines = _read_lines(args)
+    config = args.sampling_config()
+    pipeline = args.load()
+    ranker = None if args.clip is None else load(args.clip, ClipPipeline)
+    decoder = args.load_decoder(pipeline)
+    subjects = args.subjects(pipeline, lines)
+    num_images = 1 if ranker is not None else args.num_images or _NUM_IMAGES
+    items = _requests(args.seed, subjects, num_images)
+    dropped = [_warn_truncated(pipeline, i, subject) for i, subject in enumerate(subjects)]
+    requests = [request for _, request in items]
+    if args.captions_file is not None and ranker is None:
+        job_images = [
+            sample_file.JobImage(
+                _file_name(i, request), subjects[i].caption, subjects[i].label, dropped[i], request
             )
-    return cut
-
-
-def _prefix(model: TextToImage, path: str, rows: int | None) -> np.ndarray:
-    """Codes of the top rows of a picture, int32 (rows * grid,)."""
-    cfg = model.tokenizer.config
-    rows = cfg.grid // 2 if rows is None else rows
-    if not 1 <= rows < cfg.grid:
-        raise ValueError(
-            f"--prefix-rows is {rows}; the picture has {cfg.grid} rows of codes: want 1 to {cfg.grid - 1}"
+            for i, request in items
+        ]
+        return sample_file.run_job(
+            pipeline,
+            job_images,
+            config,
+            args.out,
+            args.job(pipeline, config, requests),
+            batch_size=args.batch_size,
+            columns=num_images if num_images > 1 else 8,
+            list_images=args.json,
         )
-    picture = _exact_picture(path, cfg.image_size, "--prefix")
-    return encode_images(model.tokenizer, picture[None])[0, : rows * cfg.grid]
+
+    finished: list[tuple[int, GeneratedImage]] = []  # with the number of the subject
+
+    def show_preview(unfinished: np.ndarray) -> None:
+        pixels = [image.image for _, image in finished] + list(unfinished)
+        grid.save(pixels, [subjects[i].label for i, _ in items[: len(pixels)]])
+
+    options = {"batch_size": args.batch_size, "progress": ProgressPrinter(args.progress_name)}
+    results: dict[str, Any] = {}
+    if ranker is None:
+        columns = num_images if len(subjects) > 1 else min(num_images, 8)
+        on_preview = show_preview if args.shows_previews else None
+        generated = pipeline.sample(requests, config, on_preview=on_preview, **options)
+        stream = ((i, image) for (i, _), image in zip(items, generated, strict=True))
+    else:
+        candidates = _CANDIDATES if args.candidates is None else args.candidates
+        top = min(_TOP, candidates) if args.top is None else args.top
+        columns = min(top, 8)
+        ranked = sample_and_rerank(pipeline, ranker, requests, candidates, top, config, **options)
+        stream = ((i, image) for i, best in enumerate(ranked) for image in best)
+        results = {"clip": str(ranker.run.path), "candidates": candidates}
+    out = output.directory(args.out)  # after the checks of the requests, before anything is computed
+    grid = output.LabeledGrid(out / "grid.png", columns)
+    for i, image in stream:
+        if not finished:
+            print_first_image()
+        if decoder is None:
+            images.save_png(out / _file_name(i, image.request), image.image)
+        finished.append((i, image))
+    if decoder is not None:
+        finished = _decode(args, decoder, finished)
+        for i, image in finished:
+            images.save_png(out / _file_name(i, image.request), image.image)
+    names = [_file_name(i, image.request) for i, image in finished]
+    labels = [
+        subjects[i].label if image.score is None else f"{image.score:.3f} {subjects[i].label}"
+        for i, image in finished
+    ]
+    grid.save([image.image for _, image in finished], labels)
+    results = {"run": str(pipeline.run.path), "step": pipeline.run.step, "grid": str(grid.path)} | results
+    codes = [image.codes for _, image in finished if image.codes is not None]
+    if codes and pipeline.tokenizer is not None:
+        fingerprint = np.array(pipeline.tokenizer.fingerprint)
+        write_npz(out / "codes.npz", codes=np.stack(codes), names=np.array(names), tokenizer=fingerprint)
+        results["codes"] = str(out / "codes.npz")
+    print(f"{len(names)} images in {out}, all with their captions in {grid.path}")
+    results |= args.results(config, [image for _, image in finished], out)
+    rows = []
+    for name, (i, image) in zip(names, finished, strict=True):
+        row = {"file": str(out / name), "caption": subjects[i].caption, "seed": image.request.seed}
+        score = {} if image.score is None else {"score": image.score}
+        rows.append({**row, **score, "tokens_cut": dropped[i]})
+    return {**results, "pictures": rows}
 
 
-def _exact_picture(path: str, side: int, flag: str) -> np.ndarray:
-    """The picture in a file, uint8 (side, side, 3). Raises ValueError for another size."""
-    picture = images.load_image(path, side)
+def _read_lines(args: SampleArgs) -> list[CaptionLine]:
+    lines = [CaptionLine(caption, {}) for caption in args.captions]
+    if args.captions_file is not None:
+        lines += sample_file.read_captions_file(args.captions_file)
+    if args.unconditional and lines:
+        raise ValueError("--unconditional samples without a caption. Leave out the captions or the flag.")
+    return [CaptionLine("", {})] if args.unconditional else lines
+
+
+def _requests(seed: int, subjects: list[_Subject], count: int) -> list[tuple[int, ImageRequest]]:
+    """`count` requests of each subject, with its number."""
+    requests = []
+    for i, subject in enumerate(subjects):
+        first = subject.fields.get("seed", seed)
+        try:
+            requests += [(i, ImageRequest(**{**subject.fields, "seed": first + k})) for k in range(count)]
+        except ValueError as error:
+            raise ValueError(f"caption {i} ({subject.caption!r:.60}): {error}") from None
+    return requests
+
+
+def _file_name(number: int, request: ImageRequest) -> str:
+    return f"c{number:03d}_s{request.seed:04d}.png"
+
+
+def _decode(
+    args: SampleArgs, decoder: DiffusionPipeline, finished: list[tuple[int, GeneratedImage]]
+) -> list[tuple[int, GeneratedImage]]:
+    """The same codes with the pixels of a diffusion model."""
+    requests = [ImageRequest(seed=image.request.seed, codes=image.codes) for _, image in finished]
+    decoded = decoder.sample(
+        requests,
+        args.decoder_config(),
+        batch_size=args.batch_size,
+        progress=ProgressPrinter("denoising steps"),
+    )
+    return [
+        (i, image._replace(image=pixels.image)) for (i, image), pixels in zip(finished, decoded, strict=True)
+    ]
+
+
+def _warn_truncated(pipeline: Pipeline, number: int, subject: _Subject) -> int:
+    """Tokens of a caption that the model does not read; more than 0 are reported on standard error."""
+    dropped = pipeline.num_dropped_tokens(subject.fields.get("prompt", ""))
+    if dropped:
+        print(
+            f"warning: caption {number} is too long for the model: its last {dropped} tokens are dropped "
+            f"({subject.caption!r:.60})",
+            file=sys.stderr,
+        )
+    return dropped
+
+
+def _load_exact(path: str, size: int, flag: str) -> np.ndarray:
+    """The image in a file, uint8 (size, size, 3). Raises ValueError for another size."""
+    image = images.load_image(path, size)
     with Image.open(path) as header:
         width, height = header.size
-    if (width, height) != (side, side):
+    if (width, height) != (size, size):
         raise ValueError(
-            f"{flag} {path} is {width} x {height} pixels; this model's pictures are {side} x {side}: crop and "
-            "resize it to that"
+            f"{flag} {path} is {width} x {height} pixels; this model's images are {size} x {size}. Crop and resize it."
         )
-    return picture
+    return image

@@ -1,1 +1,1 @@
-"""Measures of trained models: reconstruction, codebook use, and captions verified in the picture."""
+"""Metrics of trained models: reconstruction, likelihood, accuracy on captions, FID, retrieval, re-ranking."""

@@ -1,15 +1,15 @@
-"""Does a picture show the class that its caption names? Judged by a classifier of CIFAR-10 from a file.
+"""Accuracy of generated images by class, judged by a CIFAR-10 classifier from a file.
 
-The network is the residual network for CIFAR of He et al. 2015 (1512.03385, 4.2): 6 n + 2 layers in three stages of
-16, 32 and 64 channels, identity shortcuts that halve the picture and fill up with zero channels (option A). n and
-the number of classes follow from the weights. B batch, R rows, H W picture, C channels, K classes.
+The network is the residual network for CIFAR of He et al. 2015 (1512.03385, sec. 4.2): 6 n + 2 layers in three stages of
+16, 32 and 64 channels, with identity shortcuts that halve the image and pad with zero channels (option A). n and the
+number of classes follow from the weights. B batch, R rows, H W pixels, C channels, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +17,30 @@ import numpy as np
 from jax import lax
 
 from dalle_jax.config import DataConfig
-from dalle_jax.data.images import decode_image, encode_png, to_float, to_uint8
+from dalle_jax.data.images import decode_image, encode_png, to_float
 from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.sources import Dataset, open_source
 from dalle_jax.evaluate import metrics
 from dalle_jax.files.archives import read_npz
-from dalle_jax.pipelines import ImageTokenizer, ProgressFn, SamplingConfig, decode_codes, encode_images
-from dalle_jax.pipelines.diffusion import DiffusionSamplingConfig
+from dalle_jax.pipelines import Pipeline, ProgressFn, TokenizerPipeline
+from dalle_jax.pipelines.batching import map_batches
 from dalle_jax.typing import Params
 
 CIFAR_SIDE = 32
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels, of values in [0, 1]
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels, for values in [0, 1]
 _EPSILON = 1e-5  # of the batch norms
 _STAGES = 3
-_WANT = "want the npz file of a residual network for CIFAR-10 (docs/evaluation.md)"
+_HINT = "expected the npz file of a residual network for CIFAR-10 (docs/evaluation.md)"
 
 
 class Classifier(NamedTuple):
-    """params: convolution name -> {"kernel": float32 (3, 3, in, out), "bias": float32 (out,)}, the batch norm folded
-    in, and "linear" -> {"kernel": (C, K), "bias": (K,)}. blocks: n, residual blocks in each stage."""
+    """A residual network for CIFAR, the batch norms folded into its convolutions.
+
+    Attributes:
+        params: convolution name -> {"kernel": float32 (3, 3, in, out), "bias": float32 (out,)}, and "linear" ->
+            {"kernel": (C, K), "bias": (K,)}.
+        blocks: n, residual blocks in each stage.
+    """
 
     params: Params
     blocks: int
@@ -46,7 +51,7 @@ class Classifier(NamedTuple):
 
 
 def apply_resnet(params: Params, blocks: int, images_BHWC: jax.Array) -> jax.Array:
-    """Logits of pictures of 32 x 32, float32 in [0, 1], RGB: float32 (B, K)."""
+    """Compute the logits of RGB images of 32 x 32, float32 in [0, 1]: float32 (B, K)."""
 
     def convolve(name: str, x_BHWC: jax.Array, stride: int = 1) -> jax.Array:
         out = lax.conv_general_dilated(
@@ -59,7 +64,7 @@ def apply_resnet(params: Params, blocks: int, images_BHWC: jax.Array) -> jax.Arr
         )
         return out + params[name]["bias"][None, None, None]
 
-    x_BHWC = (images_BHWC - jnp.array([[[_MEAN]]])) / jnp.array([[[_DEVIATION]]])
+    x_BHWC = (images_BHWC - jnp.array([[[_MEAN]]])) / jnp.array([[[_STD]]])
     x_BHWC = jax.nn.relu(convolve("conv1", x_BHWC))
     for stage in range(1, _STAGES + 1):
         for block in range(blocks):
@@ -77,88 +82,113 @@ def apply_resnet(params: Params, blocks: int, images_BHWC: jax.Array) -> jax.Arr
 _apply = jax.jit(apply_resnet, static_argnums=1)
 
 
-def class_logits(classifier: Classifier, images: np.ndarray, *, batch: int = 256) -> np.ndarray:
-    """Of pictures, uint8 (R, H, W, 3), `batch` at a time: float32 (R, K). Those of another side than 32 are resized.
+def class_logits(classifier: Classifier, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
+    """Compute the logits of images, float32 (R, K).
 
-    Raises ValueError for another shape or dtype, or no pictures.
+    Args:
+        classifier: the network.
+        images: uint8 (R, H, W, 3), R at least 1; resized where they are not 32 x 32.
+        batch_size: images per call of the network.
+
+    Raises:
+        ValueError: another shape or dtype, or no images.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise ValueError(f"pictures are {images.dtype} {images.shape}; want uint8 (rows, height, width, 3)")
+        raise ValueError(
+            f"Expected images uint8 (rows, height, width, 3), got {images.dtype} {images.shape}."
+        )
     if images.shape[1:3] != (CIFAR_SIDE, CIFAR_SIDE):
         images = np.stack([decode_image(encode_png(image), CIFAR_SIDE, crop="none") for image in images])
-    found = []
-    for start in range(0, len(images), batch):
-        rows = images[start : start + batch]
-        fill = min(batch, len(images)) - len(rows)  # one shape, so that it compiles once
-        padded = np.concatenate([rows, np.zeros((fill, CIFAR_SIDE, CIFAR_SIDE, 3), np.uint8)])
-        out = _apply(classifier.params, classifier.blocks, jnp.asarray(to_float(padded)))
-        found.append(np.asarray(out)[: len(rows)])
-    return np.concatenate(found)
+
+    def apply(batch: jax.Array) -> jax.Array:
+        return _apply(classifier.params, classifier.blocks, to_float(batch))
+
+    return map_batches(apply, (images,), min(batch_size, len(images)))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
 def resnet_shapes(blocks: int, width: int, classes: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a weight file; kernels are (out, in, h, w). width: channels of stage 1."""
-    found: dict[str, tuple[int, ...]] = {}
+    """Return the shape of every tensor of a weight file by name.
 
-    def convolution(name: str, wide: int, out: int) -> None:
-        found[f"{name}.weight"] = (out, wide, 3, 3)
+    Args:
+        blocks: residual blocks in each stage.
+        width: channels of the first stage.
+        classes: K.
+
+    Returns:
+        Name -> shape; kernels are (out, in, h, w).
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def add_convolution(name: str, in_channels: int, out_channels: int) -> None:
+        shapes[f"{name}.weight"] = (out_channels, in_channels, 3, 3)
         norm = _norm_of(name)
-        found.update({f"{norm}.{part}": (out,) for part in ("weight", "bias", "running_mean", "running_var")})
+        shapes.update(
+            {f"{norm}.{part}": (out_channels,) for part in ("weight", "bias", "running_mean", "running_var")}
+        )
 
-    convolution("conv1", 3, width)
-    wide = width
+    add_convolution("conv1", 3, width)
+    in_channels = width
     for stage in range(1, _STAGES + 1):
-        out = width * 2 ** (stage - 1)
+        out_channels = width * 2 ** (stage - 1)
         for block in range(blocks):
-            convolution(f"layer{stage}.{block}.conv1", wide, out)
-            convolution(f"layer{stage}.{block}.conv2", out, out)
-            wide = out
-    return {**found, "linear.weight": (classes, wide), "linear.bias": (classes,)}
+            add_convolution(f"layer{stage}.{block}.conv1", in_channels, out_channels)
+            add_convolution(f"layer{stage}.{block}.conv2", out_channels, out_channels)
+            in_channels = out_channels
+    return {**shapes, "linear.weight": (classes, in_channels), "linear.bias": (classes,)}
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """The network with the weights of an npz file; `shapes` says its names, any float dtype will do.
+    """Load the network from an npz file with the names of `resnet_shapes`, of any float dtype.
 
-    Raises FileNotFoundError, or ValueError naming the tensor for one that is missing, unknown, of another shape or
-    dtype, or holds what no trained network holds.
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: a tensor, which the message names, is missing, unknown, of another shape or dtype, or has values
+            that no trained network has.
     """
-    return fold_resnet_batch_norm(read_npz(path, _WANT), str(path))
+    return fold_resnet_batch_norm(read_npz(path, _HINT), str(path))
 
 
-def fold_resnet_batch_norm(tensors: dict[str, np.ndarray], told: str = "these weights") -> Classifier:
-    """The network of named tensors, each batch norm folded into its convolution. told: what the messages call them.
-    Raises ValueError as `load` does."""
+def fold_resnet_batch_norm(tensors: dict[str, np.ndarray], source: str = "these weights") -> Classifier:
+    """Fold each batch norm of named tensors into its convolution.
+
+    Args:
+        tensors: name -> array, as `resnet_shapes` lists them.
+        source: what error messages call the tensors.
+
+    Raises:
+        ValueError: as `load_classifier` does.
+    """
     first, last = tensors.get("conv1.weight"), tensors.get("linear.bias")
     if first is None or last is None or first.ndim != 4 or last.ndim != 1 or not last.size:
-        raise ValueError(f"{told} hold no conv1.weight (out, 3, 3, 3) and linear.bias (classes,); {_WANT}")
+        raise ValueError(f"{source} have no conv1.weight (out, 3, 3, 3) and linear.bias (classes,); {_HINT}")
     blocks = 0
     while f"layer1.{blocks}.conv1.weight" in tensors:
         blocks += 1
-    wanted = resnet_shapes(blocks, first.shape[0], last.size)
-    for names, what in (
-        (wanted.keys() - tensors.keys(), "lack"),
-        (tensors.keys() - wanted.keys(), "hold unknown"),
+    expected = resnet_shapes(blocks, first.shape[0], last.size)
+    for names, verb in (
+        (expected.keys() - tensors.keys(), "lack"),
+        (tensors.keys() - expected.keys(), "have unknown"),
     ):
         if names or not blocks:
             listed = ", ".join(sorted(names)[:3]) or "layer1.0.conv1.weight"
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{told} {what} {listed}{more}; {_WANT}")
-    for name, shape in wanted.items():
+            raise ValueError(f"{source} {verb} {listed}{more}; {_HINT}")
+    for name, shape in expected.items():
         tensor = tensors[name]
         if tensor.shape != shape or not np.issubdtype(tensor.dtype, np.floating):
-            raise ValueError(f"{told}: {name} is {tensor.dtype} {tensor.shape}; want floats {shape}")
+            raise ValueError(f"{source}: {name} is {tensor.dtype} {tensor.shape}; expected floats {shape}")
         if not np.isfinite(tensor).all() or (name.endswith("running_var") and tensor.min() < 0):
-            raise ValueError(f"{told}: {name} has values that are not finite, or a negative variance")
-    params = {
+            raise ValueError(f"{source}: {name} has values that are not finite, or a negative variance")
+    params: Params = {
         "linear": {
             "kernel": jnp.asarray(tensors["linear.weight"].T, jnp.float32),
             "bias": jnp.asarray(tensors["linear.bias"], jnp.float32),
         }
     }
-    for name in (n.removesuffix(".weight") for n, shape in wanted.items() if len(shape) == 4):
+    for name in (n.removesuffix(".weight") for n, shape in expected.items() if len(shape) == 4):
         weight, bias, mean, var = (
             tensors[f"{_norm_of(name)}.{part}"].astype(np.float64)
             for part in ("weight", "bias", "running_mean", "running_var")
@@ -177,88 +207,99 @@ def _norm_of(name: str) -> str:
     return name[: name.rindex("conv")] + "bn" + name[-1]
 
 
-# --- measures ---------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------
 
 
 def check_classes(classifier: Classifier, data: DataConfig, path: str) -> None:
-    """Raises ValueError for data without classes, or with another number of them than the classifier tells apart."""
+    """Check that a source has as many classes as the classifier.
+
+    Raises:
+        ValueError: the numbers of classes differ, or the source has none.
+    """
     classes = open_source(data.source, "eval", languages=()).classes
     if len(classes) != classifier.classes:
-        told = f"{len(classes)} classes" if classes else "no classes"
+        count = f"{len(classes)} classes" if classes else "no classes"
         raise ValueError(
-            f"{path} tells {classifier.classes} classes apart, the run's source has {told}; want a run on pictures of "
-            "the classes that it was trained on, in the same order"
+            f"{path} has {classifier.classes} classes, the run's source has {count}. Use a run on images of the classes "
+            "that the classifier was trained on, in the same order."
         )
 
 
 def measure_true(
     classifier: Classifier,
-    tokenizer: ImageTokenizer | None,
+    tokenizer: TokenizerPipeline | None,
     data: DataConfig,
     image_size: int,
     count: int = 256,
     *,
     progress: ProgressFn | None = None,
 ) -> metrics.Metrics:
-    """What drawn pictures can reach: `accuracy_class_true`, the share of the first `count` rows of the evaluation split
-    whose true picture the classifier puts into the row's class, and with a tokenizer `accuracy_class_reconstruction`,
-    of their reconstructions. Rows without a class are left out."""
+    """Measure the upper bound of `measure_classes`, on the first `count` rows of the evaluation split with a class.
 
-    def again(images: np.ndarray) -> np.ndarray:
-        return to_uint8(decode_codes(tokenizer, encode_images(tokenizer, images)))
+    Returns:
+        `accuracy_class_true`, the fraction of true images that the classifier puts into their class, and with a
+        tokenizer `accuracy_class_reconstruction`, the same of their reconstructions.
+    """
 
-    made: dict[str, Callable[[dict], np.ndarray]] = {"accuracy_class_true": lambda asked: asked["image"]}
+    def true_images(batch: dict[str, Any], rows: range) -> np.ndarray:
+        return batch["image"]
+
+    makers: dict[str, Callable[[dict[str, Any], range], np.ndarray]] = {"accuracy_class_true": true_images}
     if tokenizer is not None:
-        made["accuracy_class_reconstruction"] = lambda asked: again(asked["image"])
+        makers["accuracy_class_reconstruction"] = lambda batch, rows: tokenizer.reconstruct(batch["image"])
     source = open_source(data.source, "eval", languages=())
     return {
-        name: _share(classifier, source, data, image_size, count, make, progress)
-        for name, make in made.items()
+        name: _accuracy(classifier, source, data, image_size, count, make, progress)
+        for name, make in makers.items()
     }
 
 
 def measure_classes(
     classifier: Classifier,
-    model: metrics.TextToImageModel,
+    model: Pipeline,
     count: int = 256,
-    sampling: SamplingConfig | DiffusionSamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+    sampling: metrics.AnySamplingConfig | None = None,
     *,
     seed: int = 0,
     progress: ProgressFn | None = None,
 ) -> metrics.Metrics:
-    """`accuracy_class`: share of drawn pictures that the classifier puts into the class asked for. One picture is drawn
-    for each of the first `count` rows of the evaluation split, with its caption and label as far as the model reads
-    them, row i with seed `seed + i`. Rows without a class are left out."""
-    data, size = model.run.config.data, metrics.image_size(model)
+    """Measure the fraction of generated images that the classifier puts into the class of their row.
 
-    def draw(asked: dict) -> np.ndarray:
-        labels = asked["label"] if metrics.is_class_conditional(model) else None
-        seeds = [seed + i for i in asked["rows"]]
-        return metrics.sample_for_captions(model, asked["caption"], seeds, sampling, labels=labels)
+    An image is generated for each of the first `count` rows of the evaluation split, from its caption and label as far
+    as the model reads them, row i with seed `seed + i`. Rows without a class are left out.
 
-    source = open_source(data.source, "eval", languages=metrics.model_languages(model))
-    return {"accuracy_class": _share(classifier, source, data, size, count, draw, progress)}
+    Returns:
+        `accuracy_class`.
+    """
+    data = model.run.config.data
+
+    def sample(batch: dict[str, Any], rows: range) -> np.ndarray:
+        seeds = [seed + i for i in rows]
+        return metrics.sample_for_captions(model, batch["caption"], seeds, sampling, labels=batch["label"])
+
+    source = open_source(data.source, "eval", languages=model.languages)
+    return {"accuracy_class": _accuracy(classifier, source, data, model.image_size, count, sample, progress)}
 
 
-def _share(
+def _accuracy(
     classifier: Classifier,
     source: Dataset,
     data: DataConfig,
     image_size: int,
     count: int,
-    make: Callable[[dict], np.ndarray],
+    make: Callable[[dict[str, Any], range], np.ndarray],
     progress: ProgressFn | None,
 ) -> float:
-    """Share of rows whose made picture is put into their class. make: a batch with its `rows` to uint8 pictures."""
-    right: list[Sequence[bool]] = []
+    """Fraction of rows whose image the classifier puts into their class. make: a batch and its rows to uint8 images."""
+    right: list[np.ndarray] = []
     total = min(count, len(source))
     for start in range(0, total, metrics.EVAL_ROWS):
         rows = range(start, min(start + metrics.EVAL_ROWS, total))
-        asked = {**eval_batch(data, source, rows, image_size=image_size, with_labels=True), "rows": rows}
-        named = asked["label"] >= 0
-        found = class_logits(classifier, make(asked), batch=metrics.EVAL_ROWS).argmax(axis=1)
-        right.append(found[named] == asked["label"][named])
+        batch = eval_batch(data, source, rows, image_size=image_size, with_labels=True)
+        labeled = batch["label"] >= 0
+        logits = class_logits(classifier, make(batch, rows), batch_size=metrics.EVAL_ROWS)
+        right.append(logits.argmax(axis=1)[labeled] == batch["label"][labeled])
         if progress:
             progress(rows.stop, total)
-    judged = np.concatenate(right)
-    return float(judged.mean()) if judged.size else float("nan")
+    verdicts = np.concatenate(right)
+    return float(verdicts.mean()) if verdicts.size else float("nan")

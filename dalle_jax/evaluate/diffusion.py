@@ -1,10 +1,11 @@
-"""What a diffusion model is worth: its error by noise level, its likelihood, and its pixels beside a tokenizer's.
+"""Metrics of a diffusion model: error by noise level, likelihood, and its pixels beside those of a tokenizer.
 
-Functions return flat dicts of figures, of the rows and captions that measures.py measures. R rows, N codes.
+Rows and captions are those of metrics.py. R rows, N codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,7 @@ from dalle_jax.evaluate.metrics import (
     EVAL_ROWS,
     Metrics,
     accuracy_by_kind,
-    is_class_conditional,
     measure_rfid,
-    model_languages,
     rfid_of,
     scene_kinds,
     unseen_captions,
@@ -34,135 +33,167 @@ from dalle_jax.evaluate.scenes import verifier
 from dalle_jax.models import tokenizer_losses
 from dalle_jax.models.diffusion import loss, unet
 from dalle_jax.pipelines import (
+    DiffusionPipeline,
+    DiffusionSamplingConfig,
+    ImageRequest,
     ProgressFn,
     SamplingConfig,
-    TextToImage,
-    decode_codes,
-    encode_images,
-    sample_code_rows,
+    TextToImagePipeline,
+    TokenizerPipeline,
 )
-from dalle_jax.pipelines.diffusion import (
-    DiffusionModel,
-    DiffusionSamplingConfig,
-    check_decoder,
-    denoise_images,
-    image_bits_per_dim,
-    tokenize_diffusion,
-)
+from dalle_jax.typing import Params
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss(cfg: DiffusionConfig, params: Any, images, given: unet.Conditions, key) -> dict[str, jax.Array]:
-    value, metrics = loss.loss(cfg, params, images, given, key, train=False)
+def _loss(
+    cfg: DiffusionConfig, params: Params, images: jax.Array, conditions: unet.Conditions, key: jax.Array
+) -> dict[str, jax.Array]:
+    value, metrics = loss.loss(cfg, params, images, conditions, key, train=False)
     return {"loss": value, **metrics}
 
 
-def measure_denoising_error(model: DiffusionModel, count: int = 256) -> Metrics:
-    """Training error of the first `count` rows of the evaluation split, nothing dropped, one time for each row.
+def measure_denoising_error(model: DiffusionPipeline, count: int = 256) -> Metrics:
+    """Measure the training loss of the first `count` rows of the evaluation split, without dropping conditions.
 
-    Returns `loss`, `eps_mse` and `band_1` (least noise) to `band_4`.
+    Returns:
+        `loss`, `eps_mse`, and the squared error by noise level, `band_1` (least noise) to `band_4`.
     """
-    found, weights = [], []
+    losses, weights = [], []
     for first in range(0, count, EVAL_ROWS):
-        rows = _rows(model, range(first, min(first + EVAL_ROWS, count)))
-        images, label = rows["image"], rows.get("label")
-        given = unet.Conditions(
-            text=None if model.text is None else jnp.asarray(tokenize_diffusion(model, rows["caption"])),
-            label=None if label is None else jnp.where(label < 0, model.config.num_classes, label),
-            codes=None if model.tokenizer is None else jnp.asarray(encode_images(model.tokenizer, images)),
-        )
+        batch = _rows(model, range(first, min(first + EVAL_ROWS, count)))
         key = jax.random.fold_in(jax.random.key(0), first)
-        floats = jnp.asarray(to_float(images))
-        found.append(jax.device_get(_loss(model.config, model.run.params, floats, given, key)))
+        images = jnp.asarray(to_float(batch["image"]))
+        conditions = _conditions(model, batch)._replace(low_res=None)  # the loss makes the small image itself
+        losses.append(jax.device_get(_loss(model.config, model.run.params, images, conditions, key)))
         weights.append(len(images))
         if len(images) < EVAL_ROWS:
             break
-    return {name: float(np.average([f[name] for f in found], weights=weights)) for name in found[0]}
+    return {name: float(np.average([row[name] for row in losses], weights=weights)) for name in losses[0]}
 
 
-def _rows(model: DiffusionModel, rows: range) -> dict[str, Any]:
-    data = model.run.config.data
-    source = open_source(data.source, "eval", languages=model_languages(model))
-    return eval_batch(
-        data, source, rows, image_size=model.config.image_size, with_labels=is_class_conditional(model)
+def _conditions(model: DiffusionPipeline, batch: dict[str, Any]) -> unet.Conditions:
+    """Conditions of true images, as far as the model reads them."""
+    images, size = batch["image"], model.config.low_res_size
+    return model.conditions(
+        prompts=None if model.text is None else batch["caption"],
+        labels=batch.get("label"),
+        codes=None if model.tokenizer is None else model.tokenizer.encode(images),
+        low_res=to_uint8(loss.downsample(jnp.asarray(to_float(images)), size)) if size else None,
     )
 
 
-def measure_bits_per_dim(model: DiffusionModel, count: int, *, progress: ProgressFn | None = None) -> Metrics:
-    """`bits_per_dim`, mean over the first `count` rows of the evaluation split, and `bits_per_dim_rows`."""
-    rows = _rows(model, range(count))
-    low = None
-    if size := model.config.low_res_size:
-        low = to_uint8(loss.downsample(jnp.asarray(to_float(rows["image"])), size))
-    bits = image_bits_per_dim(
-        model,
-        rows["image"],
-        captions=None if model.text is None else rows["caption"],
-        labels=rows.get("label"),
-        codes=None if model.tokenizer is None else encode_images(model.tokenizer, rows["image"]),
-        low=low,
-        batch=min(EVAL_ROWS, count),
-        progress=progress,
+def _rows(model: DiffusionPipeline, rows: range) -> dict[str, Any]:
+    data = model.run.config.data
+    source = open_source(data.source, "eval", languages=model.languages)
+    return eval_batch(data, source, rows, image_size=model.image_size, with_labels=model.is_class_conditional)
+
+
+def measure_bits_per_dim(
+    model: DiffusionPipeline, count: int, *, progress: ProgressFn | None = None
+) -> Metrics:
+    """Measure the likelihood of the first `count` rows of the evaluation split.
+
+    Returns:
+        `bits_per_dim`, the mean of the bits per value, and the number of rows, `bits_per_dim_rows`.
+    """
+    batch = _rows(model, range(count))
+    bits = model.bits_per_dim(
+        batch["image"], _conditions(model, batch), batch_size=min(EVAL_ROWS, count), progress=progress
     )
     return {"bits_per_dim": float(bits.mean()), "bits_per_dim_rows": len(bits)}
 
 
 def measure_decoder(
-    model: DiffusionModel,
+    model: DiffusionPipeline,
     count: int,
-    how: DiffusionSamplingConfig,
+    sampling: DiffusionSamplingConfig,
     *,
     seed: int = 0,
     progress: ProgressFn | None = None,
 ) -> Metrics:
-    """A model on codes beside the decoder of its tokenizer, on the same codes of the same pictures.
+    """Compare a diffusion model on codes with its tokenizer's decoder, on the same codes of the same images.
 
-    Returns `psnr` and `tokenizer_psnr` (dB, mean over the first `count` rows of the evaluation split), and on
-    scenes that can be verified `accuracy_reconstruction` and `tokenizer_accuracy_reconstruction`, over `count` captions of
-    each kind.
+    Returns:
+        `psnr` and `tokenizer_psnr` (dB, mean over the first `count` rows of the evaluation split), and on scenes that
+        can be verified `accuracy_reconstruction` and `tokenizer_accuracy_reconstruction`, over `count` captions of
+        each kind.
     """
-    data, size = model.run.config.data, model.config.image_size
+    tokenizer = _tokenizer_of(model)
+    data = model.run.config.data
     true = _rows(model, range(count))["image"]
-    drawn, decoded = _both(model, true, how, seed, progress)
-    figures = {"psnr": _psnr(true, drawn), "tokenizer_psnr": _psnr(true, decoded)}
+    generated, decoded = _decode_both(model, tokenizer, true, sampling, seed, progress)
+    metrics = {"psnr": _psnr(true, generated), "tokenizer_psnr": _psnr(true, decoded)}
     right: dict[str, list[bool]] = {"accuracy_reconstruction": [], "tokenizer_accuracy_reconstruction": []}
-    for kind in scene_kinds(data, size):
+    for kind in scene_kinds(data, model.image_size):
         pairs = unseen_captions(data, kind, count)
-        images = np.stack([generator.render(scene, size) for _, scene in pairs])
-        for name, again in zip(right, _both(model, images, how, seed, progress), strict=True):
-            facts = [caption.facts for caption, _ in pairs]
-            right[name] += [verifier.verify(i, f).right for i, f in zip(again, facts, strict=True)]
-    return figures | {name: float(np.mean(found)) for name, found in right.items() if found}
+        images = np.stack([generator.render(scene, model.image_size) for _, scene in pairs])
+        facts = [caption.facts for caption, _ in pairs]
+        both = _decode_both(model, tokenizer, images, sampling, seed, progress)
+        for verdicts, decoded in zip(right.values(), both, strict=True):
+            verdicts += [verifier.verify(i, f).right for i, f in zip(decoded, facts, strict=True)]
+    return metrics | {name: float(np.mean(verdicts)) for name, verdicts in right.items() if verdicts}
 
 
 def measure_decoder_rfid(
     network: inception.Inception,
-    model: DiffusionModel,
+    model: DiffusionPipeline,
     true: fid.FeatureStats,
     count: int,
-    how: DiffusionSamplingConfig,
+    sampling: DiffusionSamplingConfig,
     *,
     seed: int = 0,
     progress: ProgressFn | None = None,
 ) -> Metrics:
-    """What `measures.measure_rfid` returns, of the pictures that a model on codes draws from those of true ones, and
-    `tokenizer_rfid`, that of its tokenizer's own decoder on the same codes."""
-    data, size = model.run.config.data, model.config.image_size
+    """Measure the rFID of a diffusion model on the codes of true images, and of its tokenizer's decoder.
 
-    def again(pictures: np.ndarray, rows: range) -> np.ndarray:
-        codes = encode_images(model.tokenizer, pictures, batch=EVAL_ROWS)
-        return denoise_images(model, [seed + i for i in rows], how, codes=codes, batch=EVAL_ROWS).images
+    Returns:
+        What `metrics.measure_rfid` returns, of the diffusion model, and `tokenizer_rfid`.
+    """
+    tokenizer, data = _tokenizer_of(model), model.run.config.data
 
-    drawn = rfid_of(network, again, data, size, true, count, progress=progress)
-    decoded = measure_rfid(network, model.tokenizer, data, true, count, progress=progress)
-    return drawn | {"tokenizer_rfid": decoded["rfid"]}
+    def reconstruct(images: np.ndarray, rows: range) -> np.ndarray:
+        codes = tokenizer.encode(images, batch_size=EVAL_ROWS)
+        return decode_by_diffusion(model, codes, [seed + i for i in rows], sampling)
+
+    metrics = rfid_of(network, reconstruct, data, model.image_size, true, count, progress=progress)
+    decoded = measure_rfid(network, tokenizer, data, true, count, progress=progress)
+    return metrics | {"tokenizer_rfid": decoded["rfid"]}
 
 
-def _both(model, images, how, seed, progress) -> tuple[np.ndarray, np.ndarray]:
-    codes = encode_images(model.tokenizer, images, batch=EVAL_ROWS)
-    seeds = range(seed, seed + len(codes))
-    drawn = denoise_images(model, seeds, how, codes=codes, batch=EVAL_ROWS, progress=progress).images
-    return drawn, to_uint8(decode_codes(model.tokenizer, codes, batch=EVAL_ROWS))
+def decode_by_diffusion(
+    model: DiffusionPipeline,
+    codes: np.ndarray,
+    seeds: Sequence[int],
+    sampling: DiffusionSamplingConfig | None = None,
+    *,
+    progress: ProgressFn | None = None,
+) -> np.ndarray:
+    """Generate the pixels of codes, int32 (R, N), with a diffusion model: uint8 (R, H, W, 3)."""
+    requests = [ImageRequest(seed=seed, codes=row) for seed, row in zip(seeds, codes, strict=True)]
+    images = model.sample(requests, sampling, batch_size=EVAL_ROWS, progress=progress)
+    return np.stack([generated.image for generated in images])
+
+
+def _tokenizer_of(model: DiffusionPipeline) -> TokenizerPipeline:
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{model.run.path} is a diffusion model that reads no codes; use one with model.codes"
+        )
+    return model.tokenizer
+
+
+def _decode_both(
+    model: DiffusionPipeline,
+    tokenizer: TokenizerPipeline,
+    images: np.ndarray,
+    sampling: DiffusionSamplingConfig,
+    seed: int,
+    progress: ProgressFn | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of images as pixels of the diffusion model and of its tokenizer."""
+    codes = tokenizer.encode(images, batch_size=EVAL_ROWS)
+    generated = decode_by_diffusion(model, codes, range(seed, seed + len(codes)), sampling, progress=progress)
+    return generated, to_uint8(tokenizer.decode(codes, batch_size=EVAL_ROWS))
 
 
 def _psnr(true: np.ndarray, images: np.ndarray) -> float:
@@ -170,30 +201,33 @@ def _psnr(true: np.ndarray, images: np.ndarray) -> float:
 
 
 def measure_decoded(
-    model: TextToImage,
-    decoder: DiffusionModel,
+    model: TextToImagePipeline,
+    decoder: DiffusionPipeline,
     count: int,
     sampling: SamplingConfig,
-    how: DiffusionSamplingConfig,
+    denoising: DiffusionSamplingConfig,
     *,
     seed: int = 0,
     progress: ProgressFn | None = None,
 ) -> Metrics:
-    """Share of `count` captions of each kind whose codes, drawn by the Transformer, are right as pixels of its
-    tokenizer, `accuracy_KIND`, and as pixels of the diffusion model, `accuracy_KIND_decoder`.
+    """Measure the accuracy of a Transformer's codes as pixels of its tokenizer and of a diffusion model.
 
-    Raises ValueError for a decoder of another tokenizer.
+    Returns:
+        `accuracy_KIND` and `accuracy_KIND_decoder`, over `count` captions of each kind.
+
+    Raises:
+        ValueError: the decoder was trained with another tokenizer.
     """
-    check_decoder(decoder, model.tokenizer)
-    figures: Metrics = {}
-    for kind in scene_kinds(model.run.config.data, decoder.config.image_size):
+    decoder.check_tokenizer(model.tokenizer)
+    metrics: Metrics = {}
+    for kind in scene_kinds(model.run.config.data, decoder.image_size):
         captions = [caption for caption, _ in unseen_captions(model.run.config.data, kind, count)]
-        seeds = range(seed, seed + count)
-        codes = sample_code_rows(model, [c.text for c in captions], seeds, sampling, batch=EVAL_ROWS)
-        pixels = to_uint8(decode_codes(model.tokenizer, codes, batch=EVAL_ROWS))
-        drawn = denoise_images(decoder, seeds, how, codes=codes, batch=EVAL_ROWS, progress=progress).images
-        figures |= accuracy_by_kind(kind, verify_images(captions, pixels))
-        figures[f"accuracy_{kind}_decoder"] = accuracy_by_kind(kind, verify_images(captions, drawn))[
-            f"accuracy_{kind}"
-        ]
-    return figures
+        requests = [ImageRequest(caption.text, seed + i) for i, caption in enumerate(captions)]
+        generated = list(model.sample(requests, sampling, batch_size=EVAL_ROWS))
+        codes = np.stack([image.codes for image in generated if image.codes is not None])
+        decoded = decode_by_diffusion(decoder, codes, range(seed, seed + count), denoising, progress=progress)
+        images = np.stack([image.image for image in generated])
+        metrics |= accuracy_by_kind(kind, verify_images(captions, images))
+        by_kind = accuracy_by_kind(kind, verify_images(captions, decoded))
+        metrics[f"accuracy_{kind}_decoder"] = by_kind[f"accuracy_{kind}"]
+    return metrics

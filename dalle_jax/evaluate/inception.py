@@ -221,7 +221,7 @@ def inception_features(inception: Inception, images: np.ndarray, *, batch: int =
     return np.concatenate(found)
 
 
-def class_scores(inception: Inception, features: np.ndarray) -> np.ndarray:
+def inception_logits(inception: Inception, features: np.ndarray) -> np.ndarray:
     """Scores of the classes before the softmax, without bias: float32 (R, 2048) to float32 (R, 1008)."""
     return features @ inception.classifier
 

@@ -1,9 +1,8 @@
-"""What a trained model is worth, in figures: reconstruction, likelihood, captions verified in the picture.
+"""Metrics of tokenizers and image generators: reconstruction, likelihood, FID, accuracy on captions.
 
-Every measure is a function that returns a flat dict of figures. Rows are those of the evaluation split, or
-captions of scenes drawn for the purpose, of kinds seen in training or held out of it; a larger `count` extends the
-same rows, so figures stay comparable.
-R rows, N codes of a picture, H W picture.
+Each `measure_*` function returns a flat dict of metrics. Rows are the first ones of the evaluation split, or captions
+of procedural scenes of kinds shown in training or held out of it. A larger `count` extends the same rows.
+R rows, N codes per image, H W pixels.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.config import DataConfig, ScenesSource, TransformerConfig
-from dalle_jax.data.images import to_float, to_uint8
+from dalle_jax.data.images import to_float
 from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.scenes import generator
 from dalle_jax.data.scenes.captions import Caption
@@ -27,47 +26,50 @@ from dalle_jax.evaluate import fid, inception, inception_score
 from dalle_jax.evaluate.scenes import verifier
 from dalle_jax.models import autoregressive, tokenizer_losses
 from dalle_jax.pipelines import (
-    ImageTokenizer,
+    DiffusionSamplingConfig,
+    ImageRequest,
+    Pipeline,
     ProgressFn,
     SamplingConfig,
-    TextToImage,
-    decode_codes,
-    encode_images,
-    sample_code_rows,
+    TextToImagePipeline,
+    TokenizerPipeline,
 )
-from dalle_jax.pipelines.diffusion import DiffusionModel, DiffusionSamplingConfig
-from dalle_jax.pipelines.diffusion import denoise_images as draw_diffusion
 from dalle_jax.typing import Params
 
 Metrics = dict[str, float]
-TextToImageModel = TextToImage | DiffusionModel  # what draws pictures
+SceneKind = Literal["one_object", "two_objects", "held_out"]
+AnySamplingConfig = SamplingConfig | DiffusionSamplingConfig
 
-EVAL_ROWS = 64  # rows measured at once
+EVAL_ROWS = 64  # rows computed at once
 
 
 class VerifiedImage(NamedTuple):
-    """One sampled picture with what was asked for and what the verifier says. image: uint8 (H, W, 3)."""
+    """A generated image, uint8 (H, W, 3), its caption and the verdict of the verifier."""
 
     caption: Caption
     image: np.ndarray
     verdict: verifier.Verdict
 
 
-def measure_tokenizer(tokenizer: ImageTokenizer, data: DataConfig, count: int = 256) -> Metrics:
-    """Reconstruction of the first `count` rows of the evaluation split from their codes.
+def measure_tokenizer(tokenizer: TokenizerPipeline, data: DataConfig, count: int = 256) -> Metrics:
+    """Measure the reconstruction of the first `count` rows of the evaluation split.
 
-    Returns `psnr` (dB, mean over pictures), `mse` (of values in [0, 1]), `codebook_use` (share of the
-    codebook that these rows use) and `codebook_perplexity` (1 to vocab).
+    Returns:
+        `psnr` (dB, mean over images), `mse` (of values in [0, 1]), `codebook_use` (fraction of the codebook that these
+        rows use) and `codebook_perplexity` (1 to vocab).
+
+    Raises:
+        ValueError: `count` is below 1.
     """
     cfg = tokenizer.config
     source = open_source(data.source, "eval", languages=())
     psnr, mse, codes = [], [], []
     for rows in _batches(min(count, len(source))):
         images = eval_batch(data, source, rows, image_size=cfg.image_size)["image"]
-        codes.append(encode_images(tokenizer, images, batch=EVAL_ROWS))
-        want, got = to_float(images), decode_codes(tokenizer, codes[-1], batch=EVAL_ROWS)
-        psnr.append(np.asarray(tokenizer_losses.psnr(want, got)))
-        mse.append(np.square(want - got).mean(axis=(1, 2, 3)))
+        codes.append(tokenizer.encode(images, batch_size=EVAL_ROWS))
+        true, decoded = to_float(images), tokenizer.decode(codes[-1], batch_size=EVAL_ROWS)
+        psnr.append(np.asarray(tokenizer_losses.psnr(jnp.asarray(true), jnp.asarray(decoded))))
+        mse.append(np.square(true - decoded).mean(axis=(1, 2, 3)))
     use, perplexity = tokenizer_losses.codebook_use(jnp.asarray(np.concatenate(codes)), cfg.vocab)
     return {
         "psnr": float(np.concatenate(psnr).mean()),
@@ -85,32 +87,35 @@ def _loss(
     return {"loss": loss, **parts}
 
 
-def measure_nll(model: TextToImage, count: int = 256) -> Metrics:
-    """Cross-entropy of the first `count` rows of the evaluation split, nats per token, no caption dropped.
+def measure_nll(model: TextToImagePipeline, count: int = 256) -> Metrics:
+    """Measure the cross-entropy of the first `count` rows of the evaluation split, without dropping captions.
 
-    Returns `loss` (weighted as in training), `image_loss`, `text_loss`.
+    Returns:
+        `loss` (weighted as in training), `image_loss` and `text_loss`, nats per token.
+
+    Raises:
+        ValueError: `count` is below 1.
     """
     cfg = dataclasses.replace(model.config, cond_drop_prob=0.0)
     data, tokenizer = model.run.config.data, model.tokenizer
     source = open_source(data.source, "eval", languages=data.languages)
-    options = {"text": model.text, "text_vocab": cfg.text_vocab, "text_len": cfg.text_len}
-    found, weights = [], []
+    options: dict[str, Any] = {"text": model.text, "text_vocab": cfg.text_vocab, "text_len": cfg.text_len}
+    losses, weights = [], []
     for rows in _batches(min(count, len(source))):
-        batch = eval_batch(data, source, rows, image_size=tokenizer.config.image_size, **options)
-        codes = encode_images(tokenizer, batch["image"], batch=EVAL_ROWS)
-        found.append(
-            jax.device_get(_loss(cfg, model.run.params, jnp.asarray(batch["text"]), jnp.asarray(codes)))
-        )
+        batch = eval_batch(data, source, rows, image_size=model.image_size, **options)
+        codes = tokenizer.encode(batch["image"], batch_size=EVAL_ROWS)
+        text_BT, codes_BN = jnp.asarray(batch["text"]), jnp.asarray(codes)
+        losses.append(jax.device_get(_loss(cfg, model.run.params, text_BT, codes_BN)))
         weights.append(len(codes))
     names = ("loss", "image_loss", "text_loss")
-    return {name: float(np.average([f[name] for f in found], weights=weights)) for name in names}
+    return {name: float(np.average([row[name] for row in losses], weights=weights)) for name in names}
 
 
-# --- distance of two sets of pictures -----------------------------------------------------------------------
+# --- distance between two sets of images --------------------------------------------------------------------
 
 
 def fid_settings(network: inception.Inception, image_size: int) -> fid.FIDSettings:
-    """What reference statistics for pictures of this side have to agree with."""
+    """Return the settings with which reference statistics must agree."""
     return fid.FIDSettings(network.fingerprint, inception.PREPROCESSING, image_size)
 
 
@@ -123,273 +128,291 @@ def reference_stats(
     languages: Sequence[str] = (),
     progress: ProgressFn | None = None,
 ) -> fid.FeatureStats:
-    """Statistics of the first `count` pictures of the evaluation split, at the side that the model draws.
+    """Compute the statistics of the first `count` images of the evaluation split.
 
-    languages: of the captions that a row must have one of; none asked, every row with a picture counts.
+    Args:
+        network: the Inception network of the features.
+        data: source and preprocessing.
+        image_size: side of the images that the model generates.
+        count: rows.
+        languages: a row needs a caption in one of them; () takes every row with an image.
+        progress: called with the rows done and all rows.
     """
     source = open_source(data.source, "eval", languages=languages)
     batches = _batches(min(count, len(source)))
-    pictures = (eval_batch(data, source, rows, image_size=image_size)["image"] for rows in batches)
-    return _moments(network, pictures, batches, progress)[0]
+    images = (eval_batch(data, source, rows, image_size=image_size)["image"] for rows in batches)
+    return _feature_stats(network, images, batches, progress)[0]
 
 
 def measure_rfid(
     network: inception.Inception,
-    tokenizer: ImageTokenizer,
+    tokenizer: TokenizerPipeline,
     data: DataConfig,
     true: fid.FeatureStats,
     count: int = 256,
     *,
     progress: ProgressFn | None = None,
 ) -> Metrics:
-    """FID of reconstructions of the first `count` rows of the evaluation split against true pictures.
+    """Measure the FID of reconstructions of the first `count` rows of the evaluation split (`rfid_of`)."""
 
-    Returns `rfid`, and the pictures on each side, `rfid_count` and `rfid_reference_count`. Raises ValueError
-    for fewer than two rows.
-    """
+    def reconstruct(images: np.ndarray, rows: range) -> np.ndarray:
+        return tokenizer.reconstruct(images, batch_size=EVAL_ROWS)
 
-    def again(pictures: np.ndarray, rows: range) -> np.ndarray:
-        return to_uint8(
-            decode_codes(tokenizer, encode_images(tokenizer, pictures, batch=EVAL_ROWS), batch=EVAL_ROWS)
-        )
-
-    return rfid_of(network, again, data, tokenizer.config.image_size, true, count, progress=progress)
+    return rfid_of(network, reconstruct, data, tokenizer.image_size, true, count, progress=progress)
 
 
 def rfid_of(
     network: inception.Inception,
-    again: Callable[[np.ndarray, range], np.ndarray],
+    reconstruct: Callable[[np.ndarray, range], np.ndarray],
     data: DataConfig,
-    size: int,
+    image_size: int,
     true: fid.FeatureStats,
     count: int = 256,
     *,
     progress: ProgressFn | None = None,
 ) -> Metrics:
-    """What `measure_rfid` returns, of any way to make pictures again: `again` takes uint8 (B, size, size, 3) and
-    which rows they are, and returns the like."""
+    """Measure the FID of reconstructed images against true ones.
+
+    Args:
+        network: the Inception network of the features.
+        reconstruct: takes images, uint8 (B, H, W, 3), and their rows; returns their reconstructions.
+        data: source and preprocessing.
+        image_size: side of the images.
+        true: statistics of true images.
+        count: the first rows of the evaluation split.
+        progress: called with the rows done and all rows.
+
+    Returns:
+        `rfid`, and the images on each side, `rfid_count` and `rfid_reference_count`.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
     source = open_source(data.source, "eval", languages=())
     batches = _batches(min(count, len(source)))
-    made = (again(eval_batch(data, source, rows, image_size=size)["image"], rows) for rows in batches)
-    moments, _ = _moments(network, made, batches, progress)
-    return {
-        "rfid": fid.fid(moments, true), "rfid_count": moments.count, "rfid_reference_count": true.count
-    }  # fmt: skip
+    images = (
+        reconstruct(eval_batch(data, source, rows, image_size=image_size)["image"], rows) for rows in batches
+    )
+    stats, _ = _feature_stats(network, images, batches, progress)
+    return {"rfid": fid.fid(stats, true), "rfid_count": stats.count, "rfid_reference_count": true.count}
 
 
 def measure_fid(
     network: inception.Inception,
-    model: TextToImageModel,
+    model: Pipeline,
     true: fid.FeatureStats,
     count: int = 256,
-    sampling: SamplingConfig | DiffusionSamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+    sampling: AnySamplingConfig | None = None,
     *,
     seed: int = 0,
     progress: ProgressFn | None = None,
 ) -> Metrics:
-    """FID of a picture drawn for each of the first `count` rows of the evaluation split, with its caption and label
-    as far as the model reads them, row i with seed `seed + i`, against true pictures.
+    """Measure the FID of generated images against true ones.
 
-    Returns `fid`, and the pictures on each side, `fid_count` and `fid_reference_count`; where the weights hold the
-    classifier and there are ten pictures or more, also `inception_score` and its standard deviation over ten parts.
-    Raises ValueError for fewer than two rows.
+    An image is generated for each of the first `count` rows of the evaluation split, from its caption and label as far
+    as the model reads them, row i with seed `seed + i`.
+
+    Returns:
+        `fid`, and the images on each side, `fid_count` and `fid_reference_count`. Where the weights have the
+        classifier, and for ten images or more, also `inception_score` and its standard deviation over ten parts.
+
+    Raises:
+        ValueError: fewer than two rows.
     """
-    data, size = model.run.config.data, image_size(model)
-    source = open_source(data.source, "eval", languages=model_languages(model))
+    data = model.run.config.data
+    source = open_source(data.source, "eval", languages=model.languages)
     batches = _batches(min(count, len(source)))
 
-    def draw(rows: range) -> np.ndarray:
-        asked = eval_batch(data, source, rows, image_size=size, with_labels=is_class_conditional(model))
-        labels = asked.get("label")
-        return sample_for_captions(model, asked["caption"], [seed + i for i in rows], sampling, labels=labels)
+    def sample(rows: range) -> np.ndarray:
+        batch = eval_batch(
+            data, source, rows, image_size=model.image_size, with_labels=model.is_class_conditional
+        )
+        seeds = [seed + i for i in rows]
+        return sample_for_captions(model, batch["caption"], seeds, sampling, labels=batch.get("label"))
 
-    made, scored = _moments(network, map(draw, batches), batches, progress)
-    found = {"fid": fid.fid(made, true), "fid_count": made.count, "fid_reference_count": true.count}
-    if scored is not None and made.count >= inception_score.NUM_SPLITS:
+    stats, sums = _feature_stats(network, map(sample, batches), batches, progress)
+    metrics = {"fid": fid.fid(stats, true), "fid_count": stats.count, "fid_reference_count": true.count}
+    if sums is not None and stats.count >= inception_score.NUM_SPLITS:
         names = ("inception_score", "inception_score_std")
-        found |= dict(zip(names, inception_score.inception_score(scored), strict=True))
-    return found
+        metrics |= dict(zip(names, inception_score.inception_score(sums), strict=True))
+    return metrics
 
 
-def _moments(
+def _feature_stats(
     network: inception.Inception,
-    pictures: Iterable[np.ndarray],
+    images: Iterable[np.ndarray],
     batches: list[range],
     progress: ProgressFn | None,
 ) -> tuple[fid.FeatureStats, inception_score.ScoreSums | None]:
-    """Statistics of pictures, uint8 (rows, H, W, 3) for each of `batches`, and their classes where the network names
-    them; no more than one batch is held."""
-    found, scored, total = None, None, batches[-1].stop
+    """Statistics of images, uint8 (B, H, W, 3) for each of `batches`, and sums for the Inception score where the
+    network has the classifier; holds one batch at a time."""
+    stats, sums, total = None, None, batches[-1].stop
     if network.classifier is not None:
-        scored = inception_score.init_sums(network.classifier.shape[1])
-    for rows, images in zip(batches, pictures, strict=True):
-        features = inception.inception_features(network, images)
+        sums = inception_score.init_sums(network.classifier.shape[1])
+    for rows, batch in zip(batches, images, strict=True):
+        features = inception.inception_features(network, batch)
         part = fid.feature_stats(features)
-        found = part if found is None else fid.merge_stats(found, part)
-        if scored is not None:
-            logits = inception.class_scores(network, features)
-            scored = inception_score.add_logits(scored, logits, rows.start, total)
+        stats = part if stats is None else fid.merge_stats(stats, part)
+        if sums is not None:
+            logits = inception.inception_logits(network, features)
+            sums = inception_score.add_logits(sums, logits, rows.start, total)
         if progress:
             progress(rows.stop, total)
-    return found, scored
+    assert stats is not None  # there is at least one batch
+    return stats, sums
 
 
-# --- models that draw ---------------------------------------------------------------------------------------
-
-
-def image_size(model: TextToImageModel) -> int:
-    """Side of the pictures that a model draws, pixels."""
-    return model.config.image_size if isinstance(model, DiffusionModel) else model.tokenizer.config.image_size
-
-
-def model_languages(model: TextToImageModel) -> tuple[str, ...]:
-    """Of the captions that a model was trained on; () for one that reads none."""
-    reads = not isinstance(model, DiffusionModel) or model.text is not None
-    return model.run.config.data.languages if reads else ()
-
-
-def is_class_conditional(model: TextToImageModel) -> bool:
-    return isinstance(model, DiffusionModel) and model.config.num_classes > 0
+# --- accuracy on procedural scenes --------------------------------------------------------------------------
 
 
 def sample_for_captions(
-    model: TextToImageModel,
+    model: Pipeline,
     captions: Sequence[str],
     seeds: Sequence[int],
-    how: SamplingConfig | DiffusionSamplingConfig,
+    sampling: AnySamplingConfig | None = None,
     *,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | np.ndarray | None = None,
     progress: ProgressFn | None = None,
 ) -> np.ndarray:
-    """One picture for each caption, uint8 (R, H, W, 3); a diffusion model that reads no captions draws without."""
-    if isinstance(model, DiffusionModel):
-        captions = captions if model.text is not None else None
-        return draw_diffusion(
-            model, seeds, how, captions=captions, labels=labels, batch=EVAL_ROWS, progress=progress
-        ).images
-    codes = sample_code_rows(model, captions, seeds, how, batch=EVAL_ROWS, progress=progress)
-    return to_uint8(decode_codes(model.tokenizer, codes, batch=EVAL_ROWS))
+    """Generate an image for each caption, uint8 (R, H, W, 3).
+
+    A model that reads no captions generates without them, and one that reads no labels without those. Label -1 is none.
+    """
+    requests = [
+        ImageRequest(
+            caption if model.languages else "",
+            seed,
+            label=int(labels[i]) if labels is not None and model.is_class_conditional else None,
+        )
+        for i, (caption, seed) in enumerate(zip(captions, seeds, strict=True))
+    ]
+    images = model.sample(requests, sampling, batch_size=EVAL_ROWS, progress=progress)
+    return np.stack([generated.image for generated in images])
 
 
-# --- faithfulness on procedural scenes ----------------------------------------------------------------------
+def scene_kinds(data: DataConfig, image_size: int) -> tuple[SceneKind, ...]:
+    """Return the kinds of captions that can be verified for a model of this source; () where none can.
 
-
-def scene_kinds(data: DataConfig, image_size: int) -> tuple[str, ...]:
-    """Kinds of captions on which a model of this source can be verified; () where none can.
-
-    The verifier reads procedural scenes of 32 to 256 pixels; one or two objects are asked for, as far as the
-    source shows them.
+    The verifier reads procedural scenes of 32 to 256 pixels with one or two objects.
     """
     source = data.source
     if not isinstance(source, ScenesSource) or not 32 <= image_size <= 256:
         return ()
     one, two = source.min_objects == 1, source.min_objects <= 2 <= source.max_objects
-    return (*(("one_object",) if one else ()), *(("two_objects",) if two else ()),
-            *(("held_out",) if one else ()))  # fmt: skip
+    possible: dict[SceneKind, bool] = {"one_object": one, "two_objects": two, "held_out": one}
+    return tuple(kind for kind, holds in possible.items() if holds)
 
 
-def unseen_captions(data: DataConfig, kind: str, count: int) -> tuple[tuple[Caption, generator.Scene], ...]:
-    """`count` captions of one of `scene_kinds`, none seen in training, each with a scene it is true of."""
+def unseen_captions(
+    data: DataConfig, kind: SceneKind, count: int
+) -> tuple[tuple[Caption, generator.Scene], ...]:
+    """Return `count` captions of one of `scene_kinds` that training does not show, each with a scene of it.
+
+    Raises:
+        ValueError: the source is not of procedural scenes.
+    """
+    source = data.source
+    if not isinstance(source, ScenesSource):
+        raise ValueError(f"Expected a source of procedural scenes, got {type(source).__name__}.")
     return generator.evaluation_set(
         kind,
         count,
-        seed=data.source.seed,
+        seed=source.seed,
         languages=data.languages,
-        max_objects=min(2, data.source.max_objects),
-        sizes=data.source.sizes,
-        fills=data.source.fills,
-        backgrounds=data.source.backgrounds,
+        max_objects=min(2, source.max_objects),
+        sizes=source.sizes,
+        fills=source.fills,
+        backgrounds=source.backgrounds,
     )
 
 
 def sample_and_verify(
-    model: TextToImageModel,
-    kind: str,
+    model: Pipeline,
+    kind: SceneKind,
     count: int = 256,
-    sampling: SamplingConfig | DiffusionSamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+    sampling: AnySamplingConfig | None = None,
     *,
     seed: int = 0,
     progress: ProgressFn | None = None,
 ) -> list[VerifiedImage]:
-    """A picture for each of `count` unseen captions of a kind, row i with seed `seed + i`; its verdict."""
+    """Generate and verify an image for each of `count` unseen captions of a kind, row i with seed `seed + i`."""
     captions = [caption for caption, _ in unseen_captions(model.run.config.data, kind, count)]
-    texts, seeds = [c.text for c in captions], range(seed, seed + count)
+    texts, seeds = [caption.text for caption in captions], range(seed, seed + count)
     return verify_images(captions, sample_for_captions(model, texts, seeds, sampling, progress=progress))
 
 
 def verify_images(captions: Sequence[Caption], images: np.ndarray) -> list[VerifiedImage]:
-    """Pictures, uint8 (R, H, W, 3), with what was asked for and the verdicts."""
+    """Verify images, uint8 (R, H, W, 3), against their captions."""
     return [
         VerifiedImage(caption, image, verifier.verify(image, caption.facts))
         for caption, image in zip(captions, images, strict=True)
     ]
 
 
-def accuracy_by_kind(kind: str, drawn: list[VerifiedImage]) -> Metrics:
-    """`accuracy_KIND`: share that the verifier accepts; with several languages `accuracy_KIND_en` and so on too."""
-    languages = sorted({d.caption.language for d in drawn})
-    figures = {f"accuracy_{kind}": _share(drawn)}
+def accuracy_by_kind(kind: str, images: list[VerifiedImage]) -> Metrics:
+    """Return `accuracy_KIND`, the fraction of images that the verifier accepts, and with several languages also
+    `accuracy_KIND_LANGUAGE` of each."""
+    languages = sorted({image.caption.language for image in images})
+    metrics = {f"accuracy_{kind}": _accuracy(images)}
     if len(languages) > 1:
         for name in languages:
-            figures[f"accuracy_{kind}_{name}"] = _share([d for d in drawn if d.caption.language == name])
-    return figures
+            metrics[f"accuracy_{kind}_{name}"] = _accuracy([i for i in images if i.caption.language == name])
+    return metrics
 
 
 def caption_accuracy(
-    model: TextToImageModel,
+    model: Pipeline,
     count: int = 256,
-    sampling: SamplingConfig | DiffusionSamplingConfig = SamplingConfig(),  # noqa: B008, frozen
+    sampling: AnySamplingConfig | None = None,
     *,
     seed: int = 0,
     progress: ProgressFn | None = None,
 ) -> Metrics:
-    """Share of `count` captions of each kind whose sampled picture the verifier accepts.
+    """Measure the fraction of `count` captions of each kind whose generated image the verifier accepts.
 
-    Returns `accuracy_one_object`, `accuracy_two_objects`, `accuracy_held_out` as far as `scene_kinds` allows, and the
-    same per language; {} for a source that is not of procedural scenes.
+    Returns:
+        `accuracy_one_object`, `accuracy_two_objects`, `accuracy_held_out` as far as `scene_kinds` has them, and the
+        same by language; {} for a source that is not of procedural scenes.
     """
-    figures: Metrics = {}
-    for kind in scene_kinds(model.run.config.data, image_size(model)):
-        figures |= accuracy_by_kind(
-            kind, sample_and_verify(model, kind, count, sampling, seed=seed, progress=progress)
-        )
-    return figures
+    metrics: Metrics = {}
+    for kind in scene_kinds(model.run.config.data, model.image_size):
+        images = sample_and_verify(model, kind, count, sampling, seed=seed, progress=progress)
+        metrics |= accuracy_by_kind(kind, images)
+    return metrics
 
 
-def reconstruction_accuracy(tokenizer: ImageTokenizer, data: DataConfig, count: int = 256) -> Metrics:
-    """What the tokenizer alone allows: the verifier on reconstructions of true pictures of the same captions.
+def reconstruction_accuracy(tokenizer: TokenizerPipeline, data: DataConfig, count: int = 256) -> Metrics:
+    """Measure the accuracy on reconstructions of true images of the same captions, the upper bound of generation.
 
-    Returns `accuracy_reconstruction`, the share accepted of `count` captions of each kind together, and
-    `accuracy_reconstruction_KIND`; {} for a source that is not of procedural scenes.
+    Returns:
+        `accuracy_reconstruction`, the fraction accepted of `count` captions of each kind together, and
+        `accuracy_reconstruction_KIND`; {} for a source that is not of procedural scenes.
     """
-    size = tokenizer.config.image_size
-    figures: Metrics = {}
-    for kind in scene_kinds(data, size):
+    metrics: Metrics = {}
+    for kind in scene_kinds(data, tokenizer.image_size):
         pairs = unseen_captions(data, kind, count)
-        images = np.stack([generator.render(scene, size) for _, scene in pairs])
-        codes = encode_images(tokenizer, images, batch=EVAL_ROWS)
-        again = to_uint8(decode_codes(tokenizer, codes, batch=EVAL_ROWS))
-        right = [
-            verifier.verify(i, caption.facts).right for (caption, _), i in zip(pairs, again, strict=True)
-        ]
-        figures[f"accuracy_reconstruction_{kind}"] = float(np.mean(right))
-    return {"accuracy_reconstruction": float(np.mean(list(figures.values()))), **figures} if figures else {}
+        images = np.stack([generator.render(scene, tokenizer.image_size) for _, scene in pairs])
+        verified = verify_images(
+            [caption for caption, _ in pairs], tokenizer.reconstruct(images, batch_size=EVAL_ROWS)
+        )
+        metrics[f"accuracy_reconstruction_{kind}"] = _accuracy(verified)
+    return {"accuracy_reconstruction": float(np.mean(list(metrics.values()))), **metrics} if metrics else {}
 
 
-def _share(drawn: list[VerifiedImage]) -> float:
-    return float(np.mean([d.verdict.right for d in drawn]))
+def _accuracy(images: list[VerifiedImage]) -> float:
+    return float(np.mean([image.verdict.right for image in images]))
 
 
 def _batches(count: int) -> list[range]:
     if count < 1:
-        raise ValueError(f"count is {count}; want at least 1 row")
-    return [range(a, min(a + EVAL_ROWS, count)) for a in range(0, count, EVAL_ROWS)]
+        raise ValueError(f"count is {count}; expected at least 1 row")
+    return [range(start, min(start + EVAL_ROWS, count)) for start in range(0, count, EVAL_ROWS)]
 
 
-def format_metrics(figures: dict[str, Any]) -> str:
-    """A table of figures for people: one per line, shares as they are, four digits."""
-    width = max((len(name) for name in figures), default=0)
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """Return a table of metrics, one per line, floats with four digits."""
+    width = max((len(name) for name in metrics), default=0)
     return "\n".join(
         f"{name:<{width}}  {value:.4g}" if isinstance(value, float) else f"{name:<{width}}  {value}"
-        for name, value in figures.items()
+        for name, value in metrics.items()
     )

@@ -104,7 +104,7 @@ class ModelSpec:
       init: `(cfg, key) -> params`, the parameters that the trained model is used with.
       describe: `(cfg) -> {name: value}`, the sizes that `dalle-jax info` prints.
       task: "module:Class" of the training task.
-      pipeline: "module:Class" of the pipeline, or None.
+      pipeline: "module:Class" of the pipeline that uses the trained model.
       tokenizer: the functions of an image tokenizer, or None.
       transformer: the functions of an autoregressive Transformer, or None.
       init_training: `(cfg, key) -> params` where training updates more networks than the model; None is `init`.
@@ -120,7 +120,7 @@ class ModelSpec:
     init: Callable[[Any, jax.Array], Params]
     describe: Callable[[Any], dict[str, Any]]
     task: str
-    pipeline: str | None = None
+    pipeline: str
     tokenizer: TokenizerFunctions | None = None
     transformer: TransformerFunctions | None = None
     init_training: Callable[[Any, jax.Array], Params] | None = None
@@ -165,6 +165,7 @@ _ROWS = (
         init=dvae.init,
         describe=_TOKENIZER_SIZES,
         task="dalle_jax.train.tasks.dvae:DVAETask",
+        pipeline="dalle_jax.pipelines.tokenizer:TokenizerPipeline",
         tokenizer=dvae,
     ),
     ModelSpec(
@@ -174,6 +175,7 @@ _ROWS = (
         init=autoencoder.init,
         describe=_TOKENIZER_SIZES,
         task="dalle_jax.train.tasks.vqgan:VQGANTask",
+        pipeline="dalle_jax.pipelines.tokenizer:TokenizerPipeline",
         tokenizer=autoencoder,
         init_training=adversarial.init,
         model_subtree="tokenizer",
@@ -185,6 +187,7 @@ _ROWS = (
         init=dalle.init,
         describe=_TRANSFORMER_SIZES,
         task="dalle_jax.train.tasks.dalle:DalleTask",
+        pipeline="dalle_jax.pipelines.text_to_image:TextToImagePipeline",
         transformer=dalle,
         check_mesh=dalle.check_dalle_mesh,
         train_flops=dalle_flops.dalle_train_flops,
@@ -197,6 +200,7 @@ _ROWS = (
         init=bart.init,
         describe=_TRANSFORMER_SIZES,
         task="dalle_jax.train.tasks.dalle:DalleTask",
+        pipeline="dalle_jax.pipelines.text_to_image:TextToImagePipeline",
         transformer=bart,
     ),
     ModelSpec(
@@ -206,6 +210,7 @@ _ROWS = (
         init=clip.init,
         describe=_CLIP_SIZES,
         task="dalle_jax.train.tasks.clip:ClipTask",
+        pipeline="dalle_jax.pipelines.clip:ClipPipeline",
     ),
     ModelSpec(
         config=DiffusionConfig,
@@ -214,6 +219,7 @@ _ROWS = (
         init=unet.init,
         describe=_diffusion_sizes,
         task="dalle_jax.train.tasks.diffusion:DiffusionTask",
+        pipeline="dalle_jax.pipelines.diffusion:DiffusionPipeline",
     ),
 )
 MODELS: dict[type, ModelSpec] = {row.config: row for row in _ROWS}

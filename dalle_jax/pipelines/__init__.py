@@ -1,45 +1,41 @@
-"""Trained models at work: captions to pictures, pictures to codes and back, each from a run directory.
+"""From a run directory to images, codes and scores: `load` returns the pipeline of any trained model.
 
-    model = load_text_to_image("runs/scenes_dalle")
-    images = decode_codes(model.tokenizer, sample_code_rows(model, ["a red circle"], seeds=[0]))
+    model = load("runs/scenes_dalle")
+    for image in model.sample([ImageRequest("a red circle", seed=0)], SamplingConfig(guidance_scale=2.0)):
+        save_png("circle.png", image.image)
 
-Rows are computed in batches of one size, the last one padded, so that every call compiles once. A picture
-follows from its caption and seed alone; batches of another size only round otherwise.
-Diffusion models: `dalle_jax.pipelines.diffusion`.
+`TextToImagePipeline` samples with a Transformer over image tokens, `DiffusionPipeline` with a diffusion model.
+`TokenizerPipeline` encodes images to codes, decodes and reconstructs. `ClipPipeline` embeds and ranks images and
+captions.
 """
 
-from dalle_jax.pipelines.batching import ProgressFn, ProgressPrinter, in_batches
-from dalle_jax.pipelines.image_codes import IMAGE_BATCH, decode_codes, encode_images, encode_source
-from dalle_jax.pipelines.loading import ImageTokenizer, TextToImage, load_image_tokenizer, load_text_to_image
-from dalle_jax.pipelines.text_to_image import (
-    SAMPLE_BATCH,
-    SamplingConfig,
-    batch_shape,
-    check_null,
-    make_batcher,
-    sample_code_rows,
-    sample_images,
-    tokenize_captions,
-)
+from dalle_jax.pipelines.batching import ProgressFn, ProgressPrinter, chunked
+from dalle_jax.pipelines.clip import ClipPipeline, sample_and_rerank
+from dalle_jax.pipelines.diffusion import DiffusionPipeline, DiffusionSamplingConfig
+from dalle_jax.pipelines.encode_dataset import encode_dataset
+from dalle_jax.pipelines.loading import load, pipeline_class
+from dalle_jax.pipelines.protocol import SAMPLE_BATCH_SIZE, GeneratedImage, ImageRequest, Pipeline, PreviewFn
+from dalle_jax.pipelines.text_to_image import SamplingConfig, TextToImagePipeline
+from dalle_jax.pipelines.tokenizer import IMAGE_BATCH_SIZE, TokenizerPipeline
 
 __all__ = [
-    "IMAGE_BATCH",
-    "SAMPLE_BATCH",
-    "ImageTokenizer",
+    "IMAGE_BATCH_SIZE",
+    "SAMPLE_BATCH_SIZE",
+    "ClipPipeline",
+    "DiffusionPipeline",
+    "DiffusionSamplingConfig",
+    "GeneratedImage",
+    "ImageRequest",
+    "Pipeline",
+    "PreviewFn",
     "ProgressFn",
     "ProgressPrinter",
     "SamplingConfig",
-    "TextToImage",
-    "batch_shape",
-    "check_null",
-    "decode_codes",
-    "encode_images",
-    "encode_source",
-    "in_batches",
-    "load_image_tokenizer",
-    "load_text_to_image",
-    "make_batcher",
-    "sample_code_rows",
-    "sample_images",
-    "tokenize_captions",
+    "TextToImagePipeline",
+    "TokenizerPipeline",
+    "chunked",
+    "encode_dataset",
+    "load",
+    "pipeline_class",
+    "sample_and_rerank",
 ]

@@ -1,90 +1,83 @@
-"""Trained models from run directories: a frozen image tokenizer, a Transformer with all that it draws with."""
+"""The one loader of trained models: a run directory to the pipeline of its kind."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar, overload
 
 import jax
 
 from dalle_jax.checkpoint.layout import CONFIG_FILE, IMAGE_TOKENIZER_DIR
-from dalle_jax.checkpoint.load import Run, load_run
-from dalle_jax.checkpoint.params_file import fingerprint
+from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.remote_dir import local_dir
 from dalle_jax.checkpoint.run_dir import read_config
-from dalle_jax.config import ClipConfig, TokenizerConfig, TransformerConfig
-from dalle_jax.text.tokenizers import TextTokenizer
-from dalle_jax.typing import Params
+from dalle_jax.config import ModelConfig
+from dalle_jax.models.registry import load_class, model_spec
+from dalle_jax.pipelines.protocol import Pipeline
+from dalle_jax.pipelines.tokenizer import TokenizerPipeline
+
+P = TypeVar("P", bound=Pipeline)
+
+_EXPECTED = {
+    "tokenizer": "an image tokenizer",
+    "text-to-image": "a Transformer from text to images",
+    "diffusion": "a diffusion model",
+    "clip": "a CLIP, as configs/demo_clip.py trains it",
+}
 
 
-class ImageTokenizer(NamedTuple):
-    """A frozen image tokenizer. fingerprint: changes with any of its parameters (`checkpoint.params_file.fingerprint`)."""
-
-    config: TokenizerConfig
-    params: Params
-    fingerprint: str
-
-
-class TextToImage(NamedTuple):
-    """A trained Transformer with the vocabulary and the image tokenizer that it was trained on."""
-
-    run: Run
-    text: TextTokenizer
-    tokenizer: ImageTokenizer
-
-    @property
-    def config(self) -> TransformerConfig:
-        return self.run.config.model
-
-
-def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
-    """The image tokenizer of a run: a tokenizer run itself, or the copy that a Transformer run keeps.
-
-    Raises FileNotFoundError, ValueError or OSError as `load_run` does.
-    """
-    path = local_dir(path)
-    model = read_config(path).model
-    if isinstance(model, ClipConfig):
-        raise ValueError(f"{path} is a run of stage clip: it has no image tokenizer; give a run that has one")
-    if not isinstance(model, TokenizerConfig):
-        path = path / IMAGE_TOKENIZER_DIR
-        if not (path / CONFIG_FILE).is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist yet; train the run first, or give the tokenizer's own run"
-            )
-    run = load_run(path)
-    return ImageTokenizer(run.config.model, run.params, fingerprint(run.config.model, run.params))
+def pipeline_class(model: ModelConfig) -> type[Pipeline]:
+    """Return the class of the pipeline that uses a model."""
+    return load_class(model_spec(model).pipeline)
 
 
 def host_device() -> jax.Device:
-    """The processor as a device of jax; the first device where jax was told to leave it out."""
+    """Return the CPU as a device, or the first device where jax does not offer the CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return jax.local_devices()[0]
 
 
-def load_text_to_image(path: str | Path, *, on_host: bool = False) -> TextToImage:
-    """The Transformer of a run directory, ready to draw.
+@overload
+def load(path: str | Path, *, params_on_host: bool = False) -> Pipeline: ...
 
-    on_host: its float32 parameters stay in the memory of the host, for a program that draws and does not measure:
-    what draws is prepared there, and only that goes to the device.
-    Raises FileNotFoundError for a run that is missing or has no checkpoint, ValueError for a run of another
-    stage, OSError for files that cannot be read.
+
+@overload
+def load(path: str | Path, expected: type[P], *, params_on_host: bool = False) -> P: ...
+
+
+def load(path, expected=None, *, params_on_host=False):
+    """Load the pipeline of a run directory.
+
+    Args:
+        path: directory that training, `dalle-jax export` or `dalle-jax import` wrote, or the URL of one.
+        expected: the class of the pipeline. For TokenizerPipeline the run may be of a model that keeps the tokenizer
+            it was trained with; that tokenizer is returned and nothing else is loaded. None takes any run.
+        params_on_host: keep the float32 parameters in the memory of the host. A Transformer copies to the device only
+            what it prepares from them for sampling.
+
+    Returns:
+        The pipeline, its parameters ready for use.
+
+    Raises:
+        FileNotFoundError: there is no run, or it has no checkpoint or file that the pipeline needs.
+        ValueError: the run is of another kind, or its checkpoint does not fit its configuration.
+        OSError: a file cannot be read.
     """
-    path = local_dir(path)
-    kind = read_config(path).model.kind
-    if kind == "clip":
-        raise ValueError(
-            f"{path} is a run of stage clip: it ranks pictures and draws none. Give the run of a Transformer, and this "
-            f"one as --clip {path}"
-        )
-    if kind not in ("dalle", "bart", "dvae", "vqgan"):
-        raise ValueError(f"{path} is a run of stage {kind}, want one of a Transformer")
-    if kind not in ("dalle", "bart"):
-        raise ValueError(
-            f"{path} is a tokenizer run (stage {kind}): it knows no captions. Give the run of a Transformer "
-            f"trained on it (--image-tokenizer {path}); `encode` and `decode` work with tokenizer runs"
-        )
-    run = load_run(path, device=host_device() if on_host else None)
-    return TextToImage(run, TextTokenizer.load(path / "text_tokenizer.model"), load_image_tokenizer(path))
+    local = local_dir(path)
+    config = read_config(path)
+    found = pipeline_class(config.model)
+    if expected is TokenizerPipeline and found.kind != "tokenizer":
+        if found.kind == "clip":
+            raise ValueError(
+                f"{path} is a run of stage clip, which has no image tokenizer. Use a run that has one."
+            )
+        if not (local / IMAGE_TOKENIZER_DIR / CONFIG_FILE).is_file():
+            raise FileNotFoundError(
+                f"{path} has no {IMAGE_TOKENIZER_DIR}/ yet; train it first, or use the tokenizer's own run"
+            )
+        return load(local / IMAGE_TOKENIZER_DIR, TokenizerPipeline)
+    if expected not in (None, found):
+        raise ValueError(f"{path} is a run of stage {config.model.kind}; expected {_EXPECTED[expected.kind]}")
+    return found.from_run(load_run(path, device=host_device() if params_on_host else None))

@@ -1,250 +1,388 @@
-"""Captions to codes and pictures with a trained Transformer.
+"""Captions to images with a Transformer over image tokens.
 
-N codes of a picture, H W picture, C captions, R rows, K pictures of each caption.
+R requests, C captions of a batch, K images of each caption, B = C K, T text positions, N codes, P prefix codes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.config import Quantization
+from dalle_jax.checkpoint.layout import TEXT_TOKENIZER_FILE
+from dalle_jax.checkpoint.load import Run
+from dalle_jax.config import Quantization, TransformerConfig
 from dalle_jax.data.images import to_uint8
 from dalle_jax.models import autoregressive
-from dalle_jax.pipelines.batching import ProgressFn, pad_rows
-from dalle_jax.pipelines.image_codes import decode_codes
-from dalle_jax.pipelines.loading import ImageTokenizer, TextToImage
-from dalle_jax.sampling.batcher import ContinuousBatcher
+from dalle_jax.pipelines.batching import ProgressFn, chunked, pad_rows
+from dalle_jax.pipelines.loading import load
+from dalle_jax.pipelines.protocol import (
+    SAMPLE_BATCH_SIZE,
+    GeneratedImage,
+    ImageRequest,
+    PreviewFn,
+    check_batch,
+    check_setting,
+    check_unused,
+)
+from dalle_jax.pipelines.tokenizer import TokenizerPipeline
+from dalle_jax.sampling.batcher import ContinuousBatcher, SamplingRequest
 from dalle_jax.sampling.generate import generate, generate_stream, row_keys
 from dalle_jax.sampling.speculative import check_draft_len
-
-SAMPLE_BATCH = 8  # pictures drawn at once where the caller does not say
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _unstack(cfg, params, weights: Quantization | None):
-    return autoregressive.prepare_for_decode(cfg, params, weights)
-
-
-def _prepared(model: TextToImage, weights: Quantization | None) -> dict:
-    """The parameters as sampling wants them, on the first device; made where those of the run are."""
-    params = _unstack(model.config, model.run.params, weights)
-    return jax.device_put(params, jax.local_devices()[0])
+from dalle_jax.text.tokenizers import TextTokenizer
+from dalle_jax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How codes are drawn; checked when made. A guidance of 1 is no guidance."""
+    """How all images of a call are sampled.
 
-    temperature: float = 1.0  # 0 takes the most probable code
-    top_k: int | None = None  # codes that stay in the draw; None is all
-    top_p: float | None = None  # share of the probability that stays in the draw, (0, 1]; None is all
-    guidance_scale: float = 1.0  # scale of classifier-free guidance
-    draft_len: int | None = None  # codes that one pass looks at: same pictures, fewer passes; None is one
-    quantization: Quantization | None = None  # 8-bit matrices; None is the compute dtype
+    Attributes:
+        temperature: 0 takes the most probable code.
+        top_k: sample among this many most probable codes; None is all.
+        top_p: sample among the most probable codes with this probability together, (0, 1]; None is all.
+        guidance_scale: scale of classifier-free guidance; 1 turns it off.
+        draft_len: codes per pass of speculative decoding, which gives the same images; None is one code.
+        quantization: 8-bit matrices; None is the compute dtype.
+        preview_rows: with `on_preview`, rows of codes between two previews.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: float = 1.0
+    draft_len: int | None = None
+    quantization: Quantization | None = None
+    preview_rows: int = 1
 
     def __post_init__(self):
-        for holds, message in (
-            (0 <= self.temperature < np.inf, f"temperature is {self.temperature}; want 0 (greedy) or more"),
-            (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}; want at least 1 code"),
-            (self.top_p is None or 0 < self.top_p <= 1, f"top_p is {self.top_p}; want a share in (0, 1]"),
-            (
-                0 <= self.guidance_scale < np.inf,
-                f"guidance_scale is {self.guidance_scale}; want 0 or more, 1 is none",
-            ),
+        for name in ("temperature", "top_p", "guidance_scale"):
+            check_setting(name, getattr(self, name))
+        kinds = typing.get_args(Quantization)
+        for valid, message in (
+            (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}; expected at least 1 code"),
             (
                 self.draft_len is None or self.draft_len >= 2,
-                f"jacobi is {self.draft_len}; want at least 2 codes at once",
+                f"draft_len is {self.draft_len}; expected at least 2 codes",
             ),
             (
-                self.quantization in (None, *typing.get_args(Quantization)),
-                f"quantization is {self.quantization!r}; want one of {', '.join(typing.get_args(Quantization))}, or None",
+                self.quantization in (None, *kinds),
+                f"quantization is {self.quantization!r}; expected one of {', '.join(kinds)}, or None",
+            ),
+            (
+                self.preview_rows >= 1,
+                f"preview_rows is {self.preview_rows}; expected at least 1 row of codes",
             ),
         ):
-            if not holds:
+            if not valid:
                 raise ValueError(message)
 
 
-def tokenize_captions(model: TextToImage, captions: Sequence[str]) -> np.ndarray:
-    """Token ids of captions, int32 (R, T). An empty caption is the null caption; a longer one is cut."""
-    cfg = model.config
-    one = partial(model.text.encode, text_vocab=cfg.text_vocab, text_len=cfg.text_len)
-    return np.stack([one(caption) for caption in captions])
+class _Settings(NamedTuple):
+    """The settings of a request, those of the call filled in."""
+
+    temperature: float
+    top_p: float | None
+    guidance_scale: float
 
 
-def check_null(model: TextToImage, text_CT: np.ndarray, guidance: float) -> None:
-    """Raises ValueError where the null caption is wanted of a model that never saw it."""
-    guided, null = guidance != 1, bool((text_CT[:, 0] >= model.config.text_vocab).any())
-    if model.config.cond_drop_prob == 0 and (guided or null):
-        what = f"guidance {guidance:g}" if guided else "an empty caption"
-        raise ValueError(
-            f"{what} needs the null caption, which this model never saw (trained with model.cond_drop_prob 0). "
-            "Use guidance 1 and captions with text, or train with a cond_drop_prob of 0.1"
+class _Batch(NamedTuple):
+    """Codes int32 (b, N) of the next b requests, and codes per pass so far; None without speculative decoding."""
+
+    codes: np.ndarray
+    codes_per_pass: float | None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _prepare_for_decode(cfg: TransformerConfig, params: Params, quantization: Quantization | None) -> Params:
+    return autoregressive.prepare_for_decode(cfg, params, quantization)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextToImagePipeline:
+    """A trained Transformer with the text tokenizer and the image tokenizer that it was trained with.
+
+    Images come from batches of `generate`, which runs a caption once for all its images. Requests with different
+    settings, and with speculative decoding more of them than a batch, go through a `ContinuousBatcher`, where a
+    finished image makes room for the next request.
+    """
+
+    kind: ClassVar[str] = "text-to-image"
+    is_class_conditional: ClassVar[bool] = False
+
+    run: Run
+    text: TextTokenizer
+    tokenizer: TokenizerPipeline
+    _tokens: dict[str, tuple[np.ndarray, int]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @classmethod
+    def from_run(cls, run: Run) -> TextToImagePipeline:
+        text = TextTokenizer.load(run.path / TEXT_TOKENIZER_FILE)
+        return cls(run, text, load(run.path, TokenizerPipeline))
+
+    @property
+    def config(self) -> TransformerConfig:
+        return cast(TransformerConfig, self.run.config.model)
+
+    @property
+    def image_size(self) -> int:
+        return self.tokenizer.image_size
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return self.run.config.data.languages
+
+    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+        """Return the token ids of captions, int32 (R, T). "" is the null caption; a long caption is truncated."""
+        return np.stack([self._tokenize(prompt)[0] for prompt in prompts])
+
+    def num_dropped_tokens(self, prompt: str) -> int:
+        """Return how many tokens of a prompt are beyond those that the model reads."""
+        return self._tokenize(prompt)[1]
+
+    def _tokenize(self, prompt: str) -> tuple[np.ndarray, int]:
+        """Ids, and how many tokens they lack; each prompt is tokenized once."""
+        if prompt not in self._tokens:
+            cfg = self.config
+            ids = self.text.encode(prompt, text_vocab=cfg.text_vocab, text_len=cfg.text_len)
+            full = ids[-1] < cfg.text_vocab  # no padding: the caption may be longer
+            dropped = max(0, self.text.count_tokens(prompt) - cfg.text_len) if full else 0
+            self._tokens[prompt] = ids, dropped
+        return self._tokens[prompt]
+
+    def sample(
+        self,
+        requests: Iterable[ImageRequest],
+        config: SamplingConfig | None = None,
+        *,
+        batch_size: int = SAMPLE_BATCH_SIZE,
+        on_preview: PreviewFn | None = None,
+        progress: ProgressFn | None = None,
+    ) -> Iterator[GeneratedImage]:
+        """Generate an image for each request, in their order (`Pipeline.sample`).
+
+        Args:
+            requests: prompt, seed, guidance_scale, temperature, top_p and prefix_codes are read. Neighbors with the
+                same prompt share its prefill.
+            config: what all images of the call share; None is SamplingConfig().
+            batch_size: images computed at once.
+            on_preview: called after every `config.preview_rows` rows of codes with the unfinished images of the batch,
+                uint8 (B, H, W, 3), gray where nothing is sampled yet. The device continues meanwhile.
+            progress: called with the images done and all images.
+
+        Raises:
+            ValueError: a setting or prefix is out of range, or guidance or an empty prompt is asked of a model that
+                was trained without null captions.
+        """
+        requests, config = list(requests), config or SamplingConfig()
+        check_batch(requests, batch_size)
+        unused = ("label", "codes", "low_res", "image", "strength", "mask")
+        check_unused(requests, unused, "a Transformer")
+        check_draft_len(self.config, config.draft_len)
+        settings = [self._settings(request, config) for request in requests]
+        self._check_null_caption(requests, settings)
+        for request in requests:
+            self._check_prefix(request.prefix_codes)
+        return self._generate(requests, settings, config, batch_size, on_preview, progress)
+
+    def _settings(self, request: ImageRequest, config: SamplingConfig) -> _Settings:
+        names = ("temperature", "top_p", "guidance_scale")
+        own = (getattr(request, name) for name in names)
+        return _Settings(
+            *(getattr(config, n) if value is None else value for n, value in zip(names, own, strict=True))
         )
 
+    def _check_null_caption(self, requests: list[ImageRequest], settings: list[_Settings]) -> None:
+        """Raise ValueError where the null caption is needed by a model that was trained without it."""
+        if self.config.cond_drop_prob > 0:
+            return
+        for request, own in zip(requests, settings, strict=True):
+            guided = own.guidance_scale != 1
+            if guided or self._tokenize(request.prompt)[0][0] >= self.config.text_vocab:
+                what = f"guidance {own.guidance_scale:g}" if guided else "an empty caption"
+                raise ValueError(
+                    f"{what} needs the null caption, and this model was trained without (model.cond_drop_prob 0). "
+                    "Use guidance 1 and captions with text, or train with a cond_drop_prob of 0.1."
+                )
 
-def make_batcher(
-    model: TextToImage, slots: int, sampling: SamplingConfig = SamplingConfig()
-) -> ContinuousBatcher:
-    """A queue that draws with the model; its requests have the ids of `text_rows`, and of `sampling` what is not
-    theirs to say: top-k, codes looked at together, and weights."""
-    cfg = model.config
-    check_draft_len(cfg, sampling.draft_len)
-    top_k = None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab)
-    params = _prepared(model, sampling.quantization)
-    return ContinuousBatcher(cfg, params, slots, top_k=top_k, draft_len=sampling.draft_len)
-
-
-def sample_code_rows(
-    model: TextToImage,
-    captions: Sequence[str],
-    seeds: Sequence[int],
-    sampling: SamplingConfig = SamplingConfig(),
-    *,
-    prefix_codes: np.ndarray | None = None,
-    batch: int = SAMPLE_BATCH,
-    progress: ProgressFn | None = None,
-) -> np.ndarray:
-    """The codes of R = n * C pictures, n of each caption, neighbours: int32 (R, N).
-
-    captions: C texts; "" draws without a caption. A caption is run once for all its pictures in a batch.
-    seeds: R integers in [0, 2**32), those of the first caption first. prefix: int32 (P,), the first P < N
-    codes of every picture. batch: rows at once, at most.
-
-    Raises ValueError for rows that do not match, seeds out of range, and for guidance or an empty caption
-    where the model was trained without null captions: it never learned what to draw for one.
-    """
-    found = [codes for codes, _ in _drawn(model, captions, seeds, sampling, prefix_codes, batch, progress)]
-    return np.concatenate(found)
-
-
-def sample_images(
-    model: TextToImage,
-    captions: Sequence[str],
-    seeds: Sequence[int],
-    sampling: SamplingConfig = SamplingConfig(),
-    *,
-    prefix_codes: np.ndarray | None = None,
-    batch: int = SAMPLE_BATCH,
-    progress: ProgressFn | None = None,
-    preview_rows: int | None = None,
-    on_preview: Callable[[np.ndarray], None] | None = None,
-    on_batch: Callable[[np.ndarray], None] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`sample_code_rows` and `decode_codes`, batch by batch as they are done: codes int32 (b, N) and pictures, uint8
-    (b, H, W, 3).
-
-    rows: after so many rows of codes of a batch, each time, `shown` is called with its unfinished pictures, uint8
-    (b, H, W, 3), grey where nothing is drawn yet; the device draws on meanwhile. passed: called after each batch with
-    the passes of the network that each picture took after its first code, int32 (b,).
-    Raises what `sample_code_rows` does, and ValueError for `rows` below 1.
-    """
-    tokenizer = model.tokenizer
-
-    def show(codes: np.ndarray) -> None:
-        on_preview(_unfinished(tokenizer, codes))
-
-    for codes, size in _drawn(
-        model, captions, seeds, sampling, prefix_codes, batch, progress, preview_rows, show, on_batch
-    ):
-        pictures = decode_codes(tokenizer, pad_rows(codes, size), batch=size)[: len(codes)]
-        yield codes, to_uint8(pictures)
-
-
-def _unfinished(tokenizer: ImageTokenizer, codes: np.ndarray) -> np.ndarray:
-    """Pictures of the first codes of each, (b, M): the last whole row stands for those to come, under the grey."""
-    cfg = tokenizer.config
-    done = codes.shape[1] // cfg.grid
-    rows = codes[:, : done * cfg.grid].reshape(len(codes), done, cfg.grid)
-    rows = np.concatenate([rows, np.repeat(rows[:, -1:], cfg.grid - done, axis=1)], axis=1)
-    pictures = to_uint8(decode_codes(tokenizer, rows.reshape(len(codes), -1), batch=len(codes)))
-    pictures[:, done * (cfg.image_size // cfg.grid) :] = 128
-    return pictures
-
-
-def batch_shape(captions: int, copies: int, batch: int) -> tuple[int, int]:
-    """Captions in a batch and pictures of each, for `copies` pictures of each caption and at most `batch` at once.
-
-    More copies than a batch holds are spread evenly over the batches of one caption.
-    """
-    parts = -(-copies // batch)
-    per_caption = -(-copies // parts)
-    return min(captions, batch // per_caption), per_caption
-
-
-def _drawn(
-    model: TextToImage,
-    captions: Sequence[str],
-    seeds: Sequence[int],
-    sampling: SamplingConfig,
-    prefix: np.ndarray | None,
-    batch: int,
-    progress: ProgressFn | None,
-    rows: int | None = None,
-    shown: Callable[[np.ndarray], None] | None = None,
-    passed: Callable[[np.ndarray], None] | None = None,
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Codes of neighbouring rows, (b, N), in order, and the rows that were computed for them, b and padding."""
-    cfg = model.config
-    if not len(captions) or not len(seeds) or len(seeds) % len(captions):
-        raise ValueError(
-            f"{len(captions)} captions and {len(seeds)} seeds; want one seed per caption, or as many for each, "
-            "at least one"
-        )
-    if min(seeds) < 0 or max(seeds) >= 2**32:
-        raise ValueError(f"seeds from {min(seeds)} to {max(seeds)}; want integers in [0, 2**32)")
-    if batch < 1:
-        raise ValueError(f"batch_size is {batch}; want at least 1 picture at once")
-    check_draft_len(cfg, sampling.draft_len)
-    text_CT = tokenize_captions(model, captions)
-    check_null(model, text_CT, sampling.guidance_scale)
-    guided = sampling.guidance_scale != 1
-    options = {
-        "temperature": jnp.float32(sampling.temperature),
-        "top_k": None if sampling.top_k is None else min(sampling.top_k, cfg.image_vocab),
-        "top_p": None if sampling.top_p is None else jnp.float32(sampling.top_p),
-        "guidance_scale": jnp.float32(sampling.guidance_scale) if guided else None,
-        "draft_len": sampling.draft_len,
-        "return_num_passes": True,
-    }
-    seeds_CK = np.asarray(seeds, np.uint32).reshape(len(captions), -1)
-    at_once, copies = batch_shape(*seeds_CK.shape, batch)
-    size = at_once * copies
-    if prefix is not None:
-        options["prefix_codes"] = jnp.broadcast_to(jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix)))
-
-    params = _prepared(model, sampling.quantization)  # once, not in every batch
-    done = 0
-    for first in range(0, len(captions), at_once):
-        text = pad_rows(text_CT[first : first + at_once], at_once)
-        for start in range(0, seeds_CK.shape[1], copies):
-            here = seeds_CK[first : first + at_once, start : start + copies]
-            keys = row_keys(pad_rows(pad_rows(here.T, copies).T, at_once).ravel())
-
-            def asked(codes, here=here):  # without the padding
-                codes = np.asarray(codes).reshape(at_once, copies, -1)[: len(here), : here.shape[1]]
-                return codes.reshape(here.size, -1)
-
-            drawn = (cfg, params, jnp.asarray(text), keys)
-            parts = (
-                [generate(*drawn, **options)]
-                if rows is None
-                else generate_stream(*drawn, preview_rows=rows, **options)
+    def _check_prefix(self, prefix: np.ndarray | None) -> None:
+        cfg = self.config
+        if prefix is None:
+            return
+        if prefix.ndim != 1 or len(prefix) >= cfg.num_codes or not np.issubdtype(prefix.dtype, np.integer):
+            raise ValueError(
+                f"prefix_codes is {prefix.dtype} {prefix.shape}; expected integers, fewer than {cfg.num_codes}"
             )
-            for part in parts:
-                if rows is not None:
-                    shown(asked(part[0]))
-            codes, passes_B = part
-            if passed is not None:
-                passed(asked(passes_B)[:, 0])
-            done += here.size
+        if len(prefix) and not 0 <= prefix.min() <= prefix.max() < cfg.image_vocab:
+            raise ValueError(
+                f"prefix_codes from {prefix.min()} to {prefix.max()}; expected codes in [0, {cfg.image_vocab})"
+            )
+
+    def _generate(
+        self,
+        requests: list[ImageRequest],
+        settings: list[_Settings],
+        config: SamplingConfig,
+        batch_size: int,
+        on_preview: PreviewFn | None,
+        progress: ProgressFn | None,
+    ) -> Iterator[GeneratedImage]:
+        """Decode the codes of either engine to images."""
+        size = min(batch_size, len(requests))
+        keys = [
+            (own, b"" if r.prefix_codes is None else np.asarray(r.prefix_codes, np.int32).tobytes())
+            for own, r in zip(settings, requests, strict=True)
+        ]
+        several = len(set(keys)) > 1 or (config.draft_len is not None and len(requests) > batch_size)
+        if several and on_preview is None:
+            batches = self._continuous(requests, settings, config, size)
+        else:
+            batches = self._batched(requests, keys, config, size, on_preview)
+        done = 0
+        for codes, codes_per_pass in batches:
+            decoded = self.tokenizer.decode(pad_rows(codes, size), batch_size=size)[: len(codes)]
             if progress:
-                progress(done, seeds_CK.size)
-            yield asked(codes), size
+                progress(done + len(codes), len(requests))
+            for row, image in zip(codes, to_uint8(decoded), strict=True):
+                yield GeneratedImage(image, requests[done], row, codes_per_pass=codes_per_pass)
+                done += 1
+
+    def _batched(
+        self,
+        requests: list[ImageRequest],
+        keys: list[tuple[_Settings, bytes]],
+        config: SamplingConfig,
+        batch_size: int,
+        on_preview: PreviewFn | None,
+    ) -> Iterator[_Batch]:
+        """Batches of neighbors with the same settings, in the program of `generate`."""
+        params = self._decode_params(config.quantization)
+        num_drawn = num_passes = 0
+        for (own, _), rows in itertools.groupby(range(len(requests)), key=lambda i: keys[i]):
+            group = [requests[i] for i in rows]
+            prefix = group[0].prefix_codes
+            prefix_len = 0 if prefix is None else len(prefix)
+            copies = math.gcd(*(len(list(run)) for _, run in itertools.groupby(r.prompt for r in group)))
+            captions, copies_at_once = batch_shape(len(group) // copies, copies, batch_size)
+            size = captions * copies_at_once
+            options = self._options(own, config, prefix if prefix_len else None, size)
+            parts = [part for block in chunked(group, copies) for part in chunked(block, copies_at_once)]
+            for batch in chunked(parts, captions):  # requests by caption
+                text_CT = pad_rows(self.tokenize([part[0].prompt for part in batch]), captions)
+                padded = [part + part[-1:] * (copies_at_once - len(part)) for part in batch]
+                seeds_CK = pad_rows(
+                    np.asarray([[r.seed for r in part] for part in padded], np.uint32), captions
+                )
+                real_B = [i * copies_at_once + j for i, part in enumerate(batch) for j in range(len(part))]
+                arguments = (self.config, params, jnp.asarray(text_CT), row_keys(seeds_CK.ravel()))
+                if on_preview is None:
+                    stream = [generate(*arguments, **options)]
+                else:
+                    stream = generate_stream(*arguments, preview_rows=config.preview_rows, **options)
+                for part in stream:
+                    codes_BM, passes_B = (np.asarray(array)[real_B] for array in part)
+                    if on_preview is not None:
+                        on_preview(self._preview(codes_BM))
+                num_drawn += len(real_B) * (self.config.num_codes - 1 - prefix_len)
+                num_passes += int(passes_B.sum())
+                rate = num_drawn / max(num_passes, 1) if config.draft_len is not None else None
+                yield _Batch(codes_BM, rate)
+
+    def _options(
+        self, own: _Settings, config: SamplingConfig, prefix: np.ndarray | None, size: int
+    ) -> dict[str, typing.Any]:
+        """Options of `generate` for a batch of `size` images."""
+        options = {
+            "temperature": jnp.float32(own.temperature),
+            "top_k": self._top_k(config),
+            "top_p": None if own.top_p is None else jnp.float32(own.top_p),
+            "guidance_scale": None if own.guidance_scale == 1 else jnp.float32(own.guidance_scale),
+            "draft_len": config.draft_len,
+            "return_num_passes": True,
+        }
+        if prefix is not None:
+            options["prefix_codes"] = jnp.broadcast_to(
+                jnp.asarray(prefix, jnp.int32)[None], (size, len(prefix))
+            )
+        return options
+
+    def _continuous(
+        self,
+        requests: list[ImageRequest],
+        settings: list[_Settings],
+        config: SamplingConfig,
+        batch_size: int,
+    ) -> Iterator[_Batch]:
+        """Requests of any settings, in the slots of a ContinuousBatcher."""
+        guided = any(own.guidance_scale != 1 for own in settings)
+        batcher = ContinuousBatcher(
+            self.config,
+            self._decode_params(config.quantization),
+            batch_size * (2 if guided else 1),
+            top_k=self._top_k(config),
+            draft_len=config.draft_len,
+        )
+        waiting = iter(range(len(requests)))
+        row_of: dict[int, int] = {}  # by ticket
+        finished: dict[int, np.ndarray] = {}  # by row
+        next_row = 0
+        while True:
+            while len(batcher) < 2 * batcher.num_slots and (row := next(waiting, None)) is not None:
+                request, own = requests[row], settings[row]
+                prefix = np.zeros(0, np.int32) if request.prefix_codes is None else request.prefix_codes
+                top_p = 1.0 if own.top_p is None else own.top_p
+                text_T = self._tokenize(request.prompt)[0]
+                ticket = batcher.submit(
+                    SamplingRequest(text_T, request.seed, own.temperature, top_p, own.guidance_scale, prefix)
+                )
+                row_of[ticket] = row
+            if not len(batcher):
+                return
+            for ticket, codes_N in batcher.step():
+                finished[row_of.pop(ticket)] = codes_N
+            ready = []
+            while next_row in finished:
+                ready.append(finished.pop(next_row))
+                next_row += 1
+            rate = batcher.codes_per_pass if config.draft_len is not None else None
+            for batch in chunked(ready, batch_size):
+                yield _Batch(np.stack(batch), rate)
+
+    def _top_k(self, config: SamplingConfig) -> int | None:
+        return None if config.top_k is None else min(config.top_k, self.config.image_vocab)
+
+    def _decode_params(self, quantization: Quantization | None) -> Params:
+        """The parameters in the form for sampling, on the first device; computed where those of the run are."""
+        params = _prepare_for_decode(self.config, self.run.params, quantization)
+        return jax.device_put(params, jax.local_devices()[0])
+
+    def _preview(self, codes_BM: np.ndarray) -> np.ndarray:
+        """Images of the first M codes, uint8 (B, H, W, 3); the rows to come are decoded as the last one, then gray."""
+        cfg = self.tokenizer.config
+        done = codes_BM.shape[1] // cfg.grid
+        rows = codes_BM[:, : done * cfg.grid].reshape(len(codes_BM), done, cfg.grid)
+        rows = np.concatenate([rows, np.repeat(rows[:, -1:], cfg.grid - done, axis=1)], axis=1)
+        codes_BN = rows.reshape(len(codes_BM), -1)
+        images = to_uint8(self.tokenizer.decode(codes_BN, batch_size=len(codes_BN)))
+        images[:, done * (cfg.image_size // cfg.grid) :] = 128
+        return images
+
+
+def batch_shape(captions: int, copies: int, batch_size: int) -> tuple[int, int]:
+    """Return the captions of a batch and the images of each, for `copies` images of each caption.
+
+    More images of a caption than a batch holds are spread evenly over batches of that caption.
+    """
+    parts = -(-copies // batch_size)
+    per_caption = -(-copies // parts)
+    return min(captions, batch_size // per_caption), per_caption

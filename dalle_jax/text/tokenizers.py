@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class TextTokenizer:
         self._vocabulary = _parse(vocabulary) if isinstance(vocabulary, bytes) else vocabulary
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> TextTokenizer:
+    def load(cls, path: str | os.PathLike) -> Self:
         """Read a vocabulary.
 
         Args:

@@ -19,7 +19,7 @@ from dalle_jax.checkpoint.params_file import read_params, write_params
 from dalle_jax.config import DalleConfig, VectorQuantizer, VQGANConfig, to_json
 from dalle_jax.importers.formats.safetensors import lazy_safetensors
 from dalle_jax.models import dalle, tokenizer
-from dalle_jax.pipelines import load_image_tokenizer, load_text_to_image, sample_code_rows
+from dalle_jax.pipelines import ImageRequest, TextToImagePipeline, TokenizerPipeline, load
 from dalle_jax.text import tokenizers
 from dalle_jax.train.initialize import copy_vocabulary, with_init_model
 
@@ -51,8 +51,8 @@ def test_an_exported_run_is_the_same_model(tmp_path, model):
     assert loaded.step == 5
     jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
     assert (
-        load_image_tokenizer(tmp_path / "out").fingerprint
-        == load_image_tokenizer(tmp_path / "run").fingerprint
+        load(tmp_path / "out", TokenizerPipeline).fingerprint
+        == load(tmp_path / "run", TokenizerPipeline).fingerprint
     )
     assert cli.main(["export", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
     files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
@@ -88,13 +88,13 @@ def test_an_exported_transformer_is_the_same_model(tmp_path):
     assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     found = {p.name for p in (tmp_path / "out").iterdir()}
     assert found == {"config.json", "model.safetensors", "text_tokenizer.model", "image_tokenizer"}
-    one, other = (load_text_to_image(tmp_path / name) for name in ("run", "out"))
+    one, other = (load(tmp_path / name, TextToImagePipeline) for name in ("run", "out"))
     jax.tree.map(np.testing.assert_array_equal, params, other.run.params)
     assert other.run.step == 3 and other.tokenizer.fingerprint == one.tokenizer.fingerprint
     assert (tmp_path / "out" / "text_tokenizer.model").read_bytes() == (
         tmp_path / "run" / "text_tokenizer.model"
     ).read_bytes()
-    codes = [sample_code_rows(m, ["a red circle"], [0], batch=1) for m in (one, other)]
+    codes = [next(m.sample([ImageRequest("a red circle")])).codes for m in (one, other)]
     np.testing.assert_array_equal(*codes)
     assert len(np.unique(codes[0])) > 1
     begun = with_init_model(dataclasses.replace(config, init_from=str(tmp_path / "out")))

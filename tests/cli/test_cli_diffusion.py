@@ -1,21 +1,20 @@
 """Diffusion from end to end on tiny models: the stage, the verbs on its runs, and every kind of bad input."""
 
 import dataclasses
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import run
+from dalle_jax.parallel.mesh import make_mesh
 from PIL import Image
 
 from dalle_jax.checkpoint.export import write_run
 from dalle_jax.checkpoint.load import Run
 from dalle_jax.checkpoint.params_file import write_params
-from dalle_jax.cli import main
 from dalle_jax.config import (
     CodesConfig,
     DataConfig,
@@ -35,13 +34,12 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import diffusion, metrics
 from dalle_jax.models import dvae
 from dalle_jax.models.diffusion import unet
-from dalle_jax.parallel.mesh import make_mesh
-from dalle_jax.pipelines import decode_codes, encode_images
-from dalle_jax.pipelines.diffusion import (
+from dalle_jax.pipelines import (
+    DiffusionPipeline,
     DiffusionSamplingConfig,
-    check_decoder,
-    denoise_images,
-    load_diffusion,
+    ImageRequest,
+    TokenizerPipeline,
+    load,
 )
 from dalle_jax.train import loop
 from dalle_jax.train.tasks.diffusion import DiffusionTask
@@ -60,13 +58,6 @@ MODEL = DiffusionConfig(
     noise=NoiseConfig(kind="ddpm", num_timesteps=40),
 )  # fmt: skip
 DATA = DataConfig(batch_size=8, source=ScenesSource(count=40, max_objects=1), num_threads=1, prefetch=1)
-
-
-def run(*argv) -> SimpleNamespace:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(a) for a in argv])
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
 def json_of(*argv) -> tuple[dict, str]:
@@ -175,20 +166,20 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
     done = run(
         "sample", trained.run, "x", *begin, tmp_path / "c", "--mask", tmp_path / "black.png"
     )  # fmt: skip
-    assert done.code == 1 and "all black: nothing is left to draw" in done.err
+    assert done.code == 1 and "all black: nothing is sampled" in done.err
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "match"),
     [
         (["x", "--sampler", "euler2"], 2, "euler2"),
-        (["x", "--num-steps", "0"], 1, "num_steps is 0; want at least 1"),
+        (["x", "--num-steps", "0"], 1, "num_steps is 0; expected at least 1"),
         (["x", "--num-steps", "41"], 1, "num_steps in [1, 40] (noise.num_timesteps), got 41"),
         (["x", "--eta", "0.5"], 1, "eta is for ddim; dpm++2m has none"),
-        (["x", "--guidance-scale", "-1"], 1, "guidance_scale is -1.0; want 0 or more"),
-        (["x", "--guidance-interval", "0.9", "0.1"], 1, "guidance times 0.9 to 0.1"),
-        (["x", "--threshold", "1.5"], 1, "threshold is 1.5; want a quantile"),
-        (["x", "--filmstrip", "51"], 1, "--filmstrip is 51; want 1 to 50"),
+        (["x", "--guidance-scale", "-1"], 1, "guidance_scale is -1.0; expected 0 or more"),
+        (["x", "--guidance-interval", "0.9", "0.1"], 1, "guidance_interval is 0.9 to 0.1"),
+        (["x", "--threshold", "1.5"], 1, "threshold is 1.5; expected a quantile"),
+        (["x", "--filmstrip", "51"], 1, "--filmstrip is 51; expected 1 to 50"),
         (
             ["x", "--mask", "small.png", "--image", "picture.png"],
             1,
@@ -196,15 +187,15 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
         ),
         (["x", "--image", "small.png", "--strength", "0.5"], 1, "--image small.png is 16 x 16"),
         (["x", "--image", "picture.png"], 1, "needs a strength (image-to-image) or a mask (inpainting)"),
-        (["x", "--strength", "0.5"], 1, "a mask or a strength is for a picture to begin from"),
-        (["x", "--image", "picture.png", "--strength", "2"], 1, "strength is 2.0; want a share"),
-        (["x", "--temperature", "0.5"], 1, "--temperature is for a Transformer"),
-        (["x", "--prefix", "picture.png"], 1, "--prefix is for a Transformer"),
-        (["x", "--decoder", "runs/x"], 1, "--decoder is for a Transformer"),
-        (["x", "--draft-len", "4"], 1, "--draft-len is for a Transformer"),
-        (["x", "--quantization", "int8"], 1, "--quantization is for a Transformer"),
+        (["x", "--strength", "0.5"], 1, "a mask or a strength needs an image to start from"),
+        (["x", "--image", "picture.png", "--strength", "2"], 1, "strength is 2.0; expected a fraction"),
+        (["x", "--temperature", "0.5"], 2, "--temperature"),
+        (["x", "--prefix", "picture.png"], 2, "--prefix"),
+        (["x", "--decoder", "runs/x"], 2, "--decoder"),
+        (["x", "--draft-len", "4"], 2, "--draft-len"),
+        (["x", "--quantization", "int8"], 2, "--quantization"),
         (["x", "--label", "1"], 1, "--label is for a model of classes"),
-        (["x", "--low-res", "small.png"], 1, "--low-res is for a model that draws from a small picture"),
+        (["x", "--low-res", "small.png"], 1, "--low-res is for a model that enlarges a small image"),
         ([], 1, "no captions; give one or more"),
     ],
 )
@@ -218,13 +209,13 @@ def test_sample_refuses(trained, tmp_path, monkeypatch, argv, code, match):
 
 
 def test_a_picture_that_is_not_finite_names_its_step(trained, tmp_path):
-    model = load_diffusion(trained.run)
+    model = load(trained.run, DiffusionPipeline)
     bad = jax.tree.map(lambda x: x * jnp.nan, model.run.params)
     config = dataclasses.replace(model.run.config, run="x")
     path = exported(tmp_path / "bad", config, model.run.params)
     (path / "text_tokenizer.model").write_bytes((trained.run / "text_tokenizer.model").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dalle_jax.pipelines.diffusion.load_run", lambda *_: Run(config, bad, path, 7))
+        patch.setattr("dalle_jax.pipelines.loading.load_run", lambda *_, **__: Run(config, bad, path, 7))
         done = run("sample", path, "x", "--num-images", 1, "--num-steps", 4, "--out", tmp_path / "out")
     assert done.code == 3 and "in sampling step 1 (rows 0)" in done.err
 
@@ -234,7 +225,7 @@ def test_evaluate(trained):
     assert found["stage"] == "diffusion" and found["sampler"] == "dpm++2m" and found["steps"] == 4
     assert {"loss", "eps_mse", "band_1", "accuracy_one_object", "accuracy_held_out"} <= found.keys()
     done = run("evaluate", trained.run, "--top-k", 3)
-    assert done.code == 1 and "--top-k is for a Transformer" in done.err
+    assert done.code == 2 and "--top-k" in done.err
 
 
 @pytest.mark.slow
@@ -259,7 +250,7 @@ def test_labels(tmp_path):
     assert (pictures[0] != pictures[1]).any()  # the same seed
     for argv, match in (
         ((), "no label; give --label, 0 to 2"),
-        (("--label", 3), "labels from 3 to 3; want 0 to 2"),
+        (("--label", 3), "labels from 3 to 3; expected 0 to 2"),
         (("a cat", "--label", 1), "reads no captions; leave them out, give --label"),
     ):
         done = run("sample", path, *argv, "--out", tmp_path / "x")
@@ -290,14 +281,13 @@ def test_decoding_codes(decoder, tmp_path):
     )
     assert found["pictures"] == 3 and "denoising steps 2/2" in err
     got = np.load(out)["images"]
-    want = denoise_images(
-        load_diffusion(decoder), [5, 6, 7], DiffusionSamplingConfig(num_steps=2), codes=codes
-    ).images
+    model, sampling = load(decoder, DiffusionPipeline), DiffusionSamplingConfig(num_steps=2)
+    want = diffusion.decode_by_diffusion(model, codes, [5, 6, 7], sampling)
     np.testing.assert_allclose(got, want / np.float32(255), atol=1e-6)
     done = run("sample", decoder, "--out", tmp_path / "x")
-    assert done.code == 1 and "draws the pictures of codes: `dalle-jax decode" in done.err
+    assert done.code == 1 and "generates the pixels of codes: `dalle-jax decode" in done.err
     with pytest.raises(ValueError, match=r"codes from 0 to 9; this model's are in \[0, 9\)"):
-        denoise_images(load_diffusion(decoder), [0], codes=np.full((1, 64), 9) * (np.arange(64) > 0))
+        model.sample([ImageRequest(codes=9 * (np.arange(64) > 0))])
 
 
 def test_decoders_side_by_side(decoder):
@@ -308,29 +298,31 @@ def test_decoders_side_by_side(decoder):
         "accuracy_reconstruction",
         "tokenizer_accuracy_reconstruction",
     } <= found.keys()
-    model = load_diffusion(decoder)
-    check_decoder(model, model.tokenizer)
-    with pytest.raises(ValueError, match=r"was not trained on the codes of this tokenizer \(0123\)"):
-        check_decoder(model, model.tokenizer._replace(fingerprint="0123"))
+    model = load(decoder, DiffusionPipeline)
+    model.check_tokenizer(model.tokenizer)
+    run = model.tokenizer.run
+    other = TokenizerPipeline(run._replace(params=jax.tree.map(lambda x: x + 1, run.params)))
+    with pytest.raises(ValueError, match=r"was not trained on the codes of this tokenizer \([0-9a-f]{16}\)"):
+        model.check_tokenizer(other)
 
 
 def test_rfid_is_of_what_the_decoder_draws_from_codes_of_true_pictures(decoder, monkeypatch):
     """Row i with its own codes and seed; beside it the tokenizer's own pixels of the same codes."""
-    model, seen = load_diffusion(decoder), []
+    model, seen = load(decoder, DiffusionPipeline), []
 
     def moments(network, made, rows, progress):
         seen.append(np.concatenate(list(made)))
         return SimpleNamespace(count=len(seen[-1])), None
 
-    monkeypatch.setattr(metrics, "_moments", moments)
+    monkeypatch.setattr(metrics, "_feature_stats", moments)
     monkeypatch.setattr(metrics.fid, "fid", lambda a, b: float(len(seen)))
     how, true = DiffusionSamplingConfig(num_steps=2), SimpleNamespace(count=9)
     found = diffusion.measure_decoder_rfid(None, model, true, 3, how, seed=4)
     assert found == {"rfid": 1.0, "rfid_count": 3, "rfid_reference_count": 9, "tokenizer_rfid": 2.0}
     source = open_source(DATA.source, "eval", languages=())
-    codes = encode_images(model.tokenizer, eval_batch(DATA, source, 3, image_size=SIZE)["image"])
-    np.testing.assert_array_equal(seen[0], denoise_images(model, [4, 5, 6], how, codes=codes).images)
-    np.testing.assert_array_equal(seen[1], images.to_uint8(decode_codes(model.tokenizer, codes)))
+    codes = model.tokenizer.encode(eval_batch(DATA, source, 3, image_size=SIZE)["image"])
+    np.testing.assert_array_equal(seen[0], diffusion.decode_by_diffusion(model, codes, [4, 5, 6], how))
+    np.testing.assert_array_equal(seen[1], images.to_uint8(model.tokenizer.decode(codes)))
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_network_in_numpy(judge):
         classifier.class_logits(judge, images), want, rtol=2e-5, atol=1e-4 * np.abs(want).max()
     )
     np.testing.assert_allclose(
-        classifier.class_logits(judge, images, batch=2),
+        classifier.class_logits(judge, images, batch_size=2),
         classifier.class_logits(judge, images),
         rtol=1e-5,
         atol=1e-3,
@@ -85,25 +85,27 @@ def test_pictures_of_another_side_are_resized(judge):
         classifier.class_logits(judge, images), classifier.class_logits(judge, images[:, :32, :32]), rtol=1e-6
     )
     for bad in (images[0], images.astype(np.float32), images[:0], images[..., :1]):
-        with pytest.raises(ValueError, match=r"want uint8 \(rows, height, width, 3\)"):
+        with pytest.raises(ValueError, match=r"Expected images uint8 \(rows, height, width, 3\)"):
             classifier.class_logits(judge, bad)
 
 
 def test_weights_that_are_no_such_network_are_refused(tmp_path):
     path = tmp_path / "w.npz"
-    with pytest.raises(FileNotFoundError, match=r"no file .*w\.npz; want the npz file of a residual network"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file .*w\.npz; expected the npz file of a residual network"
+    ):
         classifier.load_classifier(path)
     path.write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="not a whole npz file"):
         classifier.load_classifier(path)
     good = weights()
     for change, message in (
-        ({"conv1.weight": None}, "hold no conv1.weight"),
+        ({"conv1.weight": None}, "have no conv1.weight"),
         ({"layer2.0.bn1.bias": None}, r"lack layer2\.0\.bn1\.bias"),
-        ({"layer9.x": np.zeros(1)}, r"hold unknown layer9\.x"),
+        ({"layer9.x": np.zeros(1)}, r"have unknown layer9\.x"),
         (
             {"linear.weight": np.zeros((10, 3), np.float32)},
-            r"linear.weight is float32 \(10, 3\); want floats \(10, 16\)",
+            r"linear.weight is float32 \(10, 3\); expected floats \(10, 16\)",
         ),
         ({"linear.weight": np.zeros((10, 16), np.int32)}, "linear.weight is int32"),
         (
@@ -137,17 +139,17 @@ def test_share_of_true_pictures_by_hand(tmp_path, judge, monkeypatch):
     """A judge that reads the grey, but takes class 0 for class 1: of rows 0 1 2 0 1 2 0, four are right."""
     data = colours(tmp_path, 3)
 
-    def reads_grey(_, images, batch):
+    def reads_gray(_, images, batch_size):
         return np.eye(3)[np.maximum(images[:, 0, 0, 0] // 20, 1)]
 
-    monkeypatch.setattr(classifier, "class_logits", reads_grey)
+    monkeypatch.setattr(classifier, "class_logits", reads_gray)
     found = classifier.measure_true(judge, None, data, 32, 100)
     assert found == {"accuracy_class_true": pytest.approx(4 / 7)}
     assert classifier.measure_true(judge, None, data, 32, 2) == {"accuracy_class_true": 0.5}
 
 
 def test_classes_have_to_agree(tmp_path, judge):
-    with pytest.raises(ValueError, match=r"w\.npz tells 10 classes apart, the run's source has 3 classes"):
+    with pytest.raises(ValueError, match=r"w\.npz has 10 classes, the run's source has 3 classes"):
         classifier.check_classes(judge, colours(tmp_path, 3), "w.npz")
     scenes = config.DataConfig(source=config.ScenesSource(count=10))
     with pytest.raises(ValueError, match="the run's source has no classes"):

@@ -64,11 +64,11 @@ def test_measures_score_all_batches_as_one_set(monkeypatch):
     pictures = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 2, 2, 3))
     batches = [range(0, 8), range(8, 16), range(16, 20)]
     made = (pictures[rows.start : rows.stop] for rows in batches)
-    found, sums = metrics._moments(inception.Inception({}, "", classifier), made, batches, None)
+    found, sums = metrics._feature_stats(inception.Inception({}, "", classifier), made, batches, None)
     assert inception_score.inception_score(sums) == pytest.approx(scored(table @ classifier, 10), rel=1e-6)
     np.testing.assert_allclose(found.mean_D, table.mean(axis=0), rtol=1e-5)
     made = (pictures[rows.start : rows.stop] for rows in batches)
-    assert metrics._moments(inception.Inception({}, ""), made, batches, None)[1] is None
+    assert metrics._feature_stats(inception.Inception({}, ""), made, batches, None)[1] is None
 
 
 # --- the torch file -----------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_every_tensor_of_the_torch_file_has_its_place(arrays, tmp_path):
     kernel, bias = network.params["conv"]["kernel"], network.params["conv"]["bias"]
     assert float(kernel[0, 0, 0, 0]) == pytest.approx(2 / np.sqrt(4.001))
     assert float(bias[0]) == pytest.approx(2 - 6 / np.sqrt(4.001))
-    scores = inception.class_scores(network, np.ones((1, 2048), np.float32))
+    scores = inception.inception_logits(network, np.ones((1, 2048), np.float32))
     np.testing.assert_array_equal(scores, np.full((1, 1008), 2048.0))  # without the bias
 
 
@@ -158,7 +158,7 @@ def test_features_and_scores_of_pytorch_fid(tmp_path, monkeypatch):
         logits = want @ held["model"].fc.weight.T
     network = inception.load_inception(tmp_path / "weights.pth")
     got = inception.inception_features(network, pictures)
-    scores = inception.class_scores(network, got)
+    scores = inception.inception_logits(network, got)
     for ours, reference in ((got, want.numpy()), (scores, logits.numpy())):
         assert np.abs(reference).max() > 0.1
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())

@@ -8,15 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax import pipelines
 from dalle_jax.checkpoint.load import Run
 from dalle_jax.config import DalleConfig, DataConfig, DVAEConfig, ScenesSource, TarSource, TrainConfig
+from dalle_jax.data.images import to_uint8
 from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.scenes import generator
 from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import metrics
 from dalle_jax.models import dalle, dvae
-from dalle_jax.pipelines import ImageTokenizer, SamplingConfig, TextToImage, sample_code_rows
+from dalle_jax.pipelines import (
+    GeneratedImage,
+    ImageRequest,
+    SamplingConfig,
+    TextToImagePipeline,
+    TokenizerPipeline,
+    text_to_image,
+)
 from dalle_jax.sampling.generate import generate
 from dalle_jax.text import tokenizers
 from dalle_jax.text.tokenizers import TextTokenizer
@@ -34,7 +41,7 @@ def jitted(fn):
 def tokenizer():
     cfg = DVAEConfig(image_size=SIZE, groups=3, blocks=1, width=8, decoder_width=8, vocab=16)
     params = jitted(dvae.init)(cfg, jax.random.key(0))
-    return ImageTokenizer(cfg, params, "untrained")
+    return TokenizerPipeline(Run(TrainConfig(model=cfg), params, Path("tokenizer"), 0))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,7 @@ def model(tokenizer, tmp_path_factory):
     )
     params = jitted(dalle.init)(cfg, jax.random.key(1))
     run = Run(TrainConfig(model=cfg, data=DATA), params, Path("run"), 0)
-    return TextToImage(run, TextTokenizer.load(path), tokenizer)
+    return TextToImagePipeline(run, TextTokenizer.load(path), tokenizer)
 
 
 @pytest.fixture(autouse=True)
@@ -63,20 +70,14 @@ def _small_batches(monkeypatch):
     monkeypatch.setattr(metrics, "EVAL_ROWS", 4)
 
 
-def show(monkeypatch, pictures_of_rows):
-    """Lets every model draw `pictures_of_rows(count)`, floats, instead of what its codes say."""
+def show(monkeypatch, images_of_rows):
+    """Let every model generate `images_of_rows(count)`, floats, in place of what its codes decode to."""
 
-    def draw(model, texts, seeds, sampling, **_):
-        return np.zeros((len(texts), 64), np.int32)
+    def sample(self, requests, config=None, **_):
+        images = to_uint8(images_of_rows(len(requests)))
+        return (GeneratedImage(image, request) for image, request in zip(images, requests, strict=True))
 
-    def decode(tokenizer, codes, **_):
-        return pictures_of_rows(len(codes))
-
-    monkeypatch.setattr(metrics, "sample_code_rows", draw)
-    monkeypatch.setattr(metrics, "decode_codes", decode)
-    monkeypatch.setattr(
-        metrics, "encode_images", lambda tokenizer, images, **_: images[:, :8, :8, 0].reshape(-1, 64)
-    )
+    monkeypatch.setattr(TextToImagePipeline, "sample", sample)
 
 
 def true_pictures(kind, count):
@@ -88,8 +89,8 @@ def test_tokenizer_figures_are_means_over_all_rows(tokenizer):
     """6 rows: a full batch and a part of one."""
     found = metrics.measure_tokenizer(tokenizer, DATA, 6)
     rows = eval_batch(DATA, open_source(DATA.source, "eval"), 6, image_size=SIZE)["image"] / np.float32(255)
-    codes = np.asarray(jitted(dvae.encode)(tokenizer.config, tokenizer.params, jnp.asarray(rows)))
-    back = np.asarray(jitted(dvae.decode)(tokenizer.config, tokenizer.params, jnp.asarray(codes)))
+    codes = np.asarray(jitted(dvae.encode)(tokenizer.config, tokenizer.run.params, jnp.asarray(rows)))
+    back = np.asarray(jitted(dvae.decode)(tokenizer.config, tokenizer.run.params, jnp.asarray(codes)))
     mse = np.square(rows - back).mean(axis=(1, 2, 3))
     share = np.bincount(codes.ravel(), minlength=16) / codes.size
     used = share[share > 0]
@@ -110,7 +111,7 @@ def test_likelihood_is_the_mean_over_rows_and_an_untrained_model_guesses(model):
         text=model.text, text_vocab=cfg.text_vocab, text_len=cfg.text_len,
     )  # fmt: skip
     rows = jnp.asarray(batch["image"] / np.float32(255))
-    codes = jitted(dvae.encode)(tokenizer.config, tokenizer.params, rows)
+    codes = jitted(dvae.encode)(tokenizer.config, tokenizer.run.params, rows)
     want, _ = jitted(dalle.loss)(cfg, model.run.params, jnp.asarray(batch["text"]), codes, jax.random.key(7))
     assert found["loss"] == pytest.approx(float(want), rel=1e-5)
 
@@ -142,14 +143,7 @@ def test_faithfulness_has_a_figure_for_each_kind_and_language(monkeypatch, model
 
 
 def test_the_ceiling_of_a_perfect_tokenizer(monkeypatch, tokenizer):
-    pictures = {}
-
-    def encode(tokenizer, images, **_):
-        pictures["now"] = images / np.float32(255)
-        return np.zeros((len(images), 64), np.int32)
-
-    monkeypatch.setattr(metrics, "encode_images", encode)
-    monkeypatch.setattr(metrics, "decode_codes", lambda tokenizer, codes, **_: pictures["now"])
+    monkeypatch.setattr(TokenizerPipeline, "reconstruct", lambda self, images, **_: images)
     found = metrics.reconstruction_accuracy(tokenizer, DATA, 20)
     assert found["accuracy_reconstruction"] >= 0.98
     parts = [v for name, v in found.items() if name != "accuracy_reconstruction"]
@@ -186,56 +180,113 @@ def test_more_captions_extend_the_same_rows(model):
         np.testing.assert_array_equal(a.image, b.image)
 
 
-def test_rows_do_not_depend_on_their_batch(model):
-    texts, seeds = ["a red circle", "", "一个红色的圆"], [4, 4, 9]
-    together = sample_code_rows(model, texts, seeds, SamplingConfig(guidance_scale=1.5), batch=4)
-    for i in range(3):
-        alone = sample_code_rows(
-            model, texts[i : i + 1], seeds[i : i + 1], SamplingConfig(guidance_scale=1.5), batch=4
-        )
-        np.testing.assert_array_equal(together[i], alone[0])
+def codes_of(model, requests, sampling=None, **options):
+    return np.stack([image.codes for image in model.sample(requests, sampling, **options)])
 
 
-def test_a_caption_is_run_once_for_its_pictures(model, monkeypatch):
-    """Several seeds of each caption draw what each draws by itself; the captions are run once a batch."""
-    texts, seeds, calls = ["a red circle", "", "一个红色的圆"], [4, 5, 6, 7, 4, 5, 8, 9, 10], []
+def test_a_caption_is_run_once_for_its_images(model, monkeypatch):
+    """Several seeds of a caption give what each gives alone; a batch runs each caption once."""
+    texts, calls = ["a red circle", "", "一个红色的圆"], []
+    requests = [ImageRequest(texts[i // 3], s) for i, s in enumerate([4, 5, 6, 7, 4, 5, 8, 9, 10])]
     params = jax.tree.map(lambda p: 10 * p, model.run.params)
-    model = model._replace(run=model.run._replace(params=params))  # captions that are heard
-    alone = np.concatenate(
-        [sample_code_rows(model, [texts[i // 3]], [s], batch=1) for i, s in enumerate(seeds)]
-    )
+    model = dataclasses.replace(model, run=model.run._replace(params=params))  # captions make a difference
+    alone = np.concatenate([codes_of(model, [request], batch_size=1) for request in requests])
 
     def counted(cfg, params, text_CT, keys_B, **options):
         calls.append((len(text_CT), len(keys_B)))
         return generate(cfg, params, text_CT, keys_B, **options)
 
-    monkeypatch.setattr(pipelines.text_to_image, "generate", counted)
-    for batch, shapes in {7: [(2, 6)] * 2, 3: [(1, 3)] * 3, 2: [(1, 2)] * 6}.items():
-        np.testing.assert_array_equal(sample_code_rows(model, texts, seeds, batch=batch), alone)
+    monkeypatch.setattr(text_to_image, "generate", counted)
+    for batch_size, shapes in {7: [(2, 6)] * 2, 3: [(1, 3)] * 3, 2: [(1, 2)] * 6}.items():
+        np.testing.assert_array_equal(codes_of(model, requests, batch_size=batch_size), alone)
         assert calls == shapes
         calls.clear()
     assert len(np.unique(alone, axis=0)) == 9
 
 
+def test_an_image_depends_on_its_request_alone(model):
+    """Among requests with other settings, prefixes, and copies of its caption, in either engine, it is the same."""
+    params = jax.tree.map(lambda p: 10 * p, model.run.params)
+    model = dataclasses.replace(model, run=model.run._replace(params=params))
+    prefix = np.arange(16, dtype=np.int32)
+    requests = [
+        ImageRequest("a red circle", 4, guidance_scale=1.5),
+        ImageRequest("a red circle", 5, guidance_scale=1.5),
+        ImageRequest("", 4),
+        ImageRequest("一个红色的圆", 9, temperature=0.5, top_p=0.9),
+        ImageRequest("a red circle", 4, prefix_codes=prefix),
+        ImageRequest("a red circle", 4, guidance_scale=1.5),
+    ]
+    alone = np.concatenate([codes_of(model, [request], batch_size=1) for request in requests])
+    np.testing.assert_array_equal(alone[0], alone[5])
+    np.testing.assert_array_equal(alone[4, :16], prefix)
+    assert len(np.unique(alone, axis=0)) == 5
+    for batch_size in (2, 4):
+        np.testing.assert_array_equal(codes_of(model, requests, batch_size=batch_size), alone)
+        by_rows = codes_of(model, requests, batch_size=batch_size, on_preview=lambda images: None)
+        np.testing.assert_array_equal(by_rows, alone)
+    faster = codes_of(model, requests, SamplingConfig(draft_len=4), batch_size=2)
+    np.testing.assert_array_equal(faster, alone)
+
+
+def test_a_prompt_is_tokenized_once(model, monkeypatch):
+    """For its check, its images and the count of its dropped tokens."""
+    calls = []
+    encode = type(model.text).encode
+
+    def counted(self, caption, **options):
+        calls.append(caption)
+        return encode(self, caption, **options)
+
+    monkeypatch.setattr(type(model.text), "encode", counted)
+    model = dataclasses.replace(model)
+    assert model.num_dropped_tokens("a red circle") == 0
+    codes_of(model, [ImageRequest(text, seed) for text in ("a red circle", "a star") for seed in (0, 1, 2)])
+    assert calls == ["a red circle", "a star"]
+
+
 @pytest.mark.parametrize(
-    ("captions", "copies", "batch", "want"),
+    ("captions", "copies", "batch_size", "want"),
     [(1, 1, 8, (1, 1)), (9, 1, 8, (8, 1)), (9, 3, 8, (2, 3)), (1, 16, 8, (1, 8)), (5, 9, 8, (1, 5))],
 )
-def test_batch_shape(captions, copies, batch, want):
-    assert pipelines.batch_shape(captions, copies, batch) == want
+def test_batch_shape(captions, copies, batch_size, want):
+    assert text_to_image.batch_shape(captions, copies, batch_size) == want
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_rows_are_refused(tokenizer, count):
-    with pytest.raises(ValueError, match=f"count is {count}; want at least 1"):
+    with pytest.raises(ValueError, match=f"count is {count}; expected at least 1"):
         metrics.measure_tokenizer(tokenizer, DATA, count)
 
 
-def test_rows_that_do_not_match_are_refused(model):
-    with pytest.raises(ValueError, match="2 captions and 1 seeds"):
-        sample_code_rows(model, ["a", "b"], [0])
-    with pytest.raises(ValueError, match=r"want integers in \[0, 2\*\*32\)"):
-        sample_code_rows(model, ["a"], [2**32])
+@pytest.mark.parametrize(
+    ("requests", "options", "match"),
+    [
+        ([], {}, "Expected at least one request, got none"),
+        ([ImageRequest("a")], {"batch_size": 0}, "batch_size is 0; expected at least 1 image"),
+        ([ImageRequest("a", label=1)], {}, "a Transformer does not read label"),
+        ([ImageRequest("a", prefix_codes=np.zeros(64, np.int32))], {}, "fewer than 64"),
+        ([ImageRequest("a", prefix_codes=np.full(3, 99))], {}, r"expected codes in \[0, 16\)"),
+    ],
+)
+def test_requests_that_are_not_valid(model, requests, options, match):
+    """They are refused by the call, before any image is asked for."""
+    with pytest.raises(ValueError, match=match):
+        model.sample(requests, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"seed": 2**32}, r"expected an integer in \[0, 2\*\*32\)"),
+        ({"temperature": -1.0}, "temperature is -1.0; expected 0"),
+        ({"top_p": 0.0}, "top_p is 0.0; expected a fraction"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0; expected 0 or more"),
+    ],
+)
+def test_settings_that_are_not_valid(settings, match):
+    with pytest.raises(ValueError, match=match):
+        ImageRequest("a", **settings)
 
 
 def test_a_table_for_people():

@@ -22,7 +22,7 @@ from dalle_jax.importers import clip as importer
 from dalle_jax.importers.formats import safetensors
 from dalle_jax.importers.tensors import Tensor
 from dalle_jax.models import clip
-from dalle_jax.pipelines import ranking
+from dalle_jax.pipelines import ClipPipeline, load
 from dalle_jax.text import byte_bpe
 from dalle_jax.text.tokenizers import BosEosTokenizer
 
@@ -97,9 +97,9 @@ def test_without_a_vocabulary_it_says_so(tmp_path, capsys):
     run = imported(tmp_path, GOLDEN / "clip_hugging_face")
     assert "it has no vocabulary" in capsys.readouterr().out
     with pytest.raises(
-        FileNotFoundError, match=r"has no text_tokenizer\.model.*import it again with --text-tokenizer FILE"
+        FileNotFoundError, match=r"has no text_tokenizer\.model.*Import it again with --text-tokenizer FILE"
     ):
-        ranking.load_clip(run.path)
+        load(run.path, ClipPipeline)
 
 
 def reference(package):

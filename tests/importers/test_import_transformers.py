@@ -29,7 +29,7 @@ from dalle_jax.importers import t5 as encoders
 from dalle_jax.importers.tensors import Tensor
 from dalle_jax.models import autoregressive, dalle, tokenizer
 from dalle_jax.nn import t5
-from dalle_jax.pipelines import load_image_tokenizer
+from dalle_jax.pipelines import TokenizerPipeline, load
 from dalle_jax.sampling.generate import generate, row_keys
 from dalle_jax.text.tokenizers import TextTokenizer
 
@@ -174,7 +174,7 @@ def check_mindalle(files, out, tokenizers):
     np.testing.assert_array_equal(np.where(ids < cfg.text_vocab, ids, cfg.pad_id), want["text"])
     words, codes = scores(cfg, run.params, ids, want["codes"])
     assert relative(words, want["text_logits"]) < 1e-5 and relative(codes, want["image_logits"]) < 1e-5
-    kept = load_image_tokenizer(run.path).config  # of 2 resolutions with attention in the second
+    kept = load(run.path, TokenizerPipeline).config  # of 2 resolutions with attention in the second
     assert (kept.vocab, kept.grid, kept.channel_multipliers, kept.attention_levels) == (
         cfg.image_vocab,
         cfg.grid,
@@ -392,7 +392,7 @@ def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
     assert (run.path / "text_tokenizer.model").read_bytes() == (
         begun.path / "text_tokenizer.model"
     ).read_bytes()
-    assert load_image_tokenizer(run.path).fingerprint == load_image_tokenizer(begun.path).fingerprint
+    assert load(run.path, TokenizerPipeline).fingerprint == load(begun.path, TokenizerPipeline).fingerprint
 
 
 def refused(capsys, *words):

@@ -28,7 +28,7 @@ from dalle_jax.models import lpips, tokenizer
 from dalle_jax.models.vqgan import adversarial, autoencoder, discriminator, quantizers
 from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.parallel.sharding import param_shardings
-from dalle_jax.pipelines import decode_codes, encode_images, load_image_tokenizer
+from dalle_jax.pipelines import TokenizerPipeline, load
 from dalle_jax.train import loop
 from dalle_jax.train.adversarial_optim import adversarial_optimizer
 
@@ -407,9 +407,9 @@ def test_a_run_encodes_and_decodes(tmp_path, capfd):
     run = load_run(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((run.params, outcome.state.ema["tokenizer"])))
     assert set(run.params) == {"encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"}
-    loaded = load_image_tokenizer(tmp_path / "run")
-    codes = encode_images(loaded, np.asarray(images(size=32) * 255).astype(np.uint8))
-    assert decode_codes(loaded, codes).shape == (4, 32, 32, 3)
+    loaded = load(tmp_path / "run", TokenizerPipeline)
+    codes = loaded.encode(np.asarray(images(size=32) * 255).astype(np.uint8))
+    assert loaded.decode(codes).shape == (4, 32, 32, 3)
 
 
 @pytest.mark.slow

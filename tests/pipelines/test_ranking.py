@@ -1,22 +1,21 @@
 """Laws of re-ranking: what is kept are the best of what is drawn; recalls and shares by hand; the verbs."""
 
 import dataclasses
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from command_line import json_of, refused, run
+from dalle_jax.parallel.mesh import make_mesh
 
 from dalle_jax.checkpoint.export import write_run
 from dalle_jax.checkpoint.layout import PARAMS_FILE
 from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.params_file import write_params
 from dalle_jax.checkpoint.run_dir import read_config
-from dalle_jax.cli import main
 from dalle_jax.config import (
     ClipConfig,
     DalleConfig,
@@ -33,14 +32,12 @@ from dalle_jax.data.scenes import generator
 from dalle_jax.evaluate import metrics, reranking, retrieval
 from dalle_jax.models import clip as clips
 from dalle_jax.models import dalle, dvae
-from dalle_jax.parallel.mesh import make_mesh
-from dalle_jax.pipelines import SamplingConfig, load_text_to_image, ranking, sample_images
-from dalle_jax.pipelines.ranking import (
-    clip_scores,
-    embed_captions,
-    embed_images,
-    load_clip,
-    rank_images,
+from dalle_jax.pipelines import (
+    ClipPipeline,
+    GeneratedImage,
+    ImageRequest,
+    TextToImagePipeline,
+    load,
     sample_and_rerank,
 )
 from dalle_jax.text import tokenizers
@@ -94,12 +91,12 @@ def room(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(room):
-    return load_text_to_image(room / "dalle")
+    return load(room / "dalle", TextToImagePipeline)
 
 
 @pytest.fixture(scope="module")
 def clip(room):
-    return load_clip(room / "clip")
+    return load(room / "clip", ClipPipeline)
 
 
 @pytest.fixture(autouse=True)
@@ -110,25 +107,6 @@ def _small_batches(monkeypatch):
 
 def noise(count, size=SIZE, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
-
-
-def run(*argv) -> SimpleNamespace:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(a) for a in argv])
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-def json_of(*argv):
-    done = run(*argv, "--json")
-    assert done.code == 0, done.err
-    return json.loads(done.out)
-
-
-def refused(*argv) -> str:
-    done = run(*argv)
-    assert done.code == 1 and done.out == "" and "Traceback" not in done.err, (done.code, done.err)
-    return done.err
 
 
 # --- captions between a start and an end ------------------------------------------------------------------
@@ -161,10 +139,12 @@ def test_scores_are_those_of_the_model(clip):
     pictures, captions = noise(5), [*CAPTIONS, CAPTIONS[0], CAPTIONS[2]]
     ids = np.stack([clip.text.encode(c, text_vocab=402, text_len=10) for c in captions])
     want = jax.jit(clips.similarity, static_argnums=0)(CLIP, clip.run.params, pictures / np.float32(255), ids)
-    np.testing.assert_allclose(clip_scores(clip, pictures, captions), want, atol=1e-5)
-    np.testing.assert_allclose(embed_images(clip, pictures, batch=2), embed_images(clip, pictures), atol=1e-6)
-    which, best = rank_images(clip, pictures[:4].reshape(2, 2, SIZE, SIZE, 3), CAPTIONS[:2], 2)
-    each = clip_scores(clip, pictures[:4], [CAPTIONS[0]] * 2 + [CAPTIONS[1]] * 2).reshape(2, 2)
+    np.testing.assert_allclose(clip.score(pictures, captions), want, atol=1e-5)
+    np.testing.assert_allclose(
+        clip.embed_images(pictures, batch_size=2), clip.embed_images(pictures), atol=1e-6
+    )
+    which, best = clip.rerank(pictures[:4].reshape(2, 2, SIZE, SIZE, 3), CAPTIONS[:2], 2)
+    each = clip.score(pictures[:4], [CAPTIONS[0]] * 2 + [CAPTIONS[1]] * 2).reshape(2, 2)
     np.testing.assert_array_equal(which, np.argsort(-each, axis=1))
     assert (np.diff(best, axis=1) <= 0).all()
 
@@ -172,12 +152,12 @@ def test_scores_are_those_of_the_model(clip):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda c: clip_scores(c, noise(2), ["a"]), "2 pictures and 1 captions"),
-        (lambda c: embed_images(c, noise(2) / 255), r"pictures are float64 .*, want uint8"),
-        (lambda c: embed_images(c, noise(2)[0]), r"want uint8 \(rows, height, width, 3\)"),
-        (lambda c: embed_captions(c, []), "no captions"),
-        (lambda c: rank_images(c, noise(2), ["a", "b"], 1), r"want \(2, candidates, height, width, 3\)"),
-        (lambda c: rank_images(c, noise(2)[None], ["a"], 3), "keep is 3; want 1 to 2"),
+        (lambda c: c.score(noise(2), ["a"]), "2 images and 1 captions"),
+        (lambda c: c.embed_images(noise(2) / 255), "Expected images uint8 .*, got float64"),
+        (lambda c: c.embed_images(noise(2)[0]), r"Expected images uint8 \(rows, height, width, 3\)"),
+        (lambda c: c.embed_captions([]), "Expected at least one caption"),
+        (lambda c: c.rerank(noise(2), ["a", "b"], 1), r"expected \(2, candidates, height, width, 3\)"),
+        (lambda c: c.rerank(noise(2)[None], ["a"], 3), "top is 3; expected 1 to 2"),
     ],
 )
 def test_ranking_refuses(clip, call, match):
@@ -187,20 +167,31 @@ def test_ranking_refuses(clip, call, match):
 
 def test_kept_are_the_best_of_what_is_drawn(model, clip):
     """Whatever the batch, which parts the candidates of a caption otherwise."""
-    seeds = [10, 11, 12, 20, 21, 22, 30, 31, 32]
-    parts = list(sample_images(model, CAPTIONS, seeds, SamplingConfig(), batch=9))
-    codes, pictures = (np.concatenate(kind) for kind in zip(*parts, strict=True))
-    each = clip_scores(clip, pictures, [c for c in CAPTIONS for _ in range(3)]).reshape(3, 3)
-    assert len(np.unique(codes, axis=0)) == 9
-    for batch in (9, 2):
-        found = list(sample_and_rerank(model, clip, CAPTIONS, seeds, 2, batch=batch))
-        assert [best.number for best in found] == [0, 1, 2]
+    requests = [ImageRequest(caption, seed) for caption, seed in zip(CAPTIONS, (10, 20, 30), strict=True)]
+    every = [ImageRequest(request.prompt, request.seed + i) for request in requests for i in range(3)]
+    candidates = list(model.sample(every, batch_size=9))
+    images_RHWC = np.stack([image.image for image in candidates])
+    each = clip.score(images_RHWC, [request.prompt for request in every]).reshape(3, 3)
+    assert len({image.codes.tobytes() for image in candidates}) == 9
+    for batch_size in (9, 2):
+        found = list(sample_and_rerank(model, clip, requests, 3, 2, batch_size=batch_size))
+        assert len(found) == 3
         for i, best in enumerate(found):
             want = np.argsort(-each[i])[:2]
-            np.testing.assert_array_equal(best.which, want)
-            np.testing.assert_allclose(best.score, each[i][want], atol=1e-5)
-            np.testing.assert_array_equal(best.codes, codes[3 * i : 3 * i + 3][want])
-            np.testing.assert_array_equal(best.images, pictures[3 * i : 3 * i + 3][want])
+            assert [image.request.seed for image in best] == [requests[i].seed + k for k in want]
+            np.testing.assert_allclose([image.score for image in best], each[i][want], atol=1e-5)
+            for image, k in zip(best, want, strict=True):
+                np.testing.assert_array_equal(image.codes, candidates[3 * i + k].codes)
+                np.testing.assert_array_equal(image.image, candidates[3 * i + k].image)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "top", "match"),
+    [(" ", 1, "caption 0 has no text"), ("a", 4, "top is 4; expected 1 to 3"), ("a", 0, "top is 0")],
+)
+def test_reranking_refuses_before_it_samples(model, clip, prompt, top, match):
+    with pytest.raises(ValueError, match=match):
+        sample_and_rerank(model, clip, [ImageRequest(prompt)], 3, top)
 
 
 # --- recalls, classes, best of n: by hand ------------------------------------------------------------------
@@ -238,14 +229,14 @@ def test_retrieval_of_a_perfect_and_a_blind_model(monkeypatch, clip):
     place = {"shared": axes[0] + axes[1], "own 2": axes[2], "own 3": axes[3]} | {
         f"zh {i}": axes[i] for i in range(4)
     }
-    monkeypatch.setattr(retrieval, "embed_images", lambda clip, x, **_: axes[x[:, 0, 0, 0]])
+    monkeypatch.setattr(ClipPipeline, "embed_images", lambda self, x, **_: axes[x[:, 0, 0, 0]])
     monkeypatch.setattr(
-        retrieval, "embed_captions", lambda clip, texts, **_: np.stack([place[t] for t in texts])
+        ClipPipeline, "embed_captions", lambda self, texts, **_: np.stack([place[t] for t in texts])
     )
     found = retrieval.measure_retrieval(clip, DATA, 9)
     assert (found["pictures"], found["texts"]) == (4, 7)
     assert found["image_to_text_recall_1"] == found["text_to_image_recall_1"] == 1.0
-    monkeypatch.setattr(retrieval, "embed_captions", lambda clip, texts, **_: np.ones((len(texts), 4)))
+    monkeypatch.setattr(ClipPipeline, "embed_captions", lambda self, texts, **_: np.ones((len(texts), 4)))
     found = retrieval.measure_retrieval(clip, DATA, 9)
     assert found["image_to_text_recall_1"] == found["text_to_image_recall_1"] == 0.0
 
@@ -260,8 +251,8 @@ def test_classes_by_hand(monkeypatch, clip):
         )
 
     monkeypatch.setattr(retrieval, "open_source", lambda *_, **__: Rows())
-    monkeypatch.setattr(retrieval, "embed_captions", captions)
-    monkeypatch.setattr(retrieval, "embed_images", lambda clip, x, **_: np.eye(2)[x[:, 0, 0, 0] % 2])
+    monkeypatch.setattr(ClipPipeline, "embed_captions", captions)
+    monkeypatch.setattr(ClipPipeline, "embed_images", lambda self, x, **_: np.eye(2)[x[:, 0, 0, 0] % 2])
     vectors = retrieval.class_vectors(clip, ["cat", "dog"], ["a photo of a {}", "{}"])
     assert asked == ["a photo of a cat", "cat", "a photo of a dog", "dog"]
     mean = np.array([0.3, 0.9])
@@ -287,8 +278,8 @@ def test_classes_of_scenes_are_colour_and_shape(monkeypatch, clip):
         said = [scene.objects[0] for _, scene in metrics.unseen_captions(DATA, kind, len(x))]
         return np.eye(200)[[index[f"a {o.color} {o.shape}"] for o in said]]
 
-    monkeypatch.setattr(retrieval, "embed_captions", captions)
-    monkeypatch.setattr(retrieval, "embed_images", pictures)
+    monkeypatch.setattr(ClipPipeline, "embed_captions", captions)
+    monkeypatch.setattr(ClipPipeline, "embed_images", pictures)
     kinds = ["one_object", "held_out"]
     found = retrieval.measure_zero_shot(clip, DATA, 6)
     assert found == {
@@ -319,19 +310,17 @@ def test_reranking_by_a_judge_that_knows(monkeypatch, model, clip):
     true = [generator.render(scene, SIZE) for _, scene in pairs]
     blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
 
-    def draw(model, texts, seeds, sampling, **_):
-        assert len(seeds) == 4 * len(texts)
-        drawn = [true[i // 4] if i % 4 == 2 else blank for i in range(len(seeds))]
-        for start in range(0, len(drawn), 5):  # parts that do not keep to captions
-            yield None, np.stack(drawn[start : start + 5])
+    def sample(self, requests, config=None, **_):
+        images = [true[i // 4] if i % 4 == 2 else blank for i in range(len(requests))]
+        return (GeneratedImage(image, request) for image, request in zip(images, requests, strict=True))
 
-    monkeypatch.setattr(reranking, "sample_images", draw)
+    monkeypatch.setattr(TextToImagePipeline, "sample", sample)
     monkeypatch.setattr(reranking, "scene_kinds", lambda *_: (kind,))
     for sign, best in ((1, 1.0), (-1, 0.0)):
         monkeypatch.setattr(
-            reranking,
-            "clip_scores",
-            lambda clip, x, captions, sign=sign: np.array([-sign * p.mean() for p in x]),
+            ClipPipeline,
+            "score",
+            lambda self, x, captions, sign=sign: np.array([-sign * p.mean() for p in x]),
         )
         found = reranking.measure_reranking(model, clip, count, 4)
         assert found == {
@@ -352,7 +341,7 @@ def test_sample_keeps_the_best(room, tmp_path, clip):
     assert found["candidates"] == 3 and found["clip"] == str(room / "clip")
     by_seed = {(row["caption"], row["seed"]): Path(row["file"]) for row in every}
     drawn = {key: images.load_image(file, SIZE) for key, file in by_seed.items()}
-    score = {key: float(clip_scores(clip, picture[None], [key[0]])[0]) for key, picture in drawn.items()}
+    score = {key: float(clip.score(picture[None], [key[0]])[0]) for key, picture in drawn.items()}
     for caption in CAPTIONS[:2]:
         kept = [row for row in found["pictures"] if row["caption"] == caption]
         best = sorted((key for key in score if key[0] == caption), key=lambda key: -score[key])[:2]
@@ -370,17 +359,16 @@ def test_sample_refuses(room, tmp_path):
     one = ("sample", room / "dalle", "a", "--out", tmp_path / "o")
     ranked = (*one, "--clip", room / "clip")
     assert "--candidates and --top need --clip" in refused(*one, "--top", 2)
-    assert "--num-images is for drawing without --clip" in refused(*ranked, "--num-images", 2)
-    assert "keep is 3; want 1 to 2" in refused(*ranked, "--candidates", 2, "--top", 3)
+    assert "--num-images is for sampling without --clip" in refused(*ranked, "--num-images", 2)
+    assert "top is 3; expected 1 to 2" in refused(*ranked, "--candidates", 2, "--top", 3)
     assert "--candidates is 0" in refused(*ranked, "--candidates", 0)
-    assert "is a run of stage dalle; want one of stage clip" in refused(*one, "--clip", room / "dalle")
-    (tmp_path / "own.jsonl").write_text('{"caption": "a", "guidance_scale": 2}')
-    told = refused(*ranked, "--captions-file", tmp_path / "own.jsonl")
-    assert "settings of their own go through the queue, which --clip has not; give plain captions" in told
+    assert "is a run of stage dalle; expected a CLIP" in refused(*one, "--clip", room / "dalle")
     empty = ("sample", room / "dalle", "--unconditional", "--out", tmp_path / "o", "--clip", room / "clip")
     assert "caption 0 has no text" in refused(*empty)
-    assert "stage clip: it ranks pictures and draws none" in refused("sample", room / "clip", "a")
-    assert "stage clip: it has no image tokenizer" in refused("encode", room / "clip", "a.png", "--out", "x")
+    assert "stage clip: it ranks images and generates none" in refused("sample", room / "clip", "a")
+    assert "stage clip, which has no image tokenizer" in refused(
+        "encode", room / "clip", "a.png", "--out", "x"
+    )
 
 
 def test_rerank_lists_the_best_first(room, tmp_path, clip):
@@ -389,19 +377,17 @@ def test_rerank_lists_the_best_first(room, tmp_path, clip):
         images.save_png(path, picture)
     found = json_of("rerank", room / "clip", "a red circle", *paths, "--top", 3)["pictures"]
     pictures = np.stack([images.load_image(path, 32) for path in paths])
-    want = clip_scores(clip, pictures, ["a red circle"] * 4)
+    want = clip.score(pictures, ["a red circle"] * 4)
     order = np.argsort(-want)[:3]
     assert [row["file"] for row in found] == [str(paths[i]) for i in order]
     np.testing.assert_allclose([row["score"] for row in found], want[order], atol=1e-5)
     listed = run("rerank", room / "clip", "a red circle", *paths).out.splitlines()
     assert len(listed) == 4 and listed[0].endswith(str(paths[order[0]]))
-    assert "no pictures" in refused("rerank", room / "clip", "a")
+    assert "Expected at least one image file" in refused("rerank", room / "clip", "a")
     assert "the caption has no text" in refused("rerank", room / "clip", " ", paths[0])
-    assert "--top is 2; want 1 to 1" in refused("rerank", room / "clip", "a", paths[0], "--top", 2)
+    assert "--top is 2; expected 1 to 1" in refused("rerank", room / "clip", "a", paths[0], "--top", 2)
     assert "Cannot read the image" in refused("rerank", room / "clip", "a", tmp_path / "none.png")
-    assert "is a run of stage dalle; want one of stage clip" in refused(
-        "rerank", room / "dalle", "a", paths[0]
-    )
+    assert "is a run of stage dalle; expected a CLIP" in refused("rerank", room / "dalle", "a", paths[0])
 
 
 def test_evaluate_a_clip(room, tmp_path):
@@ -416,11 +402,9 @@ def test_evaluate_a_clip(room, tmp_path):
     assert found["classes"] == 2 and 0 <= found["zero_shot_top1"] <= 1
     assert found["pictures"] == 6 and found["texts"] == 2
     assert "got nothing at" in refused("evaluate", room / "clip", "--data", tmp_path / "no ne")
-    assert "are for a CLIP" in refused("evaluate", room / "dalle", "--templates", "a {}")
+    assert "--templates" in refused("evaluate", room / "dalle", "--templates", "a {}", code=2)
     assert "--candidates needs --clip" in refused("evaluate", room / "dalle", "--candidates", 4)
-    assert "--clip scores what a Transformer draws" in refused(
-        "evaluate", room / "clip", "--clip", room / "clip"
-    )
+    assert "--clip" in refused("evaluate", room / "clip", "--clip", room / "clip", code=2)
 
 
 def test_evaluate_by_a_clip(room):
@@ -448,21 +432,19 @@ def test_a_clip_trains_and_its_export_is_the_same(tmp_path, monkeypatch):
         "eval_text_to_image",
     }
     assert (tmp_path / "run" / "samples" / "step_00000002.png").exists()
-    clip = load_clip(tmp_path / "run")
-    assert clip.run.step == 2 and len(clip_scores(clip, noise(1), ["a red circle"])) == 1
+    clip = load(tmp_path / "run", ClipPipeline)
+    assert clip.run.step == 2 and len(clip.score(noise(1), ["a red circle"])) == 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first = next(row for row in rows if "loss" in row)
     assert first["loss"] == pytest.approx(np.log(8), abs=1.5) and first["scale"] == pytest.approx(
         1 / 0.07, rel=1e-3
     )
     assert run("export", tmp_path / "run", "--out", tmp_path / "out").code == 0
-    again = load_clip(tmp_path / "out")
+    again = load(tmp_path / "out", ClipPipeline)
     jax.tree.map(np.testing.assert_array_equal, clip.run.params, again.run.params)
-    np.testing.assert_array_equal(
-        clip_scores(again, noise(3), CAPTIONS), clip_scores(clip, noise(3), CAPTIONS)
-    )
+    np.testing.assert_array_equal(again.score(noise(3), CAPTIONS), clip.score(noise(3), CAPTIONS))
     assert read_config(tmp_path / "out").model == CLIP and load_run(tmp_path / "out", "clip").step == 2
-    assert ranking.load_clip(str(tmp_path / "out")).config == CLIP
+    assert load(str(tmp_path / "out"), ClipPipeline).config == CLIP
 
 
 def test_a_clip_sees_every_second_picture_as_a_tokenizer_makes_it(room, tmp_path):

@@ -12,7 +12,6 @@ import pytest
 
 from dalle_jax.checkpoint.export import write_run
 from dalle_jax.checkpoint.load import Run
-from dalle_jax.checkpoint.params_file import fingerprint
 from dalle_jax.config import (
     DalleConfig,
     DataConfig,
@@ -27,7 +26,7 @@ from dalle_jax.config import (
 from dalle_jax.data.images import to_float, to_uint8
 from dalle_jax.data.sources import open_source
 from dalle_jax.models import dalle, dvae
-from dalle_jax.pipelines import ImageTokenizer, encode_source
+from dalle_jax.pipelines import TokenizerPipeline, encode_dataset
 from dalle_jax.text.tokenizers import train_text_tokenizer
 from dalle_jax.train.tasks import make_task
 from dalle_jax.train.tasks.dalle import DalleTask
@@ -95,8 +94,8 @@ def first(task, steps):
 def write_codes(path, tokenizer, rows=ROWS, params=None):
     """A directory of the codes of the first `rows` train rows, in shards of 8."""
     params = tokenizer.params if params is None else params
-    model = ImageTokenizer(TOKENIZER, params, fingerprint(TOKENIZER, params))
-    encode_source(model, DataConfig(source=SCENES), path, rows=rows, shard_rows=8)
+    model = TokenizerPipeline(Run(TrainConfig(model=TOKENIZER), params, Path(path), 0))
+    encode_dataset(model, DataConfig(source=SCENES), path, rows=rows, shard_rows=8)
 
 
 @pytest.fixture(scope="module")

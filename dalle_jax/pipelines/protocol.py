@@ -1,0 +1,189 @@
+"""The protocol of all pipelines: a frozen request per image in, an image per request out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from dalle_jax.checkpoint.load import Run
+from dalle_jax.pipelines.batching import ProgressFn
+
+if TYPE_CHECKING:
+    from dalle_jax.pipelines.tokenizer import TokenizerPipeline
+
+SAMPLE_BATCH_SIZE = 8  # images sampled at once where the caller sets no batch size
+
+# Called with the unfinished images that follow those already yielded, uint8 (B, H, W, 3).
+PreviewFn = Callable[[np.ndarray], None]
+
+
+def check_setting(name: str, value: float | None) -> None:
+    """Check one of the settings that a request may override.
+
+    Raises:
+        ValueError: `value` is neither None nor in the range of the setting.
+    """
+    if value is None:
+        return
+    valid, expected = {
+        "temperature": (0 <= value < math.inf, "0 (greedy) or more"),
+        "top_p": (0 < value <= 1, "a fraction in (0, 1]"),
+        "guidance_scale": (0 <= value < math.inf, "0 or more; 1 turns guidance off"),
+    }[name]
+    if not valid:
+        raise ValueError(f"{name} is {value}; expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageRequest:
+    """One image to generate. The image depends on its request and the configuration of the call alone.
+
+    Attributes:
+        prompt: the caption; "" generates without one.
+        seed: integer in [0, 2**32).
+        guidance_scale: scale of classifier-free guidance, 1 turns it off; None takes the call's.
+        temperature, top_p: of a Transformer; None takes the call's.
+        prefix_codes: of a Transformer, int (P,): the first P codes of the image, fewer than the image has.
+        label: of a class-conditional model, the number of the class; None generates without one.
+        codes: of a diffusion model on image tokens, int (N,): the codes whose pixels it generates.
+        low_res: of a diffusion model for super-resolution, uint8 (h, w, 3): the small image.
+        image: of a diffusion model, uint8 (H, W, 3): the image to start from.
+        strength: with `image`, the amount of noise added to it before denoising, in (0, 1].
+        mask: with `image`, bool (H, W): True where `image` is kept.
+    """
+
+    prompt: str = ""
+    seed: int = 0
+    _: dataclasses.KW_ONLY
+    guidance_scale: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    prefix_codes: np.ndarray | None = None
+    label: int | None = None
+    codes: np.ndarray | None = None
+    low_res: np.ndarray | None = None
+    image: np.ndarray | None = None
+    strength: float | None = None
+    mask: np.ndarray | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; expected an integer in [0, 2**32)")
+        for name in ("guidance_scale", "temperature", "top_p"):
+            check_setting(name, getattr(self, name))
+
+
+class GeneratedImage(NamedTuple):
+    """A generated image.
+
+    Attributes:
+        image: uint8 (H, W, 3).
+        request: the request that it answers.
+        codes: int32 (N,), the image tokens; None for a model without.
+        score: cosine similarity with the prompt, by the CLIP that ranked it; None without re-ranking.
+        frames: uint8 (F, H, W, 3), the denoised image at F of the steps; None where none were asked for.
+        codes_per_pass: with speculative decoding, codes per pass of the network, the mean over the images of the
+            call so far.
+    """
+
+    image: np.ndarray
+    request: ImageRequest
+    codes: np.ndarray | None = None
+    score: float | None = None
+    frames: np.ndarray | None = None
+    codes_per_pass: float | None = None
+
+
+class Pipeline(Protocol):
+    """A trained model with everything that its use needs.
+
+    Attributes:
+        kind: "text-to-image", "diffusion", "tokenizer" or "clip".
+        run: configuration, parameters, directory and step of the trained model.
+        config: the model's configuration, `run.config.model`.
+        tokenizer: the image tokenizer whose codes the model reads or generates, if any.
+        image_size: side of the square images that the model generates or reads, pixels.
+        languages: languages of the captions that the model reads; () for a model without captions.
+        is_class_conditional: whether the model reads the label of a class.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def run(self) -> Run: ...
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def tokenizer(self) -> TokenizerPipeline | None: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def languages(self) -> tuple[str, ...]: ...
+
+    @property
+    def is_class_conditional(self) -> bool: ...
+
+    @classmethod
+    def from_run(cls, run: Run) -> Pipeline:
+        """Complete a trained model with the files of its run directory."""
+        ...
+
+    def num_dropped_tokens(self, prompt: str) -> int:
+        """Return how many tokens of a prompt are beyond those that the model reads."""
+        ...
+
+    def sample(
+        self,
+        requests: Iterable[ImageRequest],
+        config: Any = ...,
+        *,
+        batch_size: int = ...,
+        on_preview: PreviewFn | None = ...,
+        progress: ProgressFn | None = ...,
+    ) -> Iterator[GeneratedImage]:
+        """Generate an image for each request, in their order.
+
+        The arguments are checked before this returns; the images are computed as they are iterated over.
+
+        Args:
+            requests: at least one.
+            config: what all images of the call share, a SamplingConfig or a DiffusionSamplingConfig; None is its default.
+            batch_size: images computed at once.
+            on_preview: called with unfinished images; of a Transformer only.
+            progress: called with what is done and what there is, in images or denoising steps.
+
+        Raises:
+            ValueError: the model generates no images, or cannot generate one of these.
+        """
+        ...
+
+
+def check_batch(requests: list[ImageRequest], batch_size: int) -> None:
+    """Check the arguments that all generators share.
+
+    Raises:
+        ValueError: there is no request, or `batch_size` is below 1.
+    """
+    if not requests:
+        raise ValueError("Expected at least one request, got none.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1 image")
+
+
+def check_unused(requests: list[ImageRequest], fields: tuple[str, ...], model: str) -> None:
+    """Check that no request sets a field that the model does not read.
+
+    Raises:
+        ValueError: the first of `fields` that a request sets.
+    """
+    for name in fields:
+        if any(getattr(request, name) is not None for request in requests):
+            raise ValueError(f"{model} does not read {name}; leave it out of the requests")

@@ -1,0 +1,157 @@
+"""`dalle-jax evaluate` on tiny runs, and every kind of bad input."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from command_line import SIZE, json_of, refused, run
+
+from dalle_jax.checkpoint.load import load_run
+from dalle_jax.config import (
+    ArraysSource,
+    to_json,
+)
+from dalle_jax.data.loader.pipeline import eval_batch
+from dalle_jax.data.sources import open_source
+from dalle_jax.evaluate import classifier, fid, inception, metrics
+from dalle_jax.pipelines import SamplingConfig, TextToImagePipeline, TokenizerPipeline, load
+
+# --- evaluate ---------------------------------------------------------------------------------------------
+
+
+def test_evaluate_a_tokenizer(made):
+    found = json_of("evaluate", made.dvae, "--count", 4)
+    assert {"psnr", "mse", "codebook_use", "codebook_perplexity", "accuracy_reconstruction"} <= set(found)
+    assert (found["stage"], found["step"], found["count"]) == ("dvae", 2, 4)
+    assert "psnr" in run("evaluate", made.dvae, "--count", 4).out
+
+
+def test_evaluate_a_transformer_with_a_curve(made):
+    found = json_of("evaluate", made.dalle, "--count", 4, "--guidance-scale", 1, 2.5)
+    names = {"loss", "image_loss", "text_loss", "psnr", "codebook_use", "accuracy_reconstruction"}
+    right = {"accuracy_one_object", "accuracy_two_objects", "accuracy_held_out", "accuracy_held_out_zh"}
+    assert names | right <= set(found) and found["stage"] == "dalle"
+    assert [row["guidance_scale"] for row in found["curve"]] == [1, 2.5] and right <= set(found["curve"][1])
+    assert found["guidance_scale"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--count", 0), "--count is 0"),
+        (("--guidance-scale", 1, -1), "guidance_scale is -1.0"),
+        (("--guidance-scale",), "no value"),
+    ],
+)
+def test_evaluate_refuses(made, flags, told):
+    assert told in refused("evaluate", made.dalle, *flags)
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    """In place of Inception-v3, whose weights are not here: the mean colour of a picture as its features."""
+    network = inception.Inception({}, "colours")
+    monkeypatch.setattr(inception, "load_inception", lambda path: network)
+    monkeypatch.setattr(
+        inception, "inception_features", lambda _, rows: rows.mean(axis=(1, 2)).astype(np.float32)
+    )
+    return network
+
+
+def test_evaluate_a_tokenizer_by_fid(made, colours, tmp_path):
+    stats = tmp_path / "stats.npz"
+    first = json_of("evaluate", made.dvae, "--count", 16, "--fid-weights", "w.npz", "--fid-save", stats)
+    assert (first["rfid_count"], first["rfid_reference_count"]) == (16, 16)
+    tokenizer = load(made.dvae, TokenizerPipeline)
+    data = load_run(made.dvae).config.data
+    true = eval_batch(data, open_source(data.source, "eval"), 16, image_size=SIZE)["image"]
+    again = tokenizer.reconstruct(true, batch_size=8)
+    (mean_a, cov_a), (mean_b, cov_b) = (
+        (x.mean(0), np.cov(x, rowvar=False)) for x in (rows.mean(axis=(1, 2)) for rows in (true, again))
+    )
+    want = fid.frechet_distance(mean_a, cov_a, mean_b, cov_b)
+    assert want > 1 and first["rfid"] == pytest.approx(want, rel=1e-3)
+    flags = ("--fid-weights", "w.npz", "--fid-reference", stats)
+    assert json_of("evaluate", made.dvae, "--count", 16, *flags)["rfid"] == pytest.approx(first["rfid"])
+
+
+def test_evaluate_a_transformer_by_fid(made, colours, monkeypatch):
+    flags = ("--count", 8, "--fid-weights", "w.npz")
+    found = json_of("evaluate", made.dalle, *flags, "--guidance-scale", 1, 2.5)
+    assert found["fid"] > 0 and (found["fid_count"], found["fid_reference_count"]) == (8, 8)
+    assert [set(row) >= {"guidance_scale", "fid", "accuracy_one_object"} for row in found["curve"]] == [
+        True,
+        True,
+    ]
+    # a source whose captions cannot be verified has a FID all the same
+    monkeypatch.setattr(metrics, "scene_kinds", lambda *_: ())
+    other = json_of("evaluate", made.dalle, *flags)
+    assert other["fid"] == pytest.approx(found["fid"]) and "accuracy_one_object" not in other
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--fid-weights", "absent.npz"), "no file absent.npz"),
+        (("--fid-save", "x.npz"), "--fid-reference and --fid-save need --fid-weights"),
+        (("--fid-weights", "w", "--fid-save", "x", "--fid-reference", "y"), "use one of them"),
+        (("--fid-weights", "w.npz", "--count", 1), "expected at least 2 images for a FID"),
+    ],
+)
+def test_evaluate_refuses_wrong_fid_flags(made, flags, told):
+    assert told in refused("evaluate", made.dvae, *flags)
+
+
+def test_evaluate_refuses_statistics_of_other_pictures(made, colours, tmp_path):
+    made_of = fid.FIDSettings("colours", inception.PREPROCESSING, SIZE * 2)
+    fid.save_reference(tmp_path / "s.npz", fid.feature_stats(np.eye(3)), made_of)
+    told = refused("evaluate", made.dvae, "--fid-weights", "w", "--fid-reference", tmp_path / "s.npz")
+    assert "was made with image_size 64, this measure has 32" in told
+
+
+# --- the classifier as a judge --------------------------------------------------------------------------
+
+
+def test_evaluate_by_a_classifier(made, tmp_path, monkeypatch):
+    """The pictures judged are those drawn for the rows' captions; a judge of their grey, by hand."""
+    labels = np.arange(8) % 2
+    pictures = np.broadcast_to((60 + 80 * labels)[:, None, None, None], (8, SIZE, SIZE, 3)).astype(np.uint8)
+    arrays = {f"{s}_{a}": v for s in ("train", "test") for a, v in (("x", pictures), ("y", labels))}
+    np.savez(tmp_path / "a.npz", **arrays, label_names=["dark", "bright"])
+    path = shutil.copytree(made.dalle, tmp_path / "run")
+    plain = json.loads((path / "config.json").read_text())
+    plain["data"]["source"] = json.loads(to_json(ArraysSource(path=str(tmp_path / "a.npz"))))
+    (path / "config.json").write_text(json.dumps(plain))
+    judged = []
+
+    def reads_grey(judge, images, batch_size):
+        judged.append(images)
+        return np.eye(2)[(images.mean(axis=(1, 2, 3)) > 100).astype(int)]
+
+    monkeypatch.setattr(classifier, "load_classifier", lambda path: SimpleNamespace(classes=2))
+    monkeypatch.setattr(classifier, "class_logits", reads_grey)
+    found = json_of(
+        "evaluate", path, "--classifier", "w.npz", "--count", 6, "--seed", 3, "--guidance-scale", 1, 2
+    )
+    assert found["accuracy_class_true"] == 1.0 and 0 <= found["accuracy_class_reconstruction"] <= 1
+    model = load(path, TextToImagePipeline)
+    captions = [f"a photo of a {('dark', 'bright')[k]}" for k in labels[:6]]
+    for seen, row, guidance in zip(judged[2:], found["curve"], (1, 2), strict=True):
+        how = SamplingConfig(guidance_scale=guidance)
+        want = metrics.sample_for_captions(model, captions, range(3, 9), how)
+        np.testing.assert_array_equal(seen, want)
+        share = np.mean((want.mean(axis=(1, 2, 3)) > 100) == labels[:6])
+        assert row["accuracy_class"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--classifier", "absent.npz"), "no file absent.npz"),
+        (("--classifier", "{made}/dvae/config.json"), "not a whole npz file"),
+    ],
+)
+def test_evaluate_refuses_a_wrong_classifier(made, flags, told):
+    assert told in refused("evaluate", made.dvae, *(f.format(made=made.out) for f in flags))

@@ -1,0 +1,399 @@
+"""`dalle-jax sample` on a tiny Transformer: its files, its laws, and every kind of bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command_line import GRID, GUIDED, SIZE, VOCAB, json_of, refused, run
+from PIL import Image
+
+from dalle_jax.cli import sample_file
+from dalle_jax.data import images
+from dalle_jax.models import dvae
+from dalle_jax.pipelines import ImageRequest, SamplingConfig, TextToImagePipeline, load, loading
+
+ENCODE, DECODE = (jax.jit(f, static_argnums=0) for f in (dvae.encode, dvae.decode))
+
+
+# --- sample -----------------------------------------------------------------------------------------------
+
+
+def codes_of(out) -> dict:
+    with np.load(out / "codes.npz") as file:
+        return dict(zip(file["names"].tolist(), file["codes"], strict=True))
+
+
+def test_sample_writes_each_picture_and_a_grid(made, tmp_path):
+    told = json_of(
+        "sample",
+        made.dalle,
+        "a red circle",
+        "一个红色的圆",
+        "--num-images",
+        2,
+        "--seed",
+        5,
+        "--out",
+        tmp_path,
+    )
+    assert [(p["caption"], p["seed"]) for p in told["pictures"]] == [
+        ("a red circle", 5), ("a red circle", 6), ("一个红色的圆", 5), ("一个红色的圆", 6),
+    ]  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "c000_s0005.png", "c000_s0006.png", "c001_s0005.png", "c001_s0006.png", "grid.png", "codes.npz",
+    }  # fmt: skip
+    assert Image.open(told["pictures"][3]["file"]).size == (SIZE, SIZE)
+    model = load(made.dalle, TextToImagePipeline)
+    codes = codes_of(tmp_path)["c001_s0006.png"]
+    want = DECODE(model.tokenizer.config, model.tokenizer.run.params, jnp.asarray(codes)[None])[0]
+    np.testing.assert_allclose(
+        np.asarray(Image.open(told["pictures"][3]["file"])) / 255, want, atol=0.51 / 255
+    )
+
+
+def test_a_picture_depends_on_its_caption_and_seed_alone(made, tmp_path):
+    """Alone, or among eleven others of other captions and seeds, in another place of another batch."""
+    json_of(
+        "sample",
+        made.dalle,
+        "a blue star",
+        "--num-images",
+        1,
+        "--seed",
+        2,
+        *GUIDED,
+        "--out",
+        tmp_path / "alone",
+    )
+    many = ["", "a green heart", "一个红色的圆", "a blue star"]
+    json_of("sample", made.dalle, *many, "--num-images", 3, "--seed", 1, *GUIDED, "--out", tmp_path / "many")
+    alone, among = codes_of(tmp_path / "alone"), codes_of(tmp_path / "many")
+    np.testing.assert_array_equal(alone["c000_s0002.png"], among["c003_s0002.png"])
+    assert (tmp_path / "alone" / "c000_s0002.png").read_bytes() == (
+        tmp_path / "many" / "c003_s0002.png"
+    ).read_bytes()
+    assert len({codes.tobytes() for codes in among.values()}) > 4  # and on both of them: 4 captions, 3 seeds
+
+
+def test_sampling_twice_gives_the_same_files(made, tmp_path):
+    for name in ("a", "b"):
+        json_of(
+            "sample",
+            made.dalle,
+            "a red cross",
+            "--num-images",
+            2,
+            *GUIDED,
+            "--out",
+            tmp_path / name,
+        )
+    for name in ("c000_s0000.png", "c000_s0001.png", "grid.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_pictures_are_shown_as_they_are_drawn(made, tmp_path, monkeypatch):
+    """Every three rows of codes a grid, its lower part grey; in the end the pictures are those of no showing."""
+    call = ("sample", made.dalle, "a red cross", "a star", "--num-images", 1, *GUIDED)
+    json_of(*call, "--out", tmp_path / "at_once")
+    grids, save = [], images.save_png
+
+    def kept(path, picture):
+        if path.name == "grid.png":
+            grids.append(np.asarray(picture))
+        save(path, picture)
+
+    monkeypatch.setattr(images, "save_png", kept)
+    json_of(*call, "--preview-rows", 3, "--out", tmp_path / "shown")
+    for name in ("c000_s0000.png", "c001_s0000.png", "grid.png"):
+        assert (tmp_path / "at_once" / name).read_bytes() == (tmp_path / "shown" / name).read_bytes()
+    final = np.asarray(Image.open(tmp_path / "shown" / "grid.png").convert("RGB"))
+    scale, grey = 128 // SIZE, np.array([128, 128, 128])
+    assert len(grids) == 4  # after 3 and 6 rows, all 8, and the pictures as they are kept
+    for grid, rows in zip(grids, (3, 6), strict=False):
+        first = grid[grid.shape[0] - final.shape[0] :][4 : 4 + SIZE * scale, 8:100]
+        edge = rows * (SIZE // GRID) * scale
+        assert (first[edge + 4 :] == grey).all() and (first[: edge - 4] != grey).any()
+    np.testing.assert_array_equal(grids[-1], final)
+    grids.clear()
+    told = json_of(*call, "--preview-rows", 3, "--draft-len", 6, "--out", tmp_path / "faster")
+    for name in ("c000_s0000.png", "c001_s0000.png", "grid.png"):
+        assert (tmp_path / "at_once" / name).read_bytes() == (tmp_path / "faster" / name).read_bytes()
+    assert len(grids) in (3, 4) and 1 <= told["codes_per_pass"] <= 6
+
+
+def test_jacobi_draws_the_same_and_8_bits_nearly(made, tmp_path):
+    call = ("sample", made.dalle, "a red cross", "--num-images", 2, "--temperature", 0.5, *GUIDED)
+    plain = json_of(*call, "--out", tmp_path / "plain")
+    faster = json_of(*call, "--draft-len", 6, "--out", tmp_path / "faster")
+    assert "codes_per_pass" not in plain and 1 <= faster["codes_per_pass"] <= 6
+    want = codes_of(tmp_path / "plain")
+    for name, codes in codes_of(tmp_path / "faster").items():
+        np.testing.assert_array_equal(codes, want[name])
+    json_of(*call, "--draft-len", 6, "--quantization", "int8", "--out", tmp_path / "small")
+    small = codes_of(tmp_path / "small")
+    same = np.mean([small[name] == want[name] for name in want])
+    assert same > 0.5  # of 32 codes; pictures drawn apart share a thirtieth
+
+
+def test_guidance_one_is_none_and_top_k_one_is_greedy(made, tmp_path):
+    calls = {
+        "plain": (), "one": ("--guidance-scale", 1), "two": GUIDED,
+        "greedy": ("--temperature", 0), "k": ("--top-k", 1), "p": ("--top-p", 1e-6),
+    }  # fmt: skip
+    found = {}
+    for name, flags in calls.items():
+        json_of("sample", made.dalle, "a red cross", "--num-images", 1, *flags, "--out", tmp_path / name)
+        found[name] = codes_of(tmp_path / name)["c000_s0000.png"]
+    np.testing.assert_array_equal(found["plain"], found["one"])
+    np.testing.assert_array_equal(found["greedy"], found["k"])
+    np.testing.assert_array_equal(found["greedy"], found["p"])
+    assert (found["plain"] != found["two"]).any() and (found["plain"] != found["greedy"]).any()
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_prefix_rows_are_kept_exactly(made, pictures, tmp_path, rows):
+    flags = () if rows is None else ("--prefix-rows", rows)
+    json_of("encode", made.dvae, pictures[0], "--out", tmp_path / "codes.npz")
+    want = np.load(tmp_path / "codes.npz")["codes"][0]
+    flags = (*GUIDED, "--prefix", pictures[0], *flags)
+    json_of("sample", made.dalle, "", "a star", "--num-images", 2, *flags, "--out", tmp_path / "s")
+    given = (rows or GRID // 2) * GRID
+    for codes in codes_of(tmp_path / "s").values():
+        np.testing.assert_array_equal(codes[:given], want[:given])
+    assert len({codes[given:].tobytes() for codes in codes_of(tmp_path / "s").values()}) > 1
+
+
+def test_captions_from_a_file_and_without_a_caption(made, tmp_path):
+    (tmp_path / "captions.txt").write_text("\ufeffa red circle\n\n  一个蓝色的星 \n", encoding="utf-8")
+    told = json_of(
+        "sample",
+        made.dalle,
+        "a cross",
+        "--captions-file",
+        tmp_path / "captions.txt",
+        "--num-images",
+        1,
+        "--out",
+        tmp_path,
+    )
+    assert [p["caption"] for p in told["pictures"]] == ["a cross", "a red circle", "一个蓝色的星"]
+    json_of("sample", made.dalle, "--unconditional", "--num-images", 1, "--out", tmp_path / "none")
+    json_of("sample", made.dalle, "", "--num-images", 1, "--out", tmp_path / "empty")
+    np.testing.assert_array_equal(
+        codes_of(tmp_path / "none")["c000_s0000.png"], codes_of(tmp_path / "empty")["c000_s0000.png"]
+    )
+
+
+def job_file(path):
+    """Eleven captions with seeds, guidance and temperature of their own."""
+    rows = [
+        {"caption": f"a {c} {s}"} for c in ("red", "blue") for s in ("star", "ring", "cross", "heart", "disc")
+    ]
+    rows += [{"caption": "", "guidance_scale": 1}]
+    for i, row in enumerate(rows):
+        row |= [{"seed": 7}, {"guidance_scale": 90.0, "top_p": 0.9}, {"temperature": 0.5}, {}][i % 4]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path, rows
+
+
+def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypatch):
+    """Killed in the middle of a line: nothing is drawn twice, nothing is lost, and all is as if in one go."""
+    path, rows = job_file(tmp_path / "captions.jsonl")
+    call = ("sample", made.dalle, "--captions-file", path, "--num-images", 2, "--batch-size", 3, *GUIDED)
+    whole = json_of(*call, "--out", tmp_path / "whole")
+    assert [(p["caption"], p["seed"]) for p in whole["pictures"]] == [
+        (row["caption"], row.get("seed", 0) + i) for row in rows for i in range(2)
+    ]
+    add, sampled = sample_file.Manifest.add, []
+
+    def counted(stream):
+        for image in stream:
+            sampled.append(image)
+            yield image
+
+    def killed(self, lines):
+        if len(self.done) >= 9:
+            self._file.write(b'{"file": "c00' + b"x" * 10_000)  # longer than all that is written after it
+            self._file.flush()
+            raise KeyboardInterrupt
+        add(self, lines)
+
+    monkeypatch.setattr(sample_file.Manifest, "add", killed)
+    assert run(*call, "--out", tmp_path / "s").code == 130
+    monkeypatch.setattr(sample_file.Manifest, "add", add)
+    done = [
+        json.loads(line)["file"] for line in (tmp_path / "s" / "manifest.jsonl").read_text().split("\n")[1:-1]
+    ]
+    assert 9 <= len(done) < 22
+    generate = TextToImagePipeline._generate
+    monkeypatch.setattr(
+        TextToImagePipeline,
+        "_generate",
+        lambda self, requests, *rest: counted(generate(self, requests, *rest)),
+    )
+    again = json_of(*call, "--out", tmp_path / "s")
+    assert len(sampled) == 22 - len(done) and len(again["pictures"]) == 22
+    for name in [*(Path(p["file"]).name for p in whole["pictures"]), "grid.png"]:
+        assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name, codes in codes_of(tmp_path / "whole").items():
+        np.testing.assert_array_equal(codes_of(tmp_path / "s")[name], codes)
+    sampled.clear()
+    assert json_of(*call, "--out", tmp_path / "s")["pictures"] == again["pictures"] and not sampled
+    assert len((tmp_path / "s" / "manifest.jsonl").read_text().splitlines()) == 1 + 22
+    other = refused(*call, "--top-k", 3, "--out", tmp_path / "s")
+    assert "has another job (top_k differ). Use another --out." in other
+
+
+def test_a_picture_of_a_file_is_the_one_sampled_alone(made, tmp_path):
+    """Whether the queue draws one code a pass or several."""
+    path, rows = job_file(tmp_path / "captions.jsonl")
+    call = ("sample", made.dalle, "--captions-file", path, "--num-images", 1, *GUIDED, "--batch-size", 4)
+    assert "codes_per_pass" not in json_of(*call, "--out", tmp_path / "s")
+    faster = json_of(*call, "--draft-len", 6, "--out", tmp_path / "faster")
+    assert 1 <= faster["codes_per_pass"] <= 6
+    for name, codes in codes_of(tmp_path / "s").items():
+        np.testing.assert_array_equal(codes_of(tmp_path / "faster")[name], codes)
+    assert "codes_per_pass" not in json_of(
+        *call, "--draft-len", 6, "--out", tmp_path / "faster"
+    )  # nothing left
+    told = refused(*call, "--draft-len", GRID * GRID + 1, "--out", tmp_path / "none")
+    assert f"Expected draft_len from 2 to {GRID * GRID}, got" in told and not (tmp_path / "none").exists()
+    for j in (0, 1, 2, 10):
+        own = {"guidance_scale": 100, **rows[j]}
+        flags = [x for k, v in own.items() if k != "caption" for x in ("--" + k.replace("_", "-"), v)]
+        json_of("sample", made.dalle, own["caption"], *flags, "--num-images", 1, "--out", tmp_path / str(j))
+        (alone,) = codes_of(tmp_path / str(j)).values()
+        np.testing.assert_array_equal(list(codes_of(tmp_path / "s").values())[j], alone)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"text": "a"}', "line 2 has no caption"),
+        ('{"caption": "a", "gidance": 2}', "line 2 has 'gidance'; expected caption, seed"),
+        ('{"caption": "a", "seed": 0.5}', "line 2: seed is 0.5; expected a number"),
+        ('{"caption": "a", "top_p": 2}', "caption 1 ('a'): top_p is 2.0; expected a fraction"),
+        ('{"caption": "a", "seed": -1}', "caption 1 ('a'): seed is -1"),
+    ],
+)
+def test_bad_lines_of_a_captions_file(made, tmp_path, line, told):
+    (tmp_path / "c.jsonl").write_text('{"caption": "b"}\n' + line)
+    message = refused("sample", made.dalle, "--captions-file", tmp_path / "c.jsonl", "--out", tmp_path / "s")
+    assert told in message and not (tmp_path / "s").exists()
+
+
+def test_a_long_caption_is_cut_with_a_warning(made, tmp_path):
+    told = run("sample", made.dalle, "short", "word " * 200, "--num-images", 1, "--out", tmp_path, "--json")
+    cut = [p["tokens_cut"] for p in json.loads(told.out)["pictures"]]
+    assert told.code == 0 and cut[0] == 0 and cut[1] > 100
+    assert f"warning: caption 1 is too long for the model: its last {cut[1]} tokens are dropped" in told.err
+
+
+def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
+    json_of("sample", made.dalle, "🦩\x00\ud800 ſ", "--num-images", 1, "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--temperature", -1), "temperature is -1.0; expected 0"),
+        (("--temperature", "nan"), "temperature is nan"),
+        (("--top-k", 0), "top_k is 0; expected at least 1"),
+        (("--top-p", 0), "top_p is 0.0; expected a fraction in (0, 1]"),
+        (("--top-p", 1.5), "top_p is 1.5"),
+        (("--guidance-scale", -2), "guidance_scale is -2.0; expected 0 or more"),
+        (("--num-images", 0), "--num-images is 0; expected at least 1"),
+        (("--batch-size", 0), "batch_size is 0"),
+        (("--seed", -1), "expected an integer in [0, 2**32)"),
+        (("--seed", 2**32), "expected an integer in [0, 2**32)"),
+        (("--unconditional",), "Leave out the captions"),
+        (("--prefix-rows", 2), "needs --prefix"),
+        (("--preview-rows", 0), "--preview-rows is 0; expected at least 1"),
+        (("--draft-len", 1), "draft_len is 1; expected at least 2 codes"),
+        (
+            ("--draft-len", GRID * GRID + 1),
+            f"Expected draft_len from 2 to {GRID * GRID}, got {GRID * GRID + 1}",
+        ),
+        (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
+        (("--prefix", "missing.png"), "Cannot read the image missing.png"),
+    ],
+)
+def test_sampling_flags_that_cannot_be(made, tmp_path, flags, told):
+    message = refused("sample", made.dalle, "a", "--out", tmp_path / "s", *flags)
+    assert message.startswith("dalle-jax sample: error: ") and told in message
+    assert not list((tmp_path / "s").glob("*")) if (tmp_path / "s").exists() else True
+
+
+def test_sample_wants_a_caption(made):
+    assert "or --unconditional to sample without" in refused("sample", made.dalle)
+
+
+def test_bad_prefix_pictures(made, pictures, tmp_path):
+    images.save_png(tmp_path / "big.png", np.zeros((64, 48, 3), np.uint8))
+    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:60])
+    (tmp_path / "text.png").write_text("not a picture")
+    for name, told in (
+        ("big.png", f"is 48 x 64 pixels; this model's images are {SIZE} x {SIZE}. Crop and resize"),
+        ("broken.png", "broken.png: The image does not decode"),
+        ("text.png", "text.png: Expected an image of a known format"),
+    ):
+        assert told in refused(
+            "sample", made.dalle, "a", "--prefix", tmp_path / name, "--out", tmp_path / "s"
+        )
+    for rows in (0, GRID):
+        message = refused("sample", made.dalle, "a", "--prefix", pictures[0], "--prefix-rows", rows)
+        assert f"--prefix-rows is {rows}; expected 1 to {GRID - 1} of the {GRID} rows of codes" in message
+
+
+def test_bad_captions_files(made, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "is not UTF-8" in refused("sample", made.dalle, "--captions-file", tmp_path / "latin.txt")
+    assert "has no captions" in refused("sample", made.dalle, "--captions-file", tmp_path / "empty.txt")
+
+
+def test_guidance_wants_a_model_that_saw_null_captions(made, tmp_path):
+    copy = tmp_path / "dalle"
+    shutil.copytree(made.dalle, copy)
+    text = (copy / "config.json").read_text().replace('"cond_drop_prob": 0.1', '"cond_drop_prob": 0.0')
+    (copy / "config.json").write_text(text)
+    assert "trained without (model.cond_drop_prob 0)" in refused(
+        "sample", copy, "a", "--guidance-scale", 2, "--out", tmp_path / "s"
+    )
+    assert "an empty caption needs the null caption" in refused("sample", copy, "", "--out", tmp_path / "s")
+    json_of("sample", copy, "a", "--guidance-scale", 1, "--num-images", 1, "--out", tmp_path / "s")
+
+
+def test_a_run_stays_on_the_host_where_it_only_draws(made, monkeypatch):
+    """Another device stands for the host: what draws is made there, goes to the first device, and is the same."""
+    host, first = jax.devices()[3], jax.devices()[0]
+    monkeypatch.setattr(loading, "host_device", lambda: host)
+    here, there = (
+        load(made.dalle, TextToImagePipeline),
+        load(made.dalle, TextToImagePipeline, params_on_host=True),
+    )
+    for model, device in ((here, first), (there, host)):
+        assert {d for x in jax.tree.leaves(model.run.params) for d in x.devices()} == {device}
+        ready = model._decode_params(None)
+        assert {d for x in jax.tree.leaves(ready) for d in x.devices()} == {first}
+    want, got = (
+        next(model.sample([ImageRequest("a red disc", 5)], SamplingConfig(guidance_scale=2.0))).codes
+        for model in (here, there)
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(("field", "other"), [("dim", 32), ("layers", 2), ("image_vocab", VOCAB * 2)])
+def test_a_checkpoint_of_another_configuration(made, tmp_path, field, other):
+    """As after an edit of config.json: fewer layers or codes would draw without an error of their own."""
+    path = shutil.copytree(made.dalle, tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    assert config["model"][field] != other
+    config["model"][field] = other
+    (path / "config.json").write_text(json.dumps(config))
+    assert "does not fit the model" in refused("sample", path, "a", "--out", tmp_path / "out")
