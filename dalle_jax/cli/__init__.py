@@ -146,15 +146,21 @@ def _call(command: str, argv: list[str], prog: str) -> int:
     return code
 
 
+def all_flags_of(command: str) -> dict[str, type]:
+    """Return the dataclasses of a command's flags: "" for all models, and for `MODEL_COMMANDS` by kind of pipeline."""
+    module = importlib.import_module(f"dalle_jax.cli.{COMMANDS[command][0]}")
+    common = {"": typing.get_type_hints(module.run)["args"]}
+    return common | (module.FLAGS if command in MODEL_COMMANDS else {})
+
+
 def flags_of(command: str, argv: Sequence[str] = ()) -> type:
     """Return the dataclass of a command's flags; for `MODEL_COMMANDS` that of the model of the RUN in `argv`."""
-    module = importlib.import_module(f"dalle_jax.cli.{COMMANDS[command][0]}")
-    common = typing.get_type_hints(module.run)["args"]
-    if command not in MODEL_COMMANDS:
-        return common
-    from dalle_jax.cli.common_args import flags_for_run
+    flags = all_flags_of(command)
+    if len(flags) == 1:
+        return flags[""]
+    from dalle_jax.cli.common_args import kind_of_run
 
-    return flags_for_run(module.FLAGS, common, argv)
+    return flags.get(kind_of_run(flags.values(), argv), flags[""])
 
 
 def _parse_args(command: str, argv: list[str], prog: str) -> Any:

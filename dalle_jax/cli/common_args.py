@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,21 +69,18 @@ def _given(args: Any, cls: type[SamplerArgs]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def flags_for_run(flags: Mapping[str, type], common: type, argv: Sequence[str]) -> type:
-    """Return the dataclass of flags for the model of the run directory that a command line names.
+def kind_of_run(flags: Iterable[type[Any]], argv: Sequence[str]) -> str:
+    """Return the kind of pipeline of the run directory that a command line names, "" where it names none.
 
     Args:
-        flags: dataclass of flags by kind of pipeline.
-        common: dataclass of the flags that all models share, for no RUN and for other kinds.
+        flags: the dataclasses of flags of the command.
         argv: the words after the command. RUN is the first one that is neither a flag nor its value.
 
     Raises:
         FileNotFoundError, ValueError: the run directory has no readable config.json.
     """
-    run = _run_of(argv, [common, *flags.values()])
-    if run is None:
-        return common
-    return flags.get(pipeline_class(read_config(run).model).kind, common)
+    run = _run_of(argv, flags)
+    return "" if run is None else pipeline_class(read_config(run).model).kind
 
 
 def _run_of(argv: Sequence[str], flags: Iterable[type[Any]]) -> str | None:

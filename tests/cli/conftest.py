@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 from command_line import json_of, tiny_demo_config
-from dalle_jax.parallel.mesh import make_mesh
 
 from dalle_jax.cli import demo
 from dalle_jax.data import images
 from dalle_jax.evaluate import metrics
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.train import loop
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import run
-from dalle_jax.parallel.mesh import make_mesh
 from PIL import Image
 
 from dalle_jax.checkpoint.export import write_run
@@ -34,6 +33,7 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import diffusion, metrics
 from dalle_jax.models import dvae
 from dalle_jax.models.diffusion import unet
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.pipelines import (
     DiffusionPipeline,
     DiffusionSamplingConfig,

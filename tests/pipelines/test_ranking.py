@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from command_line import json_of, refused, run
-from dalle_jax.parallel.mesh import make_mesh
 
 from dalle_jax.checkpoint.export import write_run
 from dalle_jax.checkpoint.layout import PARAMS_FILE
@@ -32,6 +31,7 @@ from dalle_jax.data.scenes import generator
 from dalle_jax.evaluate import metrics, reranking, retrieval
 from dalle_jax.models import clip as clips
 from dalle_jax.models import dalle, dvae
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.pipelines import (
     ClipPipeline,
     GeneratedImage,
