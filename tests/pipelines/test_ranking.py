@@ -296,7 +296,7 @@ def test_best_of_by_hand():
     assert reranking.best_of(score, right, 3) == (1 + 0) / 2  # one group of three, the fourth is left out
     assert reranking.best_of(score, right, 4) == 1.0
     assert reranking.best_of(-score, right, 4) == 0.5
-    with pytest.raises(ValueError, match="the best of 5 of 4 candidates; want 1 to 4"):
+    with pytest.raises(ValueError, match="the best of 5 of 4 candidates; expected 1 to 4"):
         reranking.best_of(score, right, 5)
     assert [reranking.candidate_counts(n) for n in (1, 3, 4, 64, 100)] == [
         [1], [1, 3], [1, 4], [1, 4, 16, 64], [1, 4, 16, 64, 100]
