@@ -60,14 +60,16 @@ def measure_quality(run: str, count: int, temperature: float, guidance_scale: fl
 
     from dalle_jax.evaluate.metrics import caption_accuracy, unseen_captions
     from dalle_jax.models import autoregressive
-    from dalle_jax.pipelines import SamplingConfig, load_text_to_image, sample_code_rows, tokenize_captions
+    from dalle_jax.pipelines import ImageRequest, SamplingConfig, TextToImagePipeline, load
 
-    model = load_text_to_image(run)
+    model = load(run, TextToImagePipeline)
     cfg = model.config
     sampling = SamplingConfig(temperature=temperature, guidance_scale=guidance_scale)
     captions = [caption.text for caption, _ in unseen_captions(model.run.config.data, "one_object", 64)]
-    text_BT = jnp.asarray(tokenize_captions(model, captions))
-    codes_BN = jnp.asarray(sample_code_rows(model, captions, range(64), sampling, batch=64))
+    text_BT = jnp.asarray(model.tokenize(captions))
+    requests = [ImageRequest(caption, seed) for seed, caption in enumerate(captions)]
+    images = model.sample(requests, sampling, batch_size=64)
+    codes_BN = jnp.asarray(np.stack([image.codes for image in images]))
     prepare_for_decode = jax.jit(autoregressive.prepare_for_decode, static_argnums=(0, 2))
 
     @jax.jit
@@ -101,27 +103,27 @@ def measure_speculative(
 ) -> None:
     """Compare speculative decoding with one code per pass: passes, time, and equal images."""
     from dalle_jax.evaluate.metrics import unseen_captions
-    from dalle_jax.pipelines import SamplingConfig, load_text_to_image, sample_images
+    from dalle_jax.pipelines import ImageRequest, SamplingConfig, TextToImagePipeline, load
 
-    model = load_text_to_image(run)
+    model = load(run, TextToImagePipeline)
     captions = [caption.text for caption, _ in unseen_captions(model.run.config.data, "one_object", count)]
 
     def sample(draft_len, temperature, guidance_scale):
-        passes: list[np.ndarray] = []
         sampling = SamplingConfig(temperature=temperature, guidance_scale=guidance_scale, draft_len=draft_len)
-        list(sample_images(model, captions[:batch], range(batch), sampling, batch=batch))  # compiles
+        requests = [ImageRequest(caption, seed) for seed, caption in enumerate(captions)]
+        list(model.sample(requests, sampling, batch_size=batch))  # compiles
         begin = time.perf_counter()
-        samples = sample_images(model, captions, range(count), sampling, batch=batch, on_batch=passes.append)
-        codes = np.concatenate([codes for codes, _ in samples])
-        return codes, np.concatenate(passes), time.perf_counter() - begin
+        images = list(model.sample(requests, sampling, batch_size=batch))
+        seconds = time.perf_counter() - begin
+        return np.stack([image.codes for image in images]), images[-1].codes_per_pass, seconds
 
     for temp, scale in {(1.0, 1.0), (temperature, guidance_scale)}:
-        exact_codes, all_passes, all_seconds = sample(None, temp, scale)
+        exact_codes, _, all_seconds = sample(None, temp, scale)
         for draft_len in draft_lens:
-            codes, passes, seconds = sample(draft_len, temp, scale)
+            codes, codes_per_pass, seconds = sample(draft_len, temp, scale)
             print(
                 f"temperature {temp:g}, guidance {scale:g}, batch {batch}, draft length {draft_len:2d}: "
-                f"{all_passes.mean() / passes.mean():.2f} codes per pass, {all_seconds / seconds:.2f} times as fast, "
+                f"{codes_per_pass:.2f} codes per pass, {all_seconds / seconds:.2f} times as fast, "
                 f"{(codes == exact_codes).all(axis=1).mean():.1%} of {count} images equal",
                 flush=True,
             )

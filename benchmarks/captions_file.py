@@ -120,16 +120,13 @@ def check_files(out: Path, rows: list[dict], before: dict[str, int]) -> None:
 
 def check_alone(run: str, rows: list[dict], codes: np.ndarray, step: int) -> None:
     """Sample every `step`-th image alone and compare its codes."""
-    from dalle_jax.pipelines import SamplingConfig, load_text_to_image, sample_code_rows
+    from dalle_jax.pipelines import ImageRequest, TextToImagePipeline, load
 
-    model, equal, indices = load_text_to_image(run), 0, range(0, len(rows), step)
+    model, equal, indices = load(run, TextToImagePipeline), 0, range(0, len(rows), step)
     for i in indices:
-        row = rows[i]
-        sampling = SamplingConfig(
-            temperature=row["temperature"], top_p=row["top_p"], guidance_scale=row["guidance_scale"]
-        )
-        (alone,) = sample_code_rows(model, [row["caption"]], [row["seed"]], sampling, batch=1)
-        equal += bool((alone == codes[i]).all())
+        row = dict(rows[i])
+        (alone,) = model.sample([ImageRequest(row.pop("caption"), **row)], batch_size=1)
+        equal += bool((alone.codes == codes[i]).all())
     print(f"{equal} of {len(indices)} images sampled alone are equal, code for code")
 
 

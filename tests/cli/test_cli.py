@@ -302,7 +302,9 @@ def test_info_says_what_drawing_takes(made):
         and small["quantization"] == "int8"
         and few["quantization"] is None
     )
-    assert "--quantization is for sampling. Give --batch-size" in refused("info", made.dalle, "--quantization", "int8")
+    assert "--quantization is for sampling. Give --batch-size" in refused(
+        "info", made.dalle, "--quantization", "int8"
+    )
     assert "--device is for sampling. Give --batch-size" in refused("info", made.dalle, "--device", "h200")
     assert "Did you mean h200?" in refused("info", made.dalle, "--batch-size", 1, "--device", "h20")
     assert "--device compiles for one device, and h200:2 has 2. Use h200" in refused(
@@ -320,7 +322,10 @@ def test_info_and_compile_only_say_the_same_of_drawing(made):
     memory = {name: size * 2**30 for name, size in report["memory_gib"].items()}
     assert memory["checkpoint_parameters"] == pytest.approx(told["checkpoint_parameters"])
     assert memory["cache"] == pytest.approx(told["caches"])
-    assert memory["parameters"] == pytest.approx(told["parameters"]) and told["device_kind"] == report["device_kind"]
+    assert (
+        memory["parameters"] == pytest.approx(told["parameters"])
+        and told["device_kind"] == report["device_kind"]
+    )
 
 
 def test_info_refuses(made, tmp_path):
