@@ -1,6 +1,6 @@
 """Adversarial training of VQGAN: a tokenizer and a discriminator (Esser et al. 2020, 2012.09841, 3.1).
 
-    L = pixel_weight |x - x'| + perceptual_weight d(x, x') + quantizer loss + weight warmup lambda L_G
+    L = pixel_weight |x - x'| + perceptual_weight d(x, x') + quantizer loss + weight disc_factor lambda L_G
     lambda = |grad L_rec| / (|grad L_G| + 1e-4), gradients at the decoder's last convolution
     non-saturating: L_G = -E log D(x'), L_D = -E log D(x) - E log(1 - D(x'))       (Goodfellow et al. 2014)
     hinge:          L_G = -E s(x'),     L_D = (E max(0, 1 - s(x)) + E max(0, 1 + s(x'))) / 2
@@ -93,7 +93,7 @@ def adversarial_gradients(
       The gradients, of the structure of `params` (zeros for a discriminator that has not started).
       The metrics, float32 scalars: `loss` (the tokenizer's, without the adversarial term), `pixel`, `perceptual`,
       `quantizer`, `psnr`, `codebook_use`, `perplexity`; with a discriminator also `discriminator_loss`, `log_d_real`,
-      `log_d_fake` (log D(x'), not log(1 - D)), `adversarial_ramp`, `adaptive_weight`, and the norms of the two gradients
+      `log_d_fake` (log D(x'), not log(1 - D)), `disc_factor`, `adaptive_weight`, and the norms of the two gradients
       at the last layer, `norm_reconstruction` and `norm_adversarial`, NaN before it starts.
       The inputs of `quantizers.restart_dead_codes`, `latents` and `codes`, (B, h, w, ...); {} where none restart.
     """
@@ -222,4 +222,4 @@ def _adversarial_step(
         return jnp.zeros_like(pixels), jax.tree.map(jnp.zeros_like, params), metrics
 
     grad, grads, metrics = jax.lax.cond(step >= cfg.disc_start_step, started, not_started, pixels)
-    return grad, grads, {**metrics, "adversarial_ramp": disc_factor(cfg, step)}
+    return grad, grads, {**metrics, "disc_factor": disc_factor(cfg, step)}
