@@ -1,7 +1,7 @@
 """Captions of procedural scenes in English and Chinese, each with the facts that it claims.
 
-A caption names every object by colour and shape, some by size and fill too, and mostly states a relation that
-is plain to see in the picture. The facts are what the verifier checks, so nothing may be said that they
+A caption names every object by color and shape, some by size and fill too, and mostly states a relation that
+is plain to see in the image. The facts are what the verifier checks, so nothing may be said that they
 lack."""
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dalle_jax.data.scenes.scene import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectFact:
-    """One object that a caption demands. size and fill are None where the caption does not say."""
+    """One object of a caption. size and fill are None if the caption does not state them."""
 
     shape: str
     color: str
@@ -32,7 +32,7 @@ class Facts:
     """What a caption claims.
 
     objects: the demanded objects. relations: between them, as positions in objects. count: how many objects
-    the picture holds in all, None if it may hold more. background: a word of BACKGROUNDS, None if it is not
+    the image holds in all, None if it may hold more. background: a word of BACKGROUNDS, None if it is not
     said."""
 
     objects: tuple[ObjectFact, ...]
@@ -129,8 +129,8 @@ def _plain_side(scene: Scene, subject: int, other: int) -> str | None:
     return None
 
 
-def _turned(stream: CounterRNG, relation: Relation) -> Relation:
-    """The same statement, half of the time told from the other object."""
+def _maybe_inverted(stream: CounterRNG, relation: Relation) -> Relation:
+    """Return the same relation, half of the time seen from the other object."""
     if relation.name == "between":
         b, c = relation.others
         return (
@@ -144,10 +144,10 @@ def _turned(stream: CounterRNG, relation: Relation) -> Relation:
 
 
 def _statements(stream: CounterRNG, scene: Scene, always: bool) -> list[Relation]:
-    """Relations to state, in telling order, over scene positions."""
+    """Choose the relations to state, in order, over indices of the scene's objects."""
     if scene.relation is None or not (always or stream.integers(8)):
         return []
-    told = [_turned(stream, scene.relation)]
+    stated = [_maybe_inverted(stream, scene.relation)]
     known = {scene.relation.subject, *scene.relation.others}
     for new in range(len(scene.objects)):
         if new in known or not stream.integers(3):
@@ -155,9 +155,9 @@ def _statements(stream: CounterRNG, scene: Scene, always: bool) -> list[Relation
         old = stream.choice(sorted(known))
         side = _plain_side(scene, new, old)
         if side is not None:
-            told.append(Relation(name=side, subject=new, others=(old,)))
+            stated.append(Relation(name=side, subject=new, others=(old,)))
             known.add(new)
-    return told
+    return stated
 
 
 def _join_en(parts: list[str]) -> str:
@@ -169,7 +169,7 @@ def _join_zh(parts: list[str]) -> str:
 
 
 def _clauses(stream: CounterRNG, facts: Facts, relations: dict, say) -> tuple[list[str], list[str]]:
-    """(one clause per relation, one phrase per object that no relation names)."""
+    """Return one clause per relation, and one phrase per object that no relation names."""
     seen: set[int] = set()
     clauses = []
     for relation in facts.relations:
@@ -228,9 +228,9 @@ _SPEAK = {"en": _english, "zh": _chinese}
 
 
 def caption(scene: Scene, stream: CounterRNG, language: str, *, always: bool = False) -> Caption:
-    """One caption drawn from a stream. always: state the scene's relation for certain, if it has one."""
-    told = _statements(stream, scene, always)
-    order = list(dict.fromkeys(i for relation in told for i in (relation.subject, *relation.others)))
+    """Return one caption with the choices of a random stream. always: state the scene's relation if it has one."""
+    stated = _statements(stream, scene, always)
+    order = list(dict.fromkeys(i for relation in stated for i in (relation.subject, *relation.others)))
     order += [i for i in range(len(scene.objects)) if i not in order]
     place = {position: i for i, position in enumerate(order)}
     sized = stream.integers(2)  # one draw for the whole caption: half of the captions speak of size
@@ -244,7 +244,7 @@ def caption(scene: Scene, stream: CounterRNG, language: str, *, always: bool = F
         objects.append(ObjectFact(shape=thing.shape, color=thing.color, size=size, fill=fill))
     relations = tuple(
         Relation(name=r.name, subject=place[r.subject], others=tuple(place[i] for i in r.others))
-        for r in told
+        for r in stated
     )
     background = None if stream.integers(4) else scene.background.kind
     facts = Facts(objects=tuple(objects), relations=relations, count=len(objects), background=background)
@@ -254,11 +254,21 @@ def caption(scene: Scene, stream: CounterRNG, language: str, *, always: bool = F
 def captions(
     scene: Scene, *, index: int, seed: int = 0, languages: tuple[str, ...] = LANGUAGES, count: int = 1
 ) -> tuple[Caption, ...]:
-    """Captions of a scene, each true of it.
+    """Return captions that are true of a scene.
 
-    index, seed: choose the wording; the same numbers give the same words. languages: words of LANGUAGES.
-    count: captions per language, 1 or more. Returns the captions of the first language, then those of the
-    next. Raises ValueError for an unknown language, a negative index or a count below 1."""
+    Args:
+      scene: The scene.
+      index: 0 or more; the same index and seed give the same words.
+      seed: See `index`.
+      languages: Out of LANGUAGES.
+      count: Captions per language, 1 or more.
+
+    Returns:
+      The captions of the first language, then those of the next.
+
+    Raises:
+      ValueError: An argument is out of range.
+    """
     check_languages(languages)
     if index < 0:
         raise ValueError(f"want an index of 0 or more, got {index}; count scenes from 0")
@@ -274,7 +284,7 @@ def captions(
 
 
 def check_languages(languages: tuple[str, ...]) -> None:
-    """Raises ValueError unless languages is a nonempty tuple or list of words of LANGUAGES."""
+    """Raise ValueError unless languages is a nonempty tuple or list of words of LANGUAGES."""
     if isinstance(languages, str) or not languages or any(word not in LANGUAGES for word in languages):
         raise ValueError(
             f"want languages out of {LANGUAGES}, got {languages!r}; pass a tuple such as ('en',)"
@@ -282,7 +292,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
 
 
 def facts_hold(facts: Facts, scene: Scene) -> bool:
-    """True if every fact holds in the scene by its own geometry, whatever the pixels look like."""
+    """Return whether every fact holds in the scene by its geometry, without its pixels."""
     if facts.count is not None and facts.count != len(scene.objects):
         return False
     if facts.background not in (None, scene.background.kind):
@@ -298,7 +308,7 @@ def facts_hold(facts: Facts, scene: Scene) -> bool:
         ]
         if not same:
             return False
-        placed.append(same[0])  # a scene never shows one (colour, shape) twice
+        placed.append(same[0])  # a scene never shows one (color, shape) twice
     return all(
         relation_holds(r.name, placed[r.subject], *(placed[i] for i in r.others)) for r in facts.relations
     )

@@ -1,10 +1,8 @@
-"""The embedded data set: captioned scenes of coloured shapes, any index, drawn on demand. Nothing is
-downloaded.
+"""Procedural captioned scenes of colored shapes, generated on demand by index. Nothing is downloaded.
 
-A scene is laid out first (sizes, then places that cannot overlap), then peopled (shapes and colours, drawn
-again while they would show a held-out composition), then captioned. See scene_model for the records and the
-held-out sets, shapes for the pixels, scene_captions for the words; all of their public names are importable
-from here.
+The layout of a scene comes first: sizes, then positions that cannot overlap. Then come its objects: shapes and colors,
+sampled again while they show a held-out composition. See scene.py for the records and the held-out sets, rendering.py
+for the pixels, captions.py for the words; their public names are importable from here.
 
     scene_7 = scene(7)
     image = render(scene_7, 64)                       # uint8 (64, 64, 3)
@@ -75,8 +73,8 @@ __all__ = [
     "scene",
 ]  # fmt: skip
 
-EDGE = 0.01  # free margin of the picture
-GAP = 0.02  # least free space between the circles around two objects
+EDGE = 0.01  # free margin, fraction of the side
+GAP = 0.02  # smallest distance of the circles around two objects
 LIGHTS = ((252, 252, 252), (250, 246, 236), (240, 242, 246))
 PASTELS = (
     (204, 224, 250),
@@ -94,29 +92,29 @@ _SIDES = ("left of", "above")
 
 
 def _stands_out(a: str, b: str) -> bool:
-    """True if two colours differ in lightness too: hue alone is what compression loses first."""
+    """Return whether two colors also differ in lightness: compression loses hue first."""
     step = [p - q for p, q in zip(TONES[a], TONES[b], strict=True)]
     luma = 0.299 * step[0] + 0.587 * step[1] + 0.114 * step[2]
     return abs(luma) > 35 and sum(d * d for d in step) > 115**2
 
 
-# Colours that a guest may have on its host.
+# Color of the outer object -> colors of an object inside it.
 _ON = {host: tuple(c for c in COLORS if _stands_out(c, host)) for host in COLORS}
 
 
 def _spread(stream: CounterRNG, widths: list[float]) -> list[float]:
-    """Centres of intervals laid one after another in [0, 1], the free space shared out at random."""
+    """Sample centers of intervals of these widths, one after another in [0, 1]."""
     free = 1.0 - 2 * EDGE - GAP * (len(widths) - 1) - sum(widths)
     cuts = sorted([stream.random() for _ in widths])
-    centres, start = [], EDGE
+    centers, start = [], EDGE
     for width, cut in zip(widths, cuts, strict=True):
-        centres.append(start + width / 2 + cut * free)
+        centers.append(start + width / 2 + cut * free)
         start += width + GAP
-    return centres
+    return centers
 
 
 def _pair(stream: CounterRNG, widths: list[float]) -> list[tuple[float, float]]:
-    """Two objects side by side along the first axis; the second axis stays clearly the lesser offset."""
+    """Place two objects side by side along the first axis; their offset along the second is clearly smaller."""
     along = _spread(stream, widths)
     across = [_spread(stream, [w])[0] for w in widths]
     most = 0.7 * (along[1] - along[0])
@@ -131,13 +129,13 @@ def _pair(stream: CounterRNG, widths: list[float]) -> list[tuple[float, float]]:
 
 
 def _row(stream: CounterRNG, widths: list[float]) -> list[tuple[float, float]]:
-    """Three objects in a line along the first axis, nearly level."""
+    """Place three objects in a row along the first axis, nearly level."""
     level = _spread(stream, [max(widths) + 0.06])[0]
     return [(x, level + 0.06 * (stream.random() - 0.5)) for x in _spread(stream, widths)]
 
 
 def _grid(stream: CounterRNG, widths: list[float]) -> list[tuple[float, float]]:
-    """Three or four objects in two bands along the first axis, so that no two of them can meet."""
+    """Place three or four objects in two bands along the first axis, so that no two overlap."""
     bands = [widths[:2], widths[2:]]
     levels = _spread(stream, [max(band) for band in bands])
     places = []
@@ -148,7 +146,7 @@ def _grid(stream: CounterRNG, widths: list[float]) -> list[tuple[float, float]]:
 
 
 def _sizes(stream: CounterRNG, count: int, layout: str, sizes: tuple[str, ...]) -> list[str]:
-    """Sizes that fit the layout, out of those allowed; the first is large where it hosts another object."""
+    """Sample allowed sizes that fit the layout; the first is large if another object is inside it."""
     if layout == "row":
         return ["small"] * 3
     if layout == "inside":
@@ -174,7 +172,7 @@ def _layout(stream: CounterRNG, count: int, sizes: tuple[str, ...]) -> str:
 
 
 class _Spot:
-    """Place and size of an object that has no shape yet; has the x, y and diameter that relations read."""
+    """Position and size of an object without a shape; relations read its x, y and diameter."""
 
     __slots__ = ("diameter", "size", "x", "y")
 
@@ -205,7 +203,7 @@ def _place(stream: CounterRNG, count: int, layout: str, allowed: tuple[str, ...]
 
 
 def _relation(stream: CounterRNG, spots: list[_Spot], layout: str) -> Relation | None:
-    """The relation that the scene is laid out for; None for a single object."""
+    """Choose the relation of the layout; None for a single object."""
     if len(spots) == 1:
         return None
     if layout == "inside":
@@ -224,36 +222,37 @@ def _relation(stream: CounterRNG, spots: list[_Spot], layout: str) -> Relation |
 
 
 def _held_out_choice(stream: CounterRNG, spots: list[_Spot], relation: Relation | None) -> dict[int, tuple]:
-    """For a held-out scene: {position: (colour or None, shape)} of the objects that make it one."""
+    """Choose the objects that make a scene a held-out one: index -> (color or None, shape)."""
     if relation is not None and relation.name != "between" and stream.integers(2):
         subject, _, other = stream.choice([t for t in _TRIPLES if t[1] == relation.name])
         return {relation.subject: (None, subject), relation.others[0]: (None, other)}
     position = stream.integers(len(spots))
     host = relation is not None and relation.name == "inside" and position == relation.others[0]
-    colour, shape = stream.choice([pair for pair in _PAIRS if pair[1] in HOSTS] if host else _PAIRS)
-    return {position: (colour, shape)}
+    color, shape = stream.choice([pair for pair in _PAIRS if pair[1] in HOSTS] if host else _PAIRS)
+    return {position: (color, shape)}
 
 
 def _fill(stream: CounterRNG, fills: tuple[str, ...]) -> str:
-    """Half of the objects are solid where that is allowed."""
+    """Sample a fill; half of the objects are solid if that is allowed."""
     patterns = tuple(fill for fill in fills if fill != "solid")
     plain = "solid" in fills and (not patterns or stream.integers(2))
     return "solid" if plain else stream.choice(patterns)
 
 
-def _people(
+def _sample_objects(
     stream: CounterRNG, spots: list[_Spot], relation: Relation | None, fixed: dict, fills: tuple[str, ...]
 ) -> list[SceneObject] | None:
-    """Objects for the spots, showing no held-out composition but the fixed ones; None if none was found."""
-    host = relation.others[0] if relation is not None and relation.name == "inside" else None
-    guest = relation.subject if host is not None else None
+    """Sample objects for the spots without held-out compositions other than the fixed ones; None if that fails."""
+    host = guest = None
+    if relation is not None and relation.name == "inside":
+        host, guest = relation.others[0], relation.subject
     things: list[SceneObject] = []
     for position, spot in enumerate(spots):
-        colour, shape = fixed.get(position, (None, None))
+        color, shape = fixed.get(position, (None, None))
         for _ in range(64):
             thing = SceneObject(
                 shape=shape or stream.choice(HOSTS if position == host else SHAPES),
-                color=colour or stream.choice(COLORS),
+                color=color or stream.choice(COLORS),
                 size=spot.size,
                 fill="solid" if position in (host, guest) else _fill(stream, fills),
                 x=spot.x,
@@ -270,8 +269,8 @@ def _people(
 
 
 def _allowed(thing: SceneObject, position: int, things: list[SceneObject], guest, host, fixed: dict) -> bool:
-    colour_fixed = fixed.get(position, (None, None))[0] is not None
-    if not colour_fixed and (thing.color, thing.shape) in held_out_pairs():
+    color_fixed = fixed.get(position, (None, None))[0] is not None
+    if not color_fixed and (thing.color, thing.shape) in held_out_pairs():
         return False
     for other_position, other in enumerate(things):
         if (thing.color, thing.shape) == (other.color, other.shape):
@@ -308,14 +307,22 @@ def scene(
     fills: tuple[str, ...] = FILLS,
     backgrounds: tuple[str, ...] = BACKGROUNDS,
 ) -> Scene:
-    """The scene of an index.
+    """Return the scene of an index.
 
-    index: 0 or more, without an upper end. split: a word of SPLITS; each has its own random stream. 'train',
-    'val' and 'test' never show a held-out composition, every scene of 'held_out' shows one. seed: another
-    data set. min_objects, max_objects: 1..4, the number of objects is drawn evenly between them. sizes, fills,
-    backgrounds: the words to draw from; without both small and large no object stands inside another, and the
-    ones that do are solid in any case. Raises ValueError for an unknown split or word, a negative index or an
-    impossible number of objects."""
+    Args:
+      index: 0 or more, without an upper limit.
+      split: One of SPLITS; each has its own random stream. Scenes of train, val and test never show a held-out
+        composition, every scene of held_out shows one.
+      seed: Another seed gives another data set.
+      min_objects: Smallest number of objects, 1 to 4.
+      max_objects: Largest number of objects; the number is uniform between the two.
+      sizes: Out of SIZES. Without both small and large no object is inside another.
+      fills: Out of FILLS. Objects inside one another are always solid.
+      backgrounds: Out of BACKGROUNDS.
+
+    Raises:
+      ValueError: An argument is out of range.
+    """
     if split not in SPLITS:
         raise ValueError(f"want a split of {SPLITS}, got {split!r}; use one of these words")
     if index < 0:
@@ -333,7 +340,7 @@ def scene(
         spots = _place(stream, count, layout, sizes)
         relation = _relation(stream, spots, layout)
         fixed = _held_out_choice(stream, spots, relation) if split == "held_out" else {}
-        things = _people(stream, spots, relation, fixed, fills)
+        things = _sample_objects(stream, spots, relation, fixed, fills)
         if things is not None:
             return Scene(
                 objects=tuple(things), background=_background(stream, backgrounds), relation=relation
@@ -344,7 +351,7 @@ def scene(
 def check_words(
     sizes: tuple[str, ...], fills: tuple[str, ...], backgrounds: tuple[str, ...], max_objects: int
 ) -> None:
-    """Raises ValueError unless these are words of the data set that so many objects can be drawn with."""
+    """Raise ValueError unless the words are known and allow scenes of `max_objects` objects."""
     for name, words, known in (
         ("sizes", sizes, SIZES),
         ("fills", fills, FILLS),
@@ -371,12 +378,24 @@ def evaluation_set(
     fills: tuple[str, ...] = FILLS,
     backgrounds: tuple[str, ...] = BACKGROUNDS,
 ) -> tuple[tuple[Caption, Scene], ...]:
-    """Captions to draw pictures for, none of them seen in training, each with a scene that it is true of.
+    """Return captions to generate images for, none of them in training, each with a scene that it is true of.
 
-    kind: 'one_object' and 'two_objects' use compositions that training shows, from the test stream;
-    'held_out' uses those it never shows, with 1 to max_objects objects. count: pairs returned, languages
-    taken in turn. A relation is always stated where the scene has one. Raises ValueError for an unknown kind
-    or language, or a count below 1."""
+    A relation is always stated if the scene has one.
+
+    Args:
+      kind: one_object and two_objects use compositions of training, from the test stream; held_out uses the others, with 1
+        to max_objects objects.
+      count: Number of pairs, at least 1.
+      seed: See `scene`.
+      languages: Taken in turn.
+      max_objects: See `kind`.
+      sizes: See `scene`.
+      fills: See `scene`.
+      backgrounds: See `scene`.
+
+    Raises:
+      ValueError: An argument is out of range.
+    """
     check_languages(languages)
     if count < 1:
         raise ValueError(f"want a count of 1 or more, got {count}; ask for at least one caption")

@@ -5,7 +5,7 @@ Each shape is a function d(u, v) <= 0 inside, in units of its own radius, u righ
 any size. Only +, *, min, max, sqrt and rint touch pixels: IEEE fixes their results, so the bytes are equal
 everywhere.
 
-S side of the picture, H W height and width of one object's patch, 3 colour planes."""
+S side of the image, H W height and width of one object's patch, 3 color planes."""
 
 import math
 from functools import lru_cache
@@ -14,7 +14,7 @@ import numpy as np
 
 from dalle_jax.data.scenes.scene import Background, Scene, SceneObject
 
-REACH = 1.11  # farthest point of any shape from its centre, in radii
+REACH = 1.11  # farthest point of any shape from its center, in radii
 MIN_SIDE, MAX_SIDE = 32, 256
 
 TONES = {
@@ -29,9 +29,9 @@ TONES = {
     "brown": (126, 74, 36),
     "black": (26, 26, 32),
 }
-TINT = 0.45  # how far the second tone of a striped or dotted fill lies from the colour towards white
+TINT = 0.45  # how far the second tone of a striped or dotted fill lies from the color towards white
 TINTS = {name: tuple(round(c + TINT * (255 - c)) for c in tone) for name, tone in TONES.items()}
-RIM = 0.18  # outline of plain colour around a striped or dotted fill, in radii: keeps the silhouette whole
+RIM = 0.18  # outline of plain color around a striped or dotted fill, in radii: keeps the silhouette whole
 
 _PIXELS = np.arange(MAX_SIDE, dtype=np.float32) + np.float32(0.5)
 # Half a level is added to every tone at the start: blending keeps it, and the cut to uint8 then rounds.
@@ -72,7 +72,7 @@ def star(u, v):
 
 
 def heart(u, v):
-    s, t = np.abs(u) - 0.455, v + 0.35  # from the centre of one lobe
+    s, t = np.abs(u) - 0.455, v + 0.35  # from the center of one lobe
     lobe = _length(s, t) - 0.535
     flank = 0.7843 * s + 0.6204 * t - 0.535  # tangent of the lobe, through the tip
     cone = np.maximum(np.maximum(flank, -t), 0.6204 * s - 0.7843 * t)
@@ -149,11 +149,11 @@ def _raised(tone: tuple[int, int, int]) -> np.ndarray:
 def shape_coordinates(
     x: float, y: float, diameter: float, angle: float, side: int, reach: float = REACH, pad: float = 1.0
 ):
-    """Pixels that an object can touch, and their places in the object's own frame.
+    """Return the pixels that an object can touch, and their coordinates in the object's frame.
 
     x, y, diameter: in [0, 1]. angle: degrees. side: pixels. Returns (rows, columns, u_HW, v_HW, radius), the
     first two slices, the last the radius in pixels. The slices are empty if the object lies outside the
-    picture."""
+    image."""
     radius = diameter * side * 0.5
     extent = reach * radius + pad
     cx, cy = x * side, y * side
@@ -166,20 +166,20 @@ def shape_coordinates(
 
 
 def coverage(distance_HW, radius: float):
-    """Share of each pixel that the shape covers, float32 in [0, 1], from its signed distance in radii."""
-    share_HW = distance_HW * -radius
-    share_HW += 0.5
-    return np.minimum(np.maximum(share_HW, 0.0, out=share_HW), 1.0, out=share_HW)
+    """Return the fraction of each pixel that the shape covers, float32 in [0, 1], from its signed distance in radii."""
+    fraction_HW = distance_HW * -radius
+    fraction_HW += 0.5
+    return np.minimum(np.maximum(fraction_HW, 0.0, out=fraction_HW), 1.0, out=fraction_HW)
 
 
 def stripes(u, v):
-    """Distance of each place to the light bands of a striped fill, in radii: slanted bands, period 0.6."""
+    """Return the distance of each position to the light bands of a striped fill, in radii: slanted bands, period 0.6."""
     t = (u + v) * (0.7071 / 0.6)
     return (np.abs(t - np.rint(t)) - 0.25) * 0.6
 
 
 def dots(u, v):
-    """Distance of each place to the light dots of a dotted fill, in radii: a square grid, spacing 0.52."""
+    """Return the distance of each position to the light dots of a dotted fill, in radii: a square grid, spacing 0.52."""
     s, t = u * (1 / 0.52), v * (1 / 0.52)
     return _length(s - np.rint(s), t - np.rint(t)) * 0.52 - 0.18
 
@@ -216,10 +216,10 @@ def _draw(canvas_3SS, thing: SceneObject, side: int) -> None:
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """Pixels of a scene.
+    """Render a scene.
 
-    size: side of the picture in pixels, 32..256. Returns uint8 (size, size, 3). The same scene at two sizes
-    is the same picture. Raises ValueError if size is out of range."""
+    size: side of the image in pixels, 32..256. Returns uint8 (size, size, 3). The same scene at two sizes
+    is the same image. Raises ValueError if size is out of range."""
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not MIN_SIDE <= size <= MAX_SIDE:
         raise ValueError(
             f"want a size of {MIN_SIDE}..{MAX_SIDE} pixels, got {size!r}; render in that range and resize"

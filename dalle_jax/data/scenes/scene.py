@@ -1,10 +1,10 @@
-"""What a procedural scene is: its words, its records, its random stream, its relations and what is held out.
+"""Procedural scenes: words, records, the random stream, relations and held-out compositions.
 
-A scene is one to four coloured shapes on a light background. Coordinates are in [0, 1] with x to the right
-and y downwards, so a scene has no resolution. Every choice comes from a counter: the stream of (seed, split,
+A scene is one to four colored shapes on a light background. Coordinates are in [0, 1] with x to the right
+and y downward, so a scene has no resolution. Every choice comes from a counter: the stream of (seed, split,
 index) is the same on every machine, in every process, and needs no generator object.
 
-Compositions held out of training are (colour, shape) pairs and (shape, relation, shape) triples. Each colour,
+Compositions held out of training are (color, shape) pairs and (shape, relation, shape) triples. Each color,
 each shape and each relation stays in training; only these ways of putting them together do not."""
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ RELATIONS = ("left of", "right of", "above", "below", "inside", "between")
 LANGUAGES = ("en", "zh")
 SPLITS = ("train", "val", "test", "held_out")
 
-DIAMETERS = {"small": 0.28, "medium": 0.40, "large": 0.56}  # share of the picture's side, before JITTER
+DIAMETERS = {"small": 0.28, "medium": 0.40, "large": 0.56}  # fraction of the image's side, before JITTER
 JITTER = 0.025
 HOSTS = ("circle", "square", "heart")  # shapes wide enough to hold a small object when they are large
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -32,8 +32,8 @@ _MASK = (1 << 64) - 1
 class SceneObject:
     """One shape in a scene.
 
-    shape, colour, size, fill: a word of SHAPES, COLOURS, SIZES, FILLS. x, y: centre in [0, 1], y downwards.
-    diameter: share of the picture's side. angle: degrees, clockwise."""
+    shape, color, size, fill: a word of SHAPES, COLORS, SIZES, FILLS. x, y: center in [0, 1], y downward.
+    diameter: fraction of the image's side. angle: degrees, clockwise."""
 
     shape: str
     color: str
@@ -71,7 +71,7 @@ class Relation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """A picture before it has pixels: objects in drawing order, background, and the relation it was laid out
+    """A image before it has pixels: objects in drawing order, background, and the relation it was laid out
     for.
 
     relation is None when the scene has one object."""
@@ -82,13 +82,13 @@ class Scene:
 
 
 class CounterRNG:
-    """Random numbers that depend on the given words alone: splitmix64 of the words, then a 64-bit LCG."""
+    """Random numbers that are a function of the seed words: splitmix64 of the words, then a 64-bit LCG."""
 
     __slots__ = ("_state",)
 
     def __init__(self, *words: int):
         state = 0
-        for word in words:  # splitmix64's finaliser after each word, so (1, 2) and (2, 1) part
+        for word in words:  # splitmix64's finalizer after each word, so (1, 2) and (2, 1) part
             state = (state + word + 0x9E3779B97F4A7C15) & _MASK
             state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
             state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -96,22 +96,22 @@ class CounterRNG:
         self._state = state
 
     def integers(self, n: int) -> int:
-        """An integer in [0, n), from the high half of the state (an LCG's low bits are weak)."""
+        """Return an integer in [0, n), from the high half of the state (an LCG's low bits are weak)."""
         self._state = state = (self._state * 6364136223846793005 + 1442695040888963407) & _MASK
         return ((state >> 32) * n) >> 32
 
     def choice(self, words):
-        """One entry of a sequence, all equally likely."""
+        """Return one entry of a sequence, all equally likely."""
         self._state = state = (self._state * 6364136223846793005 + 1442695040888963407) & _MASK
         return words[((state >> 32) * len(words)) >> 32]
 
     def random(self) -> float:
-        """A float in [0, 1), a multiple of 2**-16, so that sums of a few are exact."""
+        """Return a float in [0, 1), a multiple of 2**-16, so that sums of a few are exact."""
         return self.integers(65536) / 65536
 
 
 def is_side(name: str, a, b, *, slack: float = 0.8, min_offset: float = 0.1) -> bool:
-    """True if a is `name` ('left of', 'right of', 'above', 'below') b: the offset that way is at least
+    """Return whether a is `name` ('left of', 'right of', 'above', 'below') b: the offset that way is at least
     `least` and at least `slack` times the offset across. a, b: anything with x and y in [0, 1]."""
     dx, dy = b.x - a.x, b.y - a.y
     if name in ("above", "below"):
@@ -122,13 +122,13 @@ def is_side(name: str, a, b, *, slack: float = 0.8, min_offset: float = 0.1) -> 
 
 
 def is_inside(a, b) -> bool:
-    """True if a lies within b: much smaller, and its centre in the middle of b. a, b: x, y, diameter."""
+    """Return whether a lies within b: much smaller, and its center in the middle of b. a, b: x, y, diameter."""
     reach = 0.25 * b.diameter
     return a.diameter < 0.72 * b.diameter and (a.x - b.x) ** 2 + (a.y - b.y) ** 2 < reach * reach
 
 
 def is_between(a, b, c) -> bool:
-    """True if a lies near the middle part of the line from b to c, each with x and y in [0, 1]."""
+    """Return whether a lies near the middle part of the line from b to c, each with x and y in [0, 1]."""
     lx, ly = c.x - b.x, c.y - b.y
     length2 = lx * lx + ly * ly
     if length2 < 0.16:  # ends closer than 0.4 leave no room for a third object
@@ -139,7 +139,7 @@ def is_between(a, b, c) -> bool:
 
 
 def relation_holds(name: str, a, *others) -> bool:
-    """True if a stands in relation `name` to the others by geometry alone.
+    """Return whether a stands in relation `name` to the others by geometry alone.
 
     name: a word of RELATIONS. a, others: anything with x, y, diameter (SceneObject or the verifier's Found);
     two others for 'between', else one. Raises ValueError for an unknown relation or a wrong number of
@@ -159,7 +159,7 @@ def relation_holds(name: str, a, *others) -> bool:
 
 
 def _held_out_pairs() -> frozenset[tuple[str, str]]:
-    # One colour per shape; 7 is prime to 10, so the twelve pairs fall on all ten colours.
+    # One color per shape; 7 is prime to 10, so the twelve pairs fall on all ten colors.
     return frozenset((COLORS[(7 * i + 3) % len(COLORS)], shape) for i, shape in enumerate(SHAPES))
 
 
@@ -176,7 +176,7 @@ _TRIPLES = _held_out_relations()
 
 
 def held_out_pairs() -> frozenset[tuple[str, str]]:
-    """The (colour, shape) pairs that training never shows: 12 of 120, one per shape, all colours touched."""
+    """The (color, shape) pairs that training never shows: 12 of 120, one per shape, all colors touched."""
     return _PAIRS
 
 
@@ -193,7 +193,7 @@ def relation_triple(name: str, subject: str, other: str) -> tuple[str, str, str]
 
 
 def shows_held_out_relation(a: SceneObject, b: SceneObject) -> bool:
-    """True if a and b together show a held-out relation, read from their places."""
+    """Return whether a and b together show a held-out relation, by their positions."""
     return any(
         (p.shape, name, q.shape) in _TRIPLES and relation_holds(name, p, q)
         for name in ("left of", "above", "inside")
