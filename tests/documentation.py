@@ -7,6 +7,7 @@ the pages use.
 """
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -235,8 +236,16 @@ def write_data(site: Path) -> None:
     for name in ("emoji-64.tar", "shards/000.tar"):
         (site / name).parent.mkdir(exist_ok=True)
         with tarfile.open(site / name, "w") as tar:
-            for file in sorted((site / "mine").iterdir()):
+            for i, file in enumerate(sorted((site / "mine").glob("*.png"))):
                 tar.add(file, file.name)
+                about = {
+                    "captions": ["a red fox"],
+                    "captions_zh": ["红色的狐狸"],
+                    "split": "train" if i % 4 else "val",
+                }
+                member = tarfile.TarInfo(f"{file.stem}.json")
+                member.size = len(data := json.dumps(about).encode())
+                tar.addfile(member, io.BytesIO(data))
     rng = np.random.default_rng(0)
     arrays = {}
     for split, count in (("train", 64), ("test", 32)):

@@ -103,6 +103,8 @@ def test_links_and_files_exist(page):
         r"(?:configs|tests|benchmarks|dalle_jax|docs|examples)/[\w/]+\.(?:py|md|png|ipynb)", text
     ):
         assert (ROOT / name).is_file(), f"{page.name} names {name}"
+    for name in re.findall(r"`(\w+/[\w/]+\.py)`", text):  # of the repository or of the package
+        assert (ROOT / name).is_file() or (ROOT / "dalle_jax" / name).is_file(), f"{page.name} names {name}"
     for name in re.findall(r"pytest(?: -m \w+)?((?: tests/\S+\.py)+)", text):
         assert all((ROOT / file).is_file() for file in name.split()), f"{page.name} runs {name}"
     for name in re.findall(r"python -m benchmarks\.(\w+)", text):
