@@ -1,5 +1,5 @@
-"""Settings of the whole suite: 8 devices on the CPU, strict shapes, our own deprecation warnings are errors,
-no network. `FakeTask` is a stage small enough to test the training loop by itself.
+"""Settings of the test suite: 8 CPU devices, strict rank promotion, deprecation warnings of this package are errors, no
+network; and `FakeTask`, a stage small enough to test the training loop alone.
 """
 
 import getpass
@@ -22,7 +22,7 @@ from dalle_jax.train.task import Task
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Programs compiled by earlier runs of the suite; the key holds jax's version and every compile option.
+# Programs compiled by earlier runs of the suite; the cache key includes jax's version and all compile options.
 jax.config.update(
     "jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / f"dalle_jax_tests_{getpass.getuser()}")
 )
@@ -41,16 +41,16 @@ def _no_network(monkeypatch):
     def refuse(self, address, *rest):
         if self.family == socket.AF_UNIX:
             return connect(self, address, *rest)
-        raise OSError(f"a test wants the network: {address}")
+        raise OSError(f"Expected no network in tests, got a connection to {address}.")
 
     connect = socket.socket.connect
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _programs_go():
-    """Each file's compiled programs go with it: a process may have 65,530 mappings of memory on Linux, and those of
-    all files together were more, at which XLA aborts."""
+def _clear_programs():
+    """Drop the compiled programs of each test file: a process may have 65,530 memory mappings on Linux, and XLA aborts when the
+    programs of all files exceed them."""
     yield
     jax.clear_caches()
 
@@ -62,10 +62,13 @@ def fake_models(monkeypatch):
 
 
 class FakeTask(Task):
-    """A linear model on numbers drawn from the step number: every law of the loop, in milliseconds.
+    """A linear model on batches generated from the step number, for fast tests of the training loop.
 
-    noise: size of a random term of the loss that depends on the step's key. nan_at: the batch of that step
-    has a NaN. at: functions to call when the batch of a step is asked for.
+    Args:
+      config: of the training.
+      noise: scale of a random term of the loss that depends on the step's key.
+      nan_at: the step whose batch has a NaN.
+      at: functions to call when the batch of a step is read.
     """
 
     best = ("eval_loss", "min")
@@ -122,7 +125,7 @@ class FakeTask(Task):
 
 
 def tiny_config(run="", **changes) -> TrainConfig:
-    """Ten steps of FakeTask; a dict among `changes` changes fields inside `optim`, `data` or `mesh`."""
+    """Return a configuration of ten steps of FakeTask; a dict in `changes` changes fields of `optim`, `data` or `mesh`."""
     values = {
         "model": DVAEConfig(image_size=8, groups=1, width=4, decoder_width=4, vocab=8),
         "run": str(run),

@@ -1,7 +1,7 @@
-"""Several real processes as one training, for tests.
+"""Trainings of several real processes, for tests.
 
-They come from a server that has imported everything: importing takes longer than what they train. Sizes are such
-that a life is seconds, also where a machine is busy: XLA ends a process whose collective has waited 40 s.
+The processes are forked from a server that has imported everything, because imports take longer than the training. Sizes are
+such that a training takes seconds also on a busy machine: XLA ends a process whose collective has waited 40 s.
 """
 
 import atexit
@@ -34,18 +34,18 @@ CHANGES = {
     "eval_every": 8,
     "sample_every": 12,
 }  # of tiny_config
-HEARTBEAT = 10  # seconds, where a process is to be lost
+HEARTBEAT = 10  # seconds, in tests that lose a process
 SHORT = [
     "--distributed.heartbeat-timeout-seconds",
     str(HEARTBEAT),
     "--distributed.initialization-timeout-seconds",
     "60",
 ]
-BOUND = 240  # seconds until all must be gone: start, training, heartbeat, and much for a busy machine
+BOUND = 240  # seconds until all processes must have ended, on a busy machine
 
 
 class SlowTask(FakeTask):
-    """EVENT (see Job) happens to the process when it reads the batch of the step."""
+    """FakeTask in which an event (see Job) happens to a process when it reads the batch of a step."""
 
     event = ("none", -1, -1)
 
@@ -72,7 +72,7 @@ def train(
     argv: list[str],
     env=None,
 ):
-    """What a process of a Job does: the command line; with FakeTask for the stage where `config` is a dict."""
+    """The main function of a process of a Job: the command line, with FakeTask if `config` is a dict."""
     os.environ.update(env or {})
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -85,11 +85,11 @@ def train(
         sys.modules["dalle_jax.train.tasks"] = types.ModuleType("tasks")
         sys.modules["dalle_jax.train.tasks"].make_task = type("Task", (SlowTask,), {"event": event})
         config = tiny_config(**config)
-    else:  # one that found its programs there would wait for the others longer than CPU collectives do
+    else:  # a process with cached programs would wait for the others longer than CPU collectives allow
         jax.config.update("jax_enable_compilation_cache", False)
     command.load_config = lambda path: config
     code = main(["train", *argv])
-    atexit._run_exitfuncs()  # as at the end of any process; those of multiprocessing end without
+    atexit._run_exitfuncs()  # processes of multiprocessing end without them
     sys.stderr.flush()
     os._exit(code)
 
@@ -101,11 +101,19 @@ def free_port() -> int:
 
 
 class Job:
-    """`count` processes with `devices` each, one training in `run`.
+    """A training in `run` of `count` processes with `devices` each.
 
-    event: WHAT:PROCESS:STEP, what one process does to itself when the batch of a step is read: a signal's name,
-    `hang` or `raise`. config: of a real stage; without it FakeTask trains, with `changes` of its `CHANGES`.
-    url: where the run is instead of at `run`, beside which the logs are; env: what to find it with.
+    Args:
+      run: run directory; the logs are next to it.
+      count: processes.
+      devices: of each process.
+      event: WHAT:PROCESS:STEP, what a process does to itself when it reads the batch of a step: the name of a signal, `hang`
+        or `raise`.
+      flags: of the command line.
+      config: of a real stage; None is FakeTask.
+      url: of the run, instead of `run`.
+      env: environment variables of the processes.
+      **changes: of FakeTask's configuration, on top of `CHANGES`.
     """
 
     def __init__(
@@ -135,7 +143,7 @@ class Job:
             self.processes[-1].start()
 
     def codes(self) -> list[int]:
-        """Exit codes, once all have ended; None for one that has not in BOUND seconds."""
+        """Exit codes after all have ended; None for a process that runs longer than BOUND seconds."""
         for p in self.processes:
             p.join(BOUND)
         codes = [p.exitcode for p in self.processes]
@@ -153,7 +161,7 @@ class Job:
         return "\n".join(f"process {p}:\n{self.log(p)}" for p in range(len(self.logs)))
 
     def reaches(self, step: int) -> bool:
-        """Waits for the row of a step; False where a process has ended before."""
+        """Wait for the metrics of a step; False if a process ends before."""
         file = self.run / "metrics.jsonl"
         for _ in range(30_000):
             if file.exists() and f'"step": {step},' in file.read_text():
@@ -170,11 +178,11 @@ def series(run: Path) -> list[dict]:
 
 
 def assert_close(got: list[dict], want: list[dict], rtol=1e-5, atol=1e-6) -> None:
-    """The same steps and figures; sums over devices may be taken in another order."""
+    """The same steps and metrics, up to the order of sums over devices."""
     assert [(r["step"], list(r)) for r in got] == [(r["step"], list(r)) for r in want]
     for g, w in zip(got, want, strict=True):
         for name in w:
-            if w[name] is None or g[name] is None:  # what rests, as a discriminator before its start
+            if w[name] is None or g[name] is None:  # such as a discriminator before its start
                 assert g[name] is w[name], f"{name}, {g['step']}: {g[name]}, want {w[name]}"
             else:
                 np.testing.assert_allclose(g[name], w[name], rtol, atol, err_msg=f"{name}, {g['step']}")
@@ -192,21 +200,23 @@ def saved_params(run: Path) -> dict:
         checkpoints.close()
 
 
-def same_weights(a: Path, b: Path, rtol=1e-5, atol=1e-6) -> None:
-    mine, other = (saved_params(run) for run in (a, b))
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(mine), jax.tree.leaves(other), strict=True):
+def assert_same_params(a: Path, b: Path, rtol=1e-5, atol=1e-6) -> None:
+    params_a, params_b = (saved_params(run) for run in (a, b))
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(params_a), jax.tree.leaves(params_b), strict=True
+    ):
         np.testing.assert_allclose(x, y, rtol, atol, err_msg=jax.tree_util.keystr(path))
 
 
 def straight_run(run: Path, **changes) -> Path:
-    """One process, eight devices, nothing happens."""
+    """One process with eight devices, without an event."""
     config = tiny_config(run, **CHANGES | changes)
     loop.train(config, FakeTask(config))
     return run
 
 
 def saved_steps(run: Path) -> list[int]:
-    """The steps with a checkpoint, each read whole; fails for one that cannot be."""
+    """The steps with a checkpoint; fails for one that cannot be read."""
     path = run / "checkpoints"
     if not path.is_dir():
         return []
@@ -221,14 +231,14 @@ def saved_steps(run: Path) -> list[int]:
         checkpoints.close()
 
 
-def begun_saves(run: Path) -> set[int]:
-    """The steps of which a save had begun and not ended."""
+def unfinished_saves(run: Path) -> set[int]:
+    """The steps whose save has started and not ended."""
     names = [p.name for p in (run / "checkpoints").iterdir() if p.name.endswith(".orbax-checkpoint-tmp")]
     return {int(name.partition(".")[0]) for name in names}
 
 
-def told_by_first_alone(job: Job) -> None:
-    """Figures stand in the log of process 0 and in no other; the run directory says nothing of processes."""
+def only_process_0_logs(job: Job) -> None:
+    """Only process 0 logs metrics, and the saved configuration has no fields of processes."""
     assert "loss" in job.log(0)
     assert not any("loss" in job.log(p) for p in range(1, len(job.logs)))
     written = json.loads((job.run / "config.json").read_text())["distributed"]
@@ -236,5 +246,5 @@ def told_by_first_alone(job: Job) -> None:
 
 
 def starved(job: Job) -> bool:
-    """Whether the processes were too far apart for CPU collectives, which give each other 30 s: a busy machine."""
+    """Whether CPU collectives, which time out after 30 s, failed on a busy machine."""
     return "Gloo context initialization failed" in job.logs_text()

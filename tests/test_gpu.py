@@ -1,4 +1,4 @@
-"""What a GPU must agree on with the CPU, and the memory that its sampler takes: pytest -m gpu, on a machine with one.
+"""A GPU must agree with the CPU, and its sampler must not need more memory than reported: pytest -m gpu, on a machine with one.
 
 The CPU is the reference: the same functions with the same parameters in float32, products in full precision.
 """
@@ -33,7 +33,7 @@ def _gpu():
 
 
 def on_both(fn, *args):
-    """What `fn` gives on the GPU and on the CPU."""
+    """The results of `fn` on the GPU and on the CPU."""
     found = []
     for device in (jax.devices("gpu")[0], jax.devices("cpu")[0]):
         with jax.default_device(device), jax.default_matmul_precision("float32"):
@@ -41,8 +41,8 @@ def on_both(fn, *args):
     return found
 
 
-def lively(params, key=1):
-    """Every leaf random, so that no zero hides a path."""
+def randomize(params, key=1):
+    """Add noise to every leaf, so that no zero hides an error."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(key), len(leaves))
     return tree.unflatten(
@@ -55,22 +55,24 @@ def rows(cfg, count):
     return text, jax.random.randint(jax.random.key(3), (count, cfg.num_codes), 0, cfg.image_vocab)
 
 
-def assert_near(got, want, share):
+def assert_near(got, want, rtol):
     for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want), strict=True):
         name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(a, b, rtol=0, atol=share * np.abs(b).max() + 1e-6, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max() + 1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["full", "row", "conv"])
-def test_cudnn_attention_is_dense(kind):
-    """Output and gradients in bfloat16, against the dense path in float32 on the same numbers."""
+def test_cudnn_equals_dense_attention(kind):
+    """Output and gradients in bfloat16, against dense attention in float32 on the same numbers."""
     length, width = CFG.text_len + CFG.num_codes, 64
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, weights = (jax.random.normal(key, (2, length, 3, width), jnp.bfloat16) for key in keys)
     mask = jnp.asarray(attention_mask(kind, CFG.text_len, CFG.grid))
 
-    def run(look, *x):
-        return jax.jit(jax.value_and_grad(lambda x: (look(*x) * weights).astype(jnp.float32).sum()))(x)
+    def run(attention_fn, *x):
+        return jax.jit(jax.value_and_grad(lambda x: (attention_fn(*x) * weights).astype(jnp.float32).sum()))(
+            x
+        )
 
     got = run(lambda *x: flash.cudnn_attention(*x, None if kind == "full" else mask), q, k, v)
     with jax.default_matmul_precision("float32"):
@@ -81,7 +83,7 @@ def test_cudnn_attention_is_dense(kind):
 
 
 def test_transformer_loss_and_gradients():
-    params, (text, codes) = lively(dalle.init(CFG, jax.random.key(0))), rows(CFG, 4)
+    params, (text, codes) = randomize(dalle.init(CFG, jax.random.key(0))), rows(CFG, 4)
     cfg = dataclasses.replace(CFG, cond_drop_prob=0.0)
 
     def run(params, text, codes):
@@ -92,10 +94,9 @@ def test_transformer_loss_and_gradients():
     assert_near(got[1], want[1], 1e-3)
 
 
-def test_greedy_codes_are_those_of_the_cpu():
-    """Every kind of layer and its cache, guidance too. Codes may part where two scores are as good as equal: a
-    code's score must then be within rounding of the best."""
-    params, (text, _) = lively(dalle.init(CFG, jax.random.key(0))), rows(CFG, 4)
+def test_greedy_codes_equal_those_of_the_cpu():
+    """Every kind of layer and its cache, with guidance. Codes may differ where two logits are equal up to rounding."""
+    params, (text, _) = randomize(dalle.init(CFG, jax.random.key(0))), rows(CFG, 4)
 
     def run(params, text):
         return generate(
@@ -105,13 +106,15 @@ def test_greedy_codes_are_those_of_the_cpu():
     got, want = on_both(run, params, text)
     scores = jax.jit(lambda p, t, c: dalle.logits(CFG, p, t, c)[1])
     for row in np.flatnonzero((got != want).any(axis=1)):
-        place = int(np.argmax(got[row] != want[row]))
+        position = int(np.argmax(got[row] != want[row]))
         with jax.default_device(jax.devices("cpu")[0]):
             codes = jnp.asarray(want[row])[None]
-            own, none = (scores(params, t[None], codes)[0, place] for t in (text[row], dalle.null_text(CFG)))
-        one, other = np.asarray(none + 1.5 * (own - none))[[got[row, place], want[row, place]]]
+            own, none = (
+                scores(params, t[None], codes)[0, position] for t in (text[row], dalle.null_text(CFG))
+            )
+        one, other = np.asarray(none + 1.5 * (own - none))[[got[row, position], want[row, position]]]
         assert abs(one - other) < 1e-3, (
-            f"row {row}, code {place}: scores {one} on the GPU, {other} on the CPU"
+            f"row {row}, code {position}: scores {one} on the GPU, {other} on the CPU"
         )
 
 
@@ -125,7 +128,7 @@ def test_tokenizer_and_unet():
     net = DiffusionConfig(
         image_size=16, width=32, channel_multipliers=(1, 2), blocks=1, attention_sizes=(8,), dropout=0.0
     )
-    weights = lively(unet.init(net, jax.random.key(0)))
+    weights = randomize(unet.init(net, jax.random.key(0)))
     noised = jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
     times, one = jnp.full((2,), 0.5), jnp.full((2,), 0.7)
 
@@ -135,8 +138,8 @@ def test_tokenizer_and_unet():
     assert_near(*on_both(predict, weights, noised), 1e-3)
 
 
-def test_the_sampler_takes_no_more_memory_than_it_says():
-    """`memory_analysis`, which `info --batch` and `--compile-only --sample` print, bounds what the device saw."""
+def test_the_sampler_needs_no_more_memory_than_reported():
+    """`memory_analysis`, which `info --batch-size` and `--compile-only --sample` print, bounds the peak of the device."""
     device = jax.devices("gpu")[0]
     cfg = dataclasses.replace(CFG, dim=512, heads=8, layers=8, grid=16, dtype="bfloat16")
     params = jax.device_put(
@@ -145,10 +148,10 @@ def test_the_sampler_takes_no_more_memory_than_it_says():
     text, keys = jax.device_put((rows(cfg, 64)[0], row_keys(range(64))), device)
     compiled = generate.lower(cfg, params, text, keys).compile()
     stats = compiled.memory_analysis()
-    said = stats.output_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    reported = stats.output_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     before = device.memory_stats()["bytes_in_use"]
     jax.block_until_ready(compiled(params, text, keys))
     taken = device.memory_stats()["peak_bytes_in_use"] - before
-    assert 0.5 * said < taken < 1.1 * said, (
-        f"{taken / 2**20:.0f} MiB were taken, {said / 2**20:.0f} MiB announced"
+    assert 0.5 * reported < taken < 1.1 * reported, (
+        f"{taken / 2**20:.0f} MiB were used, {reported / 2**20:.0f} MiB reported"
     )

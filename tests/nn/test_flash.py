@@ -1,4 +1,4 @@
-"""Attention kernels and the loss in groups against the dense path: they change no number, only what is stored."""
+"""Attention kernels, remat policies and the chunked loss equal the dense path: they change no number, only what is stored."""
 
 import dataclasses
 
@@ -11,7 +11,6 @@ from dalle_jax.config import DalleConfig, MeshConfig
 from dalle_jax.models import dalle
 from dalle_jax.nn import flash
 from dalle_jax.nn.attention import dense_attention
-from dalle_jax.nn.cross_entropy import cross_entropy
 from dalle_jax.nn.masks import attention_mask
 from dalle_jax.parallel.mesh import make_mesh
 
@@ -51,15 +50,15 @@ def assert_same_attention(got, want):
 
 
 @pytest.mark.parametrize("number", range(4), ids=KINDS)
-def test_splash_is_dense(number):
-    """Output and the gradients of queries, keys and values; the kernel is interpreted here."""
+def test_splash_equals_dense_attention(number):
+    """Output and the gradients of queries, keys and values; the kernel is interpreted on a CPU."""
     got = output_and_gradients(lambda q, k, v: flash.splash_attention(q, k, v, MASKS[number : number + 1], 0))
     want = output_and_gradients(lambda q, k, v: dense_attention(q, k, v, jnp.asarray(MASKS[number])))
     assert_same_attention(got, want)
 
 
 def test_one_wrong_pair_of_the_mask_exceeds_the_attention_bounds():
-    """In the output and in each gradient by itself."""
+    """In the output and in each gradient on its own."""
     wrong = MASKS[0].copy()
     wrong[100, 50] = False
     got = output_and_gradients(lambda q, k, v: flash.splash_attention(q, k, v, wrong[None], 0))
@@ -95,8 +94,8 @@ def plain():
     return loss_and_gradients(MODEL)
 
 
-def assert_same(got, want, share=2e-5):
-    """The loss to 1e-6 of it, gradients to `share` of the largest of their array: sums run in another order.
+def assert_same(got, want, rtol=2e-5):
+    """The loss to 1e-6 of it, gradients to `rtol` of the largest of their array: sums run in another order.
 
     A gradient may cancel: that of a key bias is zero, as softmax ignores a constant added to all scores. Its rounding
     is still that of its summands, hence n * EPS * m on top. Each gradient is a sum over n = rows * length tokens; in
@@ -110,24 +109,24 @@ def assert_same(got, want, share=2e-5):
     for path, b in leaves:
         largest[path[:-1]] = max(largest.get(path[:-1], 0), np.abs(b).max())
     for (path, b), a in zip(leaves, jax.tree.leaves(got[1]), strict=True):
-        near = share * np.abs(b).max() + ROWS * MODEL.seq_len * EPS * largest[path[:-1]]
+        near = rtol * np.abs(b).max() + ROWS * MODEL.seq_len * EPS * largest[path[:-1]]
         np.testing.assert_allclose(a, b, rtol=0, atol=near, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("remat", ["full", "mlp", "save_attention", "dots"])
-def test_what_is_kept_changes_nothing(plain, remat):
+def test_remat_equals_no_remat(plain, remat):
     assert_same(loss_and_gradients(dataclasses.replace(MODEL, remat=remat)), plain)
 
 
 @pytest.mark.parametrize("remat", ["mlp", pytest.param("full", marks=pytest.mark.slow)])
 def test_splash_in_the_model_over_a_mesh(plain, remat):
-    """Three kinds by a switch inside the scan, rows over 2 x 2 devices, heads over 2."""
+    """Three kinds in a switch inside the scan, rows over 2 x 2 devices, heads over 2."""
     cfg = dataclasses.replace(MODEL, attention_kernel="splash", remat=remat)
     assert_same(loss_and_gradients(cfg, make_mesh(MeshConfig(data=2, fsdp=2, model=2))), plain, 1e-4)
 
 
 def test_a_wrong_mask_or_gradient_exceeds_the_bounds(plain):
-    """Without the loss, at the wider share: the last layer's convolution 5 wide for 3, and a key bias off by 1e-3."""
+    """At the wider tolerance of gradients: a window of 5 for 3 in the last layer, and a key bias off by 1e-3."""
     _, wrong = loss_and_gradients(dataclasses.replace(MODEL, conv_kernel=5))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_same((plain[0], wrong), plain, 1e-4)
@@ -137,8 +136,8 @@ def test_a_wrong_mask_or_gradient_exceeds_the_bounds(plain):
         assert_same((plain[0], wrong), plain, 1e-4)
 
 
-def kept(cfg):
-    """Shapes of what the backward pass keeps of the blocks, stacked over layers."""
+def residual_sizes(cfg):
+    """Sizes per layer of what the backward pass keeps of the blocks."""
     shapes = jax.eval_shape(lambda: dalle.init(cfg, jax.random.key(0)))
     text, codes = jnp.zeros((4, cfg.text_len), jnp.int32), jnp.zeros((4, cfg.num_codes), jnp.int32)
 
@@ -151,18 +150,25 @@ def kept(cfg):
     return sorted(leaf.size // cfg.layers for leaf in stacked if leaf.size not in sizes)
 
 
-def test_what_each_policy_keeps():
-    """In units of the stream: its input; for `mlp` queries, keys, values, what attention gives and the middle."""
+def test_residuals_of_each_remat_policy():
+    """In units of the residual stream: the input of a layer; for `mlp` also queries, keys, values, output of attention, and the
+    stream after it."""
     unit = 4 * MODEL.seq_len * MODEL.dim
-    assert kept(dataclasses.replace(MODEL, remat="full")) == [unit]
-    assert kept(dataclasses.replace(MODEL, remat="save_attention")) == [unit] * 2
-    assert kept(dataclasses.replace(MODEL, remat="mlp")) == [unit] * 6
+    assert residual_sizes(dataclasses.replace(MODEL, remat="full")) == [unit]
+    assert residual_sizes(dataclasses.replace(MODEL, remat="save_attention")) == [unit] * 2
+    assert residual_sizes(dataclasses.replace(MODEL, remat="mlp")) == [unit] * 6
 
 
-# --- the choice ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chunk", [1, 10, 36])
+def test_chunked_loss_equals_the_loss(plain, chunk):
+    """26 text ids and 37 codes, which chunks do not divide."""
+    assert_same(loss_and_gradients(dataclasses.replace(MODEL, loss_vocab_chunk=chunk)), plain)
 
 
-def test_choice(monkeypatch):
+# --- kernel selection ------------------------------------------------------------------------------------
+
+
+def test_select_kernel(monkeypatch):
     sparse = ("row", "conv")
     assert flash.select_kernel("auto", sparse, 1280, "bfloat16") == "dense"  # this is a CPU
     assert flash.select_kernel("splash", sparse, 1280, "bfloat16") == "splash"
@@ -175,7 +181,7 @@ def test_choice(monkeypatch):
     assert flash.select_kernel("auto", ("full", "full"), 1280, "bfloat16") == "cudnn"
 
 
-def test_cudnn_says_what_it_cannot_do():
+def test_cudnn_rejects_unsupported_models():
     assert flash.select_kernel("cudnn", ("row", "conv", "row"), 1280, "bfloat16") == "cudnn"
     with pytest.raises(
         ValueError,
@@ -187,16 +193,16 @@ def test_cudnn_says_what_it_cannot_do():
 
 
 @pytest.mark.parametrize("kinds", [("full",), ("row", "conv")])
-def test_cudnn_gets_the_mask_of_each_layer(kinds, monkeypatch):
-    """With the library's own path in place of cuDNN's, scores are the dense ones."""
+def test_cudnn_has_the_mask_of_each_layer(kinds, monkeypatch):
+    """With the library's XLA implementation instead of cuDNN's, logits equal the dense ones."""
     library = jax.nn.dot_product_attention
-    asked = []
+    calls = []
 
-    def instead(*x, implementation, **options):
-        asked.append((implementation, options["is_causal"]))
+    def use_xla(*x, implementation, **options):
+        calls.append((implementation, options["is_causal"]))
         return library(*x, implementation="xla", **options)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", use_xla)
     cfg = DalleConfig(
         text_vocab=9, text_len=4, image_vocab=7, grid=4, dim=16, layers=2, heads=2, conv_kernel=3,
         attention=kinds, last_attention=None,
@@ -209,16 +215,16 @@ def test_cudnn_gets_the_mask_of_each_layer(kinds, monkeypatch):
     want = dalle.logits(cfg, params, text, codes)[1]
     got = dalle.logits(dataclasses.replace(cfg, attention_kernel="cudnn"), params, text, codes)[1]
     np.testing.assert_allclose(got, want, rtol=0, atol=0.02 * np.abs(want).max())
-    assert set(asked) == {("cudnn", kinds == ("full",))}
+    assert set(calls) == {("cudnn", kinds == ("full",))}
 
 
 def test_full_mask_is_causal():
-    """What lets cuDNN compute full layers: the caption comes first, so the mask is the triangle."""
+    """So cuDNN computes full layers without a mask."""
     np.testing.assert_array_equal(attention_mask("full", 3, 2), np.tril(np.ones((7, 7), bool)))
 
 
 def test_blocks_by_hand():
-    """384 positions make three blocks a side: causal, 6 of 9; a band of one block, 5 of 9."""
+    """384 positions are three blocks a side: causal, 6 of 9 blocks; a diagonal band, 5 of 9."""
     near = np.tril(np.ones((384, 384), bool))
     assert flash.block_density(near) == pytest.approx(6 / 9)
     near &= np.arange(384)[:, None] - np.arange(384)[None] <= 1
@@ -229,45 +235,3 @@ def test_blocks_by_hand():
         and flash.padded_length(129) == 256
     )
     assert (flash.block_size(1280), flash.block_size(384), flash.block_size(20)) == (256, 128, 128)
-
-
-# --- the loss in groups of the vocabulary ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 10, 36])
-def test_loss_in_groups_is_the_loss(plain, chunk):
-    """26 text ids and 37 codes: groups that do not come out even."""
-    assert_same(loss_and_gradients(dataclasses.replace(MODEL, loss_vocab_chunk=chunk)), plain)
-
-
-def test_loss_in_groups_by_hand():
-    """Two tokens, three words: -log softmax of the right one."""
-    x = np.array([[[1.0, 0.0], [0.0, 2.0]]], np.float32)
-    kernel = np.array([[1.0, 2.0, 3.0], [0.0, 0.5, 1.0]], np.float32)
-    want = np.mean([np.log(np.exp([1, 2, 3]).sum()) - 1, np.log(np.exp([0, 1, 2]).sum()) - 2])
-    for chunk in (0, 1, 2):
-        got = cross_entropy(x, kernel, jnp.array([[0, 2]]), dtype="float32", vocab_chunk=chunk)
-        np.testing.assert_allclose(got, want, rtol=1e-6)
-
-
-def test_scores_never_exist_whole():
-    """No array of the compiled gradient has the size of rows x tokens x vocabulary, or half of it."""
-    rows, tokens, width, vocab = 4, 8, 4, 96
-
-    def format_report(chunk):
-        def value(x, kernel):
-            return cross_entropy(x, kernel, ids, dtype="float32", vocab_chunk=chunk)
-
-        ids = jnp.zeros((rows, tokens), jnp.int32)
-        x, kernel = jnp.zeros((rows, tokens, width)), jnp.zeros((width, vocab))
-        return jax.jit(jax.grad(value, argnums=(0, 1))).lower(x, kernel).compile().as_text()
-
-    def largest(text):
-        import math
-        import re
-
-        shapes = re.findall(r"\w+\[([\d,]+)\]", text)
-        return max(math.prod(int(n) for n in shape.split(",")) for shape in shapes)
-
-    assert largest(format_report(0)) >= rows * tokens * vocab
-    assert largest(format_report(16)) < rows * tokens * vocab / 2

@@ -1,6 +1,5 @@
-"""Laws of matrices as sampling prepares them: joined, by output or in tiles they give what they gave; in 8 bits
-rounding is as written, products are those of the rounded matrix, scores are near the true ones.
-"""
+"""Laws of linear layers prepared for sampling: fused, transposed or tiled they change no result; quantized they round as
+documented and change logits little."""
 
 import dataclasses
 
@@ -22,13 +21,13 @@ from dalle_jax.nn.linear import (
 )
 from dalle_jax.sampling.generate import generate, row_keys
 
-WEIGHTS = ("int8", "fp8", "w8a8")
+QUANTIZATIONS = ("int8", "fp8", "w8a8")
 rng = np.random.default_rng(0)
 MATRIX = jnp.asarray(rng.normal(size=(24, 10)) * 10.0 ** rng.integers(-3, 3, 10), jnp.float32)
 
 
 def test_int8_by_hand():
-    """Each column has the scale at which its largest number is 127; a column of zeros stays zero."""
+    """The scale of a column maps its largest number to 127; a column of zeros stays zero."""
     p = {"up": {"kernel": jnp.array([[1.27, -4.0, 0.0], [-0.5, 1.0, 0.0]]), "bias": jnp.ones(3)}}
     got = quantize_kernels(p, "int8")["up"]
     assert got["kernel"].dtype == jnp.int8 and set(got) == {"kernel", "bias", "scale"}
@@ -40,7 +39,7 @@ def test_int8_by_hand():
 
 
 def test_fp8_by_hand():
-    """448 is the largest float8_e4m3fn; between 224 and 448 its numbers are 16, or 32, apart."""
+    """448 is the largest float8_e4m3fn; from 256 to 448 its numbers are 32 apart."""
     got = quantize_kernels({"kernel": jnp.array([[448.0], [300.0], [-0.5]])}, "fp8")
     assert got["kernel"].dtype == jnp.float8_e4m3fn
     np.testing.assert_array_equal(got["kernel"].astype(jnp.float32), [[448.0], [288.0], [-0.5]])
@@ -48,7 +47,7 @@ def test_fp8_by_hand():
 
 
 def test_w8a8_by_hand():
-    """Rows are rounded too: 1 and 0.3 of a row whose largest is 1 are 127 and 38 of 127."""
+    """Rows are rounded too: 1 and 0.3 of a row with maximum 1 become 127 and 38 of 127."""
     p = quantize_kernels({"kernel": jnp.array([[127.0], [-127.0]])}, "w8a8")
     assert set(p) == {"kernel", "scale_w8a8"}
     for rows in (1, 3):
@@ -56,15 +55,15 @@ def test_w8a8_by_hand():
         np.testing.assert_allclose(matmul(p, x, jnp.float32), [[127 - 38]] * rows, rtol=1e-6)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_products_are_those_of_the_rounded_matrix(weights, rows):
-    """For one row, which a CPU takes twice, as for many, in every compute dtype."""
-    p = quantize_kernels({"kernel": MATRIX}, weights)
-    scale = p["scale_w8a8" if weights == "w8a8" else "scale"]
+def test_product_equals_that_of_the_rounded_matrix(quantization, rows):
+    """For one row, which is computed twice on a CPU, and for many, in every compute dtype."""
+    p = quantize_kernels({"kernel": MATRIX}, quantization)
+    scale = p["scale_w8a8" if quantization == "w8a8" else "scale"]
     rounded = np.asarray(p["kernel"].astype(jnp.float32)) * np.asarray(scale)
     x = np.asarray(rng.normal(size=(rows, 24)), np.float32)
-    if weights == "w8a8":
+    if quantization == "w8a8":
         own = np.abs(x).max(axis=1, keepdims=True) / 127
         near = np.round(x / own) * own
     else:
@@ -76,13 +75,13 @@ def test_products_are_those_of_the_rounded_matrix(weights, rows):
     assert half.dtype == jnp.bfloat16
     assert (np.abs(half.astype(jnp.float32) - near @ rounded) <= 0.03 * size).all()
     step = (
-        0.5 / 127 if weights != "fp8" else 2.0**-4
-    )  # the farthest that rounding moves a number, of the largest
+        0.5 / 127 if quantization != "fp8" else 2.0**-4
+    )  # largest rounding error, relative to the largest number
     assert (np.abs(rounded - MATRIX) <= 1.01 * step * np.abs(MATRIX).max(axis=0)).all()
 
 
-def test_join_by_hand():
-    """Columns keep their order, the first matrix first, and so do biases and scales; what stands alone stays."""
+def test_fuse_qkv_by_hand():
+    """Columns, biases and scales keep their order; layers without partners are unchanged."""
     one = {"kernel": jnp.array([[1.0], [2.0]]), "bias": jnp.array([10.0])}
     two = {"kernel": jnp.array([[3.0], [4.0]]), "bias": jnp.array([20.0])}
     three = {"kernel": jnp.array([[5.0], [6.0]]), "bias": jnp.array([30.0])}
@@ -98,18 +97,18 @@ def test_join_by_hand():
     np.testing.assert_array_equal(fused_linear(got["cross"], ("q",), x, jnp.float32), [[[13]]])
 
 
-@pytest.mark.parametrize("weights", [None, *WEIGHTS])
+@pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
 @pytest.mark.parametrize("name", ["llamagen", "dalle_mini", "malevich_v2"])
-def test_each_platforms_form_gives_the_same(name, weights, monkeypatch):
-    """Scores after two codes, from matrices that lie by input, by output and in tiles, which 8 bits do not."""
+def test_the_layouts_of_all_platforms_give_the_same_logits(name, quantization, monkeypatch):
+    """Logits after two codes with plain, transposed and tiled kernels; quantized kernels are not tiled."""
     monkeypatch.setattr(linear, "_TILE", 8)
-    laid = {"tpu": "kernel", "gpu": "kernel_t", "cpu": "kernel" if weights else "kernel_tiles"}
+    laid = {"tpu": "kernel", "gpu": "kernel_t", "cpu": "kernel" if quantization else "kernel_tiles"}
     cfg = FAMILIES[name]
     params = family_params(cfg)
     text, codes = family_batch(cfg, 2)
     found = []
     for platform, want in laid.items():
-        ready = autoregressive.prepare_for_decode(cfg, params, weights, platform=platform)
+        ready = autoregressive.prepare_for_decode(cfg, params, quantization, platform=platform)
         kernels = {path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(ready["blocks"])[0]}
         assert want in kernels and not kernels & ({*laid.values()} - {want, "kernel"})
         _, cache = autoregressive.prefill(cfg, ready, text, codes[:, :1])
@@ -119,9 +118,8 @@ def test_each_platforms_form_gives_the_same(name, weights, monkeypatch):
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (1, 1), (3, 2), (700, 1)])
-def test_tiles(lead):
-    """Products with a matrix in tiles of its columns, alone and joined, are those with the matrix, for few rows and
-    many; other widths and 8 bits stay as they are."""
+def test_tiled_kernels_give_the_same_product(lead):
+    """Single and fused kernels, few rows and many; other widths and 8-bit kernels are not tiled."""
     alone, joined = rng.normal(size=(24, 192)), rng.normal(size=(24, 3, 128))
     p = {"up": {"kernel": jnp.float32(alone)}, "attn": {"q_k_v": {"kernel": jnp.float32(joined)}}}
     tiled = tile_kernels(p)
@@ -142,7 +140,7 @@ def test_tiles(lead):
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"),
+    ("name", "quantization"),
     [
         ("llamagen", "int8"),
         ("llamagen", "fp8"),
@@ -151,20 +149,20 @@ def test_tiles(lead):
         ("mindalle", "w8a8"),
     ],
 )
-def test_whole_models(name, weights):
-    """Scores of the first code differ from those in float32 by little, and not by nothing."""
+def test_quantization_changes_logits_little(name, quantization):
+    """The logits of the first code differ from those in float32, and by little."""
     cfg = FAMILIES[name]
     params = family_params(cfg)
     text = family_batch(cfg, 2)[0]
-    ready = autoregressive.prepare_for_decode(cfg, params, weights)
+    ready = autoregressive.prepare_for_decode(cfg, params, quantization)
     prefill = jax.jit(autoregressive.prefill, static_argnums=0)
     want, got = (prefill(cfg, p, text)[0] for p in (autoregressive.prepare_for_decode(cfg, params), ready))
     error = float(jnp.sqrt(jnp.mean((got - want) ** 2)) / jnp.std(want))
-    assert 1e-5 < error < (0.2 if weights == "fp8" else 0.1)
+    assert 1e-5 < error < (0.2 if quantization == "fp8" else 0.1)
 
 
-def test_pictures_come_out():
-    """The same of one row code by code and of several codes at once."""
+def test_quantized_sampling():
+    """Speculative decoding samples the same codes as sequential decoding."""
     cfg = FAMILIES["mindalle"]
     ready = autoregressive.prepare_for_decode(cfg, family_params(cfg), "int8")
     text = family_batch(cfg, 1)[0]
@@ -174,12 +172,12 @@ def test_pictures_come_out():
     np.testing.assert_array_equal(again, codes)
 
 
-def test_a_quarter_of_the_bytes():
+def test_quantized_kernels_have_a_quarter_of_the_bytes():
     cfg = dataclasses.replace(FAMILIES["malevich_v3"], dim=64)
     shapes = jax.eval_shape(lambda key: autoregressive.init(cfg, key), jax.random.key(0))
 
-    def held(weights):
-        ready = jax.eval_shape(lambda p: autoregressive.prepare_for_decode(cfg, p, weights), shapes)
+    def held(quantization):
+        ready = jax.eval_shape(lambda p: autoregressive.prepare_for_decode(cfg, p, quantization), shapes)
         kernels = [
             x
             for path, x in jax.tree_util.tree_flatten_with_path((ready["blocks"], ready["image_head"]))[0]
@@ -188,10 +186,10 @@ def test_a_quarter_of_the_bytes():
         return sum(x.size * x.dtype.itemsize for x in kernels)
 
     whole = held(None)
-    assert all(held(weights) * 4 == whole for weights in WEIGHTS)
+    assert all(held(quantization) * 4 == whole for quantization in QUANTIZATIONS)
 
 
-def test_refused():
+def test_invalid_quantization():
     cfg = FAMILIES["llamagen"]
     params = family_params(cfg)
     with pytest.raises(ValueError, match="Expected quantization to be one of int8, fp8, w8a8, got 'int4'"):

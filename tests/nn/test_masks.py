@@ -8,20 +8,20 @@ from dalle_jax.nn.masks import attention_mask
 KINDS = ("full", "row", "column", "conv", "conv_clamped", "conv_torus")
 
 
-def sees(kind: str, q: int, k: int, side: int, window: int) -> bool:
-    """Whether the image token at raster place q sees the one at k, straight from the definition."""
-    if k > q:  # nothing sees the future
+def attends(kind: str, q: int, k: int, side: int, window: int) -> bool:
+    """Whether image token q of the raster attends to image token k, directly from the definition."""
+    if k > q:  # the future
         return False
     if kind == "full":
         return True
     if kind == "row":  # itself and the `side` tokens before it in the raster
         return k in [q - n for n in range(side + 1)]
-    if kind == "column":  # places in q's column
+    if kind == "column":  # tokens in the column of q
         return k % side == q % side
     if kind in (
         "conv_clamped",
         "conv_torus",
-    ):  # ruDALL-E: the window round the seen token, its cells clamped or wrapped
+    ):  # ruDALL-E: the window around the key, its cells clamped or wrapped
         row, column, half = *divmod(k, side), window // 2
         cells = [
             (row + up, column + left) for up in range(-half, half + 1) for left in range(-half, half + 1)
@@ -31,8 +31,8 @@ def sees(kind: str, q: int, k: int, side: int, window: int) -> bool:
         else:
             cells = [(max(min(r, side - 1), 0), max(min(c, side - 1), 0)) for r, c in cells]
         return divmod(q, side) in cells
-    # Cells of the causal half of a window centred on q: those in the rows above, and in q's own row those
-    # left of it with itself. Places are raster places, so a step over a row's end lands in the next row.
+    # The causal half of a window centered on q: cells in the rows above, and in the row of q those left of it and itself.
+    # Cells are raster indices, so a cell beyond the end of a row is in the next row.
     half = window // 2
     above = [(up, left) for up in range(1, half + 1) for left in range(-half, half + 1)]
     beside = [(0, left) for left in range(half + 1)]
@@ -47,12 +47,12 @@ def test_every_cell(kind, text, side, window):
     assert mask.shape == (length, length) and mask.dtype == bool
     for q in range(length):
         for k in range(length):
-            if q < text:  # text is causal and never sees the image
+            if q < text:  # text is causal and does not attend to the image
                 want = k <= q
-            elif k < text:  # the image sees all text
+            elif k < text:  # the image attends to all text
                 want = True
             else:
-                want = sees(kind, q - text, k - text, side, window)
+                want = attends(kind, q - text, k - text, side, window)
             assert mask[q, k] == want, f"{kind}: position {q} and {k}"
 
 
@@ -74,8 +74,8 @@ def test_keys_per_image_token_in_the_paper():
         np.testing.assert_array_equal(whole[:text, :text].sum(axis=1), np.arange(1, 257))
 
 
-def test_conv_runs_over_row_ends_as_the_raster_does():
-    """Place (2, 0) of a 6x6 grid, window 3: what is left of the row's start is the end of the row above."""
+def test_conv_wraps_around_row_ends_as_the_raster_does():
+    """Token (2, 0) of a 6 x 6 raster, window 3: the cell left of the start of a row is the end of the row above."""
     seen = attention_mask("conv", 1, 6, 3)[1 + 12, 1:]
     assert sorted(np.flatnonzero(seen)) == [5, 6, 7, 11, 12]  # (0,5) (1,0) (1,1) (1,5) (2,0)
 

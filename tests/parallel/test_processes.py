@@ -1,4 +1,4 @@
-"""Several processes as one training: joining, whose rows are whose, the stop that all agree on, and loss of one."""
+"""Several processes as one training: initialization, rows of each process, the common stop, and loss of a process."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FakeTask, tiny_config
-from jobs import Job, assert_close, same_weights, saved_steps, series, straight_run, told_by_first_alone
+from jobs import Job, assert_close, assert_same_params, only_process_0_logs, saved_steps, series, straight_run
 
 from dalle_jax.config import DistributedConfig, MeshConfig
 from dalle_jax.parallel import preemption, processes
@@ -20,7 +20,7 @@ from dalle_jax.parallel.sharding import batch_sharding
 from dalle_jax.train import loop
 from dalle_jax.train.metrics import read_metrics
 
-# --- joining --------------------------------------------------------------------------------------------
+# --- initialization --------------------------------------------------------------------------------------------
 
 SLURM = {
     "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
@@ -29,8 +29,8 @@ SLURM = {
 
 
 @pytest.fixture
-def joined(monkeypatch):
-    """The arguments of each call of jax.distributed.initialize; no mark of a cluster, no libtpu."""
+def initialize_calls(monkeypatch):
+    """The arguments of each call of jax.distributed.initialize; no environment of a cluster, no libtpu."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
     for name in list(os.environ):
@@ -40,18 +40,18 @@ def joined(monkeypatch):
     return calls
 
 
-def test_a_machine_alone_joins_nothing(joined, monkeypatch):
+def test_a_single_machine_does_not_initialize(initialize_calls, monkeypatch):
     initialize_distributed(DistributedConfig())
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     initialize_distributed(DistributedConfig(num_processes=1))
     monkeypatch.setenv("SLURM_NTASKS", "1")
     initialize_distributed(DistributedConfig())
-    assert joined == []
+    assert initialize_calls == []
 
 
 @pytest.mark.parametrize(
-    ("marks", "tpu"),
+    ("env", "tpu"),
     [
         (SLURM, False),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, False),
@@ -61,26 +61,26 @@ def test_a_machine_alone_joins_nothing(joined, monkeypatch):
         ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, False),
     ],
 )
-def test_a_cluster_is_found_by_its_marks(joined, monkeypatch, marks, tpu):
+def test_a_cluster_is_detected_by_its_environment(initialize_calls, monkeypatch, env, tpu):
     if tpu:
         monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
-    for name, value in marks.items():
+    for name, value in env.items():
         monkeypatch.setenv(name, value)
     initialize_distributed(DistributedConfig(heartbeat_timeout_seconds=7))
-    ((args, named),) = joined
+    ((args, named),) = initialize_calls
     assert args == (None, None, None) and named["cluster_detection_method"] is None
     assert named["heartbeat_timeout_seconds"] == 7
 
 
-def test_flags_go_before_the_cluster(joined, monkeypatch):
+def test_flags_override_the_cluster(initialize_calls, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     initialize_distributed(DistributedConfig(coordinator_address="h:12", num_processes=3, process_id=2))
-    ((args, named),) = joined
+    ((args, named),) = initialize_calls
     assert args == ("h:12", 3, 2) and named["cluster_detection_method"] == "deactivate"
 
 
-def test_a_cluster_that_jax_cannot_make_out_is_no_reason_to_train_n_times_alone(joined, monkeypatch):
+def test_an_unknown_cluster_is_an_error(initialize_calls, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("coordinator_address should be defined.")
 
@@ -95,7 +95,7 @@ def test_a_cluster_that_jax_cannot_make_out_is_no_reason_to_train_n_times_alone(
     initialize_distributed(DistributedConfig())  # a TPU without a metadata server is one host
 
 
-def test_processes_that_do_not_meet_are_told(joined, monkeypatch):
+def test_no_connection_is_an_error(initialize_calls, monkeypatch):
     def time_out(*_, **__):
         raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nmore")
 
@@ -111,7 +111,7 @@ def test_processes_that_do_not_meet_are_told(joined, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("marks", "share"),
+    ("env", "want"),
     [
         ({}, (0, 1)),
         (SLURM, (1, 2)),
@@ -119,14 +119,14 @@ def test_processes_that_do_not_meet_are_told(joined, monkeypatch):
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, (3, 4)),
     ],
 )
-def test_work_without_joining_is_shared_by_the_same_marks(joined, monkeypatch, marks, share):
-    for name, value in marks.items():
+def test_process_index_and_count_without_initialization(initialize_calls, monkeypatch, env, want):
+    for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert processes.process_index_and_count() == share
-    assert joined == []
+    assert processes.process_index_and_count() == want
+    assert initialize_calls == []
 
 
-def test_a_cluster_that_does_not_say_how_many_is_no_reason_to_do_all_the_work(joined, monkeypatch):
+def test_an_unknown_number_of_processes_is_an_error(initialize_calls, monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "h")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
     with pytest.raises(ValueError, match=r"only index 2 from Kubernetes.*--process and --processes"):
@@ -136,8 +136,8 @@ def test_a_cluster_that_does_not_say_how_many_is_no_reason_to_do_all_the_work(jo
 # --- rows -----------------------------------------------------------------------------------------------
 
 
-class _Some:
-    """A sharding of which only some devices are this process's."""
+class PartialSharding:
+    """A sharding of which only some devices belong to this process."""
 
     def __init__(self, sharding, devices):
         self.sharding, self.devices = sharding, devices
@@ -146,21 +146,21 @@ class _Some:
         return {d: i for d, i in self.sharding.devices_indices_map(shape).items() if d in self.devices}
 
 
-def test_rows_follow_from_the_devices():
-    """By hand, 16 rows over data 2 x fsdp 2 (4 rows each), model 2: device (d, f, m) holds rows 4 (2 d + f)."""
+def test_local_rows_by_hand():
+    """16 rows over data 2 x fsdp 2 (4 rows each), model 2: device (d, f, m) holds rows 4 (2 d + f)."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
     sharding, grid = batch_sharding(mesh), mesh.devices.reshape(2, 2, 2)  # one slice
     for held, rows in (
         (grid[0], range(8)),
-        (grid[:, 1], [*range(4, 8), *range(12, 16)]),  # not neighbours
-        (grid[:, :, 0], range(16)),  # the model axis runs across the processes: both read all
+        (grid[:, 1], [*range(4, 8), *range(12, 16)]),  # not adjacent
+        (grid[:, :, 0], range(16)),  # the model axis runs across processes: both read all rows
         (grid[1, 0, 1:], range(8, 12)),
     ):
-        got = local_rows(_Some(sharding, set(held.ravel())), 16)
+        got = local_rows(PartialSharding(sharding, set(held.ravel())), 16)
         np.testing.assert_array_equal(got, list(rows))
 
 
-def test_placed_rows_are_the_batch():
+def test_make_global_batch():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
     x = np.arange(16 * 3).reshape(16, 3)
     placed = make_global_batch(x, np.arange(16), 16, batch_sharding(mesh))
@@ -171,7 +171,7 @@ def test_placed_rows_are_the_batch():
 # --- peak, profile, watchdog ----------------------------------------------------------------------------
 
 
-def test_peaks_are_those_of_the_makers():
+def test_peak_flops_of_the_data_sheets():
     for kind, peak in (
         ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v5", 459e12),
         ("TPU v6 lite", 918e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
@@ -181,7 +181,7 @@ def test_peaks_are_those_of_the_makers():
         assert peak_flops(kind) == peak, kind
 
 
-def test_utilisation_is_model_flops_over_peak_and_time(tmp_path, monkeypatch):
+def test_mfu_is_model_flops_over_peak_and_time(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e6)
     monkeypatch.setattr(loop, "train_flops", lambda config: 4e3)
     config = tiny_config(tmp_path / "run", steps=2)
@@ -192,33 +192,33 @@ def test_utilisation_is_model_flops_over_peak_and_time(tmp_path, monkeypatch):
             assert row["timing"]["mfu"] == pytest.approx(want, rel=0.01, abs=1e-6)
 
 
-def test_the_profile_holds_the_steps_that_were_asked_for(tmp_path, capsys):
+def test_the_profile_has_the_configured_steps(tmp_path, capsys):
     config = tiny_config(tmp_path / "run", steps=6, profile={"steps": "3:4"})
     loop.train(config, FakeTask(config))
     assert "profile of steps 3 to 4" in capsys.readouterr().err
     (file,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
-    marks = {
+    step_numbers = {
         dict(event.stats)["step_num"]
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes
         for line in plane.lines
         for event in line.events
         if event.name == "train"
     }
-    assert marks == {3, 4}
+    assert step_numbers == {3, 4}
 
 
-def test_a_watchdog_ends_what_does_not_move_and_says_what_it_was_at(monkeypatch, capfd):
+def test_watchdog_exits_after_a_stall_with_its_activity(monkeypatch, capfd):
     ended = threading.Event()
     codes = []
     monkeypatch.setattr(preemption.os, "_exit", lambda code: (codes.append(code), ended.set()))
     monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
-    dog = preemption.Watchdog(0.2)
-    dog.at("reading the batch of step 7")
+    watchdog = preemption.Watchdog(0.2)
+    watchdog.at("reading the batch of step 7")
     assert ended.wait(60)
     assert codes == [processes.PROCESS_LOST]
-    told = capfd.readouterr().err
-    assert "no progress for 0.2 s" in told and "while reading the batch of step 7" in told
-    assert "test_processes.py" in told  # where the main thread was
+    message = capfd.readouterr().err
+    assert "no progress for 0.2 s" in message and "while reading the batch of step 7" in message
+    assert "test_processes.py" in message  # the stack of the main thread
 
 
 # --- real processes -------------------------------------------------------------------------------------
@@ -234,15 +234,15 @@ def test_two_processes_equal_one(tmp_path, straight):
     job = Job(run, 2, 4)
     assert job.codes() == [0, 0], job.logs_text()
     assert_close(series(run), series(straight))
-    same_weights(run, straight)
+    assert_same_params(run, straight)
     assert "8 x cpu of 2 processes" in job.log(0)
-    told_by_first_alone(job)
+    only_process_0_logs(job)
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in straight.iterdir())
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_00000012.png", "step_00000024.png"]
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
-    """Whoever gets it; step 7 carries it, and its figures are read when step 8 is on its way. One is saved at 4."""
+    """Step 7 carries the flag, and its metrics are read while step 8 runs. Step 4 was saved before."""
     run = tmp_path / "run"
     job = Job(run, 2, 4, "SIGTERM:1:6")
     assert job.codes() == [0, 0], job.logs_text()
@@ -250,12 +250,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert series(run)[-1]["step"] == saved_steps(run)[-1] == 8
 
 
-def test_a_lost_process_ends_the_others_and_fewer_go_on(tmp_path, straight):
-    """Process 0 is the one that the others talk to: they notice at once, whatever the heartbeat."""
+def test_loss_of_a_process_ends_the_others_and_fewer_processes_resume(tmp_path, straight):
+    """Process 0 has the coordinator: the others detect its loss at once, whatever the heartbeat."""
     run = tmp_path / "run"
     job = Job(run, 2, 4, "SIGKILL:0:15")
     first, second = job.codes()
     assert first == -signal.SIGKILL and second not in (0, None), job.logs_text()
-    assert saved_steps(run)[-1] in (8, 12)  # that of 12 may have been on its way
+    assert saved_steps(run)[-1] in (8, 12)  # the save of step 12 may not have ended
     straight_run(run)  # one process with eight devices
     assert_close(series(run), series(straight))

@@ -1,4 +1,4 @@
-"""What ends a training of several processes, and what it is started again as: all of it slow, on real processes."""
+"""How a training of several processes ends, and how it resumes; slow, on real processes."""
 
 import random
 import time
@@ -10,12 +10,12 @@ from jobs import (
     SHORT,
     Job,
     assert_close,
-    begun_saves,
-    same_weights,
+    assert_same_params,
+    only_process_0_logs,
     saved_steps,
     series,
     straight_run,
-    told_by_first_alone,
+    unfinished_saves,
 )
 
 pytestmark = pytest.mark.slow
@@ -26,12 +26,12 @@ def straight(tmp_path_factory):
     return straight_run(tmp_path_factory.mktemp("straight") / "run")
 
 
-# --- how it ends ----------------------------------------------------------------------------------------
+# --- ends ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_signals_beside_a_save_stop_all(tmp_path, who):
-    """A save is on its way at every step, so whatever Orbax does then is beside the signal."""
+def test_signals_during_a_save_stop_all(tmp_path, who):
+    """With a save at every step, the signal arrives during one."""
     for step in range(3, 8):
         run = tmp_path / f"run{step}"
         job = Job(run, 2, 2, f"SIGINT:{who}:{step}", mesh={"data": 4, "fsdp": 1, "model": 1}, save_every=1)
@@ -49,7 +49,7 @@ def test_a_process_that_hangs_ends_all_with_a_message(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
-def test_a_process_that_gives_no_sign_of_life_ends_the_others(tmp_path, name):
+def test_a_process_without_heartbeat_ends_the_others(tmp_path, name):
     job = Job(tmp_path / "run", 2, 4, f"{name}:1:6", SHORT)
     job.processes[0].join(BOUND)
     code = job.processes[0].exitcode
@@ -64,10 +64,10 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     assert "TypeError: planted" in job.log(1)
 
 
-# --- what it is started again as ------------------------------------------------------------------------
+# --- resumes ------------------------------------------------------------------------
 
 # Processes, devices of each, mesh.
-LIVES = [
+STARTS = [
     (4, 2, {"slices": 1, "data": 2, "fsdp": 2, "model": 2}),
     (2, 4, {"slices": 2, "data": 1, "fsdp": 2, "model": 2}),
     (1, 8, {"slices": 1, "data": 1, "fsdp": 4, "model": 2}),
@@ -81,38 +81,38 @@ def test_four_processes_equal_one(tmp_path, straight):
     job = Job(run, 4, 2)
     assert job.codes() == [0] * 4, job.logs_text()
     assert_close(series(run), series(straight))
-    same_weights(run, straight)
-    told_by_first_alone(job)
+    assert_same_params(run, straight)
+    only_process_0_logs(job)
 
 
-def test_other_processes_meshes_and_slices_go_on(tmp_path):
+def test_other_processes_meshes_and_slices_resume(tmp_path):
     """4 x 2 devices, 2 x 4, 1 x 8, 2 x 2 and one, each another mesh or other slices, stopped by SIGTERM in between."""
     run, changes = tmp_path / "run", {"steps": 500, "eval_every": 50, "sample_every": 250, "save_every": 100}
     stops = []
-    for n, (count, devices, mesh) in enumerate(LIVES):
+    for n, (count, devices, mesh) in enumerate(STARTS):
         begun = stops[-1] if stops else 0
-        event = f"SIGTERM:{count - 1}:{begun + 3}" if n + 1 < len(LIVES) else "none:-1:-1"
+        event = f"SIGTERM:{count - 1}:{begun + 3}" if n + 1 < len(STARTS) else "none:-1:-1"
         job = Job(run, count, devices, event, mesh=mesh, **changes)
         assert job.codes() == [0] * count, job.logs_text()
         assert f"resuming from step {begun}" in job.log(0) or not begun
         stops.append(series(run)[-1]["step"])
     print("stopped after steps", stops)
-    assert sorted(set(stops)) == stops and stops[-1] == 500  # each life had its part
+    assert sorted(set(stops)) == stops and stops[-1] == 500  # each start trained some steps
     straight = straight_run(tmp_path / "straight", **changes)
     assert_close(series(run), series(straight))
-    same_weights(run, straight)
+    assert_same_params(run, straight)
 
 
 def test_twenty_random_kills(tmp_path):
-    """kill -9 of a random process, at a random moment, each life of other processes, mesh and slices.
+    """kill -9 of a random process at a random time; each start has other processes, mesh and slices.
 
-    Whatever the moment: every checkpoint can be read, none is missing but one whose save had not ended, the others
-    end within the heartbeat; and the figures in the end are those of a training that nothing happened to.
+    Every checkpoint can be read, none is missing except one whose save had not ended, the other processes end within the
+    heartbeat, and the final metrics are those of an uninterrupted training.
     """
     every, kills, seed = 8, 20, random.randrange(10**6)
     rng = random.Random(seed)
     print("seed", seed)
-    # The rate must not depend on `steps`, which here is what the kills make it.
+    # The learning rate must not depend on `steps`, which follows from the kills.
     changes = {
         "steps": 10_000, "save_every": every, "eval_every": 50, "sample_every": 10_000,
         "optim": {"decay_steps": 1000},
@@ -120,9 +120,9 @@ def test_twenty_random_kills(tmp_path):
     run, last, newest = tmp_path / "run", 0, 0
     lost, begun, seconds, by_themselves = [], 0, [], 0
     while len(lost) < kills:
-        count, devices, mesh = LIVES[rng.randrange(len(LIVES) - 1)]
+        count, devices, mesh = STARTS[rng.randrange(len(STARTS) - 1)]
         job = Job(run, count, devices, flags=SHORT, mesh=mesh, **changes)
-        if starting := len(lost) % 5 == 4:  # while it starts: joining, compiling, reading the checkpoint
+        if starting := len(lost) % 5 == 4:  # during the start: connecting, compiling, reading the checkpoint
             time.sleep(rng.random() * 3)
             killed = all(p.is_alive() for p in job.processes)
         else:
@@ -140,14 +140,14 @@ def test_twenty_random_kills(tmp_path):
         due = last // every * every
         assert before[1] <= newest <= last
         if newest < due and last != before[0]:
-            # The save of `due` had begun; or not even that, as it waits for the end of the one before.
+            # The save of `due` had started, or was waiting for the end of the one before.
             missing = due - every if last == due and newest < due - every else due
-            assert newest == missing - every and (missing in begun_saves(run) or missing == last), (
+            assert newest == missing - every and (missing in unfinished_saves(run) or missing == last), (
                 last,
                 steps,
             )
             begun += missing != last
-        if not killed:  # starved until the heartbeat was over; it, too, lost nothing, but was not our kill
+        if not killed:  # ended by itself, without CPU time until the heartbeat timeout
             by_themselves += 1
             assert by_themselves < kills, job.logs_text()
             continue
@@ -161,9 +161,9 @@ def test_twenty_random_kills(tmp_path):
     print("lives that ended by themselves:", by_themselves)
 
     changes["steps"] = last + 5
-    count, devices, mesh = LIVES[0]
+    count, devices, mesh = STARTS[0]
     job = Job(run, count, devices, mesh=mesh, **changes)
     assert job.codes() == [0] * count, job.logs_text()
     straight = straight_run(tmp_path / "straight", **changes)
     assert_close(series(run), series(straight))
-    same_weights(run, straight)
+    assert_same_params(run, straight)

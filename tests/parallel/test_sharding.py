@@ -1,4 +1,4 @@
-"""Laws of the mesh: how arrays lie over devices changes no number, and every parameter has one place."""
+"""Laws of the mesh: sharding changes no number, and every parameter has exactly one rule."""
 
 import functools
 import math
@@ -40,7 +40,7 @@ def shapes(cfg):
     return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
 
 
-def lively(cfg):
+def random_params(cfg):
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda s: np.asarray(0.3 * rng.normal(size=s.shape), np.float32), shapes(cfg))
 
@@ -55,7 +55,7 @@ def lively(cfg):
         ({"data": 2, "fsdp": 2, "model": 2}, (1, 2, 2, 2)),
         ({"data": 1, "fsdp": -1, "model": 2}, (1, 1, 4, 2)),
         ({"data": 1, "fsdp": 1, "model": -1}, (1, 1, 1, 8)),
-        ({"slices": 2, "data": 1, "fsdp": -1}, (2, 1, 4, 1)),  # one slice taken as two, as processes may be
+        ({"slices": 2, "data": 1, "fsdp": -1}, (2, 1, 4, 1)),  # one slice taken as two, such as processes
     ],
 )
 def test_mesh_sizes(sizes, want):
@@ -90,7 +90,7 @@ def test_mesh_refuses(sizes, match):
 
 
 class Sliced:
-    """A device of a slice, as far as a mesh looks at it."""
+    """A device with the attributes that a mesh reads."""
 
     platform, device_kind, process_index = "cpu", "fake", 0
 
@@ -98,8 +98,8 @@ class Sliced:
         self.id, self.slice_index = number, number // 4
 
 
-def test_slices_are_found():
-    """The first axis runs over slices, so that the others lie within one."""
+def test_slices_are_detected():
+    """The first axis runs over slices, the others within one."""
     devices = [Sliced(i) for i in range(8)]
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), devices)
     assert tuple(mesh.shape.values()) == (2, 1, 4, 1)
@@ -108,7 +108,7 @@ def test_slices_are_found():
         make_mesh(MeshConfig(slices=4, data=1, fsdp=-1), devices)
 
 
-# --- where parameters lie --------------------------------------------------------------------------------
+# --- sharding of parameters --------------------------------------------------------------------------------
 
 
 def specs(mesh, tree):
@@ -117,7 +117,7 @@ def specs(mesh, tree):
 
 
 def test_dalle_parameters_on_the_mesh(mesh):
-    """Widths over `fsdp`; heads, MLP and vocabularies over `model`; what does not divide stays whole."""
+    """Widths over `fsdp`; heads, MLP and vocabularies over `model`; sizes that do not divide are replicated."""
     got = specs(mesh, shapes(DALLE))
     f, m = ("fsdp",), ("model",)
     want = {
@@ -171,8 +171,8 @@ def test_a_mesh_that_does_not_divide_names_the_field(mesh, sizes, match):
         check_mesh(DalleConfig(**sizes), mesh)
 
 
-def test_large_parameters_are_split_or_refused(mesh):
-    """The paper's model divides; 1 MiB of a width that does not is refused, a little less may lie whole."""
+def test_large_parameters_are_sharded_or_rejected(mesh):
+    """The paper's model divides; a parameter above 1 MiB that does not is an error, a smaller one is replicated."""
     check_mesh(DalleConfig(), mesh)
     with pytest.raises(
         MeshError, match=r"text_head/kernel \(1025, 512\) to be divisible by mesh.fsdp 2, got 1025"
@@ -183,7 +183,7 @@ def test_large_parameters_are_split_or_refused(mesh):
 
 
 def test_dvae_parameters_on_the_mesh(mesh):
-    """Convolutions are split over their inputs; three colours stay whole."""
+    """Convolutions are sharded over their inputs; three colors are replicated."""
     got = specs(mesh, shapes(DVAE))
     assert got["encoder/input/kernel"] == P(None, None, None, None)
     assert got["encoder/groups/group_2_block_1/id_path/kernel"] == P(None, None, ("fsdp",), None)
@@ -191,7 +191,7 @@ def test_dvae_parameters_on_the_mesh(mesh):
     assert all(spec == P(None) for name, spec in got.items() if name.endswith("bias"))
 
 
-def test_unknown_parameters_are_refused(mesh):
+def test_unknown_parameters_are_rejected(mesh):
     leaf = jax.ShapeDtypeStruct((3, 4), jnp.float32)
     with pytest.raises(
         ValueError, match=r"Expected 1 rule of PARAM_AXES for blocks/mystery/kernel \(3, 4\), got 0"
@@ -205,7 +205,7 @@ def test_table_and_rules_agree():
     named = {axis for _, axes in PARAM_AXES for axis in axes if axis is not None}
     assert named <= LOGICAL_AXIS_RULES.keys()
     assert {axis for axes in LOGICAL_AXIS_RULES.values() for axis in axes} <= set(MESH_AXES)
-    for pattern, axes in PARAM_AXES:  # one array can't use a mesh axis twice
+    for pattern, axes in PARAM_AXES:  # an array cannot use a mesh axis twice
         used = [m for axis in axes if axis is not None for m in LOGICAL_AXIS_RULES[axis]]
         assert len(used) == len(set(used)), pattern
 
@@ -213,19 +213,19 @@ def test_table_and_rules_agree():
 # --- constrain -------------------------------------------------------------------------------------------
 
 
-def test_constrain_is_nothing_without_a_mesh():
+def test_constrain_is_the_identity_without_a_mesh():
     x = jnp.ones((4, 2))
     assert constrain(x, "batch", "embed") is x
     assert constrain(x, "no such axis", None) is x
 
 
-def test_constrain_lays_out_under_a_mesh(mesh):
+def test_constrain_shards_under_a_mesh(mesh):
     @jax.jit
-    def go(x, y):
+    def run(x, y):
         return constrain(2 * x, "batch", None, "heads"), constrain(2 * y, "batch", "mlp")
 
     with jax.set_mesh(mesh):
-        x, y = go(np.ones((4, 3, 2), np.float32), np.ones((3, 2), np.float32))
+        x, y = run(np.ones((4, 3, 2), np.float32), np.ones((3, 2), np.float32))
     assert x.sharding.is_equivalent_to(
         jax.NamedSharding(mesh, P(("slice", "data", "fsdp"), None, "model")), 3
     )
@@ -238,7 +238,7 @@ def test_batch_and_replicated(mesh):
     assert all(len(s.data) == 8 for s in jax.device_put(np.arange(8.0), replicated(mesh)).addressable_shards)
 
 
-# --- eight devices are one device ------------------------------------------------------------------------
+# --- eight devices equal one ------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -264,14 +264,14 @@ def batch_of(cfg, rows=8):
 
 
 @pytest.mark.parametrize("cfg", [DALLE, DVAE], ids=lambda cfg: cfg.kind)
-def test_eight_devices_are_one_device(mesh, cfg):
+def test_eight_devices_equal_one_device(mesh, cfg):
     """The loss to 1e-6 of it, gradients to 1e-5 of the largest of their array: sums run in another order."""
-    params, batch, key = lively(cfg), batch_of(cfg), jax.random.key(2)
+    params, batch, key = random_params(cfg), batch_of(cfg), jax.random.key(2)
     (want, want_metrics), want_grads = step(cfg, params, batch, key)
-    spread = jax.device_put(params, param_shardings(mesh, params))
+    sharded = jax.device_put(params, param_shardings(mesh, params))
     rows = jax.device_put(batch, batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        (got, metrics), grads = step(cfg, spread, rows, jax.device_put(key, replicated(mesh)))
+        (got, metrics), grads = step(cfg, sharded, rows, jax.device_put(key, replicated(mesh)))
     assert len(got.sharding.device_set) == 8
     np.testing.assert_allclose(got, want, rtol=1e-6)
     for name in want_metrics:
@@ -284,8 +284,8 @@ def test_eight_devices_are_one_device(mesh, cfg):
         np.testing.assert_allclose(grad, wanted[path], rtol=0, atol=near, err_msg=path_name(path))
 
 
-def test_a_device_holds_its_share(mesh):
-    """Of the kernels, which are nearly all there is at full size, a quarter each (fsdp x model)."""
+def test_a_device_holds_a_quarter_of_the_kernels(mesh):
+    """fsdp x model; kernels are nearly all parameters at full size."""
     tree = param_shardings(mesh, shapes(DalleConfig()))
     leaves = zip(jax.tree.leaves(shapes(DalleConfig())), jax.tree.leaves(tree), strict=True)
     whole = share = 0

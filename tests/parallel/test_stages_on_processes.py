@@ -1,4 +1,4 @@
-"""Each stage trains on two processes as on one: losses, measures, weights, pictures; one of them writes and tells."""
+"""Each stage trains on two processes as on one: losses, metrics, parameters and images; process 0 writes and logs."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jobs import CONTEXT, Job, assert_close, same_weights, series, starved, told_by_first_alone
+from jobs import CONTEXT, Job, assert_close, assert_same_params, only_process_0_logs, series, starved
 from PIL import Image
 
 from dalle_jax.checkpoint.manager import CheckpointManager
@@ -60,7 +60,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def dvae_run(tmp_path_factory):
-    """The run directory of a tokenizer of random weights, with a checkpoint: one of several processes reads it."""
+    """The run directory of a tokenizer with random parameters and a checkpoint."""
     run = tmp_path_factory.mktemp("tokenizer")
     (run / "config.json").write_text(to_json(TrainConfig(model=DVAE)))
     checkpoints = CheckpointManager(run / "checkpoints", keep=1)
@@ -70,8 +70,8 @@ def dvae_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_two_processes_of_two_devices_are_one_of_four(tmp_path, dvae_run, name):
-    """The same mesh, so the same program: only who holds which device differs."""
+def test_two_processes_of_two_devices_equal_one_of_four(tmp_path, dvae_run, name):
+    """The mesh and the program are the same; only the devices of each process differ."""
     config = TrainConfig(
         model=STAGES[name],
         data=DataConfig(
@@ -91,24 +91,25 @@ def test_two_processes_of_two_devices_are_one_of_four(tmp_path, dvae_run, name):
             if not starved(job):
                 break
         assert codes == [0] * count, job.logs_text()
-    told_by_first_alone(job)
+    only_process_0_logs(job)
     assert f"4 x cpu of {count} processes" in job.log(0)
     assert_close(series(two), series(one), rtol=1e-5, atol=1e-5)
     if name != "vqgan":
-        # Biases of keys and before group norms have no gradient but rounding, of which Adam makes steps as large as any
-        # (8e-4 apart were seen, of 1e-3 a step). The series above has the gradient's norm, and both networks' measures.
-        same_weights(two, one, rtol=1e-5, atol=1e-5)
+        # Biases of keys and before group norms have no gradient but rounding, from which Adam makes steps of full size
+        # (differences of 8e-4 occurred, at 1e-3 a step). The series above has the gradient norm and the metrics of both
+        # networks.
+        assert_same_params(two, one, rtol=1e-5, atol=1e-5)
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
     got, want = (np.asarray(Image.open(run / "samples" / "step_00000004.png"), int) for run in (two, one))
     assert got.shape == want.shape and np.abs(got - want).max() <= 1
 
 
-def encode(log, marks, argv):
-    """One process of several that a cluster starts."""
+def encode(log, env, argv):
+    """One process of a cluster."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    os.environ.update(marks)
+    os.environ.update(env)
     from dalle_jax.cli import main
 
     code = main(argv)
@@ -116,8 +117,8 @@ def encode(log, marks, argv):
     os._exit(code)
 
 
-def test_processes_of_a_cluster_share_the_shards(tmp_path, dvae_run):
-    """`dalle-jax encode RUN --data` in a step of Slurm: each makes its own, together what one makes alone."""
+def test_processes_of_a_cluster_divide_the_shards(tmp_path, dvae_run):
+    """`dalle-jax encode RUN --data` in a Slurm step: the shards of three processes equal those of one."""
     data = tmp_path / "data.py"
     data.write_text(
         "from dalle_jax.config import *\n"
@@ -136,11 +137,11 @@ def test_processes_of_a_cluster_share_the_shards(tmp_path, dvae_run):
         ]
         started = []
         for p in range(count):
-            marks = {
+            env = {
                 "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n", "SLURM_NTASKS": str(count), "SLURM_PROCID": str(p),
                 "SLURM_LOCALID": str(p),
             }  # fmt: skip
-            started.append(CONTEXT.Process(target=encode, args=(tmp_path / f"{out}.{p}.log", marks, argv)))
+            started.append(CONTEXT.Process(target=encode, args=(tmp_path / f"{out}.{p}.log", env, argv)))
             started[-1].start()
         for process in started:
             process.join()
