@@ -49,7 +49,8 @@ def _no_network(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def _clear_programs():
-    """Drop the compiled programs of each test file: a process may have 65,530 memory mappings on Linux, and XLA aborts when the
+    """Drop the compiled programs of each test file: a process may have 65,530 memory mappings on Linux, and XLA aborts
+    when the
     programs of all files exceed them."""
     yield
     jax.clear_caches()
@@ -125,7 +126,8 @@ class FakeTask(Task):
 
 
 def tiny_config(run="", **changes) -> TrainConfig:
-    """Return a configuration of ten steps of FakeTask; a dict in `changes` changes fields of `optim`, `data` or `mesh`."""
+    """Return a configuration of ten steps of FakeTask; a dict in `changes` changes fields of `optim`, `data` or
+    `mesh`."""
     values = {
         "model": DVAEConfig(image_size=8, groups=1, width=4, decoder_width=4, vocab=8),
         "run": str(run),

@@ -1,7 +1,8 @@
 """Trainings of several real processes, for tests.
 
-The processes are forked from a server that has imported everything, because imports take longer than the training. Sizes are
-such that a training takes seconds also on a busy machine: XLA ends a process whose collective has waited 40 s.
+The processes are forked from a server that has imported everything, because imports take longer than the training.
+Sizes are such that a training takes seconds also on a busy machine: XLA ends a process whose collective has waited 40
+s.
 """
 
 import atexit
@@ -107,8 +108,8 @@ class Job:
       run: run directory; the logs are next to it.
       count: processes.
       devices: of each process.
-      event: WHAT:PROCESS:STEP, what a process does to itself when it reads the batch of a step: the name of a signal, `hang`
-        or `raise`.
+      event: WHAT:PROCESS:STEP, what a process does to itself when it reads the batch of a step: the name of a signal,
+        `hang` or `raise`.
       flags: of the command line.
       config: of a real stage; None is FakeTask.
       url: of the run, instead of `run`.

@@ -1,4 +1,5 @@
-"""A GPU must agree with the CPU, and its sampler must not need more memory than reported: pytest -m gpu, on a machine with one.
+"""A GPU must agree with the CPU, and its sampler must not need more memory than reported: pytest -m gpu, on a machine
+with one.
 
 The CPU is the reference: the same functions with the same parameters in float32, products in full precision.
 """
@@ -139,7 +140,8 @@ def test_tokenizer_and_unet():
 
 
 def test_the_sampler_needs_no_more_memory_than_reported():
-    """`memory_analysis`, which `info --batch-size` and `--compile-only --sample` print, bounds the peak of the device."""
+    """`memory_analysis`, which `info --batch-size` and `--compile-only --sample` print, bounds the peak of the
+    device."""
     device = jax.devices("gpu")[0]
     cfg = dataclasses.replace(CFG, dim=512, heads=8, layers=8, grid=16, dtype="bfloat16")
     params = jax.device_put(

@@ -47,12 +47,12 @@ FAMILIES = {
         text_loss_weight=0.0,
     ),
     "llamagen_t2i": dataclasses.replace(
-        TINY_FAMILY, norm="rms", biases=False, pos_embed="rope2d", activation="swiglu", mlp_width=12, text_loss_weight=0.0,
-        text_encoder=T5Config(dim=8, layers=2, heads=2, mlp_width=6, num_relative_buckets=4),
+        TINY_FAMILY, norm="rms", biases=False, pos_embed="rope2d", activation="swiglu", mlp_width=12,
+        text_loss_weight=0.0, text_encoder=T5Config(dim=8, layers=2, heads=2, mlp_width=6, num_relative_buckets=4),
     ),
     "dalle_mini": BartConfig(
-        text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16, encoder_layers=2, layers=2,
-        heads=2, mlp_width=11, dtype="float32", remat="none", cond_drop_prob=0.0,
+        text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16, encoder_layers=2,
+        layers=2, heads=2, mlp_width=11, dtype="float32", remat="none", cond_drop_prob=0.0,
     ),
 }  # fmt: skip
 

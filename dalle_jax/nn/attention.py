@@ -1,7 +1,7 @@
 """A pre-norm Transformer block with dense attention, or with an attention function of its caller.
 
-Its options cover the block of the paper (Ramesh et al. 2021, 2102.12092) and of the public families: layer or RMS norms,
-before the branches or also after them (sandwich norm), the MLP's activation, biases, QK-norm and RoPE.
+Its options cover the block of the paper (Ramesh et al. 2021, 2102.12092) and of the public families: layer or RMS
+norms, before the branches or also after them (sandwich norm), the MLP's activation, biases, QK-norm and RoPE.
 B batch, T query positions, S key positions, D width, H heads, K width of a head, F width of the MLP.
 """
 
@@ -29,8 +29,8 @@ _NORM_EPSILON = 1e-5
 # between attention and MLP. Each has the size of the residual stream.
 QKV, ATTN_OUT, POST_ATTN = "qkv", "attn_out", "post_attn"
 
-# Maps queries, keys and values, (B, T, H, K) each, to the output of attention, (B, T, H, K), and a second value that the
-# block returns, such as a KV cache.
+# Maps queries, keys and values, (B, T, H, K) each, to the output of attention, (B, T, H, K), and a second value that
+# the block returns, such as a KV cache.
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -173,9 +173,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm Transformer block.
 
-    Called with the residual stream, (B, T, D), and either a mask, bool (T, S), for dense attention, or an `attention_fn`,
-    such as attention over a KV cache (kv_cache.py); `rope` are the rotation tables of queries and keys (rope.py).
-    Returns the new residual stream and the second value of `attention_fn`, or None.
+    Called with the residual stream, (B, T, D), and either a mask, bool (T, S), for dense attention, or an
+    `attention_fn`, such as attention over a KV cache (kv_cache.py); `rope` are the rotation tables of queries and keys
+    (rope.py). Returns the new residual stream and the second value of `attention_fn`, or None.
     """
 
     heads: int

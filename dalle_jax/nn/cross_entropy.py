@@ -3,8 +3,8 @@
 The forward pass scans over chunks of the head's columns with a running maximum and sum per token; the backward pass
 recomputes the logits of each chunk. Chunks are of columns and not of tokens, because the gradient of a column is then
 complete after its chunk: over a mesh it is reduced once, not once per chunk of tokens.
-B batch, T tokens, D width, V vocabulary, C chunks, E columns of a chunk. Column v is number v // C of chunk v % C, so that
-every chunk has columns on every device of a sharded vocabulary.
+B batch, T tokens, D width, V vocabulary, C chunks, E columns of a chunk. Column v is number v // C of chunk v % C, so
+that every chunk has columns on every device of a sharded vocabulary.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention of several draft tokens per row over a KV cache, for speculative decoding (sampling/speculative.py).
 
-Draft tokens attend to the cache and to each other but are not written to it: a ring buffer has no slot for a token that may
-be rejected, because writing it drops a token that is still attended to. Their keys and values are returned instead, and
-`commit` writes those of the accepted tokens.
+Draft tokens attend to the cache and to each other but are not written to it: a ring buffer has no slot for a token that
+may be rejected, because writing it drops a token that is still attended to. Their keys and values are returned instead,
+and `commit` writes those of the accepted tokens.
 A position is the raster index of an image token.
 B rows, Q draft tokens of each, R slots of the cache, S keys, H heads, K width of a head.
 """

@@ -1,9 +1,9 @@
 """Fused attention kernels that do not store the scores of all pairs (FlashAttention, Dao et al. 2022, 2205.14135).
 
-`splash` is JAX's Pallas kernel for TPU. It computes only the blocks that the mask does not zero, so the paper's row, column
-and conv layers cost less than full ones. `cudnn` is the fused kernel of NVIDIA's library; it takes the mask as a bias of one
-square for all rows and heads and computes all of it. `dense` (attention.dense_attention) is exact on every platform and the
-reference of the tests.
+`splash` is JAX's Pallas kernel for TPU. It computes only the blocks that the mask does not zero, so the paper's row,
+column and conv layers cost less than full ones. `cudnn` is the fused kernel of NVIDIA's library; it takes the mask as a
+bias of one square for all rows and heads and computes all of it. `dense` (attention.dense_attention) is exact on every
+platform and the reference of the tests.
 B batch, T positions of queries and keys, H heads, K width of a head, M different masks.
 """
 
@@ -103,8 +103,8 @@ def splash_attention(
 ) -> jax.Array:
     """Compute softmax attention with JAX's splash attention kernel.
 
-    Rows and heads are sharded over the current mesh, and each device runs the kernel on its shard. On a CPU the kernel is
-    interpreted, which is exact and slow. The backward pass runs the forward kernel again.
+    Rows and heads are sharded over the current mesh, and each device runs the kernel on its shard. On a CPU the kernel
+    is interpreted, which is exact and slow. The backward pass runs the forward kernel again.
 
     Args:
       q_BTHK: queries.

@@ -13,8 +13,8 @@ from dalle_jax.config import TransformerConfig
 def check_ids(cfg: TransformerConfig, text_BT: jax.Array, codes_BP: jax.Array) -> None:
     """Check captions and the first P <= N codes for each.
 
-    Ids out of range are found where the arrays are concrete. Under `jit` they are not, and a lookup clamps such ids to the
-    last row of the embedding.
+    Ids out of range are found where the arrays are concrete. Under `jit` they are not, and a lookup clamps such ids to
+    the last row of the embedding.
 
     Raises:
       ValueError: a wrong type, dtype or shape, or ids out of range.
@@ -57,7 +57,8 @@ def check_prefix(
         )
     if codes_BP.shape[1] >= cfg.num_codes:
         raise ValueError(
-            f"Expected a prefix of fewer than {cfg.num_codes} codes, got {codes_BP.shape[1]}. Nothing is left to sample."
+            f"Expected a prefix of fewer than {cfg.num_codes} codes, got {codes_BP.shape[1]}. "
+            "Use a shorter prefix, so that a code is left to sample."
         )
     return codes_BP
 

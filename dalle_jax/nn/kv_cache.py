@@ -2,15 +2,15 @@
 
 An image token attends no farther back than its kind allows (`masks.causal_offset_mask`), so a layer keeps no more than
 that: `row` has a ring buffer of G + 1 tokens, `conv` a ring buffer of the window's span. A `column` layer keeps every
-token, column by column, and reads the G tokens of one column. `full` keeps and reads the whole raster. Keys and values of
-text are held separately, once per caption: rows that sample the same caption share them.
+token, column by column, and reads the G tokens of one column. `full` keeps and reads the whole raster. Keys and values
+of text are held separately, once per caption: rows that sample the same caption share them.
 
-Heads come before positions, so that the products of a step run over contiguous memory: on a CPU core about twice as fast
-as the other order at batch 8 (benchmarks/RESULTS.md).
+Heads come before positions, so that the products of a step run over contiguous memory: on a CPU core about twice as
+fast as the other order at batch 8 (benchmarks/RESULTS.md).
 
 A position is the raster index of an image token, unless it is called a text position.
-B rows, C captions, T text positions, G side of the raster, N = G * G image tokens, P prefix codes, W tokens kept, R tokens
-read, Q queries, S keys, H heads, K width of a head.
+B rows, C captions, T text positions, G side of the raster, N = G * G image tokens, P prefix codes, W tokens kept, R
+tokens read, Q queries, S keys, H heads, K width of a head.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A layer is a dict {"kernel": (D, F), "bias"?: (F,)}. For sampling:
 
-- Kernels with the same input are fused to one, (D, M, F), because a step at a small batch consists of many short products.
+- Kernels with the same input are fused to one, (D, M, F), because a step at a small batch consists of many short
+  products.
 - On a GPU kernels are transposed, (F, D) or (M, F, D), as `kernel_t`. XLA computes the product of one row with a matrix
   there by multiplication and reduction, and writes all products to memory unless the reduced axis is contiguous.
 - On a CPU float32 kernels are tiled by 64 columns, (N, D, 64) or (M, N, D, 64), as `kernel_tiles`. A product of 2 to 16
@@ -11,8 +12,8 @@ A layer is a dict {"kernel": (D, F), "bias"?: (F,)}. For sampling:
 - Kernels may be quantized to 8 bits, with a scale per output column. `int8` and `fp8` (float8_e4m3fn) quantize weights
   alone: a step reads a quarter of the bytes of float32, and products run in the compute dtype. `w8a8` also rounds the
   input to int8, with a scale per row computed on the fly (LLM.int8(), Dettmers et al. 2022, 2208.07339, without its
-  outliers), so that products are of integers. A quantized layer has int8 or float8 in `kernel` and a float32 scale (F,):
-  `scale` for weights alone, `scale_w8a8` for both.
+  outliers), so that products are of integers. A quantized layer has int8 or float8 in `kernel` and a float32 scale
+  (F,): `scale` for weights alone, `scale_w8a8` for both.
 
 D input channels, F output channels, M fused kernels, N tiles.
 """
@@ -173,8 +174,8 @@ def _dot_quantized(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any, sum_d
         rows = jax.lax.optimization_barrier(jnp.concatenate([x, x]))  # hides from XLA that they are equal
         return jax.lax.optimization_barrier(dot(rows, kernel))[: len(x)]
 
-    # On a CPU XLA computes the product of a single row with a converted matrix one number at a time, which takes 14 times
-    # as long as the product of two rows (benchmarks/RESULTS.md).
+    # On a CPU XLA computes the product of a single row with a converted matrix one number at a time, which takes 14
+    # times as long as the product of two rows (benchmarks/RESULTS.md).
     is_single_row = x.ndim > 1 and math.prod(x.shape[:-1]) == 1
     return jax.lax.platform_dependent(x, kernel, cpu=dot_twice if is_single_row else dot, default=dot)
 

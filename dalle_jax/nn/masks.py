@@ -1,11 +1,11 @@
 """Attention masks of the sparse attention kinds (Ramesh et al. 2021, 2102.12092, B.1).
 
-The stream is `text_len` text positions followed by a G x G raster of image tokens. Text attends causally to text and never
-to the image; an image token attends to all text and, of the image, to what its kind allows.
+The stream is `text_len` text positions followed by a G x G raster of image tokens. Text attends causally to text and
+never to the image; an image token attends to all text and, of the image, to what its kind allows.
 
 The paper's window of `conv` "wraps around". Here it wraps as the raster does, from the end of a row to the start of the
-next; in `conv_torus` (ruDALL-E Malevich v2) it wraps around both edges of the square, in `conv_clamped` (Malevich v3) not
-at all.
+next; in `conv_torus` (ruDALL-E Malevich v2) it wraps around both edges of the square, in `conv_clamped` (Malevich v3)
+not at all.
 T positions of the stream, G side of the raster.
 """
 

@@ -36,8 +36,8 @@ class GroupNorm(nn.Module):
 def _group_means(x_BHWC: jax.Array, groups: int) -> jax.Array:
     """Return the mean of each group, repeated for its channels: (B, 1, 1, C).
 
-    The spatial axes are reduced first: with the few channels of a group innermost, sums on a CPU take two to three times
-    as long.
+    The spatial axes are reduced first: with the few channels of a group innermost, sums on a CPU take two to three
+    times as long.
     """
     mean_BC = jnp.mean(x_BHWC, axis=(1, 2))
     mean_BG1 = jnp.mean(mean_BC.reshape(len(mean_BC), groups, -1), axis=-1, keepdims=True)

@@ -1,8 +1,8 @@
 """Rotary position embedding of an image raster (Su et al. 2021, 2104.09864), axial as in LlamaGen (2406.06525).
 
-Adjacent channels (2i, 2i + 1) of a head form a pair that is rotated by an angle: the first half of the pairs by the row of
-the token, the second half by its column, each half with its own frequencies. Text positions have cosine and sine 0, which
-sets their queries and keys to zero: the published weights were trained so.
+Adjacent channels (2i, 2i + 1) of a head form a pair that is rotated by an angle: the first half of the pairs by the row
+of the token, the second half by its column, each half with its own frequencies. Text positions have cosine and sine 0,
+which sets their queries and keys to zero: the published weights were trained so.
 B batch, T positions, H heads, K width of a head, R = K / 2 pairs, G side of the raster.
 """
 

@@ -123,8 +123,8 @@ def caption_lengths(text_BT: jax.Array, vocab: int) -> jax.Array:
     """Return the number of tokens of each caption, int32 (B,).
 
     Args:
-      text_BT: int32 as for `encode_captions`. A row without a token below `vocab` is a null caption, whose length is its
-        last id - vocab + 1.
+      text_BT: int32 as for `encode_captions`. A row without a token below `vocab` is a null caption, whose length is
+        its last id - vocab + 1.
       vocab: vocabulary size.
     """
     length_B = jnp.sum(text_BT < vocab, axis=1, dtype=jnp.int32)

@@ -1,7 +1,7 @@
 """The device mesh, with the axes `slice, data, fsdp, model`.
 
-`slice` and `data` split the batch; `slice` runs across the network between slices of a TPU pod. `fsdp` splits the batch and
-the parameters. `model` splits heads and channels (tensor parallelism).
+`slice` and `data` split the batch; `slice` runs across the network between slices of a TPU pod. `fsdp` splits the batch
+and the parameters. `model` splits heads and channels (tensor parallelism).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class MeshError(ValueError):
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make the mesh of a configuration.
 
-    TPU slices joined by the data center network are detected. The sizes of the other axes are within a slice, so parameters
-    and heads are never split across that network and only gradients cross it. With `cfg.slices`, devices of one slice are
-    taken as several slices, in order.
+    TPU slices joined by the data center network are detected. The sizes of the other axes are within a slice, so
+    parameters and heads are never split across that network and only gradients cross it. With `cfg.slices`, devices of
+    one slice are taken as several slices, in order.
 
     Args:
       cfg: sizes of the axes; one of data, fsdp and model may be -1, for the devices that are left.

@@ -1,9 +1,9 @@
 """Stopping a training before its last step: preemption signals, and a watchdog for stalls.
 
-The first SIGINT or SIGTERM requests a stop; a second one reaches the previous handler. With several processes every training
-step reduces a flag of each process, so that all processes stop after the same step when one of them is preempted (the host
-gets a SIGTERM). jax's `reached_preemption_sync_point` is not used: Orbax calls it too, with other step numbers, and a signal
-during a save could be lost.
+The first SIGINT or SIGTERM requests a stop; a second one reaches the previous handler. With several processes every
+training step reduces a flag of each process, so that all processes stop after the same step when one of them is
+preempted (the host gets a SIGTERM). jax's `reached_preemption_sync_point` is not used: Orbax calls it too, with other
+step numbers, and a signal during a save could be lost.
 """
 
 from __future__ import annotations

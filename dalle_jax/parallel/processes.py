@@ -1,8 +1,8 @@
 """Processes of a distributed training: initialization, names, and exit after a failure.
 
-Every process runs the same program on its own devices, and a jitted step spans the devices of all processes. All processes
-therefore make the same jitted calls in the same order. A process that fails exits at once (`exit_process`), because the
-others would wait for it; they detect the lost connection or heartbeat.
+Every process runs the same program on its own devices, and a jitted step spans the devices of all processes. All
+processes therefore make the same jitted calls in the same order. A process that fails exits at once (`exit_process`),
+because the others would wait for it; they detect the lost connection or heartbeat.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def initialize_distributed(cfg: DistributedConfig, cpu_devices: int = 0) -> None
     except RuntimeError as error:  # includes JaxRuntimeError
         where = cfg.coordinator_address or f"the coordinator of {cluster}"
         raise OSError(
-            f"Expected a connection to the other processes ({where}) within {cfg.initialization_timeout_seconds} s, got: "
-            f"{first_line(error)}. Check that all processes are started and can reach process 0 on that port."
+            f"Expected a connection to the other processes ({where}) within {cfg.initialization_timeout_seconds} s, "
+            f"got: {first_line(error)}. Check that all processes are started and can reach process 0 on that port."
         ) from error
 
 

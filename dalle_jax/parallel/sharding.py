@@ -1,7 +1,7 @@
 """Sharding of parameters, batches and activations over the mesh (mesh.py), by two tables.
 
-`PARAM_AXES` maps a parameter's path to its logical axes; `LOGICAL_AXIS_RULES` maps a logical axis to mesh axes. Model code
-does not name mesh axes: it calls `constrain(x_BTD, "batch", None, "embed")`, which is the identity without a mesh.
+`PARAM_AXES` maps a parameter's path to its logical axes; `LOGICAL_AXIS_RULES` maps a logical axis to mesh axes. Model
+code does not name mesh axes: it calls `constrain(x_BTD, "batch", None, "embed")`, which is the identity without a mesh.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("model",),
     "vocab": ("model",),
     "width": ("fsdp",),  # the embed axis of parameters, which are gathered when used
-    # Input axes of the projections back to the residual stream. `fsdp` splits rows here too, because gathered columns would
-    # have to be copied to contiguous memory.
+    # Input axes of the projections back to the residual stream. `fsdp` splits rows here too, because gathered columns
+    # would have to be copied to contiguous memory.
     "heads_in": ("model", "fsdp"),
     "mlp_in": ("model", "fsdp"),
     "layers": (),

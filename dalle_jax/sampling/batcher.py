@@ -1,18 +1,19 @@
-"""Continuous batching (Yu et al. 2022, Orca): requests share a batch of fixed shape whose slots are refilled as they finish.
+"""Continuous batching (Yu et al. 2022, Orca): requests share a batch of fixed shape whose slots are refilled as they
+finish.
 
     batcher = ContinuousBatcher(cfg, params, num_slots=8)
     batcher.submit(SamplingRequest(text_T, seed=0, guidance_scale=2.0))
     for ticket, codes_N in batcher.drain(): ...
 
-Each slot of the batch is at its own position of its own image. When an image is finished, its slot takes the next request
-at once: the caption is prefilled alone and its keys and values replace the old ones, while the other slots keep their
-caches. A request with guidance takes two slots, the second on the null caption. Requests may differ in caption, seed,
-temperature, top-p, guidance and prefix codes. At most five programs are compiled, whatever is submitted: decoding with and
-without top-p; prefill of one caption, of an eighth of the slots, and of all slots.
+Each slot of the batch is at its own position of its own image. When an image is finished, its slot takes the next
+request at once: the caption is prefilled alone and its keys and values replace the old ones, while the other slots keep
+their caches. A request with guidance takes two slots, the second on the null caption. Requests may differ in caption,
+seed, temperature, top-p, guidance and prefix codes. At most five programs are compiled, whatever is submitted: decoding
+with and without top-p; prefill of one caption, of an eighth of the slots, and of all slots.
 
-With `draft_len` decoding is speculative (speculative.py) and each slot advances by its accepted drafts until one image is
-finished. While requests wait, decoding continues until an eighth of the slots are finished, because some image is finished
-in nearly every pass, and the next captions are cheaper together. The host does not read the state in between.
+With `draft_len` decoding is speculative (speculative.py) and each slot advances by its accepted drafts until one image
+is finished. While requests wait, decoding continues until an eighth of the slots are finished, because some image is
+finished in nearly every pass, and the next captions are cheaper together. The host does not read the state in between.
 S slots, A slots prefilled at once, T text positions, N codes, P prefix codes.
 """
 

@@ -1,8 +1,8 @@
 """Device state of continuous batching, and the jitted programs that prefill its slots and decode them (batcher.py).
 
-Each slot is a row of the KV caches with an image and a position of its own. A request with guidance has two slots, one on
-the caption and one on the null caption. The null slot repeats the codes of the conditional slot, so that both stay at the
-same position, with several codes per pass too.
+Each slot is a row of the KV caches with an image and a position of its own. A request with guidance has two slots, one
+on the caption and one on the null caption. The null slot repeats the codes of the conditional slot, so that both stay
+at the same position, with several codes per pass too.
 S slots, A slots prefilled at once, T text positions, N codes, Q drafts, V image vocabulary.
 """
 

@@ -42,7 +42,7 @@ def cache_schedule(cfg: TransformerConfig, prefix_len: int) -> list[tuple[int, i
       prefix_len: P, the first position that is fed.
 
     Returns:
-      (first, end, cache_size) of each scan: it feeds the positions [first, end), and the caches of full layers have room
+      (first, end, cache_size) of each scan: it feeds positions [first, end), and the caches of full layers have room
       for `cache_size` image tokens. The last position of the image is not fed. One scan where no layer is full: other
       layers read no more than they attend to in any case, and each scan is compiled separately.
     """
@@ -75,7 +75,8 @@ def _decode(
     num_steps: int,
     options: dict[str, Any],
 ) -> tuple[jax.Array, autoregressive.Cache]:
-    """Feed `num_steps` codes from position `first` on, `code_B` first. Returns the next codes, (L, B), and the cache."""
+    """Feed `num_steps` codes from position `first` on, `code_B` first. Returns the next codes, (L, B), and the
+    cache."""
     use_cfg, template = options["guidance_scale"] is not None, cache
 
     def unsqueeze(cache):
@@ -139,16 +140,16 @@ def generate(
       cfg: the model; static.
       params: of `autoregressive.init`, or of `autoregressive.prepare_for_decode`, which saves a copy in each call.
       text_CT: int32 captions; the null caption (`dalle.null_text`) samples unconditionally.
-      keys_B: one key per row (`row_keys`). B = n * C samples n images of each caption, neighbors in the result, with one
-        prefill per caption.
+      keys_B: one key per row (`row_keys`). B = n * C samples n images of each caption, neighbors in the result, with
+        one prefill per caption.
       temperature: 0 or more; 0 is greedy decoding.
       top_k: at least 1, static; None keeps every code.
       top_p: in (0, 1]; None keeps every code.
       guidance_scale: scale of classifier-free guidance, computed with the null caption in a doubled batch; None samples
         the conditional model.
       prefix_codes: int32 (B, P), the first P < N codes of every image.
-      draft_len: 2 to N, static; codes per forward pass of speculative decoding (speculative.py). The images are the same,
-        up to rounding, in fewer passes, each of more work. None decodes one code per pass.
+      draft_len: 2 to N, static; codes per forward pass of speculative decoding (speculative.py). The images are the
+        same, up to rounding, in fewer passes, each of more work. None decodes one code per pass.
       return_num_passes: static; return the number of forward passes too.
 
     Returns:
@@ -232,8 +233,8 @@ def generate_stream(
 ) -> Iterator[Any]:
     """Yield the codes of `generate` so far, after every `preview_rows` rows of the raster.
 
-    The device decodes the next rows while the caller uses these. With `draft_len` a part is yielded when the slowest image
-    has its rows, with all rows that this image has, which can be more.
+    The device decodes the next rows while the caller uses these. With `draft_len` a part is yielded when the slowest
+    image has its rows, with all rows that this image has, which can be more.
 
     Args:
       cfg: as for `generate`.

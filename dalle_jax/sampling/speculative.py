@@ -8,8 +8,8 @@ decoding samples with the same key, up to the rounding of products of another sh
 
 The window is that of speculative Jacobi decoding (Teng et al. 2024, 2410.01699), which samples with fresh noise and
 accepts a draft by the ratio of its two probabilities; fixed noise is that of predictive sampling (Wiggers and Hoogeboom
-2020, 2002.09928). On the demo both took about the same number of passes (benchmarks/RESULTS.md), and with fixed noise an
-image depends on its caption and seed alone.
+2020, 2002.09928). On the demo both took about the same number of passes (benchmarks/RESULTS.md), and with fixed noise
+an image depends on its caption and seed alone.
 
 B rows, N codes, P prefix codes, Q drafts of a row, V image vocabulary.
 """
@@ -128,8 +128,8 @@ def speculative_decode(
       state: of `init_speculative` or of an earlier call.
       keys_B: one key per row.
       end: a position below N.
-      cache_size: static, image tokens that the caches of full layers are resized to. Decoding stops before a row exceeds
-        it.
+      cache_size: static, image tokens that the caches of full layers are resized to. Decoding stops before a row
+        exceeds it.
       draft_len: Q >= 2, static.
       options: keyword arguments of `sample_codes`.
     """
@@ -171,8 +171,8 @@ def propose_drafts(
 ) -> jax.Array:
     """Write drafts to the `num_drafts` positions after `position_B`, except to the given codes before `prefix_len_B`.
 
-    The draft of a position is the code above it in the last raster row that is decoded, or the code at `position_B` where
-    there is none.
+    The draft of a position is the code above it in the last raster row that is decoded, or the code at `position_B`
+    where there is none.
     """
     num_codes = codes_BN.shape[1]
     position_B1 = jnp.minimum(position_B, num_codes - 1)[:, None]

@@ -1,4 +1,5 @@
-"""Attention kernels, remat policies and the chunked loss equal the dense path: they change no number, only what is stored."""
+"""Attention kernels, remat policies and the chunked loss equal the dense path: they change no number, only what is
+stored."""
 
 import dataclasses
 
@@ -151,7 +152,8 @@ def residual_sizes(cfg):
 
 
 def test_residuals_of_each_remat_policy():
-    """In units of the residual stream: the input of a layer; for `mlp` also queries, keys, values, output of attention, and the
+    """In units of the residual stream: the input of a layer; for `mlp` also queries, keys, values, output of attention,
+    and the
     stream after it."""
     unit = 4 * MODEL.seq_len * MODEL.dim
     assert residual_sizes(dataclasses.replace(MODEL, remat="full")) == [unit]

@@ -1,4 +1,5 @@
-"""Laws of linear layers prepared for sampling: fused, transposed or tiled they change no result; quantized they round as
+"""Laws of linear layers prepared for sampling: fused, transposed or tiled they change no result; quantized they round
+as
 documented and change logits little."""
 
 import dataclasses

@@ -31,8 +31,8 @@ def attends(kind: str, q: int, k: int, side: int, window: int) -> bool:
         else:
             cells = [(max(min(r, side - 1), 0), max(min(c, side - 1), 0)) for r, c in cells]
         return divmod(q, side) in cells
-    # The causal half of a window centered on q: cells in the rows above, and in the row of q those left of it and itself.
-    # Cells are raster indices, so a cell beyond the end of a row is in the next row.
+    # The causal half of a window centered on q: cells in the rows above, and in the row of q those left of it and
+    # itself. Cells are raster indices, so a cell beyond the end of a row is in the next row.
     half = window // 2
     above = [(up, left) for up in range(1, half + 1) for left in range(-half, half + 1)]
     beside = [(0, left) for left in range(half + 1)]

@@ -106,8 +106,8 @@ def test_other_processes_meshes_and_slices_resume(tmp_path):
 def test_twenty_random_kills(tmp_path):
     """kill -9 of a random process at a random time; each start has other processes, mesh and slices.
 
-    Every checkpoint can be read, none is missing except one whose save had not ended, the other processes end within the
-    heartbeat, and the final metrics are those of an uninterrupted training.
+    Every checkpoint can be read, none is missing except one whose save had not ended, the other processes end within
+    the heartbeat, and the final metrics are those of an uninterrupted training.
     """
     every, kills, seed = 8, 20, random.randrange(10**6)
     rng = random.Random(seed)

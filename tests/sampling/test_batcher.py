@@ -1,4 +1,5 @@
-"""Laws of continuous batching: an image equals the one sampled alone, whatever shares the batch, sequential and speculative;
+"""Laws of continuous batching: an image equals the one sampled alone, whatever shares the batch, sequential and
+speculative;
 no program compiles again."""
 
 import dataclasses
@@ -90,7 +91,8 @@ FAMILY_MODELS = {  # with the fewest layers that have all options
 
 @pytest.mark.parametrize("cfg", FAMILY_MODELS.values(), ids=FAMILY_MODELS)
 def test_other_families(cfg):
-    """Encoder-decoder, shifted masks, toroidal windows, RoPE, padded captions: sequential and speculative decoding, in a batch
+    """Encoder-decoder, shifted masks, toroidal windows, RoPE, padded captions: sequential and speculative decoding, in
+    a batch
     and in the batcher, with and without guidance, sample the same images."""
     params = autoregressive.prepare_for_decode(cfg, family_params(cfg))
     text, scales = family_batch(cfg, 2)[0], [1.0, 2.0, 1.0, 0.5]
@@ -136,7 +138,8 @@ def test_requests_submitted_during_decoding(params, wanted, draft_len):
 
 
 def test_codes_per_pass_by_hand():
-    """With every draft accepted: 24 codes after the first in passes of 6, and the last 14 of 25 in the three passes after the
+    """With every draft accepted: 24 codes after the first in passes of 6, and the last 14 of 25 in the three passes
+    after the
     prefix."""
     batcher = ContinuousBatcher(
         CFG, jax.tree.map(jnp.zeros_like, captioned_params(CFG)), SLOTS, draft_len=DRAFT_LEN
@@ -154,7 +157,8 @@ def test_codes_per_pass_by_hand():
 
 
 def test_slots_are_refilled_by_eighths(params):
-    """While requests wait, speculative decoding continues until two of the nine slots are finished. Afterwards each image is
+    """While requests wait, speculative decoding continues until two of the nine slots are finished. Afterwards each
+    image is
     returned when it is finished."""
     batcher = ContinuousBatcher(CFG, params, SLOTS, draft_len=DRAFT_LEN)
     for request in requests(2 * COUNT):

@@ -1,4 +1,5 @@
-"""Laws of speculative decoding: images equal sequential decoding, and so does their distribution; rejected drafts leave no
+"""Laws of speculative decoding: images equal sequential decoding, and so does their distribution; rejected drafts leave
+no
 trace in the cache."""
 
 import dataclasses
@@ -51,7 +52,8 @@ def test_drafts_longer_than_ring_buffers_with_guidance_and_prefix(params):
 
 
 def test_cache_sizes_and_stream(monkeypatch):
-    """The cache of a full layer grows with the fastest row. The stream yields the same image in parts: whole raster rows, at
+    """The cache of a full layer grows with the fastest row. The stream yields the same image in parts: whole raster
+    rows, at
     least two more each time, when the slowest image has them, and the passes so far."""
     monkeypatch.setattr("dalle_jax.sampling.generate.CACHE_BUCKETS", 2)
     cfg = dataclasses.replace(TINY, grid=12, attention=("full",), layers=1)
@@ -73,7 +75,8 @@ def test_cache_sizes_and_stream(monkeypatch):
 
 
 def test_stream_by_hand():
-    """With every draft accepted, in a raster of 5 x 5: four codes per pass after the first code, or after seven prefix codes
+    """With every draft accepted, in a raster of 5 x 5: four codes per pass after the first code, or after seven prefix
+    codes
     and the one of the prefill; whole rows are yielded."""
     cfg = dataclasses.replace(CFG, layers=1)
     flat = jax.tree.map(jnp.zeros_like, captioned_params(cfg))
@@ -122,7 +125,8 @@ def masked_step(cfg, params, cache, codes_BN, position_B):
 
 @pytest.mark.parametrize("shift_masks", [False, True])
 def test_drafts_match_full_forward_and_rejected_ones_leave_no_trace(shift_masks):
-    """A layer of each kind, rows at different positions. Logits equal those without a cache; the cache equals that of single
+    """A layer of each kind, rows at different positions. Logits equal those without a cache; the cache equals that of
+    single
     steps."""
     kinds = ("row", "column") if shift_masks else (*KINDS, "conv_torus", "conv_clamped")
     cfg = dataclasses.replace(TINY, grid=5, attention=kinds, layers=len(kinds), shift_masks=shift_masks)
@@ -157,7 +161,8 @@ def test_drafts_match_full_forward_and_rejected_ones_leave_no_trace(shift_masks)
 
 @pytest.mark.parametrize("kind", ["row", "conv"])
 def test_no_slot_is_written_twice(kind):
-    """Two writes to one slot have no defined order: of more tokens than a ring buffer holds only the newest are written."""
+    """Two writes to one slot have no defined order: of more tokens than a ring buffer holds only the newest are
+    written."""
     size = cache.cache_size(CFG, kind)
     position, count = jnp.array([0, 3, 5]), jnp.array([10, 0, 4])
     for row, at in enumerate(np.asarray(drafts._commit_slots(CFG, kind, size, position, count, 10))):
@@ -182,7 +187,8 @@ def image_probabilities():
 
 @pytest.mark.parametrize("draft_len", [None, 3])
 def test_the_distribution_is_that_of_the_model(draft_len):
-    """Pearson's chi-squared statistic of 20,000 images over those expected 5 times or more, the rest as one, is within five
+    """Pearson's chi-squared statistic of 20,000 images over those expected 5 times or more, the rest as one, is within
+    five
     standard deviations; moving 2% of the samples to another image exceeds it."""
     count, prob = 20_000, image_probabilities()
     np.testing.assert_allclose(prob.sum(), 1, rtol=1e-4)
