@@ -444,5 +444,5 @@ def test_hidden_takes_at_most_all_codes(params):
 
 
 def test_prefill_of_all_codes_raises(params):
-    with pytest.raises(ValueError, match=r"fewer than 9 codes, got 9\. Nothing is left to sample"):
+    with pytest.raises(ValueError, match=r"fewer than 9 codes, got 9\. Use a shorter prefix"):
         dalle.prefill(TINY, autoregressive.prepare_for_decode(TINY, params), GOOD_TEXT, GOOD_CODES)
