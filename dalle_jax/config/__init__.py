@@ -1,9 +1,8 @@
-"""Every configuration of the library: frozen, keyword-only, hashable, checked when made.
+"""Configurations: frozen, keyword-only, hashable dataclasses, validated in their constructors.
 
-A configuration is plain data: numbers, strings, Literals and other configurations. `to_json` writes one,
-`from_json` reads it back and refuses what it does not know. Anything that follows from other fields is a
-property, so two fields can never disagree. Numbers of the paper carry their section (Ramesh et al. 2021,
-arXiv 2102.12092).
+A configuration is plain data: numbers, strings, Literals and other configurations. `to_json` and `from_json` convert it
+to JSON and back. Derived values are properties, so two fields cannot disagree. Numbers of a paper carry its section; a
+bare section is of Ramesh et al. 2021, 2102.12092.
 """
 
 from dalle_jax.config.bart import BartConfig

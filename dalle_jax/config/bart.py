@@ -10,26 +10,26 @@ from dalle_jax.config.tokenizer import Dtype
 
 @frozen_config
 class BartConfig:
-    """Captions through an encoder, codes through a decoder that looks at it (Dayma et al. 2021; BART, 1910.13461)."""
+    """An encoder of captions and a decoder of image tokens with cross-attention (Dayma et al. 2021; BART, 1910.13461)."""
 
     kind: Literal["bart"] = "bart"
     text_vocab: int = 50_264  # pieces
-    text_len: int = 64  # text positions; a caption that is shorter is padded
+    text_len: int = 64  # text positions; shorter captions are padded
     image_vocab: int = 16_384  # the tokenizer's codes
-    decoder_vocab: int = 16_385  # of the decoder's embedding and logits, which hold more than the codes
-    decoder_start_id: int = 16_384  # row of that embedding that stands before the first code
+    decoder_vocab: int = 16_385  # rows of the decoder's embedding and logits, more than there are codes
+    decoder_start_id: int = 16_384  # input before the first code
     grid: int = 16  # image tokens form a grid x grid raster
     dim: int = 1024
     encoder_layers: int = 12
     layers: int = 12  # of the decoder
     heads: int = 16
     mlp_width: int = 2730  # channels between the gated layers (2002.05202)
-    pad_id: int = 1  # stands after a caption, and is not seen
+    pad_id: int = 1  # after a caption; masked
     bos_id: int = 0  # before a caption
     eos_id: int = 2  # after a caption
-    cond_drop_prob: float = 0.1  # share of training captions replaced by the null caption, for guidance
+    cond_drop_prob: float = 0.1  # fraction of training captions replaced by the null caption, for guidance
     dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, logits and losses stay float32
-    remat: Literal["none", "full"] = "full"  # what the backward pass computes again
+    remat: Literal["none", "full"] = "full"  # activations that the backward pass recomputes
 
     def __post_init__(self):
         for name in (
@@ -38,7 +38,7 @@ class BartConfig:
             require(getattr(self, name) >= 1, f"BartConfig.{name} is {getattr(self, name)}; want at least 1")
         require(
             self.text_len >= 2,
-            f"text_len is {self.text_len}; want at least 2: a caption has a begin and an end",
+            f"text_len is {self.text_len}; want at least 2: a caption has a start and an end",
         )
         require(
             self.dim % self.heads == 0,
@@ -55,7 +55,7 @@ class BartConfig:
             )
         require(
             0.0 <= self.cond_drop_prob <= 1.0,
-            f"cond_drop_prob is {self.cond_drop_prob}; want a share in [0, 1]",
+            f"cond_drop_prob is {self.cond_drop_prob}; want a fraction in [0, 1]",
         )
 
     @property
@@ -73,5 +73,5 @@ class BartConfig:
 
     @property
     def layer_kinds(self) -> tuple[Literal["full"], ...]:
-        """Attention kind of every layer of the decoder, as `DalleConfig` tells it."""
+        """Attention kind of every layer of the decoder, as in `DalleConfig`."""
         return ("full",) * self.layers

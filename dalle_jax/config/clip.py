@@ -1,4 +1,4 @@
-"""CLIP: two towers that give a picture and a caption vectors of one space."""
+"""CLIP: two towers that embed images and captions in one space."""
 
 from __future__ import annotations
 
@@ -32,25 +32,27 @@ class ClipConfig:
     """Contrastive language-image pre-training (2103.00020); the defaults are the published ViT-B/32."""
 
     kind: Literal["clip"] = "clip"
-    image_size: int = 224  # side that the vision tower sees; other pictures are resized
+    image_size: int = 224  # side, pixels; other images are resized
     patch_size: int = 32  # side of a patch, pixels
     vision: TowerConfig = field(default_factory=lambda: TowerConfig(dim=768, heads=12))
     text: TowerConfig = field(default_factory=TowerConfig)
-    text_vocab: int = 49_408  # rows of the token table: pieces, and last the start and the end of a caption
-    text_len: int = 77  # positions, start and end among them; a caption that is longer is cut
-    embed_dim: int = 512  # of the common space
-    # quick-gelu is x sigmoid(1.702 x), as the published weights have it.
+    text_vocab: int = 49_408  # rows of the token embedding: pieces, then the start and the end of a caption
+    text_len: int = 77  # positions with start and end; longer captions are truncated
+    embed_dim: int = 512  # of the joint space
+    # quick-gelu is x sigmoid(1.702 x), as in the published model.
     activation: Literal["gelu", "quick-gelu"] = "quick-gelu"
-    # Of the pictures that training saw, per channel, values in [0, 1]; the published ones.
+    # Of the training images, per channel, in [0, 1]; the published ones.
     pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     logit_scale_init: float = 1 / 0.07  # factor of the cosines in the softmax, before training; 2.5
-    logit_scale_max: float = 100.0  # it is learned and never larger; 2.5
+    logit_scale_max: float = 100.0  # upper bound of the learned factor; 2.5
     grad_cache_chunks: int = (
-        1  # parts of a batch that pass the towers one by one: less memory, same loss; 2101.06983
+        1  # parts of a batch that pass the towers in turn: less memory, same loss; 2101.06983
     )
     dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, vectors and loss stay float32
-    remat: Literal["none", "full"] = "none"  # what the backward pass computes again; chunks do it in any case
+    remat: Literal["none", "full"] = (
+        "none"  # activations that the backward pass recomputes; chunks are always recomputed
+    )
     scan_unroll: int = 1  # layers per iteration of the scan; more compiles longer and may run faster
 
     def __post_init__(self):

@@ -9,7 +9,7 @@ from dalle_jax.config.tokenizer import Dtype
 
 AttentionKind = Literal["full", "row", "column", "conv", "conv_clamped", "conv_torus"]
 AttentionKernel = Literal["auto", "dense", "splash", "cudnn"]
-Quantization = Literal["int8", "fp8", "w8a8"]  # 8-bit matrices for sampling (nn/linear.py)
+Quantization = Literal["int8", "fp8", "w8a8"]  # of the matrices when sampling (nn/linear.py)
 Remat = Literal["none", "full", "dots", "mlp", "save_attention"]
 
 
@@ -33,7 +33,7 @@ class T5Config:
         )
         require(
             self.num_relative_buckets >= 4 and self.num_relative_buckets % 4 == 0,
-            f"buckets is {self.num_relative_buckets}; want a multiple of 4: two directions, near and far",
+            f"num_relative_buckets is {self.num_relative_buckets}; want a multiple of 4: two directions, near and far",
         )
         require(self.eos_id >= 0, f"eos_id is {self.eos_id}; want a piece")
 
@@ -44,7 +44,7 @@ class DalleConfig:
 
     kind: Literal["dalle"] = "dalle"
     text_vocab: int = 16_384  # BPE pieces, without the padding tokens
-    text_len: int = 256  # text positions; a caption that is shorter is padded
+    text_len: int = 256  # text positions; shorter captions are padded
     image_vocab: int = 8192  # the tokenizer's codes
     grid: int = 32  # image tokens form a grid x grid raster
     dim: int = 3968
@@ -54,37 +54,41 @@ class DalleConfig:
     mlp_width: int | None = None  # channels inside the MLP; None is mlp_ratio * dim
     # of the MLP; swiglu is gated (2002.05202)
     activation: Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu"] = "gelu-tanh"
-    norm: Literal["layer", "rms"] = "layer"  # RMS norms have a scale alone (1910.07467)
-    sandwich_norm: bool = False  # a norm of what attention and MLP give too, before the sum (2105.13290, 2.4)
+    norm: Literal["layer", "rms"] = "layer"  # RMS norms have no bias (1910.07467)
+    sandwich_norm: bool = (
+        False  # also normalize the output of attention and MLP before the sum (2105.13290, 2.4)
+    )
     biases: bool = True  # of the matrices of the blocks
-    # What marks an image place: embeddings of its row and column, one embedding of its own, or queries and keys turned
-    # by row and column (2104.09864). With "rope2d" text positions are not marked, and their queries and keys are zero,
-    # as LlamaGen has it (2406.06525).
+    # Position embedding of image tokens: axial, a row and a column embedding; learned, one per position; rope2d, rotary by
+    # row and column (2104.09864), where text positions have zero queries and keys, as in LlamaGen (2406.06525).
     pos_embed: Literal["axial", "learned", "rope2d"] = "axial"
-    pad_id: int | None = None  # piece at every position after a caption; None: each position has its own
-    # A frozen encoder that reads captions, as LlamaGen's t2i models have it: what it makes of the pieces stands at the
-    # text positions, the end of the caption at the last of them, and those before its begin are not seen. None: each
-    # piece has an embedding of its own.
+    pad_id: int | None = None  # piece after a caption; None: a learned padding token for each position
+    # A frozen encoder of captions, as in LlamaGen's t2i models: its outputs are the inputs of the text positions, padded
+    # on the left, and the padding is masked. None: a learned embedding of the pieces.
     text_encoder: T5Config | None = None
-    second_final_norm: bool = False  # a second norm after the last
+    second_final_norm: bool = False  # a second norm after the last block
     head_bias: bool = False
     attention: tuple[AttentionKind, ...] = ("row", "column", "row", "row")  # cycled over the layers; B.1
     last_attention: AttentionKind | None = "conv"  # kind of the last layer; None continues the cycle; B.1
-    # Masks take the last text token for the raster's first place, and so each code for the place after its own, as
-    # ruDALL-E Malevich v2 has it.
+    # Attention masks are shifted by one: they treat the last text token as the first image position, as ruDALL-E Malevich
+    # v2 does.
     shift_masks: bool = False
     conv_kernel: int = 11  # side of the conv mask's window, odd; B.1
-    qk_norm: bool = False  # RMS-normalise queries and keys per head; not in the paper, allows larger steps
-    text_loss_weight: float = 1 / 8  # of the text cross-entropy; the image has the rest; 0: no text head; 2.2
-    cond_drop_prob: float = 0.1  # share of training captions replaced by the null caption, for guidance
+    qk_norm: bool = (
+        False  # RMS-normalize queries and keys per head; not in the paper, allows larger learning rates
+    )
+    text_loss_weight: float = (
+        1 / 8
+    )  # of the text cross-entropy; the image loss has the rest; 0: no text head; 2.2
+    cond_drop_prob: float = 0.1  # fraction of training captions replaced by the null caption, for guidance
     dtype: Dtype = "bfloat16"  # compute; parameters, softmax, norms, logits and losses stay float32
-    # What computes attention in training: splash is for TPU, cudnn for NVIDIA GPUs in bfloat16, dense for
-    # anything; auto takes what suits the devices (nn/flash.py).
+    # Attention in training: splash is for TPU, cudnn for NVIDIA GPUs in bfloat16, dense for any device; auto selects by
+    # the devices (nn/flash.py).
     attention_kernel: AttentionKernel = "auto"
-    # What the backward pass computes again instead of keeping it, least memory first: full, everything of a layer;
-    # matrices, everything but attention itself; mlp, the MLP alone; dots, all but products with weights; none.
+    # Activations that the backward pass recomputes, least memory first: full, all of a layer; save_attention, all but
+    # attention; mlp, the MLP; dots, all but matrix products; none.
     remat: Remat = "full"
-    loss_vocab_chunk: int = 2048  # columns of a head whose scores the loss holds at once; 0 holds all
+    loss_vocab_chunk: int = 2048  # columns of logits that the loss holds at once; 0 holds all
     scan_unroll: int = 1  # layers per iteration of the scan; more compiles longer and may run faster
 
     def __post_init__(self):
@@ -110,7 +114,7 @@ class DalleConfig:
         )
         require(
             self.pos_embed != "rope2d" or self.head_dim % 4 == 0,
-            f"heads are {self.head_dim} wide; positions='rope' turns pairs by row and by column: want a multiple of 4",
+            f"head_dim is {self.head_dim}; pos_embed='rope2d' rotates pairs by row and by column: want a multiple of 4",
         )
         require(len(self.attention) > 0, "DalleConfig.attention is empty; name at least one kind, e.g. full")
         require(
@@ -119,17 +123,17 @@ class DalleConfig:
         )
         require(
             0.0 <= self.text_loss_weight < 1.0,
-            f"text_loss_weight is {self.text_loss_weight}; want a share in [0, 1)",
+            f"text_loss_weight is {self.text_loss_weight}; want a fraction in [0, 1)",
         )
         if self.text_encoder is not None:
             self._check_text_encoder(self.text_encoder)
         require(
             0.0 <= self.cond_drop_prob <= 1.0,
-            f"cond_drop_prob is {self.cond_drop_prob}; want a share in [0, 1]",
+            f"cond_drop_prob is {self.cond_drop_prob}; want a fraction in [0, 1]",
         )
 
     def _check_text_encoder(self, encoder: T5Config) -> None:
-        """Captions that an encoder reads are no tokens of the stream, and their padding is not seen."""
+        """Check fields that have one value with an encoder: its captions are no tokens of the sequence."""
         for name, wanted in (("text_loss_weight", 0.0), ("pad_id", None), ("shift_masks", False)):
             value = getattr(self, name)
             require(value == wanted, f"{name} is {value}; a Transformer with a text_encoder has {wanted}")
@@ -154,7 +158,7 @@ class DalleConfig:
 
     @property
     def num_text_ids(self) -> int:
-        """Rows of the text embedding: the pieces, and a pad token for each position or none."""
+        """Rows of the text embedding: the pieces, and a padding token for each position if there are any."""
         pads = self.pad_id is None and self.text_encoder is None
         return self.text_vocab + (self.text_len if pads else 0)
 
@@ -164,7 +168,7 @@ class DalleConfig:
 
     @property
     def seq_len(self) -> int:
-        """Positions of the whole stream, text and image."""
+        """Positions of text and image."""
         return self.text_len + self.num_codes
 
     @property

@@ -1,4 +1,4 @@
-"""What a run reads: sources, rows of a step, captions as tokens."""
+"""Data of a run: sources, batches, the text vocabulary."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ SceneSize = Literal["small", "medium", "large"]
 SceneFill = Literal["solid", "striped", "dotted"]
 SceneBackground = Literal["plain", "gradient", "two-tone"]
 
-MIXTURE_PERIOD = 10_000  # rows after which the order of the parts of a mixture repeats
+MIXTURE_PERIOD = 10_000  # rows after which the pattern of the parts of a mixture repeats
 
 
 @frozen_config
 class ScenesSource:
-    """Procedural captioned scenes, drawn on the fly (dalle_jax/data/scenes/generator.py)."""
+    """Procedural captioned scenes, generated on demand (dalle_jax/data/scenes/generator.py)."""
 
     kind: Literal["scenes"] = "scenes"
     count: int = 1_000_000  # scenes in the training split
     min_objects: int = 1  # in a scene
     max_objects: int = 4  # in a scene, at most 4
-    sizes: tuple[SceneSize, ...] = ("small", "medium", "large")  # of objects, drawn from these
+    sizes: tuple[SceneSize, ...] = ("small", "medium", "large")  # of objects, sampled from these
     fills: tuple[SceneFill, ...] = ("solid", "striped", "dotted")  # of objects
     backgrounds: tuple[SceneBackground, ...] = ("plain", "gradient", "two-tone")  # of scenes
-    seed: int = 0  # of all scenes; another one draws other scenes
+    seed: int = 0  # another seed gives other scenes
 
     def __post_init__(self):
         require(self.count >= 1, f"ScenesSource.count is {self.count}; want at least 1")
@@ -48,20 +48,20 @@ class ScenesSource:
 class TarSource:
     """Tar files of `NAME.(webp|png|jpg)` beside `NAME.json` or `NAME.txt`, indexed once and read by random access.
 
-    The JSON holds a list of English `captions` (or one string `caption`), optionally `captions_zh`, and a
-    `split` for each picture. Where it has no captions, the text has, one a line, in English.
+    The JSON has a list of English `captions` (or one string `caption`), optionally `captions_zh`, and a `split`. If it has
+    no captions, the text has: English, one per line.
     """
 
     kind: Literal["tar"] = "tar"
-    path: str = ""  # one tar, or several separated by commas; globs allowed
+    path: str = ""  # a tar, or several separated by commas; globs allowed
     train_split: str = "train"  # value of `split` in the JSON
     eval_split: str = "val"
     captions_field: str = "captions"
     captions_zh_field: str = "captions_zh"
-    exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
-    max_bad_fraction: float = 0.05  # share of unusable records above which reading stops with a report
-    min_image_size: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
-    max_aspect_ratio: float = 16.0  # longer side over shorter; longer pictures are unusable
+    exclude: str | None = None  # file with names of records to leave out of training (docs/data.md)
+    max_bad_fraction: float = 0.05  # fraction of unusable records above which reading raises an error
+    min_image_size: int = 8  # shorter side, pixels; smaller images are unusable
+    max_aspect_ratio: float = 16.0  # longer side over shorter; images above it are unusable
 
     def __post_init__(self):
         _check_limits(self)
@@ -69,46 +69,48 @@ class TarSource:
 
 @frozen_config
 class FolderSource:
-    """A folder of pictures: captions from captions.jsonl, metadata.csv/jsonl, NAME.txt or NAME.json beside each
-    picture, or the names of subfolders as classes (dalle_jax/data/sources/folder.py)."""
+    """A folder of images with captions.jsonl, metadata.csv or .jsonl, NAME.txt or NAME.json beside each image, or
+    subfolders named by class (dalle_jax/data/sources/folder.py)."""
 
     kind: Literal["folder"] = "folder"
     path: str = ""
     train_split: str = "train"
     eval_split: str = "val"
-    eval_fraction: float = 0.05  # held out by a hash of the names, where nothing names a split
+    eval_fraction: float = 0.05  # held out by a hash of the names, if nothing names a split
     captions_field: str = "captions"  # or `caption` or `text`
     captions_zh_field: str = "captions_zh"
     templates: tuple[str, ...] = ("{}",)  # captions of a class; {} is its name
-    exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
-    max_bad_fraction: float = 0.05  # share of unusable records above which reading stops with a report
-    min_image_size: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
-    max_aspect_ratio: float = 16.0  # longer side over shorter; longer pictures are unusable
+    exclude: str | None = None  # file with names of records to leave out of training (docs/data.md)
+    max_bad_fraction: float = 0.05  # fraction of unusable records above which reading raises an error
+    min_image_size: int = 8  # shorter side, pixels; smaller images are unusable
+    max_aspect_ratio: float = 16.0  # longer side over shorter; images above it are unusable
 
     def __post_init__(self):
         _check_limits(self)
         _check_templates(self)
-        require(0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; want a share in [0, 1)")
+        require(
+            0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; want a fraction in [0, 1)"
+        )
 
 
 @frozen_config
 class TfdsSource:
-    """A prepared TensorFlow Datasets directory in array_record or tfrecord format: captioned, labelled or neither."""
+    """A prepared TensorFlow Datasets directory in array_record or tfrecord format, with captions, labels or neither."""
 
     kind: Literal["tfds"] = "tfds"
-    path: str = ""  # a directory, or a name as `coco_captions/2014:1.1.0` below data_dir
+    path: str = ""  # a directory, or a name such as `coco_captions/2014:1.1.0` below data_dir
     data_dir: str | None = None  # None is $TFDS_DATA_DIR, else ~/tensorflow_datasets
-    train_split: str = "train"  # slices as `train[5%:]` are understood
+    train_split: str = "train"  # or a slice such as `train[5%:]`
     eval_split: str = "test"
     image_field: str = "image"
     captions_field: str = "captions"
     captions_zh_field: str = "captions_zh"
     label_field: str = "label"
     templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
-    exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
-    max_bad_fraction: float = 0.05  # share of unusable records above which reading stops with a report
-    min_image_size: int = 8  # pixels of a picture's shorter side; smaller ones are unusable
-    max_aspect_ratio: float = 16.0  # longer side over shorter; longer pictures are unusable
+    exclude: str | None = None  # file with names of records to leave out of training (docs/data.md)
+    max_bad_fraction: float = 0.05  # fraction of unusable records above which reading raises an error
+    min_image_size: int = 8  # shorter side, pixels; smaller images are unusable
+    max_aspect_ratio: float = 16.0  # longer side over shorter; images above it are unusable
 
     def __post_init__(self):
         _check_limits(self)
@@ -117,29 +119,29 @@ class TfdsSource:
 
 @frozen_config
 class ArraysSource:
-    """An npz file of small labelled pictures, `train_x`, `train_y`, `test_x`, `test_y`, `label_names`."""
+    """An npz file of small labeled images: `train_x`, `train_y`, `test_x`, `test_y`, `label_names`."""
 
     kind: Literal["arrays"] = "arrays"
     path: str = ""
     train_split: str = "train"
     eval_split: str = "test"
-    exclude: str | None = None  # file of names of records to leave out of training (docs/data.md)
+    exclude: str | None = None  # file with names of records to leave out of training (docs/data.md)
     templates: tuple[str, ...] = ("a photo of a {}",)  # captions of a class; {} is its name
 
     def __post_init__(self):
         _check_templates(self)
 
 
-def _check_limits(source) -> None:
-    share, side, aspect = source.max_bad_fraction, source.min_image_size, source.max_aspect_ratio
-    require(0 <= share <= 1, f"max_bad_fraction is {share}; want a share in [0, 1]")
+def _check_limits(source: TarSource | FolderSource | TfdsSource) -> None:
+    fraction, side, aspect = source.max_bad_fraction, source.min_image_size, source.max_aspect_ratio
+    require(0 <= fraction <= 1, f"max_bad_fraction is {fraction}; want a fraction in [0, 1]")
     require(
         side >= 1 and aspect >= 1,
         f"min_image_size is {side}, max_aspect_ratio {aspect}; want at least 1 each",
     )
 
 
-def _check_templates(source) -> None:
+def _check_templates(source: FolderSource | TfdsSource | ArraysSource) -> None:
     require(
         all("{}" in t for t in source.templates) and len(source.templates) > 0,
         f"templates are {source.templates}; want at least one, each with {{}} where the class name goes",
@@ -152,13 +154,13 @@ PartSource = ScenesSource | StoredSource
 
 @frozen_config
 class MixtureSource:
-    """Rows of several sources, each by its weight (dalle_jax/data/sources/mixture.py)."""
+    """Rows of several sources, mixed by weight (dalle_jax/data/sources/mixture.py)."""
 
     kind: Literal["mixture"] = "mixture"
     parts: tuple[PartSource, ...]
     weights: tuple[
         float, ...
-    ]  # one for each part, in any unit: shares of the rows are weights over their sum
+    ]  # one for each part, in any unit: fractions of the rows are weights over their sum
 
     def __post_init__(self):
         require(len(self.parts) > 0, "MixtureSource.parts is empty; want one source or more")
@@ -179,7 +181,7 @@ class MixtureSource:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Rows of each part in MIXTURE_PERIOD rows; largest remainders, so each is within 1 of its share."""
+        """Rows of each part in MIXTURE_PERIOD rows, by largest remainders: within 1 of its fraction."""
         total = sum(map(Fraction, self.weights))
         exact = [Fraction(w) * MIXTURE_PERIOD / total for w in self.weights]
         counts = [math.floor(x) for x in exact]
@@ -194,20 +196,22 @@ SourceConfig = PartSource | MixtureSource
 
 @frozen_config
 class DataConfig:
-    """Which rows a step sees."""
+    """Rows of a step and how they are read."""
 
     source: SourceConfig = field(default_factory=ScenesSource)
-    codes: str | None = None  # directory of `dalle-jax encode RUN --data`: train on codes encoded ahead
+    codes: str | None = (
+        None  # directory of `dalle-jax encode RUN --data`: train on its codes instead of images
+    )
     batch_size: int = 64  # global batch, rows per update over all devices and accumulation steps
-    # none squashes a picture that is not square; random is the paper's for the tokenizer (A.2), narrow that for the
+    # none resizes without keeping the aspect ratio; random is the paper's for the tokenizer (A.2), narrow its for the
     # Transformer (B.1)
     crop: Literal["none", "center", "random", "narrow"] = "center"
     languages: tuple[Language, ...] = ("en", "zh")  # of the captions
-    seed: int = 0  # of the shuffle and of every random choice per row
-    num_threads: int = 2  # that read and render ahead of the device
-    # Processes that do it instead: threads share Python's lock, processes cost start and memory; 0 takes threads.
+    seed: int = 0  # of the shuffle and of the random choices of each row
+    num_threads: int = 2  # that build batches ahead of the device
+    # Processes that build batches instead of threads, which share Python's lock; 0 uses threads.
     num_workers: int = 0
-    prefetch: int = 4  # batches held ready
+    prefetch: int = 4  # batches built ahead
 
     def __post_init__(self):
         require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; want at least 1")
@@ -224,13 +228,11 @@ class DataConfig:
 class TextConfig:
     """Byte-pair encoding of the captions (2102.12092, 2.2: 16,384 pieces, lower case, 10% dropout)."""
 
-    tokenizer_path: str | None = (
-        None  # a vocabulary to use (docs/data.md); None trains one from the source's captions
-    )
-    num_train_captions: int = 200_000  # captions read when training the vocabulary
+    tokenizer_path: str | None = None  # a vocabulary (docs/data.md); None trains one on the source's captions
+    num_train_captions: int = 200_000  # captions that the vocabulary is trained on
     bpe_dropout: float = 0.1  # probability of skipping a merge while training
     lowercase: bool = True
-    nfkc: bool = True  # fold compatible forms of a character, as full-width letters, into one
+    nfkc: bool = True  # map compatible forms of a character, e.g. full-width letters, to one
 
     def __post_init__(self):
         require(

@@ -1,4 +1,4 @@
-"""Diffusion: the noise schedule, what a network predicts, the network and its conditions."""
+"""Diffusion models: noise schedule, prediction, U-Net and conditions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Spacing = Literal["uniform", "log_snr", "karras"]  # of a sampler's times
 
 @frozen_config
 class NoiseConfig:
-    """How noise grows with time t in [0, 1]: x_t = alpha(t) x_0 + sigma(t) eps.
+    """The noise schedule over time t in [0, 1]: x_t = alpha(t) x_0 + sigma(t) eps.
 
-    linear, cosine, ddpm keep the variance (alpha^2 + sigma^2 = 1); ve and edm let it explode (alpha = 1).
+    linear, cosine, ddpm are variance preserving (alpha^2 + sigma^2 = 1), ve and edm variance exploding (alpha = 1).
     """
 
     kind: NoiseKind = "linear"
@@ -32,11 +32,11 @@ class NoiseConfig:
     sigma_min: float = 0.01  # ve 0.01 (2011.13456, C), edm 0.002 (2206.00364, table 1)
     sigma_max: float = 50.0  # ve 50 (2011.13456, C), edm 80 (2206.00364, table 1)
     rho: float = 7.0  # edm: exponent of the spacing of sigma over t; 2206.00364, eq. 5
-    # Factor of sigma(t) / alpha(t), of schedules that keep the variance: above 1 more times are spent where only coarse
-    # form is left. 2301.11093, 3.1, by the side of the picture; flat pictures bear more.
+    # Factor of sigma(t) / alpha(t) of variance-preserving schedules: above 1, more of the time has high noise. 2301.11093,
+    # 3.1, in proportion to the image side.
     shift: float = 1.0
-    zero_terminal_snr: bool = False  # no signal at all at t = 1; 2305.08891, 3.1
-    t_min: float = 1e-3  # least time that is trained on and sampled from; the last step jumps from it to 0
+    zero_terminal_snr: bool = False  # no signal at t = 1; 2305.08891, 3.1
+    t_min: float = 1e-3  # smallest time of training and sampling; the last sampling step goes from it to 0
 
     def __post_init__(self):
         require(
@@ -55,21 +55,21 @@ class NoiseConfig:
         require(0 < self.shift < math.inf, f"noise.shift is {self.shift}; want more than 0, 1 is none")
         require(
             self.shift == 1 or self.kind not in ("ve", "edm"),
-            f"noise.shift is for schedules that keep the variance; for {self.kind} set sigma_min and sigma_max",
+            f"noise.shift is for variance-preserving schedules; for {self.kind} set sigma_min and sigma_max",
         )
         require(0 < self.t_min < 1, f"noise.t_min is {self.t_min}; want a time in (0, 1)")
         require(
             not (self.zero_terminal_snr and self.kind in ("ve", "edm")),
-            f"zero_terminal_snr is for schedules that keep the variance, not for {self.kind}; turn it off",
+            f"zero_terminal_snr is for variance-preserving schedules, not for {self.kind}; turn it off",
         )
 
 
 @frozen_config
 class TextEncoderConfig:
-    """The Transformer that reads a caption for the U-Net (2112.10741, 2.2)."""
+    """The Transformer that encodes captions for the U-Net (2112.10741, 2.2)."""
 
     text_vocab: int = 16_384  # BPE pieces, without the padding tokens
-    text_len: int = 128  # text positions; a caption that is shorter is padded
+    text_len: int = 128  # text positions; shorter captions are padded
     dim: int = 512
     layers: int = 16
     heads: int = 8
@@ -87,11 +87,11 @@ class TextEncoderConfig:
 
 @frozen_config
 class CodesConfig:
-    """Image tokens as a condition: the U-Net draws the pixels of a tokenizer's codes."""
+    """Image tokens as a condition: the U-Net decodes the codes of an image tokenizer."""
 
     vocab: int = 8192  # the tokenizer's codes
     grid: int = 32  # codes form a grid x grid raster
-    width: int = 64  # channels of a code's embedding, put beside the channels of the noised picture
+    width: int = 64  # channels of a code's embedding, concatenated with the noised image
 
     def __post_init__(self):
         for name in ("vocab", "grid", "width"):
@@ -106,36 +106,39 @@ class DiffusionConfig:
     """
 
     kind: Literal["diffusion"] = "diffusion"
-    image_size: int = 32  # side of the picture, pixels
-    patch_size: int = 1  # side of the square of pixels that is one place of the network; 2301.11093, 3.3
+    image_size: int = 32  # side of the image, pixels
+    patch_size: int = 1  # pixels on the side of a patch, one position of the network; 2301.11093, 3.3
     width: int = 128  # channels of the first level
     channel_multipliers: tuple[int, ...] = (
         1,
         2,
         2,
         2,
-    )  # of width, one for each level; sides halve between levels
+    )  # of `width`, one for each level; sides halve between levels
     blocks: int = 2  # residual blocks of a level on the way down; one more on the way up
-    # Sides, in places, of the levels with attention; the middle has it in any case.
+    # Sides, in positions, of the levels with attention; the middle block always has it.
     attention_sizes: tuple[int, ...] = (16,)
     head_dim: int | None = None  # channels of an attention head; None is one head of all channels
     scale_shift_norm: bool = (
-        False  # the time scales and shifts after the norm, else it is added; 2105.05233, 3.1
+        False  # scale and shift by the time embedding after the norm instead of adding it; 2105.05233, 3.1
     )
-    resample: Literal["conv", "block"] = "conv"  # sides are halved and doubled by a convolution or a block
-    # Of the norms. None is 32, or as many as leave 4 channels to each: groups of one channel cancel an added time.
+    resample: Literal["conv", "block"] = "conv"  # down- and upsampling by a convolution or a residual block
+    # Groups of the norms. None is 32, or fewer, so that each has 4 channels: a group of one channel would cancel the added
+    # time embedding.
     norm_groups: int | None = None
     dropout: float = 0.1  # inside residual blocks
     text: TextEncoderConfig | None = None  # captions
     num_classes: int = 0  # labels 0 to num_classes - 1; 0 is no such condition
     codes: CodesConfig | None = None  # image tokens
-    low_res_size: int = 0  # side of a small version of the picture, pixels; 0 is no such condition
-    cond_drop_prob: float = 0.1  # share of training rows without caption and label, for guidance; 2207.12598
+    low_res_size: int = 0  # side of a low-resolution image, pixels; 0 is no such condition
+    cond_drop_prob: float = (
+        0.1  # fraction of training rows without caption and label, for guidance; 2207.12598
+    )
     noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(kind="ddpm"))
     prediction: Prediction = "eps"
     weighting: Weighting = "simple"
     dtype: Dtype = "float32"  # compute; parameters, norms, softmax and losses stay float32
-    remat: bool = False  # compute the inside of blocks again in the backward pass
+    remat: bool = False  # recompute the inside of blocks in the backward pass
 
     def __post_init__(self):
         for name in ("image_size", "patch_size", "width", "blocks"):
@@ -167,7 +170,9 @@ class DiffusionConfig:
             self.norm_groups is None or self.norm_groups >= 1,
             f"DiffusionConfig.norm_groups is {self.norm_groups}; want at least 1",
         )
-        require(0 <= self.dropout < 1, f"DiffusionConfig.dropout is {self.dropout}; want a share in [0, 1)")
+        require(
+            0 <= self.dropout < 1, f"DiffusionConfig.dropout is {self.dropout}; want a fraction in [0, 1)"
+        )
         require(
             self.num_classes >= 0, f"DiffusionConfig.num_classes is {self.num_classes}; want 0 (none) or more"
         )
@@ -182,7 +187,8 @@ class DiffusionConfig:
             f"codes.grid {getattr(self.codes, 'grid', 0)} does not divide the {places} places of a side",
         )
         require(
-            0 <= self.cond_drop_prob <= 1, f"cond_drop_prob is {self.cond_drop_prob}; want a share in [0, 1]"
+            0 <= self.cond_drop_prob <= 1,
+            f"cond_drop_prob is {self.cond_drop_prob}; want a fraction in [0, 1]",
         )
         require(
             not (self.noise.zero_terminal_snr and self.prediction in ("eps", "score")),
@@ -191,12 +197,12 @@ class DiffusionConfig:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Side of each level, places."""
+        """Side of each level, positions."""
         return tuple(
             self.image_size // self.patch_size >> level for level in range(len(self.channel_multipliers))
         )
 
     @property
     def supports_cfg(self) -> bool:
-        """Is there a condition that guidance can strengthen?"""
+        """Whether there is a condition for classifier-free guidance."""
         return self.text is not None or self.num_classes > 0

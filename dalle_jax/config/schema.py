@@ -1,4 +1,4 @@
-"""What every configuration is made and checked with."""
+"""The decorator of configurations, and checks of their values."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ T = TypeVar("T")
 
 
 def require(holds: bool, message: str) -> None:
-    """Raises ValueError with `message` unless `holds`."""
+    """Raise ValueError with `message` unless `holds`."""
     if not holds:
         raise ValueError(message)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def frozen_config(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass; values that are not of their field's type are refused when one is made.
+    """Make a frozen, keyword-only dataclass whose constructor checks the type of every value.
 
-    That comes before the class's own `__post_init__`, which may so rely on them. Lists become tuples, NumPy's numbers
-    Python's, and integers floats where a float is wanted, so that it can be hashed and written as JSON."""
+    The check runs before the class's own `__post_init__`. Lists become tuples, NumPy numbers Python numbers, and integers
+    floats in fields of floats, so that a configuration can be hashed and written as JSON.
+
+    Args:
+      cls: A class with annotated fields.
+
+    Returns:
+      The dataclass. Its constructor raises ValueError for a value of another type.
+    """
     own = cls.__dict__.get("__post_init__")
 
     def __post_init__(self) -> None:
@@ -34,7 +41,7 @@ def frozen_config(cls: type[T]) -> type[T]:
         if own is not None:
             own(self)
 
-    cls.__post_init__ = __post_init__
+    setattr(cls, "__post_init__", __post_init__)  # noqa: B010, not a declared attribute of every class
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -44,16 +51,24 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _instance(classes: tuple[type, ...], value: Any, path: str) -> Any:
-    wanted = " or ".join(c.__name__ for c in classes)
-    came = f"a {type(value).__name__}" if dataclasses.is_dataclass(value) else repr(value)
-    require(isinstance(value, classes), f"{path}: got {came}, want a {wanted}")
+    expected = " or ".join(c.__name__ for c in classes)
+    got = f"a {type(value).__name__}" if dataclasses.is_dataclass(value) else repr(value)
+    require(isinstance(value, classes), f"{path}: got {got}, want a {expected}")
     return value
 
 
 def coerce(kind: Any, value: Any, path: str, record=_instance) -> Any:
-    """`value` as a value of the type `kind`; `record(classes, value, path)` makes that of one of several classes.
+    """Convert `value` to the type `kind`.
 
-    Raises ValueError, which names `path`, for a value that is none."""
+    Args:
+      kind: The annotation of a field.
+      value: The value.
+      path: Name of the field, for messages.
+      record: Function of (classes, value, path) that converts to one of several configuration classes.
+
+    Raises:
+      ValueError: The value is of another type; the message has `path`.
+    """
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in options:
@@ -63,8 +78,8 @@ def coerce(kind: Any, value: Any, path: str, record=_instance) -> Any:
             return record(options, value, path)
         return coerce(options[0], value, path, record)
     if origin is Literal:
-        wanted = ", ".join(map(repr, options))
-        require(isinstance(value, str) and value in options, f"{path}: got {value!r}, want one of {wanted}")
+        choices = ", ".join(map(repr, options))
+        require(isinstance(value, str) and value in options, f"{path}: got {value!r}, want one of {choices}")
         return value
     if origin is tuple:
         require(isinstance(value, (list, tuple)), f"{path}: got {value!r}, want a list")

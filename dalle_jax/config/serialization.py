@@ -1,4 +1,4 @@
-"""Configurations as JSON text and back; what a class does not have is refused by the path of its field."""
+"""Configurations to JSON text and back; unknown fields raise an error with their path."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ from dalle_jax.config.schema import coerce, require
 
 
 def to_json(config: Any) -> str:
-    """The configuration as JSON text, every field written out; floats round-trip exactly."""
+    """Return a configuration as JSON text with every field; floats round-trip exactly."""
     return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n"
 
 
 def from_json(cls: Any, text: str) -> Any:
-    """The configuration of class `cls` (or of one class of a union) that `text` describes.
+    """Parse a configuration.
 
-    Raises ValueError for text that is not JSON, for a field that the class does not have (with the nearest
-    name it does have), and for a value of another type; each names the path of the field.
+    Args:
+      cls: A configuration class, or a union of classes, of which the field `kind` selects one.
+      text: JSON.
+
+    Returns:
+      The configuration; missing fields have their defaults.
+
+    Raises:
+      ValueError: The text is not JSON, a class lacks a field, or a value is of another type. The message has the path of
+        the field, and for an unknown field the nearest name.
     """
     try:
         data = json.loads(text)
@@ -32,7 +40,7 @@ def from_json(cls: Any, text: str) -> Any:
 
 
 def _record(classes: tuple[type, ...], data: Any, path: str) -> Any:
-    """One of `classes`, which their field `kind` tells apart."""
+    """Build one of `classes`, selected by the field `kind`."""
     if len(classes) == 1:
         return _build(classes[0], data, path)
     require(data is not None, f"{path}: got null, want a value")

@@ -17,7 +17,7 @@ class Schedule:
 
     start: float  # value before the first update
     end: float  # value after the last of `steps`
-    steps: int  # updates; 0 means `end` from the beginning
+    steps: int  # updates; 0 means `end` from the start
 
     def __post_init__(self):
         require(self.steps >= 0, f"Schedule.steps is {self.steps}; want 0 or more updates")
@@ -28,19 +28,19 @@ class DVAEConfig:
     """Discrete VAE: sizes of the network and the schedules of its loss (2102.12092, 2.1 and A)."""
 
     kind: Literal["dvae"] = "dvae"
-    image_size: int = 256  # side of the square picture, pixels
-    groups: int = 4  # resolutions; pictures shrink by 2 between them, 2**(groups-1) in all
+    image_size: int = 256  # side of the square image, pixels
+    groups: int = 4  # resolutions; sides halve between them, 2**(groups-1) in all
     blocks: int = 2  # residual blocks per group
     width: int = 256  # channels at full resolution; doubled at each group
     decoder_width: int = 128  # channels right after the codebook
     vocab: int = 8192  # codes; A.1
     tau: Schedule = Schedule(start=1.0, end=1 / 16, steps=150_000)  # Gumbel temperature; A.2
     kl_weight: Schedule = Schedule(start=0.0, end=6.6, steps=5_000)  # beta; A.2
-    # Of the KL divergence of a batch's mean code distribution from uniform; keeps the codebook alive in short
-    # trainings; not in the paper.
+    # Of the KL divergence of a batch's mean code distribution from uniform; prevents codebook collapse in short runs; not in
+    # the paper.
     code_usage_weight: Schedule = Schedule(start=0.0, end=0.0, steps=0)
-    # Least scale b of the logit-Laplace density; above 0, flat pictures do not spend the likelihood on fractions of a
-    # grey level while their edges stay soft; 0 in the paper.
+    # Smallest scale b of the logit-Laplace density. Above 0, the likelihood of flat areas cannot outweigh that of edges; 0
+    # in the paper.
     min_scale: float = 0.0
     dtype: Dtype = "float32"  # of the convolutions; logits, softmax and loss stay float32
 
@@ -73,16 +73,16 @@ class DVAEConfig:
 
 @frozen_config
 class VectorQuantizer:
-    """Nearest code of a learned codebook (van den Oord et al. 2017, 1711.00937)."""
+    """The nearest code of a learned codebook (van den Oord et al. 2017, 1711.00937)."""
 
     kind: Literal["vq"] = "vq"
     vocab: int = 16_384  # codes
-    dim: int = 256  # width of a code; with `normalize` a small one, e.g. 8, keeps a large codebook alive
+    dim: int = 256  # width of a code; with `normalize` a small one, e.g. 8, avoids codebook collapse
     normalize: bool = False  # compare on the unit sphere (Yu et al. 2021, 2110.04627, 3.2)
     codebook_weight: float = 1.0  # of the term that pulls codes to the encoder's output
     commitment_weight: float = 0.25  # of the term that pulls the encoder's output to its code
     dead_code_restart_steps: int = (
-        0  # updates without use after which a code begins anew; 0 is off (2005.08520)
+        0  # updates without use after which a code is reinitialized; 0 is off (2005.08520)
     )
 
     def __post_init__(self):
@@ -143,20 +143,22 @@ Quantizer = VectorQuantizer | GumbelQuantizer | FiniteScalarQuantizer
 
 @frozen_config
 class AdversarialConfig:
-    """A discriminator of patches that trains against the decoder (Esser et al. 2020, 2012.09841, 3.1)."""
+    """A patch discriminator that is trained against the decoder (Esser et al. 2020, 2012.09841, 3.1)."""
 
     loss: Literal["non-saturating", "hinge"] = "hinge"
     weight: float = 0.8  # of the decoder's adversarial term, times the adaptive weight
-    disc_start_step: int = 250_001  # updates before the discriminator begins to learn
+    disc_start_step: int = 250_001  # updates before the discriminator is trained
     disc_warmup_steps: int = (
-        10_000  # updates after `start` over which `weight` rises from 0 in a line; 0 is at once
+        10_000  # updates after `disc_start_step` over which `weight` rises linearly from 0; 0: at once
     )
     max_adaptive_weight: float = 1e4  # the adaptive weight, a ratio of gradient norms, is clipped to this
-    # Gamma of the gradient penalty on real pictures (Mescheder et al. 2018, 1801.04406); 0 is off.
+    # Gamma of the gradient penalty on real images (Mescheder et al. 2018, 1801.04406); 0 is off.
     r1_weight: float = 10.0
-    r1_every: int = 16  # updates between penalties, each weighed by as much (Karras et al. 2019, 1912.04958)
+    r1_every: int = (
+        16  # updates between penalties, each scaled by their number (Karras et al. 2019, 1912.04958)
+    )
     width: int = 64  # channels of the discriminator's first layer
-    layers: int = 3  # halvings; 3 judges patches of 70 pixels
+    layers: int = 3  # downsampling layers; 3 have a receptive field of 70 pixels
     learning_rate: float = 1e-4  # of the discriminator; constant
     b1: float = 0.5
     b2: float = 0.9
@@ -175,20 +177,18 @@ class VQGANConfig:
     """Convolutional tokenizer with a choice of quantizers, trained adversarially (2012.09841)."""
 
     kind: Literal["vqgan"] = "vqgan"
-    image_size: int = 256  # side of the square picture, pixels
+    image_size: int = 256  # side of the square image, pixels
     width: int = 128  # channels at full resolution
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of `width`, one per resolution
     blocks: int = 2  # residual blocks per resolution; the decoder has one more
     attention_levels: tuple[int, ...] = (4,)  # resolutions with attention after each block; 0 is the full one
     latent_width: int = 256  # channels between the networks and the quantizer
     quantizer: Quantizer = field(default_factory=VectorQuantizer)
-    pixel_range: Literal["symmetric", "unit"] = (
-        "symmetric"  # what the networks see: [-1, 1], or [0, 1] unchanged
-    )
+    pixel_range: Literal["symmetric", "unit"] = "symmetric"  # of the networks: [-1, 1] or [0, 1]
     pixel_weight: float = 1.0  # of the mean absolute error of the pixels, in the networks' range
-    perceptual_weight: float = 1.0  # of LPIPS, or without its weights of the Laplacian pyramid's distance
-    lpips: str | None = None  # npz with the weights of LPIPS (AlexNet or VGG16); None takes the pyramid
-    adversarial: AdversarialConfig | None = field(default_factory=AdversarialConfig)  # None trains without
+    perceptual_weight: float = 1.0  # of LPIPS, or of the Laplacian pyramid distance if `lpips` is None
+    lpips: str | None = None  # npz with the weights of LPIPS (AlexNet or VGG16)
+    adversarial: AdversarialConfig | None = field(default_factory=AdversarialConfig)  # None: no discriminator
     dtype: Dtype = "float32"  # of the convolutions; norms, attention, quantizer and losses stay float32
 
     def __post_init__(self):
@@ -218,7 +218,7 @@ class VQGANConfig:
 
     @property
     def restarts_dead_codes(self) -> bool:
-        """Whether training restarts codes that are not used."""
+        """Whether training reinitializes unused codes."""
         return isinstance(self.quantizer, VectorQuantizer) and self.quantizer.dead_code_restart_steps > 0
 
     @property

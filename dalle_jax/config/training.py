@@ -1,4 +1,4 @@
-"""One training run: optimizer, mesh, and how often what is done. The type of `model` is the stage."""
+"""One training run: optimizer, mesh, processes, and intervals of logging, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from dalle_jax.config.schema import frozen_config, require
 from dalle_jax.config.tokenizer import TokenizerConfig
 
 Optimizer = Literal["adamw", "adamw_bf16", "adafactor"]
-TransformerConfig = DalleConfig | BartConfig  # from text to codes
+TransformerConfig = DalleConfig | BartConfig  # text to image tokens
 ModelConfig = TokenizerConfig | TransformerConfig | ClipConfig | DiffusionConfig
 
 
 @frozen_config
 class OptimConfig:
-    """Optimizer with decay on matrices only, clipping, warm-up and a schedule; averaged parameters."""
+    """Optimizer with weight decay on matrices only, clipping, warm-up and a schedule; an EMA of the parameters."""
 
-    # Bytes of state for each parameter: adamw 8; adamw_bf16, moments in bfloat16, 4; adafactor next to none,
-    # without a first moment (train/optim.py).
+    # Bytes of state per parameter: adamw 8; adamw_bf16, moments in bfloat16, 4; adafactor, factored and without a first
+    # moment, almost none.
     optimizer: Optimizer = "adamw"
     learning_rate: float = 4.5e-4  # after warm-up; B.2
     warmup_steps: int = 5_000  # linear from 0; B.2
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
-    decay_steps: int | None = None  # updates from the start to the schedule's end; None is all of `steps`
-    final_lr_ratio: float = 1 / 32  # last learning rate over the highest; B.2
+    decay_steps: int | None = None  # updates to the schedule's end; None is `steps`
+    final_lr_ratio: float = 1 / 32  # last learning rate over the largest; B.2
     b1: float = 0.9
     b2: float = 0.96  # B.2
     eps: float = 1e-8
     weight_decay: float = 4.5e-2  # B.2
     clip_norm: float = 4.0  # of the global gradient norm; 0 turns it off; B.2
-    grad_accum_steps: int = 1  # microbatches per update; the gradient is their mean
-    ema_decay: float = 0.99  # of the averaged parameters used for sampling; 0 turns averaging off; B.2
-    ema_every: int = 25  # updates between averages; B.2
+    grad_accum_steps: int = 1  # microbatches per update; gradients are averaged
+    ema_decay: float = 0.99  # of the parameters used for sampling; 0 turns the EMA off; B.2
+    ema_every: int = 25  # updates between EMA steps; B.2
 
     def __post_init__(self):
         require(
@@ -59,15 +59,14 @@ class OptimConfig:
 
 @frozen_config
 class MeshConfig:
-    """Devices along each axis of the mesh; one of them may be -1: all devices that are left."""
+    """Devices along each axis of the mesh; one of them may be -1: all remaining devices."""
 
-    # Of TPU, joined by the data centre's network; -1 takes what is there. The other sizes are within one.
+    # TPU slices, connected by the data center network; -1 is all. The other sizes are within one slice.
     slices: int = -1
-    data: int = -1  # batch is split; parameters are copied
+    data: int = -1  # batch is split; parameters are replicated
     fsdp: int = 1  # batch is split; parameters and optimizer state are split too
     model: int = 1  # heads and channels are split
-    # Without an accelerator: devices to split the CPU into, 0 leaves it one; a core each is faster than one device of
-    # many cores.
+    # Without an accelerator: devices to split the CPU into, 0 is one; one per core is faster than one of many cores.
     cpu_devices: int = 0
 
     def __post_init__(self):
@@ -85,28 +84,28 @@ class MeshConfig:
 
 @frozen_config
 class DistributedConfig:
-    """How the processes of one training find each other, and when they give each other up (docs/pods.md).
+    """The processes of a training run and their timeouts (docs/pods.md).
 
-    On Cloud TPU, GKE, Slurm and Open MPI nothing is to be set. Elsewhere every process gets the same coordinator
-    and processes, and its own process. processes=1 trains alone whatever the surroundings say.
+    On Cloud TPU, GKE, Slurm and Open MPI nothing needs to be set. Elsewhere every process has the same coordinator_address
+    and num_processes, and its own process_id. num_processes=1 trains in one process regardless of the environment.
     """
 
-    coordinator_address: str | None = None  # HOST:PORT of process 0; None asks the cluster
+    coordinator_address: str | None = None  # HOST:PORT of process 0; None: from the cluster
     num_processes: int | None = None
-    process_id: int | None = None  # number of this process, from 0
-    initialization_timeout_seconds: int = 300  # wait for all processes to come up
-    heartbeat_timeout_seconds: int = 100  # a process not heard of for so long is lost, and the others end
+    process_id: int | None = None  # of this process, from 0
+    initialization_timeout_seconds: int = 300  # for all processes to connect
+    heartbeat_timeout_seconds: int = 100  # after it a silent process counts as lost, and the others exit
     stall_timeout_seconds: int = (
-        1800  # no step, save or compilation may take longer, or all end; 0 turns it off
+        1800  # longest step, save or compilation, after which all exit; 0 turns it off
     )
 
     def __post_init__(self):
-        given = (self.coordinator_address, self.num_processes, self.process_id)
+        values = (self.coordinator_address, self.num_processes, self.process_id)
         alone = self.num_processes == 1 and self.coordinator_address is None and self.process_id in (None, 0)
         require(
-            alone or all(x is None for x in given) or None not in given,
+            alone or all(x is None for x in values) or None not in values,
             f"distributed coordinator_address={self.coordinator_address} num_processes={self.num_processes} process_id={self.process_id}; "
-            "want all three, or none on a cluster that is found by itself",
+            "want all three, or none on a cluster that is detected",
         )
         if self.coordinator_address is not None:
             port = self.coordinator_address.rpartition(":")[2]
@@ -114,24 +113,25 @@ class DistributedConfig:
                 ":" in self.coordinator_address and port.isdecimal() and 0 < int(port) < 65536,
                 f"distributed.coordinator_address is {self.coordinator_address!r}; want HOST:PORT of process 0",
             )
+            count, process = self.num_processes or 0, -1 if self.process_id is None else self.process_id
             require(
-                self.num_processes >= 1 and 0 <= self.process_id < self.num_processes,
+                count >= 1 and 0 <= process < count,
                 f"distributed.process_id is {self.process_id} of {self.num_processes}; want 0 to num_processes - 1",
             )
-        for name, least in (
+        for name, minimum in (
             ("initialization_timeout_seconds", 1),
             ("heartbeat_timeout_seconds", 1),
             ("stall_timeout_seconds", 0),
         ):
             value = getattr(self, name)
-            require(value >= least, f"distributed.{name} is {value}; want at least {least}")
+            require(value >= minimum, f"distributed.{name} is {value}; want at least {minimum}")
 
 
 @frozen_config
 class ProfileConfig:
-    """A window of steps recorded for XProf or Perfetto, in `profile/` of the run directory."""
+    """Steps that are profiled for XProf or Perfetto, in `profile/` of the run directory."""
 
-    steps: str = ""  # FIRST:LAST, both recorded, e.g. 10:15; "" records nothing
+    steps: str = ""  # FIRST:LAST, both included, e.g. 10:15; "" is none
 
     def __post_init__(self):
         if self.steps:
@@ -143,7 +143,7 @@ class ProfileConfig:
 
     @property
     def window(self) -> tuple[int, int] | None:
-        """First and last step that are recorded; None where nothing is."""
+        """First and last profiled step, or None."""
         if not self.steps:
             return None
         first, last = self.steps.split(":")
@@ -155,29 +155,28 @@ class TrainConfig:
     """One training run. The type of `model` is the stage."""
 
     model: ModelConfig
-    run: str = ""  # run directory; everything that a run makes is in it
+    run: str = ""  # run directory
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)  # stages that read captions
-    # Run directory of a trained tokenizer: whose codes are learned; of a clip, which then sees every second picture as
-    # that tokenizer reconstructs it.
+    # Run directory of an image tokenizer: its codes are modeled; with a clip, every second training image is its
+    # reconstruction.
     image_tokenizer: str | None = None
-    init_from: str | None = None  # run directory whose weights a new run begins with
+    init_from: str | None = None  # run directory whose parameters initialize a new run
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    compilation_cache_dir: str | None = None  # directory that keeps compiled programs from run to run
-    # NAME=VALUE each, told to the compiler of the training step over what it is told by itself (train/compiler.py);
-    # NAME= leaves that option as the compiler has it.
+    compilation_cache_dir: str | None = None  # of compiled programs, kept between runs
+    # NAME=VALUE each, for the compiler of the training step, over our defaults; NAME= restores the compiler's default.
     compiler_options: tuple[str, ...] = ()
     steps: int = 100_000  # updates
-    seed: int = 0  # of the parameters and of what is drawn in each step
+    seed: int = 0  # of the parameters and of the random numbers of each step
     log_every: int = 10  # updates between lines of metrics.jsonl
-    eval_every: int = 1_000  # updates between measurements on the evaluation split
-    eval_rows: int = 256  # rows per measurement
-    sample_every: int = 5_000  # updates between PNG grids
+    eval_every: int = 1_000  # updates between evaluations
+    eval_rows: int = 256  # rows per evaluation
+    sample_every: int = 5_000  # updates between sample grids
     save_every: int = 1_000  # updates between checkpoints
-    max_checkpoints: int = 3  # latest checkpoints kept; the best by the stage's measure is kept as well
+    max_checkpoints: int = 3  # latest checkpoints to keep, beside the best by the stage's metric
 
     def __post_init__(self):
         require(self.steps >= 1, f"steps is {self.steps}; want at least 1")
@@ -199,17 +198,17 @@ class TrainConfig:
         if isinstance(self.model, DiffusionConfig):
             require(
                 self.model.codes is not None or self.image_tokenizer is None,
-                "tokenizer is for a model that reads image tokens; set model.codes, or leave tokenizer out",
+                "image_tokenizer is for a model conditioned on image tokens; set model.codes, or leave image_tokenizer out",
             )
         elif not isinstance(self.model, (TransformerConfig, ClipConfig)):
             require(
                 self.image_tokenizer is None,
-                f"tokenizer is for dalle, diffusion and clip; remove it from the configuration of a {self.model.kind}",
+                f"image_tokenizer is for dalle, diffusion and clip; remove it from the configuration of a {self.model.kind}",
             )
         if isinstance(self.model, ClipConfig):
             require(
                 self.optim.grad_accum_steps == 1,
-                f"optim.grad_accum_steps is {self.optim.grad_accum_steps}: a clip would compare the rows of a microbatch only; "
+                f"optim.grad_accum_steps is {self.optim.grad_accum_steps}: a clip would compare only the rows of a microbatch; "
                 "set model.grad_cache_chunks to it instead, which saves the memory and compares all rows",
             )
             require(
@@ -218,7 +217,7 @@ class TrainConfig:
             )
             require(
                 self.image_tokenizer is None or self.data.batch_size % 2 == 0,
-                f"data.batch_size is {self.data.batch_size}; with a tokenizer every second picture is its reconstruction: want "
+                f"data.batch_size is {self.data.batch_size}; with an image_tokenizer every second image is its reconstruction: want "
                 "an even number",
             )
             require(

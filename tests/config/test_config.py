@@ -387,12 +387,12 @@ def test_from_json_refuses(cls, text, match):
         (
             TrainConfig,
             {"model": DVAEConfig(), "image_tokenizer": "runs/x"},
-            "tokenizer is for dalle, diffusion and clip",
+            "image_tokenizer is for dalle, diffusion and clip",
         ),
         (
             TrainConfig,
             {"model": ClipConfig(), "image_tokenizer": "runs/x", "data": DataConfig(batch_size=5)},
-            "data.batch_size is 5; with a tokenizer every second picture",
+            "data.batch_size is 5; with an image_tokenizer every second image",
         ),
         (TrainConfig, {"model": ClipConfig(), "data": DataConfig(codes="c")}, "a clip trains on pixels"),
         (
@@ -413,7 +413,7 @@ def test_from_json_refuses(cls, text, match):
         (
             TrainConfig,
             {"model": DiffusionConfig(), "image_tokenizer": "runs/x"},
-            "set model.codes, or leave tokenizer out",
+            "set model.codes, or leave image_tokenizer out",
         ),
         (
             TrainConfig,
@@ -437,7 +437,7 @@ def test_from_json_refuses(cls, text, match):
         ),
         (DiffusionConfig, {"head_dim": 100}, r"head_dim is 100; want a divisor .*, \[256, 256\]"),
         (DiffusionConfig, {"norm_groups": 0}, "DiffusionConfig.norm_groups is 0"),
-        (DiffusionConfig, {"dropout": 1.0}, "dropout is 1.0; want a share"),
+        (DiffusionConfig, {"dropout": 1.0}, "dropout is 1.0; want a fraction"),
         (DiffusionConfig, {"num_classes": -1}, "num_classes is -1; want 0"),
         (
             DiffusionConfig,
@@ -445,7 +445,7 @@ def test_from_json_refuses(cls, text, match):
             "low_res_size is 12; want 0 .none. or a divisor of image_size 32",
         ),
         (DiffusionConfig, {"codes": CodesConfig(grid=5)}, "codes.grid 5 does not divide the 32 places"),
-        (DiffusionConfig, {"cond_drop_prob": 2.0}, "cond_drop_prob is 2.0; want a share"),
+        (DiffusionConfig, {"cond_drop_prob": 2.0}, "cond_drop_prob is 2.0; want a fraction"),
         (
             DiffusionConfig,
             {"noise": NoiseConfig(zero_terminal_snr=True)},

@@ -196,7 +196,7 @@ def test_invalid_configurations_raise():
     with pytest.raises(ValueError, match=r"pad_id is 6; want a piece in \[0, 6\), or None"):
         dataclasses.replace(TINY_FAMILY, pad_id=6)
     with pytest.raises(
-        ValueError, match=r"heads are 2 wide; positions='rope' turns pairs by row and by column"
+        ValueError, match=r"head_dim is 2; pos_embed='rope2d' rotates pairs by row and by column"
     ):
         dataclasses.replace(TINY_FAMILY, pos_embed="rope2d", heads=8)
     with pytest.raises(ValueError, match="mlp_width is 0; want at least 1"):
