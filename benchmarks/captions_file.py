@@ -68,6 +68,7 @@ def run_command(command: list[str], out: Path, stop: int | None, every: int) -> 
     """Run the command to its end, or kill it after `stop` images; print its memory after every `every` images."""
     begin, printed = time.perf_counter(), count_lines(out)
     print(f"starting with {printed} images", flush=True)
+    killed = False
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
         time.sleep(0.2)
@@ -77,11 +78,14 @@ def run_command(command: list[str], out: Path, stop: int | None, every: int) -> 
             print(f"{done:6d} images, {time.perf_counter() - begin:6.1f} s, {resident_mib(process.pid):5.0f} MiB",
                   flush=True)  # fmt: skip
         if stop is not None and done >= stop:
+            killed = True
             process.kill()
     output, seconds = process.communicate()[0], time.perf_counter() - begin
     print(
         f"ended with {process.returncode} after {seconds:.1f} s, {len(listed_files(out))} images: {output.strip()}"
     )
+    if process.returncode and not killed:
+        sys.exit("benchmarks.captions_file: error: the command failed")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Operations of a model: by hand, by the formula of the Transformer, and by figures that others published."""
+"""Model FLOPs: by hand, by the formula of the Transformer, and against published values."""
 
 import dataclasses
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_products_by_hand():
     assert count(lambda x, w: jnp.exp(x).sum() + w.max(), x, w) == 0
 
 
-def test_a_loop_counts_as_often_as_it_runs_and_a_branch_by_its_dearest_arm():
+def test_loops_count_by_iterations_and_conditionals_by_the_larger_branch():
     w, one = floats(4, 4), 2 * 4**3
 
     def loop(w):
@@ -62,8 +62,8 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_branch_by_its_dearest_arm():
     assert count(loop, w) == 5 * one and count(branch, w) == 2 * one
 
 
-def test_the_zeros_in_the_gradient_of_a_strided_convolution_are_no_work():
-    """Each of its two gradients costs what it costs itself."""
+def test_zeros_in_the_gradient_of_a_strided_convolution_do_not_count():
+    """Each of the two gradients has the FLOPs of the convolution."""
     x, kernel = floats(2, 8, 8, 3), floats(4, 4, 3, 5)
 
     def loss(x, kernel):
@@ -72,7 +72,7 @@ def test_the_zeros_in_the_gradient_of_a_strided_convolution_are_no_work():
     assert count(jax.grad(loss, (0, 1)), x, kernel) == 3 * count(loss, x, kernel) > 0
 
 
-def test_a_kernel_is_refused():
+def test_a_pallas_kernel_is_refused():
     model = dataclasses.replace(MODEL, attention_kernel="splash")
     params = jax.eval_shape(lambda: dalle.init(model, jax.random.key(0)))
     ids = [jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (4, 16)]
@@ -80,8 +80,8 @@ def test_a_kernel_is_refused():
         count(lambda *x: dalle.logits(model, *x), params, *ids)
 
 
-def test_the_formula_of_the_transformer_is_what_is_traced():
-    """But for the text head, which the formula counts at every text position, and the loss at all but the last."""
+def test_the_formula_of_the_transformer_agrees_with_the_traced_loss():
+    """Except for the text head: the formula counts every text position, the loss all but the last."""
     config = TrainConfig(model=MODEL, data=DataConfig(batch_size=2))
     task = make_task(config)
     params = jax.eval_shape(lambda: task.init(jax.random.key(0)))
@@ -91,7 +91,7 @@ def test_the_formula_of_the_transformer_is_what_is_traced():
     assert train_flops(task) == 3 * dalle_flops(MODEL, 2)
 
 
-def test_a_frozen_encoder_is_passed_once():
+def test_a_frozen_encoder_counts_once():
     encoder = T5Config(dim=8, layers=2, heads=2, mlp_width=6, num_relative_buckets=4)
     model = dataclasses.replace(MODEL, text_encoder=encoder, text_loss_weight=0.0)
     task = make_task(TrainConfig(model=model, data=DataConfig(batch_size=2)))
@@ -102,7 +102,7 @@ def test_a_frozen_encoder_is_passed_once():
 
 
 def test_the_formula_by_hand():
-    """Weights of a block 12 D^2; scores and their use 2 S D for each position; heads on their own tokens."""
+    """A block has 12 D^2 weights; attention 2 S D products per position; each head counts its own tokens."""
     positions, width = 4 + 16, 16
     block = 12 * width**2 + 2 * positions * width
     want = 3 * positions * block + 4 * width * (20 + 4) + 16 * width * 16
@@ -110,19 +110,19 @@ def test_the_formula_by_hand():
     assert dalle_flops(MODEL, 16) - dalle_flops(MODEL, 16, text_head=False) == 2 * 16 * 4 * width * 24
 
 
-def test_operations_of_the_paper_are_those_of_its_parameters():
-    """6 N tokens for its 12.2 B weights of matrices, and 5% for attention."""
+def test_flops_of_the_paper_follow_from_its_parameters():
+    """6 N FLOPs per token for 12.2 B weights of matrices, and 5% for attention."""
     assert 1.0 < 3 * dalle_flops(DalleConfig(), 1024) / (6 * 12.2e9 * 1024 * 1280) < 1.08
 
 
-def test_published_operations():
-    """The U-Net of DDPM on CIFAR-10: 6.1 G multiplications (Fang et al. 2023, 2305.10924, table 1). CLIP ViT-B/32:
-    14.78 G operations for a picture and its caption (open_clip, docs/model_profile.csv)."""
+def test_published_flops():
+    """The U-Net of DDPM on CIFAR-10 has 6.1 G multiplications (Fang et al. 2023, 2305.10924, table 1). CLIP ViT-B/32 has
+    14.78 GFLOPs for an image and its caption (open_clip, docs/model_profile.csv)."""
     model = load_config(ROOT / "configs" / "ddpm_cifar10.py").model
     params = jax.eval_shape(lambda: unet.init(model, jax.random.key(0)))
-    picture, one = floats(1, 32, 32, 3), floats(1)
+    image, scalar = floats(1, 32, 32, 3), floats(1)
     given = unet.EncodedConditions(None, None, None, None)
-    found = count(lambda p, x, t: unet.predict(model, p, x, t, t, t, given), params, picture, one)
+    found = count(lambda p, x, t: unet.predict(model, p, x, t, t, t, given), params, image, scalar)
     assert found / 2 == pytest.approx(6.1e9, rel=0.03)
 
     params = jax.eval_shape(lambda: clip.init(ClipConfig(), jax.random.key(0)))

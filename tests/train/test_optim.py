@@ -1,4 +1,4 @@
-"""Schedule, decay mask and averaged parameters against figures worked out by hand."""
+"""Schedule, weight decay mask, optimizers and averaged parameters against values computed by hand."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_cosine_schedule_by_hand():
     assert float(rate(50)) == pytest.approx(0.25)
 
 
-def test_decay_steps_end_the_schedule_whatever_the_run_is_long():
+def test_decay_steps_set_the_end_of_the_schedule():
     cfg = OptimConfig(learning_rate=1.0, warmup_steps=0, final_lr_ratio=0.0, decay_steps=4)
     rate = learning_rate(cfg, steps=1000)
     assert [round(float(rate(i)), 6) for i in (0, 2, 4, 9)] == [1.0, 0.5, 0.0, 0.0]
@@ -42,7 +42,7 @@ def test_constant_schedule_and_warmup_longer_than_the_run():
     assert float(short(4)) == pytest.approx(0.4) and float(short(10)) == pytest.approx(0.5)
 
 
-def test_decay_pulls_kernels_only():
+def test_weight_decay_applies_to_kernels_only():
     params = {
         "text_embed": jnp.ones((5, 3)),
         "blocks": {
@@ -65,7 +65,7 @@ def test_decay_pulls_kernels_only():
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
 
 
-def test_what_is_frozen_keeps_its_values_and_takes_no_state():
+def test_frozen_parameters_keep_their_values_and_have_no_state():
     params = {name: {"kernel": jnp.ones((4, 3))} for name in ("t5", "head")}
     for optimizer in ("adamw", "adafactor"):
         cfg = OptimConfig(
@@ -101,16 +101,16 @@ def test_ema_by_hand():
         np.testing.assert_array_equal(update_ema(ema, new, cfg, step)["a"], ema["a"])
     np.testing.assert_allclose(update_ema(ema, new, cfg, 2)["a"], [1.9, 0.12], rtol=1e-6)  # d = 1/10
     np.testing.assert_allclose(update_ema(ema, new, cfg, 4)["a"][0], 1 * 2 / 11 + 2 * 9 / 11, rtol=1e-6)
-    np.testing.assert_allclose(update_ema(ema, new, cfg, 2000)["a"][0], 1.1, rtol=1e-6)  # d = 0.9 at last
+    np.testing.assert_allclose(update_ema(ema, new, cfg, 2000)["a"][0], 1.1, rtol=1e-6)  # d = 0.9 in the end
     traced = jax.jit(lambda s: update_ema(ema, new, cfg, s))(jnp.int32(4))
     np.testing.assert_allclose(traced["a"], update_ema(ema, new, cfg, 4)["a"], rtol=1e-6)
 
 
-# --- less state ------------------------------------------------------------------------------------------
+# --- smaller optimizer states ------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_moments_follow_float32_ones():
-    """Half the bytes; after 40 noisy gradients the update is within a few percent of AdamW's."""
+def test_bfloat16_moments_approximate_float32():
+    """Half the bytes; after 40 noisy gradients the update differs from AdamW's by a few percent."""
     params = {"head": {"kernel": jnp.zeros((64, 64))}}
     found = {}
     for name in ("adamw", "adamw_bf16"):
@@ -123,7 +123,7 @@ def test_bfloat16_moments_follow_float32_ones():
         for i in range(40):
             noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (64, 64))
             updates, state = update({"head": {"kernel": 0.3 + noise}}, state, params)
-        assert jax.tree.map(lambda leaf: leaf.dtype, state) == first  # one state, from the first step on
+        assert jax.tree.map(lambda leaf: leaf.dtype, state) == first  # the dtypes do not change
         moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 2]
         found[name] = updates["head"]["kernel"], {m.dtype for m in moments}, sum(m.nbytes for m in moments)
     want, kinds, size = found["adamw"]
@@ -134,15 +134,15 @@ def test_bfloat16_moments_follow_float32_ones():
     assert 1e-4 < error < 0.05
 
 
-def test_bfloat16_moments_need_a_short_memory():
+def test_bfloat16_moments_need_a_small_b2():
     with pytest.raises(ValueError, match=r"b2 0\.999 with adamw_bf16; want at most 0\.99"):
         OptimConfig(optimizer="adamw_bf16", b2=0.999)
 
 
 def test_first_adafactor_update_by_hand():
-    """A gradient a_i b_j: its square is the product of its row and column means, so each entry moves by one rate.
+    """The square of a gradient a_i b_j is a product of row and column means, so every entry moves by the learning rate.
 
-    Sums of 128 + 256 numbers are kept for a matrix of 128 x 256.
+    The state of a 128 x 256 matrix has 128 + 256 sums.
     """
     gradient = jnp.outer(1.0 + jnp.arange(128.0), jnp.where(jnp.arange(256) % 2, 3.0, -1.0))
     params = {"head": {"kernel": jnp.zeros((128, 256))}}
@@ -162,7 +162,7 @@ def test_first_adafactor_update_by_hand():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adafactor"])
-def test_decay_pulls_kernels_only_in_each(name):
+def test_weight_decay_applies_to_kernels_only_in_each_optimizer(name):
     params = {"head": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
     cfg = OptimConfig(
         optimizer=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5

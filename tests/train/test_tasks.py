@@ -1,4 +1,4 @@
-"""Laws of the stages: codes made ahead train as pictures do, and what does not fit together is refused."""
+"""Laws of the stages: precomputed codes train as images do, and mismatched configurations are refused."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ encode = jax.jit(dvae.encode, static_argnums=0)
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory):
-    """A vocabulary, a tokenizer of random weights and its run directory without checkpoints."""
+    """A text tokenizer, and an image tokenizer with random weights and a run directory without checkpoints."""
     room = tmp_path_factory.mktemp("tasks")
     captions = ["a red circle", "a large blue square on white", "红色的圆", "一个蓝色的方块"]
     train_text_tokenizer(captions, room / "bpe.model", vocab=400)
@@ -74,8 +74,8 @@ def dalle_config(room, **changes):
     return TrainConfig(**{**values, **changes})
 
 
-def prepared(config, tokenizer: Run, run_dir: Path):
-    """A task over a run directory that has its frozen tokenizer, as after its first start."""
+def prepared_task(config, tokenizer: Run, run_dir: Path):
+    """Return a task whose run directory has its frozen tokenizer, as after the first start."""
     run_dir.mkdir()
     write_run(run_dir / "image_tokenizer", tokenizer.config, tokenizer.params, tokenizer.step)
     task = DalleTask(config)
@@ -83,7 +83,7 @@ def prepared(config, tokenizer: Run, run_dir: Path):
     return task
 
 
-def first(task, steps):
+def first_batches(task, steps):
     batches = task.batches(0)
     try:
         return [next(batches) for _ in range(steps)]
@@ -92,7 +92,7 @@ def first(task, steps):
 
 
 def write_codes(path, tokenizer, rows=ROWS, params=None):
-    """A directory of the codes of the first `rows` train rows, in shards of 8."""
+    """Write the codes of the first `rows` training rows in shards of 8."""
     params = tokenizer.params if params is None else params
     model = TokenizerPipeline(Run(TrainConfig(model=TOKENIZER), params, Path(path), 0))
     encode_dataset(model, DataConfig(source=SCENES), path, rows=rows, shard_rows=8)
@@ -101,7 +101,7 @@ def write_codes(path, tokenizer, rows=ROWS, params=None):
 @pytest.fixture(scope="module")
 def pixels(room):
     room, tokenizer = room
-    return prepared(dalle_config(room), tokenizer, room / "pixels")
+    return prepared_task(dalle_config(room), tokenizer, room / "pixels")
 
 
 @pytest.fixture(scope="module")
@@ -112,33 +112,35 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def ahead(room):
+def precomputed(room):
     room, tokenizer = room
     write_codes(room / "codes", tokenizer)
     data = DataConfig(source=SCENES, batch_size=BATCH, num_threads=1, prefetch=1, codes=str(room / "codes"))
-    return prepared(dalle_config(room, data=data), tokenizer, room / "ahead")
+    return prepared_task(dalle_config(room, data=data), tokenizer, room / "precomputed")
 
 
-def test_codes_path_is_the_pixel_path(pixels, ahead, params):
-    """Same rows, same captions, same codes, same loss, into the second epoch."""
+def test_precomputed_codes_train_like_images(pixels, precomputed, params):
+    """Equal rows, captions, codes and losses, into the second epoch."""
     steps = ROWS // BATCH + 2
     losses = []
-    loss = {name: jax.jit(task.loss) for name, task in (("pixels", pixels), ("ahead", ahead))}
-    for step, (a, b) in enumerate(zip(first(pixels, steps), first(ahead, steps), strict=True)):
+    loss = {name: jax.jit(task.loss) for name, task in (("pixels", pixels), ("precomputed", precomputed))}
+    for step, (a, b) in enumerate(
+        zip(first_batches(pixels, steps), first_batches(precomputed, steps), strict=True)
+    ):
         assert a.keys() == {"image", "text"} and b.keys() == {"codes", "text"}
         np.testing.assert_array_equal(a["text"], b["text"])
         key, number = jax.random.key(step), jnp.int32(step)
         want, want_metrics = loss["pixels"](params, pixels.frozen, a, key, number)
-        got, metrics = loss["ahead"](params, ahead.frozen, b, key, number)
+        got, metrics = loss["precomputed"](params, precomputed.frozen, b, key, number)
         np.testing.assert_allclose(got, want, rtol=1e-6)
         assert metrics.keys() == want_metrics.keys()
         losses.append(float(got))
-    assert len(set(np.round(losses, 5))) == steps  # batches differ, so equal losses say something
+    assert len(set(np.round(losses, 5))) == steps  # the batches differ, so equal losses are meaningful
     assert len(np.unique(b["codes"])) > 2
 
 
-def test_no_gradient_and_no_update_for_the_frozen_tokenizer(pixels, params):
-    (batch,) = first(pixels, 1)
+def test_the_frozen_tokenizer_has_no_gradient(pixels, params):
+    (batch,) = first_batches(pixels, 1)
 
     def value(frozen):
         return pixels.loss(params, frozen, batch, jax.random.key(0), jnp.int32(0))[0]
@@ -148,7 +150,7 @@ def test_no_gradient_and_no_update_for_the_frozen_tokenizer(pixels, params):
 
 
 def test_evaluation_keeps_every_caption(pixels, params):
-    """Whatever `cond_drop_prob`, with any key; on the first `eval_rows` rows of the evaluation split."""
+    """Evaluation ignores `cond_drop_prob` and the key, and uses the first `eval_rows` rows of its split."""
     (batch,) = pixels.eval_batches()
     assert batch["image"].shape == (5, 32, 32, 3) and batch["text"].shape == (5, 6)
     codes = encode(TOKENIZER, pixels.frozen, to_float(jnp.asarray(batch["image"])))
@@ -163,7 +165,7 @@ def test_evaluation_keeps_every_caption(pixels, params):
     assert pixels.best == ("eval_loss", "min")
 
 
-# --- what does not fit together --------------------------------------------------------------------------
+# --- mismatched configurations --------------------------------------------------------------------------
 
 
 def test_codes_of_another_tokenizer_are_refused(room):
@@ -172,21 +174,21 @@ def test_codes_of_another_tokenizer_are_refused(room):
     write_codes(room / "other_codes", tokenizer, params=other)
     data = DataConfig(source=SCENES, batch_size=BATCH, codes=str(room / "other_codes"))
     with pytest.raises(ValueError, match=r"encoded by tokenizer [0-9a-f]{16}, this run's tokenizer is"):
-        prepared(dalle_config(room, data=data), tokenizer, room / "stale")
+        prepared_task(dalle_config(room, data=data), tokenizer, room / "stale")
 
 
-def test_codes_of_the_first_rows_only(room, pixels):
-    """A directory of M rows trains on those M."""
+def test_a_directory_with_the_first_rows(room, pixels):
+    """Training uses only the rows of the directory."""
     room, tokenizer = room
     write_codes(room / "part_codes", tokenizer, rows=9)
     data = DataConfig(
         source=SCENES, batch_size=BATCH, num_threads=1, prefetch=1, codes=str(room / "part_codes")
     )
-    task = prepared(dalle_config(room, data=data), tokenizer, room / "part")
-    got = np.concatenate([batch["codes"] for batch in first(task, 9)])
+    task = prepared_task(dalle_config(room, data=data), tokenizer, room / "part")
+    got = np.concatenate([batch["codes"] for batch in first_batches(task, 9)])
     source = open_source(SCENES, "train")
-    pictures = np.stack([source.image(i, 32, "center") for i in range(9)])
-    codes = np.asarray(encode(TOKENIZER, tokenizer.params, to_float(jnp.asarray(pictures))))
+    images = np.stack([source.image(i, 32, "center") for i in range(9)])
+    codes = np.asarray(encode(TOKENIZER, tokenizer.params, to_float(jnp.asarray(images))))
     want = np.sort(np.concatenate([codes] * 4), axis=0)
     np.testing.assert_array_equal(np.sort(got, axis=0), want)
 
@@ -201,20 +203,20 @@ def test_codes_of_the_first_rows_only(room, pixels):
         ({"grid": 4}, "model.grid is 4, but the image tokenizer .*dvae has 8"),
     ],
 )
-def test_sizes_must_agree_with_the_tokenizer(room, change, match):
-    """Found out from the configurations alone, before anything is written."""
+def test_sizes_must_match_the_tokenizer(room, change, match):
+    """The check needs the configurations alone."""
     room, _ = room
     with pytest.raises(ValueError, match=match):
         make_task(dalle_config(room, model=dataclasses.replace(MODEL, **change))).check_prerequisites()
 
 
-def test_a_tokenizer_is_needed(room):
+def test_a_missing_tokenizer_is_refused(room):
     room, _ = room
     with pytest.raises(
         ValueError, match="image_tokenizer is not set; the stage dalle needs the run directory"
     ):
         make_task(dalle_config(room, image_tokenizer=None, run=str(room / "nowhere"))).check_prerequisites()
-    half = room / "half"  # killed while it copied its tokenizer
+    half = room / "half"  # the run was killed while it copied the tokenizer
     (half / "image_tokenizer" / "params").mkdir(parents=True)
     with pytest.raises(ValueError, match="tokenizer is not set"):
         make_task(dalle_config(room, image_tokenizer=None, run=str(half))).check_prerequisites()
@@ -225,7 +227,7 @@ def test_a_tokenizer_is_needed(room):
         make_task(dalle_config(room, image_tokenizer=str(room / "nowhere"))).check_prerequisites()
 
 
-def test_a_frozen_encoder_comes_from_another_run(room):
+def test_a_frozen_encoder_needs_a_pretrained_run(room):
     room, _ = room
     model = dataclasses.replace(MODEL, text_encoder=T5Config(), text_loss_weight=0.0)
     with pytest.raises(
@@ -234,7 +236,7 @@ def test_a_frozen_encoder_comes_from_another_run(room):
         make_task(dalle_config(room, model=model)).check_prerequisites()
 
 
-def test_a_transformer_is_no_tokenizer(room, tmp_path):
+def test_a_run_of_another_stage_is_no_tokenizer(room, tmp_path):
     room, _ = room
     (tmp_path / "config.json").write_text(to_json(dalle_config(room)))
     with pytest.raises(ValueError, match=r"is a run of stage dalle. Use a tokenizer \(dvae, vqgan\)"):
@@ -250,8 +252,8 @@ def test_a_run_with_its_own_copy_needs_no_tokenizer(room, pixels):
     )
 
 
-def test_a_public_vocabulary(room):
-    """The run directory keeps it as one file, so the run needs the folder no more."""
+def test_a_public_vocabulary_is_copied(room):
+    """The run directory stores it as one file, so the original directory may be deleted."""
     room, tokenizer = room
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     pieces = [*map(chr, kept), *(chr(256 + i) for i in range(68)), "re", "red"]
@@ -259,23 +261,23 @@ def test_a_public_vocabulary(room):
     (room / "gpt2" / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
     (room / "gpt2" / "merges.txt").write_text("#version: 0.2\nr e\nre d\n")
     config = dalle_config(room, text=TextConfig(tokenizer_path=str(room / "gpt2"), bpe_dropout=0.0))
-    prepared(config, tokenizer, room / "public")
+    prepared_task(config, tokenizer, room / "public")
     shutil.rmtree(room / "gpt2")
     again = DalleTask(config)
     again.prepare(room / "public")
     ids = again.text_tokenizer.encode("red", text_vocab=400, text_len=6)
     assert ids.tolist() == [257, 401, 402, 403, 404, 405]
-    assert first(again, 1)[0]["text"].shape == (BATCH, 6)
+    assert first_batches(again, 1)[0]["text"].shape == (BATCH, 6)
 
 
-def test_a_vocabulary_too_large(room):
+def test_a_vocabulary_that_is_too_large_is_refused(room):
     room, tokenizer = room
     config = dalle_config(room, model=dataclasses.replace(MODEL, text_vocab=270))
     with pytest.raises(ValueError, match=r"tokens, but model\.text_vocab is 270. Raise it"):
-        prepared(config, tokenizer, room / "large")
+        prepared_task(config, tokenizer, room / "large")
 
 
-# --- the tokenizer's own stage ---------------------------------------------------------------------------
+# --- the stage of the image tokenizer ---------------------------------------------------------------------------
 
 
 def test_make_task(room):
@@ -292,39 +294,39 @@ def test_tokenizer_loss_follows_the_schedules(room, tmp_path):
     data = DataConfig(source=SCENES, batch_size=BATCH, num_threads=1, prefetch=1)
     task = make_task(TrainConfig(model=TOKENIZER, data=data, eval_rows=3))
     task.prepare(tmp_path)
-    (batch,) = first(task, 1)
+    (batch,) = first_batches(task, 1)
     assert batch.keys() == {"image"} and batch["image"].dtype == np.uint8
     key = jax.random.key(4)
     loss = jax.jit(task.loss)
 
     @jax.jit
-    def by_hand(tau, kl, balance):
+    def expected_loss(tau, kl, usage):
         images = jnp.asarray(batch["image"]) / 255.0
-        weights = {"tau": tau, "kl_weight": kl, "code_usage_weight": balance}
+        weights = {"tau": tau, "kl_weight": kl, "code_usage_weight": usage}
         return dvae.loss(TOKENIZER, tokenizer.params, images, key, **weights)[0]
 
-    # tau 1 to 1/2 in 10, KL 0 to 2 in 4, balance 1 to 0 in 2 steps, half cosines
+    # Half cosines: tau 1 to 1/2 in 10 steps, KL weight 0 to 2 in 4, code usage weight 1 to 0 in 2.
     for step, weights in ((0, (1.0, 0.0, 1.0)), (1, None), (5, (0.75, 2.0, 0.0)), (99, (0.5, 2.0, 0.0))):
         value, metrics = loss(tokenizer.params, {}, batch, key, jnp.int32(step))
         if weights is None:
             np.testing.assert_allclose(metrics["code_usage_weight"], 0.5, rtol=1e-5)
             continue
-        # Two programs sum the float32 terms in their own order; a wrong weight would differ by far more.
-        np.testing.assert_allclose(value, by_hand(*weights), rtol=1e-4)
+        # Two programs sum the float32 terms in different orders; a wrong weight would differ by far more.
+        np.testing.assert_allclose(value, expected_loss(*weights), rtol=1e-4)
         np.testing.assert_allclose(metrics["tau"], weights[0], rtol=1e-5)
-    (shown,) = task.eval_batches()
-    measures = jax.jit(task.evaluate)(tokenizer.params, {}, shown, key)
-    images = np.asarray(shown["image"]) / np.float32(255)
+    (batch,) = task.eval_batches()
+    metrics = jax.jit(task.evaluate)(tokenizer.params, {}, batch, key)
+    images = np.asarray(batch["image"]) / np.float32(255)
     codes = encode(TOKENIZER, tokenizer.params, jnp.asarray(images))
     error = np.asarray(jax.jit(dvae.decode, static_argnums=0)(TOKENIZER, tokenizer.params, codes)) - images
     psnr = -10 * np.log10((error**2).mean(axis=(1, 2, 3)))
-    np.testing.assert_allclose(measures["eval_psnr"], psnr.mean(), rtol=1e-4)
-    np.testing.assert_allclose(measures["eval_mse"], (error**2).mean(), rtol=1e-4)
-    np.testing.assert_allclose(measures["eval_codebook_use"], len(np.unique(codes)) / 13, rtol=1e-5)
+    np.testing.assert_allclose(metrics["eval_psnr"], psnr.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["eval_mse"], (error**2).mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["eval_codebook_use"], len(np.unique(codes)) / 13, rtol=1e-5)
 
 
-def test_bytes_and_floats():
-    every = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(to_uint8(to_float(jnp.asarray(every))), every)
-    odd = np.array([-0.1, 0.0, 0.001, 0.003, 0.7, 1.0, 1.3])
-    np.testing.assert_array_equal(to_uint8(odd), [0, 0, 0, 1, 178, 255, 255])
+def test_pixel_conversions():
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(to_float(jnp.asarray(levels))), levels)
+    values = np.array([-0.1, 0.0, 0.001, 0.003, 0.7, 1.0, 1.3])
+    np.testing.assert_array_equal(to_uint8(values), [0, 0, 0, 1, 178, 255, 255])

@@ -1,4 +1,4 @@
-"""The training loop: what a stop, a kill, a NaN or another number of devices may not change."""
+"""The training loop: stop, kill, NaN and another mesh do not change the result."""
 
 import functools
 import json
@@ -38,8 +38,8 @@ MESHES = [
 ]
 
 
-def series(run) -> list[dict]:
-    """The rows of metrics.jsonl without their timing."""
+def metric_rows(run) -> list[dict]:
+    """Return the rows of metrics.jsonl without their timing."""
     rows = read_metrics(Path(run) / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k != "timing"} for row in rows]
 
@@ -52,44 +52,44 @@ def assert_equal(a, b):
 
 
 def snapshot(run):
-    """Every file below `run` with its content."""
+    """Return the content of every file below `run`."""
     return {str(p.relative_to(run)): p.read_bytes() for p in sorted(Path(run).rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A run of ten steps that nothing disturbed."""
+    """An uninterrupted run of ten steps."""
     run = tmp_path_factory.mktemp("straight") / "run"
     config = tiny_config(run)
-    outcome = loop.train(config, FakeTask(config))
-    return run, outcome
+    result = loop.train(config, FakeTask(config))
+    return run, result
 
 
-# --- what a run makes -----------------------------------------------------------------------------------
+# --- the files of a run -----------------------------------------------------------------------------------
 
 
-def test_a_run_makes_what_it_says(straight):
-    run, outcome = straight
-    assert outcome.finished and outcome.step == 10 and int(outcome.state.step) == 10
+def test_a_run_writes_its_files(straight):
+    run, result = straight
+    assert result.finished and result.step == 10 and int(result.state.step) == 10
     assert sorted(p.name for p in run.iterdir()) == [
         "checkpoints", "config.json", "events", "metrics.jsonl", "samples", "text_tokenizer.model",
     ]  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "8"]
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_00000005.png", "step_00000010.png"]
-    rows = series(run)
+    rows = metric_rows(run)
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, 11))
     assert [r["step"] for r in rows if "eval_loss" in r] == [4, 8, 10]
     assert list(rows[0]) == ["step", "loss", "error", "grad_norm", "jitter", "learning_rate"]
     assert [r["learning_rate"] for r in rows[:2]] == [0.0, pytest.approx(0.01)]
-    assert outcome.metrics["eval_loss"] == rows[-1]["eval_loss"] < rows[4]["eval_loss"]
+    assert result.metrics["eval_loss"] == rows[-1]["eval_loss"] < rows[4]["eval_loss"]
     timing = read_metrics(run / "metrics.jsonl")[0]["timing"]
     assert timing["tokens_per_s"] == pytest.approx(4 * timing["rows_per_s"], rel=1e-3)
     assert rundir.read_config(run) == tiny_config(run)
 
 
-def test_figures_are_those_of_the_step(straight):
-    """Step by step by hand, on one device: the loss of the row, and the averaged parameters."""
-    run, outcome = straight
+def test_metrics_and_averages_by_hand(straight):
+    """Losses and averaged parameters equal those of a plain loop on one device."""
+    run, result = straight
     config = tiny_config(run)
     task = FakeTask(config)
     params = task.init(run_key(0, INIT))
@@ -103,8 +103,8 @@ def test_figures_are_those_of_the_step(straight):
         params = jax.tree.map(lambda p, u: p + u, params, updates)
         ema = update_ema(ema, params, config.optim, step + 1)
         losses.append(float(loss))
-    np.testing.assert_allclose([r["loss"] for r in series(run) if "loss" in r], losses, rtol=1e-5)
-    for got, want in ((outcome.state.params, params), (outcome.state.ema, ema)):
+    np.testing.assert_allclose([r["loss"] for r in metric_rows(run) if "loss" in r], losses, rtol=1e-5)
+    for got, want in ((result.state.params, params), (result.state.ema, ema)):
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6)
 
@@ -116,12 +116,12 @@ def test_the_step_compiles_once(tmp_path):
     assert task.traces == 1
 
 
-def test_a_finished_run_has_nothing_to_do(straight, capsys):
-    run, outcome = straight
+def test_a_finished_run_is_not_changed(straight, capsys):
+    run, result = straight
     before = snapshot(run)
     again = loop.train(tiny_config(run), FakeTask(tiny_config(run)))
     assert again.finished and "nothing to do" in capsys.readouterr().err
-    assert_equal(again.state, outcome.state)
+    assert_equal(again.state, result.state)
     assert snapshot(run) == before
 
 
@@ -142,11 +142,11 @@ def test_tensorboard_events_can_be_read(straight):
     )
 
 
-# --- stop and go on -------------------------------------------------------------------------------------
+# --- stop and resume -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, straight, number):
+def test_a_signal_saves_and_the_next_run_resumes(tmp_path, straight, number):
     run = tmp_path / "run"
     config = tiny_config(run)
     before = signal.getsignal(number)
@@ -156,14 +156,14 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, straight, number):
     assert signal.getsignal(number) is before
     assert load_run(run, step="latest").step == 7
 
-    outcome = loop.train(config, FakeTask(config))
-    assert outcome.finished
-    assert_equal(outcome.state, straight[1].state)
-    assert series(run) == series(straight[0])
+    result = loop.train(config, FakeTask(config))
+    assert result.finished
+    assert_equal(result.state, straight[1].state)
+    assert metric_rows(run) == metric_rows(straight[0])
 
 
-def test_one_training_at_a_time(tmp_path, monkeypatch):
-    """A second one is refused and changes nothing; the lock goes with what held it, and is waited for."""
+def test_only_one_process_trains_a_run(tmp_path, monkeypatch):
+    """A second training is refused without side effects; a lock that is released in time is waited for."""
     monkeypatch.setattr(loop, "run_lock", functools.partial(run_lock, timeout=0))
     run = tmp_path / "run"
     config = tiny_config(run)
@@ -171,25 +171,25 @@ def test_one_training_at_a_time(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"another training is writing in .*run; wait for it or stop it"):
             loop.train(config, FakeTask(config))
         assert list(run.iterdir()) == []
-    assert not run.exists()  # nothing was begun
+    assert not run.exists()  # nothing was written
     run.mkdir()
-    held = run_lock(str(run))
-    held.__enter__()
-    threading.Timer(0.3, held.__exit__, (None, None, None)).start()
+    lock = run_lock(str(run))
+    lock.__enter__()
+    threading.Timer(0.3, lock.__exit__, (None, None, None)).start()
     with run_lock(str(run), timeout=30):
         assert run.is_dir()
-    assert run.is_dir()  # it was there before
+    assert run.is_dir()  # it existed before
 
 
 @pytest.fixture
-def python_s_own_interrupt():
-    """SIGINT raises KeyboardInterrupt, also where the suite is run in the background and ignores it."""
+def default_sigint():
+    """SIGINT raises KeyboardInterrupt, even if the suite runs in the background and ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_signal_aborts(tmp_path, python_s_own_interrupt):
+def test_a_second_signal_aborts(tmp_path, default_sigint):
     config = tiny_config(tmp_path / "run")
 
     def twice():
@@ -202,24 +202,24 @@ def test_a_second_signal_aborts(tmp_path, python_s_own_interrupt):
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path, straight):
-    """What a kill leaves: rows that no checkpoint knows, the last one half written."""
+    """A kill leaves rows after the last checkpoint, the last one incomplete."""
     run = tmp_path / "run"
     config = tiny_config(run)
     loop.train(config, FakeTask(config, at={6: lambda: os.kill(os.getpid(), signal.SIGINT)}))
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
     assert loop.train(config, FakeTask(config)).finished
-    assert series(run) == series(straight[0])
+    assert metric_rows(run) == metric_rows(straight[0])
     assert not [p for p in run.rglob("*.tmp")]
 
 
-def test_broken_metrics_are_named(tmp_path):
+def test_invalid_metrics_name_the_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a row"):
         MetricsLog(tmp_path, 5)
 
 
-def test_numbers_that_are_none_become_null(tmp_path):
+def test_non_finite_numbers_become_null(tmp_path):
     log = MetricsLog(tmp_path, 0)
     log.write(1, {"loss": 0.1, "eval": float("nan"), "psnr": float("inf"), "exact": float(np.float32(1 / 3))})
     log.close()
@@ -263,7 +263,7 @@ def start_command(tmp_path, *args):
 
 
 def wait_for_rows(run, count, process):
-    """Waits until metrics.jsonl has `count` lines."""
+    """Wait until metrics.jsonl has `count` lines."""
     file = Path(run) / "metrics.jsonl"
     for _ in range(6000):
         if file.exists() and file.read_text().count("\n") >= count:
@@ -281,7 +281,7 @@ def straight_command(tmp_path_factory):
     return path / "run"
 
 
-def test_kill_9_then_the_same_command_equals_an_undisturbed_run(tmp_path, straight_command):
+def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path, straight_command):
     run = tmp_path / "run"
     process = start_command(tmp_path, "--run", run)
     wait_for_rows(run, random.randint(2, 24), process)
@@ -289,16 +289,16 @@ def test_kill_9_then_the_same_command_equals_an_undisturbed_run(tmp_path, straig
     assert process.wait(60) == -signal.SIGKILL
     process = start_command(tmp_path, "--run", run)
     assert process.wait(120) == 0, process.stderr.read()
-    assert series(run) == series(straight_command)
+    assert metric_rows(run) == metric_rows(straight_command)
     for which in (60, 55):
         a, b = (load_run(r, step=which, ema=False) for r in (run, straight_command))
         assert_equal(a.params, b.params)
-    pictures = [(r / "samples" / "step_00000060.png").read_bytes() for r in (run, straight_command)]
-    assert pictures[0] == pictures[1]
+    grids = [(r / "samples" / "step_00000060.png").read_bytes() for r in (run, straight_command)]
+    assert grids[0] == grids[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_from_outside_exits_0_with_a_checkpoint(tmp_path, number):
+def test_a_signal_to_the_command_exits_0_with_a_checkpoint(tmp_path, number):
     run = tmp_path / "run"
     process = start_command(tmp_path, "--run", run)
     wait_for_rows(run, 3, process)
@@ -315,15 +315,15 @@ def test_a_signal_from_outside_exits_0_with_a_checkpoint(tmp_path, number):
 def test_nan_stops_and_leaves_the_last_checkpoint(tmp_path):
     run = tmp_path / "run"
     config = tiny_config(run, log_every=100)
-    # The batch of index 7 makes step 8, where a checkpoint is due.
+    # The batch of index 7 is that of step 8, where a checkpoint is due.
     with pytest.raises(loop.NonFiniteError, match=r"step 8: loss nan.*last checkpoint is of step 4"):
         loop.train(config, FakeTask(config, nan_at=7))
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["4"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(load_run(run).params))
-    assert loop.train(config, FakeTask(config)).finished  # the batch has been repaired
+    assert loop.train(config, FakeTask(config)).finished  # the batch has no NaN now
 
 
-def test_nan_does_not_get_into_the_state():
+def test_nan_does_not_change_the_state():
     config = tiny_config()
     task = FakeTask(config, nan_at=0)
     mesh = make_mesh(config.mesh)
@@ -336,7 +336,7 @@ def test_nan_does_not_get_into_the_state():
     assert_equal(state, before)
 
 
-# --- one law on any devices -----------------------------------------------------------------------------
+# --- any mesh -----------------------------------------------------------------------------
 
 
 def test_init_is_equal_on_any_mesh():
@@ -351,7 +351,7 @@ def test_init_is_equal_on_any_mesh():
         assert_equal(state, states[0])
 
 
-def test_moments_and_averages_lie_as_their_parameters():
+def test_moments_and_averages_have_the_sharding_of_their_parameters():
     config = tiny_config()
     task = FakeTask(config)
     tx = make_optimizer(config.optim, config.steps, param_shapes(task))
@@ -380,7 +380,7 @@ def train_steps(config, devices=None, count=4):
 
 
 def test_8_devices_equal_1():
-    """To the rounding of sums in another order; Adam divides by small numbers, hence 1e-4."""
+    """Equal up to the order of sums; Adam divides by small numbers, so the tolerance is 1e-4."""
     one, one_losses = train_steps(tiny_config(mesh={"data": 1, "fsdp": 1, "model": 1}), jax.devices()[:1])
     for sizes in MESHES:
         many, losses = train_steps(tiny_config(mesh=sizes))
@@ -390,7 +390,7 @@ def test_8_devices_equal_1():
 
 
 def test_accumulation_equals_one_batch():
-    """The loss uses no key here: microbatches have keys of their own."""
+    """Without random terms in the loss, because each microbatch has a key of its own."""
     results = []
     for pieces in (1, 4):
         config = tiny_config(optim={"grad_accum_steps": pieces}, mesh={"data": 2, "fsdp": 2, "model": 2})
@@ -407,27 +407,27 @@ def test_accumulation_equals_one_batch():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
 
 
-def test_a_run_goes_on_with_other_devices(tmp_path, straight):
+def test_a_run_resumes_on_another_mesh(tmp_path, straight):
     run = tmp_path / "run"
     config = tiny_config(run)
     loop.train(config, FakeTask(config, at={5: lambda: os.kill(os.getpid(), signal.SIGINT)}))
-    moved = tiny_config(run, mesh={"data": 8, "fsdp": 1, "model": 1})
-    assert loop.train(moved, FakeTask(moved)).finished
-    want = [r["loss"] for r in series(straight[0]) if "loss" in r]
-    np.testing.assert_allclose([r["loss"] for r in series(run) if "loss" in r], want, rtol=1e-5)
+    other = tiny_config(run, mesh={"data": 8, "fsdp": 1, "model": 1})
+    assert loop.train(other, FakeTask(other)).finished
+    want = [r["loss"] for r in metric_rows(straight[0]) if "loss" in r]
+    np.testing.assert_allclose([r["loss"] for r in metric_rows(run) if "loss" in r], want, rtol=1e-5)
     assert rundir.read_config(run).mesh.data == 8
 
 
 def test_without_averaging_and_without_clipping(tmp_path):
     config = tiny_config(tmp_path / "run", optim={"ema_decay": 0.0, "clip_norm": 0.0}, steps=5)
-    outcome = loop.train(config, FakeTask(config))
-    assert outcome.state.ema == {}
+    result = loop.train(config, FakeTask(config))
+    assert result.state.ema == {}
     longer = tiny_config(tmp_path / "run", optim={"ema_decay": 0.0, "clip_norm": 0.0}, steps=6)
     assert loop.train(longer, FakeTask(longer)).finished
-    assert_equal(load_run(tmp_path / "run", step=5).params, outcome.state.params)
+    assert_equal(load_run(tmp_path / "run", step=5).params, result.state.params)
 
 
-# --- refused before anything is written -----------------------------------------------------------------
+# --- errors before anything is written -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -435,11 +435,11 @@ def test_without_averaging_and_without_clipping(tmp_path):
     [
         ({"data": {"batch_size": 6}}, r"data.batch_size 6 is not divisible by the 4 devices"),
         ({"optim": {"grad_accum_steps": 8}}, r"in 8 microbatches of 2 rows .* Use a multiple of 32"),
-        ({"mesh": {"data": 3}}, r"mesh data=3"),
+        ({"mesh": {"data": 3}}, r"got data=3"),
         ({"run": ""}, "pass --run DIR"),
     ],
 )
-def test_batches_and_meshes_that_do_not_fit(tmp_path, changes, message):
+def test_mismatched_batches_and_meshes_are_refused(tmp_path, changes, message):
     config = tiny_config(**{"run": tmp_path / "run", **changes})
     with pytest.raises(ValueError, match=message):
         loop.train(config, FakeTask(config))
@@ -475,7 +475,7 @@ def test_another_stage_or_content_is_refused(straight, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_run_that_cannot_be_prepared_leaves_nothing(tmp_path):
+def test_a_failed_preparation_leaves_no_files(tmp_path):
     class NoData(FakeTask):
         def prepare(self, run_dir):
             raise FileNotFoundError("no tar file there")
@@ -494,7 +494,7 @@ def test_a_run_without_checkpoint_may_be_deleted(tmp_path):
         rundir.open_run_dir(tiny_config(tmp_path / "run", seed=5))
 
 
-def test_free_fields_may_change_and_are_written_down(tmp_path):
+def test_some_fields_may_change_and_are_stored(tmp_path):
     run = tmp_path / "run"
     rundir.open_run_dir(tiny_config(run))
     assert rundir.open_run_dir(tiny_config(run, steps=77, max_checkpoints=9)) == run
@@ -517,7 +517,7 @@ SMALL = """
 """
 
 
-def test_flags_change_the_file_s_config(tmp_path):
+def test_flags_override_the_configuration(tmp_path):
     file = config_file(tmp_path, SMALL)
     config = train.parse_args(
         [file, "--run", "x", "--optim.learning-rate", "0.5", "--model.vocab", "16"]

@@ -1,4 +1,4 @@
-"""Restart of codes that nothing uses: by hand, then in training, where it may depend on nothing but state and batch."""
+"""Restart of unused codes: by hand, and in training, where it depends on state and batch alone."""
 
 import dataclasses
 import itertools
@@ -34,33 +34,33 @@ def restart(idle, table, z, codes, seed=0, **fields):
 # --- by hand --------------------------------------------------------------------------------------------------
 
 
-def test_a_dead_code_goes_to_the_vector_that_misses_one():
-    """Of the vectors only 12 is not at its code; of the codes only the last was idle for three updates."""
-    found = restart([5, 0, 1, 2], [[0], [10], [20], [30]], [[0], [0], [10], [12]], [0, 0, 1, 1])
-    np.testing.assert_array_equal(found.due, [False, False, False, True])
-    np.testing.assert_array_equal(found.vectors[3], [12])
-    np.testing.assert_array_equal(found.idle, [0, 0, 2, 0])
+def test_a_dead_code_moves_to_the_worst_represented_vector():
+    """Only the vector 12 differs from its code, and only the last code was idle for three updates."""
+    result = restart([5, 0, 1, 2], [[0], [10], [20], [30]], [[0], [0], [10], [12]], [0, 0, 1, 1])
+    np.testing.assert_array_equal(result.restart, [False, False, False, True])
+    np.testing.assert_array_equal(result.vectors[3], [12])
+    np.testing.assert_array_equal(result.idle, [0, 0, 2, 0])
 
 
-def test_dead_codes_get_different_vectors_and_the_last_ones_wait():
-    found = restart([9, 9, 9, 9], [[0], [70], [80], [90]], [[1], [2]], [0, 0])
-    np.testing.assert_array_equal(found.due, [False, True, True, False])
-    assert set(np.asarray(found.vectors[1:3, 0])) == {1, 2}
-    np.testing.assert_array_equal(found.idle, [0, 0, 0, 10])
+def test_dead_codes_get_different_vectors_while_there_are_any():
+    result = restart([9, 9, 9, 9], [[0], [70], [80], [90]], [[1], [2]], [0, 0])
+    np.testing.assert_array_equal(result.restart, [False, True, True, False])
+    assert set(np.asarray(result.vectors[1:3, 0])) == {1, 2}
+    np.testing.assert_array_equal(result.idle, [0, 0, 0, 10])
 
 
-def test_normalized_codes_begin_anew_on_the_sphere():
-    found = restart([0, 9], [[1, 0], [-1, 0]], [[0, 5]], [0], normalize=True)
-    np.testing.assert_allclose(found.vectors[1], [0, 1], atol=1e-6)
+def test_normalized_codes_restart_on_the_sphere():
+    result = restart([0, 9], [[1, 0], [-1, 0]], [[0, 5]], [0], normalize=True)
+    np.testing.assert_allclose(result.vectors[1], [0, 1], atol=1e-6)
 
 
-def test_vectors_are_drawn_by_their_squared_distance():
-    """Distances 1 and 2: odds 1 to 4; the error of 4,000 draws has a standard deviation of 0.0063."""
-    draw = jax.vmap(lambda seed: restart([0, 9], [[0], [90]], [[1], [2]], [0, 0], seed).vectors[1, 0])
-    assert abs(float((draw(jnp.arange(4000)) == 2).mean()) - 0.8) < 0.025
+def test_vectors_are_sampled_by_squared_distance():
+    """Distances 1 and 2 give odds of 1 to 4; the standard deviation of 4,000 samples is 0.0063."""
+    sample = jax.vmap(lambda seed: restart([0, 9], [[0], [90]], [[1], [2]], [0, 0], seed).vectors[1, 0])
+    assert abs(float((sample(jnp.arange(4000)) == 2).mean()) - 0.8) < 0.025
 
 
-def test_a_number_below_0_is_refused():
+def test_a_negative_number_of_steps_is_refused():
     with pytest.raises(
         ValueError, match=r"dead_code_restart_steps is -1; want 0 \(off\) or a number of updates"
     ):
@@ -71,7 +71,7 @@ def test_a_number_below_0_is_refused():
 
 
 class LinearTask(VQGANTask):
-    """The stage with one matrix for its networks: all that restarts go through, compiled in a second."""
+    """The stage with one matrix as its network, which compiles in a second."""
 
     def prepare(self, run_dir):
         pass
@@ -106,43 +106,43 @@ class LinearTask(VQGANTask):
         return Image.new("L", (1, 1))
 
 
-def resolve_config(after, run="", **changes):
+def vq_config(after, run="", **changes):
     quantizer = VectorQuantizer(vocab=32, dim=4, normalize=True, dead_code_restart_steps=after)
     model = VQGANConfig(quantizer=quantizer, adversarial=None)
     return tiny_config(run, model=model, **{"data": {"batch_size": 8}, "mesh": ONE, **changes})
 
 
-def trained(config, steps=3):
-    """The state after some updates, on the host, and the codes restarted in each."""
+def train_steps(config, steps=3):
+    """Return the state after some updates, on the host, and the number of restarted codes of each update."""
     task = LinearTask(config)
-    sizes = config.mesh.data * config.mesh.fsdp * config.mesh.model
-    mesh = make_mesh(config.mesh, jax.devices()[:sizes])
+    num_devices = config.mesh.data * config.mesh.fsdp * config.mesh.model
+    mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
     tx = task_optimizer(task)
     state, counts = init_state(task, tx, mesh), []
     with jax.set_mesh(mesh):
         step = make_step(task, tx, config, mesh)
         for batch in itertools.islice(task.batches(0), steps):
-            state, measures = step(state, {}, batch)
-            counts.append(int(measures.get("codes_restarted", 0)))
+            state, metrics = step(state, {}, batch)
+            counts.append(int(metrics.get("codes_restarted", 0)))
     return jax.device_get(state), counts
 
 
 @pytest.fixture(scope="module")
-def one():
-    return trained(resolve_config(1))
+def single_device():
+    return train_steps(vq_config(1))
 
 
-def table_of(params):
+def codebook(params):
     return params["tokenizer"]["quantize"]["embedding"]
 
 
-def test_a_restarted_code_is_its_vector_in_the_average_too(one):
-    """What began anew after the last update has not moved since: parameters and average hold the same vector."""
-    state, counts = one
-    assert all(counts) and (state.opt_state.idle == 0).all()  # used, or begun anew
-    same = (table_of(state.params) == table_of(state.ema)).all(axis=1)
+def test_a_restarted_code_has_the_same_vector_in_the_average(single_device):
+    """A code restarted after the last update has not moved since, so parameters and average are equal."""
+    state, counts = single_device
+    assert all(counts) and (state.opt_state.idle == 0).all()  # used or restarted
+    same = (codebook(state.params) == codebook(state.ema)).all(axis=1)
     assert same.sum() == counts[-1]
-    np.testing.assert_allclose(np.linalg.norm(table_of(state.params)[same], axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(codebook(state.params)[same], axis=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -153,47 +153,47 @@ def test_a_restarted_code_is_its_vector_in_the_average_too(one):
     ],
     ids=["eight devices", "four, two microbatches"],
 )
-def test_any_mesh_and_accumulation_restart_the_same(one, changes):
-    (want, counts), (got, found) = one, trained(resolve_config(1, **changes))
-    assert found == counts
+def test_restarts_do_not_depend_on_mesh_and_accumulation(single_device, changes):
+    (want, counts), (got, got_counts) = single_device, train_steps(vq_config(1, **changes))
+    assert got_counts == counts
     np.testing.assert_array_equal(got.opt_state.idle, want.opt_state.idle)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
-def test_off_is_a_training_in_which_nothing_is_due():
-    (off, _), (waiting, counts) = trained(resolve_config(0)), trained(resolve_config(100))
+def test_without_restarts_training_equals_one_where_none_is_due():
+    (off, _), (waiting, counts) = train_steps(vq_config(0)), train_steps(vq_config(100))
     assert counts == [0, 0, 0] and waiting.opt_state.idle.max() == 3
     waiting = waiting._replace(opt_state=waiting.opt_state.networks)
     for x, y in zip(jax.tree.leaves(off), jax.tree.leaves(waiting), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-8)  # two programs
 
 
-def run(config):
+def train(config):
     return loop.train(config, LinearTask(config))
 
 
-def test_stop_and_resume_is_a_straight_run(tmp_path):
+def test_stop_and_resume_equals_a_straight_run(tmp_path):
     optim, mesh = {"decay_steps": 6}, {"data": 2, "fsdp": 2, "model": 2}
     changes = {"optim": optim, "mesh": mesh}
-    whole = run(resolve_config(2, tmp_path / "whole", steps=6, **changes))
-    run(resolve_config(2, tmp_path / "parts", steps=3, **changes))
-    parts = run(resolve_config(2, tmp_path / "parts", steps=6, **changes))
+    whole = train(vq_config(2, tmp_path / "whole", steps=6, **changes))
+    train(vq_config(2, tmp_path / "parts", steps=3, **changes))
+    parts = train(vq_config(2, tmp_path / "parts", steps=6, **changes))
     rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     restarted = [row["codes_restarted"] for row in rows if "codes_restarted" in row]
     assert restarted[0] == 0 and sum(restarted[1:3]) and sum(restarted[3:])
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((whole.state, parts.state)))
 
 
-def test_a_run_without_restarts_does_not_go_on_with_them(tmp_path):
+def test_restarts_cannot_be_turned_on_in_a_run_without(tmp_path):
     mesh = {"data": 8, "fsdp": 1, "model": 1}
-    config = resolve_config(0, tmp_path / "run", mesh=mesh, steps=2)
-    run(config)
-    more = dataclasses.replace(resolve_config(2, tmp_path / "run", mesh=mesh), steps=4)
+    config = vq_config(0, tmp_path / "run", mesh=mesh, steps=2)
+    train(config)
+    more = dataclasses.replace(vq_config(2, tmp_path / "run", mesh=mesh), steps=4)
     with pytest.raises(
         ValueError, match=r"model\.quantizer\.dead_code_restart_steps: run has 0, command gives 2"
     ):
-        run(more)
+        train(more)
     checkpoints, task = CheckpointManager(tmp_path / "run" / "checkpoints"), LinearTask(more)
     with pytest.raises(ValueError, match="opt_state/idle: not in the checkpoint"):
         checkpoints.load(2, abstract_state(task, task_optimizer(task), make_mesh(more.mesh)))
