@@ -1,7 +1,9 @@
 """The DALL-E family in JAX.
 
-    from dalle_jax import dalle, dvae
+    import dalle_jax
+    from dalle_jax import dalle
     params = dalle.init(cfg, key)
+    model = dalle_jax.load("runs/dalle")  # the pipeline of a trained model
 
 Subpackages are imported on first access, so `import dalle_jax` loads neither jax nor NumPy. The modules of
 `dalle_jax.models` are also attributes of the package: `dalle_jax.dalle` is `dalle_jax.models.dalle`.
@@ -28,13 +30,15 @@ _SUBPACKAGES = (
 )
 _MODELS = ("tokenizer", "dvae", "vqgan", "dalle", "bart", "clip", "diffusion")
 
-__all__ = list(_SUBPACKAGES)
+__all__ = [*_SUBPACKAGES, "load"]
 __version__ = "0.2.0"
 
 
 def __getattr__(name: str):
     if name in _SUBPACKAGES:
         return importlib.import_module(f"dalle_jax.{name}")
+    if name == "load":
+        return importlib.import_module("dalle_jax.pipelines").load
     if name in _MODELS:
         return importlib.import_module(f"dalle_jax.models.{name}")
     names = ", ".join(__dir__())
@@ -42,4 +46,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return [*_SUBPACKAGES, *_MODELS]
+    return [*_SUBPACKAGES, *_MODELS, "load"]

@@ -36,11 +36,11 @@ COMMANDS = {  # command: (module, one line of help)
     "import": ("import_", "convert a public checkpoint to a run, without torch"),
     "info": ("info", "list parameters, shapes and memory of a run or a configuration"),
 }
-MODEL_COMMANDS = (
-    "sample",
-    "decode",
-    "evaluate",
-)  # whose flags depend on the model of RUN: `FLAGS` by kind of pipeline
+MODEL_COMMANDS = {  # commands whose flags depend on the model of RUN: name of their table of flags by kind of pipeline
+    "sample": "SAMPLE_FLAGS",
+    "decode": "DECODE_FLAGS",
+    "evaluate": "EVALUATE_FLAGS",
+}
 
 
 def usage() -> str:
@@ -150,7 +150,7 @@ def all_flags_of(command: str) -> dict[str, type]:
     """Return the dataclasses of a command's flags: "" for all models, and for `MODEL_COMMANDS` by kind of pipeline."""
     module = importlib.import_module(f"dalle_jax.cli.{COMMANDS[command][0]}")
     common = {"": typing.get_type_hints(module.run)["args"]}
-    return common | (module.FLAGS if command in MODEL_COMMANDS else {})
+    return common | (getattr(module, MODEL_COMMANDS[command]) if command in MODEL_COMMANDS else {})
 
 
 def flags_of(command: str, argv: Sequence[str] = ()) -> type:

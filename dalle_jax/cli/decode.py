@@ -71,7 +71,7 @@ class DiffusionDecodeArgs(DecodeArgs, SamplerArgs):
         return model.tokenizer, decode
 
 
-FLAGS = {"diffusion": DiffusionDecodeArgs}
+DECODE_FLAGS = {"diffusion": DiffusionDecodeArgs}
 
 
 def run(args: DecodeArgs) -> dict[str, Any]:

@@ -383,7 +383,7 @@ class ClipEvaluateArgs(EvaluateArgs):
         }
 
 
-FLAGS = {
+EVALUATE_FLAGS = {
     "tokenizer": TokenizerEvaluateArgs,
     "text-to-image": TransformerEvaluateArgs,
     "diffusion": DiffusionEvaluateArgs,

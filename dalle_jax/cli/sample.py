@@ -379,7 +379,7 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
         return results
 
 
-FLAGS = {"text-to-image": TransformerSampleArgs, "diffusion": DiffusionSampleArgs}
+SAMPLE_FLAGS = {"text-to-image": TransformerSampleArgs, "diffusion": DiffusionSampleArgs}
 
 
 def run(args: SampleArgs) -> dict[str, Any]:

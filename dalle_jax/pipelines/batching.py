@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 ProgressFn = Callable[[int, int], None]  # (done, total)
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class ProgressPrinter:
@@ -58,9 +58,9 @@ def map_batches(
     return np.concatenate(results)
 
 
-def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def chunked(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
     """Yield lists of `size` consecutive items; the last list may be shorter."""
-    chunk: list[T] = []
+    chunk: list[_T] = []
     for item in items:
         chunk.append(item)
         if len(chunk) == size:

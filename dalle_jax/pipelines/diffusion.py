@@ -28,7 +28,7 @@ from dalle_jax.pipelines.protocol import (
     GeneratedImage,
     ImageRequest,
     PreviewFn,
-    check_batch,
+    check_requests,
     check_setting,
     check_unused,
 )
@@ -286,7 +286,7 @@ class DiffusionPipeline:
             NonFiniteSampleError: while iterating; it names the step.
         """
         requests, config = list(requests), config or DiffusionSamplingConfig()
-        check_batch(requests, batch_size)
+        check_requests(requests, batch_size)
         check_unused(requests, ("temperature", "top_p", "prefix_codes"), "a diffusion model")
         if on_preview is not None:
             raise ValueError("A diffusion model has no previews by rows. Use num_frames.")

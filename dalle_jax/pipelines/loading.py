@@ -16,7 +16,7 @@ from dalle_jax.models.registry import load_class, model_spec
 from dalle_jax.pipelines.protocol import Pipeline
 from dalle_jax.pipelines.tokenizer import TokenizerPipeline
 
-P = TypeVar("P", bound=Pipeline)
+_P = TypeVar("_P", bound=Pipeline)
 
 _EXPECTED = {
     "tokenizer": "an image tokenizer",
@@ -44,7 +44,7 @@ def load(path: str | Path, *, params_on_host: bool = False) -> Pipeline: ...
 
 
 @overload
-def load(path: str | Path, expected: type[P], *, params_on_host: bool = False) -> P: ...
+def load(path: str | Path, expected: type[_P], *, params_on_host: bool = False) -> _P: ...
 
 
 def load(path, expected=None, *, params_on_host=False):

@@ -166,7 +166,7 @@ class Pipeline(Protocol):
         ...
 
 
-def check_batch(requests: list[ImageRequest], batch_size: int) -> None:
+def check_requests(requests: list[ImageRequest], batch_size: int) -> None:
     """Check the arguments that all generators share.
 
     Raises:

@@ -29,7 +29,7 @@ from dalle_jax.pipelines.protocol import (
     GeneratedImage,
     ImageRequest,
     PreviewFn,
-    check_batch,
+    check_requests,
     check_setting,
     check_unused,
 )
@@ -185,7 +185,7 @@ class TextToImagePipeline:
                 was trained without null captions.
         """
         requests, config = list(requests), config or SamplingConfig()
-        check_batch(requests, batch_size)
+        check_requests(requests, batch_size)
         unused = ("label", "codes", "low_res", "image", "strength", "mask")
         check_unused(requests, unused, "a Transformer")
         check_draft_len(self.config, config.draft_len)

@@ -397,3 +397,17 @@ def test_a_checkpoint_of_another_configuration(made, tmp_path, field, other):
     config["model"][field] = other
     (path / "config.json").write_text(json.dumps(config))
     assert "does not fit the model" in refused("sample", path, "a", "--out", tmp_path / "out")
+
+
+def test_help_lists_the_flags_of_the_model(made, tmp_path):
+    """Before RUN is known only the flags that all models share; a flag of another model does not exist."""
+    own, common = run("sample", made.dalle, "--help"), run("sample", "--help")
+    assert own.code == common.code == 0
+    assert "--temperature" in own.out and "--draft-len" in own.out and "--mask" not in own.out
+    assert "--num-images" in common.out and "`dalle-jax sample RUN --help`" in common.out
+    assert "--temperature" not in common.out and "--mask" not in common.out
+    assert "--mask" in refused("sample", made.dalle, "a", "--mask", "m.png", code=2)
+    assert "--temperature" in refused("sample", made.dalle, "a", "--temprature", 1, code=2)
+    assert "many" in refused("sample", made.dalle, "a", "--num-images", "many", code=2)
+    flags_first = ("sample", "--num-images", 1, "--json", made.dalle, "a", "--temperature", 0.5)
+    assert run(*flags_first, "--out", tmp_path).code == 0
