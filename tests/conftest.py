@@ -28,6 +28,8 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+pytest_plugins = ("cli_fixtures",)
+
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", r"error::DeprecationWarning:(dalle_jax|test_|conftest)")

@@ -22,6 +22,8 @@ from dalle_jax.models import dvae
 from dalle_jax.pipelines import TokenizerPipeline, load
 from dalle_jax.train.tasks import make_task
 
+pytestmark = pytest.mark.usefixtures("small_batches")
+
 ENCODE, DECODE = (jax.jit(f, static_argnums=0) for f in (dvae.encode, dvae.decode))
 
 

@@ -18,6 +18,8 @@ from dalle_jax.data.sources import open_source
 from dalle_jax.evaluate import classifier, fid, inception, metrics
 from dalle_jax.pipelines import SamplingConfig, TextToImagePipeline, TokenizerPipeline, load
 
+pytestmark = pytest.mark.usefixtures("small_batches")
+
 # --- evaluate ---------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ from dalle_jax.data import images
 from dalle_jax.models import dvae
 from dalle_jax.pipelines import ImageRequest, SamplingConfig, TextToImagePipeline, load, loading
 
+pytestmark = pytest.mark.usefixtures("small_batches")
+
 ENCODE, DECODE = (jax.jit(f, static_argnums=0) for f in (dvae.encode, dvae.decode))
 
 

@@ -1,22 +1,22 @@
-"""Trained runs and files that the tests of the command line share."""
+"""Fixtures of the tests of the command line: trained runs and files (a plugin of tests/conftest.py)."""
 
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from command_line import json_of, tiny_demo_config
-
-from dalle_jax.cli import demo
-from dalle_jax.data import images
-from dalle_jax.evaluate import metrics
-from dalle_jax.parallel.mesh import make_mesh
-from dalle_jax.train import loop
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """What `dalle-jax demo` makes with the tiny configurations; `first` is what that call printed."""
+    import jax
+    from command_line import json_of, tiny_demo_config
+
+    from dalle_jax.cli import demo
+    from dalle_jax.evaluate import metrics
+    from dalle_jax.parallel.mesh import make_mesh
+    from dalle_jax.train import loop
+
     out = tmp_path_factory.mktemp("cli") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "load_config", tiny_demo_config)
@@ -26,14 +26,19 @@ def made(tmp_path_factory):
     return SimpleNamespace(out=out, dvae=out / "dvae", dalle=out / "dalle", first=first)
 
 
-@pytest.fixture(autouse=True)
-def _small_batches(monkeypatch):
-    monkeypatch.setattr(metrics, "EVAL_ROWS", 8)  # that of `sample`: one program for both
+@pytest.fixture
+def small_batches(monkeypatch):
+    """The batch size of `sample` for evaluation, so that one program is compiled for both."""
+    from dalle_jax.evaluate import metrics
+
+    monkeypatch.setattr(metrics, "EVAL_ROWS", 8)
 
 
 @pytest.fixture
 def pictures(tmp_path):
     """Three PNG files of the model's size."""
+    from dalle_jax.data import images
+
     paths = []
     for i in range(3):
         paths.append(tmp_path / f"picture_{i}.png")
@@ -44,7 +49,9 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures with a caption each, beside them."""
+    """Twelve images with a caption file each."""
+    from dalle_jax.data import images
+
     for i in range(12):
         images.save_png(tmp_path / "mine" / f"{i}.png", np.full((40, 40, 3), 20 * i, np.uint8))
         (tmp_path / "mine" / f"{i}.txt").write_text(f"grey of {i}")
