@@ -177,7 +177,8 @@ def test_model_functions_load_no_data_libraries():
 
 def test_subpackages_and_models_are_attributes():
     assert dalle_jax.config.DalleConfig.__name__ == "DalleConfig"
-    for name in dir(dalle_jax):
+    assert dalle_jax.load is dalle_jax.pipelines.load
+    for name in set(dir(dalle_jax)) - {"load"}:
         assert getattr(dalle_jax, name).__name__ in (f"dalle_jax.{name}", f"dalle_jax.models.{name}")
     with pytest.raises(AttributeError, match=r"Expected one of config, typing, text.*got dalle_jax.dall\."):
         _ = dalle_jax.dall
