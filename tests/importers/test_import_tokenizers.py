@@ -28,7 +28,7 @@ from dalle_jax.config import (
     VectorQuantizer,
     VQGANConfig,
 )
-from dalle_jax.importers import open_model, openai_dvae
+from dalle_jax.importers import load_params, open_model, openai_dvae
 from dalle_jax.importers import vqgan as importer
 from dalle_jax.importers.tensors import Tensor
 from dalle_jax.models import dvae, tokenizer, tokenizer_losses
@@ -216,6 +216,16 @@ def test_a_training_begins_from_an_imported_run(tmp_path):
     state = TrainState(step=jnp.int32(0), params=blank, opt_state=(), ema={})
     begun = init_from_run(state, config, make_mesh(MeshConfig(), jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, begun.params, loaded.params)
+
+
+@pytest.mark.parametrize("name", ["openai_dvae", "taming_gumbel"])
+def test_a_model_in_memory_equals_the_imported_run(tmp_path, name):
+    family, _, file = CHECKS[name]
+    model = load_params(family, GOLDEN / name / file, image_size=None)
+    run = imported(tmp_path, family, GOLDEN / name / file)
+    assert model.config == run.config.model
+    assert (model.text_tokenizer, model.image_tokenizer) == (None, None)
+    jax.tree.map(np.testing.assert_array_equal, model.params, jax.device_get(run.params))
 
 
 def test_a_family_that_is_not_known_is_told(capsys, tmp_path):
