@@ -85,7 +85,7 @@ def test_the_vocabulary_comes_along(tmp_path, capsys):
     (source / "merges.txt").write_text("#version: 0.2\nb c</w>\n", encoding="utf-8")
     (source / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     run = imported(tmp_path, source)
-    assert "without a vocabulary" not in capsys.readouterr().out
+    assert "it has no vocabulary" not in capsys.readouterr().out
     ids = BosEosTokenizer.load(run.path / "text_tokenizer.model").encode("A bc", text_vocab=515, text_len=5)
     np.testing.assert_array_equal(ids, [513, vocab["a</w>"], 512, 514, 514])
     (source / "vocab.json").write_text(json.dumps(vocab | {"more": 515}), encoding="utf-8")
@@ -93,7 +93,7 @@ def test_the_vocabulary_comes_along(tmp_path, capsys):
     assert "has 516 pieces, the model has 515" in capsys.readouterr().err
 
 
-def test_without_a_vocabulary_it_says_so(tmp_path, capsys):
+def test_a_missing_vocabulary_is_reported(tmp_path, capsys):
     run = imported(tmp_path, GOLDEN / "clip_hugging_face")
     assert "it has no vocabulary" in capsys.readouterr().out
     with pytest.raises(
