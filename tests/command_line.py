@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 
 from dalle_jax.cli import main
@@ -75,3 +76,9 @@ def tiny_dalle(out="runs/demo") -> TrainConfig:
 def tiny_demo_config(name: str) -> TrainConfig:
     """In place of `load_config` in `dalle-jax demo`."""
     return {"demo_dvae": tiny_dvae, "demo_dalle": tiny_dalle}[name]()
+
+
+def write_config(path: Path, model: str) -> str:
+    """Write a configuration file of `model`, an expression; return its path."""
+    path.write_text(f"from dalle_jax.config import *\nconfig = TrainConfig(model={model})\n")
+    return str(path)

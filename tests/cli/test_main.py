@@ -1,0 +1,66 @@
+"""The command line itself: help, typos, exit codes of unusable runs."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from command_line import refused, run
+
+from dalle_jax.cli import COMMANDS
+
+
+def test_help_lists_every_command_and_no_command_is_an_error():
+    for argv in (("--help",), ("-h",)):
+        done = run(*argv)
+        assert done.code == 0 and all(command in done.out for command in COMMANDS)
+    assert "usage: dalle-jax COMMAND" in refused(code=2)
+
+
+def test_help_imports_no_jax():
+    code = "import sys; from dalle_jax.cli import main; main(['--help']); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command):
+    done = run(command, "--help")
+    assert done.code == 0 and f"dalle-jax {command}" in done.out and done.err == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("smaple", "x"), "perhaps you meant 'sample'"),
+        (("frobnicate",), "use one of demo, train, sample"),
+        (("rerank", "runs/x", "a", "b.png", "--tpo", "1"), "--top"),
+        (("info", "runs/x", "--jsn"), "--json"),
+        (("rerank", "runs/x", "a", "b.png", "--top", "many"), "many"),
+        (("encode", "runs/x", "a.png"), "--out"),
+        (("train",), "usage: dalle-jax train"),
+    ],
+)
+def test_an_invalid_command_line_exits_with_2(argv, message):
+    assert message in refused(*argv, code=2)
+
+
+def test_runs_that_are_missing_incomplete_or_of_another_stage(made, tmp_path):
+    """No call changes the directory."""
+    assert f"no run directory {tmp_path / 'none'}" in refused("sample", tmp_path / "none", "a")
+    (tmp_path / "empty").mkdir()
+    assert "it has no config.json" in refused("evaluate", tmp_path / "empty")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_bytes((made.dalle / "config.json").read_bytes())
+    assert "has no checkpoint yet; train it first" in refused("sample", tmp_path / "half", "a")
+    np.savez(tmp_path / "c.npz", codes=np.zeros((1, 64), np.int32))
+    message = refused("decode", tmp_path / "half", tmp_path / "c.npz", "--out", tmp_path / "x")
+    assert "has no image_tokenizer/ yet; train it first" in message
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert "is not a configuration of this version" in refused("info", tmp_path / "broken")
+    message = refused("sample", made.dvae, "a")
+    assert (
+        "is a tokenizer run (stage dvae): it reads no captions" in message
+        and "`encode` and `decode`" in message
+    )
+    assert {p.name for p in (tmp_path / "half").iterdir()} == {"config.json"}

@@ -1,0 +1,50 @@
+"""`dalle-jax train`: fine-tuning, flags that change the defaults, errors."""
+
+import json
+import re
+
+import jax
+import numpy as np
+from command_line import refused, run, write_config
+
+from dalle_jax.checkpoint.load import load_run
+from dalle_jax.pipelines import TokenizerPipeline, load
+
+
+def finetune(made, folder, *more):
+    return run(
+        "train", "finetune", "--init-from", made.dalle, "--data.path", folder, "--run", folder.parent / "run",
+        "--data.batch-size", 8, "--data.source.eval-fraction", 0.2, "--steps", 1, "--eval-rows", 8,
+        "--optim.learning-rate", 1e-9, *more,
+    )  # fmt: skip
+
+
+def test_finetuning_starts_with_the_weights_of_the_other_run(made, folder):
+    done = finetune(made, folder)
+    assert done.code == 0, done.err
+    old, new = load_run(made.dalle), load_run(folder.parent / "run", ema=False)
+    assert new.config.model == old.config.model and new.config.data.source.kind == "folder"
+    for a, b in zip(jax.tree.leaves(old.params), jax.tree.leaves(new.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    for name in ("text_tokenizer.model", "image_tokenizer/config.json"):
+        assert (new.path / name).read_bytes() == (made.dalle / name).read_bytes()
+    assert load(new.path, TokenizerPipeline).fingerprint == load(made.dalle, TokenizerPipeline).fingerprint
+    done = finetune(made, folder, "--json")  # which has its step already
+    assert done.code == 0 and json.loads(done.out).items() >= {"step": 1, "finished": True}.items()
+
+
+def test_finetuning_refuses_what_does_not_match(made, folder):
+    for more, message in (
+        (("--init-from", made.dvae), "is a run of stage dvae, this configuration of stage dalle"),
+        (("--init-from", "nowhere"), "no run directory nowhere"),
+        (("--model.dim", "32"), "parameter .* has shape .*Keep the fields of `model`"),
+        (("--data.path", "no where"), "got nothing at 'no where'"),
+    ):
+        done = finetune(made, folder, *more)
+        assert done.code == 1 and re.search(message, done.err), done.err
+
+
+def test_errors_of_train(made, tmp_path):
+    config = write_config(tmp_path / "c.py", "DVAEConfig(image_size=8, groups=1)")
+    assert "no run directory: pass --run" in refused("train", config)
+    assert "Perhaps you meant" in refused("train", config, "--stepz", 3, code=2)
