@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from conftest import FakeTask, tiny_config
+from fake_task import FakeTask, tiny_config
 
 from dalle_jax.checkpoint.manager import CheckpointManager, on_one_device
 from dalle_jax.config import TrainConfig

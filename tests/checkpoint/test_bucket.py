@@ -9,8 +9,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import FakeTask, tiny_config
 from etils import epath
+from fake_task import FakeTask, tiny_config
 from jobs import SHORT, Job, assert_close, free_port, series, straight_run
 
 from dalle_jax.checkpoint import remote_dir, run_dir

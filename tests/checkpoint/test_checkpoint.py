@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FakeTask, tiny_config
 from etils import epath
+from fake_task import FakeTask, tiny_config
 from orbax.checkpoint import v1 as ocp
 
 from dalle_jax.checkpoint.export import write_run
@@ -168,7 +168,7 @@ FULL_DISK = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from conftest import FakeTask, tiny_config
+from fake_task import FakeTask, tiny_config
 from dalle_jax.cli import main
 from dalle_jax.cli import train as command
 from dalle_jax.train import loop

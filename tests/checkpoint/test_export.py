@@ -7,7 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import tiny_config
+from fake_task import tiny_config
 from foreign_checkpoints import read_arrays
 from safetensors.numpy import save_file
 

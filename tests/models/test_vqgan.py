@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_config
+from fake_task import tiny_config
 
 from dalle_jax.checkpoint.load import load_run
 from dalle_jax.config import (

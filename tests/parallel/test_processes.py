@@ -7,7 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from conftest import FakeTask, tiny_config
+from fake_task import FakeTask, tiny_config
 from jobs import Job, assert_close, assert_same_params, only_process_0_logs, saved_steps, series, straight_run
 
 from dalle_jax.config import DistributedConfig, MeshConfig

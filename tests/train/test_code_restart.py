@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from fake_task import tiny_config
 from PIL import Image
 
 from dalle_jax.checkpoint.manager import CheckpointManager

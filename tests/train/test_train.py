@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import FakeTask, tiny_config
+from fake_task import FakeTask, tiny_config
 
 from dalle_jax.checkpoint import run_dir as rundir
 from dalle_jax.checkpoint.load import load_run
@@ -230,7 +230,7 @@ def test_non_finite_numbers_become_null(tmp_path):
 COMMAND = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from conftest import FakeTask
+from fake_task import FakeTask
 from dalle_jax.cli import main, train
 
 class Slow(FakeTask):
@@ -247,7 +247,7 @@ sys.exit(main(["train", *sys.argv[2:]]))
 CONFIG = """
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import tiny_config
+from fake_task import tiny_config
 config = tiny_config(steps=60, save_every=5, log_every=2, eval_every=10, sample_every=30)
 """
 
