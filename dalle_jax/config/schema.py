@@ -10,7 +10,7 @@ import types
 import typing
 from typing import Any, Literal, TypeVar, Union, dataclass_transform
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def require(holds: bool, message: str) -> None:
@@ -20,7 +20,7 @@ def require(holds: bool, message: str) -> None:
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def frozen_config(cls: type[T]) -> type[T]:
+def frozen_config(cls: type[_T]) -> type[_T]:
     """Make a frozen, keyword-only dataclass whose constructor checks the type of every value.
 
     The check runs before the class's own `__post_init__`. Lists become tuples, NumPy numbers Python numbers, and integers
