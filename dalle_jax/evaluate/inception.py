@@ -1,10 +1,9 @@
-"""Inception-v3 as FID knows it: the network of December 2015 (Szegedy et al. 2015, 1512.00567) whose 2048 pooled
-features Heusel et al. 2017 (1706.08500) compare.
+"""Inception-v3 of FID: the network of December 2015 (Szegedy et al. 2015, 1512.00567), whose 2048 pooled features
+Heusel et al. 2017 (1706.08500) compare.
 
-It is not the Inception-v3 of today's model zoos: its mean pools do not count the padding, its last mixed block
-pools by maximum, and pictures are resized without antialiasing. Features of another resize or pool are other
-features, so figures compare only where all of these agree. The weights come from a file; one that holds the
-classifier of 1,008 classes gives Inception scores too. B batch, H W picture, C channels, R rows.
+It is not the Inception-v3 of current model zoos: its mean pools do not count the padding, its last mixed block
+pools by maximum, and images are resized without antialiasing. FIDs compare only where all of these agree. The weights
+come from a file; one with the classifier of 1,008 classes gives Inception scores too. B batch, H W pixels, C channels, R rows.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class ConvLayer(NamedTuple):
 class Pool(NamedTuple):
     """A pool over 3 x 3 that keeps the side."""
 
-    kind: str  # "mean" of the pixels inside the picture, or "max"
+    kind: str  # "mean" of the pixels inside the image, or "max"
 
 
 class Downsample(NamedTuple):
@@ -160,7 +159,7 @@ def _walk(
     return x_BHWC
 
 
-# --- from pictures to features --------------------------------------------------------------------------------
+# --- from images to features --------------------------------------------------------------------------------
 
 
 def _max_pool(x_BHWC: jax.Array, stride: int, padding: str) -> jax.Array:
@@ -168,7 +167,7 @@ def _max_pool(x_BHWC: jax.Array, stride: int, padding: str) -> jax.Array:
 
 
 def mean_pool(x_BHWC: jax.Array) -> jax.Array:
-    """Mean over 3 x 3 around each pixel, of the pixels that lie inside the picture. Keeps shape and dtype."""
+    """Mean over 3 x 3 around each pixel, of the pixels inside the image. Keeps shape and dtype."""
 
     def total(values):
         return lax.reduce_window(values, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
@@ -177,14 +176,16 @@ def mean_pool(x_BHWC: jax.Array) -> jax.Array:
 
 
 def resize(x_BHWC: jax.Array) -> jax.Array:
-    """Bilinear between pixel centres to 299 x 299; a larger picture is not smoothed before. Keeps the dtype."""
+    """Bilinear between pixel centres to 299 x 299; a larger image is not smoothed first. Keeps the dtype."""
     shape = (x_BHWC.shape[0], INCEPTION_SIDE, INCEPTION_SIDE, x_BHWC.shape[3])
     return jax.image.resize(x_BHWC, shape, "bilinear", antialias=False, precision=lax.Precision.HIGHEST)
 
 
 def apply_inception(params: Params, images_BHWC: jax.Array) -> jax.Array:
-    """The pooled features of pictures. images_BHWC: values in [0, 255], RGB, any side, any real dtype; float32
-    arithmetic throughout. Returns float32 (B, 2048)."""
+    """Compute the pooled features of images, float32 (B, 2048), in float32.
+
+    images_BHWC: RGB in [0, 255], of any side and any real dtype.
+    """
 
     def convolve(step: ConvLayer, x_BHWC: jax.Array) -> jax.Array:
         layer = params[step.name]
@@ -206,12 +207,13 @@ _apply = jax.jit(apply_inception)
 
 
 def inception_features(inception: Inception, images: np.ndarray, *, batch: int = 32) -> np.ndarray:
-    """Features of pictures, `batch` at a time: uint8 (R, H, W, 3) to float32 (R, 2048).
+    """Compute the features of images, `batch` at a time: uint8 (R, H, W, 3) to float32 (R, 2048).
 
-    Raises ValueError for another shape or dtype, or no pictures.
+    Raises:
+        ValueError: another shape or dtype, or no images.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise ValueError(f"pictures are {images.dtype} {images.shape}; want uint8 (rows, height, width, 3)")
+        raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 (rows, height, width, 3)")
     found = []
     for start in range(0, len(images), batch):
         rows = images[start : start + batch]
@@ -222,7 +224,13 @@ def inception_features(inception: Inception, images: np.ndarray, *, batch: int =
 
 
 def inception_logits(inception: Inception, features: np.ndarray) -> np.ndarray:
-    """Scores of the classes before the softmax, without bias: float32 (R, 2048) to float32 (R, 1008)."""
+    """Compute the logits of the classes, without bias: float32 (R, 2048) to float32 (R, 1008).
+
+    Raises:
+        ValueError: the weights have no classifier.
+    """
+    if inception.classifier is None:
+        raise ValueError("Expected Inception weights with the classifier of 1,008 classes, got none.")
     return features @ inception.classifier
 
 
@@ -231,7 +239,7 @@ def inception_logits(inception: Inception, features: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def inception_shapes() -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a weight file holds; kernels are (out, in, h, w)."""
+    """Return name -> shape of every tensor of a weight file; kernels are (out, in, h, w)."""
     found: dict[str, tuple[int, ...]] = {}
 
     def convolve(step: ConvLayer, x_BHWC: jax.Array) -> jax.Array:
@@ -251,11 +259,13 @@ def inception_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def load_inception(path: str | Path) -> Inception:
-    """The network with the weights of an npz file, `shapes()` says its names, any float dtype will do; or of the
-    torch file that pytorch-fid and torch-fidelity download, read without torch.
+    """Load the network from an npz file with the names of `inception_shapes`, of any float dtype, or from the torch file
+    that pytorch-fid and torch-fidelity download, read without torch.
 
-    Raises FileNotFoundError, or ValueError naming the tensor for one that is missing, unknown, of another shape
-    or dtype, or holds what no trained network holds.
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: a tensor, which the message names, is missing, unknown, of another shape or dtype, or has values
+            that no trained network has.
     """
     path = Path(path)
     torch = path.suffix in (".pth", ".pt") and path.is_file()
@@ -263,34 +273,34 @@ def load_inception(path: str | Path) -> Inception:
     return fold_batch_norm(read_inception(path) if torch else read_npz(path, want), str(path))
 
 
-def fold_batch_norm(tensors: dict[str, np.ndarray], told: str = "these weights") -> Inception:
-    """The network of named tensors, the batch norm of each convolution folded into kernel and bias.
+def fold_batch_norm(tensors: dict[str, np.ndarray], source: str = "these weights") -> Inception:
+    """Fold the batch norm of each convolution of named tensors into kernel and bias.
 
-    told: what the messages call them. Raises ValueError as `load` does.
+    source: what error messages call the tensors. Raises ValueError as `load_inception` does.
     """
-    wanted = inception_shapes()
+    expected = inception_shapes()
     classifier = tensors.get(CLASSIFIER)
     tensors = {name: tensor for name, tensor in tensors.items() if name != CLASSIFIER}
     for names, what in (
-        (wanted.keys() - tensors.keys(), "lack"),
-        (tensors.keys() - wanted.keys(), "hold unknown"),
+        (expected.keys() - tensors.keys(), "lack"),
+        (tensors.keys() - expected.keys(), "have unknown"),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(
-                f"{told}: the weights {what} {', '.join(sorted(names)[:3])}{more}; want the FID Inception-v3 of 2015"
+                f"{source}: the weights {what} {', '.join(sorted(names)[:3])}{more}; expected the FID Inception-v3 of 2015"
             )
     digest = hashlib.sha256()
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         tensor = tensors[name]
         if tensor.shape != shape or not np.issubdtype(tensor.dtype, np.floating):
-            raise ValueError(f"{told}: {name} is {tensor.dtype} {tensor.shape}; want floats {shape}")
+            raise ValueError(f"{source}: {name} is {tensor.dtype} {tensor.shape}; expected floats {shape}")
         if not np.isfinite(tensor).all() or (name.endswith(".var") and tensor.min() < 0):
-            raise ValueError(f"{told}: {name} has values that are not finite, or a negative variance")
+            raise ValueError(f"{source}: {name} has values that are not finite, or a negative variance")
         digest.update(f"{name} {tensor.dtype} {shape}\n".encode())
         digest.update(np.ascontiguousarray(tensor).tobytes())
     params = {}
-    for name in (n.removesuffix(".weight") for n in wanted if n.endswith(".weight")):
+    for name in (n.removesuffix(".weight") for n in expected if n.endswith(".weight")):
         kernel = tensors[f"{name}.weight"].astype(np.float32)
         beta, mean, var = (tensors[f"{name}.{part}"].astype(np.float64) for part in _PARTS[1:])
         scale = 1 / np.sqrt(var + _EPSILON)
@@ -301,7 +311,7 @@ def fold_batch_norm(tensors: dict[str, np.ndarray], told: str = "these weights")
     if classifier is not None:
         if classifier.shape != (CLASSES, NUM_FEATURES) or not np.isfinite(classifier).all():
             raise ValueError(
-                f"{told}: {CLASSIFIER} is {classifier.dtype} {classifier.shape}; want finite floats {CLASSES, NUM_FEATURES}"
+                f"{source}: {CLASSIFIER} is {classifier.dtype} {classifier.shape}; expected finite floats {CLASSES, NUM_FEATURES}"
             )
         classifier = np.ascontiguousarray(classifier.T, np.float32)
     return Inception(params, digest.hexdigest(), classifier)

@@ -1,8 +1,8 @@
-"""Inception score (Salimans et al. 2016, 1606.03498, 4): exp of the mean over pictures of KL(p(y|x) || p(y)).
+"""Inception score (Salimans et al. 2016, 1606.03498, 4): exp of the mean over images of KL(p(y|x) || p(y)).
 
 p(y|x) are the 1,008 probabilities of the classifier of the Inception of 2015, without its bias as in the published
-code. The set is cut into consecutive parts, each with a p(y) of its own; the score is the mean over parts, its spread
-their standard deviation. Only sums are held, in float64. R rows, C classes, S parts.
+code. The set is cut into consecutive parts, each with its own p(y); the score is the mean over parts, beside it their
+standard deviation. Only sums are kept, in float64. R rows, C classes, S parts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NUM_SPLITS = 10
 
 
 class ScoreSums(NamedTuple):
-    """Of each part: pictures, the sum of sum_y p log p, and the sum of p. float64."""
+    """Sums of each part, float64: images, sum_y p log p, and p."""
 
     count_S: np.ndarray
     negative_entropy_S: np.ndarray
@@ -23,18 +23,26 @@ class ScoreSums(NamedTuple):
 
 
 def init_sums(classes: int, parts: int = NUM_SPLITS) -> ScoreSums:
+    """Return the sums of no images."""
     return ScoreSums(np.zeros(parts), np.zeros(parts), np.zeros((parts, classes)))
 
 
 def add_logits(sums: ScoreSums, logits_RC: np.ndarray, first: int, total: int) -> ScoreSums:
-    """With rows `first`, `first + 1`, ... of a set of `total`.
+    """Add the rows `first`, `first + 1`, ... of a set of `total`.
 
-    Raises ValueError for logits that are not finite, naming the row, or rows beyond the set.
+    Args:
+        sums: of the rows before.
+        logits_RC: float (R, C).
+        first: index of the first row.
+        total: rows of the whole set.
+
+    Raises:
+        ValueError: logits of a row, which the message names, are not finite, or rows are beyond the set.
     """
     logits_RC = np.asarray(logits_RC, np.float64)
     bad = np.flatnonzero(~np.isfinite(logits_RC).all(axis=1))
     if bad.size:
-        raise ValueError(f"the class scores of row {first + bad[0]} are not finite; look at that picture")
+        raise ValueError(f"the class scores of row {first + bad[0]} are not finite; check that image")
     if first + len(logits_RC) > total:
         raise ValueError(f"rows {first} to {first + len(logits_RC) - 1} of a set of {total}")
     part_R = (first + np.arange(len(logits_RC))) * len(sums.count_S) // total
@@ -49,11 +57,11 @@ def add_logits(sums: ScoreSums, logits_RC: np.ndarray, first: int, total: int) -
 
 
 def inception_score(sums: ScoreSums) -> tuple[float, float]:
-    """Mean and standard deviation over the parts. Raises ValueError for a part without pictures."""
+    """Return mean and standard deviation over the parts. Raises ValueError for a part without images."""
     if not sums.count_S.all():
         raise ValueError(
-            f"an Inception score in {len(sums.count_S)} parts wants as many pictures, at least; "
-            f"{int(sums.count_S.sum())} came"
+            f"an Inception score in {len(sums.count_S)} parts needs at least as many images, got "
+            f"{int(sums.count_S.sum())}"
         )
     p_SC = sums.p_SC / sums.count_S[:, None]
     log_p_SC = np.log(np.where(p_SC > 0, p_SC, 1.0))

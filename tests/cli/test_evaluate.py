@@ -110,7 +110,7 @@ def test_evaluate_refuses_statistics_of_other_pictures(made, colours, tmp_path):
     made_of = fid.FIDSettings("colours", inception.PREPROCESSING, SIZE * 2)
     fid.save_reference(tmp_path / "s.npz", fid.feature_stats(np.eye(3)), made_of)
     told = refused("evaluate", made.dvae, "--fid-weights", "w", "--fid-reference", tmp_path / "s.npz")
-    assert "was made with image_size 64, this measure has 32" in told
+    assert "was made with image_size 64, this metric has 32" in told
 
 
 # --- the classifier as a judge --------------------------------------------------------------------------

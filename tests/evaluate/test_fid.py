@@ -87,7 +87,7 @@ def test_bad_features_are_refused():
         fid.feature_stats(rows)
     with pytest.raises(ValueError, match="at least one row"):
         fid.feature_stats(np.ones((0, 4)))
-    with pytest.raises(ValueError, match="covariance of 1 picture; want at least 2"):
+    with pytest.raises(ValueError, match="covariance of 1 image; expected at least 2"):
         _ = fid.feature_stats(np.ones((1, 4))).covariance
     for join in (fid.merge_stats, fid.fid):
         with pytest.raises(ValueError, match="features of 4 and 5 columns"):
@@ -115,9 +115,9 @@ def test_reference_comes_back_as_it_was(stats):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"weights": "cd34"}, "made with weights 'ab12', this measure has 'cd34'"),
+        ({"weights": "cd34"}, "made with weights 'ab12', this metric has 'cd34'"),
         ({"preprocessing": "x"}, "made with preprocessing '299 px, "),
-        ({"image_size": 64}, "made with image_size 32, this measure has 64"),
+        ({"image_size": 64}, "made with image_size 32, this metric has 64"),
     ],
 )
 def test_reference_of_other_settings_is_refused(stats, change, told):
@@ -148,7 +148,7 @@ def test_broken_or_absent_reference_is_refused(stats, tmp_path):
     with pytest.raises(ValueError, match="not a whole file of reference statistics"):
         fid.load_reference(stats, SETTINGS)
     fid.save_reference(stats, fid.feature_stats(np.ones((1, 6))), SETTINGS)
-    with pytest.raises(ValueError, match="is of 1 picture; want at least 2"):
+    with pytest.raises(ValueError, match="is of 1 image; expected at least 2"):
         fid.load_reference(stats, SETTINGS)
 
 
@@ -225,13 +225,13 @@ def without(name):
     [
         (
             lambda: without("net.layers.mixed_7.conv.var"),
-            r"lack net\.layers\.mixed_7\.conv\.var; want the FID",
+            r"lack net\.layers\.mixed_7\.conv\.var; expected the FID",
         ),
         (lambda: {"fc.weight": np.zeros(3)}, r"lack net\.layers\.conv\.beta, .* and 373 more"),
-        (lambda: tensors() | {"net.output.bias": np.zeros(3)}, r"hold unknown net\.output\.bias"),
+        (lambda: tensors() | {"net.output.bias": np.zeros(3)}, r"have unknown net\.output\.bias"),
         (
             lambda: tensors() | {"net.layers.conv.weight": np.zeros((3, 3, 3, 32))},
-            r"net\.layers\.conv\.weight is float64 \(3, 3, 3, 32\); want floats \(32, 3, 3, 3\)",
+            r"net\.layers\.conv\.weight is float64 \(3, 3, 3, 32\); expected floats \(32, 3, 3, 3\)",
         ),
         (
             lambda: tensors() | {"net.layers.conv.mean": np.zeros(32, np.int8)},
@@ -258,7 +258,7 @@ def test_wrong_weight_files_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(ValueError, match=r"other\.npz: the weights lack net\.layers"):
         inception.load_inception(tmp_path / "other.npz")
-    with pytest.raises(ValueError, match=r"pictures are float32 \(1, 4, 4, 3\); want uint8"):
+    with pytest.raises(ValueError, match=r"images are float32 \(1, 4, 4, 3\); expected uint8"):
         inception.inception_features(inception.Inception({}, ""), np.zeros((1, 4, 4, 3), np.float32))
 
 

@@ -47,7 +47,7 @@ def test_bad_scores_are_refused():
         inception_score.add_logits(inception_score.init_sums(3), rows, 10, 20)
     with pytest.raises(ValueError, match="rows 18 to 21 of a set of 20"):
         inception_score.add_logits(inception_score.init_sums(3), np.zeros((4, 3)), 18, 20)
-    with pytest.raises(ValueError, match="in 10 parts wants as many pictures, at least; 4 came"):
+    with pytest.raises(ValueError, match="in 10 parts needs at least as many images, got 4"):
         inception_score.inception_score(
             inception_score.add_logits(inception_score.init_sums(3), np.zeros((4, 3)), 0, 4)
         )
@@ -115,7 +115,7 @@ def test_every_tensor_of_the_torch_file_has_its_place(arrays, tmp_path):
     [
         ({"Mixed_7a.branch3x3_2.bn.running_var": None}, r"lack Mixed_7a\.branch3x3_2\.bn\.running_var; want the file"),
         ({"AuxLogits.fc.weight": np.zeros(2, np.float32)}, r"hold unknown AuxLogits\.fc\.weight"),
-        ({"fc.weight": np.zeros((1000, 2048), np.float32)}, r"output\.weight is float32 \(1000, 2048\); want finite"),
+        ({"fc.weight": np.zeros((1000, 2048), np.float32)}, r"output\.weight is float32 \(1000, 2048\); expected finite"),
         ({"Conv2d_1a_3x3.conv.weight": np.zeros((32, 3, 1, 1), np.float32)}, r"net\.layers\.conv\.weight is float32"),
     ],
 )  # fmt: skip

@@ -306,13 +306,13 @@ def test_regions_by_hand():
 @pytest.mark.parametrize(
     ("image", "match"),
     [
-        (np.zeros((64, 64), np.uint8), r"square picture of shape .* got \(64, 64\)"),
+        (np.zeros((64, 64), np.uint8), r"square image of shape .* got \(64, 64\)"),
         (np.zeros((64, 64, 4), np.uint8), r"got \(64, 64, 4\)"),
         (np.zeros((64, 32, 3), np.uint8), r"got \(64, 32, 3\)"),
         (np.zeros((3, 64, 64), np.uint8), r"channels last"),
-        (np.zeros((16, 16, 3), np.uint8), r"32\.\.256 pixels, got 16"),
-        (np.zeros((512, 512, 3), np.uint8), r"32\.\.256 pixels, got 512"),
-        (np.full((64, 64, 3), 255.0), r"floats in \[0, 1\].*clip"),
+        (np.zeros((16, 16, 3), np.uint8), r"32 to 256 pixels, got 16"),
+        (np.zeros((512, 512, 3), np.uint8), r"32 to 256 pixels, got 512"),
+        (np.full((64, 64, 3), 255.0), r"floats in \[0, 1\].*Clip"),
         (np.full((64, 64, 3), np.nan), r"finite floats"),
         (np.full((64, 64, 3), -0.1, np.float32), r"floats in \[0, 1\]"),
         (np.zeros((64, 64, 3), np.int32), r"uint8 or floats in \[0, 1\], got int32"),

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Verification of images of procedural scenes by image analysis: regions, masks, shapes, verdicts."""

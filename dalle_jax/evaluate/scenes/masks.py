@@ -1,9 +1,9 @@
-"""Soft masks of the one or two objects in a region, from the colours found there.
+"""Soft masks of the one or two objects in a region, from their colors.
 
-A region of one colour becomes the share that each pixel has gone from the background to that colour. A second
-colour is a guest drawn over its host, or a neighbour that touches.
+The mask of a region of one color is the fraction of the way from the background to that color, at each pixel. A second
+color belongs to an inner object, or to a neighbor that touches.
 
-H W height and width of the region's window, N pixels, C colours, 3 colour channels."""
+H W height and width of the region's window, N pixels, C colors, 3 color channels."""
 
 import numpy as np
 
@@ -19,33 +19,33 @@ from dalle_jax.evaluate.scenes.regions import (
 )
 
 TONES_C3 = np.array([TONES[c] for c in COLORS]) / 255
-STEPS_C3 = np.array([TINTS[c] for c in COLORS]) / 255 - TONES_C3  # from a colour to its tint
+STEPS_C3 = np.array([TINTS[c] for c in COLORS]) / 255 - TONES_C3  # from a color to its tint
 
 
-def _colour_distance(pixels_N3):
-    """(N, C) distance of each pixel to the nearest tone between a colour and its tint."""
+def _color_distance(pixels_N3):
+    """(N, C) distance of each pixel to the nearest tone between a color and its tint."""
     off_NC3 = pixels_N3[:, None] - TONES_C3
     share_NC = np.clip((off_NC3 * STEPS_C3).sum(2) / (STEPS_C3**2).sum(1), 0, 1)
     return np.sqrt(((off_NC3 - share_NC[..., None] * STEPS_C3) ** 2).sum(2))
 
 
 def _labels(pixels_N3, inner_N):
-    """(nearest colour of each pixel, whether it is inside and near enough to count)."""
-    distance_NC = _colour_distance(pixels_N3)
+    """(nearest color of each pixel, whether it is inside and near enough to count)."""
+    distance_NC = _color_distance(pixels_N3)
     return distance_NC.argmin(1), (distance_NC.min(1) < 0.16) & inner_N
 
 
-def _second_colour(image_HW3, own_HW, inner_HW, side):
-    """(main colour, its pure pixels, second colour, its largest pure part); the last two None without one."""
+def _second_color(image_HW3, own_HW, inner_HW, side):
+    """(main color, its pure pixels, second color, its largest pure part); the last two None without one."""
     label_N, pure_N = _labels(image_HW3[own_HW], inner_HW[own_HW])
     count_C = np.bincount(label_N[pure_N], minlength=len(COLORS))
     main = int(count_C.argmax())
     if count_C[main] == 0:
-        main = int(_colour_distance(np.median(image_HW3[own_HW], 0)[None])[0].argmin())
+        main = int(_color_distance(np.median(image_HW3[own_HW], 0)[None])[0].argmin())
     least = max(3, 0.002 * side * side)
     main_HW = np.zeros(own_HW.shape, bool)
     main_HW[own_HW] = pure_N & (label_N == main)
-    best, colour = None, None
+    best, color = None, None
     for other in np.flatnonzero(count_C >= least):
         if other == main:
             continue
@@ -53,16 +53,16 @@ def _second_colour(image_HW3, own_HW, inner_HW, side):
         pure_HW[own_HW] = pure_N & (label_N == other)
         for part in connected_regions(pure_HW):
             if len(part) >= least and (best is None or len(part) > len(best)):
-                best, colour = part, int(other)
+                best, color = part, int(other)
     if best is None:
         return main, main_HW, None, None
     seed_HW = np.zeros(own_HW.shape, bool)
     seed_HW.ravel()[best] = True
     other_HW = np.zeros(own_HW.shape, bool)
-    other_HW[own_HW] = pure_N & (label_N == colour)
+    other_HW[own_HW] = pure_N & (label_N == color)
     if _spans(other_HW, main_HW):  # a wide guest can have more pure pixels than the host around it
-        return colour, other_HW, main, main_HW
-    return main, main_HW, colour, seed_HW
+        return color, other_HW, main, main_HW
+    return main, main_HW, color, seed_HW
 
 
 def _spans(outer_HW, inner_HW) -> bool:
@@ -74,7 +74,7 @@ def _spans(outer_HW, inner_HW) -> bool:
 
 
 def _soft_masks(image_HW3, ground_HW3, tone_3, own_HW) -> list[np.ndarray]:
-    """Soft masks of a region of one colour: how far each pixel has gone from the background to the tone.
+    """Soft masks of a region of one color: how far each pixel has gone from the background to the tone.
 
     Where its inside is lighter than the tone, a second one has the inside filled: a pattern, or else a
     blur."""
@@ -90,11 +90,11 @@ def _soft_masks(image_HW3, ground_HW3, tone_3, own_HW) -> list[np.ndarray]:
 
 
 def object_masks(image_HW3, ground_HW3, own_HW, side):
-    """[(soft masks to try, picture, background)] of the one or two objects in a region, a host first."""
+    """Return [(candidate soft masks, image, background)] of the one or two objects in a region, the outer one first."""
     inner_HW = erode(own_HW)
     if not inner_HW.any():
         inner_HW = own_HW
-    main, main_HW, second, seed_HW = _second_colour(image_HW3, own_HW, inner_HW, side)
+    main, main_HW, second, seed_HW = _second_color(image_HW3, own_HW, inner_HW, side)
     tone_3 = TONES_C3[main]
     if seed_HW is None:
         return [(_soft_masks(image_HW3, ground_HW3, tone_3, dilate(own_HW)), image_HW3, ground_HW3)]

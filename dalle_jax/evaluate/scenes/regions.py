@@ -1,29 +1,28 @@
-"""Cuts a picture of a scene into regions: what is background, and which pixels belong to one object.
+"""Segmentation of an image of a scene: its background, and the regions that differ from it.
 
-The background is fitted as each of the three families of the scenes. What differs from it falls into
-connected regions; where only faint pixels join two strong parts, a region is also cut in two, for the caller
-to choose.
+The background is fitted as each of the three kinds of the scenes. What differs from it falls into connected regions;
+where only faint pixels join two strong parts, a region is also cut in two, and the caller chooses.
 
-S side of the picture, H W height and width of one region's window, K places of a cut, 3 colour channels."""
+S side of the image, H W height and width of one region's window, K places of a cut, 3 color channels."""
 
 import numpy as np
 
-MIN_AREA = 0.006  # share of the picture; smaller regions are specks (the smallest shape covers 0.02)
+MIN_AREA = 0.006  # fraction of the image; smaller regions are specks (the smallest shape covers 0.02)
 
 
 def _fit_line(mean_S3, weight_S):
     """Fits along one axis: ((error, curve_S3, jump) of a gradient, the same of two tones).
 
-    mean_S3: mean background colour of each line; weight_S: how many pixels it is the mean of."""
+    mean_S3: mean background color of each line; weight_S: how many pixels it is the mean of."""
     side = len(weight_S)
     t_S = (np.arange(side) + 0.5) / side
     w_S1 = weight_S[:, None]
     total = weight_S.sum()
-    centre = (weight_S @ t_S) / total
+    center = (weight_S @ t_S) / total
     middle_3 = (weight_S @ mean_S3) / total
-    lean_S = weight_S * (t_S - centre)
+    lean_S = weight_S * (t_S - center)
     slope_3 = (lean_S @ mean_S3) / max(lean_S @ t_S, 1e-9)
-    ramp_S3 = middle_3 + (t_S - centre)[:, None] * slope_3
+    ramp_S3 = middle_3 + (t_S - center)[:, None] * slope_3
     ramp = (float((w_S1 * (mean_S3 - ramp_S3) ** 2).sum()), ramp_S3, float(np.sqrt(slope_3 @ slope_3)))
     # Two tones: the cut with the largest spread between its sides, from running sums.
     left_S = np.cumsum(weight_S)
@@ -40,7 +39,7 @@ def _fit_line(mean_S3, weight_S):
 
 
 def fit_background(image_SS3):
-    """(background in every pixel, its kind), or None if too little of the picture is light enough."""
+    """Fit the background: (its color at every pixel, its kind), or None if too little of the image is light."""
     light_SS = image_SS3.min(2) > 0.70
     if light_SS.mean() < 0.15:
         return None
@@ -50,7 +49,7 @@ def fit_background(image_SS3):
         total = weight_SS.sum()
         kept_SS3 = image_SS3 * weight_SS[:, :, None]
         mean_3 = kept_SS3.sum((0, 1)) / total
-        best = (np.inf, None, 0.0)
+        best = (np.inf, "", 0.0, np.zeros(0))
         for axis in (0, 1):
             weight_S = weight_SS.sum(1 - axis)
             mean_S3 = kept_SS3.sum(1 - axis) / np.maximum(weight_S, 1)[:, None]
@@ -74,9 +73,9 @@ def fit_background(image_SS3):
 
 
 def connected_regions(mask_HW) -> list[np.ndarray]:
-    """Connected parts of a boolean mask (sides touch, corners do not), as arrays of flat pixel positions.
+    """Return the 4-connected regions of a boolean mask as arrays of flat pixel indices.
 
-    Runs of each row are joined to the runs they touch in the row above: Python sees runs, never pixels."""
+    Runs of each row are joined to the runs that they touch in the row above, so Python loops over runs, not pixels."""
     height, width = mask_HW.shape
     padded = np.zeros((height, width + 2), np.int8)
     padded[:, 1:-1] = mask_HW
@@ -115,7 +114,7 @@ def connected_regions(mask_HW) -> list[np.ndarray]:
 
 
 def erode(mask_HW):
-    """The mask without the pixels that touch its outside, corners included."""
+    """Erode a mask by 3 x 3: drop the pixels that touch its outside, corners included."""
     padded = np.zeros((mask_HW.shape[0] + 2, mask_HW.shape[1] + 2), bool)
     padded[1:-1, 1:-1] = mask_HW
     rows = padded[:-2] & padded[1:-1] & padded[2:]
@@ -123,11 +122,12 @@ def erode(mask_HW):
 
 
 def dilate(mask_HW):
+    """Dilate a mask by 3 x 3."""
     return ~erode(~np.pad(mask_HW, 1))[1:-1, 1:-1] if mask_HW.size else mask_HW
 
 
 def overlap_fractions(own_HW, seeds) -> list[np.ndarray]:
-    """A mask dealt out to seeds within it, each pixel to the seed that grows to it first."""
+    """Divide a mask between seeds in it, each pixel to the seed whose dilation reaches it first."""
     parts = [seed_HW.copy() for seed_HW in seeds]
     free_HW = own_HW & ~np.logical_or.reduce(parts)
     left = -1
@@ -140,7 +140,7 @@ def overlap_fractions(own_HW, seeds) -> list[np.ndarray]:
 
 
 def flood_fill(mask_HW, seed_HW):
-    """The parts of a mask that a seed lies in."""
+    """Return the connected regions of a mask that contain a pixel of the seed."""
     reached_HW = np.zeros(mask_HW.shape, bool)
     for part in connected_regions(mask_HW):
         if seed_HW.ravel()[part].any():
@@ -163,7 +163,7 @@ def _peak(strength_SS):
 
 
 def box_of(flat, width):
-    """Top, left, bottom, right of flat pixel positions in a picture of that width, all inclusive."""
+    """Return top, left, bottom, right of flat pixel indices in an image of that width, all inclusive."""
     rows, columns = flat // width, flat % width
     return rows.min(), columns.min(), rows.max(), columns.max()
 
@@ -176,7 +176,7 @@ def _separate(flat, cores, side) -> list[np.ndarray]:
     """A region cut where only faint pixels join its cores; itself if there is nothing to cut."""
     cores = sorted((c for c in cores if len(c) >= 0.5 * MIN_AREA * side * side), key=len, reverse=True)
     kept: list[tuple] = []
-    for core in cores:  # what lies within another core's box is its guest or a piece of it, not a neighbour
+    for core in cores:  # what lies within another core's box is its guest or a piece of it, not a neighbor
         box = box_of(core, side)
         if not any(_holds_box(other, box) for other, _ in kept):
             kept.append((box, core))
@@ -191,7 +191,7 @@ def _separate(flat, cores, side) -> list[np.ndarray]:
 
 
 def regions_of_objects(image_SS3, ground_SS3):
-    """[(region that differs from the background, the pieces it may be cut into)]."""
+    """Return [(region that differs from the background, the pieces that it may be cut into)]."""
     side = len(image_SS3)
     strength_SS = np.sqrt(((image_SS3 - ground_SS3) ** 2).sum(2))
     loose = [flat for flat in connected_regions(strength_SS > 0.2) if len(flat) >= MIN_AREA * side * side]

@@ -1,11 +1,10 @@
-"""Names the shape, colour and fill of a soft mask by drawing every candidate and comparing.
+"""Shape, color and fill of a soft mask, found by rendering every candidate and comparing.
 
-Each shape starts at the mask's area and centroid; the promising ones are moved, sized and turned by
-Gauss-Newton steps; the largest overlap wins. The drawing may be seen through a small blur, as a learned
-decoder's pictures are.
+Each shape starts at the mask's area and centroid; the best ones are moved, scaled and rotated by Gauss-Newton steps; the
+largest overlap wins. Renderings may be blurred, as the images of a learned decoder are.
 
 H W height and width of the window, P poses (x, y, radius in pixels; angle in radians), N pixels, F fills,
-C colours."""
+C colors."""
 
 from dataclasses import dataclass
 
@@ -15,8 +14,8 @@ from dalle_jax.data.scenes.rendering import FILL_DISTANCES, MAX_SIDE, RIM, SHAPE
 from dalle_jax.data.scenes.scene import COLORS, FILLS, SHAPES
 from dalle_jax.evaluate.scenes.masks import STEPS_C3, TONES_C3
 
-MIN_GAIN = 0.4  # share of a pattern's contrast below which a fill counts as solid
-_CENTRES = np.arange(MAX_SIDE, dtype=np.float32) + np.float32(0.5)
+MIN_GAIN = 0.4  # fraction of a pattern's contrast below which a fill counts as solid
+_CENTERS = np.arange(MAX_SIDE, dtype=np.float32) + np.float32(0.5)
 
 
 def _unit_table():
@@ -31,7 +30,7 @@ def _unit_table():
 
 
 _UNIT = _unit_table()
-# Kernels (centre, first neighbour, ...) that a soft picture may have been seen through, of standard deviation
+# Kernels (center, first neighbor, ...) that a soft picture may have been seen through, of standard deviation
 # 0, 0.5, 0.7 and 1 pixel; the last is left to pictures large enough that it smears no small shape.
 BLURS = ((1.0,), (0.76, 0.12), (0.5, 0.25), (0.375, 0.25, 0.0625))
 # Half steps of the fit: place and radius in radii, angle in radians.
@@ -45,18 +44,18 @@ def _frame(pose_P4, height, width):
     pose_P4 = pose_P4.astype(np.float32)
     x, y, r, a = (pose_P4[:, i, None, None] for i in range(4))
     c, s = np.cos(a), np.sin(a)
-    along = (_CENTRES[:width] - x) / r
-    down = (_CENTRES[:height, None] - y) / r
+    along = (_CENTERS[:width] - x) / r
+    down = (_CENTERS[:height, None] - y) / r
     return c * along + s * down, c * down - s * along, r
 
 
 def _blurred(image_PHW, blur):
     """Each plane smoothed by a kernel of BLURS along both axes; what lies outside counts as empty."""
-    centre, *taps = BLURS[blur]
+    center, *taps = BLURS[blur]
     for axis in (1, 2):
         if not taps:
             return image_PHW
-        smooth_PHW = centre * image_PHW
+        smooth_PHW = center * image_PHW
         for step, tap in enumerate(taps, 1):
             near, far = [slice(None)] * 3, [slice(None)] * 3
             near[axis], far[axis] = slice(step, None), slice(None, -step)
@@ -105,7 +104,7 @@ def _refined(shape, pose_4, mask_HW, blur, rounds):
 
 @dataclass(slots=True)
 class ShapeFit:
-    """A shape at a pose, seen through the kernel BLURS[blur]; score: its overlap with the mask."""
+    """A shape at a pose, blurred by the kernel BLURS[blur]; score: its overlap with the mask."""
 
     shape: str
     pose_4: np.ndarray
@@ -114,13 +113,13 @@ class ShapeFit:
 
 
 def best_fit(masks, blurs) -> ShapeFit:
-    """The shape that covers one of the masks best, through any of the first `blurs` kernels."""
+    """Return the shape with the largest overlap with one of the masks, for any of the first `blurs` kernels."""
     height, width = masks[0].shape
     tries = []
     for mask_HW in masks:
         mass = float(mask_HW.sum())
-        cx = float(mask_HW.sum(0) @ _CENTRES[:width]) / mass
-        cy = float(mask_HW.sum(1) @ _CENTRES[:height]) / mass
+        cx = float(mask_HW.sum(0) @ _CENTERS[:width]) / mass
+        cy = float(mask_HW.sum(1) @ _CENTERS[:height]) / mass
         for shape in SHAPES:
             pose_4 = _first_pose(shape, mass, cx, cy)
             tries.append((_score(shape, pose_4, mask_HW, 1), shape, pose_4, mask_HW))
@@ -139,10 +138,10 @@ def best_fit(masks, blurs) -> ShapeFit:
 
 
 def color_and_fill(fit: ShapeFit, image_HW3, ground_HW3):
-    """The colour and fill whose drawing over the background comes nearest to the pixels.
+    """Return the color and fill whose rendering over the background is nearest to the pixels.
 
-    A patterned drawing is the plain one plus gain * light * (tint - tone); the gain that fits best says how
-    much of the pattern is there, so a faded pattern is still one and noise is none."""
+    A patterned rendering is the plain one plus gain * light * (tint - tone); a pattern counts where the gain that fits
+    best is at least MIN_GAIN, so that noise is none."""
     height, width = image_HW3.shape[:2]
     u, v, r = (a[0] for a in _frame(fit.pose_4[None], height, width))
     r = r.item()
@@ -164,8 +163,8 @@ def color_and_fill(fit: ShapeFit, image_HW3, ground_HW3):
         errors_FC.append(errors_FC[0] - 2 * gain_C * along_C + gain_C**2 * power_C)
         gains_FC.append(gain_C)
     errors_FC = np.array(errors_FC)
-    colour = int(np.argmin(errors_FC.min(0)))
-    fill = int(np.argmin(errors_FC[:, colour]))
-    if gains_FC[fill][colour] < MIN_GAIN:
+    color = int(np.argmin(errors_FC.min(0)))
+    fill = int(np.argmin(errors_FC[:, color]))
+    if gains_FC[fill][color] < MIN_GAIN:
         fill = 0
-    return COLORS[colour], FILLS[fill]
+    return COLORS[color], FILLS[fill]

@@ -1,10 +1,9 @@
-"""Reads a picture of a procedural scene back into objects, and checks a caption's facts against it.
+"""Detection of the objects in an image of a procedural scene, and verification of a caption's facts.
 
-Analysis by synthesis, without a learned model: scene_regions finds what differs from the background,
-scene_masks turns it into one soft mask per object, shape_fit draws every shape over that mask and keeps the
-best. What a picture must show to be right, and how sure the reader must be, is decided here.
+Analysis by synthesis, without a learned model: regions.py finds what differs from the background, masks.py turns it
+into a soft mask per object, shape_fit.py renders every shape over the mask and keeps the best.
 
-S side of the picture, 3 colour channels."""
+S side of the image, H W height and width of a window, 3 color channels."""
 
 from dataclasses import dataclass
 from itertools import permutations
@@ -18,17 +17,20 @@ from dalle_jax.evaluate.scenes.masks import object_masks
 from dalle_jax.evaluate.scenes.regions import MIN_AREA, fit_background, regions_of_objects
 from dalle_jax.evaluate.scenes.shape_fit import BLURS, best_fit, color_and_fill
 
-MIN_CONFIDENCE = 0.80  # overlap with the drawn shape below which a region is no shape at all
-WORKING_SIDE = 64  # larger pictures are averaged down to this where their side is a multiple of it
+MIN_CONFIDENCE = 0.80  # overlap with the rendered shape below which a region is no shape
+_WORKING_SIDE = 64  # larger images are averaged down to this where their side is a multiple of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectedObject:
-    """One object read from a picture.
+    """An object detected in an image.
 
-    shape, colour, size, fill: a word of SHAPES, COLOURS, SIZES, FILLS. x, y: centre in [0, 1], y downwards.
-    diameter: share of the side. confidence: overlap of the region with the drawn shape, in [0, 1]; below
-    MIN_CONFIDENCE the words are a best guess that no fact may rest on."""
+    Attributes:
+        shape, color, size, fill: a word of SHAPES, COLORS, SIZES, FILLS.
+        x, y: center in [0, 1], y downwards.
+        diameter: fraction of the side.
+        confidence: overlap of the region with the rendered shape, in [0, 1]; below MIN_CONFIDENCE no fact holds by it.
+    """
 
     shape: str
     color: str
@@ -42,7 +44,13 @@ class DetectedObject:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """right: every fact holds. score: share of the facts that hold. failed: those that do not, in words."""
+    """The verdict on an image.
+
+    Attributes:
+        right: whether every fact holds.
+        score: fraction of the facts that hold.
+        failed: descriptions of those that do not.
+    """
 
     right: bool
     score: float
@@ -53,24 +61,24 @@ def _pixels(image) -> np.ndarray:
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] != image.shape[1]:
         raise ValueError(
-            f"want a square picture of shape (side, side, 3), got {image.shape}; crop it, channels last"
+            f"Expected a square image of shape (side, side, 3), got {image.shape}. Crop it, channels last."
         )
     side = image.shape[0]
     if not MIN_SIDE <= side <= MAX_SIDE:
-        raise ValueError(f"want a side of {MIN_SIDE}..{MAX_SIDE} pixels, got {side}; resize the picture")
+        raise ValueError(f"Expected a side of {MIN_SIDE} to {MAX_SIDE} pixels, got {side}. Resize the image.")
     if image.dtype == np.uint8:
         image_SS3 = image * np.float64(1 / 255)
     elif np.issubdtype(image.dtype, np.floating):
         image_SS3 = image.astype(np.float64)
         if not np.isfinite(image_SS3).all() or image_SS3.min() < 0 or image_SS3.max() > 1:
             raise ValueError(
-                "want finite floats in [0, 1], got values outside; clip the picture or pass uint8"
+                "Expected finite floats in [0, 1], got values outside. Clip the image or pass uint8."
             )
     else:
-        raise ValueError(f"want uint8 or floats in [0, 1], got {image.dtype}; convert the picture")
-    step = side // WORKING_SIDE
-    if step > 1 and side == step * WORKING_SIDE:
-        image_SS3 = image_SS3.reshape(WORKING_SIDE, step, WORKING_SIDE, step, 3).mean((1, 3))
+        raise ValueError(f"Expected uint8 or floats in [0, 1], got {image.dtype}. Convert the image.")
+    step = side // _WORKING_SIDE
+    if step > 1 and side == step * _WORKING_SIDE:
+        image_SS3 = image_SS3.reshape(_WORKING_SIDE, step, _WORKING_SIDE, step, 3).mean((1, 3))
     return image_SS3
 
 
@@ -81,12 +89,12 @@ def _size_of(diameter):
 def _found(masks, image_HW3, ground_HW3, top, left, side) -> DetectedObject:
     blurs = len(BLURS) if side >= 48 else len(BLURS) - 1
     fit = best_fit([mask_HW.astype(np.float32) for mask_HW in masks], blurs)
-    colour, fill = color_and_fill(fit, image_HW3, ground_HW3)
+    color, fill = color_and_fill(fit, image_HW3, ground_HW3)
     x, y, r, _ = fit.pose_4.tolist()
     diameter = 2 * r / side
     return DetectedObject(
         shape=fit.shape,
-        color=colour,
+        color=color,
         size=_size_of(diameter),
         fill=fill,
         x=(x + left) / side,
@@ -123,8 +131,8 @@ def _read(image) -> tuple[tuple[DetectedObject, ...], str | None]:
     ground_SS3, kind = behind
     found = []
     for flat, pieces in regions_of_objects(image_SS3, ground_SS3):
-        whole = _read_region(image_SS3, ground_SS3, flat, side)
-        # Neighbours that blur has joined, or one object with a loose pattern: the better reading wins.
+        whole: list[DetectedObject] = _read_region(image_SS3, ground_SS3, flat, side)
+        # Neighbors that blur has joined, or one object with a loose pattern: the better reading wins.
         if len(pieces) > 1 and _least(whole) < 0.9:
             cut = [one for piece in pieces for one in _read_region(image_SS3, ground_SS3, piece, side)]
             whole = cut if _least(cut) > _least(whole) else whole
@@ -133,16 +141,23 @@ def _read(image) -> tuple[tuple[DetectedObject, ...], str | None]:
 
 
 def detect_objects(image) -> tuple[DetectedObject, ...]:
-    """The objects of a picture, in reading order of their regions, a host before what lies inside it.
+    """Detect the objects of an image.
 
-    image: uint8, or floats in [0, 1], of shape (side, side, 3) with a side of 32..256. Regions that look like
-    no shape are returned too, with a confidence below MIN_CONFIDENCE. Empty where no light background is
-    found. Raises ValueError for any other shape, dtype or range."""
+    Args:
+        image: uint8, or floats in [0, 1], of shape (side, side, 3) with a side of 32 to 256.
+
+    Returns:
+        Objects in reading order of their regions, an outer object before an inner one. A region that is no shape has a
+        confidence below MIN_CONFIDENCE. () where no light background is found.
+
+    Raises:
+        ValueError: another shape, dtype or range.
+    """
     return _read(image)[0]
 
 
 def _failures(facts: Facts, chosen: list[DetectedObject | None]) -> list[str]:
-    """What does not hold if chosen[i] is the object that facts.objects[i] means (None: it is missing)."""
+    """The facts that fail if chosen[i] is the object of facts.objects[i]; None is a missing object."""
     failed = []
     for fact, found in zip(facts.objects, chosen, strict=True):
         name = f"{fact.color} {fact.shape}"
@@ -164,14 +179,14 @@ def _failures(facts: Facts, chosen: list[DetectedObject | None]) -> list[str]:
 
 
 def _assignments(facts: Facts, found: tuple[DetectedObject, ...]):
-    """Every way to let each fact's object mean a different found one of its colour and shape."""
+    """All assignments of different detected objects of the right color and shape to the objects of the facts."""
     sure = [f for f in found if f.confidence >= MIN_CONFIDENCE]
     wanted: dict[tuple[str, str], list[int]] = {}
     for i, fact in enumerate(facts.objects):
         wanted.setdefault((fact.color, fact.shape), []).append(i)
     ways: list[list[DetectedObject | None]] = [[None] * len(facts.objects)]
-    for (colour, shape), positions in wanted.items():
-        same: list[DetectedObject | None] = [f for f in sure if (f.color, f.shape) == (colour, shape)][:5]
+    for (color, shape), positions in wanted.items():
+        same: list[DetectedObject | None] = [*[f for f in sure if (f.color, f.shape) == (color, shape)][:5]]
         same += [None] * max(0, len(positions) - len(same))
         orders = list(permutations(same, len(positions)))
         grown = []
@@ -185,13 +200,20 @@ def _assignments(facts: Facts, found: tuple[DetectedObject, ...]):
 
 
 def verify(image, facts: Facts) -> Verdict:
-    """Whether a picture shows what a caption claims.
+    """Check whether an image agrees with a caption.
 
-    image: as for read. facts: of a Caption. right demands each object with its colour and shape, its size and
-    fill where they are stated, each relation, the count and the background where they are stated, and nothing
-    that looks like no shape at all. Raises ValueError for a malformed picture or facts without objects."""
+    A right image has each object with its color and shape, with its size and fill where they are stated, each relation,
+    and the count and the background where they are stated; and no region that is no shape.
+
+    Args:
+        image: as for `detect_objects`.
+        facts: of a Caption, with at least one object.
+
+    Raises:
+        ValueError: an invalid image, or facts without objects.
+    """
     if not facts.objects:
-        raise ValueError("want facts with at least one object, got none; take them from a Caption")
+        raise ValueError("Expected facts with at least one object, got none. Take them from a Caption.")
     found, kind = _read(image)
     failed = min((_failures(facts, way) for way in _assignments(facts, found)), key=len)
     total = len(facts.relations)
