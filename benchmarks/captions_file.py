@@ -29,8 +29,10 @@ def write_requests(path: Path, count: int) -> list[dict]:
 
     rng, rows = np.random.default_rng(0), []
     for i in range(count):
-        scene = generator.scene(i, max_objects=1, sizes=("large",), fills=("solid",), backgrounds=("plain",))
-        text = scene_captions.captions(scene, index=i)[i % 2].text
+        scene = generator.generate_scene(
+            i, max_objects=1, sizes=("large",), fills=("solid",), backgrounds=("plain",)
+        )
+        text = scene_captions.scene_captions(scene, index=i)[i % 2].text
         words, between = (text.split(), " ") if i % 2 == 0 else (list(text), "")
         rows.append({
             "caption": between.join(words[: rng.integers(1, len(words) + 1)]),

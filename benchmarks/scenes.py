@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from dalle_jax.data.scenes.generator import LANGUAGES, captions, render, scene
-from dalle_jax.evaluate.scenes.verifier import verify
+from dalle_jax.data.scenes.generator import LANGUAGES, generate_scene, render_scene, scene_captions
+from dalle_jax.evaluate.scenes.verifier import verify_scene
 
 
 def seconds_per_call(fn, count: int) -> float:
@@ -26,13 +26,13 @@ def seconds_per_call(fn, count: int) -> float:
 
 def make_caption(s, i: int):
     """Return one caption of a scene, in English for even i and in Chinese for odd i."""
-    return captions(s, index=i, languages=LANGUAGES[i % 2 : i % 2 + 1])
+    return scene_captions(s, index=i, languages=LANGUAGES[i % 2 : i % 2 + 1])
 
 
 def make_row(i: int, side: int) -> None:
     """Do the work of a data source for one row."""
-    s = scene(i)
-    render(s, side)
+    s = generate_scene(i)
+    render_scene(s, side)
     make_caption(s, i)
 
 
@@ -40,21 +40,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=2000, help="scenes")
     count = parser.parse_args().count
-    scenes = [scene(i) for i in range(count)]
-    print(f"layout        {1e6 * seconds_per_call(scene, count):6.0f} us")
+    scenes = [generate_scene(i) for i in range(count)]
+    print(f"layout        {1e6 * seconds_per_call(generate_scene, count):6.0f} us")
     print(f"one caption   {1e6 * seconds_per_call(lambda i: make_caption(scenes[i], i), count):6.0f} us")
     for side in (32, 64, 128, 256):
         rows = count if side <= 64 else min(count, 200)
-        pixels = seconds_per_call(lambda i, side=side: render(scenes[i], side), rows)
+        pixels = seconds_per_call(lambda i, side=side: render_scene(scenes[i], side), rows)
         whole = seconds_per_call(lambda i, side=side: make_row(i, side), rows)
         print(
             f"{side:3} px pixels {1e6 * pixels:6.0f} us, all {1e6 * whole:6.0f} us = {1 / whole:.0f} scenes/s"
         )
     verified = min(count, 100)
     for side in (32, 64, 128):
-        images = [render(scenes[i], side) for i in range(verified)]
+        images = [render_scene(scenes[i], side) for i in range(verified)]
         facts = [make_caption(scenes[i], i)[0].facts for i in range(verified)]
-        each = seconds_per_call(lambda i, images=images, facts=facts: verify(images[i], facts[i]), verified)
+        each = seconds_per_call(
+            lambda i, images=images, facts=facts: verify_scene(images[i], facts[i]), verified
+        )
         print(f"{side:3} px  verifier {1e3 * each:5.1f} ms = {1 / each:5.0f} images/s")
 
 

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from dalle_jax.aot.training_step import step_and_arguments
-from dalle_jax.cli.train import parse_args
+from dalle_jax.cli.train import parse_train_args
 from dalle_jax.config import DiffusionConfig, TrainConfig
 from dalle_jax.parallel.devices import peak_flops
 from dalle_jax.parallel.mesh import make_mesh
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     if not rest or rest[0].startswith("-"):
         parser.error("the first argument is a configuration: python -m benchmarks.step configs/X.py")
     try:
-        config = parse_args(rest, "benchmarks.step").config
+        config = parse_train_args(rest, "benchmarks.step").config
         job = peer_job(config, args.steps) if args.peer_python else None
         report = measure_step(config, args.steps, args.trace)
     except (ValueError, OSError) as error:

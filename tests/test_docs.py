@@ -46,7 +46,7 @@ def test_flags_of_commands_exist(page, line, monkeypatch, capsys):
         if not rest[0].startswith("configs/"):
             return
         rest = [word for i, word in enumerate(rest) if "--init-from" not in (word, rest[i - 1])]
-        assert train.parse_args(rest) is not None
+        assert train.parse_train_args(rest) is not None
         return
     problems = [_parse_problem(flags, rest, capsys) for flags in all_flags_of(command).values()]
     assert None in problems, problems

@@ -102,7 +102,7 @@ def read_params(path: Path, model: ModelConfig) -> tuple[Params, int]:
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays), int(step) if step.isdigit() else 0
 
 
-def fingerprint(model: ModelConfig, params: Params) -> str:
+def params_fingerprint(model: ModelConfig, params: Params) -> str:
     """Return 16 hexadecimal digits that change with any parameter; codes record the image tokenizer by it.
 
     The configuration is left out: its sizes show in the shapes of the parameters, and a field that a later version

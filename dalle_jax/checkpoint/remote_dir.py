@@ -77,14 +77,14 @@ def checkpoints_of(run_dir: Path) -> Any:
     return run_dir / CHECKPOINTS_DIR if url is None else remote_path(f"{url}/{CHECKPOINTS_DIR}")
 
 
-def pull(run_dir: Path) -> None:
+def download_run(run_dir: Path) -> None:
     """Download the files that other processes have uploaded; no effect for a run on disk."""
     url = _url_of(run_dir)
     if url is not None:
         _download(remote_path(url), run_dir)
 
 
-def push(run_dir: Path) -> None:
+def upload_run(run_dir: Path) -> None:
     """Upload every file that has changed; no effect for a run on disk. Raises OSError if an upload fails."""
     url = _url_of(run_dir)
     if url is None:

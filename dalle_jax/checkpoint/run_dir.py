@@ -122,11 +122,11 @@ def sync_run_dir(run_dir: Path) -> None:
     A remote directory is copied: the first process uploads, the others download.
     """
     if jax.process_index() == 0:
-        remote_dir.push(run_dir)
+        remote_dir.upload_run(run_dir)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("sync_run_dir")
         if jax.process_index() > 0:
-            remote_dir.pull(run_dir)
+            remote_dir.download_run(run_dir)
 
 
 def _check_same_run(path: Path, config: TrainConfig) -> None:

@@ -65,7 +65,7 @@ def run(args: DataArgs) -> dict[str, Any]:
         causes = _decode_all(rows) if args.convert_to is None else Counter()  # building decodes them as well
         result["splits"][split] = _describe(rows, causes)
     if args.duplicates is not None:
-        result["duplicates"] = _find_duplicates(opened, output.directory(args.duplicates))
+        result["duplicates"] = _find_duplicates(opened, output.output_directory(args.duplicates))
     built = None
     if args.out is not None:
         built, causes_of = _build(args.path, source, captioned, args.out, args.size)
@@ -119,7 +119,7 @@ def _build(
     names = _split_names(source)
     splits = {names[split]: dataset for split, dataset in rows.items()}
     built, left_out = build_tfds(
-        name, splits, output.directory(out), size=size, progress=ProgressPrinter("rows")
+        name, splits, output.output_directory(out), size=size, progress=ProgressPrinter("rows")
     )
     return built, {split: left_out[names[split]] for split in rows}
 

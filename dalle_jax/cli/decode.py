@@ -79,7 +79,7 @@ def run(args: DecodeArgs) -> dict[str, Any]:
     codes, encoded_by = _read_codes(args.codes)
     tokenizer, decode = args.load_decoder()
     to_file = args.out.endswith(".npz")
-    out = output.file(args.out) if to_file else output.directory(args.out)
+    out = output.output_file(args.out) if to_file else output.output_directory(args.out)
     if encoded_by is not None and encoded_by != tokenizer.fingerprint:
         print(
             f"warning: {args.codes} was made by tokenizer {encoded_by}, {args.run} has {tokenizer.fingerprint}: "

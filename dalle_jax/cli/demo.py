@@ -76,7 +76,7 @@ def run(args: DemoArgs) -> dict[str, Any]:
     """
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; want at least 1 caption of each kind")
-    out = output.directory(args.out)
+    out = output.output_directory(args.out)
     results = _Results(out / "results.json")
     tokenizer, transformer = demo_configs(args)
     finished = False

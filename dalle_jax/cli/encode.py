@@ -15,7 +15,7 @@ from dalle_jax.cli import output
 from dalle_jax.cli.common_args import JsonFlag, RunPath, resolve_data
 from dalle_jax.config import DataConfig
 from dalle_jax.data import images
-from dalle_jax.data.codes import EVAL_DIR, is_complete
+from dalle_jax.data.codes import EVAL_DIR, is_shard_complete
 from dalle_jax.data.sources import open_source
 from dalle_jax.files.atomic import write_npz
 from dalle_jax.parallel.processes import process_index_and_count
@@ -71,7 +71,7 @@ def run(args: EncodeArgs) -> dict[str, Any]:
     for field in dataclasses.fields(args):
         if field.name in _DATA_FLAGS and getattr(args, field.name) != field.default:
             raise ValueError(f"--{field.name.replace('_', '-')} is for --data; leave it out")
-    tokenizer, out = load(args.run, TokenizerPipeline), output.file(args.out)
+    tokenizer, out = load(args.run, TokenizerPipeline), output.output_file(args.out)
     codes = _encode_files(tokenizer, args.images, ProgressPrinter("rows"))
     encoded_by = np.array(tokenizer.fingerprint)
     write_npz(out, codes=codes, names=np.array(args.images), tokenizer=encoded_by)
@@ -86,7 +86,7 @@ def run(args: EncodeArgs) -> dict[str, Any]:
 
 
 def _encode_training_set(args: EncodeArgs, data: DataConfig) -> dict[str, Any]:
-    tokenizer, out = load(args.run, TokenizerPipeline), output.directory(args.out)
+    tokenizer, out = load(args.run, TokenizerPipeline), output.output_directory(args.out)
     if args.process is None and args.processes is None:
         process = process_index_and_count()
     elif args.process is not None and args.processes is not None:
@@ -103,7 +103,7 @@ def _encode_training_set(args: EncodeArgs, data: DataConfig) -> dict[str, Any]:
         progress=ProgressPrinter("rows"),
     )
     eval_rows = _encode_eval_split(args, tokenizer, data, out / EVAL_DIR, process)
-    missing = sum(not is_complete(out, info, k) for k in range(info.shards))
+    missing = sum(not is_shard_complete(out, info, k) for k in range(info.shards))
     next_step = (
         f"{missing} of {info.shards} shards are still missing, of other processes"
         if missing

@@ -11,7 +11,7 @@ from dalle_jax.checkpoint.export import export_run
 from dalle_jax.checkpoint.layout import PARAMS_FILE
 from dalle_jax.checkpoint.load import load_run
 from dalle_jax.cli.common_args import JsonFlag, RunPath
-from dalle_jax.cli.output import new_directory
+from dalle_jax.cli.output import new_output_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class ExportArgs:
 
 def run(args: ExportArgs) -> dict[str, Any]:
     """Write model.safetensors, config.json and the tokenizers of the run."""
-    out = new_directory(args.out)
+    out = new_output_directory(args.out)
     run = load_run(args.run)
     count = export_run(run, out)
     print(f"{count:,} parameters of step {run.step} in {out / PARAMS_FILE}; {out} is a run directory")

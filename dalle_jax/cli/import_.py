@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from dalle_jax.checkpoint.export import write_imported_run
 from dalle_jax.checkpoint.load import Run, load_run
 from dalle_jax.cli.common_args import JsonFlag
-from dalle_jax.cli.output import new_directory
+from dalle_jax.cli.output import new_output_directory
 from dalle_jax.config import ClipConfig, TransformerConfig
 from dalle_jax.importers import FAMILIES, open_model
 from dalle_jax.importers.tensors import ImportedModel
@@ -52,7 +52,7 @@ class ImportArgs:
 
 def run(args: ImportArgs) -> dict[str, Any]:
     """Read, check and write the checkpoint."""
-    out = new_directory(args.out)
+    out = new_output_directory(args.out)
     start = time.monotonic()
     names = sorted({name for family in FAMILIES.values() for name in family.options})
     imported = open_model(args.family, args.path, **{name: getattr(args, name) for name in names})

@@ -12,7 +12,7 @@ from dalle_jax.data import images
 from dalle_jax.pipelines import TokenizerPipeline
 
 
-def directory(path: str) -> Path:
+def output_directory(path: str) -> Path:
     """Create the directory `path` if it is missing.
 
     Raises:
@@ -26,7 +26,7 @@ def directory(path: str) -> Path:
     return out
 
 
-def new_directory(path: str) -> Path:
+def new_output_directory(path: str) -> Path:
     """Check that the directory `path` is new or empty, without creating it.
 
     Raises:
@@ -38,7 +38,7 @@ def new_directory(path: str) -> Path:
     return out
 
 
-def file(path: str) -> Path:
+def output_file(path: str) -> Path:
     """Check that the file `path` can be written, and create its directory.
 
     Raises:

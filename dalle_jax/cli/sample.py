@@ -433,7 +433,7 @@ def run(args: SampleArgs) -> dict[str, Any]:
         ranked = sample_and_rerank(pipeline, ranker, requests, candidates, top, config, **options)
         stream = ((i, image) for i, best in enumerate(ranked) for image in best)
         results = {"clip": str(ranker.run.path), "candidates": candidates}
-    out = output.directory(args.out)  # after the checks of the requests, before anything is computed
+    out = output.output_directory(args.out)  # after the checks of the requests, before anything is computed
     grid = output.LabeledGrid(out / "grid.png", columns)
     for i, image in stream:
         if not finished:

@@ -159,7 +159,7 @@ def run_job(
     pipeline.sample(
         [image.request for image in job_images], config, batch_size=batch_size
     )  # checks all requests
-    directory = output.directory(out)
+    directory = output.output_directory(out)
     settings = [_settings(image.request, config) for image in job_images]
     listed = [
         [image.file, image.caption, *own.values()] for image, own in zip(job_images, settings, strict=True)

@@ -49,7 +49,7 @@ def run(args: TextArgs) -> dict[str, Any]:
         raise ValueError(
             f"Expected --captions and --text-len of at least 1, got {args.captions} and {args.text_len}."
         )
-    out = output.file(args.out)
+    out = output.output_file(args.out)
     source = allow_bad_records(resolve_data(args.path).source, 1.0)  # rows may lack one of the languages
     captions = list(iter_captions(open_source(source, "train"), args.captions))
     start = time.monotonic()

@@ -69,7 +69,7 @@ class _BaseArgs:
     data_path: Annotated[str | None, arg(name="data.path")] = None
 
 
-def parse_args(argv: Sequence[str], prog: str = "dalle-jax train") -> TrainArgs:
+def parse_train_args(argv: Sequence[str], prog: str = "dalle-jax train") -> TrainArgs:
     """Parse `CONFIG [--field value ...]`: the defaults of the flags are the fields of the file CONFIG.
 
     Args:

@@ -130,7 +130,7 @@ def read_codes_info(directory: str | os.PathLike) -> CodesInfo:
     return info
 
 
-def is_complete(directory: str | os.PathLike, info: CodesInfo, k: int) -> bool:
+def is_shard_complete(directory: str | os.PathLike, info: CodesInfo, k: int) -> bool:
     """Return whether shard k exists with all its rows."""
     path = _shard_path(Path(directory), info, k)
     try:

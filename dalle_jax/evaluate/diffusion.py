@@ -126,11 +126,11 @@ def measure_decoder(
     right: dict[str, list[bool]] = {"accuracy_reconstruction": [], "tokenizer_accuracy_reconstruction": []}
     for kind in scene_kinds(data, model.image_size):
         pairs = unseen_captions(data, kind, count)
-        images = np.stack([generator.render(scene, model.image_size) for _, scene in pairs])
+        images = np.stack([generator.render_scene(scene, model.image_size) for _, scene in pairs])
         facts = [caption.facts for caption, _ in pairs]
         both = _decode_both(model, tokenizer, images, sampling, seed, progress)
         for verdicts, decoded in zip(right.values(), both, strict=True):
-            verdicts += [verifier.verify(i, f).right for i, f in zip(decoded, facts, strict=True)]
+            verdicts += [verifier.verify_scene(i, f).right for i, f in zip(decoded, facts, strict=True)]
     return metrics | {name: float(np.mean(verdicts)) for name, verdicts in right.items() if verdicts}
 
 

@@ -344,7 +344,7 @@ def sample_and_verify(
 def verify_images(captions: Sequence[Caption], images: np.ndarray) -> list[VerifiedImage]:
     """Verify images, uint8 (R, H, W, 3), against their captions."""
     return [
-        VerifiedImage(caption, image, verifier.verify(image, caption.facts))
+        VerifiedImage(caption, image, verifier.verify_scene(image, caption.facts))
         for caption, image in zip(captions, images, strict=True)
     ]
 
@@ -391,7 +391,7 @@ def reconstruction_accuracy(tokenizer: TokenizerPipeline, data: DataConfig, coun
     metrics: Metrics = {}
     for kind in scene_kinds(data, tokenizer.image_size):
         pairs = unseen_captions(data, kind, count)
-        images = np.stack([generator.render(scene, tokenizer.image_size) for _, scene in pairs])
+        images = np.stack([generator.render_scene(scene, tokenizer.image_size) for _, scene in pairs])
         verified = verify_images(
             [caption for caption, _ in pairs], tokenizer.reconstruct(images, batch_size=EVAL_ROWS)
         )

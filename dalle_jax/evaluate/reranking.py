@@ -104,7 +104,7 @@ def _score_and_verify(
     for batch in chunked(zip(generated, owners, strict=True), EVAL_ROWS):
         images = np.stack([image.image for image, _ in batch])
         score.append(clip.score(images, [caption.text for _, caption in batch]))
-        right += [verifier.verify(image.image, caption.facts).right for image, caption in batch]
+        right += [verifier.verify_scene(image.image, caption.facts).right for image, caption in batch]
     shape = (len(captions), candidates)
     return np.concatenate(score).reshape(shape), np.array(right).reshape(shape)
 

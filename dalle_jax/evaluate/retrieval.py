@@ -21,7 +21,7 @@ _KS = (1, 5, 10)
 _DEFAULT_TEMPLATES = ("a {}",)
 
 
-def ranks(score_QA: np.ndarray, right_QA: np.ndarray) -> np.ndarray:
+def retrieval_ranks(score_QA: np.ndarray, right_QA: np.ndarray) -> np.ndarray:
     """Count the wrong answers before the first right one.
 
     A wrong answer with the same score counts as before it, so a model that gives all answers one score finds none.
@@ -37,7 +37,7 @@ def ranks(score_QA: np.ndarray, right_QA: np.ndarray) -> np.ndarray:
     return np.sum(~right_QA & (score_QA >= best_Q1), axis=1)
 
 
-def recalls(name: str, rank_Q: np.ndarray, answers: int) -> Metrics:
+def recall_at_k(name: str, rank_Q: np.ndarray, answers: int) -> Metrics:
     """Return `NAME_recall_K`, the fraction of queries with a right answer among the first K, for each K below
     `answers`."""
     return {f"{name}_recall_{k}": float(np.mean(rank_Q < k)) for k in _KS if k < answers}
@@ -67,8 +67,8 @@ def measure_retrieval(
         right_RA[owners, i] = True
     score_RA = image_RE @ clip.embed_captions(list(texts)).T
     return {
-        **recalls("image_to_text", ranks(score_RA, right_RA), len(texts)),
-        **recalls("text_to_image", ranks(score_RA.T, right_RA.T), rows),
+        **recall_at_k("image_to_text", retrieval_ranks(score_RA, right_RA), len(texts)),
+        **recall_at_k("text_to_image", retrieval_ranks(score_RA.T, right_RA.T), rows),
         "pictures": rows,
         "texts": len(texts),
     }
@@ -101,7 +101,7 @@ def zero_shot(name: str, image_RE: np.ndarray, label_R: np.ndarray, class_CE: np
     """Return `NAME_top1` and, for more than 5 classes, `NAME_top5`: fractions of rows whose class is among the
     nearest ones."""
     right_RC = np.arange(len(class_CE))[None] == np.asarray(label_R)[:, None]
-    rank_R = ranks(image_RE @ class_CE.T, right_RC)
+    rank_R = retrieval_ranks(image_RE @ class_CE.T, right_RC)
     return {f"{name}_top{k}": float(np.mean(rank_R < k)) for k in (1, 5) if k < len(class_CE)}
 
 
@@ -153,7 +153,9 @@ def _scene_classes(clip: ClipPipeline, data: DataConfig, count: int, templates: 
         scenes = [scene for _, scene in unseen_captions(data, kind, count) if len(scene.objects) == 1]
         if not scenes or kind == "two_objects":
             continue
-        image_RE = clip.embed_images(np.stack([generator.render(scene, clip.image_size) for scene in scenes]))
+        image_RE = clip.embed_images(
+            np.stack([generator.render_scene(scene, clip.image_size) for scene in scenes])
+        )
         labels = np.array([pairs.index((s.objects[0].color, s.objects[0].shape)) for s in scenes])
         metrics |= zero_shot(f"zero_shot_{kind}", image_RE, labels, vectors)
     return {**metrics, "classes": len(pairs)} if metrics else {}

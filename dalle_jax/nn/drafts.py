@@ -95,7 +95,7 @@ def _commit_slots(
     return jnp.where(written_BQ, kv.slot_index(cfg, kind, position_B[:, None] + token_1Q), num_slots)
 
 
-def commit(
+def commit_draft_kv(
     cfg: DalleConfig,
     kind: AttentionKind,
     cache: LayerCache,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dalle_jax.config import DataConfig, MeshConfig
-from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_source, is_complete, open_codes_dir
+from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_source, is_shard_complete, open_codes_dir
 from dalle_jax.data.sources import Split, open_source
 from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.parallel.sharding import batch_sharding, replicated
@@ -71,7 +71,7 @@ def encode_dataset(
     open_codes_dir(directory, info)
     source.log_to(Path(directory) / (f"bad_records-{index}.jsonl" if index else "bad_records.jsonl"))
     own = range(index, info.shards, num_processes)
-    missing = [k for k in own if not is_complete(directory, info, k)]
+    missing = [k for k in own if not is_shard_complete(directory, info, k)]
     total = sum(len(info.shard(k)) for k in own)
     done = total - sum(len(info.shard(k)) for k in missing)
     encode, batch_size = _on_all_devices(tokenizer, min(shard_rows, count))

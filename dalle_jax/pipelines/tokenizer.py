@@ -61,7 +61,7 @@ class TokenizerPipeline:
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any parameter (`checkpoint.params_file.fingerprint`)."""
-        return params_file.fingerprint(self.config, self.run.params)
+        return params_file.params_fingerprint(self.config, self.run.params)
 
     def encode(
         self,

@@ -32,10 +32,10 @@ from dalle_jax.config import TransformerConfig
 from dalle_jax.models import autoregressive
 from dalle_jax.sampling.decode_state import (
     NewRequests,
-    decode_steps,
+    decode_slots,
+    decode_slots_speculatively,
     init_decode_state,
     prefill_slots,
-    speculative_passes,
 )
 from dalle_jax.sampling.generate import row_keys
 from dalle_jax.sampling.speculative import check_draft_len
@@ -199,14 +199,14 @@ class ContinuousBatcher:
         if self._draft_len is None:
             remaining = last - max(self._position.values())
             num_steps = remaining if max_passes is None else min(remaining, max_passes)
-            self._state = decode_steps(
+            self._state = decode_slots(
                 cfg, self._params, self._state, jnp.int32(num_steps), top_k=self._top_k, use_top_p=self._use_top_p
             )  # fmt: skip
             self._position = {slot: position + num_steps for slot, position in self._position.items()}
             return
         busy = self.num_slots - len(self._free)
         min_finished = min(self._prefill_sizes[1], busy) if self._waiting else 1
-        self._state = speculative_passes(
+        self._state = decode_slots_speculatively(
             cfg, self._params, self._state, jnp.int32(last if max_passes is None else max_passes),
             jnp.int32(min_finished), self._draft_len, top_k=self._top_k, use_top_p=self._use_top_p,
         )  # fmt: skip

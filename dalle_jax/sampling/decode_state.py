@@ -95,7 +95,7 @@ def _sample(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "top_k", "use_top_p"), donate_argnames="state")
-def decode_steps(
+def decode_slots(
     cfg: TransformerConfig,
     params: Params,
     state: DecodeState,
@@ -139,7 +139,7 @@ def decode_steps(
 @functools.partial(
     jax.jit, static_argnames=("cfg", "draft_len", "top_k", "use_top_p"), donate_argnames="state"
 )
-def speculative_passes(
+def decode_slots_speculatively(
     cfg: TransformerConfig,
     params: Params,
     state: DecodeState,

@@ -52,6 +52,6 @@ def _with_discriminator(
     return optax.transforms.partition(by_part, {name: name for name in by_part})
 
 
-def tokenizer_params(params: Params) -> Params:
+def mask_discriminator_params(params: Params) -> Params:
     """Mask every part of `params` but the tokenizer's, for the tokenizer's own optimizer."""
     return {name: part if name == "tokenizer" else optax.MaskedNode() for name, part in params.items()}

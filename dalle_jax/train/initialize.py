@@ -98,7 +98,7 @@ def init_from_run(state: TrainState, config: TrainConfig, mesh: Mesh) -> TrainSt
     return state._replace(params=loaded, ema=copy(averages))
 
 
-def copy_vocabulary(config: TrainConfig, path: Path) -> bool:
+def copy_text_tokenizer(config: TrainConfig, path: Path) -> bool:
     """Copy the text tokenizer of the run `config.init_from` to `path`; return False if there is none."""
     if config.init_from is None:
         return False
@@ -109,7 +109,7 @@ def copy_vocabulary(config: TrainConfig, path: Path) -> bool:
     return True
 
 
-def copy_tokenizer(config: TrainConfig, path: Path) -> bool:
+def copy_image_tokenizer(config: TrainConfig, path: Path) -> bool:
     """Copy the frozen image tokenizer of the run `config.init_from` to `path`; return False if there is none."""
     if config.init_from is None:
         return False

@@ -334,7 +334,7 @@ class _Trainer:
     def _save(self, done: int) -> None:
         if self.log is not None:
             self.log.sync()
-            remote_dir.push(self.run_dir)
+            remote_dir.upload_run(self.run_dir)
         metrics = self.eval_metrics if self.eval_step == done else None
         self.checkpoints.save(done, self.state, metrics)
 

@@ -82,8 +82,8 @@ PROGRAMS = {
     "eight rows": lambda: sampler(CFG, 8),
     "guided": lambda: sampler(CFG, 1, guidance_scale=1.5),
     "jacobi": lambda: sampler(CFG, 2, draft_len=4),
-    "queue": lambda: batcher(decode_state.decode_steps, 1),
-    "queue, jacobi": lambda: batcher(decode_state.speculative_passes, 1, 1, draft_len=4),
+    "queue": lambda: batcher(decode_state.decode_slots, 1),
+    "queue, jacobi": lambda: batcher(decode_state.decode_slots_speculatively, 1, 1, draft_len=4),
 }
 
 

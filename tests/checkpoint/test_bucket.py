@@ -94,14 +94,14 @@ def test_only_what_has_changed_is_copied(store, monkeypatch):
     (run / "image_tokenizer" / "a").write_text("1")
     (run / "config.json").write_text("{}")
     (run / ".config.json.7.tmp").write_text("half")
-    remote_dir.push(run)
+    remote_dir.upload_run(run)
     assert {str(p.relative_to(store)) for p in store.rglob("*") if p.is_file()} == {
         "config.json",
         "image_tokenizer/a",
     }
     (store / "config.json").unlink()
     (run / "image_tokenizer" / "a").write_text("22")
-    remote_dir.push(run)
+    remote_dir.upload_run(run)
     assert (store / "image_tokenizer" / "a").read_text() == "22" and not (store / "config.json").exists()
     forget()
     assert (remote_dir.local_dir(RUN) / "image_tokenizer" / "a").read_text() == "22"
@@ -153,7 +153,7 @@ def test_a_store_that_refuses_is_told(store, monkeypatch):
     (run / "config.json").write_text("{}")
     store.parent.write_text("in the way")
     with pytest.raises(OSError, match=r"cannot write .*config\.json: "):
-        remote_dir.push(run)
+        remote_dir.upload_run(run)
 
 
 @pytest.fixture

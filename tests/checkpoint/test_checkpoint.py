@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from dalle_jax.checkpoint.export import write_run
 from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.manager import CheckpointManager
-from dalle_jax.checkpoint.params_file import fingerprint
+from dalle_jax.checkpoint.params_file import params_fingerprint
 from dalle_jax.config import MeshConfig
 from dalle_jax.models import tokenizer
 from dalle_jax.parallel.mesh import make_mesh
@@ -282,9 +282,9 @@ def test_written_run_is_the_same_model(tmp_path):
     run = load_run(tmp_path / "frozen")
     assert (run.config, run.step) == (config, 7)
     leaves_equal(run.params, params)
-    name = fingerprint(config.model, params)
-    assert name == fingerprint(config.model, run.params) and len(name) == 16
-    assert fingerprint(config.model, jax.tree.map(lambda x: x.at[-1].add(1e-6), params)) != name
+    name = params_fingerprint(config.model, params)
+    assert name == params_fingerprint(config.model, run.params) and len(name) == 16
+    assert params_fingerprint(config.model, jax.tree.map(lambda x: x.at[-1].add(1e-6), params)) != name
     (tmp_path / "frozen" / "config.json").unlink()  # killed before the end
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_run(tmp_path / "frozen")

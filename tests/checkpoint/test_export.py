@@ -21,7 +21,7 @@ from dalle_jax.importers.formats.safetensors import lazy_safetensors
 from dalle_jax.models import dalle, tokenizer
 from dalle_jax.pipelines import ImageRequest, TextToImagePipeline, TokenizerPipeline, load
 from dalle_jax.text import tokenizers
-from dalle_jax.train.initialize import copy_vocabulary, with_init_model
+from dalle_jax.train.initialize import copy_text_tokenizer, with_init_model
 
 VQGAN = VQGANConfig(
     image_size=8, width=4, channel_multipliers=(1, 1), blocks=1, attention_levels=(), latent_width=4,
@@ -98,7 +98,7 @@ def test_an_exported_transformer_is_the_same_model(tmp_path):
     np.testing.assert_array_equal(*codes)
     assert len(np.unique(codes[0])) > 1
     begun = with_init_model(dataclasses.replace(config, init_from=str(tmp_path / "out")))
-    assert begun.model == model and copy_vocabulary(dataclasses.replace(begun, init_from=str(tmp_path / "out")),
+    assert begun.model == model and copy_text_tokenizer(dataclasses.replace(begun, init_from=str(tmp_path / "out")),
                                                     tmp_path / "copied")  # fmt: skip
 
 

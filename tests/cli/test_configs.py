@@ -39,7 +39,7 @@ def test_commands_of_a_header_have_valid_flags(name, capsys):
         if command == "train":
             words = [word for i, word in enumerate(words) if "--init-from" not in (word, words[i - 1])]
             words = [word for i, word in enumerate(words) if "--data.path" not in (word, words[i - 1])]
-            assert train.parse_args(words).config_file == name
+            assert train.parse_train_args(words).config_file == name
         else:
             flags = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
             (cls, *_) = (c for c in all_flags_of(command).values() if flags <= c.__dataclass_fields__.keys())

@@ -27,7 +27,7 @@ from dalle_jax.data.codes import (
     CodesDataset,
     ShardWriter,
     describe_source,
-    is_complete,
+    is_shard_complete,
     open_codes_dir,
 )
 from dalle_jax.data.loader.pipeline import open_train_source
@@ -116,7 +116,7 @@ t.write_codes({str(tmp_path / "codes")!r}, t.data_config(t.config.TarSource(path
     child.wait()
     source = open_source(data.source, "train")
     info = codes_info(source, data)
-    there = [k for k in range(info.shards) if is_complete(tmp_path / "codes", info, k)]
+    there = [k for k in range(info.shards) if is_shard_complete(tmp_path / "codes", info, k)]
     assert there == [0, 1]
     left = [p.name for p in (tmp_path / "codes").iterdir() if p.name.startswith(".codes-00002")]
     assert len(left) == 1  # the shard that it was at
@@ -130,7 +130,7 @@ t.write_codes({str(tmp_path / "codes")!r}, t.data_config(t.config.TarSource(path
     time.sleep(0.02)
     open_codes_dir(tmp_path / "codes", info)
     for k in range(info.shards):
-        if not is_complete(tmp_path / "codes", info, k):
+        if not is_shard_complete(tmp_path / "codes", info, k):
             write_shard(tmp_path / "codes", info, k, source)
     write_codes(tmp_path / "straight", data)
     for path in (tmp_path / "straight").iterdir():
@@ -226,13 +226,13 @@ def test_broken_directories_of_codes(tmp_path):
     other = (codes / "codes-00000-of-00002.array_record").read_bytes()
     for bad in (b"", b"text", whole[: len(whole) // 2], bytes(hurt)):
         shard.write_bytes(bad)
-        assert not is_complete(codes, info, 1) or bad == bytes(hurt)
+        assert not is_shard_complete(codes, info, 1) or bad == bytes(hurt)
         with pytest.raises(ValueError, match=r"cannot read row \d+ in .*codes-00001.*Delete that file"):
             rows = CodesDataset(codes)
             [rows.row(i) for i in range(14)]
     smaller = dataclasses.replace(info, rows=13)
     shard.write_bytes(other)
-    assert is_complete(codes, info, 1) and not is_complete(codes, smaller, 1)
+    assert is_shard_complete(codes, info, 1) and not is_shard_complete(codes, smaller, 1)
 
 
 def test_a_code_out_of_range_names_its_row(tmp_path):

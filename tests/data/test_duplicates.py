@@ -13,12 +13,12 @@ from dalle_jax.cli import main
 from dalle_jax.data import duplicates
 from dalle_jax.data.duplicates import Duplicate, ImagePool, find_duplicates, perceptual_hash
 from dalle_jax.data.loader.pipeline import open_train_source, train_batches
-from dalle_jax.data.scenes.generator import render, scene
+from dalle_jax.data.scenes.generator import generate_scene, render_scene
 from dalle_jax.data.sources import open_source
 
 
 def picture(i, side=128):
-    return Image.fromarray(render(scene(i), side))
+    return Image.fromarray(render_scene(generate_scene(i), side))
 
 
 def save(path, image, kind="PNG", **options):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax import config
-from dalle_jax.cli.train import parse_args
+from dalle_jax.cli.train import parse_train_args
 from dalle_jax.data.loader.pipeline import eval_batch, open_train_source, train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.data.sources.mixture import mixture_pattern
@@ -245,7 +245,7 @@ def test_flags_of_a_run_with_a_mixture(tmp_path):
         "source = MixtureSource(parts=parts, weights=(3, 1))\n"
         "config = TrainConfig(model=DVAEConfig(), data=DataConfig(source=source))\n"
     )
-    got = parse_args([str(file), "--data.batch-size", "8", "--data.source.weights", "1", "2"]).config
+    got = parse_train_args([str(file), "--data.batch-size", "8", "--data.source.weights", "1", "2"]).config
     assert got.data.batch_size == 8 and got.data.source.weights == (1.0, 2.0)
     assert got.data.source.parts == (config.FolderSource(path="cats"), config.ScenesSource())
     assert config.from_json(config.TrainConfig, config.to_json(got)) == got

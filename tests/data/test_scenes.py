@@ -21,15 +21,15 @@ from dalle_jax.data.scenes.generator import (
     Background,
     Scene,
     SceneObject,
-    captions,
     evaluation_set,
     facts_hold,
+    generate_scene,
     held_out_compositions,
     held_out_pairs,
     held_out_relations,
     relation_holds,
-    render,
-    scene,
+    render_scene,
+    scene_captions,
 )
 from dalle_jax.data.scenes.rendering import REACH, SHAPE_DISTANCES, TONES
 
@@ -43,7 +43,7 @@ def one(shape="circle", colour="red", *, x=0.5, y=0.5, diameter=0.5, angle=0.0, 
 
 
 def picture(*objects, size=64):
-    return render(Scene(objects=objects, background=PLAIN), size)
+    return render_scene(Scene(objects=objects, background=PLAIN), size)
 
 
 # ---- determinism
@@ -51,10 +51,10 @@ def picture(*objects, size=64):
 
 def test_same_index_same_scene_bytes_and_words():
     for i in range(50):
-        a, b = scene(i), scene(i)
+        a, b = generate_scene(i), generate_scene(i)
         assert a == b
-        np.testing.assert_array_equal(render(a, 48), render(b, 48))
-        assert captions(a, index=i, count=2) == captions(b, index=i, count=2)
+        np.testing.assert_array_equal(render_scene(a, 48), render_scene(b, 48))
+        assert scene_captions(a, index=i, count=2) == scene_captions(b, index=i, count=2)
 
 
 def test_another_process_with_another_hash_seed_draws_the_same():
@@ -78,13 +78,15 @@ def test_another_process_with_another_hash_seed_draws_the_same():
 
 
 def test_splits_seeds_and_indices_are_different_streams():
-    shown = [scene(i, split=split, seed=seed) for split in SPLITS for seed in (0, 1) for i in range(40)]
+    shown = [
+        generate_scene(i, split=split, seed=seed) for split in SPLITS for seed in (0, 1) for i in range(40)
+    ]
     assert len(set(shown)) == len(shown)
 
 
 def test_random_numbers_are_even():
     """Each word is drawn about equally often: within five standard deviations of its share of 6000 scenes."""
-    single = [scene(i, max_objects=1) for i in range(6000)]
+    single = [generate_scene(i, max_objects=1) for i in range(6000)]
     for words, got in (
         (SIZES, Counter(s.objects[0].size for s in single)),
         (BACKGROUNDS, Counter(s.background.kind for s in single)),
@@ -147,15 +149,15 @@ def test_patterns_lighten_the_inside_and_leave_the_silhouette():
 @pytest.mark.parametrize("factor", [2, 4])
 def test_two_sizes_are_the_same_picture(factor):
     for i in range(40):
-        s = scene(i)
-        small = render(s, 64)
-        large = render(s, 64 * factor).reshape(64, factor, 64, factor, 3).mean((1, 3))
+        s = generate_scene(i)
+        small = render_scene(s, 64)
+        large = render_scene(s, 64 * factor).reshape(64, factor, 64, factor, 3).mean((1, 3))
         assert np.abs(small - large).mean() < 1.0, i
 
 
 def test_backgrounds_are_light_and_pale_and_colours_are_not():
     for i in range(300):
-        background = scene(i).background
+        background = generate_scene(i).background
         for tone in background.tones:
             assert min(tone) >= 190 and max(tone) - min(tone) <= 60
         assert (background.kind == "plain") == (background.tones[0] == background.tones[1])
@@ -171,7 +173,7 @@ def test_backgrounds_are_light_and_pale_and_colours_are_not():
 def test_objects_are_in_the_frame_and_apart(split):
     layouts = Counter()
     for i in range(1500):
-        s = scene(i, split=split)
+        s = generate_scene(i, split=split)
         layouts[s.relation and s.relation.name] += 1
         assert len({(o.color, o.shape) for o in s.objects}) == len(s.objects)
         for o in s.objects:
@@ -187,7 +189,7 @@ def test_objects_are_in_the_frame_and_apart(split):
 def test_a_guest_lies_wholly_on_its_host():
     guests = 0
     for i in range(1500):
-        s = scene(i, min_objects=2, max_objects=3)
+        s = generate_scene(i, min_objects=2, max_objects=3)
         if s.relation.name != "inside":
             continue
         guests += 1
@@ -200,7 +202,9 @@ def test_a_guest_lies_wholly_on_its_host():
 
 def test_object_counts_are_as_asked():
     for least, most in ((1, 1), (2, 2), (3, 4), (1, 4)):
-        counts = Counter(len(scene(i, min_objects=least, max_objects=most).objects) for i in range(200))
+        counts = Counter(
+            len(generate_scene(i, min_objects=least, max_objects=most).objects) for i in range(200)
+        )
         assert set(counts) == set(range(least, most + 1))
 
 
@@ -218,7 +222,7 @@ def test_held_out_sets_leave_every_part_in_training():
 def test_training_never_shows_a_held_out_composition_and_shows_every_part():
     pairs, triples, parts = set(), set(), set()
     for i in range(20000):
-        s = scene(i)
+        s = generate_scene(i)
         for o in s.objects:
             pairs.add((o.color, o.shape))
             parts |= {o.color, o.shape, o.size, o.fill}
@@ -238,13 +242,13 @@ def test_training_never_shows_a_held_out_composition_and_shows_every_part():
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_val_and_test_show_no_held_out_composition(split):
-    assert not any(held_out_compositions(scene(i, split=split)) for i in range(1500))
+    assert not any(held_out_compositions(generate_scene(i, split=split)) for i in range(1500))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_every_held_out_scene_shows_a_held_out_composition(count):
     shown = [
-        held_out_compositions(scene(i, split="held_out", min_objects=count, max_objects=count))
+        held_out_compositions(generate_scene(i, split="held_out", min_objects=count, max_objects=count))
         for i in range(800)
     ]
     assert all(shown)
@@ -290,8 +294,8 @@ def test_relations_by_hand():
 @pytest.mark.parametrize("split", SPLITS)
 def test_captions_are_true_and_name_every_object(split):
     for i in range(1000):
-        s = scene(i, split=split)
-        for c in captions(s, index=i, count=2):
+        s = generate_scene(i, split=split)
+        for c in scene_captions(s, index=i, count=2):
             assert facts_hold(c.facts, s), (c, s)
             named = Counter((o.shape, o.color) for o in c.facts.objects)
             assert named == Counter((o.shape, o.color) for o in s.objects)
@@ -303,7 +307,7 @@ def test_words_say_what_the_facts_say():
     from dalle_jax.data.scenes.captions import ZH_BACKGROUND, ZH_COLOR, ZH_FILL, ZH_SHAPE
 
     for i in range(600):
-        for c in captions(scene(i), index=i):
+        for c in scene_captions(generate_scene(i), index=i):
             facts = c.facts.objects
             if c.language == "en":
                 words = c.text.replace(",", " ").replace(":", " ").replace(";", " ").split()
@@ -324,8 +328,8 @@ def test_hand_read_caption():
     """A statement's first-named object is the subject of its fact, checked on the templates that say so."""
     checked = 0
     for i in range(400):
-        s = scene(i, min_objects=2, max_objects=2)
-        for c in captions(s, index=i, languages=("en",), count=2):
+        s = generate_scene(i, min_objects=2, max_objects=2)
+        for c in scene_captions(s, index=i, languages=("en",), count=2):
             for relation in c.facts.relations:
                 a, b = (c.facts.objects[k] for k in (relation.subject, relation.others[0]))
                 for phrase in (" to the left of ", " to the right of ", " above ", " below "):
@@ -341,8 +345,8 @@ def test_captions_say_enough():
     sized = fills = patterned = related = several = 0
     total = 2000
     for i in range(total):
-        s = scene(i)
-        (c,) = captions(s, index=i, languages=("en",))
+        s = generate_scene(i)
+        (c,) = scene_captions(s, index=i, languages=("en",))
         sized += all(o.size for o in c.facts.objects)
         patterned += sum(o.fill != "solid" for o in s.objects)
         fills += sum(o.fill in ("striped", "dotted") for o in c.facts.objects)
@@ -354,7 +358,7 @@ def test_captions_say_enough():
 
 
 def test_captions_differ_between_languages_and_templates():
-    texts = [captions(scene(i), index=i, count=3) for i in range(300)]
+    texts = [scene_captions(generate_scene(i), index=i, count=3) for i in range(300)]
     for six in texts:
         english, chinese = {c.text for c in six[:3]}, {c.text for c in six[3:]}
         assert all(english) and all(chinese) and not english & chinese
@@ -389,19 +393,22 @@ def test_evaluation_sets():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: scene(0, split="training"), r"want a split of .* got 'training'"),
-        (lambda: scene(-1), r"index of 0 or more, got -1"),
-        (lambda: scene(0, min_objects=0), r"got 0 and 4"),
-        (lambda: scene(0, max_objects=5), r"got 1 and 5"),
-        (lambda: scene(0, min_objects=3, max_objects=2), r"got 3 and 2"),
-        (lambda: render(scene(0), 31), r"32\.\.256 pixels, got 31"),
-        (lambda: render(scene(0), 257), r"32\.\.256 pixels, got 257"),
-        (lambda: render(scene(0), 64.0), r"32\.\.256 pixels, got 64\.0"),
-        (lambda: captions(scene(0), index=0, languages=("fr",)), r"languages out of .* got \('fr',\)"),
-        (lambda: captions(scene(0), index=0, languages="en"), r"got 'en'; pass a tuple"),
-        (lambda: captions(scene(0), index=0, languages=()), r"languages out of"),
-        (lambda: captions(scene(0), index=-2), r"index of 0 or more, got -2"),
-        (lambda: captions(scene(0), index=0, count=0), r"count of 1 or more captions"),
+        (lambda: generate_scene(0, split="training"), r"want a split of .* got 'training'"),
+        (lambda: generate_scene(-1), r"index of 0 or more, got -1"),
+        (lambda: generate_scene(0, min_objects=0), r"got 0 and 4"),
+        (lambda: generate_scene(0, max_objects=5), r"got 1 and 5"),
+        (lambda: generate_scene(0, min_objects=3, max_objects=2), r"got 3 and 2"),
+        (lambda: render_scene(generate_scene(0), 31), r"32\.\.256 pixels, got 31"),
+        (lambda: render_scene(generate_scene(0), 257), r"32\.\.256 pixels, got 257"),
+        (lambda: render_scene(generate_scene(0), 64.0), r"32\.\.256 pixels, got 64\.0"),
+        (
+            lambda: scene_captions(generate_scene(0), index=0, languages=("fr",)),
+            r"languages out of .* got \('fr',\)",
+        ),
+        (lambda: scene_captions(generate_scene(0), index=0, languages="en"), r"got 'en'; pass a tuple"),
+        (lambda: scene_captions(generate_scene(0), index=0, languages=()), r"languages out of"),
+        (lambda: scene_captions(generate_scene(0), index=-2), r"index of 0 or more, got -2"),
+        (lambda: scene_captions(generate_scene(0), index=0, count=0), r"count of 1 or more captions"),
         (lambda: evaluation_set("three_objects", 5), r"got 'three_objects'"),
         (lambda: evaluation_set("one_object", 0), r"count of 1 or more, got 0"),
         (lambda: evaluation_set("held_out", 1, max_objects=9), r"got 1 and 9"),
@@ -416,13 +423,13 @@ def test_bad_input(call, match):
 
 def test_scenes_use_only_the_words_allowed():
     allowed = {"sizes": ("medium", "large"), "fills": ("solid",), "backgrounds": ("plain", "gradient")}
-    drawn = [scene(i, max_objects=3, **allowed) for i in range(400)]
+    drawn = [generate_scene(i, max_objects=3, **allowed) for i in range(400)]
     things = [thing for one in drawn for thing in one.objects]
     assert {thing.size for thing in things} == {"medium", "large"}
     assert {thing.fill for thing in things} == {"solid"}
     assert {one.background.kind for one in drawn} == {"plain", "gradient"}
     assert not any(one.relation and one.relation.name == "inside" for one in drawn)  # needs a small one
-    striped = [scene(i, max_objects=1, fills=("striped",)) for i in range(50)]
+    striped = [generate_scene(i, max_objects=1, fills=("striped",)) for i in range(50)]
     assert {one.objects[0].fill for one in striped} == {"striped"}
     asked = evaluation_set("one_object", 40, **allowed)
     assert {one.background.kind for _, one in asked} == {"plain", "gradient"}
@@ -440,4 +447,4 @@ def test_scenes_use_only_the_words_allowed():
 )
 def test_scenes_refuse_other_words(words, message):
     with pytest.raises(ValueError, match=message):
-        scene(0, **words)
+        generate_scene(0, **words)

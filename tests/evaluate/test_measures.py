@@ -82,7 +82,7 @@ def show(monkeypatch, images_of_rows):
 
 def true_pictures(kind, count):
     pairs = metrics.unseen_captions(DATA, kind, count)
-    return np.stack([generator.render(scene, SIZE) for _, scene in pairs]) / np.float32(255)
+    return np.stack([generator.render_scene(scene, SIZE) for _, scene in pairs]) / np.float32(255)
 
 
 def test_tokenizer_figures_are_means_over_all_rows(tokenizer):

@@ -19,16 +19,16 @@ from dalle_jax.data.scenes.generator import (
     Relation,
     Scene,
     SceneObject,
-    captions,
     evaluation_set,
     facts_hold,
+    generate_scene,
     held_out_compositions,
-    render,
-    scene,
+    render_scene,
+    scene_captions,
 )
 from dalle_jax.data.scenes.scene import OPPOSITE
 from dalle_jax.evaluate.scenes.regions import connected_regions
-from dalle_jax.evaluate.scenes.verifier import MIN_CONFIDENCE, detect_objects, verify
+from dalle_jax.evaluate.scenes.verifier import MIN_CONFIDENCE, detect_objects, verify_scene
 
 PLAIN = Background(kind="plain", tones=((250, 246, 236), (250, 246, 236)))
 DIAMETER = {"small": 0.28, "medium": 0.4, "large": 0.56}
@@ -41,7 +41,7 @@ def thing(colour, shape, x=0.5, y=0.5, size="medium", fill="solid", angle=0.0):
 
 
 def picture(*things, side=64, background=PLAIN):
-    return render(Scene(objects=things, background=background), side)
+    return render_scene(Scene(objects=things, background=background), side)
 
 
 def facts_of(*things, relations=(), **more):
@@ -94,10 +94,10 @@ def clean(image, _seed):
 def test_scenes_are_right_by_their_own_captions(side, most, spoil, count, least):
     wrong = []
     for i in range(count):
-        s = scene(i, split="val", max_objects=most)
-        image = spoil(render(s, side), i)
-        for c in captions(s, index=i, languages=("en", "zh")[i % 2 :][:1]):
-            verdict = verify(image, c.facts)
+        s = generate_scene(i, split="val", max_objects=most)
+        image = spoil(render_scene(s, side), i)
+        for c in scene_captions(s, index=i, languages=("en", "zh")[i % 2 :][:1]):
+            verdict = verify_scene(image, c.facts)
             if not verdict.right:
                 wrong.append((i, c.text, verdict.failed))
     assert len(wrong) <= (1 - least) * count, wrong
@@ -106,7 +106,7 @@ def test_scenes_are_right_by_their_own_captions(side, most, spoil, count, least)
 def test_held_out_scenes_are_read_as_well():
     chosen = evaluation_set("held_out", 150)
     assert all(held_out_compositions(s) for _, s in chosen)
-    wrong = [c.text for c, s in chosen if not verify(render(s, 32), c.facts).right]
+    wrong = [c.text for c, s in chosen if not verify_scene(render_scene(s, 32), c.facts).right]
     assert len(wrong) <= 2, wrong
 
 
@@ -121,9 +121,9 @@ def test_confusion_of_shapes_and_of_colours(side, least):
     colours: dict[str, Counter] = {c: Counter() for c in COLORS}
     for i, shape in enumerate(SHAPES):
         for j, colour in enumerate(COLORS):
-            s = scene(i * len(COLORS) + j, split="test", min_objects=1, max_objects=1)
+            s = generate_scene(i * len(COLORS) + j, split="test", min_objects=1, max_objects=1)
             drawn = replace(s.objects[0], shape=shape, color=colour)
-            found = detect_objects(noisy(render(replace(s, objects=(drawn,)), side), i))
+            found = detect_objects(noisy(render_scene(replace(s, objects=(drawn,)), side), i))
             shapes[shape][found[0].shape if len(found) == 1 else f"{len(found)} found"] += 1
             colours[colour][found[0].color if len(found) == 1 else f"{len(found)} found"] += 1
     for rows in (shapes, colours):
@@ -134,8 +134,8 @@ def test_confusion_of_shapes_and_of_colours(side, least):
 
 def test_places_and_diameters_are_measured():
     for i in range(60):
-        s = scene(i, split="test")
-        found = {(f.color, f.shape): f for f in detect_objects(render(s, 64))}
+        s = generate_scene(i, split="test")
+        found = {(f.color, f.shape): f for f in detect_objects(render_scene(s, 64))}
         assert len(found) == len(s.objects)
         for o in s.objects:
             f = found[o.color, o.shape]
@@ -144,7 +144,7 @@ def test_places_and_diameters_are_measured():
 
 
 def test_uint8_and_float_read_the_same():
-    image = render(scene(3), 64)
+    image = render_scene(generate_scene(3), 64)
     assert detect_objects(image) == detect_objects(image.astype(np.float64) / 255)
 
 
@@ -152,12 +152,12 @@ def test_guest_and_host():
     host, guest = thing("yellow", "square", size="large"), thing("blue", "star", size="small")
     inside = Relation(name="inside", subject=1, others=(0,))
     image = picture(host, guest)
-    assert verify(image, facts_of(host, guest, relations=(inside,))).right
-    assert not verify(picture(host), facts_of(host, guest, relations=(inside,))).right
+    assert verify_scene(image, facts_of(host, guest, relations=(inside,))).right
+    assert not verify_scene(picture(host), facts_of(host, guest, relations=(inside,))).right
     turned = Relation(name="inside", subject=0, others=(1,))
-    assert not verify(image, facts_of(host, guest, relations=(turned,))).right
+    assert not verify_scene(image, facts_of(host, guest, relations=(turned,))).right
     apart = picture(replace(host, x=0.35, y=0.35), replace(guest, x=0.83, y=0.83))
-    verdict = verify(apart, facts_of(host, guest, relations=(inside,)))
+    verdict = verify_scene(apart, facts_of(host, guest, relations=(inside,)))
     assert verdict.failed == ("blue star inside yellow square",)
 
 
@@ -165,10 +165,10 @@ def test_two_alike_are_told_apart_by_size():
     """Two red circles: the facts must find the assignment under which they hold."""
     small, large = thing("red", "circle", 0.2, 0.5, "small"), thing("red", "circle", 0.65, 0.5, "large")
     left = Relation(name="left of", subject=1, others=(0,))
-    assert verify(picture(small, large), facts_of(large, small, relations=(left,))).right
+    assert verify_scene(picture(small, large), facts_of(large, small, relations=(left,))).right
     right = Relation(name="right of", subject=1, others=(0,))
-    assert not verify(picture(small, large), facts_of(large, small, relations=(right,))).right
-    assert not verify(picture(small, replace(small, x=0.7)), facts_of(large, small)).right
+    assert not verify_scene(picture(small, large), facts_of(large, small, relations=(right,))).right
+    assert not verify_scene(picture(small, replace(small, x=0.7)), facts_of(large, small)).right
 
 
 # ---- what was not drawn is refused
@@ -178,10 +178,10 @@ def test_two_alike_are_told_apart_by_size():
 def test_mismatched_pairs_are_refused(side):
     """Each picture with another scene's caption, and with its own caption after one change."""
     accepted, tried = [], 0
-    scenes = [scene(i, split="test") for i in range(80)]
-    told = [captions(s, index=i)[i % 2] for i, s in enumerate(scenes)]
+    scenes = [generate_scene(i, split="test") for i in range(80)]
+    told = [scene_captions(s, index=i)[i % 2] for i, s in enumerate(scenes)]
     for i, s in enumerate(scenes):
-        image, facts = render(s, side), told[i].facts
+        image, facts = render_scene(s, side), told[i].facts
         first = facts.objects[0]
         other = {
             "shape": SHAPES[(SHAPES.index(first.shape) + 1 + i % 11) % 12],
@@ -193,7 +193,7 @@ def test_mismatched_pairs_are_refused(side):
         for claim in [told[i - 1].facts, *(replace(facts, objects=(o, *facts.objects[1:])) for o in changed)]:
             if not facts_hold(claim, s):
                 tried += 1
-                if verify(image, claim).right:
+                if verify_scene(image, claim).right:
                     accepted.append((i, claim))
     assert tried > 250
     assert len(accepted) < 0.02 * tried, accepted
@@ -205,7 +205,7 @@ CLAIM = facts_of(A, B, relations=LEFT, background="plain")
 
 
 def test_the_claim_itself_is_right():
-    verdict = verify(picture(A, B), CLAIM)
+    verdict = verify_scene(picture(A, B), CLAIM)
     assert verdict.right and verdict.score == 1 and verdict.failed == ()
 
 
@@ -226,7 +226,7 @@ def test_the_claim_itself_is_right():
     ids=["swapped places", "swapped colours", "size", "fill", "one more", "one less", "background", "blank"],
 )  # fmt: skip
 def test_one_thing_wrong(image, failed, held):
-    verdict = verify(image, CLAIM)
+    verdict = verify_scene(image, CLAIM)
     assert not verdict.right
     assert verdict.score == pytest.approx(held / 9)
     assert all(any(part in line for line in verdict.failed) for part in failed), verdict.failed
@@ -250,8 +250,8 @@ def test_garbage_is_never_right(side):
     for image in junk:
         assert not any(f.confidence >= MIN_CONFIDENCE for f in detect_objects(image))
     for i, image in enumerate(junk):
-        (c,) = captions(scene(i, max_objects=1), index=i, languages=("en",))
-        assert not verify(image, c.facts).right
+        (c,) = scene_captions(generate_scene(i, max_objects=1), index=i, languages=("en",))
+        assert not verify_scene(image, c.facts).right
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -262,7 +262,7 @@ def test_half_a_shape_is_not_the_shape(shape):
         ink = np.cumsum((image != picture()).any(2).sum(0))
         middle = int(np.searchsorted(ink, ink[-1] / 2))
         image[:, middle:] = picture()[:, middle:]
-        assert not verify(image, facts_of(whole)).right, detect_objects(image)
+        assert not verify_scene(image, facts_of(whole)).right, detect_objects(image)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -270,7 +270,7 @@ def test_smeared_beyond_reading_is_refused(shape):
     """A blur almost as wide as the object's radius leaves a blob, which is none of the shapes."""
     whole = thing("red", shape, size="medium")
     image = np.array(Image.fromarray(picture(whole)).filter(ImageFilter.GaussianBlur(10)))
-    assert not verify(image, facts_of(whole)).right
+    assert not verify_scene(image, facts_of(whole)).right
 
 
 @pytest.mark.parametrize("name", ["left of", "right of", "above", "below"])
@@ -280,7 +280,7 @@ def test_each_side_and_its_opposite(name):
     b = thing("orange", "arrow", 0.5 - 0.25 * dx, 0.5 - 0.25 * dy)
     for word in OPPOSITE:
         claim = facts_of(a, b, relations=(Relation(name=word, subject=0, others=(1,)),))
-        assert verify(picture(a, b), claim).right == (word == name)
+        assert verify_scene(picture(a, b), claim).right == (word == name)
 
 
 def test_between():
@@ -288,7 +288,7 @@ def test_between():
     for middle in range(3):
         others = tuple(k for k in range(3) if k != middle)
         claim = facts_of(*row, relations=(Relation(name="between", subject=middle, others=others),))
-        assert verify(picture(*row), claim).right == (middle == 1)
+        assert verify_scene(picture(*row), claim).right == (middle == 1)
 
 
 # ---- parts and hostile input
@@ -322,9 +322,9 @@ def test_bad_pictures(image, match):
     with pytest.raises(ValueError, match=match):
         detect_objects(image)
     with pytest.raises(ValueError, match=match):
-        verify(image, CLAIM)
+        verify_scene(image, CLAIM)
 
 
 def test_facts_without_objects():
     with pytest.raises(ValueError, match="at least one object"):
-        verify(picture(A), Facts(objects=()))
+        verify_scene(picture(A), Facts(objects=()))

@@ -152,7 +152,7 @@ def dependence(cfg, params, function):
 def test_one_layer_depends_on_its_mask(kind):
     """Position q depends on every position that its mask allows, and on no other."""
     cfg = dataclasses.replace(TINY, layers=1, attention=(kind,))
-    got = dependence(cfg, random_params(cfg), jax.jit(dalle.hidden, static_argnums=0))
+    got = dependence(cfg, random_params(cfg), jax.jit(dalle.hidden_states, static_argnums=0))
     want = [[attends(kind, q, k, cfg) for k in range(cfg.seq_len)] for q in range(cfg.seq_len)]
     np.testing.assert_array_equal(got, want)
 
@@ -232,7 +232,7 @@ def test_scan_equals_a_loop_over_the_layers(params):
     @jax.jit
     def head(params, x):
         return embedding.apply_head(
-            TINY, params, "image_head", embedding.norm_out(TINY, params, x[:, T - 1 :])
+            TINY, params, "image_head", embedding.final_norm(TINY, params, x[:, T - 1 :])
         )
 
     x = embed(params)
@@ -440,7 +440,7 @@ def test_another_number_of_layers_raises(params):
 
 def test_hidden_takes_at_most_all_codes(params):
     with pytest.raises(ValueError, match=r"Expected codes of shape \(2, 9\) or fewer columns, got \(2, 10\)"):
-        dalle.hidden(TINY, params, GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32))
+        dalle.hidden_states(TINY, params, GOOD_TEXT, jnp.zeros((2, N + 1), jnp.int32))
 
 
 def test_prefill_of_all_codes_raises(params):

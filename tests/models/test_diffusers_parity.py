@@ -14,7 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from dalle_jax.config import DiffusionConfig, NoiseConfig  # noqa: E402
 from dalle_jax.models.diffusion import sampler, unet  # noqa: E402
-from dalle_jax.models.diffusion.schedule import alpha_sigma, betas, to_x0  # noqa: E402
+from dalle_jax.models.diffusion.schedule import alpha_sigma, beta_schedule, to_x0  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -212,7 +212,7 @@ def run_scheduler(scheduler, steps, x1, **options):
 
 def test_betas_and_levels():
     scheduler = diffusers.DDPMScheduler(**BETAS)
-    np.testing.assert_allclose(betas(DDPM), scheduler.betas.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(beta_schedule(DDPM), scheduler.betas.numpy(), rtol=1e-5)
     alpha = alpha_sigma(DDPM, np.arange(1, 1001) / 1000).alpha
     np.testing.assert_allclose(alpha**2, scheduler.alphas_cumprod.numpy(), rtol=1e-5)
 

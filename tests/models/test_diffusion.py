@@ -21,7 +21,7 @@ from dalle_jax.models.diffusion.sampler import (
 from dalle_jax.models.diffusion.schedule import (
     add_noise,
     alpha_sigma,
-    betas,
+    beta_schedule,
     convert_prediction,
     loss_weight,
     low_discrepancy_times,
@@ -93,7 +93,7 @@ def test_shift_multiplies_noise_over_signal(kind):
 
 def test_ddpm_is_the_published_product():
     """2006.11239, 4: T = 1000, beta from 1e-4 to 0.02; alpha-bar is the product of 1 - beta."""
-    beta = betas(KINDS["ddpm"])
+    beta = beta_schedule(KINDS["ddpm"])
     assert (beta[0], beta[-1]) == (1e-4, 0.02)
     bar, product = alpha_sigma(KINDS["ddpm"], np.arange(1, 1001) / 1000).alpha ** 2, 1.0
     for i in range(1000):
@@ -250,7 +250,7 @@ def test_ancestral_step_is_the_ddpm_posterior():
     """2006.11239, eq. 7 in terms of the betas, for one step in the middle."""
     cfg = KINDS["ddpm"]
     i = 500  # x_i -> x_{i-1} with beta[i - 1]
-    beta, bar = betas(cfg), np.cumprod(1 - betas(cfg))
+    beta, bar = beta_schedule(cfg), np.cumprod(1 - beta_schedule(cfg))
     b, bar_t, bar_s = beta[i - 1], bar[i - 1], bar[i - 2]
     steps = sampling._step_table(cfg, np.array([i / 1000, (i - 1) / 1000]))
     std, sigma, sigma_s = (float(steps[k][0]) for k in ("posterior_std", "sigma", "sigma_s"))

@@ -200,9 +200,13 @@ def test_reranking_refuses_before_it_samples(model, clip, prompt, top, match):
 def test_ranks_by_hand():
     score = np.array([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])
     right = np.array([[True, False, False], [False, False, True], [False, True, False]])
-    assert retrieval.ranks(score, right).tolist() == [0, 2, 2]  # ties count against
-    assert retrieval.ranks(score, right | np.array([[False, True, False]] * 3)).tolist() == [0, 1, 2]
-    assert retrieval.recalls("x", np.array([0, 2, 5, 9]), 10) == {"x_recall_1": 0.25, "x_recall_5": 0.5}
+    assert retrieval.retrieval_ranks(score, right).tolist() == [0, 2, 2]  # ties count against
+    assert retrieval.retrieval_ranks(score, right | np.array([[False, True, False]] * 3)).tolist() == [
+        0,
+        1,
+        2,
+    ]
+    assert retrieval.recall_at_k("x", np.array([0, 2, 5, 9]), 10) == {"x_recall_1": 0.25, "x_recall_5": 0.5}
 
 
 class Rows:
@@ -307,7 +311,7 @@ def test_reranking_by_a_judge_that_knows(monkeypatch, model, clip):
     """One candidate in four is the true picture. A CLIP that sees it finds it; one that shuns it never does."""
     kind, count = "one_object", 6
     pairs = metrics.unseen_captions(DATA, kind, count)
-    true = [generator.render(scene, SIZE) for _, scene in pairs]
+    true = [generator.render_scene(scene, SIZE) for _, scene in pairs]
     blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
 
     def sample(self, requests, config=None, **_):

@@ -173,7 +173,11 @@ def test_slots_are_refilled_by_eighths(params):
 @sequential_or_speculative
 def test_no_program_compiles_again(params, draft_len):
     """After one request, and many with top-p among them, others in other numbers and orders compile nothing."""
-    programs = [decode_state.decode_steps, decode_state.speculative_passes, decode_state.prefill_slots]
+    programs = [
+        decode_state.decode_slots,
+        decode_state.decode_slots_speculatively,
+        decode_state.prefill_slots,
+    ]
     batcher = ContinuousBatcher(CFG, params, SLOTS, draft_len=draft_len)
     for many in (requests(1), requests(2), requests(COUNT)):
         for request in many:

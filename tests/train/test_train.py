@@ -519,11 +519,11 @@ SMALL = """
 
 def test_flags_override_the_configuration(tmp_path):
     file = config_file(tmp_path, SMALL)
-    config = train.parse_args(
+    config = train.parse_train_args(
         [file, "--run", "x", "--optim.learning-rate", "0.5", "--model.vocab", "16"]
     ).config
     assert (config.run, config.optim.learning_rate, config.model.vocab, config.steps) == ("x", 0.5, 16, 3)
-    assert train.parse_args([file]).config == load_config(file)
+    assert train.parse_train_args([file]).config == load_config(file)
 
 
 def test_command_line_errors(tmp_path, capsys):

@@ -227,7 +227,7 @@ def _chinese(stream: CounterRNG, facts: Facts) -> str:
 _SPEAK = {"en": _english, "zh": _chinese}
 
 
-def caption(scene: Scene, stream: CounterRNG, language: str, *, always: bool = False) -> Caption:
+def scene_caption(scene: Scene, stream: CounterRNG, language: str, *, always: bool = False) -> Caption:
     """Return one caption with the choices of a random stream. always: state the scene's relation if it has one."""
     stated = _statements(stream, scene, always)
     order = list(dict.fromkeys(i for relation in stated for i in (relation.subject, *relation.others)))
@@ -251,7 +251,7 @@ def caption(scene: Scene, stream: CounterRNG, language: str, *, always: bool = F
     return Caption(text=_SPEAK[language](stream, facts), language=language, facts=facts)
 
 
-def captions(
+def scene_captions(
     scene: Scene, *, index: int, seed: int = 0, languages: tuple[str, ...] = LANGUAGES, count: int = 1
 ) -> tuple[Caption, ...]:
     """Return captions that are true of a scene.
@@ -277,7 +277,7 @@ def captions(
             f"want a count of 1 or more captions per language, got {count}; ask for at least one"
         )
     return tuple(
-        caption(scene, CounterRNG(seed, 101 + LANGUAGES.index(language), index, k), language)
+        scene_caption(scene, CounterRNG(seed, 101 + LANGUAGES.index(language), index, k), language)
         for language in languages
         for k in range(count)
     )

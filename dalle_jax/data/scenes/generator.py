@@ -15,12 +15,12 @@ from dalle_jax.data.scenes.captions import (
     Caption,
     Facts,
     ObjectFact,
-    caption,
-    captions,
     check_languages,
     facts_hold,
+    scene_caption,
+    scene_captions,
 )
-from dalle_jax.data.scenes.rendering import REACH, TONES, render
+from dalle_jax.data.scenes.rendering import REACH, TONES, render_scene
 from dalle_jax.data.scenes.scene import (
     BACKGROUNDS,
     COLORS,
@@ -62,15 +62,15 @@ __all__ = [
     "Relation",
     "Scene",
     "SceneObject",
-    "captions",
     "evaluation_set",
     "facts_hold",
+    "generate_scene",
     "held_out_compositions",
     "held_out_pairs",
     "held_out_relations",
     "relation_holds",
-    "render",
-    "scene",
+    "render_scene",
+    "scene_captions",
 ]  # fmt: skip
 
 EDGE = 0.01  # free margin, fraction of the side
@@ -296,7 +296,7 @@ def _background(stream: CounterRNG, kinds: tuple[str, ...]) -> Background:
     return Background(kind=kind, tones=tones, axis=axis, split=0.35 + 0.3 * stream.random())
 
 
-def scene(
+def generate_scene(
     index: int,
     *,
     split: str = "train",
@@ -332,7 +332,7 @@ def scene(
             f"want 1 <= min_objects <= max_objects <= 4, got {min_objects} and {max_objects}; "
             "a scene holds 1 to 4 objects"
         )
-    check_words(sizes, fills, backgrounds, max_objects)
+    check_scene_options(sizes, fills, backgrounds, max_objects)
     for attempt in range(100):
         stream = CounterRNG(seed, SPLITS.index(split), index, attempt)
         count = min_objects + stream.integers(max_objects - min_objects + 1)
@@ -348,7 +348,7 @@ def scene(
     raise AssertionError(f"no scene for {split} {index} in 100 attempts")
 
 
-def check_words(
+def check_scene_options(
     sizes: tuple[str, ...], fills: tuple[str, ...], backgrounds: tuple[str, ...], max_objects: int
 ) -> None:
     """Raise ValueError unless the words are known and allow scenes of `max_objects` objects."""
@@ -412,7 +412,7 @@ def evaluation_set(
             )
     pairs = []
     for index in range(count):
-        one = scene(
+        one = generate_scene(
             index,
             split=split,
             seed=seed,
@@ -423,5 +423,5 @@ def evaluation_set(
             backgrounds=backgrounds,
         )
         stream = CounterRNG(seed, 201, SPLITS.index(split), index)
-        pairs.append((caption(one, stream, languages[index % len(languages)], always=True), one))
+        pairs.append((scene_caption(one, stream, languages[index % len(languages)], always=True), one))
     return tuple(pairs)

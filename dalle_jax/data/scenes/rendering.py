@@ -172,19 +172,19 @@ def coverage(distance_HW, radius: float):
     return np.minimum(np.maximum(fraction_HW, 0.0, out=fraction_HW), 1.0, out=fraction_HW)
 
 
-def stripes(u, v):
+def stripes_fill(u, v):
     """Return the distance of each position to the light bands of a striped fill, in radii: slanted bands, period 0.6."""
     t = (u + v) * (0.7071 / 0.6)
     return (np.abs(t - np.rint(t)) - 0.25) * 0.6
 
 
-def dots(u, v):
+def dots_fill(u, v):
     """Return the distance of each position to the light dots of a dotted fill, in radii: a square grid, spacing 0.52."""
     s, t = u * (1 / 0.52), v * (1 / 0.52)
     return _length(s - np.rint(s), t - np.rint(t)) * 0.52 - 0.18
 
 
-FILL_DISTANCES = {"striped": stripes, "dotted": dots}
+FILL_DISTANCES = {"striped": stripes_fill, "dotted": dots_fill}
 
 
 def _backdrop(background: Background, side: int):
@@ -215,7 +215,7 @@ def _draw(canvas_3SS, thing: SceneObject, side: int) -> None:
     patch_3HW += coverage(d_HW, radius) * (ink_3HW - patch_3HW)
 
 
-def render(scene: Scene, size: int) -> np.ndarray:
+def render_scene(scene: Scene, size: int) -> np.ndarray:
     """Render a scene.
 
     size: side of the image in pixels, 32..256. Returns uint8 (size, size, 3). The same scene at two sizes

@@ -38,7 +38,7 @@ class SceneDataset:
     def scene(self, i: int) -> generator.Scene:
         """Return the scene of row i."""
         c = self._config
-        return generator.scene(
+        return generator.generate_scene(
             i,
             split=self._stream,
             seed=c.seed,
@@ -50,12 +50,12 @@ class SceneDataset:
         )
 
     def image(self, i: int, size: int, crop: Crop, rng: np.random.Generator | None = None) -> np.ndarray:
-        return generator.render(self.scene(i), size)  # already square: no crop
+        return generator.render_scene(self.scene(i), size)  # already square: no crop
 
     def captions(self, i: int) -> Captions:
         if not self._languages:
             return {}
-        captions = generator.captions(
+        captions = generator.scene_captions(
             self.scene(i), index=i, seed=self._config.seed, languages=self._languages, count=SCENE_CAPTIONS
         )
         return {name: tuple(c.text for c in captions if c.language == name) for name in self._languages}

@@ -199,7 +199,7 @@ def _assignments(facts: Facts, found: tuple[DetectedObject, ...]):
     return ways
 
 
-def verify(image, facts: Facts) -> Verdict:
+def verify_scene(image, facts: Facts) -> Verdict:
     """Check whether an image agrees with a caption.
 
     A right image has each object with its color and shape, with its size and fill where they are stated, each relation,

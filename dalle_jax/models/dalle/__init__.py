@@ -24,7 +24,7 @@ from dalle_jax.models.dalle.decoding import (
     resize_cache,
 )
 from dalle_jax.models.dalle.embedding import null_text, null_texts
-from dalle_jax.models.dalle.model import check_dalle_mesh, hidden, init, layer_masks, logits, loss
+from dalle_jax.models.dalle.model import check_dalle_mesh, hidden_states, init, layer_masks, logits, loss
 
 __all__ = [
     "DalleCache",
@@ -32,7 +32,7 @@ __all__ = [
     "commit_drafts",
     "decode_drafts",
     "decode_step",
-    "hidden",
+    "hidden_states",
     "init",
     "init_cache",
     "insert_into_cache",

@@ -17,8 +17,8 @@ from dalle_jax.models.dalle.embedding import (
     embed_codes,
     embed_null_text,
     embed_text,
+    final_norm,
     make_block,
-    norm_out,
     rope_at,
 )
 from dalle_jax.nn import drafts
@@ -60,7 +60,7 @@ def init_cache(
 
 def _next_logits(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Compute the image logits of the last position, float32 (B, V)."""
-    return apply_head(cfg, params, "image_head", norm_out(cfg, params, x_BTD[:, -1:]))[:, 0]
+    return apply_head(cfg, params, "image_head", final_norm(cfg, params, x_BTD[:, -1:]))[:, 0]
 
 
 def prefill(
@@ -240,7 +240,7 @@ def decode_drafts(
 
         x_BQD, draft_kv = apply_module(block, layer, x_BQD, attention_fn=attention_fn, rope=rope)
         draft_kvs.append(draft_kv)
-    return apply_head(cfg, params, "image_head", norm_out(cfg, params, x_BQD)), tuple(draft_kvs)
+    return apply_head(cfg, params, "image_head", final_norm(cfg, params, x_BQD)), tuple(draft_kvs)
 
 
 def commit_drafts(
@@ -253,6 +253,6 @@ def commit_drafts(
     """Write the first `num_accepted_B` codes of each row that `decode_drafts` fed at `position_B` into the caches."""
     cache_position_B = position_B + cfg.shift_masks
     return tuple(
-        drafts.commit(cfg, kind, old, draft_kv, cache_position_B, num_accepted_B)
+        drafts.commit_draft_kv(cfg, kind, old, draft_kv, cache_position_B, num_accepted_B)
         for kind, old, draft_kv in zip(cfg.layer_kinds, cache, draft_kvs, strict=True)
     )

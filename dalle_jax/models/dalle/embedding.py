@@ -137,7 +137,7 @@ def rope_at(cfg: DalleConfig, stream_position: jax.Array) -> jax.Array | None:
     return jnp.asarray(table)[jnp.atleast_2d(stream_position)]
 
 
-def norm_out(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+def final_norm(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Apply the final norm or norms, in float32."""
     norm = make_norm(cfg.norm)
     x_BTD = apply_module(norm, params["norm_out"], x_BTD)

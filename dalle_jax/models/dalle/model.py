@@ -19,9 +19,9 @@ from dalle_jax.models.dalle.embedding import (
     apply_head,
     embed_codes,
     embed_text,
+    final_norm,
     make_block,
     map_pad_ids,
-    norm_out,
     null_texts,
     rope_at,
 )
@@ -108,7 +108,7 @@ def layer_masks(cfg: DalleConfig) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(masks), np.array([kinds.index(kind) for kind in cfg.layer_kinds])
 
 
-def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.Array) -> jax.Array:
+def hidden_states(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.Array) -> jax.Array:
     """Run the layers over the stream.
 
     Args:
@@ -157,7 +157,7 @@ def hidden(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP: jax.A
 
     xs = (params["blocks"], jnp.asarray(mask_index_L))
     x_BSD, _ = jax.lax.scan(body, x_BSD, xs, unroll=cfg.scan_unroll)
-    return norm_out(cfg, params, x_BSD)
+    return final_norm(cfg, params, x_BSD)
 
 
 def _remat(remat: Remat, layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -206,7 +206,7 @@ def _before_heads(
         raise ValueError(f"Expected codes of shape ({len(text_BT)}, {cfg.num_codes}), got {codes_BN.shape}.")
     # The last code predicts nothing, but with it the stream has its whole length, 1280 at the paper's sizes, which
     # suits kernels and layouts better than 1279. With shift_masks the masks end one position earlier.
-    x_BSD = hidden(cfg, params, text_BT, codes_BN[:, :-1] if cfg.shift_masks else codes_BN)
+    x_BSD = hidden_states(cfg, params, text_BT, codes_BN[:, :-1] if cfg.shift_masks else codes_BN)
     first = cfg.text_len - 1
     return x_BSD[:, :first], x_BSD[:, first : first + cfg.num_codes]
 

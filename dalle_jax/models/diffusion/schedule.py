@@ -35,7 +35,7 @@ class AlphaSigma(NamedTuple):
         return (self.alpha / self.sigma) ** 2
 
 
-def betas(cfg: NoiseConfig) -> np.ndarray:
+def beta_schedule(cfg: NoiseConfig) -> np.ndarray:
     """Return the betas of the discrete DDPM, float64 (cfg.num_timesteps,); 1e-4 to 0.02 for 1000 steps."""
     return np.linspace(cfg.beta_min / cfg.num_timesteps, cfg.beta_max / cfg.num_timesteps, cfg.num_timesteps)
 
@@ -53,7 +53,7 @@ def _raw_alpha(cfg: NoiseConfig, t, xp):
             angle = rate * t + scale * _COSINE_SHIFT
             return xp.cos(angle) / first, -rate * xp.sin(angle) / first
         case "ddpm":  # log alpha is linear between the steps
-            log_alpha = np.concatenate([[0.0], 0.5 * np.cumsum(np.log1p(-betas(cfg)))])
+            log_alpha = np.concatenate([[0.0], 0.5 * np.cumsum(np.log1p(-beta_schedule(cfg)))])
             log_alpha = xp.asarray(log_alpha, t.dtype)
             i = xp.clip(xp.ceil(t * cfg.num_timesteps).astype("int32"), 1, cfg.num_timesteps)
             d_log = (log_alpha[i] - log_alpha[i - 1]) * cfg.num_timesteps

@@ -12,14 +12,14 @@ from jax.experimental import multihost_utils
 from dalle_jax.checkpoint.export import write_run
 from dalle_jax.checkpoint.layout import CONFIG_FILE, IMAGE_TOKENIZER_DIR, TEXT_TOKENIZER_FILE
 from dalle_jax.checkpoint.load import load_run
-from dalle_jax.checkpoint.params_file import fingerprint
+from dalle_jax.checkpoint.params_file import params_fingerprint
 from dalle_jax.checkpoint.remote_dir import local_dir
 from dalle_jax.checkpoint.run_dir import read_config, sync_run_dir
 from dalle_jax.config import ModelConfig, TokenizerConfig, TrainConfig
 from dalle_jax.data.codes import CodesDataset
 from dalle_jax.data.sources import Dataset, iter_captions
 from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, train_text_tokenizer
-from dalle_jax.train.initialize import copy_tokenizer, copy_vocabulary
+from dalle_jax.train.initialize import copy_image_tokenizer, copy_text_tokenizer
 from dalle_jax.typing import Params
 
 
@@ -99,7 +99,7 @@ def prepare_text_tokenizer(
     if jax.process_index() == 0 and not path.exists():
         if config.text.tokenizer_path is not None:
             TextTokenizer.load(config.text.tokenizer_path).save(path)
-        elif not copy_vocabulary(config, path):  # the weights of init_from belong to its vocabulary
+        elif not copy_text_tokenizer(config, path):  # the weights of init_from belong to its vocabulary
             captions = iter_captions(source, config.text.num_train_captions)
             case = {"lowercase": config.text.lowercase, "nfkc": config.text.nfkc}
             train_text_tokenizer(captions, path, vocab=vocab, **case)
@@ -154,7 +154,7 @@ def prepare_image_tokenizer(config: TrainConfig, run_dir: Path) -> tuple[ModelCo
         if run is not None:
             write_run(path, run.config, run.params, run.step)
         else:
-            copy_tokenizer(config, path)
+            copy_image_tokenizer(config, path)
     sync_run_dir(run_dir)
     run = load_run(path)
-    return run.config.model, run.params, fingerprint(run.config.model, run.params)
+    return run.config.model, run.params, params_fingerprint(run.config.model, run.params)

@@ -14,7 +14,7 @@ from dalle_jax.config import TrainConfig, VectorQuantizer, VQGANConfig
 from dalle_jax.data.images import to_float
 from dalle_jax.models import lpips
 from dalle_jax.models.vqgan import adversarial, quantizers
-from dalle_jax.train.adversarial_optim import adversarial_optimizer, tokenizer_params
+from dalle_jax.train.adversarial_optim import adversarial_optimizer, mask_discriminator_params
 from dalle_jax.train.state import TrainState
 from dalle_jax.train.task import MetricDict
 from dalle_jax.train.tasks.tokenizer import TokenizerTask
@@ -47,7 +47,7 @@ class VQGANTask(TokenizerTask):
         return adversarial.init(self.model, key)
 
     def optimizer(self, params: Params) -> optax.GradientTransformation:
-        tokenizer_tx = super().optimizer(tokenizer_params(params))
+        tokenizer_tx = super().optimizer(mask_discriminator_params(params))
         return adversarial_optimizer(self.model, tokenizer_tx)
 
     def gradients(
