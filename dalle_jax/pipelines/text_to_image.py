@@ -267,7 +267,7 @@ class TextToImagePipeline:
     ) -> Iterator[_Batch]:
         """Batches of neighbors with the same settings, in the program of `generate`."""
         params = self._decode_params(config.quantization)
-        num_drawn = num_passes = 0
+        num_codes = num_passes = 0
         for (own, _), rows in itertools.groupby(range(len(requests)), key=lambda i: keys[i]):
             group = [requests[i] for i in rows]
             prefix = group[0].prefix_codes
@@ -293,9 +293,9 @@ class TextToImagePipeline:
                     codes_BM, passes_B = (np.asarray(array)[real_B] for array in part)
                     if on_preview is not None:
                         on_preview(self._preview(codes_BM))
-                num_drawn += len(real_B) * (self.config.num_codes - 1 - prefix_len)
+                num_codes += len(real_B) * (self.config.num_codes - 1 - prefix_len)
                 num_passes += int(passes_B.sum())
-                rate = num_drawn / max(num_passes, 1) if config.draft_len is not None else None
+                rate = num_codes / max(num_passes, 1) if config.draft_len is not None else None
                 yield _Batch(codes_BM, rate)
 
     def _options(

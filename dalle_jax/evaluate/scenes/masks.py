@@ -102,7 +102,7 @@ def object_masks(image_HW3, ground_HW3, own_HW, side):
     share_HW = np.clip(((image_HW3 - tone_3) @ way_3) / (way_3 @ way_3), 0, 1)
     other_HW = flood_fill((share_HW > 0.3) & inner_HW, seed_HW)
     near_HW = dilate(other_HW)
-    if not (near_HW & ~own_HW).any():  # enclosed: a guest drawn over its host
+    if not (near_HW & ~own_HW).any():  # enclosed: an inner object over the outer one
         host_HW = np.clip(_soft_masks(image_HW3, ground_HW3, tone_3, dilate(own_HW))[0], 0, 1)
         near_HW1 = near_HW[..., None]
         return [

@@ -30,8 +30,8 @@ def _unit_table():
 
 
 _UNIT = _unit_table()
-# Kernels (center, first neighbor, ...) that a soft picture may have been seen through, of standard deviation
-# 0, 0.5, 0.7 and 1 pixel; the last is left to pictures large enough that it smears no small shape.
+# Kernels (center, first neighbor, ...) that may have blurred the image, of standard deviation
+# 0, 0.5, 0.7 and 1 pixel; the last is for images so large that it blurs no small shape.
 BLURS = ((1.0,), (0.76, 0.12), (0.5, 0.25), (0.375, 0.25, 0.0625))
 # Half steps of the fit: place and radius in radii, angle in radians.
 _NUDGE = np.array([0.05, 0.05, 0.04, 0.05], np.float32)
@@ -66,7 +66,7 @@ def _blurred(image_PHW, blur):
     return image_PHW
 
 
-def _drawn(shape, pose_P4, height, width, blur):
+def _rendered(shape, pose_P4, height, width, blur):
     """Coverage (P, H, W) of a shape at P poses, seen through a kernel of BLURS."""
     u, v, r = _frame(pose_P4, height, width)
     return _blurred(coverage(SHAPE_DISTANCES[shape](u, v), r), blur)
@@ -74,9 +74,9 @@ def _drawn(shape, pose_P4, height, width, blur):
 
 def _score(shape, pose_4, mask_HW, blur) -> float:
     """Soft intersection over union of a drawing with the mask."""
-    drawn_HW = _drawn(shape, pose_4[None], *mask_HW.shape, blur)[0]
-    both = float(np.minimum(drawn_HW, mask_HW).sum())
-    return both / max(float(drawn_HW.sum()) + float(mask_HW.sum()) - both, 1e-9)
+    rendered_HW = _rendered(shape, pose_4[None], *mask_HW.shape, blur)[0]
+    both = float(np.minimum(rendered_HW, mask_HW).sum())
+    return both / max(float(rendered_HW.sum()) + float(mask_HW.sum()) - both, 1e-9)
 
 
 def _first_pose(shape, mass, cx, cy):
@@ -92,10 +92,10 @@ def _refined(shape, pose_4, mask_HW, blur, rounds):
     for _ in range(rounds):
         unit_4 = _NUDGE * np.array([pose_4[2], pose_4[2], pose_4[2], 1.0])
         trial_94 = pose_4 + _TRIALS * unit_4
-        drawn_9N = _drawn(shape, trial_94, height, width, blur).reshape(9, -1)
-        slope_4N = drawn_9N[1:5] - drawn_9N[5:]  # per two nudges
+        rendered_9N = _rendered(shape, trial_94, height, width, blur).reshape(9, -1)
+        slope_4N = rendered_9N[1:5] - rendered_9N[5:]  # per two nudges
         normal_44 = slope_4N @ slope_4N.T * _DAMP + _FLOOR
-        move_4 = np.linalg.solve(normal_44, slope_4N @ (mask_HW.ravel() - drawn_9N[0])) * 2
+        move_4 = np.linalg.solve(normal_44, slope_4N @ (mask_HW.ravel() - rendered_9N[0])) * 2
         pose_4 = pose_4 + np.clip(move_4, -4, 4) * unit_4
         pose_4[2] = max(pose_4[2], 1.0)
         pose_4[3] = min(max(pose_4[3], -0.21), 0.21)
