@@ -13,6 +13,7 @@ import importlib
 
 _SUBPACKAGES = (
     "config",
+    "files",
     "typing",
     "text",
     "parallel",
@@ -30,7 +31,7 @@ _SUBPACKAGES = (
 )
 _MODELS = ("tokenizer", "dvae", "vqgan", "dalle", "bart", "clip", "diffusion")
 
-__all__ = [*_SUBPACKAGES, "load"]
+__all__ = list(_SUBPACKAGES)  # what `import *` and the API pages list; `load` and models are found by attribute
 __version__ = "0.2.0"
 
 

@@ -180,5 +180,5 @@ def test_subpackages_and_models_are_attributes():
     assert dalle_jax.load is dalle_jax.pipelines.load
     for name in set(dir(dalle_jax)) - {"load"}:
         assert getattr(dalle_jax, name).__name__ in (f"dalle_jax.{name}", f"dalle_jax.models.{name}")
-    with pytest.raises(AttributeError, match=r"Expected one of config, typing, text.*got dalle_jax.dall\."):
+    with pytest.raises(AttributeError, match=r"Expected one of config, files, typing.*got dalle_jax.dall\."):
         _ = dalle_jax.dall
