@@ -31,7 +31,7 @@ _SUBPACKAGES = (
 )
 _MODELS = ("tokenizer", "dvae", "vqgan", "dalle", "bart", "clip", "diffusion")
 
-__all__ = list(_SUBPACKAGES)  # what `import *` and the API pages list; `load` and models are found by attribute
+__all__ = list(_SUBPACKAGES)  # `load` and the models are attributes without being listed in the API pages
 __version__ = "0.2.0"
 
 
