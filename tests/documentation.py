@@ -70,6 +70,7 @@ SMALLER = (
     (r"--rows \d+", "--rows 16"),
     (r"--filmstrip \d+", "--filmstrip 2"),
     (r"--bits-per-dim \d+", "--bits-per-dim 2"),
+    (r"(--guidance-scale \S+) [\d. ]+(?= |$)", r"\1"),  # one scale of a curve
     (r"--image-size (256|384|512)", "--image-size 64"),
 )
 
