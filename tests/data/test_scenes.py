@@ -61,8 +61,8 @@ def test_another_process_with_another_hash_seed_draws_the_same():
     code = (
         "import zlib; from dalle_jax.data.scenes.generator import *\n"
         "for i in range(20):\n"
-        "    s = scene(i); text = ''.join(c.text for c in captions(s, index=i))\n"
-        "    print(zlib.crc32(render(s, 32).tobytes()), zlib.crc32(text.encode()))"
+        "    s = generate_scene(i); text = ''.join(c.text for c in scene_captions(s, index=i))\n"
+        "    print(zlib.crc32(render_scene(s, 32).tobytes()), zlib.crc32(text.encode()))"
     )
     runs = {
         subprocess.run(
