@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dalle_jax.config.schema import frozen_config, require
+from dalle_jax.config.schema import (
+    frozen_config,
+    require,
+    require_at_least,
+    require_divisible,
+    require_fraction,
+    require_id,
+)
 from dalle_jax.config.tokenizer import Dtype
 
 
@@ -32,31 +39,28 @@ class BartConfig:
     remat: Literal["none", "full"] = "full"  # activations that the backward pass recomputes
 
     def __post_init__(self):
-        for name in (
-            "text_vocab", "image_vocab", "grid", "dim", "encoder_layers", "layers", "heads", "mlp_width",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, f"BartConfig.{name} is {getattr(self, name)}; want at least 1")
-        require(
-            self.text_len >= 2,
-            f"text_len is {self.text_len}; want at least 2: a caption has a start and an end",
+        require_at_least(
+            self,
+            1,
+            "text_vocab",
+            "image_vocab",
+            "grid",
+            "dim",
+            "encoder_layers",
+            "layers",
+            "heads",
+            "mlp_width",
         )
-        require(
-            self.dim % self.heads == 0,
-            f"dim {self.dim} is not divisible by heads {self.heads}; change one of them",
-        )
+        require_at_least(self, 2, "text_len", hint="A caption has a start and an end.")
+        require_divisible(self, "dim", "heads")
         require(
             max(self.image_vocab, self.decoder_start_id + 1) <= self.decoder_vocab,
-            f"decoder_vocab is {self.decoder_vocab}; want room for {self.image_vocab} codes and the start {self.decoder_start_id}",
+            f"Expected BartConfig.decoder_vocab of more than decoder_start_id {self.decoder_start_id} and at "
+            f"least image_vocab {self.image_vocab}, "
+            f"got {self.decoder_vocab}.",
         )
-        for name in ("pad_id", "bos_id", "eos_id"):
-            require(
-                0 <= getattr(self, name) < self.text_vocab,
-                f"{name} is {getattr(self, name)}; want a piece in [0, {self.text_vocab})",
-            )
-        require(
-            0.0 <= self.cond_drop_prob <= 1.0,
-            f"cond_drop_prob is {self.cond_drop_prob}; want a fraction in [0, 1]",
-        )
+        require_id(self, self.text_vocab, "pad_id", "bos_id", "eos_id")
+        require_fraction(self, "cond_drop_prob")
 
     @property
     def head_dim(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from dalle_jax.config.schema import frozen_config, require
+from dalle_jax.config.schema import frozen_config, require, require_at_least, require_divisible
 from dalle_jax.config.tokenizer import Dtype
 
 
@@ -19,12 +19,8 @@ class TowerConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self):
-        for name in ("dim", "layers", "heads", "mlp_ratio"):
-            require(getattr(self, name) >= 1, f"TowerConfig.{name} is {getattr(self, name)}; want at least 1")
-        require(
-            self.dim % self.heads == 0,
-            f"TowerConfig.dim {self.dim} is not divisible by heads {self.heads}; change one of them",
-        )
+        require_at_least(self, 1, "dim", "layers", "heads", "mlp_ratio")
+        require_divisible(self, "dim", "heads")
 
 
 @frozen_config
@@ -56,27 +52,25 @@ class ClipConfig:
     scan_unroll: int = 1  # layers per iteration of the scan; more compiles longer and may run faster
 
     def __post_init__(self):
-        for name in (
-            "image_size",
-            "patch_size",
-            "text_vocab",
-            "embed_dim",
-            "grad_cache_chunks",
-            "scan_unroll",
-        ):
-            require(getattr(self, name) >= 1, f"ClipConfig.{name} is {getattr(self, name)}; want at least 1")
-        require(
-            self.image_size % self.patch_size == 0,
-            f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; change one of them",
+        require_at_least(
+            self, 1, "image_size", "patch_size", "text_vocab", "embed_dim", "grad_cache_chunks", "scan_unroll"
         )
-        require(self.text_vocab >= 3, f"text_vocab is {self.text_vocab}; want a piece, a start and an end")
-        require(self.text_len >= 3, f"text_len is {self.text_len}; want room for a start, a piece and an end")
+        require_divisible(self, "image_size", "patch_size")
+        require_at_least(self, 3, "text_vocab", hint="Use one or more pieces, a start and an end.")
+        require_at_least(self, 3, "text_len", hint="A caption has a start, pieces and an end.")
         for name in ("pixel_mean", "pixel_std"):
-            require(len(getattr(self, name)) == 3, f"{name} is {getattr(self, name)}; want three numbers")
-        require(min(self.pixel_std) > 0, f"pixel_std is {self.pixel_std}; want numbers above 0")
+            require(
+                len(getattr(self, name)) == 3,
+                f"Expected ClipConfig.{name} of three numbers, got {getattr(self, name)}.",
+            )
+        require(
+            min(self.pixel_std) > 0,
+            f"Expected ClipConfig.pixel_std of numbers above 0, got {self.pixel_std}.",
+        )
         require(
             0 < self.logit_scale_init <= self.logit_scale_max,
-            f"logit_scale_init is {self.logit_scale_init:g}, logit_scale_max {self.logit_scale_max:g}; want 0 < start <= most",
+            f"Expected ClipConfig.logit_scale_init above 0 and at most logit_scale_max {self.logit_scale_max:g}, "
+            f"got {self.logit_scale_init:g}.",
         )
 
     @property

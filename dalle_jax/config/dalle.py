@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dalle_jax.config.schema import frozen_config, require
+from dalle_jax.config.schema import (
+    frozen_config,
+    require,
+    require_at_least,
+    require_divisible,
+    require_fraction,
+    require_id,
+)
 from dalle_jax.config.tokenizer import Dtype
 
 AttentionKind = Literal["full", "row", "column", "conv", "conv_clamped", "conv_torus"]
@@ -25,17 +32,14 @@ class T5Config:
     eos_id: int = 1  # after a caption
 
     def __post_init__(self):
-        for name in ("dim", "layers", "heads", "mlp_width"):
-            require(getattr(self, name) >= 1, f"T5Config.{name} is {getattr(self, name)}; want at least 1")
-        require(
-            self.dim % self.heads == 0,
-            f"T5 of dim {self.dim} is not divisible by heads {self.heads}; change one of them",
-        )
+        require_at_least(self, 1, "dim", "layers", "heads", "mlp_width")
+        require_divisible(self, "dim", "heads")
         require(
             self.num_relative_buckets >= 4 and self.num_relative_buckets % 4 == 0,
-            f"num_relative_buckets is {self.num_relative_buckets}; want a multiple of 4: two directions, near and far",
+            f"Expected T5Config.num_relative_buckets to be a multiple of 4, got {self.num_relative_buckets}. "
+            "They are for two directions, near and far.",
         )
-        require(self.eos_id >= 0, f"eos_id is {self.eos_id}; want a piece")
+        require_at_least(self, 0, "eos_id")
 
 
 @frozen_config
@@ -92,59 +96,57 @@ class DalleConfig:
     scan_unroll: int = 1  # layers per iteration of the scan; more compiles longer and may run faster
 
     def __post_init__(self):
-        for name in (
-            "text_vocab", "text_len", "image_vocab", "grid", "dim", "layers", "heads", "mlp_ratio", "scan_unroll",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, f"DalleConfig.{name} is {getattr(self, name)}; want at least 1")
-        require(
-            self.loss_vocab_chunk >= 0,
-            f"loss_vocab_chunk is {self.loss_vocab_chunk}; want 0 (all at once) or more",
+        require_at_least(
+            self,
+            1,
+            "text_vocab",
+            "text_len",
+            "image_vocab",
+            "grid",
+            "dim",
+            "layers",
+            "heads",
+            "mlp_ratio",
+            "scan_unroll",
         )
-        require(
-            self.dim % self.heads == 0,
-            f"dim {self.dim} is not divisible by heads {self.heads}; change one of them",
-        )
-        require(
-            self.mlp_width is None or self.mlp_width >= 1,
-            f"DalleConfig.mlp_width is {self.mlp_width}; want at least 1, or None for mlp_ratio * dim",
-        )
-        require(
-            self.pad_id is None or 0 <= self.pad_id < self.text_vocab,
-            f"pad_id is {self.pad_id}; want a piece in [0, {self.text_vocab}), or None",
-        )
+        require_at_least(self, 0, "loss_vocab_chunk", hint="Use 0 to compute all logits at once.")
+        require_divisible(self, "dim", "heads")
+        require_at_least(self, 1, "mlp_width", hint="Use None for mlp_ratio * dim.")
+        require_id(self, self.text_vocab, "pad_id")
         require(
             self.pos_embed != "rope2d" or self.head_dim % 4 == 0,
-            f"head_dim is {self.head_dim}; pos_embed='rope2d' rotates pairs by row and by column: want a multiple of 4",
+            f"Expected dim / heads to be a multiple of 4 for pos_embed rope2d, got {self.head_dim}. "
+            "Change DalleConfig.dim or heads.",
         )
-        require(len(self.attention) > 0, "DalleConfig.attention is empty; name at least one kind, e.g. full")
+        require(
+            len(self.attention) > 0,
+            "Expected at least one kind in DalleConfig.attention, got none. Use e.g. full.",
+        )
         require(
             self.conv_kernel % 2 == 1 and self.conv_kernel >= 1,
-            f"conv_kernel is {self.conv_kernel}; want an odd number",
+            f"Expected an odd DalleConfig.conv_kernel of at least 1, got {self.conv_kernel}.",
         )
-        require(
-            0.0 <= self.text_loss_weight < 1.0,
-            f"text_loss_weight is {self.text_loss_weight}; want a fraction in [0, 1)",
-        )
+        require_fraction(self, "text_loss_weight", below_one=True)
         if self.text_encoder is not None:
             self._check_text_encoder(self.text_encoder)
-        require(
-            0.0 <= self.cond_drop_prob <= 1.0,
-            f"cond_drop_prob is {self.cond_drop_prob}; want a fraction in [0, 1]",
-        )
+        require_fraction(self, "cond_drop_prob")
 
     def _check_text_encoder(self, encoder: T5Config) -> None:
         """Check fields that have one value with an encoder: its captions are no tokens of the sequence."""
-        for name, wanted in (("text_loss_weight", 0.0), ("pad_id", None), ("shift_masks", False)):
+        for name, expected in (("text_loss_weight", 0.0), ("pad_id", None), ("shift_masks", False)):
             value = getattr(self, name)
-            require(value == wanted, f"{name} is {value}; a Transformer with a text_encoder has {wanted}")
+            require(
+                value == expected,
+                f"Expected DalleConfig.{name} to be {expected} with a text_encoder, got {value}.",
+            )
         require(
             self.attention_kernel in ("auto", "dense"),
-            f"attention_kernel is {self.attention_kernel}; with a text_encoder each caption hides positions "
-            "of its own, which only dense computes",
+            f"Expected DalleConfig.attention_kernel auto or dense with a text_encoder, got {self.attention_kernel}. "
+            "Only dense masks different positions in each row.",
         )
         require(
             encoder.eos_id < self.text_vocab,
-            f"text_encoder.eos_id is {encoder.eos_id}; want a piece in [0, {self.text_vocab})",
+            f"Expected text_encoder.eos_id in [0, {self.text_vocab}), got {encoder.eos_id}.",
         )
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import field
 from fractions import Fraction
 from typing import Literal
 
-from dalle_jax.config.schema import frozen_config, require
+from dalle_jax.config.schema import frozen_config, require, require_at_least, require_fraction
 
 Language = Literal["en", "zh"]
 SceneSize = Literal["small", "medium", "large"]
@@ -31,16 +31,21 @@ class ScenesSource:
     seed: int = 0  # another seed gives other scenes
 
     def __post_init__(self):
-        require(self.count >= 1, f"ScenesSource.count is {self.count}; want at least 1")
+        require_at_least(self, 1, "count")
         require(
             1 <= self.min_objects <= self.max_objects <= 4,
-            f"objects per scene {self.min_objects}..{self.max_objects}; want 1 <= min <= max <= 4",
+            "Expected 1 <= min_objects <= max_objects <= 4 in ScenesSource, "
+            f"got {self.min_objects} and {self.max_objects}.",
         )
         require(
-            len(self.fills) * len(self.sizes) * len(self.backgrounds) > 0
-            and (self.max_objects == 1 or set(self.sizes) != {"large"}),
-            f"scenes of sizes {self.sizes}, fills {self.fills}, backgrounds {self.backgrounds}; want at least one "
-            "of each, and not only large ones where a scene holds two objects or more",
+            bool(self.sizes and self.fills and self.backgrounds),
+            "Expected one or more sizes, fills and backgrounds in ScenesSource, "
+            f"got {self.sizes}, {self.fills} and {self.backgrounds}.",
+        )
+        require(
+            self.max_objects == 1 or set(self.sizes) != {"large"},
+            f"Expected ScenesSource.sizes with small or medium for two objects or more, got {self.sizes}. "
+            "Add one of them.",
         )
 
 
@@ -88,9 +93,7 @@ class FolderSource:
     def __post_init__(self):
         _check_limits(self)
         _check_templates(self)
-        require(
-            0 <= self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; want a fraction in [0, 1)"
-        )
+        require_fraction(self, "eval_fraction", below_one=True)
 
 
 @frozen_config
@@ -133,18 +136,14 @@ class ArraysSource:
 
 
 def _check_limits(source: TarSource | FolderSource | TfdsSource) -> None:
-    fraction, side, aspect = source.max_bad_fraction, source.min_image_size, source.max_aspect_ratio
-    require(0 <= fraction <= 1, f"max_bad_fraction is {fraction}; want a fraction in [0, 1]")
-    require(
-        side >= 1 and aspect >= 1,
-        f"min_image_size is {side}, max_aspect_ratio {aspect}; want at least 1 each",
-    )
+    require_fraction(source, "max_bad_fraction")
+    require_at_least(source, 1, "min_image_size", "max_aspect_ratio")
 
 
 def _check_templates(source: FolderSource | TfdsSource | ArraysSource) -> None:
     require(
         all("{}" in t for t in source.templates) and len(source.templates) > 0,
-        f"templates are {source.templates}; want at least one, each with {{}} where the class name goes",
+        f"Expected one or more templates with {{}} for the name of the class, got {source.templates}.",
     )
 
 
@@ -163,20 +162,23 @@ class MixtureSource:
     ]  # one for each part, in any unit: fractions of the rows are weights over their sum
 
     def __post_init__(self):
-        require(len(self.parts) > 0, "MixtureSource.parts is empty; want one source or more")
+        require(len(self.parts) > 0, "Expected one or more sources in MixtureSource.parts, got none.")
         require(
             len(self.weights) == len(self.parts),
-            f"MixtureSource has {len(self.parts)} parts and {len(self.weights)} weights; want one weight each",
+            f"Expected one weight for each of {len(self.parts)} parts in MixtureSource.weights, "
+            f"got {len(self.weights)}.",
         )
         require(
             all(math.isfinite(w) and w > 0 for w in self.weights),
-            f"MixtureSource.weights are {self.weights}; want finite numbers above 0, and no part that is not used",
+            f"Expected MixtureSource.weights of finite numbers above 0, got {self.weights}. "
+            "Remove parts that are not used.",
         )
         for i, count in enumerate(self.counts):
             require(
                 count > 0,
-                f"MixtureSource.weights[{i}] is {self.weights[i]:g} of {math.fsum(self.weights):g}, less than a row "
-                f"in {MIXTURE_PERIOD}; raise it, or leave the part out",
+                f"Expected MixtureSource.weights[{i}] of at least 1 / {MIXTURE_PERIOD} of their sum, "
+                f"got {self.weights[i]:g} of {math.fsum(self.weights):g}. "
+                "Increase it or remove the part.",
             )
 
     @property
@@ -214,13 +216,11 @@ class DataConfig:
     prefetch: int = 4  # batches built ahead
 
     def __post_init__(self):
-        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; want at least 1")
-        require(self.num_threads >= 1, f"data.num_threads is {self.num_threads}; want at least 1")
-        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; want 0 (threads) or more")
-        require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; want at least 1")
+        require_at_least(self, 1, "batch_size", "num_threads", "prefetch")
+        require_at_least(self, 0, "num_workers", hint="Use 0 for threads.")
         require(
             len(self.languages) > 0 and len(set(self.languages)) == len(self.languages),
-            f"data.languages is {self.languages}; want one or more different languages out of en, zh",
+            f"Expected data.languages of one or more different languages out of en, zh, got {self.languages}.",
         )
 
 
@@ -235,11 +235,5 @@ class TextConfig:
     nfkc: bool = True  # map compatible forms of a character, e.g. full-width letters, to one
 
     def __post_init__(self):
-        require(
-            0.0 <= self.bpe_dropout < 1.0,
-            f"text.bpe_dropout is {self.bpe_dropout}; want a probability in [0, 1)",
-        )
-        require(
-            self.num_train_captions >= 1,
-            f"text.num_train_captions is {self.num_train_captions}; want at least 1",
-        )
+        require_fraction(self, "bpe_dropout", below_one=True)
+        require_at_least(self, 1, "num_train_captions")

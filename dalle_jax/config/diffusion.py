@@ -6,7 +6,13 @@ import math
 from dataclasses import field
 from typing import Literal
 
-from dalle_jax.config.schema import frozen_config, require
+from dalle_jax.config.schema import (
+    frozen_config,
+    require,
+    require_at_least,
+    require_divisible,
+    require_fraction,
+)
 from dalle_jax.config.tokenizer import Dtype
 
 NoiseKind = Literal["linear", "cosine", "ddpm", "ve", "edm"]
@@ -41,26 +47,31 @@ class NoiseConfig:
     def __post_init__(self):
         require(
             0 < self.beta_min < self.beta_max,
-            f"noise betas {self.beta_min}..{self.beta_max}; want 0 < beta_min < beta_max",
+            f"Expected 0 < beta_min < beta_max in NoiseConfig, got {self.beta_min} and {self.beta_max}.",
         )
         require(
             0 < self.sigma_min < self.sigma_max,
-            f"noise sigmas {self.sigma_min}..{self.sigma_max}; want 0 < sigma_min < sigma_max",
+            f"Expected 0 < sigma_min < sigma_max in NoiseConfig, got {self.sigma_min} and {self.sigma_max}.",
         )
         require(
             self.num_timesteps >= 2 and self.beta_max < self.num_timesteps,
-            f"noise.num_timesteps is {self.num_timesteps}; want at least 2, and more than beta_max {self.beta_max}",
+            f"Expected NoiseConfig.num_timesteps of at least 2 and more than beta_max {self.beta_max}, "
+            f"got {self.num_timesteps}.",
         )
-        require(self.rho >= 1, f"noise.rho is {self.rho}; want at least 1")
-        require(0 < self.shift < math.inf, f"noise.shift is {self.shift}; want more than 0, 1 is none")
+        require_at_least(self, 1, "rho")
+        require(
+            0 < self.shift < math.inf,
+            f"Expected a finite NoiseConfig.shift above 0, got {self.shift}. Use 1 for no shift.",
+        )
         require(
             self.shift == 1 or self.kind not in ("ve", "edm"),
-            f"noise.shift is for variance-preserving schedules; for {self.kind} set sigma_min and sigma_max",
+            f"Expected NoiseConfig.shift 1 with kind {self.kind}, got {self.shift}. Set sigma_min and sigma_max.",
         )
-        require(0 < self.t_min < 1, f"noise.t_min is {self.t_min}; want a time in (0, 1)")
+        require(0 < self.t_min < 1, f"Expected NoiseConfig.t_min in (0, 1), got {self.t_min}.")
         require(
             not (self.zero_terminal_snr and self.kind in ("ve", "edm")),
-            f"zero_terminal_snr is for variance-preserving schedules, not for {self.kind}; turn it off",
+            f"Expected NoiseConfig.zero_terminal_snr False with kind {self.kind}, got True. "
+            "Use a variance-preserving kind.",
         )
 
 
@@ -76,13 +87,8 @@ class TextEncoderConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self):
-        for name in ("text_vocab", "text_len", "dim", "layers", "heads", "mlp_ratio"):
-            value = getattr(self, name)
-            require(value >= 1, f"TextEncoderConfig.{name} is {value}; want at least 1")
-        require(
-            self.dim % self.heads == 0,
-            f"text dim {self.dim} is not divisible by heads {self.heads}; change one of them",
-        )
+        require_at_least(self, 1, "text_vocab", "text_len", "dim", "layers", "heads", "mlp_ratio")
+        require_divisible(self, "dim", "heads")
 
 
 @frozen_config
@@ -94,8 +100,7 @@ class CodesConfig:
     width: int = 64  # channels of a code's embedding, concatenated with the noised image
 
     def __post_init__(self):
-        for name in ("vocab", "grid", "width"):
-            require(getattr(self, name) >= 1, f"CodesConfig.{name} is {getattr(self, name)}; want at least 1")
+        require_at_least(self, 1, "vocab", "grid", "width")
 
 
 @frozen_config
@@ -141,58 +146,50 @@ class DiffusionConfig:
     remat: bool = False  # recompute the inside of blocks in the backward pass
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "width", "blocks"):
-            require(
-                getattr(self, name) >= 1, f"DiffusionConfig.{name} is {getattr(self, name)}; want at least 1"
-            )
+        require_at_least(self, 1, "image_size", "patch_size", "width", "blocks")
         require(
             len(self.channel_multipliers) > 0 and min(self.channel_multipliers) >= 1,
-            f"DiffusionConfig.channel_multipliers is {self.channel_multipliers}; want one whole number of at least 1 per level",
+            "Expected DiffusionConfig.channel_multipliers of one or more numbers of at least 1, "
+            f"got {self.channel_multipliers}.",
         )
         halved = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
         require(
             self.image_size % halved == 0,
-            f"image_size {self.image_size} is not divisible by {halved}, the patch_size {self.patch_size} halved "
-            f"{len(self.channel_multipliers) - 1} times; change image_size, patch_size or the number of channel_multipliers",
+            "Expected DiffusionConfig.image_size divisible "
+            f"by {halved}, patch_size {self.patch_size} doubled {len(self.channel_multipliers) - 1} times, got {self.image_size}. "
+            "Change image_size, patch_size or the number of channel_multipliers.",
         )
         missing = [side for side in self.attention_sizes if side not in self.sizes]
         require(
             not missing,
-            f"attention_sizes {self.attention_sizes}: no level has side {missing[:1]}; they have {self.sizes}",
+            f"Expected DiffusionConfig.attention_sizes out of {self.sizes}, the sides of the levels, "
+            f"got {self.attention_sizes}.",
         )
         widths = [self.width * m for m, s in zip(self.channel_multipliers, self.sizes, strict=True)
                   if s in self.attention_sizes or s == self.sizes[-1]]  # fmt: skip
         require(
             self.head_dim is None or (self.head_dim >= 1 and all(w % self.head_dim == 0 for w in widths)),
-            f"head_dim is {self.head_dim}; want a divisor of the widths with attention, {widths}",
+            f"Expected DiffusionConfig.head_dim to divide {widths}, the widths with attention, got {self.head_dim}.",
         )
-        require(
-            self.norm_groups is None or self.norm_groups >= 1,
-            f"DiffusionConfig.norm_groups is {self.norm_groups}; want at least 1",
-        )
-        require(
-            0 <= self.dropout < 1, f"DiffusionConfig.dropout is {self.dropout}; want a fraction in [0, 1)"
-        )
-        require(
-            self.num_classes >= 0, f"DiffusionConfig.num_classes is {self.num_classes}; want 0 (none) or more"
-        )
+        require_at_least(self, 1, "norm_groups")
+        require_fraction(self, "dropout", below_one=True)
+        require_at_least(self, 0, "num_classes", hint="Use 0 for no labels.")
         require(
             0 <= self.low_res_size < self.image_size
             and (not self.low_res_size or self.image_size % self.low_res_size == 0),
-            f"low_res_size is {self.low_res_size}; want 0 (none) or a divisor of image_size {self.image_size} below it",
+            f"Expected DiffusionConfig.low_res_size to be a divisor of image_size {self.image_size} below it, "
+            f"got {self.low_res_size}. Use 0 for no such condition.",
         )
-        places = self.image_size // self.patch_size
+        num_positions = self.image_size // self.patch_size
         require(
-            self.codes is None or places % self.codes.grid == 0,
-            f"codes.grid {getattr(self.codes, 'grid', 0)} does not divide the {places} places of a side",
+            self.codes is None or num_positions % self.codes.grid == 0,
+            f"Expected codes.grid to divide the {num_positions} positions of a side, "
+            f"got {getattr(self.codes, 'grid', 0)}.",
         )
-        require(
-            0 <= self.cond_drop_prob <= 1,
-            f"cond_drop_prob is {self.cond_drop_prob}; want a fraction in [0, 1]",
-        )
+        require_fraction(self, "cond_drop_prob")
         require(
             not (self.noise.zero_terminal_snr and self.prediction in ("eps", "score")),
-            f"prediction {self.prediction} says nothing at a terminal SNR of zero; use v or x0",
+            f"Expected DiffusionConfig.prediction v or x0 with zero_terminal_snr, got {self.prediction}.",
         )
 
     @property

@@ -50,8 +50,8 @@ def find_config(name: str | Path) -> Path:
     if by_name:
         return shipped
     near = difflib.get_close_matches(path.stem, list_configs(), n=1)
-    hint = f"perhaps you meant {near[0]}" if near else "`dalle-jax configs` lists those that have a name"
-    raise FileNotFoundError(f"no configuration file {name}; {hint}")
+    hint = f"Use {near[0]}" if near else "Use a name of `dalle-jax configs`"
+    raise FileNotFoundError(f"Expected a configuration file or name, got {name}. {hint}.")
 
 
 def load_config(name: str | Path) -> TrainConfig:
@@ -73,6 +73,9 @@ def load_config(name: str | Path) -> TrainConfig:
         raise ValueError(f"{path}{line}: {type(error).__name__}: {error}") from error
     config = names.get("config")
     if not isinstance(config, TrainConfig):
-        found = "defines no `config`" if config is None else f"has a `config` of type {type(config).__name__}"
-        raise ValueError(f"{path} {found}; end the file in `config = TrainConfig(...)`")
+        got = "none" if config is None else f"type {type(config).__name__}"
+        raise ValueError(
+            f"Expected {path} to define a `config` of type TrainConfig, got {got}. "
+            "End the file in `config = TrainConfig(...)`."
+        )
     return config

@@ -19,6 +19,66 @@ def require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_at_least(config: Any, minimum: float, *names: str, hint: str = "") -> None:
+    """Raise ValueError for a field of `config` below `minimum`, other than None; the message ends with `hint`."""
+    for name in names:
+        value = getattr(config, name)
+        holds = value is None or value >= minimum
+        require(holds, _message(f"{_path(config, name)} of at least {minimum}", value, hint))
+
+
+def require_above_zero(config: Any, *names: str) -> None:
+    """Raise ValueError for a field of `config` that is not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, _message(f"{_path(config, name)} above 0", value))
+
+
+def require_fraction(config: Any, *names: str, below_one: bool = False) -> None:
+    """Raise ValueError for a field of `config` outside [0, 1], or [0, 1) if `below_one`."""
+    for name in names:
+        value = getattr(config, name)
+        interval = "[0, 1)" if below_one else "[0, 1]"
+        holds = 0 <= value < 1 or (value == 1 and not below_one)
+        require(holds, _message(f"{_path(config, name)} in {interval}", value))
+
+
+def require_id(config: Any, vocab: int, *names: str) -> None:
+    """Raise ValueError for a field of `config` outside [0, vocab), other than None."""
+    for name in names:
+        value = getattr(config, name)
+        holds = value is None or 0 <= value < vocab
+        require(holds, _message(f"{_path(config, name)} in [0, {vocab})", value))
+
+
+def require_divisible(config: Any, name: str, divisor: str) -> None:
+    """Raise ValueError if the field `name` of `config` is not divisible by its field `divisor`."""
+    value, by = getattr(config, name), getattr(config, divisor)
+    expected = f"{_path(config, name)} divisible by {divisor} {by}"
+    require(value % by == 0, _message(expected, value, f"Change {name} or {divisor}."))
+
+
+# Paths of the sections of TrainConfig; fields of other configurations have the name of their class before them.
+_SECTIONS = {
+    "TrainConfig": "",
+    "DataConfig": "data.",
+    "TextConfig": "text.",
+    "OptimConfig": "optim.",
+    "MeshConfig": "mesh.",
+    "DistributedConfig": "distributed.",
+    "ProfileConfig": "profile.",
+}
+
+
+def _path(config: Any, name: str) -> str:
+    kind = type(config).__name__
+    return _SECTIONS.get(kind, f"{kind}.") + name
+
+
+def _message(expected: str, value: Any, hint: str = "") -> str:
+    return f"Expected {expected}, got {value}. {hint}".rstrip()
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def frozen_config(cls: type[_T]) -> type[_T]:
     """Make a frozen, keyword-only dataclass whose constructor checks the type of every value.
@@ -53,7 +113,7 @@ def _hints(cls: type) -> dict[str, Any]:
 def _instance(classes: tuple[type, ...], value: Any, path: str) -> Any:
     expected = " or ".join(c.__name__ for c in classes)
     got = f"a {type(value).__name__}" if dataclasses.is_dataclass(value) else repr(value)
-    require(isinstance(value, classes), f"{path}: got {got}, want a {expected}")
+    require(isinstance(value, classes), f"Expected {path} of type {expected}, got {got}.")
     return value
 
 
@@ -79,10 +139,11 @@ def coerce(kind: Any, value: Any, path: str, record=_instance) -> Any:
         return coerce(options[0], value, path, record)
     if origin is Literal:
         choices = ", ".join(map(repr, options))
-        require(isinstance(value, str) and value in options, f"{path}: got {value!r}, want one of {choices}")
+        good = isinstance(value, str) and value in options
+        require(good, f"Expected {path} to be one of {choices}, got {value!r}.")
         return value
     if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"{path}: got {value!r}, want a list")
+        require(isinstance(value, (list, tuple)), f"Expected {path} to be a list, got {value!r}.")
         return tuple(coerce(options[0], v, f"{path}[{i}]", record) for i, v in enumerate(value))
     if dataclasses.is_dataclass(kind):
         return record((kind,), value, path)
@@ -92,5 +153,5 @@ def coerce(kind: Any, value: Any, path: str, record=_instance) -> Any:
         if kind is int and isinstance(value, numbers.Integral):
             return operator.index(value)
     good = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
-    require(good, f"{path}: got {value!r}, want a {kind.__name__}")
+    require(good, f"Expected {path} of type {kind.__name__}, got {value!r}.")
     return value

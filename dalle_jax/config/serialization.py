@@ -34,7 +34,7 @@ def from_json(cls: Any, text: str) -> Any:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
+        raise ValueError(f"Expected JSON, got text that does not parse: {error}.") from None
     union = typing.get_origin(cls) in (Union, types.UnionType)
     return coerce(cls, data, "config" if union else cls.__name__, _record)
 
@@ -43,23 +43,27 @@ def _record(classes: tuple[type, ...], data: Any, path: str) -> Any:
     """Build one of `classes`, selected by the field `kind`."""
     if len(classes) == 1:
         return _build(classes[0], data, path)
-    require(data is not None, f"{path}: got null, want a value")
+    require(data is not None, f"Expected {path} to be an object with a kind, got null.")
     kinds = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in classes}
     kind = data.get("kind") if isinstance(data, dict) else None
-    require(kind in kinds, f"{path}.kind: got {kind!r}, want one of {', '.join(map(repr, kinds))}")
+    require(kind in kinds, f"Expected {path}.kind to be one of {', '.join(map(repr, kinds))}, got {kind!r}.")
     return _build(kinds[kind], data, path)
 
 
 def _build(cls: type, data: Any, path: str) -> Any:
-    require(isinstance(data, dict), f"{path}: got {data!r}, want an object with the fields of {cls.__name__}")
+    name_of_class = cls.__name__
+    require(
+        isinstance(data, dict),
+        f"Expected {path} to be an object with the fields of {name_of_class}, got {data!r}.",
+    )
     hints = typing.get_type_hints(cls)
     for name in data:
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; perhaps you meant {near[0]!r}" if near else f"; it has {', '.join(hints)}"
-            raise ValueError(f"{path}: {cls.__name__} has no field {name!r}{hint}")
+            hint = repr(near[0]) if near else f"one of {', '.join(hints)}"
+            raise ValueError(f"Expected {path} to have fields of {name_of_class}, got {name!r}. Use {hint}.")
     values = {name: coerce(hints[name], value, f"{path}.{name}", _record) for name, value in data.items()}
     try:
         return cls(**values)
-    except TypeError as error:  # a required field is missing
-        raise ValueError(f"{path}: {error}") from None
+    except TypeError as error:
+        raise ValueError(f"Expected {path} to have every required field, got: {error}.") from None

@@ -6,7 +6,7 @@ import math
 from dataclasses import field
 from typing import Literal
 
-from dalle_jax.config.schema import frozen_config, require
+from dalle_jax.config.schema import frozen_config, require, require_above_zero, require_at_least
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -20,7 +20,7 @@ class Schedule:
     steps: int  # updates; 0 means `end` from the start
 
     def __post_init__(self):
-        require(self.steps >= 0, f"Schedule.steps is {self.steps}; want 0 or more updates")
+        require_at_least(self, 0, "steps")
 
 
 @frozen_config
@@ -45,17 +45,19 @@ class DVAEConfig:
     dtype: Dtype = "float32"  # of the convolutions; logits, softmax and loss stay float32
 
     def __post_init__(self):
-        for name in ("image_size", "groups", "blocks", "width", "decoder_width", "vocab"):
-            require(getattr(self, name) >= 1, f"DVAEConfig.{name} is {getattr(self, name)}; want at least 1")
+        require_at_least(self, 1, "image_size", "groups", "blocks", "width", "decoder_width", "vocab")
         require(
             self.image_size % self.downsample == 0,
-            f"image_size {self.image_size} is not divisible by {self.downsample} (= 2**(groups-1) with "
-            f"groups={self.groups}); change image_size or groups",
+            f"Expected DVAEConfig.image_size divisible by {self.downsample} = 2**(groups-1), "
+            f"got {self.image_size}. Change image_size or groups.",
         )
-        require(self.width % 4 == 0, f"DVAEConfig.width is {self.width}; want a multiple of 4 (bottleneck)")
-        require(self.min_scale >= 0, f"DVAEConfig.min_scale is {self.min_scale}; want 0 (none) or more")
-        for s in (self.tau.start, self.tau.end):
-            require(s > 0, f"DVAEConfig.tau must stay positive, got {self.tau}")
+        require(
+            self.width % 4 == 0,
+            f"Expected DVAEConfig.width to be a multiple of 4, got {self.width}. "
+            "The bottlenecks have a quarter of the channels.",
+        )
+        require_at_least(self, 0, "min_scale")
+        _check_temperature(self)
 
     @property
     def downsample(self) -> int:
@@ -69,6 +71,14 @@ class DVAEConfig:
     @property
     def num_codes(self) -> int:
         return self.grid**2
+
+
+def _check_temperature(config: DVAEConfig | GumbelQuantizer) -> None:
+    start, end = config.tau.start, config.tau.end
+    require(
+        start > 0 and end > 0,
+        f"Expected {type(config).__name__}.tau with start and end above 0, got {start} and {end}.",
+    )
 
 
 @frozen_config
@@ -86,16 +96,10 @@ class VectorQuantizer:
     )
 
     def __post_init__(self):
-        require(self.vocab >= 2, f"VectorQuantizer.vocab is {self.vocab}; want at least 2")
-        require(
-            self.dead_code_restart_steps >= 0,
-            f"VectorQuantizer.dead_code_restart_steps is {self.dead_code_restart_steps}; want 0 (off) or a number of updates",
-        )
-        require(self.dim >= 1, f"VectorQuantizer.dim is {self.dim}; want at least 1")
-        require(
-            self.codebook_weight >= 0 and self.commitment_weight >= 0,
-            f"VectorQuantizer weights {self.codebook_weight}, {self.commitment_weight}; want 0 or more",
-        )
+        require_at_least(self, 2, "vocab")
+        require_at_least(self, 0, "dead_code_restart_steps", hint="Use 0 to turn restarts off.")
+        require_at_least(self, 1, "dim")
+        require_at_least(self, 0, "codebook_weight", "commitment_weight")
 
 
 @frozen_config
@@ -109,11 +113,10 @@ class GumbelQuantizer:
     kl_weight: float = 5e-4  # of the divergence from the uniform distribution, nats per code
 
     def __post_init__(self):
-        require(self.vocab >= 2, f"GumbelQuantizer.vocab is {self.vocab}; want at least 2")
-        require(self.dim >= 1, f"GumbelQuantizer.dim is {self.dim}; want at least 1")
-        require(self.kl_weight >= 0, f"GumbelQuantizer.kl_weight is {self.kl_weight}; want 0 or more")
-        for tau in (self.tau.start, self.tau.end):
-            require(tau > 0, f"GumbelQuantizer.tau must stay positive, got {self.tau}")
+        require_at_least(self, 2, "vocab")
+        require_at_least(self, 1, "dim")
+        require_at_least(self, 0, "kl_weight")
+        _check_temperature(self)
 
 
 @frozen_config
@@ -126,7 +129,7 @@ class FiniteScalarQuantizer:
     def __post_init__(self):
         require(
             len(self.levels) > 0 and min(self.levels) >= 2,
-            f"FiniteScalarQuantizer.levels is {self.levels}; want one or more numbers of at least 2",
+            f"Expected FiniteScalarQuantizer.levels of one or more numbers of at least 2, got {self.levels}.",
         )
 
     @property
@@ -164,12 +167,9 @@ class AdversarialConfig:
     b2: float = 0.9
 
     def __post_init__(self):
-        for name in ("r1_every", "width", "layers"):
-            require(getattr(self, name) >= 1, f"adversarial.{name} is {getattr(self, name)}; want at least 1")
-        for name in ("weight", "disc_start_step", "disc_warmup_steps", "r1_weight"):
-            require(getattr(self, name) >= 0, f"adversarial.{name} is {getattr(self, name)}; want 0 or more")
-        for name in ("max_adaptive_weight", "learning_rate"):
-            require(getattr(self, name) > 0, f"adversarial.{name} is {getattr(self, name)}; want more than 0")
+        require_at_least(self, 1, "r1_every", "width", "layers")
+        require_at_least(self, 0, "weight", "disc_start_step", "disc_warmup_steps", "r1_weight")
+        require_above_zero(self, "max_adaptive_weight", "learning_rate")
 
 
 @frozen_config
@@ -192,25 +192,23 @@ class VQGANConfig:
     dtype: Dtype = "float32"  # of the convolutions; norms, attention, quantizer and losses stay float32
 
     def __post_init__(self):
-        for name in ("image_size", "width", "blocks", "latent_width"):
-            require(getattr(self, name) >= 1, f"VQGANConfig.{name} is {getattr(self, name)}; want at least 1")
+        require_at_least(self, 1, "image_size", "width", "blocks", "latent_width")
         require(
             len(self.channel_multipliers) > 0 and min(self.channel_multipliers) >= 1,
-            f"VQGANConfig.channel_multipliers is {self.channel_multipliers}; want one or more numbers of at least 1",
+            "Expected VQGANConfig.channel_multipliers of one or more numbers of at least 1, "
+            f"got {self.channel_multipliers}.",
         )
         require(
             self.image_size % self.downsample == 0,
-            f"image_size {self.image_size} is not divisible by {self.downsample} (= 2**(resolutions-1) with "
-            f"{len(self.channel_multipliers)} channel_multipliers); change image_size or channel_multipliers",
+            f"Expected VQGANConfig.image_size divisible by {self.downsample} = 2**(resolutions-1), "
+            f"got {self.image_size}. Change image_size or the number of channel_multipliers.",
         )
         require(
             all(0 <= level < len(self.channel_multipliers) for level in self.attention_levels),
-            f"attention_levels is {self.attention_levels}; want numbers in [0, {len(self.channel_multipliers)})",
+            f"Expected VQGANConfig.attention_levels in [0, {len(self.channel_multipliers)}), "
+            f"got {self.attention_levels}.",
         )
-        require(
-            self.pixel_weight >= 0 and self.perceptual_weight >= 0,
-            f"pixel_weight {self.pixel_weight}, perceptual_weight {self.perceptual_weight}; want 0 or more",
-        )
+        require_at_least(self, 0, "pixel_weight", "perceptual_weight")
 
     @property
     def vocab(self) -> int:

@@ -11,7 +11,13 @@ from dalle_jax.config.clip import ClipConfig
 from dalle_jax.config.dalle import DalleConfig
 from dalle_jax.config.data import DataConfig, TextConfig
 from dalle_jax.config.diffusion import DiffusionConfig
-from dalle_jax.config.schema import frozen_config, require
+from dalle_jax.config.schema import (
+    frozen_config,
+    require,
+    require_above_zero,
+    require_at_least,
+    require_fraction,
+)
 from dalle_jax.config.tokenizer import TokenizerConfig
 
 Optimizer = Literal["adamw", "adamw_bf16", "adafactor"]
@@ -43,18 +49,16 @@ class OptimConfig:
     def __post_init__(self):
         require(
             self.optimizer != "adamw_bf16" or max(self.b1, self.b2) <= 0.99,
-            f"optim.b1 {self.b1} and b2 {self.b2} with adamw_bf16; want at most 0.99: bfloat16 rounds smaller "
-            "steps of a mean away",
+            f"Expected optim.b1 and optim.b2 of at most 0.99 with adamw_bf16, got {self.b1} and {self.b2}. "
+            "bfloat16 rounds the updates of longer averages to zero.",
         )
-        require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; want more than 0")
-        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; want 0 or more")
-        require(
-            self.grad_accum_steps >= 1, f"optim.grad_accum_steps is {self.grad_accum_steps}; want at least 1"
-        )
-        require(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}; want 0 (off) or more")
-        require(0 <= self.ema_decay < 1, f"optim.ema_decay is {self.ema_decay}; want [0, 1)")
-        require(self.ema_every >= 1, f"optim.ema_every is {self.ema_every}; want at least 1")
-        require(0 <= self.final_lr_ratio <= 1, f"optim.final_lr_ratio is {self.final_lr_ratio}; want [0, 1]")
+        require_above_zero(self, "learning_rate")
+        require_at_least(self, 0, "warmup_steps")
+        require_at_least(self, 1, "grad_accum_steps")
+        require_at_least(self, 0, "clip_norm", hint="Use 0 to turn clipping off.")
+        require_fraction(self, "ema_decay", below_one=True)
+        require_at_least(self, 1, "ema_every")
+        require_fraction(self, "final_lr_ratio")
 
 
 @frozen_config
@@ -73,12 +77,16 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.model)
         require(
             all(s >= 1 or s == -1 for s in sizes) and sizes.count(-1) <= 1,
-            f"mesh data={self.data} fsdp={self.fsdp} model={self.model}; want sizes of at least 1, at most one -1",
+            "Expected mesh sizes of at least 1, at most one of them -1, "
+            f"got data={self.data} fsdp={self.fsdp} model={self.model}.",
         )
-        require(self.slices >= 1 or self.slices == -1, f"mesh.slices is {self.slices}; want -1 or at least 1")
+        require(
+            self.slices >= 1 or self.slices == -1,
+            f"Expected mesh.slices -1 or at least 1, got {self.slices}.",
+        )
         require(
             0 <= self.cpu_devices <= 1024,
-            f"mesh.cpu_devices is {self.cpu_devices}; want 0 to 1024, about one for each core",
+            f"Expected mesh.cpu_devices in [0, 1024], got {self.cpu_devices}. Use about one for each core.",
         )
 
 
@@ -104,27 +112,22 @@ class DistributedConfig:
         alone = self.num_processes == 1 and self.coordinator_address is None and self.process_id in (None, 0)
         require(
             alone or all(x is None for x in values) or None not in values,
-            f"distributed coordinator_address={self.coordinator_address} num_processes={self.num_processes} process_id={self.process_id}; "
-            "want all three, or none on a cluster that is detected",
+            "Expected all or none of distributed.coordinator_address, num_processes and process_id, "
+            f"got {values[0]}, {values[1]} and {values[2]}. Use none where the cluster is detected.",
         )
         if self.coordinator_address is not None:
             port = self.coordinator_address.rpartition(":")[2]
             require(
                 ":" in self.coordinator_address and port.isdecimal() and 0 < int(port) < 65536,
-                f"distributed.coordinator_address is {self.coordinator_address!r}; want HOST:PORT of process 0",
+                f"Expected distributed.coordinator_address HOST:PORT of process 0, got {self.coordinator_address!r}.",
             )
             count, process = self.num_processes or 0, -1 if self.process_id is None else self.process_id
             require(
                 count >= 1 and 0 <= process < count,
-                f"distributed.process_id is {self.process_id} of {self.num_processes}; want 0 to num_processes - 1",
+                f"Expected distributed.process_id in [0, num_processes {self.num_processes}), got {self.process_id}.",
             )
-        for name, minimum in (
-            ("initialization_timeout_seconds", 1),
-            ("heartbeat_timeout_seconds", 1),
-            ("stall_timeout_seconds", 0),
-        ):
-            value = getattr(self, name)
-            require(value >= minimum, f"distributed.{name} is {value}; want at least {minimum}")
+        require_at_least(self, 1, "initialization_timeout_seconds", "heartbeat_timeout_seconds")
+        require_at_least(self, 0, "stall_timeout_seconds", hint="Use 0 to turn the timeout off.")
 
 
 @frozen_config
@@ -138,7 +141,7 @@ class ProfileConfig:
             first, colon, last = self.steps.partition(":")
             require(
                 bool(colon) and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last),
-                f"profile.steps is {self.steps!r}; want FIRST:LAST with 1 <= FIRST <= LAST, as in 10:15",
+                f"Expected profile.steps FIRST:LAST with 1 <= FIRST <= LAST, got {self.steps!r}. Use e.g. 10:15.",
             )
 
     @property
@@ -179,48 +182,63 @@ class TrainConfig:
     max_checkpoints: int = 3  # latest checkpoints to keep, beside the best by the stage's metric
 
     def __post_init__(self):
-        require(self.steps >= 1, f"steps is {self.steps}; want at least 1")
-        for name in ("log_every", "eval_every", "eval_rows", "sample_every", "save_every", "max_checkpoints"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; want at least 1")
+        require_at_least(
+            self,
+            1,
+            "steps",
+            "log_every",
+            "eval_every",
+            "eval_rows",
+            "sample_every",
+            "save_every",
+            "max_checkpoints",
+        )
         for option in self.compiler_options:
             require(
                 re.fullmatch(r"[a-z]\w*=\S*", option) is not None,
-                f"compiler_options has {option!r}; want NAME=VALUE, as xla_tpu_scoped_vmem_limit_kib=65536",
+                f"Expected NAME=VALUE in compiler_options, got {option!r}. "
+                "Use e.g. xla_tpu_scoped_vmem_limit_kib=65536.",
             )
         require(
             self.data.batch_size % self.optim.grad_accum_steps == 0,
-            f"data.batch_size {self.data.batch_size} is not divisible by optim.grad_accum_steps {self.optim.grad_accum_steps}; change one",
+            f"Expected data.batch_size divisible by optim.grad_accum_steps {self.optim.grad_accum_steps}, "
+            f"got {self.data.batch_size}. Change one of them.",
         )
         require(
             self.data.codes is None or isinstance(self.model, TransformerConfig),
-            f"data.codes is for the stage dalle; a {self.model.kind} trains on pixels",
+            f"Expected no data.codes for a model of kind {self.model.kind}, got {self.data.codes}. "
+            "Only dalle and bart train on codes.",
         )
         if isinstance(self.model, DiffusionConfig):
             require(
                 self.model.codes is not None or self.image_tokenizer is None,
-                "image_tokenizer is for a model conditioned on image tokens; set model.codes, or leave image_tokenizer out",
+                f"Expected no image_tokenizer without model.codes, got {self.image_tokenizer}. "
+                "Set model.codes or remove image_tokenizer.",
             )
         elif not isinstance(self.model, (TransformerConfig, ClipConfig)):
             require(
                 self.image_tokenizer is None,
-                f"image_tokenizer is for dalle, diffusion and clip; remove it from the configuration of a {self.model.kind}",
+                f"Expected no image_tokenizer for a model of kind {self.model.kind}, got {self.image_tokenizer}. "
+                "Remove it.",
             )
         if isinstance(self.model, ClipConfig):
             require(
                 self.optim.grad_accum_steps == 1,
-                f"optim.grad_accum_steps is {self.optim.grad_accum_steps}: a clip would compare only the rows of a microbatch; "
-                "set model.grad_cache_chunks to it instead, which saves the memory and compares all rows",
+                "Expected optim.grad_accum_steps 1 for a clip, which compares the rows of a batch, "
+                f"got {self.optim.grad_accum_steps}. Set model.grad_cache_chunks instead.",
             )
             require(
                 self.data.batch_size % self.model.grad_cache_chunks == 0,
-                f"data.batch_size {self.data.batch_size} is not divisible by model.grad_cache_chunks {self.model.grad_cache_chunks}; change one",
+                f"Expected data.batch_size divisible by model.grad_cache_chunks {self.model.grad_cache_chunks}, "
+                f"got {self.data.batch_size}. Change one of them.",
             )
             require(
                 self.image_tokenizer is None or self.data.batch_size % 2 == 0,
-                f"data.batch_size is {self.data.batch_size}; with an image_tokenizer every second image is its reconstruction: want "
-                "an even number",
+                "Expected an even data.batch_size for a clip with an image_tokenizer, "
+                f"got {self.data.batch_size}. Every second image is a reconstruction.",
             )
             require(
                 self.data.batch_size >= 2,
-                "data.batch_size is 1; a clip compares rows with each other: want 2 or more",
+                "Expected data.batch_size of at least 2 for a clip, which compares the rows of a batch, "
+                f"got {self.data.batch_size}.",
             )

@@ -73,11 +73,11 @@ def test_a_name_a_file_name_and_a_path(tmp_path, monkeypatch):
     (tmp_path / "demo_dalle.py").touch()
     assert find_config("demo_dalle.py").resolve() == tmp_path / "demo_dalle.py"
     assert find_config("demo_dalle") == shipped
-    with pytest.raises(FileNotFoundError, match=r"no configuration file x/demo_dalle\.py"):
+    with pytest.raises(FileNotFoundError, match=r"configuration file or name, got x/demo_dalle\.py"):
         find_config("x/demo_dalle.py")
-    with pytest.raises(FileNotFoundError, match="perhaps you meant demo_dalle"):
+    with pytest.raises(FileNotFoundError, match="Use demo_dalle"):
         find_config("demo_dale")
-    with pytest.raises(FileNotFoundError, match="`dalle-jax configs` lists"):
+    with pytest.raises(FileNotFoundError, match="Use a name of `dalle-jax configs`"):
         find_config("nothing_like_it")
 
 

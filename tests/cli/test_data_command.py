@@ -43,7 +43,7 @@ def test_data_and_text_accept_a_configuration_with_a_mixture_and_a_run(made, fol
     assert set(result["languages"]) == {"en", "zh"}
     result = json_of("data", made.dalle)
     assert result["kind"] == "scenes" and result["splits"]["train"]["rows"] == 40
-    assert "no configuration file none.py" in refused("data", "none.py")
+    assert "configuration file or name, got none.py" in refused("data", "none.py")
 
 
 def test_duplicates_between_splits_are_listed_and_shown(folder, tmp_path):

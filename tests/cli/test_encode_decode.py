@@ -186,7 +186,9 @@ def test_encode_refuses_what_it_cannot_use(made, pictures, tmp_path):
     assert "process 2 of 2; expected 0 to 1" in refused(*ahead, "--process", 2, "--processes", 2)
     assert "--process and --processes go together" in refused(*ahead, "--process", 2)
     assert "0 rows in a shard" in refused(*ahead, "--shard-rows", 0)
-    assert "no configuration file none.py" in refused("encode", made.dvae, "--data", "none.py", "--out", out)
+    assert "configuration file or name, got none.py" in refused(
+        "encode", made.dvae, "--data", "none.py", "--out", out
+    )
 
 
 def test_places_that_cannot_be_written(made, pictures, tmp_path):

@@ -95,11 +95,11 @@ def test_info_and_compile_only_agree_on_sampling(made):
 
 def test_info_refuses(made, tmp_path):
     assert "no run directory" in refused("info", tmp_path / "none")
-    assert "no configuration file" in refused("info", tmp_path / "none.py")
+    assert "Expected a configuration file or name" in refused("info", tmp_path / "none.py")
     (tmp_path / "bad.py").write_text("config = 3\n")
-    assert "end the file in `config = TrainConfig(...)`" in refused("info", tmp_path / "bad.py")
+    assert "End the file in `config = TrainConfig(...)`" in refused("info", tmp_path / "bad.py")
     (tmp_path / "worse.py").write_text("from dalle_jax.config import *\nTrainConfig(modle=1)\n")
     assert "worse.py:2: TypeError" in refused("info", tmp_path / "worse.py")
-    assert "is not divisible by heads" in refused(
+    assert "divisible by heads 3, got 10" in refused(
         "info", write_config(tmp_path / "odd.py", "DalleConfig(dim=10, heads=3)")
     )

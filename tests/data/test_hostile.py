@@ -195,8 +195,10 @@ def test_limits_are_those_of_the_configuration(tmp_path):
         {"aspect ratio too large": 2, "image too small": 1},
         {0: 1, 2: 1, 3: 1},
     )
-    with pytest.raises(ValueError, match=r"min_image_size is 0, max_aspect_ratio 0\.5; want at least 1 each"):
-        config.TarSource(path="x", min_image_size=0, max_aspect_ratio=0.5)
+    with pytest.raises(ValueError, match=r"min_image_size of at least 1, got 0"):
+        config.TarSource(path="x", min_image_size=0)
+    with pytest.raises(ValueError, match=r"max_aspect_ratio of at least 1, got 0\.5"):
+        config.TarSource(path="x", max_aspect_ratio=0.5)
     rows = open_source(
         config.FolderSource(path=str(tmp_path), eval_fraction=0.0, min_image_size=9), "train", languages=()
     )

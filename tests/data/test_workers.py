@@ -195,7 +195,7 @@ def test_a_source_that_cannot_be_sent_is_refused():
         ValueError, match=r"cannot be opened in a worker process \(KeyError: 'gone'\)\. Set data"
     ):
         read_all(Lost())
-    with pytest.raises(ValueError, match=r"data\.num_workers is -1; want 0"):
+    with pytest.raises(ValueError, match=r"data\.num_workers of at least 0, got -1"):
         worker_config(config.ScenesSource(), -1)
 
 

@@ -371,14 +371,14 @@ def test_invalid_sampler_options_raise(options, match):
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"beta_min": 30.0}, "want 0 < beta_min < beta_max"),
-        ({"sigma_min": 60.0}, "want 0 < sigma_min < sigma_max"),
-        ({"num_timesteps": 10}, "noise.num_timesteps is 10; want at least 2, and more than beta_max"),
-        ({"rho": 0.5}, "rho is 0.5"),
-        ({"t_min": 0.0}, r"t_min is 0.0; want a time in \(0, 1\)"),
-        ({"kind": "ve", "zero_terminal_snr": True}, "not for ve; turn it off"),
-        ({"shift": 0.0}, "noise.shift is 0.0; want more than 0"),
-        ({"kind": "edm", "shift": 2.0}, "for edm set sigma_min and sigma_max"),
+        ({"beta_min": 30.0}, "0 < beta_min < beta_max in NoiseConfig, got 30.0 and 20.0"),
+        ({"sigma_min": 60.0}, "0 < sigma_min < sigma_max in NoiseConfig, got 60.0 and 50.0"),
+        ({"num_timesteps": 10}, "num_timesteps of at least 2 and more than beta_max 20.0, got 10"),
+        ({"rho": 0.5}, "rho of at least 1, got 0.5"),
+        ({"t_min": 0.0}, r"t_min in \(0, 1\), got 0.0"),
+        ({"kind": "ve", "zero_terminal_snr": True}, "zero_terminal_snr False with kind ve, got True"),
+        ({"shift": 0.0}, "NoiseConfig.shift above 0, got 0.0"),
+        ({"kind": "edm", "shift": 2.0}, "shift 1 with kind edm, got 2.0. Set sigma_min and sigma_max"),
     ],
 )
 def test_invalid_noise_configurations_raise(values, match):

@@ -62,7 +62,7 @@ def test_vectors_are_sampled_by_squared_distance():
 
 def test_a_negative_number_of_steps_is_refused():
     with pytest.raises(
-        ValueError, match=r"dead_code_restart_steps is -1; want 0 \(off\) or a number of updates"
+        ValueError, match=r"dead_code_restart_steps of at least 0, got -1\. Use 0 to turn restarts off"
     ):
         VectorQuantizer(dead_code_restart_steps=-1)
 

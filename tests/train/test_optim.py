@@ -135,7 +135,7 @@ def test_bfloat16_moments_approximate_float32():
 
 
 def test_bfloat16_moments_need_a_small_b2():
-    with pytest.raises(ValueError, match=r"b2 0\.999 with adamw_bf16; want at most 0\.99"):
+    with pytest.raises(ValueError, match=r"of at most 0\.99 with adamw_bf16, got 0\.9 and 0\.999"):
         OptimConfig(optimizer="adamw_bf16", b2=0.999)
 
 

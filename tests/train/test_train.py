@@ -538,16 +538,16 @@ def test_command_line_errors(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "args", "message"),
     [
-        (None, [], "no configuration file"),
-        ("x = 1", [], "defines no `config`"),
-        ("config = 3", [], "has a `config` of type int"),
+        (None, [], "Expected a configuration file or name"),
+        ("x = 1", [], "define a `config` of type TrainConfig, got none"),
+        ("config = 3", [], "define a `config` of type TrainConfig, got type int"),
         ("import nothing_here\n", [], r"config.py:1: ModuleNotFoundError: No module named 'nothing_here'"),
         ("config = (\n", [], "SyntaxError"),
         (SMALL, [], "pass --run DIR"),
         (
             SMALL,
             ["--run", "x", "--data.batch-size", "7", "--optim.grad-accum-steps", "2"],
-            "not divisible by optim.grad_accum_steps",
+            "divisible by optim.grad_accum_steps 2, got 7",
         ),
         (
             SMALL,
@@ -584,4 +584,6 @@ def test_train_py_is_this_command(tmp_path):
     done = subprocess.run(
         [sys.executable, str(root / "train.py"), str(tmp_path / "missing.py")], capture_output=True, text=True
     )
-    assert done.returncode == 1 and "train.py: error: no configuration file" in done.stderr, done.stderr
+    assert done.returncode == 1 and "train.py: error: Expected a configuration file" in done.stderr, (
+        done.stderr
+    )
