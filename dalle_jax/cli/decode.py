@@ -96,7 +96,7 @@ def run(args: DecodeArgs) -> dict[str, Any]:
         for i, image in enumerate(to_uint8(decoded)):
             images.save_png(out / f"{i:05d}.png", image)
     print(f"{len(decoded)} images in {out}")
-    return {"images": str(out), "pictures": len(decoded), **output.tokenizer_summary(tokenizer)}
+    return {"out": str(out), "num_images": len(decoded), **output.tokenizer_summary(tokenizer)}
 
 
 def _read_codes(path: str) -> tuple[np.ndarray, str | None]:

@@ -80,7 +80,7 @@ def run(args: EncodeArgs) -> dict[str, Any]:
     return {
         "codes": str(out),
         "rows": rows,
-        "codes_per_picture": num_codes,
+        "codes_per_image": num_codes,
         **output.tokenizer_summary(tokenizer),
     }
 
@@ -113,7 +113,7 @@ def _encode_training_set(args: EncodeArgs, data: DataConfig) -> dict[str, Any]:
         f"{info.rows} x {info.num_codes} codes in {out}: {made} of {info.shards} shards made now; {next_step}"
     )
     return {
-        "codes": str(out), "rows": info.rows, "codes_per_picture": info.num_codes, "shards": info.shards,
+        "codes": str(out), "rows": info.rows, "codes_per_image": info.num_codes, "shards": info.shards,
         "made": made, "missing": missing, "eval_rows": eval_rows, **output.tokenizer_summary(tokenizer),
     }  # fmt: skip
 

@@ -48,4 +48,4 @@ def run(args: RerankArgs) -> dict[str, Any]:
     for i in order:
         print(f"{score_R[i]:.4f}  {args.images[i]}")
     ranked = [{"file": args.images[i], "score": float(score_R[i])} for i in order]
-    return {"run": str(clip.run.path), "step": clip.run.step, "caption": args.caption, "pictures": ranked}
+    return {"run": str(clip.run.path), "step": clip.run.step, "caption": args.caption, "images": ranked}

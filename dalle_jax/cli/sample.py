@@ -464,7 +464,7 @@ def run(args: SampleArgs) -> dict[str, Any]:
         row = {"file": str(out / name), "caption": subjects[i].caption, "seed": image.request.seed}
         score = {} if image.score is None else {"score": image.score}
         rows.append({**row, **score, "tokens_cut": dropped[i]})
-    return {**results, "pictures": rows}
+    return {**results, "images": rows}
 
 
 def _read_lines(args: SampleArgs) -> list[CaptionLine]:

@@ -167,7 +167,7 @@ def run_job(
     job = {
         "run": str(pipeline.run.path),
         "step": pipeline.run.step,
-        "pictures": len(job_images),
+        "num_images": len(job_images),
         "captions": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         **json.loads(json.dumps(job)),
     }
@@ -212,7 +212,7 @@ def run_job(
             results["codes_per_pass"] = last.codes_per_pass
         by_name = {row["file"]: row for row in manifest.rows()} if list_images else {}
         finished = [{**by_name[name], "file": str(directory / name)} for name in names] if list_images else []
-        return {**results, "manifest": str(manifest.path), "pictures": finished}
+        return {**results, "manifest": str(manifest.path), "images": finished}
     finally:
         manifest.close()
 

@@ -69,7 +69,7 @@ def measure_retrieval(
     return {
         **recall_at_k("image_to_text", retrieval_ranks(score_RA, right_RA), len(texts)),
         **recall_at_k("text_to_image", retrieval_ranks(score_RA.T, right_RA.T), rows),
-        "pictures": rows,
+        "images": rows,
         "texts": len(texts),
     }
 

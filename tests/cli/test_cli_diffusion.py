@@ -126,15 +126,15 @@ def test_sample(trained, tmp_path):
         "--out",
         tmp_path / "a",
     )
-    assert [p["seed"] for p in found["pictures"]] == [0, 1, 0, 1]
-    assert [p["caption"] for p in found["pictures"]] == [
+    assert [p["seed"] for p in found["images"]] == [0, 1, 0, 1]
+    assert [p["caption"] for p in found["images"]] == [
         "a red circle",
         "a red circle",
         "(no caption)",
         "(no caption)",
     ]
     assert "denoising steps 8/8" in err  # two batches of four steps
-    pictures = [np.asarray(Image.open(p["file"])) for p in found["pictures"]]
+    pictures = [np.asarray(Image.open(p["file"])) for p in found["images"]]
     assert pictures[0].shape == (SIZE, SIZE, 3) and (pictures[0] != pictures[1]).any()
     film, grid = (Image.open(tmp_path / "a" / name) for name in ("filmstrip.png", "grid.png"))
     assert film.height > 1.5 * film.width and grid.width > 250  # four pictures, two looks at each
@@ -142,7 +142,7 @@ def test_sample(trained, tmp_path):
     alone, _ = json_of(
         "sample", trained.run, "a red circle", "--seed", 1, "--num-images", 1, *what, "--out", tmp_path / "b"
     )
-    np.testing.assert_array_equal(np.asarray(Image.open(alone["pictures"][0]["file"])), pictures[1])
+    np.testing.assert_array_equal(np.asarray(Image.open(alone["images"][0]["file"])), pictures[1])
 
 
 def test_inpainting_and_image_to_image(trained, tmp_path):
@@ -156,7 +156,7 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
     found, _ = json_of(
         "sample", trained.run, "a red circle", *begin, tmp_path / "a", "--mask", tmp_path / "mask.png"
     )
-    drawn = np.asarray(Image.open(found["pictures"][0]["file"])).astype(int)
+    drawn = np.asarray(Image.open(found["images"][0]["file"])).astype(int)
     np.testing.assert_array_equal(drawn[:, :16], picture[:, :16])
     assert np.abs(drawn[:, 16:] - picture[:, 16:]).mean() > 20
     for strength in ("0.5", "1.0"):
@@ -245,8 +245,8 @@ def test_labels(tmp_path):
     found, _ = json_of(
         "sample", path, "--label", 0, 2, "--num-images", 1, "--num-steps", 2, "--out", tmp_path / "out"
     )
-    assert [p["caption"] for p in found["pictures"]] == ["class 0", "class 2"]
-    pictures = [np.asarray(Image.open(p["file"])) for p in found["pictures"]]
+    assert [p["caption"] for p in found["images"]] == ["class 0", "class 2"]
+    pictures = [np.asarray(Image.open(p["file"])) for p in found["images"]]
     assert (pictures[0] != pictures[1]).any()  # the same seed
     for argv, match in (
         ((), "no label; give --label, 0 to 2"),
@@ -279,7 +279,7 @@ def test_decoding_codes(decoder, tmp_path):
     found, err = json_of(
         "decode", decoder, tmp_path / "codes.npz", "--num-steps", 2, "--seed", 5, "--out", out
     )
-    assert found["pictures"] == 3 and "denoising steps 2/2" in err
+    assert found["num_images"] == 3 and "denoising steps 2/2" in err
     got = np.load(out)["images"]
     model, sampling = load(decoder, DiffusionPipeline), DiffusionSamplingConfig(num_steps=2)
     want = diffusion.decode_by_diffusion(model, codes, [5, 6, 7], sampling)

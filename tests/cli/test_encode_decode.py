@@ -35,7 +35,7 @@ def test_encode_then_decode_are_the_tokenizer_s_functions(made, pictures, tmp_pa
     model = load(made.dvae, TokenizerPipeline)
     true = np.stack([np.asarray(Image.open(p)) for p in pictures])
     told = json_of("encode", made.out / stage, *pictures, "--out", tmp_path / "codes.npz")
-    assert (told["rows"], told["codes_per_picture"]) == (3, GRID * GRID)
+    assert (told["rows"], told["codes_per_image"]) == (3, GRID * GRID)
     with np.load(tmp_path / "codes.npz") as file:
         codes, names = file["codes"], file["names"].tolist()
     assert names == [str(p) for p in pictures] and codes.dtype == np.int32

@@ -42,19 +42,17 @@ def test_sample_writes_each_picture_and_a_grid(made, tmp_path):
         "--out",
         tmp_path,
     )
-    assert [(p["caption"], p["seed"]) for p in told["pictures"]] == [
+    assert [(p["caption"], p["seed"]) for p in told["images"]] == [
         ("a red circle", 5), ("a red circle", 6), ("一个红色的圆", 5), ("一个红色的圆", 6),
     ]  # fmt: skip
     assert {p.name for p in tmp_path.iterdir()} == {
         "c000_s0005.png", "c000_s0006.png", "c001_s0005.png", "c001_s0006.png", "grid.png", "codes.npz",
     }  # fmt: skip
-    assert Image.open(told["pictures"][3]["file"]).size == (SIZE, SIZE)
+    assert Image.open(told["images"][3]["file"]).size == (SIZE, SIZE)
     model = load(made.dalle, TextToImagePipeline)
     codes = codes_of(tmp_path)["c001_s0006.png"]
     want = DECODE(model.tokenizer.config, model.tokenizer.run.params, jnp.asarray(codes)[None])[0]
-    np.testing.assert_allclose(
-        np.asarray(Image.open(told["pictures"][3]["file"])) / 255, want, atol=0.51 / 255
-    )
+    np.testing.assert_allclose(np.asarray(Image.open(told["images"][3]["file"])) / 255, want, atol=0.51 / 255)
 
 
 def test_a_picture_depends_on_its_caption_and_seed_alone(made, tmp_path):
@@ -182,7 +180,7 @@ def test_captions_from_a_file_and_without_a_caption(made, tmp_path):
         "--out",
         tmp_path,
     )
-    assert [p["caption"] for p in told["pictures"]] == ["a cross", "a red circle", "一个蓝色的星"]
+    assert [p["caption"] for p in told["images"]] == ["a cross", "a red circle", "一个蓝色的星"]
     json_of("sample", made.dalle, "--unconditional", "--num-images", 1, "--out", tmp_path / "none")
     json_of("sample", made.dalle, "", "--num-images", 1, "--out", tmp_path / "empty")
     np.testing.assert_array_equal(
@@ -207,7 +205,7 @@ def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypa
     path, rows = job_file(tmp_path / "captions.jsonl")
     call = ("sample", made.dalle, "--captions-file", path, "--num-images", 2, "--batch-size", 3, *GUIDED)
     whole = json_of(*call, "--out", tmp_path / "whole")
-    assert [(p["caption"], p["seed"]) for p in whole["pictures"]] == [
+    assert [(p["caption"], p["seed"]) for p in whole["images"]] == [
         (row["caption"], row.get("seed", 0) + i) for row in rows for i in range(2)
     ]
     add, sampled = sample_file.Manifest.add, []
@@ -238,13 +236,13 @@ def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypa
         lambda self, requests, *rest: counted(generate(self, requests, *rest)),
     )
     again = json_of(*call, "--out", tmp_path / "s")
-    assert len(sampled) == 22 - len(done) and len(again["pictures"]) == 22
-    for name in [*(Path(p["file"]).name for p in whole["pictures"]), "grid.png"]:
+    assert len(sampled) == 22 - len(done) and len(again["images"]) == 22
+    for name in [*(Path(p["file"]).name for p in whole["images"]), "grid.png"]:
         assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     for name, codes in codes_of(tmp_path / "whole").items():
         np.testing.assert_array_equal(codes_of(tmp_path / "s")[name], codes)
     sampled.clear()
-    assert json_of(*call, "--out", tmp_path / "s")["pictures"] == again["pictures"] and not sampled
+    assert json_of(*call, "--out", tmp_path / "s")["images"] == again["images"] and not sampled
     assert len((tmp_path / "s" / "manifest.jsonl").read_text().splitlines()) == 1 + 22
     other = refused(*call, "--top-k", 3, "--out", tmp_path / "s")
     assert "has another job (top_k differ). Use another --out." in other
@@ -291,7 +289,7 @@ def test_bad_lines_of_a_captions_file(made, tmp_path, line, told):
 
 def test_a_long_caption_is_cut_with_a_warning(made, tmp_path):
     told = run("sample", made.dalle, "short", "word " * 200, "--num-images", 1, "--out", tmp_path, "--json")
-    cut = [p["tokens_cut"] for p in json.loads(told.out)["pictures"]]
+    cut = [p["tokens_cut"] for p in json.loads(told.out)["images"]]
     assert told.code == 0 and cut[0] == 0 and cut[1] > 100
     assert f"warning: caption 1 is too long for the model: its last {cut[1]} tokens are dropped" in told.err
 

@@ -238,7 +238,7 @@ def test_retrieval_of_a_perfect_and_a_blind_model(monkeypatch, clip):
         ClipPipeline, "embed_captions", lambda self, texts, **_: np.stack([place[t] for t in texts])
     )
     found = retrieval.measure_retrieval(clip, DATA, 9)
-    assert (found["pictures"], found["texts"]) == (4, 7)
+    assert (found["images"], found["texts"]) == (4, 7)
     assert found["image_to_text_recall_1"] == found["text_to_image_recall_1"] == 1.0
     monkeypatch.setattr(ClipPipeline, "embed_captions", lambda self, texts, **_: np.ones((len(texts), 4)))
     found = retrieval.measure_retrieval(clip, DATA, 9)
@@ -340,21 +340,21 @@ def test_reranking_by_a_judge_that_knows(monkeypatch, model, clip):
 def test_sample_keeps_the_best(room, tmp_path, clip):
     """Each kept picture is the one of its seed, and the scores are those of all candidates."""
     argv = ("sample", room / "dalle", *CAPTIONS[:2], "--seed", 5)
-    every = json_of(*argv, "--num-images", 3, "--out", tmp_path / "all")["pictures"]
+    every = json_of(*argv, "--num-images", 3, "--out", tmp_path / "all")["images"]
     found = json_of(*argv, "--clip", room / "clip", "--candidates", 3, "--top", 2, "--out", tmp_path / "best")
     assert found["candidates"] == 3 and found["clip"] == str(room / "clip")
     by_seed = {(row["caption"], row["seed"]): Path(row["file"]) for row in every}
     drawn = {key: images.load_image(file, SIZE) for key, file in by_seed.items()}
     score = {key: float(clip.score(picture[None], [key[0]])[0]) for key, picture in drawn.items()}
     for caption in CAPTIONS[:2]:
-        kept = [row for row in found["pictures"] if row["caption"] == caption]
+        kept = [row for row in found["images"] if row["caption"] == caption]
         best = sorted((key for key in score if key[0] == caption), key=lambda key: -score[key])[:2]
         assert [row["seed"] for row in kept] == [seed for _, seed in best]
         for row in kept:
             key = (caption, row["seed"])
             np.testing.assert_array_equal(images.load_image(row["file"], SIZE), drawn[key])
             assert row["score"] == pytest.approx(score[key], abs=1e-5)
-    names = [Path(row["file"]).name for row in found["pictures"]]
+    names = [Path(row["file"]).name for row in found["images"]]
     assert {p.name for p in (tmp_path / "best").iterdir()} == {*names, "grid.png", "codes.npz"}
     assert np.load(tmp_path / "best" / "codes.npz")["codes"].shape == (4, 64)
 
@@ -379,7 +379,7 @@ def test_rerank_lists_the_best_first(room, tmp_path, clip):
     paths = [tmp_path / f"{i}.png" for i in range(4)]
     for path, picture in zip(paths, noise(4, 20), strict=True):
         images.save_png(path, picture)
-    found = json_of("rerank", room / "clip", "a red circle", *paths, "--top", 3)["pictures"]
+    found = json_of("rerank", room / "clip", "a red circle", *paths, "--top", 3)["images"]
     pictures = np.stack([images.load_image(path, 32) for path in paths])
     want = clip.score(pictures, ["a red circle"] * 4)
     order = np.argsort(-want)[:3]
@@ -396,7 +396,7 @@ def test_rerank_lists_the_best_first(room, tmp_path, clip):
 
 def test_evaluate_a_clip(room, tmp_path):
     found = json_of("evaluate", room / "clip", "--count", 9)
-    assert found["stage"] == "clip" and found["pictures"] == 9 and found["step"] == 7
+    assert found["stage"] == "clip" and found["images"] == 9 and found["step"] == 7
     for way in ("image_to_text", "text_to_image"):
         assert 0 <= found[f"{way}_recall_1"] <= found[f"{way}_recall_5"] <= 1
     for i, picture in enumerate(noise(6)):
@@ -404,7 +404,7 @@ def test_evaluate_a_clip(room, tmp_path):
     options = ("--data", tmp_path / "labelled", "--templates", "a {}", "{} there", "--count", 6)
     found = json_of("evaluate", room / "clip", *options)
     assert found["classes"] == 2 and 0 <= found["zero_shot_top1"] <= 1
-    assert found["pictures"] == 6 and found["texts"] == 2
+    assert found["images"] == 6 and found["texts"] == 2
     assert "got nothing at" in refused("evaluate", room / "clip", "--data", tmp_path / "no ne")
     assert "--templates" in refused("evaluate", room / "dalle", "--templates", "a {}", code=2)
     assert "--candidates needs --clip" in refused("evaluate", room / "dalle", "--candidates", 4)
