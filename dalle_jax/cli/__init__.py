@@ -134,7 +134,7 @@ def _call(command: str, argv: list[str], prog: str) -> int:
     from dalle_jax.cli.exit_codes import NegativeResult
 
     module = importlib.import_module(f"dalle_jax.cli.{COMMANDS[command][0]}")
-    args = module.parse_args(argv, prog) if command == "train" else _parse_args(command, argv, prog)
+    args = module.parse_train_args(argv, prog) if command == "train" else _parse_args(command, argv, prog)
     code = 0
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         try:
