@@ -2,8 +2,8 @@
 
     taskset -c 0 python -m benchmarks.ablations runs/demo/dalle --batch 1 8
 
-Prints codes per second on the workload of benchmarks/sample.py with and without each optimization, one after another. On
-a trained run it prints the fraction of images that match their caption, the error of the logits, codes per pass of
+Prints codes per second on the workload of benchmarks/sample.py with and without each optimization, one after another.
+On a trained run it prints the fraction of images that match their caption, the error of the logits, codes per pass of
 speculative decoding, and the cost of previews. `--parts` selects among these.
 """
 
@@ -92,7 +92,8 @@ def measure_quality(run: str, count: int, temperature: float, guidance_scale: fl
         accuracy = caption_accuracy(model, count, dataclasses.replace(sampling, quantization=quantization))
         accuracy = "  ".join(f"{k} {v:.3f}" for k, v in accuracy.items() if k.count("_") == 2)
         print(
-            f"{quantization or 'float32':14s} error of logits {error:.4f}, divergence {float(divergence.mean()):.5f} nats  "
+            f"{quantization or 'float32':14s} error of logits {error:.4f}, divergence "
+            f"{float(divergence.mean()):.5f} nats  "
             f"{accuracy}",
             flush=True,
         )

@@ -120,7 +120,8 @@ def check_files(out: Path, rows: list[dict], before: dict[str, int]) -> None:
     rewritten = sum(os.stat(out / name).st_mtime_ns != when for name, when in before.items())
     print(
         f"{len(rows)} requests, {len(names)} lines in the manifest, {len(set(names))} different, {len(files)} images, "
-        f"{len(files ^ set(names))} of them in only one of the two, {rewritten} of the first {len(before)} written again"
+        f"{len(files ^ set(names))} of them in only one of the two, {rewritten} of the first {len(before)} "
+        "written again"
     )
 
 

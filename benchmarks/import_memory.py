@@ -2,9 +2,9 @@
 
     python -m benchmarks.import_memory --work /some/disk        # needs 21 GB there; --layers 6 needs less
 
-The file has the names, shapes and layout of DALL-E Mega. Its numbers are zeros in a sparse file, which are read, checked
-and written like any others. The command runs in a process of its own, whose maximum resident set size (ru_maxrss, with
-the pages mapped from the file) is compared with the size of the file.
+The file has the names, shapes and layout of DALL-E Mega. Its numbers are zeros in a sparse file, which are read,
+checked and written like any others. The command runs in a process of its own, whose maximum resident set size
+(ru_maxrss, with the pages mapped from the file) is compared with the size of the file.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def transformers_model(job: dict[str, Any], device: str, dtype: torch.dtype):
         )
         model = transformers.GPT2LMHeadModel(config)
     else:
-        config = transformers.LlamaConfig(  # an MLP of three matrices with 8/3 of the width is as large as one of two with 4
+        # An MLP of three matrices with 8/3 of the width is as large as one of two with 4.
+        config = transformers.LlamaConfig(
             vocab_size=vocab, hidden_size=job["dim"], intermediate_size=job["dim"] * 8 // 3,
             num_hidden_layers=job["layers"], num_attention_heads=job["heads"], max_position_embeddings=length,
             tie_word_embeddings=False,

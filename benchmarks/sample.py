@@ -2,11 +2,11 @@
 
     taskset -c 0 python -m benchmarks.sample --batch 1 8 --peers torch llama --peer-python PEERS/bin/python
 
-The workload is a decoder with 8 layers, width 512, 8 heads, an MLP of four times the width and random weights: a prefill of
-256 text tokens, then 16 x 16 codes of 8,192, temperature 1, top-k. The samplers run one after another, each in a process
-of its own. The result is the median of `--repeats` calls after a warmup, prefill included, with the prefill up to the
-first code and the rate after it. The bound reads the weights and the filled part of the cache once per code, at the
-bandwidth that a sum over a large array reaches.
+The workload is a decoder with 8 layers, width 512, 8 heads, an MLP of four times the width and random weights: a
+prefill of 256 text tokens, then 16 x 16 codes of 8,192, temperature 1, top-k. The samplers run one after another, each
+in a process of its own. The result is the median of `--repeats` calls after a warmup, prefill included, with the
+prefill up to the first code and the rate after it. The bound reads the weights and the filled part of the cache once
+per code, at the bandwidth that a sum over a large array reaches.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def time_interleaved(calls, repeats: int) -> list[list[float]]:
 def run_dalle_jax(job: dict[str, Any]) -> dict[str, Any]:
     """Time the sampler of dalle_jax.
 
-    In the model `full` every layer reads the whole cache, as in the peers; `sparse` has the layers of the paper. Optional
-    entries of the job: `quantization`, and `buckets`, the number of cache sizes.
+    In the model `full` every layer reads the whole cache, as in the peers; `sparse` has the layers of the paper.
+    Optional entries of the job: `quantization`, and `buckets`, the number of cache sizes.
     """
     import jax
     import jax.numpy as jnp
@@ -108,7 +108,8 @@ def bandwidth() -> float:
 
 
 def bytes_per_code(job: dict[str, Any]) -> float:
-    """Return the bytes per code: the weights once per step of a batch, and keys and values of the text and half the image."""
+    """Return the bytes per code: the weights once per step of a batch, and keys and values of the text and half the
+    image."""
     size = {"float32": 4, "bfloat16": 2}[job["dtype"]]
     weight_size = 1 if job.get("quantization") else size
     d = job["dim"]

@@ -1,7 +1,7 @@
 """FID of every diffusion sampler: python -m benchmarks.samplers RUN --fid-weights FILE [--steps 50 250]
 
-Samples `--count` images (at most the size of the evaluation split) with each sampler and number of steps, one seed each.
-Prints the FID against the images of the split, the Inception score if the weights include the classifier, network
+Samples `--count` images (at most the size of the evaluation split) with each sampler and number of steps, one seed
+each. Prints the FID against the images of the split, the Inception score if the weights include the classifier, network
 evaluations, and for unconditional models images per second of sampling alone.
 """
 

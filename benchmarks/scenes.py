@@ -1,7 +1,8 @@
 """Speed of the procedural scenes and of their verifier, on one core: python -m benchmarks.scenes
 
-Prints the CPU time of layout, caption and pixels, scenes per second with one caption each (English and Chinese in turn),
-and verified images per second. Each value is the best of three rounds of CPU time, so other processes do not count.
+Prints the CPU time of layout, caption and pixels, scenes per second with one caption each (English and Chinese in
+turn), and verified images per second. Each value is the best of three rounds of CPU time, so other processes do not
+count.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Training step of a U-Net with PyTorch and diffusers, for benchmarks/step.py; needs torch and diffusers.
 
-`python -m benchmarks.step_peer JOB` with a JSON object of `benchmarks.step.peer_job`: network, batch and dtype. As in our
-step there are AdamW (fused), gradient clipping and averaged parameters; bfloat16 is by autocast, the layout is channels
-last, and torch.compile compiles the network. Prints one JSON object.
+`python -m benchmarks.step_peer JOB` with a JSON object of `benchmarks.step.peer_job`: network, batch and dtype. As in
+our step there are AdamW (fused), gradient clipping and averaged parameters; bfloat16 is by autocast, the layout is
+channels last, and torch.compile compiles the network. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python -m benchmarks.tokenizers --out runs/tokenizers [--only vqgan restarts] [--steps 1500] [--lpips FILE.npz]
         [--fid-weights FILE.npz]
 
-Trains four tokenizers with 8 x 8 codes of 128 for images of 32 x 32 pixels; a stopped command resumes. Prints a table for
-held-out images: PSNR, codebook use and perplexity, the fraction of reconstructions that the verifier reads correctly,
-with --lpips the LPIPS distance, and with --fid-weights the FID of reconstructions (docs/evaluation.md; it is comparable
-only for equal numbers of images). OUT/tokenizers.png shows the same images from each. All train without a discriminator,
-so that only the codes differ; the VQGAN architecture has a learned codebook (`vqgan`), a codebook with restarts of
-unused codes (`restarts`), and finite scalar quantization (`fsq`; Mentzer et al. 2023, 2309.15505).
+Trains four tokenizers with 8 x 8 codes of 128 for images of 32 x 32 pixels; a stopped command resumes. Prints a table
+for held-out images: PSNR, codebook use and perplexity, the fraction of reconstructions that the verifier reads
+correctly, with --lpips the LPIPS distance, and with --fid-weights the FID of reconstructions (docs/evaluation.md; it is
+comparable only for equal numbers of images). OUT/tokenizers.png shows the same images from each. All train without a
+discriminator, so that only the codes differ; the VQGAN architecture has a learned codebook (`vqgan`), a codebook with
+restarts of unused codes (`restarts`), and finite scalar quantization (`fsq`; Mentzer et al. 2023, 2309.15505).
 """
 
 from __future__ import annotations

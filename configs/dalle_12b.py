@@ -21,8 +21,8 @@ from dalle_jax.config import (
 config = TrainConfig(
     run="runs/dalle_12b",
     image_tokenizer="runs/dvae_openai",
-    # The defaults are the paper's sizes; cond_drop_prob is ours, for guidance. remat mlp is for 64 chips or GPUs of 80 GB
-    # and more; with less memory take full (docs/pods.md).
+    # The defaults are the paper's sizes; cond_drop_prob is ours, for guidance. remat mlp is for 64 chips or GPUs of 80
+    # GB and more; with less memory take full (docs/pods.md).
     model=DalleConfig(remat="mlp"),
     data=DataConfig(
         source=TarSource(path=""),

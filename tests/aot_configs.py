@@ -39,11 +39,13 @@ STAGES = {
         quantizer=VectorQuantizer(vocab=8, dim=4), adversarial=AdversarialConfig(width=4, layers=1),
     ),
     "clip": ClipConfig(
-        image_size=8, patch_size=4, vision=TowerConfig(dim=8, layers=2, heads=2), text=TowerConfig(dim=8, layers=2, heads=2),
+        image_size=8, patch_size=4, vision=TowerConfig(dim=8, layers=2, heads=2), text=TowerConfig(dim=8, layers=2,
+        heads=2),
         text_vocab=11, text_len=5, embed_dim=8,
     ),
     "bart": BartConfig(
-        text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16, encoder_layers=2, layers=2,
+        text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16,
+        encoder_layers=2, layers=2,
         heads=2, mlp_width=16,
     ),
     "diffusion": DiffusionConfig(
@@ -54,7 +56,8 @@ STAGES = {
 
 
 def stage_config(name: str) -> TrainConfig:
-    """Return the configuration of a stage, compiled without optimizations: the tests read the program, not its speed."""
+    """Return the configuration of a stage, compiled without optimizations: the tests read the program, not its
+    speed."""
     return TrainConfig(
         model=STAGES[name], data=DataConfig(batch_size=16), mesh=MeshConfig(data=2, fsdp=4),
         compiler_options=("xla_backend_optimization_level=0",),

@@ -91,8 +91,8 @@ def find_loops(text: str) -> list[Loop]:
 def list_kernels(computations: Computations, name: str) -> list[Kernel]:
     """Return the kernels that the computation `name` runs.
 
-    The kernels of a loop count once per iteration, or once if the trip count is unknown. Of a conditional the branch with
-    most memory traffic counts.
+    The kernels of a loop count once per iteration, or once if the trip count is unknown. Of a conditional the branch
+    with most memory traffic counts.
     """
     by_name = {instruction.name: instruction for instruction in computations[name]}
     kernels: list[Kernel] = []
@@ -119,8 +119,8 @@ def collective_bytes(kernels: list[Kernel], num_devices: int) -> float:
     for kernel in kernels:
         if kernel.kind == "collective":
             small, large = sorted((kernel.bytes_read, kernel.bytes_written))
-            # The sizes of a gather or scatter give the number of devices that take part. An all-reduce is a scatter and a
-            # gather.
+            # The sizes of a gather or scatter give the number of devices that take part. An all-reduce is a scatter and
+            # a gather.
             own_fraction = small / large if small < large else 1 / num_devices
             total += kernel.runs * large * (1 - own_fraction) * (2 if kernel.opcode == "all-reduce" else 1)
     return total

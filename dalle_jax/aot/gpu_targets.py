@@ -154,7 +154,8 @@ def gpu_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
         )
     except NotImplementedError:
         raise ValueError(
-            f"jax initialized its backends before the target {name}, without the GPU compiler. Request the target before "
+            f"jax initialized its backends before the target {name}, without the GPU compiler. Request the "
+            "target before "
             "the first array of the process, or start it with JAX_PLATFORMS=cpu."
         ) from None
     # A program for a GPU that is absent can be stored in the cache but not be loaded from it.

@@ -1,9 +1,9 @@
 """Costs of a compiled program, read from its optimized HLO: collectives with their bytes, and the compiler's cycles.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here every computation counts as often as it runs: a while loop
-by its trip count, a conditional by its most expensive branch. A collective that overlaps matrix products (on v5e) appears
-in the fusion that starts it, in the fusions that it overlaps and in the one that ends it, each time with the same channel
-id; it counts once.
+XLA's own `cost_analysis` counts the body of a loop once. Here every computation counts as often as it runs: a while
+loop by its trip count, a conditional by its most expensive branch. A collective that overlaps matrix products (on v5e)
+appears in the fusion that starts it, in the fusions that it overlaps and in the one that ends it, each time with the
+same channel id; it counts once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Report on a compiled program: memory, collectives and an estimate of its time.
 
 Seconds and MFU are estimates. The low MFU adds the compiler's cycles at the clock of the chip, attention kernels at a
-quarter of peak, and all collectives at the published bandwidth of the links, without overlap. The high MFU leaves out the
-collectives. The estimates serve to compare layouts; only a run on the hardware gives the speed. For GPUs, whose compiler
-gives no cycles, roofline.py gives a bound instead.
+quarter of peak, and all collectives at the published bandwidth of the links, without overlap. The high MFU leaves out
+the collectives. The estimates serve to compare layouts; only a run on the hardware gives the speed. For GPUs, whose
+compiler gives no cycles, roofline.py gives a bound instead.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def roofline_seconds(text: str, gpu: Gpu, num_devices: int, model_flops: float) 
       model_flops: Model FLOPs of all devices together.
 
     Returns:
-      Seconds of `products` at peak FLOP/s, of `memory` traffic of all kernels and of `links` for the bytes that a device
-      receives in collectives. The largest is the bound.
+      Seconds of `products` at peak FLOP/s, of `memory` traffic of all kernels and of `links` for the bytes that a
+      device receives in collectives. The largest is the bound.
     """
     entry, computations = hlo.parse_computations(text)
     kernels = list_kernels(computations, entry)
@@ -108,7 +108,8 @@ def format_decode_loop(loop: DecodeLoopReport, batch_size: int) -> list[str]:
     read, written, needed = (n / 1e6 for n in (loop["bytes_read"], loop["bytes_written"], minimum))
     lines = [
         f"decode loop  {sum(kernels.values()):.4g} kernels per pass of {batch_size} codes: {counts}",
-        f"  reads {read:,.1f} MB and writes {written:,.1f} MB per pass: {ratio:.2f} times the minimum of {needed:,.1f} MB, "
+        f"  reads {read:,.1f} MB and writes {written:,.1f} MB per pass: {ratio:.2f} times the minimum of "
+        f"{needed:,.1f} MB, "
         "the weights and the visible part of the caches",
     ]
     if rate := loop["codes_per_second"]:

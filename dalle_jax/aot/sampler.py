@@ -1,9 +1,9 @@
 """Ahead-of-time compilation of image sampling for one device, attached or absent.
 
-The program of a Transformer is prefill and decode loop of `sampling.generate`, one caption per image, with parameters as
-sampling prepares them; that of a diffusion model is all steps of its sampler. TPU times are the compiler's cycles, which
-overestimate loops that wait for memory. For a GPU the report has the memory traffic of the decode loop (roofline.py).
-B batch, T text positions, N codes.
+The program of a Transformer is prefill and decode loop of `sampling.generate`, one caption per image, with parameters
+as sampling prepares them; that of a diffusion model is all steps of its sampler. TPU times are the compiler's cycles,
+which overestimate loops that wait for memory. For a GPU the report has the memory traffic of the decode loop
+(roofline.py). B batch, T text positions, N codes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def compile_sampler(
 
     Returns:
       The report, with times for the whole batch. In `memory_gib` of a Transformer, `cache` is the KV cache, a part of
-      `temporaries`, and on a CPU `checkpoint_parameters` are those of the run, which `dalle-jax sample` keeps in memory.
+      `temporaries`, and on a CPU `checkpoint_parameters` are those of the run, which `dalle-jax sample` keeps in
+      memory.
 
     Raises:
       ValueError: If the model does not sample images, there are no images, or the target has several devices.
@@ -179,8 +180,8 @@ def _transformer_program(
 def minimum_bytes(model: TransformerConfig, params: Params, cache: Any, batch_size: int) -> float:
     """Return the bytes that one pass of the decode loop must read, averaged over the image positions.
 
-    These are the layers and the output head once, and for each image the visible keys and values; text keys count whole.
-    The embedding row of a code is neglected.
+    These are the layers and the output head once, and for each image the visible keys and values; text keys count
+    whole. The embedding row of a code is neglected.
 
     Args:
       model: A Transformer.

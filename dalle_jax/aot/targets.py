@@ -43,8 +43,8 @@ def make_target(name: str, num_slices: int = 1) -> Target:
       num_slices: TPU slices of this topology.
 
     Returns:
-      The target. Its memory is that of the data sheet, of a GPU the fraction that jax allocates, of attached devices what
-      the device reports, and None for a CPU.
+      The target. Its memory is that of the data sheet, of a GPU the fraction that jax allocates, of attached devices
+      what the device reports, and None for a CPU.
 
     Raises:
       ValueError: If there is no such target.

@@ -94,7 +94,8 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
         )
     cloud_names = ", ".join(f"{prefix}-N" for prefix in _CLOUD_PREFIXES)
     raise ValueError(
-        f"There is no topology {name!r}. Use v4 or v5p with three sizes (v5p:4x4x4), v5e or v6e with two (v5e:16x16), a "
+        f"There is no topology {name!r}. Use v4 or v5p with three sizes (v5p:4x4x4), v5e or v6e with two "
+        "(v5e:16x16), a "
         f"Cloud name ({cloud_names}: v5p-128, v5litepod-256, v6e-256), a GPU, or local. {suggest_gpus(name)}"
     )
 

@@ -1,7 +1,8 @@
 """Ahead-of-time compilation of the training step, for attached or absent devices.
 
 The step is the one that training runs, of any stage, compiled by the real TPU compiler (package libtpu) or XLA's GPU
-compiler. Nothing is allocated and no accelerator is needed. The report has its memory, collectives and time (report.py).
+compiler. Nothing is allocated and no accelerator is needed. The report has its memory, collectives and time
+(report.py).
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class ImportArgs:
     image_tokenizer: str | None = None
     """Transformer: run of its image tokenizer, imported before; for families whose files contain none"""
     text_tokenizer: str | None = None
-    """file of the vocabulary, if it is not part of the checkpoint: bpe.model of rudalle; class names of llamagen, one per
-    line; bpe_simple_vocab_16e6.txt.gz of OpenAI's clip"""
+    """file of the vocabulary, if it is not part of the checkpoint: bpe.model of rudalle; class names of llamagen, one
+    per line; bpe_simple_vocab_16e6.txt.gz of OpenAI's clip"""
     version: Literal["v2", "v3"] | None = None
     """rudalle: version, if the name of the file does not contain it"""
     t5: str | None = None

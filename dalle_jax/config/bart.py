@@ -17,7 +17,8 @@ from dalle_jax.config.tokenizer import Dtype
 
 @frozen_config
 class BartConfig:
-    """An encoder of captions and a decoder of image tokens with cross-attention (Dayma et al. 2021; BART, 1910.13461)."""
+    """An encoder of captions and a decoder of image tokens with cross-attention (Dayma et al. 2021; BART,
+    1910.13461)."""
 
     kind: Literal["bart"] = "bart"
     text_vocab: int = 50_264  # pieces

@@ -63,19 +63,19 @@ class DalleConfig:
         False  # also normalize the output of attention and MLP before the sum (2105.13290, 2.4)
     )
     biases: bool = True  # of the matrices of the blocks
-    # Position embedding of image tokens: axial, a row and a column embedding; learned, one per position; rope2d, rotary by
-    # row and column (2104.09864), where text positions have zero queries and keys, as in LlamaGen (2406.06525).
+    # Position embedding of image tokens: axial, a row and a column embedding; learned, one per position; rope2d, rotary
+    # by row and column (2104.09864), where text positions have zero queries and keys, as in LlamaGen (2406.06525).
     pos_embed: Literal["axial", "learned", "rope2d"] = "axial"
     pad_id: int | None = None  # piece after a caption; None: a learned padding token for each position
-    # A frozen encoder of captions, as in LlamaGen's t2i models: its outputs are the inputs of the text positions, padded
-    # on the left, and the padding is masked. None: a learned embedding of the pieces.
+    # A frozen encoder of captions, as in LlamaGen's t2i models: its outputs are the inputs of the text positions,
+    # padded on the left, and the padding is masked. None: a learned embedding of the pieces.
     text_encoder: T5Config | None = None
     second_final_norm: bool = False  # a second norm after the last block
     head_bias: bool = False
     attention: tuple[AttentionKind, ...] = ("row", "column", "row", "row")  # cycled over the layers; B.1
     last_attention: AttentionKind | None = "conv"  # kind of the last layer; None continues the cycle; B.1
-    # Attention masks are shifted by one: they treat the last text token as the first image position, as ruDALL-E Malevich
-    # v2 does.
+    # Attention masks are shifted by one: they treat the last text token as the first image position, as ruDALL-E
+    # Malevich v2 does.
     shift_masks: bool = False
     conv_kernel: int = 11  # side of the conv mask's window, odd; B.1
     qk_norm: bool = (

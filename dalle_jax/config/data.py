@@ -53,8 +53,8 @@ class ScenesSource:
 class TarSource:
     """Tar files of `NAME.(webp|png|jpg)` beside `NAME.json` or `NAME.txt`, indexed once and read by random access.
 
-    The JSON has a list of English `captions` (or one string `caption`), optionally `captions_zh`, and a `split`. If it has
-    no captions, the text has: English, one per line.
+    The JSON has a list of English `captions` (or one string `caption`), optionally `captions_zh`, and a `split`. If it
+    has no captions, the text has: English, one per line.
     """
 
     kind: Literal["tar"] = "tar"

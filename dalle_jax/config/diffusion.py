@@ -38,8 +38,8 @@ class NoiseConfig:
     sigma_min: float = 0.01  # ve 0.01 (2011.13456, C), edm 0.002 (2206.00364, table 1)
     sigma_max: float = 50.0  # ve 50 (2011.13456, C), edm 80 (2206.00364, table 1)
     rho: float = 7.0  # edm: exponent of the spacing of sigma over t; 2206.00364, eq. 5
-    # Factor of sigma(t) / alpha(t) of variance-preserving schedules: above 1, more of the time has high noise. 2301.11093,
-    # 3.1, in proportion to the image side.
+    # Factor of sigma(t) / alpha(t) of variance-preserving schedules: above 1, more of the time has high noise.
+    # 2301.11093, 3.1, in proportion to the image side.
     shift: float = 1.0
     zero_terminal_snr: bool = False  # no signal at t = 1; 2305.08891, 3.1
     t_min: float = 1e-3  # smallest time of training and sampling; the last sampling step goes from it to 0
@@ -128,8 +128,8 @@ class DiffusionConfig:
         False  # scale and shift by the time embedding after the norm instead of adding it; 2105.05233, 3.1
     )
     resample: Literal["conv", "block"] = "conv"  # down- and upsampling by a convolution or a residual block
-    # Groups of the norms. None is 32, or fewer, so that each has 4 channels: a group of one channel would cancel the added
-    # time embedding.
+    # Groups of the norms. None is 32, or fewer, so that each has 4 channels: a group of one channel would cancel the
+    # added time embedding.
     norm_groups: int | None = None
     dropout: float = 0.1  # inside residual blocks
     text: TextEncoderConfig | None = None  # captions
@@ -156,7 +156,8 @@ class DiffusionConfig:
         require(
             self.image_size % halved == 0,
             "Expected DiffusionConfig.image_size divisible "
-            f"by {halved}, patch_size {self.patch_size} doubled {len(self.channel_multipliers) - 1} times, got {self.image_size}. "
+            f"by {halved}, patch_size {self.patch_size} doubled {len(self.channel_multipliers) - 1} times, got "
+            f"{self.image_size}. "
             "Change image_size, patch_size or the number of channel_multipliers.",
         )
         missing = [side for side in self.attention_sizes if side not in self.sizes]

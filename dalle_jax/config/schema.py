@@ -83,8 +83,8 @@ def _message(expected: str, value: Any, hint: str = "") -> str:
 def frozen_config(cls: type[_T]) -> type[_T]:
     """Make a frozen, keyword-only dataclass whose constructor checks the type of every value.
 
-    The check runs before the class's own `__post_init__`. Lists become tuples, NumPy numbers Python numbers, and integers
-    floats in fields of floats, so that a configuration can be hashed and written as JSON.
+    The check runs before the class's own `__post_init__`. Lists become tuples, NumPy numbers Python numbers, and
+    integers floats in fields of floats, so that a configuration can be hashed and written as JSON.
 
     Args:
       cls: A class with annotated fields.

@@ -28,8 +28,8 @@ def from_json(cls: Any, text: str) -> Any:
       The configuration; missing fields have their defaults.
 
     Raises:
-      ValueError: The text is not JSON, a class lacks a field, or a value is of another type. The message has the path of
-        the field, and for an unknown field the nearest name.
+      ValueError: The text is not JSON, a class lacks a field, or a value is of another type. The message has the path
+        of the field, and for an unknown field the nearest name.
     """
     try:
         data = json.loads(text)

@@ -36,11 +36,11 @@ class DVAEConfig:
     vocab: int = 8192  # codes; A.1
     tau: Schedule = Schedule(start=1.0, end=1 / 16, steps=150_000)  # Gumbel temperature; A.2
     kl_weight: Schedule = Schedule(start=0.0, end=6.6, steps=5_000)  # beta; A.2
-    # Of the KL divergence of a batch's mean code distribution from uniform; prevents codebook collapse in short runs; not in
-    # the paper.
+    # Of the KL divergence of a batch's mean code distribution from uniform; prevents codebook collapse in short runs;
+    # not in the paper.
     code_usage_weight: Schedule = Schedule(start=0.0, end=0.0, steps=0)
-    # Smallest scale b of the logit-Laplace density. Above 0, the likelihood of flat areas cannot outweigh that of edges; 0
-    # in the paper.
+    # Smallest scale b of the logit-Laplace density. Above 0, the likelihood of flat areas cannot outweigh that of
+    # edges; 0 in the paper.
     min_scale: float = 0.0
     dtype: Dtype = "float32"  # of the convolutions; logits, softmax and loss stay float32
 

@@ -94,8 +94,9 @@ class MeshConfig:
 class DistributedConfig:
     """The processes of a training run and their timeouts (docs/pods.md).
 
-    On Cloud TPU, GKE, Slurm and Open MPI nothing needs to be set. Elsewhere every process has the same coordinator_address
-    and num_processes, and its own process_id. num_processes=1 trains in one process regardless of the environment.
+    On Cloud TPU, GKE, Slurm and Open MPI nothing needs to be set. Elsewhere every process has the same
+    coordinator_address and num_processes, and its own process_id. num_processes=1 trains in one process regardless of
+    the environment.
     """
 
     coordinator_address: str | None = None  # HOST:PORT of process 0; None: from the cluster

@@ -1,6 +1,7 @@
 """Images and captions: sources of rows, decoding, the input pipeline, codes encoded ahead.
 
-Submodules load on first use: `dalle_jax.data.scenes.generator` needs NumPy alone, `dalle_jax.data.loader` imports grain.
+Submodules load on first use: `dalle_jax.data.scenes.generator` needs NumPy alone, `dalle_jax.data.loader` imports
+  grain.
 """
 
 import importlib

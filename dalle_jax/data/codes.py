@@ -1,8 +1,9 @@
 """Image codes encoded ahead by a trained image tokenizer, so that a Transformer trains without images.
 
-`dalle-jax encode RUN --data` writes a directory of codes. Shard k has rows [k R, (k + 1) R) of the training source, each
-with its codes, captions and class; a shard is written atomically. `codes.json` describes the source and the tokenizer.
-The subdirectory `eval` has the same for rows of the evaluation split. N rows, n codes in each, R rows in a shard.
+`dalle-jax encode RUN --data` writes a directory of codes. Shard k has rows [k R, (k + 1) R) of the training source,
+each with its codes, captions and class; a shard is written atomically. `codes.json` describes the source and the
+tokenizer. The subdirectory `eval` has the same for rows of the evaluation split. N rows, n codes in each, R rows in a
+shard.
 """
 
 from __future__ import annotations
@@ -312,7 +313,8 @@ def check_codes_dataset(rows: CodesDataset, data: config.DataConfig, split: Spli
         differences.append(f"crop {info.crop!r} there, {crop!r} here")
     if differences:
         raise ValueError(
-            f"data.codes: {rows.directory} was encoded from other data ({'; '.join(differences)}). Use its configuration "
+            f"data.codes: {rows.directory} was encoded from other data ({'; '.join(differences)}). Use its "
+            "configuration "
             "or encode this one."
         )
 

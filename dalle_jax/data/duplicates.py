@@ -2,8 +2,8 @@
 
 A perceptual hash finds near copies: the signs of the lowest frequencies of a 32 x 32 gray image about their median
 (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"). Images with close hashes and mean
-colors are then compared pixel by pixel at that size. T training and E evaluation images, S side of a thumbnail; 24 bytes
-are kept of each image.
+colors are then compared pixel by pixel at that size. T training and E evaluation images, S side of a thumbnail; 24
+bytes are kept of each image.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def find_duplicates(
 ) -> list[Duplicate]:
     """Find the training images that equal an evaluation image.
 
-    Every image is read and decoded once. The cost is T times E comparisons of hashes: about a second for a million images
-    and a thousand.
+    Every image is read and decoded once. The cost is T times E comparisons of hashes: about a second for a million
+    images and a thousand.
 
     Args:
       train: Images of the training split.

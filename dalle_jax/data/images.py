@@ -193,7 +193,8 @@ def crop_and_resize(
 
 
 def load_image(path: str | os.PathLike, size: int, *, crop: Crop = "center") -> np.ndarray:
-    """Read an image file as a square, uint8 (size, size, 3). Raises BadImageError with the path if it cannot be used."""
+    """Read an image file as a square, uint8 (size, size, 3). Raises BadImageError with the path if it cannot be
+    used."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:

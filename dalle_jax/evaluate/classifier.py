@@ -1,7 +1,7 @@
 """Accuracy of generated images by class, judged by a CIFAR-10 classifier from a file.
 
-The network is the residual network for CIFAR of He et al. 2015 (1512.03385, sec. 4.2): 6 n + 2 layers in three stages of
-16, 32 and 64 channels, with identity shortcuts that halve the image and pad with zero channels (option A). n and the
+The network is the residual network for CIFAR of He et al. 2015 (1512.03385, sec. 4.2): 6 n + 2 layers in three stages
+of 16, 32 and 64 channels, with identity shortcuts that halve the image and pad with zero channels (option A). n and the
 number of classes follow from the weights. B batch, R rows, H W pixels, C channels, K classes.
 """
 
@@ -220,7 +220,8 @@ def check_classes(classifier: Classifier, data: DataConfig, path: str) -> None:
     if len(classes) != classifier.classes:
         count = f"{len(classes)} classes" if classes else "no classes"
         raise ValueError(
-            f"{path} has {classifier.classes} classes, the run's source has {count}. Use a run on images of the classes "
+            f"{path} has {classifier.classes} classes, the run's source has {count}. Use a run on images of "
+            "the classes "
             "that the classifier was trained on, in the same order."
         )
 

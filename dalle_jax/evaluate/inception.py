@@ -3,7 +3,8 @@ Heusel et al. 2017 (1706.08500) compare.
 
 It is not the Inception-v3 of current model zoos: its mean pools do not count the padding, its last mixed block
 pools by maximum, and images are resized without antialiasing. FIDs compare only where all of these agree. The weights
-come from a file; one with the classifier of 1,008 classes gives Inception scores too. B batch, H W pixels, C channels, R rows.
+come from a file; one with the classifier of 1,008 classes gives Inception scores too. B batch, H W pixels, C channels,
+R rows.
 """
 
 from __future__ import annotations
@@ -259,8 +260,8 @@ def inception_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def load_inception(path: str | Path) -> Inception:
-    """Load the network from an npz file with the names of `inception_shapes`, of any float dtype, or from the torch file
-    that pytorch-fid and torch-fidelity download, read without torch.
+    """Load the network from an npz file with the names of `inception_shapes`, of any float dtype, or from the torch
+    file that pytorch-fid and torch-fidelity download, read without torch.
 
     Raises:
         FileNotFoundError: there is no file.
@@ -288,7 +289,8 @@ def fold_batch_norm(tensors: dict[str, np.ndarray], source: str = "these weights
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(
-                f"{source}: the weights {what} {', '.join(sorted(names)[:3])}{more}; expected the FID Inception-v3 of 2015"
+                f"{source}: the weights {what} {', '.join(sorted(names)[:3])}{more}; expected the FID "
+                "Inception-v3 of 2015"
             )
     digest = hashlib.sha256()
     for name, shape in expected.items():
@@ -311,7 +313,8 @@ def fold_batch_norm(tensors: dict[str, np.ndarray], source: str = "these weights
     if classifier is not None:
         if classifier.shape != (CLASSES, NUM_FEATURES) or not np.isfinite(classifier).all():
             raise ValueError(
-                f"{source}: {CLASSIFIER} is {classifier.dtype} {classifier.shape}; expected finite floats {CLASSES, NUM_FEATURES}"
+                f"{source}: {CLASSIFIER} is {classifier.dtype} {classifier.shape}; expected finite floats "
+                f"{CLASSES, NUM_FEATURES}"
             )
         classifier = np.ascontiguousarray(classifier.T, np.float32)
     return Inception(params, digest.hexdigest(), classifier)

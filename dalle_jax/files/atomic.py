@@ -1,4 +1,5 @@
-"""Atomic writes: a reader, or a process that resumes after a crash, finds the old content or the new one, never a part."""
+"""Atomic writes: a reader, or a process that resumes after a crash, finds the old content or the new one, never a
+part."""
 
 from __future__ import annotations
 

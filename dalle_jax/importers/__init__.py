@@ -50,7 +50,8 @@ FAMILIES = {
         "LlamaGen's tokenizers: vq_ds16_*.pt, vq_ds8_c2i.pt", "vqgan", ("image_size",), "load_llamagen_vq"
     ),
     "clip": Family(
-        "CLIP with a ViT: OpenAI's ViT-*.pt, or the directory or file of a Hugging Face model", "clip", ("text_tokenizer",)
+        "CLIP with a ViT: OpenAI's ViT-*.pt, or the directory or file of a Hugging Face "
+        "model", "clip", ("text_tokenizer",)
     ),
     "mindalle": Family("minDALL-E 1.3B: the directory of the unpacked 1.3B.tar.gz", "mindalle"),
     "rudalle": Family(

@@ -66,7 +66,8 @@ def load_params(path: Path, text_tokenizer: str | None = None) -> ImportedModel:
             )
         if bpe.vocab_size > model.config.text_vocab:
             raise ValueError(
-                f"--text-tokenizer {text_tokenizer} has {bpe.vocab_size} pieces, the model has {model.config.text_vocab}"
+                f"--text-tokenizer {text_tokenizer} has {bpe.vocab_size} pieces, the model has "
+                f"{model.config.text_vocab}"
             )
         content = bpe.to_bytes().decode()
     return imported_model(model, content)

@@ -65,7 +65,8 @@ def load_params(
     version = version or next((v for v in _VERSIONS if v in path.name), None)
     if version not in _VERSIONS:
         raise ValueError(
-            f"the name {path.name} does not contain a version: give --version v3 (Malevich_v3, Surrealist, Kandinsky) or "
+            f"the name {path.name} does not contain a version: give --version v3 (Malevich_v3, Surrealist, "
+            "Kandinsky) or "
             "--version v2 (Malevich_v2, Emojich)"
         )
     tensors = drop_buffers(read_tensors(path), ("row_mask", "col_mask", "conv_mask"))

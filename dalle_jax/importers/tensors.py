@@ -236,7 +236,8 @@ def conv_as_linear(x: np.ndarray) -> np.ndarray:
 
 
 def drop_buffers(tensors: Tensors, buffers: tuple[str, ...]) -> Tensors:
-    """Drop the tensors whose names end in one of `buffers`, and the `module.` that parallel training puts before names."""
+    """Drop the tensors whose names end in one of `buffers`, and the `module.` that parallel training puts before
+    names."""
     return {n.removeprefix("module."): tensor for n, tensor in tensors.items() if not n.endswith(buffers)}
 
 

@@ -149,7 +149,8 @@ def _config(
         vocab, dim = shape("quantize", "embedding", table, ndim=2)
         quantizer = VectorQuantizer(vocab=vocab, dim=dim, normalize=naming is LLAMAGEN)
     return VQGANConfig(
-        image_size=image_size, width=width, channel_multipliers=tuple(first // width for first in firsts), blocks=blocks,
+        image_size=image_size, width=width, channel_multipliers=tuple(first // width for first in firsts),
+        blocks=blocks,
         attention_levels=tuple(attention), latent_width=shape("encoder", "conv_out", kernel)[out],
         quantizer=quantizer, pixel_range=pixel_range,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """The discrete VAE of DALL-E (Ramesh et al. 2021, 2102.12092, 2.1 and A): images to a grid of codes and back.
 
-Training uses the Gumbel-softmax relaxation of the codes, the logit-Laplace likelihood of the pixels and a KL term to the
-uniform prior. Encoder and decoder have the published architecture, so published weights can be imported. B batch, H W image, h w code grid, N = h*w codes in raster order, V codebook, C channels.
+Training uses the Gumbel-softmax relaxation of the codes, the logit-Laplace likelihood of the pixels and a KL term to
+the uniform prior. Encoder and decoder have the published architecture, so published weights can be imported. B batch, H
+W image, h w code grid, N = h*w codes in raster order, V codebook, C channels.
 """
 
 from __future__ import annotations
@@ -233,8 +234,8 @@ def loss(
       code_usage_weight: of `tokenizer_losses.codebook_imbalance`, not part of the bound; 0 in the paper.
 
     Returns:
-      float32 scalar, and the metrics `reconstruction` (nats per value), `kl` (nats per code), `psnr` (dB, of the relaxed
-      reconstruction), `codebook_use` (fraction of the codebook in the batch's argmax codes) and `perplexity`.
+      float32 scalar, and the metrics `reconstruction` (nats per value), `kl` (nats per code), `psnr` (dB, of the
+      relaxed reconstruction), `codebook_use` (fraction of the codebook in the batch's argmax codes) and `perplexity`.
     """
     logits = encode_logits(cfg, params, images_BHWC)
     gumbel = jax.random.gumbel(key, logits.shape)

@@ -1,4 +1,5 @@
-"""Perceptual distances of images: LPIPS (Zhang et al. 2018, 1801.03924), or a Laplacian pyramid, which needs no weights.
+"""Perceptual distances of images: LPIPS (Zhang et al. 2018, 1801.03924), or a Laplacian pyramid, which needs no
+weights.
 
 LPIPS compares normalized activations of a classification network (AlexNet or VGG16), weighted by linear heads that were
 fitted to human judgment; its weights come from a file. The pyramid is the mean absolute difference of band-passed

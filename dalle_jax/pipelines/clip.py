@@ -50,7 +50,8 @@ class ClipPipeline:
         if not file.is_file():
             raise FileNotFoundError(
                 f"{run.path} has no text_tokenizer.model, the text tokenizer of its captions. Import it again with "
-                "--text-tokenizer FILE, e.g. CLIP's bpe_simple_vocab_16e6.txt.gz (docs/import.md), or train it to its first "
+                "--text-tokenizer FILE, e.g. CLIP's bpe_simple_vocab_16e6.txt.gz (docs/import.md), or train it "
+                "to its first "
                 "checkpoint."
             )
         return cls(run, BosEosTokenizer.load(file))

@@ -155,7 +155,8 @@ class Pipeline(Protocol):
 
         Args:
             requests: at least one.
-            config: what all images of the call share, a SamplingConfig or a DiffusionSamplingConfig; None is its default.
+            config: what all images of the call share, a SamplingConfig or a DiffusionSamplingConfig; None is its
+              default.
             batch_size: images computed at once.
             on_preview: called with unfinished images; of a Transformer only.
             progress: called with what is done and what there is, in images or denoising steps.

@@ -1,8 +1,8 @@
 """Captions of DALL-E Mini and Mega: normalized, in BART's byte-level vocabulary, between `<s>` and `</s>`.
 
-The models were trained on captions reduced to plain lower-case English (Dayma et al. 2021). The rules below are theirs in
-their order, except for those that need tables outside Python: emoji get Unicode's names; accents are removed and other
-scripts dropped, where the original spells them in Latin letters; the words of a hashtag are not split.
+The models were trained on captions reduced to plain lower-case English (Dayma et al. 2021). The rules below are theirs
+in their order, except for those that need tables outside Python: emoji get Unicode's names; accents are removed and
+other scripts dropped, where the original spells them in Latin letters; the words of a hashtag are not split.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 `merges.txt` or `tokenizer.json` for CLIP, GPT-2 and models that split captions like one of them. Standard library only.
 
 A caption is split into words. The UTF-8 bytes of a word, written as printable characters by GPT-2's table, are merged,
-the earliest merge of the list first (Sennrich et al. 2016, 1508.07909). A vocabulary with `</w>` marks the ends of words,
-like CLIP's (Radford et al. 2021, 2103.00020): captions are then normalized to NFC, lower case and single spaces. Other
-vocabularies keep the caption unchanged, and a space belongs to the next word.
+the earliest merge of the list first (Sennrich et al. 2016, 1508.07909). A vocabulary with `</w>` marks the ends of
+words, like CLIP's (Radford et al. 2021, 2103.00020): captions are then normalized to NFC, lower case and single spaces.
+Other vocabularies keep the caption unchanged, and a space belongs to the next word.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class ByteLevelBPE:
                 self._spelled[letter + _END] = bytes([byte]) + b" "
         if missing := [piece for piece in self._spelled if piece not in vocab]:
             raise ValueError(
-                f"Expected a byte-level vocabulary like those of CLIP and GPT-2, got one without the piece {missing[0]!r} of "
+                "Expected a byte-level vocabulary like those of CLIP and GPT-2, got one without the piece "
+                f"{missing[0]!r} of "
                 f"a byte ({len(missing)} are missing)."
             )
         self._ranks: dict[tuple[str, str], int] = {}
@@ -66,7 +67,8 @@ class ByteLevelBPE:
                 )
             if joined not in vocab or left not in self._spelled or right not in self._spelled:
                 raise ValueError(
-                    f"merge {rank + 1}, {merge!r}, has a piece that the vocabulary lacks or that no earlier merge makes. Use "
+                    f"merge {rank + 1}, {merge!r}, has a piece that the vocabulary lacks or that no earlier "
+                    "merge makes. Use "
                     "vocab.json and merges.txt of one model."
                 )
             self._spelled[joined] = self._spelled[left] + self._spelled[right]
@@ -128,8 +130,8 @@ def load_byte_bpe(path: Path) -> ByteLevelBPE | None:
     """Read a byte-level vocabulary.
 
     Args:
-      path: CLIP's file (gzip or not), vocab.json with merges.txt beside it, tokenizer.json, a directory of these, or a file
-        of `ByteLevelBPE.to_bytes`.
+      path: CLIP's file (gzip or not), vocab.json with merges.txt beside it, tokenizer.json, a directory of these, or a
+        file of `ByteLevelBPE.to_bytes`.
 
     Returns:
       The vocabulary, or None for a file of another kind.

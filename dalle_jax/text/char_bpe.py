@@ -4,7 +4,8 @@ plain-text `bpe.model` (ruDALL-E). Standard library only.
 The characters of a word are merged, the earliest merge first (Sennrich et al. 2016, 1508.07909). A character that the
 vocabulary lacks is one unknown piece; in YouTokenToMe a run of them is one. Rules for words, both in lower case:
 
-    char-bpe        words are separated by blanks; punctuation marks and Chinese characters are words; the last character
+    char-bpe        words are separated by blanks; punctuation marks and Chinese characters are words; the last
+    character
                     of a word carries `</w>`
     youtokentome    words are separated by blanks; a word begins with U+2581
 """
@@ -165,8 +166,8 @@ def char_bpe_from_youtokentome(text: str, *, num_bos: int = 1) -> CharBPE:
     """Build a vocabulary of YouTokenToMe.
 
     Args:
-      text: Contents of a plain-text `bpe.model`: a line `n m`, n lines `code-point id`, m lines `left right joined`, and a
-        line `unknown pad begin end`.
+      text: Contents of a plain-text `bpe.model`: a line `n m`, n lines `code-point id`, m lines `left right joined`,
+        and a line `unknown pad begin end`.
       num_bos: Copies of the piece `begin` before a caption; one `end` follows it.
 
     Raises:

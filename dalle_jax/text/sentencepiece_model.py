@@ -60,8 +60,8 @@ class SentencePieceModel:
     def _merge(self, pieces: list[str], bpe_dropout: float, uniform: Callable[[], float]) -> list[str]:
         """Merge the characters of a word with dropout (1910.13267, algorithm 1), the best merge first.
 
-        Sentencepiece has a dropout too, but its generator differs between processes for the same seed, so a run would not
-        resume exactly.
+        Sentencepiece has a dropout too, but its generator differs between processes for the same seed, so a run would
+        not resume exactly.
         """
         scores = self._scores
         while True:
@@ -111,7 +111,8 @@ def train_sentencepiece(lines: list[str], *, vocab: int, lowercase: bool, nfkc: 
             return model
     if smallest := re.search(r"required_chars\. \d+ vs (\d+)", error):
         raise ValueError(
-            f"A vocabulary of {vocab} pieces is too small for these captions: 256 bytes, <unk> and their characters are "
+            f"A vocabulary of {vocab} pieces is too small for these captions: 256 bytes, <unk> and their "
+            "characters are "
             f"{smallest[1]}. Raise text_vocab to at least {smallest[1]}"
         )
     raise ValueError(f"sentencepiece could not train a vocabulary of {vocab} pieces: {error}")

@@ -1,8 +1,8 @@
 """Captions of LlamaGen's text-to-image models: cleaned, in T5's vocabulary, with its end piece.
 
-These models were trained on captions from web pages, without links, tags, file names, article numbers, phrases of shops,
-and Chinese characters (Sun et al. 2024, 2406.06525; the rules go back to DeepFloyd IF). The rules below are theirs, in
-their order, applied twice to each caption, except that mis-decoded text is not repaired. The vocabulary is a
+These models were trained on captions from web pages, without links, tags, file names, article numbers, phrases of
+shops, and Chinese characters (Sun et al. 2024, 2406.06525; the rules go back to DeepFloyd IF). The rules below are
+theirs, in their order, applied twice to each caption, except that mis-decoded text is not repaired. The vocabulary is a
 sentencepiece unigram model, T5's spiece.model.
 """
 

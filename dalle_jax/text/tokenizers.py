@@ -1,9 +1,10 @@
 """Captions to token ids: byte-pair encoding trained by sentencepiece (Ramesh et al. 2021, 2102.12092, sec. 2.2).
 
-Captions are NFKC-normalized and lower-cased; a character that the vocabulary does not hold is written as its UTF-8 bytes,
-so every caption can be encoded and decoded. Public vocabularies have rules of their own (byte_bpe.py, char_bpe.py,
-bart.py, t5.py), as have the names of classes (class_labels.py). A caption of n pieces fills positions 0 to n - 1. Each
-position i after it holds its own learned padding token, id `text_vocab + i`, so the Transformer's text embedding has
+Captions are NFKC-normalized and lower-cased; a character that the vocabulary does not hold is written as its UTF-8
+bytes, so every caption can be encoded and decoded. Public vocabularies have rules of their own (byte_bpe.py,
+char_bpe.py, bart.py, t5.py), as have the names of classes (class_labels.py). A caption of n pieces fills positions 0 to
+n - 1. Each position i after it holds its own learned padding token, id `text_vocab + i`, so the Transformer's text
+embedding has
 `text_vocab + text_len` rows, and the null caption of classifier-free guidance is a row of padding.
 """
 
@@ -92,7 +93,8 @@ class TextTokenizer:
             return cls(_parse_own(data) or load_byte_bpe(path) or data)
         except OSError as error:
             raise ValueError(
-                f"Cannot read the text vocabulary {error.filename or path}: {error.strerror}. Use a sentencepiece .model "
+                f"Cannot read the text vocabulary {error.filename or path}: {error.strerror}. Use a "
+                "sentencepiece .model "
                 "file, CLIP's bpe_simple_vocab_16e6.txt.gz, vocab.json with merges.txt beside it or tokenizer.json, or "
                 "leave text.tokenizer_path unset to train one from the source's captions."
             ) from None
@@ -182,8 +184,10 @@ class BosEosTokenizer(TextTokenizer):
         """
         if self.num_used_ids > text_vocab - 2:
             raise ValueError(
-                f"Expected a text vocabulary of at most {text_vocab - 2} pieces beside a start and an end in text_vocab "
-                f"{text_vocab}, got {self.num_used_ids}. Raise text_vocab to {self.num_used_ids + 2} or train a smaller "
+                f"Expected a text vocabulary of at most {text_vocab - 2} pieces beside a start and an end in "
+                "text_vocab "
+                f"{text_vocab}, got {self.num_used_ids}. Raise text_vocab to {self.num_used_ids + 2} or train "
+                "a smaller "
                 "vocabulary."
             )
         pieces = self._vocabulary.encode(_clean(caption), bpe_dropout=bpe_dropout, seed=seed)[: text_len - 2]

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 # layouts. Its own cycle counts put these at two to three times the time of an all-gather of the weights.
 _TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
-# VMEM that one fusion may use, in KiB, by device kind. On a v5p the default tiling reaches 76% of peak by the compiler's
-# cycle counts, and this limit 94%; half of VMEM is left for prefetching. On v6e and v5e other limits gained little or
-# lost (docs/scale.md), so these devices keep the default.
+# VMEM that one fusion may use, in KiB, by device kind. On a v5p the default tiling reaches 76% of peak by the
+# compiler's cycle counts, and this limit 94%; half of VMEM is left for prefetching. On v6e and v5e other limits gained
+# little or lost (docs/scale.md), so these devices keep the default.
 _VMEM_KIB = {"TPU v5": "32768"}
 
 

@@ -29,7 +29,8 @@ def batch_shapes(task: Task, rows: int, sharding: Sharding | None = None) -> dic
 def train_flops(task: Task) -> float:
     """Return the model FLOPs of one training step, all devices together.
 
-    The formula of the model is used if models/registry.py has one; otherwise the products of the traced step are counted.
+    The formula of the model is used if models/registry.py has one; otherwise the products of the traced step are
+    counted.
     """
     config = task.config
     formula = model_spec(config.model).train_flops
@@ -57,8 +58,8 @@ def count_flops(jaxpr: Any) -> float:
     A loop counts once for each iteration, a conditional by its most expensive branch.
 
     Args:
-      jaxpr: Result of `jax.make_jaxpr`, or a jaxpr inside of one. jax 0.12 merges the closed and the open class, so this
-        function only requires the attribute `eqns`.
+      jaxpr: Result of `jax.make_jaxpr`, or a jaxpr inside of one. jax 0.12 merges the closed and the open class, so
+        this function only requires the attribute `eqns`.
 
     Raises:
       ValueError: If the function calls a Pallas kernel, whose products cannot be counted.

@@ -1,9 +1,9 @@
 """Initialization of a run from another run: model configuration, weights, vocabulary and image tokenizer.
 
 `--init-from RUN` starts a new run with the weights of RUN (its best checkpoint, averaged parameters if it has them) and
-a fresh optimizer. The model configuration is that of RUN unless flags change it, so the configuration of any Transformer
-can fine-tune any other, decoder-only or encoder-decoder. `--data.path PATH` selects the kind of source from the files
-at PATH. A run that has a checkpoint resumes from it and ignores `init_from`.
+a fresh optimizer. The model configuration is that of RUN unless flags change it, so the configuration of any
+Transformer can fine-tune any other, decoder-only or encoder-decoder. `--data.path PATH` selects the kind of source from
+the files at PATH. A run that has a checkpoint resumes from it and ignores `init_from`.
 """
 
 from __future__ import annotations

@@ -262,7 +262,8 @@ class _Trainer:
             with contextlib.suppress(OSError):  # closing the checkpoints raises the error of a failed save
                 self.checkpoints.wait()  # so that the message names a save in progress
             raise NonFiniteError(
-                f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}. The update was discarded and "
+                f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}. The update was "
+                "discarded and "
                 f"nothing was saved after it; the last checkpoint is of step {self.checkpoints.latest}. "
                 "Look at the batch of that step, or lower optim.learning_rate."
             )

@@ -79,8 +79,8 @@ class MetricsLog:
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed by close()
         events = run_dir / "events"
         events.mkdir(exist_ok=True)
-        # SummaryWriter of tensorboardX writes in a thread that dies on a full disk and then blocks its caller for ever; the
-        # EventsWriter below it raises instead.
+        # SummaryWriter of tensorboardX writes in a thread that dies on a full disk and then blocks its caller for ever;
+        # the EventsWriter below it raises instead.
         self._events = EventsWriter(str(events / "events"), filename_suffix=f".{os.getpid()}.{step}")
         # TensorBoard hides the events of later steps that an earlier process wrote.
         start = SessionLog(status=SessionLog.START)
@@ -174,7 +174,8 @@ def _duration(seconds: float) -> str:
 
 
 class ProgressBar:
-    """Progress on standard error: a bar on a terminal, otherwise a line every ten seconds; nothing if `shown` is False."""
+    """Progress on standard error: a bar on a terminal, otherwise a line every ten seconds; nothing if `shown` is
+    False."""
 
     def __init__(self, name: str, start: int, steps: int, shown: bool = True):
         self._name, self._steps, self._shown = name, steps, shown

@@ -1,7 +1,7 @@
 """Optimizers, learning rate schedule and exponential moving average (EMA) of the parameters.
 
-AdamW follows DALL-E (Ramesh et al. 2021, 2102.12092, B.2): weight decay on matrices only, clipping of the global gradient
-norm, linear warmup. AdamW with bfloat16 moments and Adafactor need less memory.
+AdamW follows DALL-E (Ramesh et al. 2021, 2102.12092, B.2): weight decay on matrices only, clipping of the global
+gradient norm, linear warmup. AdamW with bfloat16 moments and Adafactor need less memory.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ FROZEN = ("t5",)  # top-level parameters that are not trained: the T5 caption en
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
     """Return the learning rate schedule.
 
-    The rate rises linearly from 0 to `cfg.learning_rate` over `warmup_steps` updates. Then it is constant, or follows half
-    a cosine down to `final_lr_ratio` times the peak, reached after `decay_steps` updates from the start, and stays there.
-    If the warmup is longer than `decay_steps`, the rate drops to its final value after the warmup.
+    The rate rises linearly from 0 to `cfg.learning_rate` over `warmup_steps` updates. Then it is constant, or follows
+    half a cosine down to `final_lr_ratio` times the peak, reached after `decay_steps` updates from the start, and stays
+    there. If the warmup is longer than `decay_steps`, the rate drops to its final value after the warmup.
 
     Args:
       cfg: Peak, warmup, schedule and end.
@@ -62,8 +62,9 @@ def decay_mask(params: Params) -> Params:
 def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.GradientTransformation:
     """Return the optimizer with clipping, weight decay mask and schedule.
 
-    Adafactor (Shazeer and Stern 2018, 1804.04235) keeps row and column sums of the squared gradient and no first moment.
-    It uses the same learning rate as AdamW: in both, an update has a size of about one per entry before scaling.
+    Adafactor (Shazeer and Stern 2018, 1804.04235) keeps row and column sums of the squared gradient and no first
+    moment. It uses the same learning rate as AdamW: in both, an update has a size of about one per entry before
+    scaling.
 
     Args:
       cfg: Optimizer and its hyperparameters. A `clip_norm` of 0 turns clipping off.

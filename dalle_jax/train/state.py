@@ -160,7 +160,8 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         split = f" in {pieces} microbatches of {rows} rows (optim.grad_accum_steps)" if pieces > 1 else ""
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in LOGICAL_AXIS_RULES["batch"])
         raise ValueError(
-            f"data.batch_size {config.data.batch_size}{split} is not divisible by the {shards} devices that share a batch "
+            f"data.batch_size {config.data.batch_size}{split} is not divisible by the {shards} devices that "
+            "share a batch "
             f"(mesh {axes}). Use a multiple of {shards * pieces}."
         )
 
@@ -181,9 +182,10 @@ def make_step(
 
     Returns:
       A jitted function. `batch` has `config.data.batch_size` rows for each input, and may hold bools `stop`. `metrics`
-      are float32 scalars: those of the task, `loss`, `grad_norm` before clipping and `learning_rate`; the bool `finite`;
-      and the bool `stop`, true if any of the batch's `stop` is. If the loss or the gradient norm is not finite, `finite`
-      is false and the state is unchanged, including its step number.
+      are float32 scalars: those of the task, `loss`, `grad_norm` before clipping and `learning_rate`; the bool
+      `finite`; and the bool `stop`, true if any of the batch's `stop` is. If the loss or the gradient norm is not
+      finite,
+      `finite` is false and the state is unchanged, including its step number.
     """
     pieces = config.optim.grad_accum_steps
     rate = learning_rate(config.optim, config.steps)

@@ -436,7 +436,8 @@ def test_a_missing_libtpu_names_the_extra(config_file, capsys, monkeypatch):
 def test_diffusion_compiles_on_codes():
     """The step traces from shapes alone, with every condition, before a tokenizer exists."""
     model = DiffusionConfig(
-        image_size=16, patch_size=2, width=8, channel_multipliers=(1, 2), blocks=1, attention_sizes=(4,), num_classes=3, low_res_size=8,
+        image_size=16, patch_size=2, width=8, channel_multipliers=(1, 2), blocks=1, attention_sizes=(4,),
+        num_classes=3, low_res_size=8,
         text=TextEncoderConfig(text_vocab=9, text_len=3, dim=8, layers=1, heads=2), codes=CodesConfig(vocab=5, grid=4),
     )  # fmt: skip
     task = make_task(TrainConfig(model=model, image_tokenizer="none", data=DataConfig(batch_size=4)))

@@ -97,7 +97,8 @@ def decode(request):
 
 
 def test_the_decode_loop_copies_no_cache(decode):
-    """No cache, not even the smallest, is copied. Speculative decoding writes several tokens into a ring buffer, which jax
+    """No cache, not even the smallest, is copied. Speculative decoding writes several tokens into a ring buffer, which
+    jax
     0.12 rolls there and back; there, no cache of all codes is copied."""
     name, kernels = decode
     size = CFG.num_codes if name == "jacobi" else CFG.grid + 1

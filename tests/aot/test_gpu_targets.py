@@ -194,8 +194,8 @@ for n in (3, 10):
 
 
 def test_kernels_by_hand():
-    """Two rows of a table; one position of a cache that is updated in place; a quarter of an array, and another that two
-    results read; a library call without its workspace; a copy in a loop of three iterations."""
+    """Two rows of a table; one position of a cache that is updated in place; a quarter of an array, and another that
+    two results read; a library call without its workspace; a copy in a loop of three iterations."""
     (loop,) = find_loops(PROGRAM)
     assert loop.trip_count == 10 and loop.scope == "jit(f)/decode/while"
     found = {
@@ -256,7 +256,8 @@ def test_minimum_bytes_by_hand():
 def test_minimum_bytes_of_an_encoder_decoder():
     """The matrices for keys and values of captions belong to the prefill; no pass reads them."""
     cfg = BartConfig(
-        text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16, encoder_layers=2, layers=2,
+        text_vocab=9, text_len=5, image_vocab=7, decoder_vocab=9, decoder_start_id=7, grid=4, dim=16,
+        encoder_layers=2, layers=2,
         heads=2, mlp_width=16, dtype="float32",
     )  # fmt: skip
     params = jax.eval_shape(

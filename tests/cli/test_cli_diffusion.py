@@ -90,7 +90,8 @@ def trained(tmp_path_factory):
     """Two updates of the stage, and what they logged."""
     out = tmp_path_factory.mktemp("diffusion") / "run"
     config = TrainConfig(
-        model=MODEL, run=str(out), data=DATA, text=TextConfig(num_train_captions=40), steps=2, eval_every=2, save_every=2,
+        model=MODEL, run=str(out), data=DATA, text=TextConfig(num_train_captions=40), steps=2, eval_every=2,
+        save_every=2,
         sample_every=2, log_every=1, eval_rows=8, optim=OptimConfig(learning_rate=0.01, warmup_steps=0, ema_every=1),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -67,7 +67,8 @@ EVERY = [
     GumbelQuantizer(vocab=5, dim=3, tau=Schedule(start=0.9, end=0.1, steps=3), kl_weight=0.1),
     FiniteScalarQuantizer(levels=(5, 3)),
     AdversarialConfig(
-        loss="non-saturating", weight=0.5, disc_start_step=7, disc_warmup_steps=3, max_adaptive_weight=10.0, r1_weight=0.0, r1_every=2, width=8,
+        loss="non-saturating", weight=0.5, disc_start_step=7, disc_warmup_steps=3,
+        max_adaptive_weight=10.0, r1_weight=0.0, r1_every=2, width=8,
         layers=2, learning_rate=0.1, b1=0.2, b2=0.3,
     ),
     VQGANConfig(
@@ -86,7 +87,8 @@ EVERY = [
     T5Config(dim=12, layers=3, heads=3, mlp_width=10, num_relative_buckets=8, eos_id=2),
     DalleConfig(text_loss_weight=0.0, text_encoder=T5Config(layers=3)),
     BartConfig(
-        text_vocab=9, text_len=5, image_vocab=6, decoder_vocab=8, decoder_start_id=7, grid=2, dim=12, encoder_layers=3, layers=4,
+        text_vocab=9, text_len=5, image_vocab=6, decoder_vocab=8,
+        decoder_start_id=7, grid=2, dim=12, encoder_layers=3, layers=4,
         heads=3, mlp_width=10, pad_id=3, bos_id=4, eos_id=5, cond_drop_prob=0.0, dtype="float32", remat="none",
     ),
     TowerConfig(dim=12, layers=3, heads=3, mlp_ratio=2),
@@ -103,7 +105,8 @@ EVERY = [
     CodesConfig(vocab=7, grid=2, width=5),
     DiffusionConfig(
         image_size=24, patch_size=3, width=12, channel_multipliers=(1, 3), blocks=1, attention_sizes=(4,), head_dim=6,
-        norm_groups=3, scale_shift_norm=True, resample="block", dropout=0.0, text=TextEncoderConfig(text_vocab=5), num_classes=2,
+        norm_groups=3, scale_shift_norm=True, resample="block", dropout=0.0,
+        text=TextEncoderConfig(text_vocab=5), num_classes=2,
         codes=CodesConfig(vocab=3, grid=4), low_res_size=12, cond_drop_prob=0.2, noise=NoiseConfig(kind="cosine"),
         prediction="v", weighting="min_snr", dtype="bfloat16", remat=True,
     ),
@@ -117,7 +120,8 @@ EVERY = [
     ),
     TfdsSource(
         path="cifar10", data_dir="d", train_split="train[5%:]", eval_split="b", image_field="i",
-        captions_field="c", captions_zh_field="d", label_field="l", templates=("{}",), exclude="x", max_bad_fraction=0.1,
+        captions_field="c", captions_zh_field="d", label_field="l", templates=("{}",), exclude="x",
+        max_bad_fraction=0.1,
         min_image_size=5, max_aspect_ratio=3.0,
     ),
     ArraysSource(path="a.npz", train_split="a", eval_split="b", exclude="x", templates=("{}",)),
@@ -142,12 +146,14 @@ EVERY = [
     ),
     MeshConfig(slices=2, data=2, fsdp=-1, model=4, cpu_devices=8),
     DistributedConfig(
-        coordinator_address="host:1234", num_processes=4, process_id=3, initialization_timeout_seconds=5, heartbeat_timeout_seconds=6, stall_timeout_seconds=0
+        coordinator_address="host:1234", num_processes=4, process_id=3, initialization_timeout_seconds=5,
+        heartbeat_timeout_seconds=6, stall_timeout_seconds=0
     ),
     ProfileConfig(steps="10:15"),
     TrainConfig(
         init_from="runs/a",
-        model=DalleConfig(), run="r", data=DataConfig(batch_size=6), text=TextConfig(bpe_dropout=0.5), image_tokenizer="t",
+        model=DalleConfig(), run="r", data=DataConfig(batch_size=6), text=TextConfig(bpe_dropout=0.5),
+        image_tokenizer="t",
         optim=OptimConfig(grad_accum_steps=3), mesh=MeshConfig(model=2), distributed=DistributedConfig(num_processes=1),
         compiler_options=("xla_a=1",),
         profile=ProfileConfig(steps="2:3"), compilation_cache_dir="c", steps=4, seed=5, log_every=6, eval_every=7,
@@ -601,7 +607,8 @@ def test_parameters_of_published_diffusion_models():
     (2112.10741, 3): about 2.3 and 1.2 billion; as published filtered, 385 million."""
     assert count(shapes(DiffusionConfig())) == 35_746_307
     adm = {
-        "image_size": 64, "width": 192, "channel_multipliers": (1, 2, 3, 4), "blocks": 3, "attention_sizes": (32, 16, 8),
+        "image_size": 64, "width": 192, "channel_multipliers": (1, 2, 3, 4), "blocks": 3,
+        "attention_sizes": (32, 16, 8),
         "head_dim": 64, "scale_shift_norm": True, "resample": "block",
     }  # fmt: skip
     last_and_class = 3 * (9 * 192 + 1) - 4 * 192

@@ -160,7 +160,8 @@ def test_lines_of_metadata_that_cannot_be_used(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(encode_image(solid_image()))
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"n {i}"}).encode() for i in range(15)]
     kinds = [
-        (b"{", "unreadable metadata line"), (b"\xff\xfe", "unreadable metadata line"), (b"[]", "unreadable metadata line"),
+        (b"{", "unreadable metadata line"), (b"\xff\xfe", "unreadable metadata line"), (b"[]",
+        "unreadable metadata line"),
         (b'{"file_name": "15.png", "text": "\xe9"}', "unreadable metadata line"),
         (b'{"text": "whose"}', "metadata line without a file name"),
         (b'{"file_name": 3, "text": "x"}', "metadata line without a file name"),

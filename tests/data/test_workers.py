@@ -241,7 +241,8 @@ def test_a_parent_that_ends_takes_them_along(tar, how):
         from dalle_jax import config
         from dalle_jax.data.loader.pipeline import open_train_source, train_batches
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        data = config.DataConfig(source=config.TarSource(path={tar.path!r}, max_bad_fraction=0.2), num_workers=2, batch_size=8)
+        source = config.TarSource(path={tar.path!r}, max_bad_fraction=0.2)
+        data = config.DataConfig(source=source, num_workers=2, batch_size=8)
         with train_batches(data, open_train_source(data), start=0, image_size=16) as batches:
             next(batches)
             print(*[process.pid for process in batches._processes], flush=True)

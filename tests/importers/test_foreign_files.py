@@ -372,7 +372,9 @@ HOSTILE_PICKLES = {  # name -> (pickle without its end, part of the answer)
     "graph_in_a_set": (b"\x8f(" + GRAPH + b"\x90", "holds no tensors"),
     "graph_in_a_frozenset": (b"(" + GRAPH + b"\x91", "holds no tensors"),
     "graph_as_identifier": (GRAPH + b"Q", "an identifier, a tuple, is not one of"),
-    "graph_as_storage_type": (b"(" + pickle_text("storage") + GRAPH + b"N" * 3 + b"tQ", "an identifier, a tuple, is not"),
+    "graph_as_storage_type": (
+        b"(" + pickle_text("storage") + GRAPH + b"N" * 3 + b"tQ", "an identifier, a tuple, is not",
+    ),
     "graph_as_shape": (rebuilt(STORAGE, GRAPH, GRAPH), "a tensor has shape"),
     "graph_as_callee": (GRAPH + b")R", "it calls a tuple"),
     "graph_as_argument": (b"cos\nsystem\n" + GRAPH + b"\x85R", "would run os.system"),
@@ -400,11 +402,16 @@ HOSTILE_PICKLES = {  # name -> (pickle without its end, part of the answer)
     "array_longer_than_the_file": (b"\x96" + (1 << 40).to_bytes(8, "little") + b"data", "is not a whole pickle"),
     "long_name_of_a_class": (b"c" + b"torch.nn." + b"x" * 1000 + b"\nB\n)R", "a name is not text of at most 256"),
     "long_name_of_a_tensor": (b"}" + pickle_text("x" * 10_000_000) + WEIGHT + b"s", "at most 500 printable characters"),
-    "long_names_of_dicts": ((b"}" + pickle_text("x" * 400)) * 60 + WEIGHT + b"s" * 60, "at most 500 printable characters"),
+    "long_names_of_dicts": (
+        (b"}" + pickle_text("x" * 400)) * 60 + WEIGHT + b"s" * 60, "at most 500 printable characters",
+    ),
     "escape_in_a_name": (b"}" + pickle_text("w\x1b[31m") + WEIGHT + b"s", r"got 'w\x1b[31m'"),
     "escape_in_a_call": (pickle_text("os\x1b[31m") + pickle_text("system") + b"\x93)R", r"would run os\x1b[31m.system"),
-    "escape_in_a_storage": (b"(" + pickle_text("storage") + b"ctorch\nFloatStorage\n" + pickle_text("\x1b[31m") + pickle_text("cpu")
-                            + b"K\x02tQ", r"a storage has the key '\x1b[31m'"),
+    "escape_in_a_storage": (
+        b"(" + pickle_text("storage") + b"ctorch\nFloatStorage\n" + pickle_text("\x1b[31m") + pickle_text("cpu")
+        + b"K\x02tQ",
+        r"a storage has the key '\x1b[31m'",
+    ),
     "extension": (b"\x82\x01)R", "opcode EXT1"),
     "out_of_band_buffer": (b"\x97", "opcode NEXT_BUFFER"),
 }  # fmt: skip

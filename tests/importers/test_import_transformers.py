@@ -93,7 +93,8 @@ def check_rudalle(files, out, tokenizers):
     vocab = 44  # pieces; the file's zeros are pads, whose ids follow
     for version in ("v2", "v3"):
         run, text, cfg = imported(
-            out / version, "rudalle", files / f"pytorch_model_{version}.bin", text_tokenizer=files / "bpe.model", heads=2,
+            out / version, "rudalle", files / f"pytorch_model_{version}.bin", text_tokenizer=files / "bpe.model",
+            heads=2,
             image_tokenizer=tokenizers(12, 12),
         )  # fmt: skip
         ids = ids_of(text, cfg, want["captions"])

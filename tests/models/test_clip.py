@@ -54,7 +54,8 @@ def params():
 
 
 def count_by_formula(patch, size, vision, vision_layers, text, embed):
-    """Count the parameters of a published model: 77 positions, 49,408 tokens, 12 text layers, MLPs of four times the width."""
+    """Count the parameters of a published model: 77 positions, 49,408 tokens, 12 text layers, MLPs of four times the
+    width."""
 
     def block(d):
         return (3 * d * d + 3 * d) + (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d) + 2 * 2 * d

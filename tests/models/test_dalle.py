@@ -376,8 +376,8 @@ def test_each_position_has_its_own_pad_token(fresh):
 
 
 def test_init(fresh):
-    """Kernels and tables are normal with std 0.02, those that write into the residual stream scaled by its depth, and no
-    two share a random key."""
+    """Kernels and tables are normal with std 0.02, those that write into the residual stream scaled by its depth, and
+    no two share a random key."""
     blocks = fresh["blocks"]
     assert {name: blocks["attn"][name]["kernel"].shape for name in ("q", "k", "v", "out")} == dict.fromkeys(
         ("q", "k", "v", "out"), (4, 16, 16)
@@ -421,7 +421,8 @@ GOOD_TEXT, GOOD_CODES = jnp.zeros((2, T), jnp.int32), jnp.zeros((2, N), jnp.int3
         ([[0] * T] * 2, GOOD_CODES, "Expected text to be an array of int32 ids, got a list"),
         (GOOD_TEXT - 1, GOOD_CODES, r"Expected text in \[0, 9\), .* got ids from -1 to -1"),
         (GOOD_TEXT + 9, GOOD_CODES, r"Expected text in \[0, 9\), .* got ids from 9 to 9"),
-        (GOOD_TEXT, GOOD_CODES.at[0, 0].set(7), r"Expected codes in \[0, 7\), which is image_vocab, got ids from 0 to 7"),
+        (GOOD_TEXT, GOOD_CODES.at[0, 0].set(7),
+        r"Expected codes in \[0, 7\), which is image_vocab, got ids from 0 to 7"),
     ],
 )  # fmt: skip
 def test_invalid_arrays_raise(params, caption, codes, match):

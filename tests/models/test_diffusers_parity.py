@@ -105,10 +105,12 @@ def theirs(cfg: DiffusionConfig):
     "cfg",
     [
         DiffusionConfig(
-            image_size=16, width=32, channel_multipliers=(1, 2), blocks=2, attention_sizes=(8,), norm_groups=32, noise=DDPM
+            image_size=16, width=32, channel_multipliers=(1, 2), blocks=2, attention_sizes=(8,), norm_groups=32,
+            noise=DDPM
         ),
         DiffusionConfig(
-            image_size=16, width=32, channel_multipliers=(1, 2), blocks=1, attention_sizes=(16, 8), head_dim=16, norm_groups=32,
+            image_size=16, width=32, channel_multipliers=(1, 2), blocks=1, attention_sizes=(16, 8), head_dim=16,
+            norm_groups=32,
             scale_shift_norm=True, resample="block", noise=DDPM,
         ),
     ],

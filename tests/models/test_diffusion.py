@@ -229,8 +229,8 @@ def test_order_of_convergence(name, order, spacing):
 
 
 def test_dpm_solver_extrapolates_to_the_middle_of_the_step():
-    """2211.01095, algorithm 2: an x_0 that is linear in the log SNR is evaluated at the middle of the step, for steps of
-    any lengths."""
+    """2211.01095, algorithm 2: an x_0 that is linear in the log SNR is evaluated at the middle of the step, for steps
+    of any lengths."""
     grid = time_grid(LINEAR, 12, spacing="karras")
     lam = 0.5 * np.log(alpha_sigma(LINEAR, grid).snr)
     second = np.asarray(sampling._step_table(LINEAR, grid)["second_order"])[1:-1]
@@ -291,8 +291,8 @@ def test_threshold_by_hand():
 
 
 def test_inpainting():
-    """The kept value is exact; the mean of the other moves more than half of the way from its marginal to its conditional
-    mean, not all of it, as replacing pixels is not an exact conditional sampler (2201.09865, 4.2)."""
+    """The kept value is exact; the mean of the other moves more than half of the way from its marginal to its
+    conditional mean, not all of it, as replacing pixels is not an exact conditional sampler (2201.09865, 4.2)."""
     n, value = 4000, 1.7
     image = jnp.broadcast_to(jnp.array([value, 0.0]), (n, 2))
     mask = jnp.broadcast_to(jnp.array([True, False]), (n, 2))

@@ -392,8 +392,8 @@ def test_kl_weight_of_the_paper():
 
 
 def test_gradient_goes_through_the_relaxation(params, images):
-    """Encoder and decoder get gradients from the reconstruction alone. The encoder's is that of the relaxed loss itself,
-    so it equals the finite difference along it; a straight-through gradient would not."""
+    """Encoder and decoder get gradients from the reconstruction alone. The encoder's is that of the relaxed loss
+    itself, so it equals the finite difference along it; a straight-through gradient would not."""
     key = jax.random.key(6)
     (value, _), grads = loss_and_grad(TINY, params, images, key, 1.0, 0.0, 0.0)
     for name, grad in flat(grads).items():

@@ -125,8 +125,8 @@ def test_the_encoder_masks_padding():
 
 
 def test_an_encoded_caption_does_not_depend_on_text_len():
-    """Logits with text_len 3 equal those with text_len 6, also of a null caption, which uses the last vectors. A caption
-    of text_len pieces was truncated, and keeps its end token."""
+    """Logits with text_len 3 equal those with text_len 6, also of a null caption, which uses the last vectors. A
+    caption of text_len pieces was truncated, and keeps its end token."""
     small = FAMILIES["llamagen_t2i"]
     large = dataclasses.replace(small, text_len=6)
     params = family_params(large)
@@ -229,7 +229,8 @@ def test_invalid_configurations_raise():
             activation="gelu", pos_embed="learned", pad_id=0)),
         # Malevich: published with a row of text positions that v3 does not use
         (1_310_410_880 - 2048, DalleConfig(
-            text_vocab=16_384, text_len=128, image_vocab=8192, grid=32, dim=2048, layers=24, heads=16, sandwich_norm=True,
+            text_vocab=16_384, text_len=128, image_vocab=8192, grid=32, dim=2048, layers=24, heads=16,
+            sandwich_norm=True,
             second_final_norm=True, head_bias=True)),
         # LlamaGen B, L, XL, XXL, 3B
         *((count, DalleConfig(

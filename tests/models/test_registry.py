@@ -1,4 +1,5 @@
-"""Tests of the table of models (models/registry.py): completeness, and agreement with configurations, tasks and parameters."""
+"""Tests of the table of models (models/registry.py): completeness, and agreement with configurations, tasks and
+parameters."""
 
 import dataclasses
 import re

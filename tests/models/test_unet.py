@@ -18,8 +18,10 @@ from dalle_jax.parallel.sharding import batch_sharding, param_shardings
 # All options: patches, two levels, attention with captions, labels, codes, a low-resolution image.
 CFG = DiffusionConfig(
     image_size=16, patch_size=2, width=8, channel_multipliers=(1, 2), blocks=1, attention_sizes=(4,), head_dim=4,
-    scale_shift_norm=True, resample="block", dropout=0.1, text=TextEncoderConfig(text_vocab=11, text_len=3, dim=8, layers=2,
-    heads=2, mlp_ratio=2), num_classes=3, codes=CodesConfig(vocab=7, grid=4, width=3), low_res_size=4, cond_drop_prob=0.5,
+    scale_shift_norm=True, resample="block", dropout=0.1, text=TextEncoderConfig(text_vocab=11, text_len=3, dim=8,
+    layers=2,
+    heads=2, mlp_ratio=2), num_classes=3, codes=CodesConfig(vocab=7, grid=4, width=3), low_res_size=4,
+    cond_drop_prob=0.5,
     noise=NoiseConfig(kind="cosine"), prediction="v",
 )  # fmt: skip
 # A network of one level without conditions.

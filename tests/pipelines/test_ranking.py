@@ -59,7 +59,8 @@ DALLE = DalleConfig(
     remat="none",
 )
 CLIP = ClipConfig(
-    image_size=32, patch_size=16, vision=TowerConfig(dim=16, layers=1, heads=2), text_vocab=402, text_len=10, embed_dim=8,
+    image_size=32, patch_size=16, vision=TowerConfig(dim=16, layers=1, heads=2), text_vocab=402, text_len=10,
+    embed_dim=8,
     text=TowerConfig(dim=16, layers=1, heads=2), dtype="float32",
 )  # fmt: skip
 CAPTIONS = ["a red circle", "蓝色的方块", "a green star"]

@@ -116,7 +116,8 @@ def test_flops_of_the_paper_follow_from_its_parameters():
 
 
 def test_published_flops():
-    """The U-Net of DDPM on CIFAR-10 has 6.1 G multiplications (Fang et al. 2023, 2305.10924, table 1). CLIP ViT-B/32 has
+    """The U-Net of DDPM on CIFAR-10 has 6.1 G multiplications (Fang et al. 2023, 2305.10924, table 1). CLIP ViT-B/32
+    has
     14.78 GFLOPs for an image and its caption (open_clip, docs/model_profile.csv)."""
     model = load_config(ROOT / "configs" / "ddpm_cifar10.py").model
     params = jax.eval_shape(lambda: unet.init(model, jax.random.key(0)))

@@ -106,7 +106,7 @@ def test_ema_by_hand():
     np.testing.assert_allclose(traced["a"], update_ema(ema, new, cfg, 4)["a"], rtol=1e-6)
 
 
-# --- smaller optimizer states ------------------------------------------------------------------------------------------
+# --- smaller optimizer states -------------------------------------------------------------------------------
 
 
 def test_bfloat16_moments_approximate_float32():

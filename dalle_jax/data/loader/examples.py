@@ -76,7 +76,8 @@ class ExampleBuilder:
 def example_rng(seed: int, position: int) -> np.random.Generator:
     """Return the random generator of the row at a position of the stream.
 
-    A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): its key is derived from
+    A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): its key is derived
+    from
     `seed`, the highest word of its counter is the position.
     """
     counter = np.array([0, 0, 0, position], np.uint64)

@@ -1,9 +1,9 @@
 """Batches built by worker processes, for sources that spend their time in Python, where threads share one lock.
 
-Worker w of W builds rows w, w + W, w + 2 W, ... of every batch and writes them into memory shared with its parent, a ring
-of `prefetch` batches. A row is a function of its position, so the number of workers changes only the speed. Workers are
-new interpreters, neither forked nor started from the main module: they import what reads and decodes, never jax, and
-hold no device. A worker exits when its parent closes it or dies. B rows of a batch, W workers.
+Worker w of W builds rows w, w + W, w + 2 W, ... of every batch and writes them into memory shared with its parent, a
+ring of `prefetch` batches. A row is a function of its position, so the number of workers changes only the speed.
+Workers are new interpreters, neither forked nor started from the main module: they import what reads and decodes, never
+jax, and hold no device. A worker exits when its parent closes it or dies. B rows of a batch, W workers.
 """
 
 # Why not the process workers of grain (0.2.18, `IterDataset.mp_prefetch`): they import grain and with it jax, about

@@ -383,8 +383,8 @@ def evaluation_set(
     A relation is always stated if the scene has one.
 
     Args:
-      kind: one_object and two_objects use compositions of training, from the test stream; held_out uses the others, with 1
-        to max_objects objects.
+      kind: one_object and two_objects use compositions of training, from the test stream; held_out uses the others,
+        with 1 to max_objects objects.
       count: Number of pairs, at least 1.
       seed: See `scene`.
       languages: Taken in turn.

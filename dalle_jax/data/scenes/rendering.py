@@ -173,13 +173,15 @@ def coverage(distance_HW, radius: float):
 
 
 def stripes_fill(u, v):
-    """Return the distance of each position to the light bands of a striped fill, in radii: slanted bands, period 0.6."""
+    """Return the distance of each position to the light bands of a striped fill, in radii: slanted bands, period
+    0.6."""
     t = (u + v) * (0.7071 / 0.6)
     return (np.abs(t - np.rint(t)) - 0.25) * 0.6
 
 
 def dots_fill(u, v):
-    """Return the distance of each position to the light dots of a dotted fill, in radii: a square grid, spacing 0.52."""
+    """Return the distance of each position to the light dots of a dotted fill, in radii: a square grid, spacing
+    0.52."""
     s, t = u * (1 / 0.52), v * (1 / 0.52)
     return _length(s - np.rint(s), t - np.rint(t)) * 0.52 - 0.18
 

@@ -82,12 +82,14 @@ class FolderDataset(StoredDataset):
     def _raise_empty(self, split: Split, splits: dict[str, str | None]) -> None:
         if not splits:
             raise ValueError(
-                f"Expected files that end in {', '.join(sorted(_IMAGE_EXTENSIONS))} in {self._root} and the folders below "
+                f"Expected files that end in {', '.join(sorted(_IMAGE_EXTENSIONS))} in {self._root} and the "
+                "folders below "
                 f"it, got none.{self._format_causes()}"
             )
         counts = ", ".join(f"{s} ({n})" for s, n in Counter(splits.values()).items())
         raise ValueError(
-            f"Expected rows of split {self._split!r} in {self._root}, got {counts}. Set data.source.{split}_split to one "
+            f"Expected rows of split {self._split!r} in {self._root}, got {counts}. Set "
+            f"data.source.{split}_split to one "
             f"of these, or set data.source.eval_fraction.{self._format_causes()}"
         )
 

@@ -55,8 +55,10 @@ class MixtureDataset:
             self._num_rows = min(self._index(k, len(part)) for k, part in enumerate(parts))
         if self._num_rows > _MAX_ROWS:
             raise ValueError(
-                f"Expected at most {_MAX_ROWS} rows of the mixture to read every part once, got {self._num_rows} (parts "
-                f"have {', '.join(str(len(p)) for p in parts)} rows, weights are {mixture.weights}). Raise the smallest "
+                f"Expected at most {_MAX_ROWS} rows of the mixture to read every part once, got "
+                f"{self._num_rows} (parts "
+                f"have {', '.join(str(len(p)) for p in parts)} rows, weights are {mixture.weights}). Raise the "
+                "smallest "
                 "weights."
             )
         self._classes = tuple(dict.fromkeys(name for part in parts for name in part.classes))

@@ -213,7 +213,8 @@ def _index_tar(path: Path) -> dict[str, _Record]:
     if mark != bytes(512):  # tarfile takes a damaged header for the end
         what = "is damaged" if len(mark) == 512 else "is cut short"
         raise ValueError(
-            f"Expected a record or the end mark of a tar in data.source.path: {path} {what} at byte {end}. Copy or pack "
+            f"Expected a record or the end mark of a tar in data.source.path: {path} {what} at byte {end}. "
+            "Copy or pack "
             "it again."
         )
     return {

@@ -173,7 +173,8 @@ def _find_directory(source: config.TfdsSource) -> Path:
         if directories:
             return max(directories, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
     raise FileNotFoundError(
-        f"Expected a folder, tar files, an .npz, or a directory with dataset_info.json in data.source.path, got nothing "
+        "Expected a folder, tar files, an .npz, or a directory with dataset_info.json in data.source.path, "
+        "got nothing "
         f"at {source.path!r} and no prepared TFDS data set of that name in {root}. Prepare one with `dalle-jax data "
         "SOURCE --convert-to tfds` or TensorFlow's `tfds build NAME --file_format=array_record`."
     )

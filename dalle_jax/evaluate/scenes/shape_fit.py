@@ -1,7 +1,7 @@
 """Shape, color and fill of a soft mask, found by rendering every candidate and comparing.
 
-Each shape starts at the mask's area and centroid; the best ones are moved, scaled and rotated by Gauss-Newton steps; the
-largest overlap wins. Renderings may be blurred, as the images of a learned decoder are.
+Each shape starts at the mask's area and centroid; the best ones are moved, scaled and rotated by Gauss-Newton steps;
+the largest overlap wins. Renderings may be blurred, as the images of a learned decoder are.
 
 H W height and width of the window, P poses (x, y, radius in pixels; angle in radians), N pixels, F fills,
 C colors."""

@@ -1,7 +1,7 @@
 """Pickles read as data: nothing is imported, nothing is called, and time and memory are bounded.
 
-A pickle is a program for a small stack machine. Python's machine imports and calls names and hashes every key, and its C
-version cannot be bounded. This machine represents a name by a `Name` and a call by an `Object`, which the reader of a
+A pickle is a program for a small stack machine. Python's machine imports and calls names and hashes every key, and its
+C version cannot be bounded. This machine represents a name by a `Name` and a call by an `Object`, which the reader of a
 format turns into arrays. It raises an error for an unlisted opcode, and for a call of a function outside the modules of
 tensors and settings, which it names.
 """

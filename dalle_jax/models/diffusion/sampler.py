@@ -2,8 +2,8 @@
 
 Ancestral DDPM (Ho et al. 2020, 2006.11239), DDIM (Song et al. 2021, 2010.02502), Euler and Heun on the
 probability-flow ODE and predictor-corrector with Langevin steps (Song et al. 2021, 2011.13456),
-DPM-Solver++(2M) (Lu et al. 2022, 2211.01095). All of them call a denoiser that predicts the clean image x_0, and the last
-step goes from t_min to x_0 itself. S steps, B batch, F frames; x is (B, ...). Suffix _s: at the end of a step.
+DPM-Solver++(2M) (Lu et al. 2022, 2211.01095). All of them call a denoiser that predicts the clean image x_0, and the
+last step goes from t_min to x_0 itself. S steps, B batch, F frames; x is (B, ...). Suffix _s: at the end of a step.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def check_finite(output: SamplerOutput) -> None:
         step = int(first_B[first_B >= 0].min())
         rows = ", ".join(map(str, np.flatnonzero(first_B >= 0)[:8]))
         raise NonFiniteSampleError(
-            f"Expected finite values, got others in sampling step {step + 1} (rows {rows}). Use a lower guidance scale, "
+            f"Expected finite values, got others in sampling step {step + 1} (rows {rows}). Use a lower "
+            "guidance scale, "
             "more steps, or an earlier checkpoint."
         )
 
@@ -74,8 +75,8 @@ def combine_guidance(
 
 
 def dynamic_threshold(x0: jax.Array, quantile: jax.Array | float) -> jax.Array:
-    """Apply dynamic thresholding (2205.11487, 2.3): clip each row to s and divide it by s, the `quantile` of its absolute
-    values, at least 1. Quantile 0 clips to [-1, 1]."""
+    """Apply dynamic thresholding (2205.11487, 2.3): clip each row to s and divide it by s, the `quantile` of its
+    absolute values, at least 1. Quantile 0 clips to [-1, 1]."""
     flat = jnp.abs(x0.reshape(len(x0), -1))
     s = jnp.maximum(jnp.quantile(flat, quantile, axis=1), 1.0).reshape((-1,) + (1,) * (x0.ndim - 1))
     return jnp.clip(x0, -s, s) / s

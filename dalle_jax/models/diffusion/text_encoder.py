@@ -1,7 +1,7 @@
 """The text Transformer of a diffusion model (Nichol et al. 2021, 2112.10741, 2.2).
 
-Attention is bidirectional. Text ids lie in [0, text_vocab) for pieces and at text_vocab + i for the learned pad token of
-position i, so padding needs no mask. B batch, T text positions, D width.
+Attention is bidirectional. Text ids lie in [0, text_vocab) for pieces and at text_vocab + i for the learned pad token
+of position i, so padding needs no mask. B batch, T text positions, D width.
 """
 
 from __future__ import annotations

@@ -147,7 +147,8 @@ def restart_dead_codes(
     codes_Bhw: jax.Array,
     key: jax.Array,
 ) -> CodeRestart:
-    """Select codes that were unused for `cfg.dead_code_restart_steps` training steps, this one included, and new vectors.
+    """Select codes that were unused for `cfg.dead_code_restart_steps` training steps, this one included, and new
+    vectors.
 
     Random restarts (Lancucki et al. 2020, 2005.08520; Dhariwal et al. 2020, 2005.00341) take vectors of the batch. Here
     they are sampled without replacement, in proportion to the squared distance of each from its code, as k-means++

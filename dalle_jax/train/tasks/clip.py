@@ -51,11 +51,13 @@ class ClipTask(DataTask):
     def _check_image_tokenizer(self, model: ModelConfig) -> TokenizerConfig:
         if not isinstance(model, TokenizerConfig):
             raise ValueError(
-                f"image tokenizer {self.config.image_tokenizer} is a run of stage {model.kind}. Use a tokenizer (dvae, vqgan)."
+                f"image tokenizer {self.config.image_tokenizer} is a run of stage {model.kind}. Use a "
+                "tokenizer (dvae, vqgan)."
             )
         if model.image_size != self.model.image_size:
             raise ValueError(
-                f"model.image_size is {self.model.image_size}, the image tokenizer's is {model.image_size}. Set them equal."
+                f"model.image_size is {self.model.image_size}, the image tokenizer's is {model.image_size}. "
+                "Set them equal."
             )
         return model
 

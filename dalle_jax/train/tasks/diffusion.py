@@ -79,7 +79,8 @@ class DiffusionTask(DataTask):
             )
             if self.image_tokenizer.image_size != model.image_size:
                 raise ValueError(
-                    f"model.image_size is {model.image_size}, the image tokenizer's is {self.image_tokenizer.image_size}. "
+                    f"model.image_size is {model.image_size}, the image tokenizer's is "
+                    f"{self.image_tokenizer.image_size}. "
                     "Set them equal."
                 )
 

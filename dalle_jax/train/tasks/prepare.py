@@ -127,7 +127,8 @@ def warn_truncated(tokenizer: TextTokenizer, source: Dataset | CodesDataset, tex
     count = caption_statistics(tokenizer, sample, text_len=text_len)["cut"]
     if count:
         print(
-            f"{count} of {len(sample)} captions are longer than the {text_len} tokens of model.text_len and are truncated",
+            f"{count} of {len(sample)} captions are longer than the {text_len} tokens of model.text_len and "
+            "are truncated",
             file=sys.stderr,
         )
 

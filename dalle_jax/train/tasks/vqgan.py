@@ -38,7 +38,8 @@ class VQGANTask(TokenizerTask):
         super().prepare(run_dir)
         if not self.frozen and self.model.perceptual_weight and jax.process_index() == 0:
             print(
-                "model.lpips is not set: the perceptual term is the distance of Laplacian pyramids, which sharpens edges and "
+                "model.lpips is not set: the perceptual term is the distance of Laplacian pyramids, which "
+                "sharpens edges and "
                 "ignores textures. For photos, use an npz file with the LPIPS weights (docs/tokenizers.md).",
                 file=sys.stderr,
             )
