@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """What `dalle-jax demo` makes with the tiny configurations; `first` is what that call printed."""
+    """Directories of `dalle-jax demo` with the tiny configurations; `first` is the output of the call."""
     import jax
     from command_line import json_of, tiny_demo_config
 
@@ -28,20 +28,20 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    """The batch size of `sample` for evaluation, so that one program is compiled for both."""
+    """Evaluate with the batch size of `sample`, so that one program is compiled for both."""
     from dalle_jax.evaluate import metrics
 
     monkeypatch.setattr(metrics, "EVAL_ROWS", 8)
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def image_files(tmp_path):
     """Three PNG files of the model's size."""
     from dalle_jax.data import images
 
     paths = []
     for i in range(3):
-        paths.append(tmp_path / f"picture_{i}.png")
+        paths.append(tmp_path / f"image_{i}.png")
         noise = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
         images.save_png(paths[-1], noise.repeat(8, axis=0).repeat(8, axis=1))
     return paths
@@ -54,5 +54,5 @@ def folder(tmp_path):
 
     for i in range(12):
         images.save_png(tmp_path / "mine" / f"{i}.png", np.full((40, 40, 3), 20 * i, np.uint8))
-        (tmp_path / "mine" / f"{i}.txt").write_text(f"grey of {i}")
+        (tmp_path / "mine" / f"{i}.txt").write_text(f"gray of {i}")
     return tmp_path / "mine"

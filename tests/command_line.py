@@ -19,11 +19,11 @@ from dalle_jax.config import (
 )
 
 GRID, VOCAB, TEXT_LEN, SIZE = 8, 32, 24, 32
-GUIDED = ("--guidance-scale", 100)  # so that a model of two updates tells captions apart
+GUIDED = ("--guidance-scale", 100)  # so that a model of two steps depends on the caption
 
 
 def run(*argv) -> SimpleNamespace:
-    """One call of the command: `code`, `out`, `err`."""
+    """Run the command and return its `code`, `out` and `err`."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = main([str(a) for a in argv])
@@ -31,7 +31,7 @@ def run(*argv) -> SimpleNamespace:
 
 
 def json_of(*argv) -> dict:
-    """What `--json` prints; standard output holds one line and nothing else."""
+    """Return the object that `--json` prints; standard output holds nothing else."""
     done = run(*argv, "--json")
     assert done.code == 0, done.err
     assert done.out.count("\n") == 1
@@ -39,7 +39,7 @@ def json_of(*argv) -> dict:
 
 
 def refused(*argv, code=1) -> str:
-    """The message of a call that must fail; standard output stays empty."""
+    """Return the message of a call that must fail with nothing on standard output."""
     done = run(*argv)
     assert done.code == code and done.out == "" and "Traceback" not in done.err, (done.code, done.err)
     return done.err
@@ -74,7 +74,7 @@ def tiny_dalle(out="runs/demo") -> TrainConfig:
 
 
 def tiny_demo_config(name: str) -> TrainConfig:
-    """In place of `load_config` in `dalle-jax demo`."""
+    """Return a tiny configuration; replaces `load_config` in `dalle-jax demo`."""
     return {"demo_dvae": tiny_dvae, "demo_dalle": tiny_dalle}[name]()
 
 

@@ -68,14 +68,14 @@ def write_numbered_tar(path, rows=NUM_ROWS, broken=()):
         image = rng.integers(0, 256, (24, 40, 3), np.uint8)
         image[..., 0] = i
         data = encode_image(Image.fromarray(image))[: 200 if i in broken else None]
-        captions = {"captions": [f"row {i}", f"picture of {i}"], "captions_zh": [f"第{i}行", f"图{i}"]}
+        captions = {"captions": [f"row {i}", f"image of {i}"], "captions_zh": [f"第{i}行", f"图{i}"]}
         records[str(i)] = data, captions | {"split": "train" if i < rows - 5 else "val"}
     return config.TarSource(path=write_records(path, records), max_bad_fraction=0.2)
 
 
 def train_tokenizer(path):
     """Train a vocabulary on the captions of `write_numbered_tar`."""
-    captions = [f"{word} {i}" for word in ("row", "picture of") for i in range(NUM_ROWS)]
+    captions = [f"{word} {i}" for word in ("row", "image of") for i in range(NUM_ROWS)]
     train_text_tokenizer(captions + [f"第{i}行 图" for i in range(NUM_ROWS)], path, vocab=400)
     return TextTokenizer.load(path)
 

@@ -36,7 +36,7 @@ ENVIRONMENT = re.compile(r"^(?:[A-Z_]+=\S+ )+")
 NOT_RUN = (
     (r"--compile-only (v5|h200)", "needs the TPU or GPU compiler; tests/aot has tests with -m libtpu and -m cuda"),
     (r"info .*--device", "needs the GPU compiler"),
-    (r"gs://", "needs a bucket; tests/checkpoint/test_bucket.py uses an emulator"),
+    (r"gs://", "needs a bucket; tests/checkpoint/test_remote_dir.py uses an emulator"),
     (r"--distributed\.|/shared/", "starts one of several processes; tests/parallel starts them all"),
     (r" \.\.\. ", "an outline"),
     (r"configs/dalle_12b", "needs a pod; its shapes are tested"),

@@ -23,7 +23,7 @@ def header(name: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_header_has_every_part(name):
-    """What, paper, hardware, time, score, and the commands, the first training under this name."""
+    """Title, paper, hardware, time, score and commands; the first command trains by this name."""
     summary, _, rest = header(name).partition("\n\n")
     assert "\n" not in summary and summary.endswith(".")
     for part in ("Paper:", "Hardware:", "Time:", "Score:"):
@@ -53,7 +53,7 @@ def run(*argv: str) -> str:
     return out.getvalue()
 
 
-def test_the_command_lists_and_prints():
+def test_configs_lists_and_prints_configurations():
     lines = run("configs").splitlines()
     assert [line.split()[0] for line in lines] == NAMES
     assert lines[NAMES.index("demo_dvae")].endswith(header("demo_dvae").partition("\n")[0])
@@ -64,11 +64,11 @@ def test_the_command_lists_and_prints():
     assert from_json(TrainConfig, json.dumps(found["config"])) == load_config("demo_dvae")
 
 
-def test_a_name_a_file_name_and_a_path(tmp_path, monkeypatch):
+def test_configurations_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = config_dir() / "demo_dalle.py"
     assert find_config("demo_dalle") == find_config("demo_dalle.py") == find_config(shipped) == shipped
-    (tmp_path / "demo_dalle").mkdir()  # a run of that name
+    (tmp_path / "demo_dalle").mkdir()  # a run directory of that name
     assert find_config("demo_dalle") == shipped
     (tmp_path / "demo_dalle.py").touch()
     assert find_config("demo_dalle.py").resolve() == tmp_path / "demo_dalle.py"
@@ -81,7 +81,7 @@ def test_a_name_a_file_name_and_a_path(tmp_path, monkeypatch):
         find_config("nothing_like_it")
 
 
-def test_info_takes_a_name(tmp_path, monkeypatch):
+def test_info_accepts_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert json.loads(run("info", "demo_dvae", "--json"))["stage"] == "dvae"
 

@@ -36,7 +36,7 @@ def test_data_and_text_accept_a_configuration_with_a_mixture_and_a_run(made, fol
         "config = TrainConfig(model=DVAEConfig(), data=DataConfig(source=source))\n"
     )
     result = json_of("data", config)
-    assert result["kind"] == "mixture" and result["splits"]["train"]["captions"]["zh"] == 80  # the scenes'
+    assert result["kind"] == "mixture" and result["splits"]["train"]["captions"]["zh"] == 80  # of the scenes
     causes = Counter(result["splits"]["train"]["unusable"]) + Counter(result["splits"]["eval"]["unusable"])
     assert causes == {"not an image": 1}
     result = json_of("text", "train", config, "--out", tmp_path / "mix.model", "--vocab", 600)
@@ -46,7 +46,7 @@ def test_data_and_text_accept_a_configuration_with_a_mixture_and_a_run(made, fol
     assert "configuration file or name, got none.py" in refused("data", "none.py")
 
 
-def test_duplicates_between_splits_are_listed_and_shown(folder, tmp_path):
+def test_duplicates_between_splits_are_listed_and_written(folder, tmp_path):
     for split in ("train", "val"):
         (folder / split).mkdir()
     for i in range(12):
@@ -64,6 +64,6 @@ def test_duplicates_between_splits_are_listed_and_shown(folder, tmp_path):
         ("val/again.png", "train/7.png", True), ("val/jpeg.jpg", "train/5.png", False),
     }  # fmt: skip
     assert Image.open(tmp_path / "report" / "duplicates.png").width > 2 * 96
-    for picture in (folder / "val").iterdir():
-        picture.unlink()
+    for path in (folder / "val").iterdir():
+        path.unlink()
     assert "Expected rows of split 'val'" in refused("data", folder, "--duplicates", tmp_path / "report")

@@ -29,7 +29,7 @@ def test_demo_writes_images_and_metrics(made):
     assert saved["figures"] == figures
 
 
-def test_a_finished_demo_repeats_nothing(made, monkeypatch):
+def test_a_finished_demo_is_not_repeated(made, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a finished stage was repeated")
 

@@ -1,4 +1,4 @@
-"""`dalle-jax encode` and `dalle-jax decode` on a tiny tokenizer, and every kind of bad input."""
+"""`dalle-jax encode` and `dalle-jax decode` on a tiny tokenizer: results and invalid input."""
 
 import dataclasses
 import json
@@ -31,14 +31,14 @@ ENCODE, DECODE = (jax.jit(f, static_argnums=0) for f in (dvae.encode, dvae.decod
 
 
 @pytest.mark.parametrize("stage", ["dvae", "dalle"])
-def test_encode_then_decode_are_the_tokenizer_s_functions(made, pictures, tmp_path, stage):
+def test_encode_and_decode_equal_the_functions_of_the_tokenizer(made, image_files, tmp_path, stage):
     model = load(made.dvae, TokenizerPipeline)
-    true = np.stack([np.asarray(Image.open(p)) for p in pictures])
-    told = json_of("encode", made.out / stage, *pictures, "--out", tmp_path / "codes.npz")
-    assert (told["rows"], told["codes_per_image"]) == (3, GRID * GRID)
+    true = np.stack([np.asarray(Image.open(p)) for p in image_files])
+    result = json_of("encode", made.out / stage, *image_files, "--out", tmp_path / "codes.npz")
+    assert (result["rows"], result["codes_per_image"]) == (3, GRID * GRID)
     with np.load(tmp_path / "codes.npz") as file:
         codes, names = file["codes"], file["names"].tolist()
-    assert names == [str(p) for p in pictures] and codes.dtype == np.int32
+    assert names == [str(p) for p in image_files] and codes.dtype == np.int32
     want = ENCODE(model.config, model.run.params, jnp.asarray(true / np.float32(255)))
     np.testing.assert_array_equal(codes, want)
 
@@ -50,7 +50,7 @@ def test_encode_then_decode_are_the_tokenizer_s_functions(made, pictures, tmp_pa
     np.testing.assert_allclose(back, DECODE(model.config, model.run.params, want), atol=1e-6)
 
     (tmp_path / "dir").mkdir()
-    (tmp_path / "dir" / "mine.txt").write_text("stays")
+    (tmp_path / "dir" / "mine.txt").write_text("unchanged")
     json_of("decode", made.out / stage, tmp_path / "codes.npz", "--out", tmp_path / "dir")
     assert sorted(p.name for p in (tmp_path / "dir").iterdir()) == [
         "00000.png", "00001.png", "00002.png", "mine.txt",
@@ -61,7 +61,7 @@ def test_encode_then_decode_are_the_tokenizer_s_functions(made, pictures, tmp_pa
 
 
 @pytest.mark.parametrize("rows", [None, 10])
-def test_encode_ahead_is_what_training_reads(made, tmp_path, rows):
+def test_training_reads_the_encoded_codes(made, tmp_path, rows):
     out = tmp_path / "codes"
     flags = () if rows is None else ("--rows", rows)
     again = (
@@ -77,10 +77,10 @@ def test_encode_ahead_is_what_training_reads(made, tmp_path, rows):
         "--eval-rows",
         16,
     )
-    told = [json_of(*again, "--process", p, "--processes", 2) for p in (1, 0)] + [json_of(*again)]
+    results = [json_of(*again, "--process", p, "--processes", 2) for p in (1, 0)] + [json_of(*again)]
     shards = 1 if rows else 3
-    assert [t["made"] for t in told] == [shards // 2, shards - shards // 2, 0]
-    assert [t["missing"] for t in told] == [shards - shards // 2, 0, 0]
+    assert [r["made"] for r in results] == [shards // 2, shards - shards // 2, 0]
+    assert [r["missing"] for r in results] == [shards - shards // 2, 0, 0]
     coded, model = CodesDataset(out), load(made.dvae, TokenizerPipeline)
     assert (len(coded), coded.info.tokenizer, coded.info.shards) == (rows or 40, model.fingerprint, shards)
     source = open_source(tiny_dalle().data.source, "train")
@@ -91,40 +91,40 @@ def test_encode_ahead_is_what_training_reads(made, tmp_path, rows):
     config = tiny_dalle(made.out)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, codes=str(out)))
     task = make_task(config)
-    task.prepare(made.dalle)  # takes them
+    task.prepare(made.dalle)
     assert len(CodesDataset(out / "eval")) == 16
     pixels = make_task(tiny_dalle(made.out))
     pixels.prepare(made.dalle)
     for got, want in zip(task.eval_batches(), pixels.eval_batches(), strict=True):
         assert got.keys() == {"codes", "text"}
         np.testing.assert_array_equal(got["text"], want["text"])
-        shown = jnp.asarray(want["image"] / np.float32(255))
-        np.testing.assert_array_equal(got["codes"], ENCODE(model.config, model.run.params, shown))
+        image = jnp.asarray(want["image"] / np.float32(255))
+        np.testing.assert_array_equal(got["codes"], ENCODE(model.config, model.run.params, image))
     assert task.sample_grid(load_run(made.dalle).params, task.frozen, jax.random.key(0)).size[0] > 4 * SIZE
     held_out = json.loads((out / "eval/codes.json").read_text())
-    for name, value, told in (
+    for name, value, message in (
         ("tokenizer", "fedcba9876543210", "was encoded by tokenizer fedcba9876543210"),
         ("source", held_out["source"].replace('"seed": 0', '"seed": 5'), "seed 5 there, 0 here"),
     ):
         (out / "eval/codes.json").write_text(json.dumps({**held_out, name: value}))
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             make_task(config).prepare(made.dalle)
 
 
-def test_encode_takes_data_as_it_lies(made, folder, tmp_path):
-    told = json_of("encode", made.dvae, "--data", folder, "--out", tmp_path / "codes")
+def test_encode_reads_a_folder_without_a_configuration(made, folder, tmp_path):
+    result = json_of("encode", made.dvae, "--data", folder, "--out", tmp_path / "codes")
     rows = open_source(FolderSource(path=str(folder)), "train")
-    assert told["rows"] == len(rows) and CodesDataset(tmp_path / "codes").captions(0) == rows.captions(0)
+    assert result["rows"] == len(rows) and CodesDataset(tmp_path / "codes").captions(0) == rows.captions(0)
     data = DataConfig(source=FolderSource(path="moved"), codes=str(tmp_path / "codes"))
     assert len(open_train_source(data)) == len(rows)
 
 
-def test_codes_of_another_tokenizer_are_refused_by_training_and_told_by_decode(made, tmp_path):
+def test_codes_of_another_tokenizer_stop_training_and_warn_in_decode(made, tmp_path):
     out = tmp_path / "codes"
     encode = ("encode", made.dvae, "--data", made.dalle, "--rows", 8, "--out", out, "--eval-rows", 0)
     json_of(*encode)
-    about = json.loads((out / "codes.json").read_text()) | {"tokenizer": "0123456789abcdef"}
-    (out / "codes.json").write_text(json.dumps(about))
+    info = json.loads((out / "codes.json").read_text()) | {"tokenizer": "0123456789abcdef"}
+    (out / "codes.json").write_text(json.dumps(info))
     assert "holds other codes (tokenizer '0123456789abcdef' there" in refused(*encode)
     config = tiny_dalle(made.out)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, codes=str(out)))
@@ -138,7 +138,7 @@ def test_codes_of_another_tokenizer_are_refused_by_training_and_told_by_decode(m
 
 
 @pytest.mark.parametrize(
-    ("arrays", "told"),
+    ("arrays", "expected"),
     [
         ({"codes": np.full((2, 64), VOCAB)}, "codes from 32 to 32; this tokenizer's are in [0, 32)"),
         ({"codes": np.full((2, 64), -1)}, "row 0 has codes from -1 to -1"),
@@ -154,7 +154,7 @@ def test_codes_of_another_tokenizer_are_refused_by_training_and_told_by_decode(m
         ("missing", "no file"),
     ],
 )  # fmt: skip
-def test_files_that_do_not_decode(made, tmp_path, arrays, told):
+def test_invalid_code_files_are_rejected(made, tmp_path, arrays, expected):
     path = tmp_path / "codes.npz"
     if isinstance(arrays, dict):
         np.savez(path, **arrays)
@@ -167,20 +167,20 @@ def test_files_that_do_not_decode(made, tmp_path, arrays, told):
     elif arrays == "text":
         path.write_text("codes")
     message = refused("decode", made.dvae, path, "--out", tmp_path / "out")
-    assert told in message and "unsafely" not in message
+    assert expected in message and "unsafely" not in message
 
 
-def test_encode_refuses_what_it_cannot_use(made, pictures, tmp_path):
+def test_encode_rejects_invalid_input(made, image_files, tmp_path):
     out = tmp_path / "codes.npz"
-    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:60])
-    message = refused("encode", made.dvae, pictures[0], tmp_path / "broken.png", "--out", out)
+    (tmp_path / "broken.png").write_bytes(image_files[0].read_bytes()[:60])
+    message = refused("encode", made.dvae, image_files[0], tmp_path / "broken.png", "--out", out)
     assert "broken.png: The image does not decode" in message and not out.exists()
     assert "Cannot read the image" in refused("encode", made.dvae, tmp_path / "none.png", "--out", out)
     assert "Expected images to encode, or --data DATA" in refused("encode", made.dvae, "--out", out)
     assert "Expected images to encode, or --data DATA" in refused(
-        "encode", made.dvae, pictures[0], "--data", made.dvae, "--out", out
+        "encode", made.dvae, image_files[0], "--data", made.dvae, "--out", out
     )
-    assert "--rows is for --data" in refused("encode", made.dvae, pictures[0], "--rows", 2, "--out", out)
+    assert "--rows is for --data" in refused("encode", made.dvae, image_files[0], "--rows", 2, "--out", out)
     ahead = ("encode", made.dvae, "--data", made.dvae, "--out", tmp_path / "codes")
     assert "41 rows of a source of 40" in refused(*ahead, "--rows", 41)
     assert "process 2 of 2; expected 0 to 1" in refused(*ahead, "--process", 2, "--processes", 2)
@@ -191,16 +191,16 @@ def test_encode_refuses_what_it_cannot_use(made, pictures, tmp_path):
     )
 
 
-def test_places_that_cannot_be_written(made, pictures, tmp_path):
+def test_unwritable_outputs_are_rejected(made, image_files, tmp_path):
     (tmp_path / "file").write_text("mine")
     np.savez(tmp_path / "c.npz", codes=np.zeros((1, 64), np.int32))
     assert "is a file; want a directory" in refused("sample", made.dalle, "a", "--out", tmp_path / "file")
     assert "cannot write --out" in refused("sample", made.dalle, "a", "--out", tmp_path / "file" / "s")
     assert "is a directory; want the name of a file" in refused(
-        "encode", made.dvae, pictures[0], "--out", tmp_path
+        "encode", made.dvae, image_files[0], "--out", tmp_path
     )
     assert "cannot write --out" in refused(
-        "encode", made.dvae, pictures[0], "--out", tmp_path / "file" / "c.npz"
+        "encode", made.dvae, image_files[0], "--out", tmp_path / "file" / "c.npz"
     )
     assert "is a file; want a directory" in refused(
         "decode", made.dvae, tmp_path / "c.npz", "--out", tmp_path / "file"

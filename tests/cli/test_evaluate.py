@@ -1,4 +1,4 @@
-"""`dalle-jax evaluate` on tiny runs, and every kind of bad input."""
+"""`dalle-jax evaluate` on tiny runs: metrics and invalid input."""
 
 import json
 import shutil
@@ -24,37 +24,39 @@ pytestmark = pytest.mark.usefixtures("small_batches")
 
 
 def test_evaluate_a_tokenizer(made):
-    found = json_of("evaluate", made.dvae, "--count", 4)
-    assert {"psnr", "mse", "codebook_use", "codebook_perplexity", "accuracy_reconstruction"} <= set(found)
-    assert (found["stage"], found["step"], found["count"]) == ("dvae", 2, 4)
+    result = json_of("evaluate", made.dvae, "--count", 4)
+    assert {"psnr", "mse", "codebook_use", "codebook_perplexity", "accuracy_reconstruction"} <= set(result)
+    assert (result["stage"], result["step"], result["count"]) == ("dvae", 2, 4)
     assert "psnr" in run("evaluate", made.dvae, "--count", 4).out
 
 
 def test_evaluate_a_transformer_with_a_curve(made):
-    found = json_of("evaluate", made.dalle, "--count", 4, "--guidance-scale", 1, 2.5)
+    result = json_of("evaluate", made.dalle, "--count", 4, "--guidance-scale", 1, 2.5)
     names = {"loss", "image_loss", "text_loss", "psnr", "codebook_use", "accuracy_reconstruction"}
-    right = {"accuracy_one_object", "accuracy_two_objects", "accuracy_held_out", "accuracy_held_out_zh"}
-    assert names | right <= set(found) and found["stage"] == "dalle"
-    assert [row["guidance_scale"] for row in found["curve"]] == [1, 2.5] and right <= set(found["curve"][1])
-    assert found["guidance_scale"] == 1
+    accuracies = {"accuracy_one_object", "accuracy_two_objects", "accuracy_held_out", "accuracy_held_out_zh"}
+    assert names | accuracies <= set(result) and result["stage"] == "dalle"
+    assert [row["guidance_scale"] for row in result["curve"]] == [1, 2.5] and accuracies <= set(
+        result["curve"][1]
+    )
+    assert result["guidance_scale"] == 1
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--count", 0), "--count is 0"),
         (("--guidance-scale", 1, -1), "guidance_scale is -1.0"),
         (("--guidance-scale",), "no value"),
     ],
 )
-def test_evaluate_refuses(made, flags, told):
-    assert told in refused("evaluate", made.dalle, *flags)
+def test_invalid_flags_are_rejected(made, flags, message):
+    assert message in refused("evaluate", made.dalle, *flags)
 
 
 @pytest.fixture
-def colours(monkeypatch):
-    """In place of Inception-v3, whose weights are not here: the mean colour of a picture as its features."""
-    network = inception.Inception({}, "colours")
+def mean_color_features(monkeypatch):
+    """Replace Inception-v3, whose weights the tests do not have: the features are the mean color of an image."""
+    network = inception.Inception({}, "colors")
     monkeypatch.setattr(inception, "load_inception", lambda path: network)
     monkeypatch.setattr(
         inception, "inception_features", lambda _, rows: rows.mean(axis=(1, 2)).astype(np.float32)
@@ -62,7 +64,7 @@ def colours(monkeypatch):
     return network
 
 
-def test_evaluate_a_tokenizer_by_fid(made, colours, tmp_path):
+def test_evaluate_a_tokenizer_by_fid(made, mean_color_features, tmp_path):
     stats = tmp_path / "stats.npz"
     first = json_of("evaluate", made.dvae, "--count", 16, "--fid-weights", "w.npz", "--fid-save", stats)
     assert (first["rfid_count"], first["rfid_reference_count"]) == (16, 16)
@@ -79,22 +81,22 @@ def test_evaluate_a_tokenizer_by_fid(made, colours, tmp_path):
     assert json_of("evaluate", made.dvae, "--count", 16, *flags)["rfid"] == pytest.approx(first["rfid"])
 
 
-def test_evaluate_a_transformer_by_fid(made, colours, monkeypatch):
+def test_evaluate_a_transformer_by_fid(made, mean_color_features, monkeypatch):
     flags = ("--count", 8, "--fid-weights", "w.npz")
-    found = json_of("evaluate", made.dalle, *flags, "--guidance-scale", 1, 2.5)
-    assert found["fid"] > 0 and (found["fid_count"], found["fid_reference_count"]) == (8, 8)
-    assert [set(row) >= {"guidance_scale", "fid", "accuracy_one_object"} for row in found["curve"]] == [
+    result = json_of("evaluate", made.dalle, *flags, "--guidance-scale", 1, 2.5)
+    assert result["fid"] > 0 and (result["fid_count"], result["fid_reference_count"]) == (8, 8)
+    assert [set(row) >= {"guidance_scale", "fid", "accuracy_one_object"} for row in result["curve"]] == [
         True,
         True,
     ]
-    # a source whose captions cannot be verified has a FID all the same
+    # A source whose captions cannot be verified has a FID too.
     monkeypatch.setattr(metrics, "scene_kinds", lambda *_: ())
     other = json_of("evaluate", made.dalle, *flags)
-    assert other["fid"] == pytest.approx(found["fid"]) and "accuracy_one_object" not in other
+    assert other["fid"] == pytest.approx(result["fid"]) and "accuracy_one_object" not in other
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--fid-weights", "absent.npz"), "no file absent.npz"),
         (("--fid-save", "x.npz"), "--fid-reference and --fid-save need --fid-weights"),
@@ -102,25 +104,25 @@ def test_evaluate_a_transformer_by_fid(made, colours, monkeypatch):
         (("--fid-weights", "w.npz", "--count", 1), "expected at least 2 images for a FID"),
     ],
 )
-def test_evaluate_refuses_wrong_fid_flags(made, flags, told):
-    assert told in refused("evaluate", made.dvae, *flags)
+def test_invalid_fid_flags_are_rejected(made, flags, message):
+    assert message in refused("evaluate", made.dvae, *flags)
 
 
-def test_evaluate_refuses_statistics_of_other_pictures(made, colours, tmp_path):
-    made_of = fid.FIDSettings("colours", inception.PREPROCESSING, SIZE * 2)
+def test_statistics_of_another_image_size_are_rejected(made, mean_color_features, tmp_path):
+    made_of = fid.FIDSettings("colors", inception.PREPROCESSING, SIZE * 2)
     fid.save_reference(tmp_path / "s.npz", fid.feature_stats(np.eye(3)), made_of)
-    told = refused("evaluate", made.dvae, "--fid-weights", "w", "--fid-reference", tmp_path / "s.npz")
-    assert "was made with image_size 64, this metric has 32" in told
+    message = refused("evaluate", made.dvae, "--fid-weights", "w", "--fid-reference", tmp_path / "s.npz")
+    assert "was made with image_size 64, this metric has 32" in message
 
 
-# --- the classifier as a judge --------------------------------------------------------------------------
+# --- accuracy by a classifier --------------------------------------------------------------------------
 
 
 def test_evaluate_by_a_classifier(made, tmp_path, monkeypatch):
-    """The pictures judged are those drawn for the rows' captions; a judge of their grey, by hand."""
+    """The classifier gets the images sampled for the captions of the rows; it classifies by brightness."""
     labels = np.arange(8) % 2
-    pictures = np.broadcast_to((60 + 80 * labels)[:, None, None, None], (8, SIZE, SIZE, 3)).astype(np.uint8)
-    arrays = {f"{s}_{a}": v for s in ("train", "test") for a, v in (("x", pictures), ("y", labels))}
+    images = np.broadcast_to((60 + 80 * labels)[:, None, None, None], (8, SIZE, SIZE, 3)).astype(np.uint8)
+    arrays = {f"{s}_{a}": v for s in ("train", "test") for a, v in (("x", images), ("y", labels))}
     np.savez(tmp_path / "a.npz", **arrays, label_names=["dark", "bright"])
     path = shutil.copytree(made.dalle, tmp_path / "run")
     plain = json.loads((path / "config.json").read_text())
@@ -128,32 +130,32 @@ def test_evaluate_by_a_classifier(made, tmp_path, monkeypatch):
     (path / "config.json").write_text(json.dumps(plain))
     judged = []
 
-    def reads_grey(judge, images, batch_size):
+    def classify_brightness(judge, images, batch_size):
         judged.append(images)
         return np.eye(2)[(images.mean(axis=(1, 2, 3)) > 100).astype(int)]
 
     monkeypatch.setattr(classifier, "load_classifier", lambda path: SimpleNamespace(classes=2))
-    monkeypatch.setattr(classifier, "class_logits", reads_grey)
-    found = json_of(
+    monkeypatch.setattr(classifier, "class_logits", classify_brightness)
+    result = json_of(
         "evaluate", path, "--classifier", "w.npz", "--count", 6, "--seed", 3, "--guidance-scale", 1, 2
     )
-    assert found["accuracy_class_true"] == 1.0 and 0 <= found["accuracy_class_reconstruction"] <= 1
+    assert result["accuracy_class_true"] == 1.0 and 0 <= result["accuracy_class_reconstruction"] <= 1
     model = load(path, TextToImagePipeline)
     captions = [f"a photo of a {('dark', 'bright')[k]}" for k in labels[:6]]
-    for seen, row, guidance in zip(judged[2:], found["curve"], (1, 2), strict=True):
-        how = SamplingConfig(guidance_scale=guidance)
-        want = metrics.sample_for_captions(model, captions, range(3, 9), how)
-        np.testing.assert_array_equal(seen, want)
-        share = np.mean((want.mean(axis=(1, 2, 3)) > 100) == labels[:6])
-        assert row["accuracy_class"] == pytest.approx(share)
+    for judged_images, row, guidance in zip(judged[2:], result["curve"], (1, 2), strict=True):
+        config = SamplingConfig(guidance_scale=guidance)
+        want = metrics.sample_for_captions(model, captions, range(3, 9), config)
+        np.testing.assert_array_equal(judged_images, want)
+        fraction = np.mean((want.mean(axis=(1, 2, 3)) > 100) == labels[:6])
+        assert row["accuracy_class"] == pytest.approx(fraction)
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--classifier", "absent.npz"), "no file absent.npz"),
         (("--classifier", "{made}/dvae/config.json"), "not a whole npz file"),
     ],
 )
-def test_evaluate_refuses_a_wrong_classifier(made, flags, told):
-    assert told in refused("evaluate", made.dvae, *(f.format(made=made.out) for f in flags))
+def test_an_invalid_classifier_is_rejected(made, flags, message):
+    assert message in refused("evaluate", made.dvae, *(f.format(made=made.out) for f in flags))

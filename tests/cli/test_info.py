@@ -10,7 +10,7 @@ from dalle_jax.pipelines import TextToImagePipeline, load
 
 
 def test_info_of_the_paper_transformer(tmp_path):
-    """Its parameters by hand: embeddings, 64 blocks of width D = 3968, heads without bias."""
+    """The parameters counted by hand: embeddings, 64 blocks of width D = 3968, heads without bias."""
     D, text, N, V, side, L = 3968, 16_384 + 256, 1024, 8192, 32, 64
     block = 2 * 2 * D + (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D)
     expected = text * D + 256 * D + V * D + 2 * side * D + L * block + 2 * D + text * D + V * D
@@ -20,8 +20,10 @@ def test_info_of_the_paper_transformer(tmp_path):
     assert result["shapes"]["blocks/attn/q/kernel"] == [64, 3968, 3968]
     assert result["memory"]["parameters"] == 4 * expected and result["memory"]["ema"] == 4 * expected
     assert result["memory"]["optimizer"] - 8 * expected < 100  # two moments and counters
-    kept = 47 * (256 + 33) + 16 * (256 + N) + (256 + 5 * side + 5 + 1)  # row, column and conv layers; B.1
-    assert result["memory"]["kv_cache_per_image"] == 2 * kept * D * 2  # keys and values, bfloat16
+    cache_rows = (
+        47 * (256 + 33) + 16 * (256 + N) + (256 + 5 * side + 5 + 1)
+    )  # row, column and conv layers; B.1
+    assert result["memory"]["kv_cache_per_image"] == 2 * cache_rows * D * 2  # keys and values, bfloat16
     assert (result["seq_len"], result["num_codes"], result["grid"]) == (1280, 1024, 32)
 
 
@@ -93,7 +95,7 @@ def test_info_and_compile_only_agree_on_sampling(made):
     )
 
 
-def test_info_refuses(made, tmp_path):
+def test_invalid_input_is_rejected(made, tmp_path):
     assert "no run directory" in refused("info", tmp_path / "none")
     assert "Expected a configuration file or name" in refused("info", tmp_path / "none.py")
     (tmp_path / "bad.py").write_text("config = 3\n")

@@ -1,4 +1,4 @@
-"""The command line itself: help, typos, exit codes of unusable runs."""
+"""The command line as a whole: help, typing errors, exit codes of unusable runs."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_an_invalid_command_line_exits_with_2(argv, message):
 
 
 def test_runs_that_are_missing_incomplete_or_of_another_stage(made, tmp_path):
-    """No call changes the directory."""
+    """Each is an error, and no call changes the directory."""
     assert f"no run directory {tmp_path / 'none'}" in refused("sample", tmp_path / "none", "a")
     (tmp_path / "empty").mkdir()
     assert "it has no config.json" in refused("evaluate", tmp_path / "empty")

@@ -1,4 +1,4 @@
-"""`dalle-jax sample` on a tiny Transformer: its files, its laws, and every kind of bad input."""
+"""`dalle-jax sample` on a tiny Transformer: output files, determinism, resuming, and invalid input."""
 
 import json
 import shutil
@@ -29,8 +29,8 @@ def codes_of(out) -> dict:
         return dict(zip(file["names"].tolist(), file["codes"], strict=True))
 
 
-def test_sample_writes_each_picture_and_a_grid(made, tmp_path):
-    told = json_of(
+def test_sample_writes_each_image_and_a_grid(made, tmp_path):
+    result = json_of(
         "sample",
         made.dalle,
         "a red circle",
@@ -42,21 +42,23 @@ def test_sample_writes_each_picture_and_a_grid(made, tmp_path):
         "--out",
         tmp_path,
     )
-    assert [(p["caption"], p["seed"]) for p in told["images"]] == [
+    assert [(p["caption"], p["seed"]) for p in result["images"]] == [
         ("a red circle", 5), ("a red circle", 6), ("一个红色的圆", 5), ("一个红色的圆", 6),
     ]  # fmt: skip
     assert {p.name for p in tmp_path.iterdir()} == {
         "c000_s0005.png", "c000_s0006.png", "c001_s0005.png", "c001_s0006.png", "grid.png", "codes.npz",
     }  # fmt: skip
-    assert Image.open(told["images"][3]["file"]).size == (SIZE, SIZE)
+    assert Image.open(result["images"][3]["file"]).size == (SIZE, SIZE)
     model = load(made.dalle, TextToImagePipeline)
     codes = codes_of(tmp_path)["c001_s0006.png"]
     want = DECODE(model.tokenizer.config, model.tokenizer.run.params, jnp.asarray(codes)[None])[0]
-    np.testing.assert_allclose(np.asarray(Image.open(told["images"][3]["file"])) / 255, want, atol=0.51 / 255)
+    np.testing.assert_allclose(
+        np.asarray(Image.open(result["images"][3]["file"])) / 255, want, atol=0.51 / 255
+    )
 
 
-def test_a_picture_depends_on_its_caption_and_seed_alone(made, tmp_path):
-    """Alone, or among eleven others of other captions and seeds, in another place of another batch."""
+def test_an_image_depends_only_on_its_caption_and_seed(made, tmp_path):
+    """Sampled alone, and among eleven images of other captions and seeds at another row of another batch."""
     json_of(
         "sample",
         made.dalle,
@@ -76,7 +78,7 @@ def test_a_picture_depends_on_its_caption_and_seed_alone(made, tmp_path):
     assert (tmp_path / "alone" / "c000_s0002.png").read_bytes() == (
         tmp_path / "many" / "c003_s0002.png"
     ).read_bytes()
-    assert len({codes.tobytes() for codes in among.values()}) > 4  # and on both of them: 4 captions, 3 seeds
+    assert len({codes.tobytes() for codes in among.values()}) > 4  # 4 captions, 3 seeds
 
 
 def test_sampling_twice_gives_the_same_files(made, tmp_path):
@@ -95,37 +97,37 @@ def test_sampling_twice_gives_the_same_files(made, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_pictures_are_shown_as_they_are_drawn(made, tmp_path, monkeypatch):
-    """Every three rows of codes a grid, its lower part grey; in the end the pictures are those of no showing."""
+def test_previews_do_not_change_the_images(made, tmp_path, monkeypatch):
+    """A grid is written after every three rows of codes; its lower part is gray."""
     call = ("sample", made.dalle, "a red cross", "a star", "--num-images", 1, *GUIDED)
     json_of(*call, "--out", tmp_path / "at_once")
     grids, save = [], images.save_png
 
-    def kept(path, picture):
+    def record_grid(path, image):
         if path.name == "grid.png":
-            grids.append(np.asarray(picture))
-        save(path, picture)
+            grids.append(np.asarray(image))
+        save(path, image)
 
-    monkeypatch.setattr(images, "save_png", kept)
-    json_of(*call, "--preview-rows", 3, "--out", tmp_path / "shown")
+    monkeypatch.setattr(images, "save_png", record_grid)
+    json_of(*call, "--preview-rows", 3, "--out", tmp_path / "previewed")
     for name in ("c000_s0000.png", "c001_s0000.png", "grid.png"):
-        assert (tmp_path / "at_once" / name).read_bytes() == (tmp_path / "shown" / name).read_bytes()
-    final = np.asarray(Image.open(tmp_path / "shown" / "grid.png").convert("RGB"))
-    scale, grey = 128 // SIZE, np.array([128, 128, 128])
-    assert len(grids) == 4  # after 3 and 6 rows, all 8, and the pictures as they are kept
+        assert (tmp_path / "at_once" / name).read_bytes() == (tmp_path / "previewed" / name).read_bytes()
+    final = np.asarray(Image.open(tmp_path / "previewed" / "grid.png").convert("RGB"))
+    scale, gray = 128 // SIZE, np.array([128, 128, 128])
+    assert len(grids) == 4  # after 3 and 6 rows, after all 8, and with the final images
     for grid, rows in zip(grids, (3, 6), strict=False):
         first = grid[grid.shape[0] - final.shape[0] :][4 : 4 + SIZE * scale, 8:100]
         edge = rows * (SIZE // GRID) * scale
-        assert (first[edge + 4 :] == grey).all() and (first[: edge - 4] != grey).any()
+        assert (first[edge + 4 :] == gray).all() and (first[: edge - 4] != gray).any()
     np.testing.assert_array_equal(grids[-1], final)
     grids.clear()
-    told = json_of(*call, "--preview-rows", 3, "--draft-len", 6, "--out", tmp_path / "faster")
+    result = json_of(*call, "--preview-rows", 3, "--draft-len", 6, "--out", tmp_path / "faster")
     for name in ("c000_s0000.png", "c001_s0000.png", "grid.png"):
         assert (tmp_path / "at_once" / name).read_bytes() == (tmp_path / "faster" / name).read_bytes()
-    assert len(grids) in (3, 4) and 1 <= told["codes_per_pass"] <= 6
+    assert len(grids) in (3, 4) and 1 <= result["codes_per_pass"] <= 6
 
 
-def test_jacobi_draws_the_same_and_8_bits_nearly(made, tmp_path):
+def test_drafts_give_equal_codes_and_int8_mostly_equal_codes(made, tmp_path):
     call = ("sample", made.dalle, "a red cross", "--num-images", 2, "--temperature", 0.5, *GUIDED)
     plain = json_of(*call, "--out", tmp_path / "plain")
     faster = json_of(*call, "--draft-len", 6, "--out", tmp_path / "faster")
@@ -136,40 +138,42 @@ def test_jacobi_draws_the_same_and_8_bits_nearly(made, tmp_path):
     json_of(*call, "--draft-len", 6, "--quantization", "int8", "--out", tmp_path / "small")
     small = codes_of(tmp_path / "small")
     same = np.mean([small[name] == want[name] for name in want])
-    assert same > 0.5  # of 32 codes; pictures drawn apart share a thirtieth
+    assert same > 0.5  # 32 codes in the vocabulary: unrelated images agree in a thirtieth
 
 
-def test_guidance_one_is_none_and_top_k_one_is_greedy(made, tmp_path):
+def test_guidance_1_equals_no_guidance_and_top_k_1_is_greedy(made, tmp_path):
     calls = {
         "plain": (), "one": ("--guidance-scale", 1), "two": GUIDED,
         "greedy": ("--temperature", 0), "k": ("--top-k", 1), "p": ("--top-p", 1e-6),
     }  # fmt: skip
-    found = {}
+    sampled_codes = {}
     for name, flags in calls.items():
         json_of("sample", made.dalle, "a red cross", "--num-images", 1, *flags, "--out", tmp_path / name)
-        found[name] = codes_of(tmp_path / name)["c000_s0000.png"]
-    np.testing.assert_array_equal(found["plain"], found["one"])
-    np.testing.assert_array_equal(found["greedy"], found["k"])
-    np.testing.assert_array_equal(found["greedy"], found["p"])
-    assert (found["plain"] != found["two"]).any() and (found["plain"] != found["greedy"]).any()
+        sampled_codes[name] = codes_of(tmp_path / name)["c000_s0000.png"]
+    np.testing.assert_array_equal(sampled_codes["plain"], sampled_codes["one"])
+    np.testing.assert_array_equal(sampled_codes["greedy"], sampled_codes["k"])
+    np.testing.assert_array_equal(sampled_codes["greedy"], sampled_codes["p"])
+    assert (sampled_codes["plain"] != sampled_codes["two"]).any() and (
+        sampled_codes["plain"] != sampled_codes["greedy"]
+    ).any()
 
 
 @pytest.mark.parametrize("rows", [None, 3])
-def test_prefix_rows_are_kept_exactly(made, pictures, tmp_path, rows):
+def test_images_begin_with_the_prefix_rows(made, image_files, tmp_path, rows):
     flags = () if rows is None else ("--prefix-rows", rows)
-    json_of("encode", made.dvae, pictures[0], "--out", tmp_path / "codes.npz")
+    json_of("encode", made.dvae, image_files[0], "--out", tmp_path / "codes.npz")
     want = np.load(tmp_path / "codes.npz")["codes"][0]
-    flags = (*GUIDED, "--prefix", pictures[0], *flags)
+    flags = (*GUIDED, "--prefix", image_files[0], *flags)
     json_of("sample", made.dalle, "", "a star", "--num-images", 2, *flags, "--out", tmp_path / "s")
-    given = (rows or GRID // 2) * GRID
+    prefix_len = (rows or GRID // 2) * GRID
     for codes in codes_of(tmp_path / "s").values():
-        np.testing.assert_array_equal(codes[:given], want[:given])
-    assert len({codes[given:].tobytes() for codes in codes_of(tmp_path / "s").values()}) > 1
+        np.testing.assert_array_equal(codes[:prefix_len], want[:prefix_len])
+    assert len({codes[prefix_len:].tobytes() for codes in codes_of(tmp_path / "s").values()}) > 1
 
 
-def test_captions_from_a_file_and_without_a_caption(made, tmp_path):
+def test_captions_come_from_the_command_line_and_a_file(made, tmp_path):
     (tmp_path / "captions.txt").write_text("\ufeffa red circle\n\n  一个蓝色的星 \n", encoding="utf-8")
-    told = json_of(
+    result = json_of(
         "sample",
         made.dalle,
         "a cross",
@@ -180,7 +184,7 @@ def test_captions_from_a_file_and_without_a_caption(made, tmp_path):
         "--out",
         tmp_path,
     )
-    assert [p["caption"] for p in told["images"]] == ["a cross", "a red circle", "一个蓝色的星"]
+    assert [p["caption"] for p in result["images"]] == ["a cross", "a red circle", "一个蓝色的星"]
     json_of("sample", made.dalle, "--unconditional", "--num-images", 1, "--out", tmp_path / "none")
     json_of("sample", made.dalle, "", "--num-images", 1, "--out", tmp_path / "empty")
     np.testing.assert_array_equal(
@@ -189,7 +193,7 @@ def test_captions_from_a_file_and_without_a_caption(made, tmp_path):
 
 
 def job_file(path):
-    """Eleven captions with seeds, guidance and temperature of their own."""
+    """Write eleven captions, each with its own seed, guidance or temperature."""
     rows = [
         {"caption": f"a {c} {s}"} for c in ("red", "blue") for s in ("star", "ring", "cross", "heart", "disc")
     ]
@@ -200,8 +204,8 @@ def job_file(path):
     return path, rows
 
 
-def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypatch):
-    """Killed in the middle of a line: nothing is drawn twice, nothing is lost, and all is as if in one go."""
+def test_a_resumed_job_writes_the_same_files(made, tmp_path, monkeypatch):
+    """Interrupted within a line of the manifest: no image is sampled twice, none is missing."""
     path, rows = job_file(tmp_path / "captions.jsonl")
     call = ("sample", made.dalle, "--captions-file", path, "--num-images", 2, "--batch-size", 3, *GUIDED)
     whole = json_of(*call, "--out", tmp_path / "whole")
@@ -210,19 +214,19 @@ def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypa
     ]
     add, sampled = sample_file.Manifest.add, []
 
-    def counted(stream):
+    def count_samples(stream):
         for image in stream:
             sampled.append(image)
             yield image
 
-    def killed(self, lines):
+    def interrupt(self, lines):
         if len(self.done) >= 9:
-            self._file.write(b'{"file": "c00' + b"x" * 10_000)  # longer than all that is written after it
+            self._file.write(b'{"file": "c00' + b"x" * 10_000)  # longer than what the resumed job writes
             self._file.flush()
             raise KeyboardInterrupt
         add(self, lines)
 
-    monkeypatch.setattr(sample_file.Manifest, "add", killed)
+    monkeypatch.setattr(sample_file.Manifest, "add", interrupt)
     assert run(*call, "--out", tmp_path / "s").code == 130
     monkeypatch.setattr(sample_file.Manifest, "add", add)
     done = [
@@ -233,7 +237,7 @@ def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypa
     monkeypatch.setattr(
         TextToImagePipeline,
         "_generate",
-        lambda self, requests, *rest: counted(generate(self, requests, *rest)),
+        lambda self, requests, *rest: count_samples(generate(self, requests, *rest)),
     )
     again = json_of(*call, "--out", tmp_path / "s")
     assert len(sampled) == 22 - len(done) and len(again["images"]) == 22
@@ -248,8 +252,8 @@ def test_a_file_of_captions_goes_on_where_it_was_killed(made, tmp_path, monkeypa
     assert "has another job (top_k differ). Use another --out." in other
 
 
-def test_a_picture_of_a_file_is_the_one_sampled_alone(made, tmp_path):
-    """Whether the queue draws one code a pass or several."""
+def test_an_image_of_a_captions_file_equals_the_one_sampled_alone(made, tmp_path):
+    """With one code per pass and with several."""
     path, rows = job_file(tmp_path / "captions.jsonl")
     call = ("sample", made.dalle, "--captions-file", path, "--num-images", 1, *GUIDED, "--batch-size", 4)
     assert "codes_per_pass" not in json_of(*call, "--out", tmp_path / "s")
@@ -259,9 +263,9 @@ def test_a_picture_of_a_file_is_the_one_sampled_alone(made, tmp_path):
         np.testing.assert_array_equal(codes_of(tmp_path / "faster")[name], codes)
     assert "codes_per_pass" not in json_of(
         *call, "--draft-len", 6, "--out", tmp_path / "faster"
-    )  # nothing left
-    told = refused(*call, "--draft-len", GRID * GRID + 1, "--out", tmp_path / "none")
-    assert f"Expected draft_len from 2 to {GRID * GRID}, got" in told and not (tmp_path / "none").exists()
+    )  # no image is left to sample
+    message = refused(*call, "--draft-len", GRID * GRID + 1, "--out", tmp_path / "none")
+    assert f"Expected draft_len from 2 to {GRID * GRID}, got" in message and not (tmp_path / "none").exists()
     for j in (0, 1, 2, 10):
         own = {"guidance_scale": 100, **rows[j]}
         flags = [x for k, v in own.items() if k != "caption" for x in ("--" + k.replace("_", "-"), v)]
@@ -271,7 +275,7 @@ def test_a_picture_of_a_file_is_the_one_sampled_alone(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ("{", "line 2 is not JSON"),
         ('{"text": "a"}', "line 2 has no caption"),
@@ -281,25 +285,25 @@ def test_a_picture_of_a_file_is_the_one_sampled_alone(made, tmp_path):
         ('{"caption": "a", "seed": -1}', "caption 1 ('a'): seed is -1"),
     ],
 )
-def test_bad_lines_of_a_captions_file(made, tmp_path, line, told):
+def test_invalid_lines_of_a_captions_file_are_rejected(made, tmp_path, line, expected):
     (tmp_path / "c.jsonl").write_text('{"caption": "b"}\n' + line)
     message = refused("sample", made.dalle, "--captions-file", tmp_path / "c.jsonl", "--out", tmp_path / "s")
-    assert told in message and not (tmp_path / "s").exists()
+    assert expected in message and not (tmp_path / "s").exists()
 
 
-def test_a_long_caption_is_cut_with_a_warning(made, tmp_path):
-    told = run("sample", made.dalle, "short", "word " * 200, "--num-images", 1, "--out", tmp_path, "--json")
-    cut = [p["tokens_cut"] for p in json.loads(told.out)["images"]]
-    assert told.code == 0 and cut[0] == 0 and cut[1] > 100
-    assert f"warning: caption 1 is too long for the model: its last {cut[1]} tokens are dropped" in told.err
+def test_a_long_caption_is_truncated_with_a_warning(made, tmp_path):
+    result = run("sample", made.dalle, "short", "word " * 200, "--num-images", 1, "--out", tmp_path, "--json")
+    cut = [p["tokens_cut"] for p in json.loads(result.out)["images"]]
+    assert result.code == 0 and cut[0] == 0 and cut[1] > 100
+    assert f"warning: caption 1 is too long for the model: its last {cut[1]} tokens are dropped" in result.err
 
 
-def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
+def test_unknown_characters_are_accepted(made, tmp_path):
     json_of("sample", made.dalle, "🦩\x00\ud800 ſ", "--num-images", 1, "--out", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "expected"),
     [
         (("--temperature", -1), "temperature is -1.0; expected 0"),
         (("--temperature", "nan"), "temperature is nan"),
@@ -323,41 +327,41 @@ def test_characters_that_the_vocabulary_lacks_are_drawn_too(made, tmp_path):
         (("--prefix", "missing.png"), "Cannot read the image missing.png"),
     ],
 )
-def test_sampling_flags_that_cannot_be(made, tmp_path, flags, told):
+def test_invalid_sampling_flags_are_rejected(made, tmp_path, flags, expected):
     message = refused("sample", made.dalle, "a", "--out", tmp_path / "s", *flags)
-    assert message.startswith("dalle-jax sample: error: ") and told in message
+    assert message.startswith("dalle-jax sample: error: ") and expected in message
     assert not list((tmp_path / "s").glob("*")) if (tmp_path / "s").exists() else True
 
 
-def test_sample_wants_a_caption(made):
+def test_sample_without_a_caption_is_an_error(made):
     assert "or --unconditional to sample without" in refused("sample", made.dalle)
 
 
-def test_bad_prefix_pictures(made, pictures, tmp_path):
+def test_invalid_prefix_images_are_rejected(made, image_files, tmp_path):
     images.save_png(tmp_path / "big.png", np.zeros((64, 48, 3), np.uint8))
-    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:60])
-    (tmp_path / "text.png").write_text("not a picture")
-    for name, told in (
+    (tmp_path / "broken.png").write_bytes(image_files[0].read_bytes()[:60])
+    (tmp_path / "text.png").write_text("not an image")
+    for name, message in (
         ("big.png", f"is 48 x 64 pixels; this model's images are {SIZE} x {SIZE}. Crop and resize"),
         ("broken.png", "broken.png: The image does not decode"),
         ("text.png", "text.png: Expected an image of a known format"),
     ):
-        assert told in refused(
+        assert message in refused(
             "sample", made.dalle, "a", "--prefix", tmp_path / name, "--out", tmp_path / "s"
         )
     for rows in (0, GRID):
-        message = refused("sample", made.dalle, "a", "--prefix", pictures[0], "--prefix-rows", rows)
+        message = refused("sample", made.dalle, "a", "--prefix", image_files[0], "--prefix-rows", rows)
         assert f"--prefix-rows is {rows}; expected 1 to {GRID - 1} of the {GRID} rows of codes" in message
 
 
-def test_bad_captions_files(made, tmp_path):
+def test_invalid_captions_files_are_rejected(made, tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "is not UTF-8" in refused("sample", made.dalle, "--captions-file", tmp_path / "latin.txt")
     assert "has no captions" in refused("sample", made.dalle, "--captions-file", tmp_path / "empty.txt")
 
 
-def test_guidance_wants_a_model_that_saw_null_captions(made, tmp_path):
+def test_guidance_requires_a_model_trained_with_null_captions(made, tmp_path):
     copy = tmp_path / "dalle"
     shutil.copytree(made.dalle, copy)
     text = (copy / "config.json").read_text().replace('"cond_drop_prob": 0.1', '"cond_drop_prob": 0.0')
@@ -369,8 +373,8 @@ def test_guidance_wants_a_model_that_saw_null_captions(made, tmp_path):
     json_of("sample", copy, "a", "--guidance-scale", 1, "--num-images", 1, "--out", tmp_path / "s")
 
 
-def test_a_run_stays_on_the_host_where_it_only_draws(made, monkeypatch):
-    """Another device stands for the host: what draws is made there, goes to the first device, and is the same."""
+def test_parameters_loaded_on_the_host_give_equal_codes(made, monkeypatch):
+    """Another device replaces the host; the parameters for decoding are made there and move to the first device."""
     host, first = jax.devices()[3], jax.devices()[0]
     monkeypatch.setattr(loading, "host_device", lambda: host)
     here, there = (
@@ -389,8 +393,8 @@ def test_a_run_stays_on_the_host_where_it_only_draws(made, monkeypatch):
 
 
 @pytest.mark.parametrize(("field", "other"), [("dim", 32), ("layers", 2), ("image_vocab", VOCAB * 2)])
-def test_a_checkpoint_of_another_configuration(made, tmp_path, field, other):
-    """As after an edit of config.json: fewer layers or codes would draw without an error of their own."""
+def test_a_checkpoint_that_does_not_fit_the_configuration_is_rejected(made, tmp_path, field, other):
+    """As after an edit of config.json. Without the check, fewer layers or codes would sample without an error."""
     path = shutil.copytree(made.dalle, tmp_path / "run")
     config = json.loads((path / "config.json").read_text())
     assert config["model"][field] != other
@@ -400,7 +404,7 @@ def test_a_checkpoint_of_another_configuration(made, tmp_path, field, other):
 
 
 def test_help_lists_the_flags_of_the_model(made, tmp_path):
-    """Before RUN is known only the flags that all models share; a flag of another model does not exist."""
+    """Without RUN the help lists the flags that all models share; a flag of another model is an error."""
     own, common = run("sample", made.dalle, "--help"), run("sample", "--help")
     assert own.code == common.code == 0
     assert "--temperature" in own.out and "--draft-len" in own.out and "--mask" not in own.out

@@ -19,7 +19,7 @@ def finetune(made, folder, *more):
     )  # fmt: skip
 
 
-def test_finetuning_starts_with_the_weights_of_the_other_run(made, folder):
+def test_finetuning_starts_with_the_parameters_of_the_other_run(made, folder):
     done = finetune(made, folder)
     assert done.code == 0, done.err
     old, new = load_run(made.dalle), load_run(folder.parent / "run", ema=False)
@@ -29,11 +29,11 @@ def test_finetuning_starts_with_the_weights_of_the_other_run(made, folder):
     for name in ("text_tokenizer.model", "image_tokenizer/config.json"):
         assert (new.path / name).read_bytes() == (made.dalle / name).read_bytes()
     assert load(new.path, TokenizerPipeline).fingerprint == load(made.dalle, TokenizerPipeline).fingerprint
-    done = finetune(made, folder, "--json")  # which has its step already
+    done = finetune(made, folder, "--json")  # the run has all its steps
     assert done.code == 0 and json.loads(done.out).items() >= {"step": 1, "finished": True}.items()
 
 
-def test_finetuning_refuses_what_does_not_match(made, folder):
+def test_finetuning_rejects_a_run_that_does_not_match(made, folder):
     for more, message in (
         (("--init-from", made.dvae), "is a run of stage dvae, this configuration of stage dalle"),
         (("--init-from", "nowhere"), "no run directory nowhere"),
@@ -44,7 +44,7 @@ def test_finetuning_refuses_what_does_not_match(made, folder):
         assert done.code == 1 and re.search(message, done.err), done.err
 
 
-def test_errors_of_train(made, tmp_path):
+def test_invalid_input_is_rejected(made, tmp_path):
     config = write_config(tmp_path / "c.py", "DVAEConfig(image_size=8, groups=1)")
     assert "no run directory: pass --run" in refused("train", config)
     assert "Perhaps you meant" in refused("train", config, "--stepz", 3, code=2)

@@ -1,4 +1,4 @@
-"""The wheel: `configs/` is in it, and its configurations train by name in a directory without a source tree."""
+"""The wheel contains `configs/`, and its configurations train by name without a source tree."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The files of the wheel, unpacked, as an installation has them."""
+    """The unpacked files of the wheel."""
     room = tmp_path_factory.mktemp("wheel")
     sources = [
         "pyproject.toml",
@@ -25,7 +25,7 @@ def installed(tmp_path_factory):
         "LICENSE",
         "dalle_jax",
         "configs",
-    ]  # builds write beside their sources
+    ]  # a build writes next to its sources
     (room / "sources").mkdir()
     for name in sources:
         subprocess.run(["cp", "-r", str(ROOT / name), str(room / "sources" / name)], check=True)
@@ -48,7 +48,7 @@ def installed(tmp_path_factory):
 
 
 def command(installed, directory, *argv):
-    """Run `dalle-jax` of the wheel in a directory."""
+    """Run the installed `dalle-jax` in a directory."""
     return subprocess.run(
         [sys.executable, "-m", "dalle_jax", *argv], cwd=directory, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"},

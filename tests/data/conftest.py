@@ -1,4 +1,4 @@
-"""Fixtures of the tests of data."""
+"""Fixtures of the tests of data loading."""
 
 import pytest
 from data_files import train_tokenizer

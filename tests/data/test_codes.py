@@ -1,4 +1,4 @@
-"""Laws of codes encoded ahead: shards that restart, rows and captions that are those of the pictures."""
+"""Tests of encoded data sets: resuming, and rows and captions equal to those of the images."""
 
 import dataclasses
 import json
@@ -36,20 +36,20 @@ from dalle_jax.data.sources import open_source
 
 @pytest.mark.parametrize("rows", [None, 11])
 @pytest.mark.parametrize("broken", [(), (5, 6)])
-def test_codes_and_pictures_show_the_same_rows(tmp_path, tokenizer, rows, broken):
+def test_codes_have_the_rows_of_the_images(tmp_path, tokenizer, rows, broken):
     tar, short = (
         write_numbered_tar(tmp_path / "a.tar", broken=broken),
         write_numbered_tar(tmp_path / "b.tar", rows=16),
     )
     write_codes(tmp_path / "codes", data_config(tar), rows)
     pixels, coded = data_config(tar if rows is None else short), data_config(tar, tmp_path / "codes")
-    if rows and broken:  # the first 11 of the whole tar are not the 11 of the short one then
+    if rows and broken:  # broken rows of the short tar have other replacements
         short = write_numbered_tar(tmp_path / "b.tar", rows=16, broken=broken)
         pixels = data_config(short)
     source, codes = open_train_source(pixels), open_train_source(coded)
     assert len(codes) == len(source) == (rows or 32)
     want = take_batches(pixels, source, tokenizer, 8, image_size=CODES_SIDE)
-    os.rename(tmp_path / "a.tar", tmp_path / "gone")  # neither pictures nor captions are read any more
+    os.rename(tmp_path / "a.tar", tmp_path / "gone")  # neither images nor captions are read again
     got = take_batches(coded, codes, tokenizer, 8, image_size=None)
     for a, b in zip(want, got, strict=True):
         assert b.keys() == {"codes", "text"} and b["codes"].dtype == np.int32
@@ -73,15 +73,15 @@ def test_shard_k_holds_its_rows_and_processes_share_them(tmp_path):
     ]  # fmt: skip
     rows = CodesDataset(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(rows.row, [*range(30)] * 5))
-    for n, (codes, said, label) in enumerate(found):
+        results = list(pool.map(rows.row, [*range(30)] * 5))
+    for n, (codes, captions, label) in enumerate(results):
         i = n % 30
-        assert codes.tolist() == [i, 999 - i] and said == source.captions(i) and label == i % 3
+        assert codes.tolist() == [i, 999 - i] and captions == source.captions(i) and label == i % 3
     with pytest.raises(IndexError, match="row in \[0, 30\), got 30"):
         rows.row(30)
 
 
-def test_few_shards_are_held_open(tmp_path, monkeypatch):
+def test_the_number_of_open_shards_is_limited(tmp_path, monkeypatch):
     data = data_config(config.ScenesSource(count=30))
     source = open_source(data.source, "train")
     info = codes_info(source, data, shard_rows=2, num_codes=1)
@@ -93,12 +93,12 @@ def test_few_shards_are_held_open(tmp_path, monkeypatch):
     monkeypatch.setattr("dalle_jax.data.codes._MAX_OPEN_SHARDS", 3)
     rows = CodesDataset(tmp_path)
     with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda i: int(rows.row(i)[0][0]), [*range(30)] * 10))
-    assert found == [*range(30)] * 10 and len(rows._readers) == 3
+        results = list(pool.map(lambda i: int(rows.row(i)[0][0]), [*range(30)] * 10))
+    assert results == [*range(30)] * 10 and len(rows._readers) == 3
 
 
-def test_a_killed_encoder_goes_on_where_it_stopped(tmp_path):
-    """kill -9 in the middle of a shard: whole shards stay as they are, the rest is what a straight run makes."""
+def test_a_killed_encoder_resumes(tmp_path):
+    """After kill -9 within a shard, complete shards remain unchanged and the others equal those of a straight run."""
     code = f"""
 import sys, time; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import data_files as t
@@ -116,16 +116,16 @@ t.write_codes({str(tmp_path / "codes")!r}, t.data_config(t.config.TarSource(path
     child.wait()
     source = open_source(data.source, "train")
     info = codes_info(source, data)
-    there = [k for k in range(info.shards) if is_shard_complete(tmp_path / "codes", info, k)]
-    assert there == [0, 1]
-    left = [p.name for p in (tmp_path / "codes").iterdir() if p.name.startswith(".codes-00002")]
-    assert len(left) == 1  # the shard that it was at
+    complete = [k for k in range(info.shards) if is_shard_complete(tmp_path / "codes", info, k)]
+    assert complete == [0, 1]
+    unfinished = [p.name for p in (tmp_path / "codes").iterdir() if p.name.startswith(".codes-00002")]
+    assert len(unfinished) == 1  # the shard being written
     with pytest.raises(
         ValueError, match=r"3 of 5 shards are missing .*codes-00002-of-00005.*To resume, run the same"
     ):
         CodesDataset(tmp_path / "codes")
     before = {
-        k: (tmp_path / "codes" / f"codes-{k:05d}-of-00005.array_record").stat().st_mtime_ns for k in there
+        k: (tmp_path / "codes" / f"codes-{k:05d}-of-00005.array_record").stat().st_mtime_ns for k in complete
     }
     time.sleep(0.02)
     open_codes_dir(tmp_path / "codes", info)
@@ -142,19 +142,19 @@ t.write_codes({str(tmp_path / "codes")!r}, t.data_config(t.config.TarSource(path
         assert (tmp_path / "codes" / f"codes-{k:05d}-of-00005.array_record").stat().st_mtime_ns == at
 
 
-def test_codes_that_cannot_be_written(tmp_path):
+def test_invalid_codes_are_not_written(tmp_path):
     data = data_config(config.ScenesSource(count=9))
     source = open_source(data.source, "train")
     info = codes_info(source, data, num_codes=2, vocab=4)
     open_codes_dir(tmp_path / "c", info)
     for bad in ([0, 4], [-1, 0], [1, 2, 3]):
-        refused = pytest.raises(ValueError, match=r"codes \(2,\) in \[0, 4\) for row 7, got")
-        with refused, ShardWriter(tmp_path / "c", info, 1) as writer:
+        raises = pytest.raises(ValueError, match=r"codes \(2,\) in \[0, 4\) for row 7, got")
+        with raises, ShardWriter(tmp_path / "c", info, 1) as writer:
             writer.add(np.array(bad), {}, None)
-    refused = pytest.raises(ValueError, match=r"2 rows in codes-00001.*got 1")
-    with refused, ShardWriter(tmp_path / "c", info, 1) as writer:
+    raises = pytest.raises(ValueError, match=r"2 rows in codes-00001.*got 1")
+    with raises, ShardWriter(tmp_path / "c", info, 1) as writer:
         writer.add(np.array([0, 1]), {}, None)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["codes.json"]  # nothing half is left
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["codes.json"]  # no partial shard remains
     for change in ({"tokenizer": "other"}, {"rows": 8}, {"shard_rows": 5}, {"fingerprint": "{}"}):
         name = next(iter(change))
         with pytest.raises(ValueError, match=f"holds other codes .{name} .*there.*now.*Choose another --out"):
@@ -166,7 +166,7 @@ def test_codes_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"source": config.ScenesSource(count=30, seed=1)}, r"data\.source\.seed 0 there, 1 here"),
         ({"source": config.FolderSource(path="x")}, r"data\.source\.kind 'scenes' there, 'folder' here"),
@@ -175,18 +175,18 @@ def test_codes_that_cannot_be_written(tmp_path):
         ({"crop": "narrow", "languages": ("zh", "en")}, None),
     ],
 )
-def test_codes_of_other_data_are_refused(tmp_path, change, told):
+def test_codes_of_other_data_are_rejected(tmp_path, change, message):
     data = data_config(config.ScenesSource(count=30))
     write_codes(tmp_path / "codes", data, 4, image_size=32)
-    asked = dataclasses.replace(data, codes=str(tmp_path / "codes"), **change)
-    if told is None:
-        assert len(open_train_source(asked)) == 4
+    requested = dataclasses.replace(data, codes=str(tmp_path / "codes"), **change)
+    if message is None:
+        assert len(open_train_source(requested)) == 4
         return
-    with pytest.raises(ValueError, match=rf"was encoded from other data \(.*{told}"):
-        open_train_source(asked)
+    with pytest.raises(ValueError, match=rf"was encoded from other data \(.*{message}"):
+        open_train_source(requested)
 
 
-def test_a_moved_source_is_the_same_source():
+def test_the_description_of_a_source_does_not_depend_on_its_path():
     tar = config.TarSource(path="a.tar")
     assert describe_source(tar) == describe_source(
         config.TarSource(path="b.tar", max_bad_fraction=0.5, eval_split="x")
@@ -196,7 +196,7 @@ def test_a_moved_source_is_the_same_source():
     assert describe_source(mixed[0]) == describe_source(mixed[1])
 
 
-def test_broken_directories_of_codes(tmp_path):
+def test_damaged_directories_of_codes_are_rejected(tmp_path):
     data = data_config(config.ScenesSource(count=30))
     codes = tmp_path / "codes"
     with pytest.raises(ValueError, match=r"directory that `dalle-jax encode .*codes does not exist"):
@@ -209,24 +209,24 @@ def test_broken_directories_of_codes(tmp_path):
         CodesDataset(codes)
     codes.rmdir()
     info = write_codes(codes, data, 14, image_size=32)
-    about = json.loads((codes / "codes.json").read_text())
-    for bad, told in [
-        ("{", "Expecting"), ("[]", ""), (json.dumps(about | {"format": 1}), "format 1, this version reads 2"),
-        (json.dumps({k: v for k, v in about.items() if k != "vocab"}), "vocab"),
+    description = json.loads((codes / "codes.json").read_text())
+    for bad, message in [
+        ("{", "Expecting"), ("[]", ""), (json.dumps(description | {"format": 1}), "format 1, this version reads 2"),
+        (json.dumps({k: v for k, v in description.items() if k != "vocab"}), "vocab"),
     ]:  # fmt: skip
         (codes / "codes.json").write_text(bad)
-        with pytest.raises(ValueError, match=rf"codes\.json is damaged \(.*{told}"):
+        with pytest.raises(ValueError, match=rf"codes\.json is damaged \(.*{message}"):
             CodesDataset(codes)
-    (codes / "codes.json").write_text(json.dumps(about))
+    (codes / "codes.json").write_text(json.dumps(description))
     shard = codes / "codes-00001-of-00002.array_record"
     whole = shard.read_bytes()
-    hurt = bytearray(whole)
-    for at in range(0, len(hurt), 97):
-        hurt[at] ^= 0x55
+    damaged = bytearray(whole)
+    for at in range(0, len(damaged), 97):
+        damaged[at] ^= 0x55
     other = (codes / "codes-00000-of-00002.array_record").read_bytes()
-    for bad in (b"", b"text", whole[: len(whole) // 2], bytes(hurt)):
+    for bad in (b"", b"text", whole[: len(whole) // 2], bytes(damaged)):
         shard.write_bytes(bad)
-        assert not is_shard_complete(codes, info, 1) or bad == bytes(hurt)
+        assert not is_shard_complete(codes, info, 1) or bad == bytes(damaged)
         with pytest.raises(ValueError, match=r"cannot read row \d+ in .*codes-00001.*Delete that file"):
             rows = CodesDataset(codes)
             [rows.row(i) for i in range(14)]
@@ -238,7 +238,7 @@ def test_broken_directories_of_codes(tmp_path):
 def test_a_code_out_of_range_names_its_row(tmp_path):
     data = data_config(config.ScenesSource(count=30))
     write_codes(tmp_path / "c", data, 14, image_size=32)
-    about = json.loads((tmp_path / "c" / "codes.json").read_text()) | {"vocab": 2}
-    (tmp_path / "c" / "codes.json").write_text(json.dumps(about))
+    description = json.loads((tmp_path / "c" / "codes.json").read_text()) | {"vocab": 2}
+    (tmp_path / "c" / "codes.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=r"row 3 in .*codes from \d+ to \d+, not in \[0, 2\)"):
         CodesDataset(tmp_path / "c").row(3)

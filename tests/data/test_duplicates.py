@@ -1,4 +1,4 @@
-"""Laws of the duplicate report: copies are found however they are stored, different pictures are not."""
+"""Tests of the duplicate report: copies in any format are found, different images are not."""
 
 import dataclasses
 import io
@@ -17,7 +17,7 @@ from dalle_jax.data.scenes.generator import generate_scene, render_scene
 from dalle_jax.data.sources import open_source
 
 
-def picture(i, side=128):
+def scene_image(i, side=128):
     return Image.fromarray(render_scene(generate_scene(i), side))
 
 
@@ -26,27 +26,27 @@ def save(path, image, kind="PNG", **options):
     image.save(path, kind, **options)
 
 
-def found_in(root, **options):
+def duplicates_in(root, **options):
     source = config.FolderSource(path=str(root), max_bad_fraction=0.5)
     splits = [ImagePool([open_source(source, split, languages=())]) for split in ("train", "eval")]
     return splits, find_duplicates(*splits, **options)
 
 
-def test_copies_are_found_however_they_are_stored(tmp_path):
+def test_copies_in_any_format_are_found(tmp_path):
     for i in range(40):
-        save(tmp_path / f"train/{i:02d}.png", picture(i))
-    save(tmp_path / "train/again.png", picture(3))
-    save(tmp_path / "train/again.webp", picture(3), "WEBP", lossless=True)
-    save(tmp_path / "val/a.png", picture(3))  # the same bytes, twice in training, and the same pixels
-    save(tmp_path / "val/b.jpg", picture(7), "JPEG", quality=70)
-    save(tmp_path / "val/c.png", picture(11).resize((70, 70)))
-    save(tmp_path / "val/d.webp", picture(12), "WEBP", quality=60)
-    brighter = Image.fromarray(np.clip(np.asarray(picture(13)).astype(int) + 6, 0, 255).astype(np.uint8))
+        save(tmp_path / f"train/{i:02d}.png", scene_image(i))
+    save(tmp_path / "train/again.png", scene_image(3))
+    save(tmp_path / "train/again.webp", scene_image(3), "WEBP", lossless=True)
+    save(tmp_path / "val/a.png", scene_image(3))  # the same bytes, twice in training, and the same pixels
+    save(tmp_path / "val/b.jpg", scene_image(7), "JPEG", quality=70)
+    save(tmp_path / "val/c.png", scene_image(11).resize((70, 70)))
+    save(tmp_path / "val/d.webp", scene_image(12), "WEBP", quality=60)
+    brighter = Image.fromarray(np.clip(np.asarray(scene_image(13)).astype(int) + 6, 0, 255).astype(np.uint8))
     save(tmp_path / "val/e.png", brighter)
     for i in range(100, 140):
-        save(tmp_path / f"val/new{i}.png", picture(i))
+        save(tmp_path / f"val/new{i}.png", scene_image(i))
     (tmp_path / "val/broken.png").write_bytes(b"no")
-    (train, evaluation), found = found_in(tmp_path)
+    (train, evaluation), found = duplicates_in(tmp_path)
     copies = [(train.name(d.train), d.exact) for d in found if evaluation.name(d.eval) == "val/a.png"]
     assert copies == [("train/03.png", True), ("train/again.png", True), ("train/again.webp", False)]
     found = [d for d in found if "again" not in train.name(d.train)]
@@ -63,33 +63,33 @@ def test_copies_are_found_however_they_are_stored(tmp_path):
     assert sorted(d.eval for d in found) == [d.eval for d in found]
 
 
-def test_chunks_and_threads_do_not_matter(tmp_path, monkeypatch):
+def test_the_result_does_not_depend_on_chunks_and_threads(tmp_path, monkeypatch):
     for i in range(20):
-        save(tmp_path / f"train/{i:02d}.png", picture(i, 64))
-        save(tmp_path / f"val/{i:02d}.jpg", picture(i if i % 2 else i + 500, 64), "JPEG", quality=90)
-    _, want = found_in(tmp_path)
+        save(tmp_path / f"train/{i:02d}.png", scene_image(i, 64))
+        save(tmp_path / f"val/{i:02d}.jpg", scene_image(i if i % 2 else i + 500, 64), "JPEG", quality=90)
+    _, want = duplicates_in(tmp_path)
     assert [(d.eval, d.train) for d in want] == [(i, i) for i in range(1, 20, 2)]
     monkeypatch.setattr(duplicates, "_CHUNK", 3)
-    told = []
-    assert found_in(tmp_path, threads=5, progress=lambda *x: told.append(x))[1] == want
-    assert told == [(20, 40), (40, 40)]
+    progress_calls = []
+    assert duplicates_in(tmp_path, threads=5, progress=lambda *x: progress_calls.append(x))[1] == want
+    assert progress_calls == [(20, 40), (40, 40)]
 
 
-def test_flat_pictures_are_compared_by_their_colours(tmp_path):
-    """Their hashes say nothing: all frequencies are zero. A red of 8 i is within 12 of 80 for i from 8 to 12, as a
-    difference in one channel of three counts by its root of a third."""
+def test_images_of_one_color_are_compared_by_color(tmp_path):
+    """Their hashes are equal, since all frequencies are zero. A red of 8 i is within 12 of 80 for i from 8 to 12: a
+    difference in one of three channels is divided by sqrt(3)."""
     for i in range(30):
         save(tmp_path / f"train/{i:02d}.png", Image.new("RGB", (32, 32), (8 * i, 0, 0)))
     save(tmp_path / "val/a.jpg", Image.new("RGB", (32, 32), (80, 0, 0)), "JPEG")
     save(tmp_path / "val/b.jpg", Image.new("RGB", (32, 32), (80, 0, 200)), "JPEG")
-    (train, evaluation), found = found_in(tmp_path)
+    (train, evaluation), found = duplicates_in(tmp_path)
     assert {evaluation.name(d.eval) for d in found} == {"val/a.jpg"}
     names = [train.name(d.train) for d in found]
     assert names[0] == "train/10.png" and sorted(names) == [f"train/{i:02d}.png" for i in range(8, 13)]
 
 
 def test_the_hash_by_hand():
-    """A picture that is one cosine: its own frequency is above the median, and turning it about flips that bit."""
+    """In an image of one cosine the bit of its frequency is 1; with the opposite sign it is 0."""
     n = np.arange(32)
     bits = {}
     for k in (1, 5):
@@ -102,15 +102,15 @@ def test_the_hash_by_hand():
         perceptual_hash(np.zeros((32, 32, 3)))
 
 
-def test_pictures_of_a_mixture_are_those_of_its_parts(tmp_path):
+def test_images_of_a_mixture_are_those_of_its_parts(tmp_path):
     for name, at in (("a", 0), ("b", 10)):
         for i in range(3):
-            save(tmp_path / name / f"{i}.png", picture(at + i, 32))
+            save(tmp_path / name / f"{i}.png", scene_image(at + i, 32))
     parts = [config.FolderSource(path=str(tmp_path / name), eval_fraction=0.0) for name in "ab"]
     mixture = config.MixtureSource(parts=(*parts, config.ScenesSource()), weights=(1, 1, 1))
     rows = ImagePool([open_source(mixture, "train", languages=())])
     assert len(rows) == 6 and [rows.name(i) for i in range(6)] == ["0.png", "1.png", "2.png"] * 2
-    want = [np.asarray(picture(i, 32)) for i in (0, 1, 2, 10, 11, 12)]
+    want = [np.asarray(scene_image(i, 32)) for i in (0, 1, 2, 10, 11, 12)]
     got = [np.asarray(Image.open(io.BytesIO(rows.stored_image(i)))) for i in range(6)]
     np.testing.assert_array_equal(got, want)
     whole = find_duplicates(rows, rows)
@@ -118,40 +118,44 @@ def test_pictures_of_a_mixture_are_those_of_its_parts(tmp_path):
     assert len(ImagePool([open_source(config.ScenesSource(), "train")])) == 0
 
 
-# --- leaving them out -------------------------------------------------------------------------------------
+# --- exclusion --------------------------------------------------------------------------------------------
 
 
-def rows_seen(source, steps=8):
-    """The grey level that names a row, and its caption's, over some steps."""
+def rows_read(source, steps=8):
+    """Return the gray levels of the rows of some steps, each the number of its row, and the source."""
     data = config.DataConfig(source=source, batch_size=4, crop="random")
     opened = open_train_source(data)
     with train_batches(data, opened, start=0, image_size=8) as batches:
-        pictures = np.concatenate([next(batches)["image"][:, 0, 0, 0] for _ in range(steps)])
-    return pictures, opened
+        gray_levels = np.concatenate([next(batches)["image"][:, 0, 0, 0] for _ in range(steps)])
+    return gray_levels, opened
 
 
-def greys(tmp_path, count=12):
+def write_gray_images(tmp_path, count=12):
     for i in range(count):
-        save(tmp_path / f"mine/{i:02d}.png", Image.new("RGB", (16, 16), (i, i, i)))
-        (tmp_path / f"mine/{i:02d}.txt").write_text(f"row {i}")
-    return config.FolderSource(path=str(tmp_path / "mine"), eval_fraction=0.0, max_bad_fraction=0.0)
+        save(tmp_path / f"images/{i:02d}.png", Image.new("RGB", (16, 16), (i, i, i)))
+        (tmp_path / f"images/{i:02d}.txt").write_text(f"row {i}")
+    return config.FolderSource(path=str(tmp_path / "images"), eval_fraction=0.0, max_bad_fraction=0.0)
 
 
-def test_a_row_that_is_excluded_moves_no_other(tmp_path):
-    """Rows 3, 4 and 11 show the next row that is wanted; the last goes over the end. None of them counts as bad."""
-    source = greys(tmp_path)
+def test_an_excluded_row_moves_no_other_row(tmp_path):
+    """Rows 3, 4 and 11 are replaced by the next row that is not excluded, the last by row 0; none counts as bad."""
+    source = write_gray_images(tmp_path)
     (tmp_path / "list.jsonl").write_text(
         '{"eval": "x", "train": "03.png", "exact": true}\n\n{"name": "04.png", "cause": "c"}\n11.png\nother.png\n'
     )
     fewer = dataclasses.replace(source, exclude=str(tmp_path / "list.jsonl"))
-    whole, plain = rows_seen(source)
-    left, opened = rows_seen(fewer)
+    whole, plain = rows_read(source)
+    left, opened = rows_read(fewer)
     assert {3, 4, 11} < set(whole.tolist()) and len(opened) == 12
     want = np.select([(whole == 3) | (whole == 4), whole == 11], [5, 0], whole.astype(int))
     np.testing.assert_array_equal(left, want)
     assert opened.report() == {"excluded": 3} and opened.replacements == {3: 5, 4: 5, 11: 0}
     fresh = open_source(fewer, "train")
-    assert [fresh.captions(i)["en"] for i in (3, 4, 11)] == [("row 5",), ("row 5",), ("row 0",)]  # unread
+    assert [fresh.captions(i)["en"] for i in (3, 4, 11)] == [
+        ("row 5",),
+        ("row 5",),
+        ("row 0",),
+    ]  # before an image is read
     assert (
         fresh.fingerprint() != plain.fingerprint()
         and plain.fingerprint() == open_source(source, "train").fingerprint()
@@ -162,35 +166,37 @@ def test_a_row_that_is_excluded_moves_no_other(tmp_path):
 
 
 def test_an_excluded_row_before_a_broken_one(tmp_path):
-    source = dataclasses.replace(greys(tmp_path), max_bad_fraction=0.1, exclude=str(tmp_path / "list.txt"))
-    (tmp_path / "mine/04.png").write_bytes(b"no")
+    source = dataclasses.replace(
+        write_gray_images(tmp_path), max_bad_fraction=0.1, exclude=str(tmp_path / "list.txt")
+    )
+    (tmp_path / "images/04.png").write_bytes(b"no")
     (tmp_path / "list.txt").write_text("03.png\n")
     rows = open_source(source, "train")
     assert rows.image(3, 8, "center")[0, 0, 0] == 5 and rows.captions(3)["en"] == ("row 5",)
     assert rows.report() == {"excluded": 1, "not an image": 1}
 
 
-def test_the_report_is_a_list_to_exclude(tmp_path):
-    """`dalle-jax data --duplicates` writes it, and finds nothing more once it is left out."""
+def test_the_report_can_be_excluded(tmp_path):
+    """With the report of `dalle-jax data --duplicates` as `exclude`, a second report is empty."""
     for i in range(12):
-        save(tmp_path / f"mine/train/{i:02d}.png", picture(i))
-    save(tmp_path / "mine/train/again.png", picture(3))
-    save(tmp_path / "mine/val/a.png", picture(3))
-    save(tmp_path / "mine/val/b.jpg", picture(7), "JPEG", quality=70)
+        save(tmp_path / f"images/train/{i:02d}.png", scene_image(i))
+    save(tmp_path / "images/train/again.png", scene_image(3))
+    save(tmp_path / "images/val/a.png", scene_image(3))
+    save(tmp_path / "images/val/b.jpg", scene_image(7), "JPEG", quality=70)
     (tmp_path / "c.py").write_text(
         "from dalle_jax.config import *\n"
-        f"source = FolderSource(path={str(tmp_path / 'mine')!r}, exclude={str(tmp_path / 'one/duplicates.jsonl')!r})\n"
+        f"source = FolderSource(path={str(tmp_path / 'images')!r}, exclude={str(tmp_path / 'one/duplicates.jsonl')!r})\n"
         "config = TrainConfig(model=DVAEConfig(image_size=32), data=DataConfig(source=source))\n"
     )
-    assert main(["data", str(tmp_path / "mine"), "--duplicates", str(tmp_path / "one")]) == 0
+    assert main(["data", str(tmp_path / "images"), "--duplicates", str(tmp_path / "one")]) == 0
     listed = [json.loads(line) for line in (tmp_path / "one/duplicates.jsonl").read_text().splitlines()]
     assert {line["train"] for line in listed} == {"train/03.png", "train/again.png", "train/07.png"}
     assert main(["data", str(tmp_path / "c.py"), "--duplicates", str(tmp_path / "two")]) == 0
     assert (tmp_path / "two/duplicates.jsonl").read_text() == ""
 
 
-def test_lists_that_are_refused(tmp_path):
-    source, path = greys(tmp_path, 3), tmp_path / "list.txt"
+def test_invalid_lists_are_rejected(tmp_path):
+    source, path = write_gray_images(tmp_path, 3), tmp_path / "list.txt"
 
     def opened(split="train"):
         return open_source(dataclasses.replace(source, exclude=str(path)), split)
@@ -200,9 +206,9 @@ def test_lists_that_are_refused(tmp_path):
     for text, message in (
         (
             "cat.png\n",
-            r"list\.txt: none of the 1 names is a record of .*mine, whose names are like '00\.png'",
+            r"list\.txt: none of the 1 names is a record of .*images, whose names are like '00\.png'",
         ),
-        ("00.png\n01.png\n02.png\n", "rows of .*mine is excluded"),
+        ("00.png\n01.png\n02.png\n", "rows of .*images is excluded"),
         ('00.png\n{"eval": "x"}\n', r"line 2 of data\.source\.exclude .*list\.txt"),
         ("{broken\n", "line 1 of "),
     ):
@@ -216,6 +222,6 @@ def test_lists_that_are_refused(tmp_path):
     assert len(opened()) == 3 and opened().report() == {}
     with pytest.raises(
         ValueError, match="Expected rows of split 'val'"
-    ):  # nothing is held out, the list is not read
+    ):  # no row is held out, so the list is not read
         path.unlink()
         opened("eval")

@@ -1,5 +1,5 @@
-"""A folder as the internet fills it: every kind of bad picture and caption is counted under its cause, none stops
-the reading, and odd but whole pictures are read."""
+"""A folder of images as downloaded from the internet. Unusable images and captions are counted by cause and stop
+nothing; unusual images are read."""
 
 import json
 import os
@@ -21,21 +21,21 @@ def noise(side=64):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
 
 
-def claims(width, height):
-    """A PNG whose header tells of another size."""
+def png_with_size(width, height):
+    """Return a PNG whose header has another size than its data."""
     data = encode_image(solid_image())
-    head = data[12:16] + struct.pack(">II", width, height) + data[24:29]
-    return data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
+    chunk = data[12:16] + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
 
 
-def flipped(data, at):
-    hurt = bytearray(data)
-    hurt[at] ^= 0xFF
-    return bytes(hurt)
+def flip_byte(data, at):
+    damaged = bytearray(data)
+    damaged[at] ^= 0xFF
+    return bytes(damaged)
 
 
-def pictures() -> dict[str, tuple[bytes, str]]:
-    """Name -> a file that is no usable picture, and the cause to be told."""
+def broken_images() -> dict[str, tuple[bytes, str]]:
+    """Return name -> (contents of an unusable image file, the cause to report)."""
     jpeg, png, smooth = (
         encode_image(noise(), "JPEG"),
         encode_image(noise()),
@@ -44,7 +44,7 @@ def pictures() -> dict[str, tuple[bytes, str]]:
     return {
         "zero-bytes.jpg": (b"", "empty image file"),
         "one-byte.jpg": (b"\xff", "not an image"),
-        "text.png": (b"hello, I am a picture", "not an image"),
+        "text.png": (b"hello, I am an image", "not an image"),
         "error-page.jpg": (b"<!DOCTYPE html><html>404</html>", "not an image"),
         "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
         "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
@@ -56,20 +56,20 @@ def pictures() -> dict[str, tuple[bytes, str]]:
         "half.png": (png[: len(png) // 2], "truncated image"),
         "half.webp": (encode_image(noise(), "WEBP")[:2000], "corrupt image"),
         "half.gif": (encode_image(noise().quantize(64), "GIF")[:1500], "truncated image"),
-        "flipped.png": (flipped(smooth, len(smooth) // 2), "truncated image"),
-        "claims-81-million.png": (claims(9000, 9000), "too many pixels"),
-        "claims-4-billion.png": (claims(2**16, 2**16), "too many pixels"),
+        "flipped.png": (flip_byte(smooth, len(smooth) // 2), "truncated image"),
+        "header-81-million.png": (png_with_size(9000, 9000), "too many pixels"),
+        "header-4-billion.png": (png_with_size(2**16, 2**16), "too many pixels"),
         "100-million.png": (encode_image(Image.new("1", (10_000, 10_000))), "too many pixels"),
         "compressed-notes.png": (png_with_large_text(), "corrupt image"),
-        "no-width.png": (claims(0, 20), "not an image"),
+        "no-width.png": (png_with_size(0, 20), "not an image"),
         "pixel.gif": (encode_image(solid_image(size=(1, 1)), "GIF"), "image too small"),
         "thin.png": (encode_image(solid_image(size=(40, 7))), "image too small"),
         "banner.png": (encode_image(solid_image(size=(400, 20))), "aspect ratio too large"),
     }
 
 
-def captions() -> dict[str, tuple[str, bytes, str]]:
-    """Name -> ending and bytes of a caption file beside a good picture, and the cause to be told."""
+def broken_captions() -> dict[str, tuple[str, bytes, str]]:
+    """Return name -> (extension, contents of an unusable caption file, the cause to report)."""
     return {
         "latin1": (".txt", "caf\xe9".encode("latin-1"), "unreadable caption file"),
         "utf16": (".txt", "a cat".encode("utf-16"), "unreadable caption file"),
@@ -87,15 +87,15 @@ def captions() -> dict[str, tuple[str, bytes, str]]:
     }
 
 
-def odd() -> dict[str, bytes]:
-    """Pictures that must be read: whole, if unusual. All are one colour."""
+def unusual_images() -> dict[str, bytes]:
+    """Return name -> contents of an unusual image that must be read. Each has one color."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    grey16 = Image.fromarray(np.full((20, 20), 40_000, np.uint16))
+    gray16 = Image.fromarray(np.full((20, 20), 40_000, np.uint16))
     red = solid_image(size=(30, 20))
     return {
-        "cmyk.jpg": encode_image(red.convert("CMYK"), "JPEG"), "grey.jpg": encode_image(red.convert("L"), "JPEG"),
-        "16-bit.png": encode_image(grey16), "palette.png": encode_image(red.quantize(4)),
+        "cmyk.jpg": encode_image(red.convert("CMYK"), "JPEG"), "gray.jpg": encode_image(red.convert("L"), "JPEG"),
+        "16-bit.png": encode_image(gray16), "palette.png": encode_image(red.quantize(4)),
         "alpha.png": encode_image(Image.new("RGBA", (20, 20), (9, 9, 9, 0))),
         "moving.gif": encode_image(red, "GIF", save_all=True, append_images=[solid_image("blue", (30, 20))]),
         "turned.jpg": encode_image(red, "JPEG", exif=exif.tobytes()),
@@ -113,49 +113,57 @@ def folder(tmp_path):
     for i in range(GOOD):
         (root / f"good-{i:03d}.png").write_bytes(encode_image(solid_image((i, 100, 200))))
         (root / f"good-{i:03d}.txt").write_text(f"good {i}")
-    for name, data in odd().items():
+    for name, data in unusual_images().items():
         (root / name).write_bytes(data)
         (root / name).with_suffix(".txt").write_text(name)
-    for name, (data, _) in pictures().items():
+    for name, (data, _) in broken_images().items():
         (root / name).write_bytes(data)
-        (root / f"{name.rpartition('.')[0]}.txt").write_text("said")
-    for name, (kind, data, _) in captions().items():
+        (root / f"{name.rpartition('.')[0]}.txt").write_text("caption")
+    for name, (kind, data, _) in broken_captions().items():
         (root / f"{name}.png").write_bytes(encode_image(solid_image()))
         (root / f"{name}{kind}").write_bytes(data)
-    (root / "alone.png").write_bytes(encode_image(solid_image()))  # no caption beside it
-    (root / "gone.png").symlink_to(root / "nothing")
+    (root / "alone.png").write_bytes(encode_image(solid_image()))  # without a caption file
+    (root / "missing.png").symlink_to(root / "nothing")
     (root / "round.png").symlink_to(root / "round.png")
-    (root / "directory.png").mkdir()  # a subfolder like any other
-    os.mkfifo(root / "pipe.png")  # opening it would wait for ever
+    (root / "directory.png").mkdir()  # a subfolder with the name of an image
+    os.mkfifo(root / "pipe.png")  # opening it would block
     return root
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow remarks, then we refuse
-def test_a_hostile_folder_is_read_and_each_kind_is_counted(folder, tmp_path):
-    bad = [cause for _, cause in pictures().values()] + [cause for *_, cause in captions().values()]
+@pytest.mark.filterwarnings(
+    "ignore::PIL.Image.DecompressionBombWarning"
+)  # Pillow warns before the size is checked
+def test_unusable_files_are_counted_by_cause_and_all_others_read(folder, tmp_path):
+    bad = [cause for _, cause in broken_images().values()] + [
+        cause for *_, cause in broken_captions().values()
+    ]
     bad += ["no caption in en or zh"] + 3 * ["missing image file"]
     assert len(bad) >= 25 + 10
     rows = open_source(
         config.FolderSource(path=str(folder), eval_fraction=0.0, max_bad_fraction=0.9), "train"
     )
     rows.log_to(tmp_path / "bad_records.jsonl")
-    assert len(rows) == GOOD + len(odd()) + len(pictures())  # broken pictures are found when they are read
+    assert len(rows) == GOOD + len(unusual_images()) + len(
+        broken_images()
+    )  # broken images are detected when they are read
     for i in range(len(rows)):
-        picture = rows.image(i, 8, "center")
-        said = rows.captions(i)["en"][0]
-        if said.startswith("good"):
-            assert (picture == (int(said.split()[1]), 100, 200)).all(), said
+        image = rows.image(i, 8, "center")
+        caption = rows.captions(i)["en"][0]
+        if caption.startswith("good"):
+            assert (image == (int(caption.split()[1]), 100, 200)).all(), caption
     got = rows.report()
     assert got == {cause: bad.count(cause) for cause in bad}
     listed = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
     causes = {line["name"]: line["cause"] for line in listed}
     assert len(listed) == len(causes) == len(bad)
-    assert {name: causes[name] for name in pictures()} == {n: c for n, (_, c) in pictures().items()}
-    assert {name: causes[f"{name}.png"] for name in captions()} == {n: c for n, (*_, c) in captions().items()}
-    assert not set(odd()) & set(causes)
+    assert {name: causes[name] for name in broken_images()} == {n: c for n, (_, c) in broken_images().items()}
+    assert {name: causes[f"{name}.png"] for name in broken_captions()} == {
+        n: c for n, (*_, c) in broken_captions().items()
+    }
+    assert not set(unusual_images()) & set(causes)
 
 
-def test_lines_of_metadata_that_cannot_be_used(tmp_path):
+def test_unusable_lines_of_metadata_are_counted_by_cause(tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.png").write_bytes(encode_image(solid_image()))
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"n {i}"}).encode() for i in range(15)]
@@ -179,20 +187,20 @@ def test_lines_of_metadata_that_cannot_be_used(tmp_path):
     assert len(rows) == 15 and rows.report() == {cause: want.count(cause) for cause in want}
 
 
-def test_limits_are_those_of_the_configuration(tmp_path):
+def test_limits_of_the_configuration_apply(tmp_path):
     for side in (4, 8, 30, 500):
         (tmp_path / f"{side:03d}.png").write_bytes(encode_image(solid_image(size=(side, 8))))
 
-    def shown(**limits):
+    def read_with(**limits):
         source = config.FolderSource(path=str(tmp_path), eval_fraction=0.0, max_bad_fraction=1.0, **limits)
         rows = open_source(source, "train", languages=())
         for i in range(4):
             rows.image(i, 8, "center")
         return rows.report(), rows.replacements
 
-    assert shown(min_image_size=1, max_aspect_ratio=1000) == ({}, {})
-    assert shown(min_image_size=1) == ({"aspect ratio too large": 1}, {3: 0})
-    assert shown(min_image_size=8, max_aspect_ratio=2) == (
+    assert read_with(min_image_size=1, max_aspect_ratio=1000) == ({}, {})
+    assert read_with(min_image_size=1) == ({"aspect ratio too large": 1}, {3: 0})
+    assert read_with(min_image_size=8, max_aspect_ratio=2) == (
         {"aspect ratio too large": 2, "image too small": 1},
         {0: 1, 2: 1, 3: 1},
     )

@@ -1,4 +1,4 @@
-"""Laws of the pipeline: batch k is a function of the configuration and k, on any threads and processes."""
+"""Tests of the input pipeline: batch k depends only on the configuration and k, with any threads and processes."""
 
 import threading
 import time
@@ -36,7 +36,7 @@ def test_shapes_and_types(data, tokenizer):
     assert take_batches(data, open_train_source(data), None, 1)[0].keys() == {"image"}
 
 
-def test_resume_is_the_straight_run(data, tokenizer):
+def test_a_resumed_stream_equals_the_straight_one(data, tokenizer):
     source = open_train_source(data)
     straight = take_batches(data, source, tokenizer, 12)
     for start in (1, 5, 11):
@@ -44,7 +44,7 @@ def test_resume_is_the_straight_run(data, tokenizer):
     assert_same_batches(take_batches(data, open_train_source(data), tokenizer, 12), straight)
 
 
-def test_far_steps_are_as_near_as_the_first(data):
+def test_late_steps_start_as_fast_as_the_first(data):
     source = open_train_source(data)
     began = time.monotonic()
     (far,) = take_batches(data, source, None, 1, start=10**9)
@@ -53,7 +53,7 @@ def test_far_steps_are_as_near_as_the_first(data):
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (5, 2), (3, 16)])
-def test_threads_do_not_matter(data, tokenizer, threads, prefetch):
+def test_batches_do_not_depend_on_threads(data, tokenizer, threads, prefetch):
     source = open_train_source(data)
     other = config.DataConfig(
         source=data.source, batch_size=8, crop="random", num_threads=threads, prefetch=prefetch
@@ -75,8 +75,8 @@ def test_processes_share_the_global_batch_in_order(data, tokenizer, processes):
     assert_same_batches(got, want)
 
 
-def test_rows_need_not_be_neighbours(data, tokenizer):
-    """A mesh may give a process any rows: each comes as in the whole batch, captions included."""
+def test_rows_need_not_be_adjacent(data, tokenizer):
+    """A mesh may give a process any rows; each equals its row of the whole batch, with its caption."""
     source = open_train_source(data)
     want = take_batches(data, source, tokenizer, 3, start=4)
     got = take_batches(data, source, tokenizer, 3, start=4, rows=np.array([1, 2, 5]))
@@ -92,7 +92,7 @@ def test_an_epoch_is_a_permutation_and_the_next_another(data):
     assert len({tuple(epoch) for epoch in epochs} | {tuple(range(n))}) == 4
 
 
-def test_the_seed_changes_order_and_choices(data, tokenizer):
+def test_the_seed_changes_the_order(data, tokenizer):
     source = open_train_source(data)
     other = config.DataConfig(source=data.source, batch_size=8, crop="random", seed=1)
     a, b = take_batches(data, source, tokenizer, 3), take_batches(other, source, tokenizer, 3)
@@ -101,16 +101,16 @@ def test_the_seed_changes_order_and_choices(data, tokenizer):
 
 def test_captions_are_chosen_among_languages_and_captions(data, tokenizer):
     options = dict(start=0, image_size=IMAGE_SIZE, text=tokenizer, text_vocab=400, text_len=32)
-    source, seen = open_train_source(data), Counter()
+    source, counts = open_train_source(data), Counter()
     with train_batches(data, source, **options) as batches:
         for _ in range(100):
             batch = next(batches)
             for row, ids in zip(batch["image"][:, 0, 0, 0], batch["text"], strict=True):
-                said = tokenizer.decode(ids)
-                assert str(row) in said
-                seen[said.replace(str(row), "#")] += 1
-    assert set(seen) == {"row #", "picture of #", "第#行", "图#"}
-    assert all(150 < count < 250 for count in seen.values())
+                caption = tokenizer.decode(ids)
+                assert str(row) in caption
+                counts[caption.replace(str(row), "#")] += 1
+    assert set(counts) == {"row #", "image of #", "第#行", "图#"}
+    assert all(150 < count < 250 for count in counts.values())
 
 
 def test_one_language(tar, tokenizer):
@@ -127,12 +127,12 @@ def test_a_source_shorter_than_a_batch_repeats(tmp_path, data, tokenizer):
     assert_same_batches(take_batches(data, source, tokenizer, 1, start=2), batches[2:])
 
 
-def test_a_broken_picture_moves_no_other_row(tmp_path, data, tokenizer):
+def test_a_broken_image_moves_no_other_row(tmp_path, data, tokenizer):
     broken = write_numbered_tar(tmp_path / "a.tar", broken=(5, 6, 20))
-    hurt = config.DataConfig(source=broken, batch_size=8, crop="random")
-    source = open_train_source(hurt)
+    damaged = config.DataConfig(source=broken, batch_size=8, crop="random")
+    source = open_train_source(damaged)
     whole = take_batches(data, open_train_source(data), tokenizer, 12)
-    got = take_batches(hurt, source, tokenizer, 12)
+    got = take_batches(damaged, source, tokenizer, 12)
     rows = rows_of(whole).astype(int)
     want = np.select([(rows == 5) | (rows == 6), rows == 20], [7, 21], rows)
     np.testing.assert_array_equal(rows_of(got), want)
@@ -140,10 +140,10 @@ def test_a_broken_picture_moves_no_other_row(tmp_path, data, tokenizer):
     for k in range(12):
         for key in ("image", "text"):
             np.testing.assert_array_equal(got[k][key][untouched[k]], whole[k][key][untouched[k]])
-    for k in range(12):  # the caption follows the picture
+    for k in range(12):  # the caption belongs to the image
         for row, ids in zip(got[k]["image"][:, 0, 0, 0], got[k]["text"], strict=True):
             assert str(row) in tokenizer.decode(ids)
-    assert_same_batches(take_batches(hurt, open_train_source(hurt), tokenizer, 4, start=8), got[8:])
+    assert_same_batches(take_batches(damaged, open_train_source(damaged), tokenizer, 4, start=8), got[8:])
 
 
 def test_errors_of_reading_reach_the_caller(tmp_path):
@@ -157,11 +157,11 @@ def test_closing_ends_the_threads(data):
     before = set(threading.enumerate())
     batches = train_batches(data, open_train_source(data), start=0, image_size=IMAGE_SIZE)
     next(batches)
-    mine = [t for t in threading.enumerate() if t not in before]
-    assert len(mine) == data.num_threads
+    threads = [t for t in threading.enumerate() if t not in before]
+    assert len(threads) == data.num_threads
     batches.close()
     batches.close()
-    for thread in mine:
+    for thread in threads:
         thread.join(timeout=5)
         assert not thread.is_alive()
     with pytest.raises(ValueError, match="closed"):
@@ -173,8 +173,8 @@ def test_scenes(tokenizer):
     source = open_train_source(data)
     batches = take_batches(data, source, tokenizer, 2, image_size=32)
     assert_same_batches(take_batches(data, source, tokenizer, 1, start=1, image_size=32), batches[1:])
-    held = eval_batch(data, open_source(data.source, "eval"), 3, image_size=32)
-    assert held["image"].shape == (3, 32, 32, 3) and all(held["caption"])
+    held_out = eval_batch(data, open_source(data.source, "eval"), 3, image_size=32)
+    assert held_out["image"].shape == (3, 32, 32, 3) and all(held_out["caption"])
 
 
 def test_bad_arguments(data, tokenizer):
@@ -219,9 +219,9 @@ def test_eval_batch_without_captions(data):
 
 
 def test_labels_are_those_of_the_rows(tmp_path):
-    """Row i is a picture of the value i and of class i modulo 3; a source without classes has -1."""
-    pictures = np.repeat(np.arange(7, dtype=np.uint8), 12).reshape(7, 2, 2, 3)
-    arrays = {f"{split}_x": pictures for split in ("train", "test")}
+    """Row i has the value i everywhere and the class i modulo 3; a source without classes has -1."""
+    images = np.repeat(np.arange(7, dtype=np.uint8), 12).reshape(7, 2, 2, 3)
+    arrays = {f"{split}_x": images for split in ("train", "test")}
     np.savez(tmp_path / "a.npz", **arrays, train_y=np.arange(7) % 3, test_y=np.arange(7) % 3)
     data = config.DataConfig(source=config.ArraysSource(path=str(tmp_path / "a.npz")), batch_size=4)
     with train_batches(
@@ -230,10 +230,10 @@ def test_labels_are_those_of_the_rows(tmp_path):
         batch = next(rows)
     assert batch["label"].dtype == np.int32 and batch["label"].shape == (4,)
     np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] % 3)
-    shown = eval_batch(
+    batch = eval_batch(
         data, open_source(data.source, "eval", languages=()), 7, image_size=2, with_labels=True
     )
-    np.testing.assert_array_equal(shown["label"], [0, 1, 2, 0, 1, 2, 0])
+    np.testing.assert_array_equal(batch["label"], [0, 1, 2, 0, 1, 2, 0])
     scenes = config.DataConfig(source=config.ScenesSource(count=3))
-    shown = eval_batch(scenes, open_source(scenes.source, "eval"), 2, image_size=32, with_labels=True)
-    assert shown["label"].tolist() == [-1, -1]
+    batch = eval_batch(scenes, open_source(scenes.source, "eval"), 2, image_size=32, with_labels=True)
+    assert batch["label"].tolist() == [-1, -1]

@@ -1,4 +1,4 @@
-"""Laws of the embedded data set: determinism, geometry, the held-out split, and captions that are true."""
+"""Tests of the procedural scenes: determinism, geometry, held-out compositions, and true captions."""
 
 import subprocess
 import sys
@@ -36,20 +36,20 @@ from dalle_jax.data.scenes.rendering import REACH, SHAPE_DISTANCES, TONES
 PLAIN = Background(kind="plain", tones=((255, 255, 255), (255, 255, 255)))
 
 
-def one(shape="circle", colour="red", *, x=0.5, y=0.5, diameter=0.5, angle=0.0, fill="solid", size="large"):
+def one(shape="circle", color="red", *, x=0.5, y=0.5, diameter=0.5, angle=0.0, fill="solid", size="large"):
     return SceneObject(
-        shape=shape, color=colour, size=size, fill=fill, x=x, y=y, diameter=diameter, angle=angle
+        shape=shape, color=color, size=size, fill=fill, x=x, y=y, diameter=diameter, angle=angle
     )
 
 
-def picture(*objects, size=64):
+def image_of(*objects, size=64):
     return render_scene(Scene(objects=objects, background=PLAIN), size)
 
 
 # ---- determinism
 
 
-def test_same_index_same_scene_bytes_and_words():
+def test_an_index_determines_scene_image_and_captions():
     for i in range(50):
         a, b = generate_scene(i), generate_scene(i)
         assert a == b
@@ -57,7 +57,7 @@ def test_same_index_same_scene_bytes_and_words():
         assert scene_captions(a, index=i, count=2) == scene_captions(b, index=i, count=2)
 
 
-def test_another_process_with_another_hash_seed_draws_the_same():
+def test_scenes_do_not_depend_on_process_and_hash_seed():
     code = (
         "import zlib; from dalle_jax.data.scenes.generator import *\n"
         "for i in range(20):\n"
@@ -78,14 +78,14 @@ def test_another_process_with_another_hash_seed_draws_the_same():
 
 
 def test_splits_seeds_and_indices_are_different_streams():
-    shown = [
+    scenes = [
         generate_scene(i, split=split, seed=seed) for split in SPLITS for seed in (0, 1) for i in range(40)
     ]
-    assert len(set(shown)) == len(shown)
+    assert len(set(scenes)) == len(scenes)
 
 
-def test_random_numbers_are_even():
-    """Each word is drawn about equally often: within five standard deviations of its share of 6000 scenes."""
+def test_words_are_equally_frequent():
+    """The count of each word in 6000 scenes is within five standard deviations of the mean."""
     single = [generate_scene(i, max_objects=1) for i in range(6000)]
     for words, got in (
         (SIZES, Counter(s.objects[0].size for s in single)),
@@ -94,7 +94,7 @@ def test_random_numbers_are_even():
         (SHAPES, Counter(s.objects[0].shape for s in single)),
     ):
         mean = 6000 / len(words)
-        # held-out pairs take up to two of a colour's twelve shapes away
+        # up to two of the twelve shapes of a color are held out
         assert all(0.84 * mean - 5 * mean**0.5 < got[w] < 1.16 * mean + 5 * mean**0.5 for w in words), got
 
 
@@ -102,44 +102,44 @@ def test_random_numbers_are_even():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shape_is_within_its_reach_and_covers_its_area(shape):
+def test_a_shape_is_within_its_reach_and_covers_its_area(shape):
     axis = (np.arange(800) + 0.5) / 800 * 3 - 1.5
     u, v = np.broadcast_arrays(axis[None, :], axis[:, None])
     d = SHAPE_DISTANCES[shape](u, v)
     assert d[u * u + v * v > REACH**2].min() > 0
-    # the drawn ink is the area: 64 px, diameter 0.5, so one radius is 16 px
-    ink = 255.0 - picture(one(shape, "black"), size=64)[..., 0]
+    # the ink equals the area: 64 px, diameter 0.5, so one radius is 16 px
+    ink = 255.0 - image_of(one(shape, "black"), size=64)[..., 0]
     area = (d < 0).mean() * 9
     assert ink.sum() / (255 - TONES["black"][0]) == pytest.approx(area * 16**2, rel=0.04)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_distance_grows_at_most_as_fast_as_the_way(shape):
-    """A field with slope at most 1 antialiases without jumps."""
+def test_the_distance_field_has_slope_at_most_1(shape):
+    """Antialiasing is then smooth."""
     axis = np.linspace(-1.2, 1.2, 601)
     d = SHAPE_DISTANCES[shape](*np.broadcast_arrays(axis[None, :], axis[:, None]))
     assert max(np.abs(np.diff(d, axis=0)).max(), np.abs(np.diff(d, axis=1)).max()) <= 0.004 * 1.01
 
 
 def test_hand_made_pixels():
-    image = picture(one("square", "blue", diameter=0.5), size=64)  # half side 0.78 * 16 px = 12.48 px
+    image = image_of(one("square", "blue", diameter=0.5), size=64)  # half side 0.78 * 16 px = 12.48 px
     assert image[32, 32].tolist() == list(TONES["blue"])
     assert image[32, 32 - 12].tolist() == list(TONES["blue"])
-    edge = 255 - 0.48 * (255 - np.array(TONES["blue"]))  # the thirteenth pixel is covered to 0.48
+    edge = 255 - 0.48 * (255 - np.array(TONES["blue"]))  # 0.48 of the thirteenth pixel is covered
     assert np.abs(image[32, 32 - 13] - edge).max() <= 1
     assert image[32, 32 - 14].tolist() == [255, 255, 255]
 
 
 def test_angle_turns_clockwise():
-    level, turned = picture(one("arrow", angle=0.0)), picture(one("arrow", angle=90.0))
+    level, turned = image_of(one("arrow", angle=0.0)), image_of(one("arrow", angle=90.0))
     assert np.abs(np.rot90(level, -1).astype(int) - turned).max() <= 1
 
 
-def test_patterns_lighten_the_inside_and_leave_the_silhouette():
+def test_patterns_lighten_the_inside_and_keep_the_silhouette():
     for shape in SHAPES:
-        plain = picture(one(shape, "blue"))
+        plain = image_of(one(shape, "blue"))
         for fill in FILLS[1:]:
-            patterned = picture(one(shape, "blue", fill=fill))
+            patterned = image_of(one(shape, "blue", fill=fill))
             changed = (patterned != plain).any(2)
             assert changed.sum() > 10
             assert (plain[changed] == TONES["blue"]).all()  # only where the shape covers the whole pixel
@@ -147,7 +147,7 @@ def test_patterns_lighten_the_inside_and_leave_the_silhouette():
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_two_sizes_are_the_same_picture(factor):
+def test_image_sizes_show_the_same_scene(factor):
     for i in range(40):
         s = generate_scene(i)
         small = render_scene(s, 64)
@@ -155,7 +155,7 @@ def test_two_sizes_are_the_same_picture(factor):
         assert np.abs(small - large).mean() < 1.0, i
 
 
-def test_backgrounds_are_light_and_pale_and_colours_are_not():
+def test_backgrounds_are_light_and_pale_and_colors_are_not():
     for i in range(300):
         background = generate_scene(i).background
         for tone in background.tones:
@@ -186,7 +186,7 @@ def test_objects_are_in_the_frame_and_apart(split):
     assert {None, "left of", "above", "inside", "between"} <= set(layouts)
 
 
-def test_a_guest_lies_wholly_on_its_host():
+def test_an_object_inside_another_is_covered_by_it():
     guests = 0
     for i in range(1500):
         s = generate_scene(i, min_objects=2, max_objects=3)
@@ -194,13 +194,13 @@ def test_a_guest_lies_wholly_on_its_host():
             continue
         guests += 1
         guest, host = s.objects[s.relation.subject], s.objects[s.relation.others[0]]
-        ink = (picture(replace(guest, color="black"), size=256) < 250).any(2)
-        under = picture(replace(host, color="black"), size=256)[..., 0]
+        ink = (image_of(replace(guest, color="black"), size=256) < 250).any(2)
+        under = image_of(replace(host, color="black"), size=256)[..., 0]
         assert (under[ink] == TONES["black"][0]).all(), (i, guest, host)
     assert guests > 100
 
 
-def test_object_counts_are_as_asked():
+def test_object_counts_are_within_the_limits():
     for least, most in ((1, 1), (2, 2), (3, 4), (1, 4)):
         counts = Counter(
             len(generate_scene(i, min_objects=least, max_objects=most).objects) for i in range(200)
@@ -211,15 +211,15 @@ def test_object_counts_are_as_asked():
 # ---- held out
 
 
-def test_held_out_sets_leave_every_part_in_training():
+def test_held_out_sets_are_small_and_balanced():
     pairs, triples = held_out_pairs(), held_out_relations()
     assert 0.08 <= len(pairs) / (len(COLORS) * len(SHAPES)) <= 0.12
     assert max(Counter(shape for _, shape in pairs).values()) <= 2
-    assert max(Counter(colour for colour, _ in pairs).values()) <= 2
+    assert max(Counter(color for color, _ in pairs).values()) <= 2
     assert {name for _, name, _ in triples} == {"left of", "above", "inside"}
 
 
-def test_training_never_shows_a_held_out_composition_and_shows_every_part():
+def test_training_has_every_word_and_no_held_out_composition():
     pairs, triples, parts = set(), set(), set()
     for i in range(20000):
         s = generate_scene(i)
@@ -234,25 +234,25 @@ def test_training_never_shows_a_held_out_composition_and_shows_every_part():
     assert not pairs & held_out_pairs()
     assert not triples & held_out_relations()
     assert parts >= set(SHAPES + COLORS + SIZES + FILLS)
-    assert len(pairs) == len(COLORS) * len(SHAPES) - len(held_out_pairs())  # every other pair is seen
-    for place in (0, 2):  # each shape of a held-out triple is seen on that side of that relation
-        seen = {(t[1], t[place]) for t in triples}
-        assert {(t[1], t[place]) for t in held_out_relations()} <= seen
+    assert len(pairs) == len(COLORS) * len(SHAPES) - len(held_out_pairs())  # training has all other pairs
+    for side in (0, 2):  # training has each shape of a held-out triple on that side of the relation
+        in_training = {(t[1], t[side]) for t in triples}
+        assert {(t[1], t[side]) for t in held_out_relations()} <= in_training
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_val_and_test_show_no_held_out_composition(split):
+def test_val_and_test_have_no_held_out_composition(split):
     assert not any(held_out_compositions(generate_scene(i, split=split)) for i in range(1500))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_every_held_out_scene_shows_a_held_out_composition(count):
-    shown = [
+def test_every_held_out_scene_has_a_held_out_composition(count):
+    scenes = [
         held_out_compositions(generate_scene(i, split="held_out", min_objects=count, max_objects=count))
         for i in range(800)
     ]
-    assert all(shown)
-    kinds = Counter(len(what) for found in shown for what in found)
+    assert all(scenes)
+    kinds = Counter(len(composition) for found in scenes for composition in found)
     assert kinds[2] > 100 and (count == 1 or kinds[3] > 100)
 
 
@@ -302,8 +302,8 @@ def test_captions_are_true_and_name_every_object(split):
             assert c.facts.count == len(s.objects)
 
 
-def test_words_say_what_the_facts_say():
-    """Each fact has its word in the text and no other word of its kind is there."""
+def test_the_words_of_a_caption_are_those_of_its_facts():
+    """The text has the word of each fact and no other word of the same kind."""
     from dalle_jax.data.scenes.captions import ZH_BACKGROUND, ZH_COLOR, ZH_FILL, ZH_SHAPE
 
     for i in range(600):
@@ -316,16 +316,16 @@ def test_words_say_what_the_facts_say():
                 assert {w for w in words if w in FILLS} == {o.fill for o in facts if o.fill}
                 assert (f"{c.facts.background} background" in c.text) == bool(c.facts.background)
             else:
-                said = {colour for colour, word in ZH_COLOR.items() if word in c.text}
-                assert said == {o.color for o in facts}
+                colors = {color for color, word in ZH_COLOR.items() if word in c.text}
+                assert colors == {o.color for o in facts}
                 assert all(any(word in c.text for word in ZH_SHAPE[o.shape]) for o in facts)
                 assert all(o.fill is None or any(w in c.text for w in ZH_FILL[o.fill]) for o in facts)
                 assert ("背景" in c.text) == bool(c.facts.background)
                 assert c.facts.background is None or ZH_BACKGROUND[c.facts.background] in c.text
 
 
-def test_hand_read_caption():
-    """A statement's first-named object is the subject of its fact, checked on the templates that say so."""
+def test_the_first_object_of_a_phrase_is_the_subject_of_its_relation():
+    """Checked on the templates that name both objects around the phrase."""
     checked = 0
     for i in range(400):
         s = generate_scene(i, min_objects=2, max_objects=2)
@@ -341,7 +341,7 @@ def test_hand_read_caption():
     assert checked > 100
 
 
-def test_captions_say_enough():
+def test_captions_state_sizes_fills_and_relations_often():
     sized = fills = patterned = related = several = 0
     total = 2000
     for i in range(total):
@@ -364,8 +364,8 @@ def test_captions_differ_between_languages_and_templates():
         assert all(english) and all(chinese) and not english & chinese
         assert all(text.isascii() for text in english) and not any(text.isascii() for text in chinese)
     assert len({c.text for six in texts for c in six}) > 1500
-    said = {r.name for six in texts for c in six for r in c.facts.relations}
-    assert said == set(RELATIONS)
+    relations = {r.name for six in texts for c in six for r in c.facts.relations}
+    assert relations == set(RELATIONS)
 
 
 # ---- evaluation sets
@@ -387,7 +387,7 @@ def test_evaluation_sets():
     assert {len(s.objects) for _, s in evaluation_set("held_out", 100, max_objects=1)} == {1}
 
 
-# ---- hostile input
+# ---- invalid input
 
 
 @pytest.mark.parametrize(
@@ -416,23 +416,23 @@ def test_evaluation_sets():
         (lambda: relation_holds("between", one(), one()), r"'between' wants 2 other"),
     ],
 )
-def test_bad_input(call, match):
+def test_invalid_arguments_are_rejected(call, match):
     with pytest.raises(ValueError, match=match):
         call()
 
 
-def test_scenes_use_only_the_words_allowed():
+def test_scenes_use_only_the_allowed_words():
     allowed = {"sizes": ("medium", "large"), "fills": ("solid",), "backgrounds": ("plain", "gradient")}
-    drawn = [generate_scene(i, max_objects=3, **allowed) for i in range(400)]
-    things = [thing for one in drawn for thing in one.objects]
+    scenes = [generate_scene(i, max_objects=3, **allowed) for i in range(400)]
+    things = [thing for one in scenes for thing in one.objects]
     assert {thing.size for thing in things} == {"medium", "large"}
     assert {thing.fill for thing in things} == {"solid"}
-    assert {one.background.kind for one in drawn} == {"plain", "gradient"}
-    assert not any(one.relation and one.relation.name == "inside" for one in drawn)  # needs a small one
+    assert {one.background.kind for one in scenes} == {"plain", "gradient"}
+    assert not any(one.relation and one.relation.name == "inside" for one in scenes)  # needs a small object
     striped = [generate_scene(i, max_objects=1, fills=("striped",)) for i in range(50)]
     assert {one.objects[0].fill for one in striped} == {"striped"}
-    asked = evaluation_set("one_object", 40, **allowed)
-    assert {one.background.kind for _, one in asked} == {"plain", "gradient"}
+    evaluation = evaluation_set("one_object", 40, **allowed)
+    assert {one.background.kind for _, one in evaluation} == {"plain", "gradient"}
 
 
 @pytest.mark.parametrize(
@@ -445,6 +445,6 @@ def test_scenes_use_only_the_words_allowed():
         ({"sizes": ("large",), "max_objects": 2}, "want small or medium in sizes"),
     ],
 )
-def test_scenes_refuse_other_words(words, message):
+def test_unknown_words_are_rejected(words, message):
     with pytest.raises(ValueError, match=message):
         generate_scene(0, **words)

@@ -1,4 +1,4 @@
-"""Laws of worker processes: the same batches as threads, errors and unusable rows told, no process left behind."""
+"""Tests of worker processes: the same batches as with threads, errors reach the caller, no process remains."""
 
 import gc
 import json
@@ -38,8 +38,8 @@ def worker_config(source, workers=2, **options):
     )
 
 
-def gone(pid, seconds=10.0):
-    """Whether a process ends within some seconds; a zombie has ended."""
+def ends(pid, seconds=10.0):
+    """Return whether a process ends within some seconds; a zombie has ended."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
@@ -57,10 +57,10 @@ def gone(pid, seconds=10.0):
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_batches_are_those_of_threads(tar, tokenizer, workers, tmp_path):
-    """Pictures, crops, captions, skipped merges, what stands in for broken pictures and how it is counted; from the
-    start, resumed, and for some rows of each batch."""
-    told = {}
+def test_workers_make_the_batches_of_threads(tar, tokenizer, workers, tmp_path):
+    """Images, crops, captions, skipped merges, replacements of broken images and their counts; from the start, resumed,
+    and for some rows of each batch."""
+    results = {}
     for kind, count in (("threads", 0), ("workers", workers)):
         data = worker_config(tar, count)
         source = open_train_source(data)
@@ -68,30 +68,30 @@ def test_batches_are_those_of_threads(tar, tokenizer, workers, tmp_path):
         straight = take_batches(data, source, tokenizer, 9)
         part = take_batches(data, open_train_source(data), tokenizer, 4, start=5, rows=[1, 2, 5, 7])
         listed = sorted((tmp_path / f"{kind}.jsonl").read_text().splitlines())
-        told[kind] = straight, part, source.report(), source.replacements, listed
-    for got, want in zip(told["workers"][:2], told["threads"][:2], strict=True):
+        results[kind] = straight, part, source.report(), source.replacements, listed
+    for got, want in zip(results["workers"][:2], results["threads"][:2], strict=True):
         assert_same_batches(got, want)
-    assert told["workers"][2:] == told["threads"][2:]
-    assert told["workers"][2] == {"truncated image": 3} and told["workers"][3] == {5: 7, 6: 7, 20: 21}
+    assert results["workers"][2:] == results["threads"][2:]
+    assert results["workers"][2] == {"truncated image": 3} and results["workers"][3] == {5: 7, 6: 7, 20: 21}
     assert_same_batches(
-        told["workers"][1], [{k: v[[1, 2, 5, 7]] for k, v in b.items()} for b in told["workers"][0][5:]]
+        results["workers"][1], [{k: v[[1, 2, 5, 7]] for k, v in b.items()} for b in results["workers"][0][5:]]
     )
 
 
-def test_a_batch_is_the_callers(tar):
-    """Later batches are made in the same memory; one that was handed out does not change."""
+def test_a_returned_batch_does_not_change(tar):
+    """Later batches are made in the same shared memory."""
     data = worker_config(tar, 1, prefetch=1)
     with train_batches(data, open_train_source(data), start=0, image_size=IMAGE_SIZE) as batches:
         first = next(batches)
-        kept = {name: array.copy() for name, array in first.items()}
+        copies = {name: array.copy() for name, array in first.items()}
         for _ in range(3):
             next(batches)
-    assert_same_batches([first], [kept])
+    assert_same_batches([first], [copies])
 
 
 def test_labels_and_more_workers_than_rows(tmp_path):
-    pictures = np.repeat(np.arange(5, dtype=np.uint8), 12).reshape(5, 2, 2, 3)
-    np.savez(tmp_path / "a.npz", train_x=pictures, train_y=np.arange(5) % 3)
+    images = np.repeat(np.arange(5, dtype=np.uint8), 12).reshape(5, 2, 2, 3)
+    np.savez(tmp_path / "a.npz", train_x=images, train_y=np.arange(5) % 3)
     source = config.ArraysSource(path=str(tmp_path / "a.npz"))
     data = worker_config(source, 9, batch_size=2, crop="center")
     with train_batches(data, open_train_source(data), start=0, image_size=2, with_labels=True) as batches:
@@ -100,11 +100,11 @@ def test_labels_and_more_workers_than_rows(tmp_path):
             np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] % 3)
 
 
-# --- what goes wrong ------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------
 
 
-class Own:
-    """A source of one's own: row i is the colour i. `at` is a row that fails, `error` how."""
+class CustomSource:
+    """A source written by a user: row i has the color i. Row `at` raises `error`, or kills its process if that is None."""
 
     classes = ()
 
@@ -135,16 +135,16 @@ def read_all(source, **options):
 
 
 def test_workers_load_no_jax(tar):
-    """Else each would take memory, and perhaps a device, that is its parent's."""
-    batches, pids = started(tar, workers=1)
+    """A worker with jax would take memory, and perhaps a device, from its parent."""
+    batches, pids = start_workers(tar, workers=1)
     with batches:
-        for pid, wanted in ((os.getpid(), True), (pids[0], False)):
+        for pid, expected in ((os.getpid(), True), (pids[0], False)):
             with open(f"/proc/{pid}/maps") as maps:
-                assert ("jaxlib" in maps.read()) == wanted
+                assert ("jaxlib" in maps.read()) == expected
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "told"),
+    ("error", "kind", "message"),
     [
         (
             ValueError("no such thing"),
@@ -160,13 +160,13 @@ def test_workers_load_no_jax(tar):
         (None, RuntimeError, "Worker process . of 2 was ended by SIGKILL, by the system if memory ran out"),
     ],
 )
-def test_errors_reach_the_caller(error, kind, told):
-    with pytest.raises(kind, match=told):
-        read_all(Own(7, error))
+def test_errors_reach_the_caller(error, kind, message):
+    with pytest.raises(kind, match=message):
+        read_all(CustomSource(7, error))
 
 
-def test_too_many_unusable_pictures_stop_the_run(tmp_path):
-    """Each of two workers sees a part of them; the share is of all."""
+def test_too_many_unusable_images_are_an_error(tmp_path):
+    """Each of two workers reads some of them; max_bad_fraction applies to the sum."""
     source = write_numbered_tar(tmp_path / "a.tar", broken=range(0, 10))
     data = worker_config(config.TarSource(path=source.path, max_bad_fraction=0.35))
     opened = open_train_source(data)
@@ -176,17 +176,17 @@ def test_too_many_unusable_pictures_stop_the_run(tmp_path):
         take_batches(data, open_train_source(data), None, 12)
 
 
-class Unsendable(Own):
+class Unsendable(CustomSource):
     def __reduce__(self):
         raise TypeError("it holds a lock")
 
 
-class Lost(Own):
+class Unloadable(CustomSource):
     def __reduce__(self):
         return (exec, ("raise KeyError('gone')",))
 
 
-def test_a_source_that_cannot_be_sent_is_refused():
+def test_a_source_that_cannot_be_sent_is_rejected():
     with pytest.raises(
         ValueError, match=r"workers is 2, but a Unsendable cannot be sent .*it holds a lock\)\. Set "
     ):
@@ -194,48 +194,48 @@ def test_a_source_that_cannot_be_sent_is_refused():
     with pytest.raises(
         ValueError, match=r"cannot be opened in a worker process \(KeyError: 'gone'\)\. Set data"
     ):
-        read_all(Lost())
+        read_all(Unloadable())
     with pytest.raises(ValueError, match=r"data\.num_workers of at least 0, got -1"):
         worker_config(config.ScenesSource(), -1)
 
 
-# --- no process stays -----------------------------------------------------------------------------------
+# --- end of processes -----------------------------------------------------------------------------------
 
 
-def started(source, **options):
+def start_workers(source, **options):
     data = worker_config(source, **options)
     batches = train_batches(data, open_train_source(data), start=0, image_size=IMAGE_SIZE)
     next(batches)
     return batches, [process.pid for process in batches._processes]
 
 
-def test_closing_ends_them(tar):
-    batches, pids = started(tar)
+def test_closing_ends_the_processes(tar):
+    batches, pids = start_workers(tar)
     batches.close()
     batches.close()
-    assert all(gone(pid) for pid in pids)
+    assert all(ends(pid) for pid in pids)
     with pytest.raises(ValueError, match="closed"):
         next(batches)
-    batches, pids = started(tar, workers=1)
+    batches, pids = start_workers(tar, workers=1)
     del batches
     gc.collect()
-    assert all(gone(pid) for pid in pids)
+    assert all(ends(pid) for pid in pids)
 
 
-def test_signals_of_the_job_are_left_to_the_parent(tar):
-    """Ctrl-C and the SIGTERM of a scheduler reach every process of a job; the parent still wants to save."""
-    batches, pids = started(tar, workers=1)
+def test_workers_ignore_the_signals_of_a_job(tar):
+    """Ctrl-C and the SIGTERM of a scheduler reach every process of a job, while the parent still has to save."""
+    batches, pids = start_workers(tar, workers=1)
     with batches:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(pids[0], number)
         for _ in range(5):
             next(batches)
-    assert gone(pids[0])
+    assert ends(pids[0])
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_parent_that_ends_takes_them_along(tar, how):
-    """Killed it cannot clean up; interrupted it raises KeyboardInterrupt out of a `with`."""
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tar, signal_number):
+    """A killed parent cannot clean up; an interrupted one leaves its `with` by KeyboardInterrupt."""
     code = f"""
         import signal, time
         from dalle_jax import config
@@ -258,9 +258,9 @@ def test_a_parent_that_ends_takes_them_along(tar, how):
     watch.start()
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     watch.cancel()
-    parent.send_signal(how)
+    parent.send_signal(signal_number)
     assert parent.wait(10) != 0
-    assert len(pids) == 2 and all(gone(pid) for pid in pids)
+    assert len(pids) == 2 and all(ends(pid) for pid in pids)
 
 
 def test_a_training_run_uses_them(tar, tmp_path):

@@ -1,4 +1,4 @@
-"""Laws of folders, npz files and TFDS directories: rows, captions, classes, splits, what cannot be used."""
+"""Tests of folders, npz files and TFDS directories: rows, captions, classes, splits, unusable files."""
 
 import dataclasses
 import json
@@ -39,33 +39,36 @@ def number(rows, i):
     return int(rows.image(i, 4, "center")[0, 0, 0])
 
 
-def opened(root, split="train", languages=("en", "zh"), **fields):
+def open_folder(root, split="train", languages=("en", "zh"), **fields):
     return open_source(config.FolderSource(path=str(root), **fields), split, languages=languages)
 
 
-def said(rows):
+def captions_by_number(rows):
     return {number(rows, i): rows.captions(i) for i in range(len(rows))}
 
 
 # --- folders --------------------------------------------------------------------------------------------
 
 
-def test_text_files_beside_the_pictures(tmp_path):
+def test_captions_in_text_files(tmp_path):
     for i in range(4):
         write(tmp_path, f"a/{i}.png", png(i))
         write(tmp_path, f"a/{i}.txt", f"\ufeffone {i}\r\n\r\n two {i} \n")
     write(tmp_path, "a/.hidden.png", png(9))
-    rows = opened(tmp_path, eval_fraction=0.0)
-    assert said(rows) == {i: {"en": (f"one {i}", f"two {i}")} for i in range(4)} and rows.classes == ()
+    rows = open_folder(tmp_path, eval_fraction=0.0)
+    assert (
+        captions_by_number(rows) == {i: {"en": (f"one {i}", f"two {i}")} for i in range(4)}
+        and rows.classes == ()
+    )
 
 
-def test_json_beside_the_pictures(tmp_path):
+def test_captions_in_json_files(tmp_path):
     write(tmp_path, "0.png", png(0))
     write(tmp_path, "0.json", json.dumps({"captions": ["x"], "captions_zh": "红", "split": "train"}))
     write(tmp_path, "1.png", png(1))
     write(tmp_path, "1.json", json.dumps({"caption": "y", "split": "val"}))
-    assert said(opened(tmp_path)) == {0: {"en": ("x",), "zh": ("红",)}}
-    assert said(opened(tmp_path, "eval")) == {1: {"en": ("y",)}}
+    assert captions_by_number(open_folder(tmp_path)) == {0: {"en": ("x",), "zh": ("红",)}}
+    assert captions_by_number(open_folder(tmp_path, "eval")) == {1: {"en": ("y",)}}
 
 
 @pytest.mark.parametrize("form", ["captions.jsonl", "metadata.jsonl", "metadata.csv"])
@@ -77,37 +80,48 @@ def test_metadata_in_split_folders(tmp_path, form):
         lines = [json.dumps({"file_name": n, "text": t}) for n, t in names]
         rows = ["file_name,text", *(f'{n},"{t}"' for n, t in names)] if form.endswith("csv") else lines
         write(tmp_path, f"{split}/{form}", "\n".join(rows))
-    assert said(opened(tmp_path)) == {i: {"en": (f"say, {i}",)} for i in (0, 1)}
-    assert said(opened(tmp_path, "eval")) == {i: {"en": (f"say, {i}",)} for i in (2, 3)}
+    assert captions_by_number(open_folder(tmp_path)) == {i: {"en": (f"say, {i}",)} for i in (0, 1)}
+    assert captions_by_number(open_folder(tmp_path, "eval")) == {i: {"en": (f"say, {i}",)} for i in (2, 3)}
 
 
 def test_subfolders_are_classes(tmp_path):
     for split in ("train", "test"):
         for i, name in enumerate(("red_fox", "cat")):
             write(tmp_path, f"{split}/{name}/1.png", png(10 * i))
-    rows = opened(tmp_path, templates=("a {}", "one {}"))
+    rows = open_folder(tmp_path, templates=("a {}", "one {}"))
     assert rows.classes == ("cat", "red_fox")
-    assert said(rows) == {10: {"en": ("a cat", "one cat")}, 0: {"en": ("a red fox", "one red fox")}}
+    assert captions_by_number(rows) == {
+        10: {"en": ("a cat", "one cat")},
+        0: {"en": ("a red fox", "one red fox")},
+    }
     assert {number(rows, i): rows.label(i) for i in range(2)} == {10: 0, 0: 1}
-    assert len(opened(tmp_path, "eval", eval_split="test")) == 2
+    assert len(open_folder(tmp_path, "eval", eval_split="test")) == 2
 
 
-def test_added_pictures_move_no_other_between_the_splits(tmp_path):
+def test_new_images_move_no_other_between_the_splits(tmp_path):
     for i in range(60):
         write(tmp_path, f"{i}.png", png(i))
-    first = {s: set(said(opened(tmp_path, s, (), eval_fraction=0.2))) for s in ("train", "eval")}
+    first = {
+        s: set(captions_by_number(open_folder(tmp_path, s, (), eval_fraction=0.2))) for s in ("train", "eval")
+    }
     assert first["train"] | first["eval"] == set(range(60)) and not first["train"] & first["eval"]
     assert 4 <= len(first["eval"]) <= 20
     for i in range(60, 120):
         write(tmp_path, f"{i}.png", png(i))
-    later = {s: set(said(opened(tmp_path, s, (), eval_fraction=0.2))) for s in ("train", "eval")}
+    later = {
+        s: set(captions_by_number(open_folder(tmp_path, s, (), eval_fraction=0.2))) for s in ("train", "eval")
+    }
     assert all(first[s] <= later[s] for s in first)
 
 
-def test_one_picture_is_always_held_out(tmp_path):
+def test_at_least_one_image_is_held_out(tmp_path):
     for i in range(2):
         write(tmp_path, f"{i}.png", png(i))
-    assert len(opened(tmp_path, "eval", (), eval_fraction=1e-9)) == len(opened(tmp_path, languages=())) == 1
+    assert (
+        len(open_folder(tmp_path, "eval", (), eval_fraction=1e-9))
+        == len(open_folder(tmp_path, languages=()))
+        == 1
+    )
 
 
 def test_unusable_records_of_a_folder_are_counted_and_listed(tmp_path):
@@ -123,15 +137,15 @@ def test_unusable_records_of_a_folder_are_counted_and_listed(tmp_path):
         if name != "x3":
             lines.append(json.dumps({"file_name": f"{name}.png", "caption": "c"}).encode())
     lines += [
-        b'{"file_name": "gone.png", "caption": "c"}', b"{", b'{"caption": "c"}', b'{"file_name": "00.png"}',
+        b'{"file_name": "missing.png", "caption": "c"}', b"{", b'{"caption": "c"}', b'{"file_name": "00.png"}',
         b'{"file_name": "../data/00.png", "caption": "c"}', b'{"file_name": "01.png", "caption": "\xff"}',
         b'{"file_name": "/etc/passwd", "caption": "c"}',
     ]  # fmt: skip
     (root / "captions.jsonl").write_bytes(b"\n".join(lines))
-    rows = opened(root, max_bad_fraction=0.5)
+    rows = open_folder(root, max_bad_fraction=0.5)
     rows.log_to(tmp_path / "bad_records.jsonl")
-    shown = [number(rows, i) for i in range(len(rows))]
-    assert shown == [*range(good), 0, 0, 0]  # the next row that decodes, round the end
+    numbers = [number(rows, i) for i in range(len(rows))]
+    assert numbers == [*range(good), 0, 0, 0]  # the next row that decodes; after the last row the first
     assert rows.captions(good) == {"en": ("n 0",)}
     assert rows.report() == {
         "missing image file": 1, "unreadable metadata line": 2, "metadata line without a file name": 1,
@@ -140,32 +154,32 @@ def test_unusable_records_of_a_folder_are_counted_and_listed(tmp_path):
     }  # fmt: skip
     listed = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
     assert len(listed) == sum(rows.report().values())
-    assert {"name": "gone.png", "cause": "missing image file"} in listed
+    assert {"name": "missing.png", "cause": "missing image file"} in listed
     assert {"name": "x0.png", "cause": "empty image file"} in listed
-    again = opened(root, max_bad_fraction=0.5)  # a resumed run lists nothing twice
+    again = open_folder(root, max_bad_fraction=0.5)  # a resumed run logs no record twice
     again.log_to(tmp_path / "bad_records.jsonl")
     number(again, good)
     assert len((tmp_path / "bad_records.jsonl").read_text().splitlines()) == len(listed)
     with pytest.raises(
         ValueError, match=r"(?s)of 51 records of .*max_bad_fraction.*unreadable metadata line"
     ):
-        opened(root)
+        open_folder(root)
 
 
-def test_broken_caption_files(tmp_path):
+def test_unusable_caption_files_are_counted_by_cause(tmp_path):
     for i in range(4):
         write(tmp_path, f"{i}.png", png(i))
     for name, data in (("0.txt", "good"), ("1.txt", b"\xff\xfe\xff"), ("2.txt", "\n \n"), ("3.json", "[1]")):
         write(tmp_path, name, data)
-    rows = opened(tmp_path, eval_fraction=0.0, max_bad_fraction=0.8)
+    rows = open_folder(tmp_path, eval_fraction=0.0, max_bad_fraction=0.8)
     assert len(rows) == 1 and rows.report() == {"unreadable caption file": 2, "no caption in en or zh": 1}
 
 
-def test_bad_folders(tmp_path):
+def test_invalid_folders_are_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="Expected a folder of images"):
-        opened(tmp_path / "nowhere")
+        open_folder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"in .* and the folders below it, got none"):
-        opened(tmp_path)
+        open_folder(tmp_path)
 
 
 # --- npz ------------------------------------------------------------------------------------------------
@@ -191,7 +205,7 @@ def test_arrays(npz):
     assert len(open_source(config.ArraysSource(path=str(npz)), "eval", languages=())) == 5
 
 
-def test_bad_arrays(tmp_path, npz):
+def test_invalid_arrays_are_rejected(tmp_path, npz):
     with pytest.raises(ValueError, match="has no array dev_x or x_dev, it has"):
         open_source(config.ArraysSource(path=str(npz), train_split="dev"), "train")
     with pytest.raises(FileNotFoundError, match=r"set data\.source\.path to an npz file"):
@@ -205,7 +219,7 @@ def test_bad_arrays(tmp_path, npz):
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory, npz):
+def labeled(tmp_path_factory, npz):
     rows = {
         s: open_source(config.ArraysSource(path=str(npz)), t)
         for s, t in (("train", "train"), ("test", "eval"))
@@ -213,10 +227,10 @@ def labelled(tmp_path_factory, npz):
     return build_tfds("tiny", rows, tmp_path_factory.mktemp("tfds"))[0]
 
 
-def test_a_labelled_tfds_set_has_the_rows_it_was_built_of(labelled, npz):
+def test_a_labeled_tfds_set_has_the_rows_of_its_source(labeled, npz):
     for split in ("train", "eval"):
         want = open_source(config.ArraysSource(path=str(npz)), split)
-        got = open_source(config.TfdsSource(path=str(labelled)), split)
+        got = open_source(config.TfdsSource(path=str(labeled)), split)
         assert len(got) == len(want) and got.classes == want.classes
         for i in range(len(want)):
             np.testing.assert_array_equal(got.image(i, 8, "center"), want.image(i, 8, "center"))
@@ -224,8 +238,8 @@ def test_a_labelled_tfds_set_has_the_rows_it_was_built_of(labelled, npz):
     assert "tensorflow" not in sys.modules
 
 
-def test_tfds_by_name_version_and_slice(labelled):
-    root = str(labelled.parent.parent)
+def test_tfds_by_name_version_and_slice(labeled):
+    root = str(labeled.parent.parent)
     for name in ("tiny", "tiny:1.0.0"):
         assert len(open_source(config.TfdsSource(path=name, data_dir=root), "train")) == 15
     sliced = config.TfdsSource(path="tiny", data_dir=root, train_split="train[5:]", eval_split="train[:5]")
@@ -238,19 +252,19 @@ def test_tfds_by_name_version_and_slice(labelled):
         open_source(config.TfdsSource(path="tiny", data_dir=root, image_field="photo"), "train")
 
 
-def test_a_captioned_tfds_set_of_a_folder_leaves_out_what_is_broken(tmp_path):
+def test_a_tfds_set_of_a_folder_omits_broken_images(tmp_path):
     for i in range(8):
         write(tmp_path, f"in/{i}.jpg", png(i, kind="JPEG") if i != 3 else b"no")
         write(tmp_path, f"in/{i}.json", json.dumps({"captions": [f"n {i}", "b"], "captions_zh": ["红"]}))
-    rows = opened(tmp_path / "in", eval_fraction=0.0)
+    rows = open_folder(tmp_path / "in", eval_fraction=0.0)
     where, left_out = build_tfds("set", {"train": rows}, tmp_path / "out")
     assert left_out == {"train": {"not an image": 1}}
     got = open_source(config.TfdsSource(path=str(where)), "train")
-    kept = [0, 1, 2, 4, 5, 6, 7]
-    assert [got.captions(i) for i in range(7)] == [{"en": (f"n {i}", "b"), "zh": ("红",)} for i in kept]
+    usable = [0, 1, 2, 4, 5, 6, 7]
+    assert [got.captions(i) for i in range(7)] == [{"en": (f"n {i}", "b"), "zh": ("红",)} for i in usable]
     assert [got.stored_image(i) for i in range(7)] == [
-        rows.stored_image(i) for i in kept
-    ]  # the files, not encoded again
+        rows.stored_image(i) for i in usable
+    ]  # the original files
     with pytest.raises(ValueError, match=r"1\.0\.0 exists"):
         build_tfds("set", {"train": rows}, tmp_path / "out")
     with pytest.raises(ValueError, match="no files to store"):
@@ -261,7 +275,7 @@ def test_a_captioned_tfds_set_of_a_folder_leaves_out_what_is_broken(tmp_path):
 
 
 def as_tfrecord(directory, out):
-    """A copy of a TFDS directory as TensorFlow writes it: the same examples, framed as tfrecord."""
+    """Copy a TFDS directory with its examples in tfrecord files, as TensorFlow writes them."""
     out.mkdir(parents=True)
     for path in directory.iterdir():
         if ".array_record-" not in path.name:
@@ -280,19 +294,19 @@ def as_tfrecord(directory, out):
 
 
 @pytest.fixture(scope="module")
-def tfrecord(labelled, tmp_path_factory):
-    return as_tfrecord(labelled, tmp_path_factory.mktemp("tfrecord") / "tiny" / "1.0.0")
+def tfrecord(labeled, tmp_path_factory):
+    return as_tfrecord(labeled, tmp_path_factory.mktemp("tfrecord") / "tiny" / "1.0.0")
 
 
-def test_the_checksum_is_castagnoli_s():
+def test_crc32c_equals_published_values():
     assert crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C
     assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
     assert masked_crc(b"") == 0xA282EAD8
 
 
-def test_a_tfds_set_of_tfrecord_has_the_same_rows(labelled, tfrecord):
+def test_a_tfds_set_of_tfrecord_has_the_same_rows(labeled, tfrecord):
     for split in ("train", "eval"):
-        want, got = (open_source(config.TfdsSource(path=str(p)), split) for p in (labelled, tfrecord))
+        want, got = (open_source(config.TfdsSource(path=str(p)), split) for p in (labeled, tfrecord))
         assert len(got) == len(want) > 0 and got.classes == want.classes
         for i in range(len(want)):
             assert got.stored_image(i) == want.stored_image(i) and got.captions(i) == want.captions(i)
@@ -302,15 +316,15 @@ def test_a_tfds_set_of_tfrecord_has_the_same_rows(labelled, tfrecord):
     assert "tensorflow" not in sys.modules
 
 
-def test_damaged_tfrecords(labelled, tmp_path):
-    copy = as_tfrecord(labelled, tmp_path / "tiny" / "1.0.0")
+def test_damaged_tfrecords_are_rejected(labeled, tmp_path):
+    copy = as_tfrecord(labeled, tmp_path / "tiny" / "1.0.0")
     (file,) = copy.glob("*-train.tfrecord-*")
     whole = file.read_bytes()
     second = 16 + struct.unpack("<Q", whole[:8])[0]
     for bad, at in [
         (whole[:-1], r"record 14"), (whole[:100], r"byte 0, in record 0"), (whole + b"x", "record 15"),
         (whole[:second] + b"\xff" * 8 + whole[second + 8 :], f"byte {second}, in record 1"),
-        (struct.pack("<Q", second - 17) + whole[8:], "byte 0, in record 0"),  # a length that could be
+        (struct.pack("<Q", second - 17) + whole[8:], "byte 0, in record 0"),  # a plausible length
     ]:  # fmt: skip
         file.write_bytes(bad)
         with pytest.raises(ValueError, match=rf"train\.tfrecord.* is damaged or cut short at .*{at}"):
@@ -331,26 +345,26 @@ def test_damaged_tfrecords(labelled, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, npz, labelled, tfrecord):
+def sources(tmp_path_factory, npz, labeled, tfrecord):
     root = tmp_path_factory.mktemp("every")
     for i in range(15):
         write(root, f"folder/{i}.png", png(i))
         write(root, f"folder/{i}.txt", f"row {i}\nagain {i}")
     records = {str(i): (png(i), {"captions": [f"row {i}", f"again {i}"]}) for i in range(15)}
     write_records(root / "a.tar", records)
-    found = {
+    configs = {
         "folder": config.FolderSource(path=str(root / "folder"), eval_fraction=0.0),
         "tar": config.TarSource(path=str(root / "a.tar")),
         "arrays": config.ArraysSource(path=str(npz), templates=("a {}", "one {}")),
-        "tfds": config.TfdsSource(path=str(labelled)),
+        "tfds": config.TfdsSource(path=str(labeled)),
         "tfrecord": config.TfdsSource(path=str(tfrecord)),
         "scenes": config.ScenesSource(count=15),
     }
-    found["mixture"] = config.MixtureSource(parts=(found["folder"], found["scenes"]), weights=(2, 1))
-    rows = open_source(found["folder"], "train")
+    configs["mixture"] = config.MixtureSource(parts=(configs["folder"], configs["scenes"]), weights=(2, 1))
+    rows = open_source(configs["folder"], "train")
     info = CodesInfo(
         rows=15, shard_rows=4, num_codes=1, vocab=256, image_size=8, crop="center", tokenizer="",
-        languages=("en", "zh"), classes=(), source=describe_source(found["folder"]), fingerprint=rows.fingerprint(),
+        languages=("en", "zh"), classes=(), source=describe_source(configs["folder"]), fingerprint=rows.fingerprint(),
     )  # fmt: skip
     open_codes_dir(root / "codes", info)
     for k in range(info.shards):
@@ -360,18 +374,18 @@ def sources(tmp_path_factory, npz, labelled, tfrecord):
     train_text_tokenizer(
         [f"row {i} again a photo of one" for i in range(15)] * 3, root / "bpe.model", vocab=320
     )
-    return found | {"codes": found["folder"]}, root
+    return configs | {"codes": configs["folder"]}, root
 
 
 KINDS = ("folder", "tar", "arrays", "tfds", "tfrecord", "scenes", "mixture", "codes")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_was_killed_sees_the_same_rows_on_any_processes(sources, kind):
-    """Pictures or codes, crops, captions and skipped merges of every step, whoever reads them and whenever."""
-    found, root = sources
+def test_a_resumed_stream_is_equal_with_any_processes(sources, kind):
+    """Images or codes, crops, captions and skipped merges of every step."""
+    configs, root = sources
     codes = str(root / "codes") if kind == "codes" else None
-    data = config.DataConfig(source=found[kind], batch_size=4, crop="random", codes=codes, prefetch=1)
+    data = config.DataConfig(source=configs[kind], batch_size=4, crop="random", codes=codes, prefetch=1)
     text = {
         "text": TextTokenizer.load(root / "bpe.model"),
         "text_vocab": 400,
@@ -379,10 +393,10 @@ def test_a_run_that_was_killed_sees_the_same_rows_on_any_processes(sources, kind
         "bpe_dropout": 0.3,
     }
 
-    def take(start, n, workers=0, **share):
-        source = open_train_source(data)  # a new process opens it anew
+    def take(start, n, workers=0, **options):
+        source = open_train_source(data)  # as a new process does
         data_ = dataclasses.replace(data, num_workers=workers)
-        with train_batches(data_, source, start=start, image_size=32, **text, **share) as batches:
+        with train_batches(data_, source, start=start, image_size=32, **text, **options) as batches:
             return [next(batches) for _ in range(n)]
 
     straight = take(0, 9)
@@ -396,20 +410,20 @@ def test_a_run_that_was_killed_sees_the_same_rows_on_any_processes(sources, kind
     assert len({batch["text"].tobytes() for batch in straight}) == 9
     for got, want in zip(
         take(5, 4, workers=1), straight[5:], strict=True
-    ):  # the source was sent to a process
+    ):  # the source is sent to a worker process
         for key in want:
             np.testing.assert_array_equal(got[key], want[key])
 
 
-def test_the_kind_follows_from_the_path(tmp_path, labelled, npz):
+def test_the_kind_follows_from_the_path(tmp_path, labeled, npz):
     kinds = [
         (tmp_path, "folder"),
-        (labelled, "tfds"),
+        (labeled, "tfds"),
         (npz, "arrays"),
         ("a/*.tar", "tar"),
         ("cifar10:3.0.2", "tfds"),
     ]
     assert [infer_source(str(path)).kind for path, _ in kinds] == [kind for _, kind in kinds]
     with pytest.raises(FileNotFoundError, match="got nothing at"):
-        infer_source("no such place")
+        infer_source("missing")
     assert len(open_train_source(config.DataConfig(source=infer_source(str(npz))))) == 15

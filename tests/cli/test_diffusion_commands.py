@@ -1,4 +1,4 @@
-"""Diffusion from end to end on tiny models: the stage, the verbs on its runs, and every kind of bad input."""
+"""Diffusion from end to end on tiny models: training, the commands on its runs, and invalid input."""
 
 import dataclasses
 import json
@@ -68,8 +68,8 @@ def json_of(*argv) -> tuple[dict, str]:
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    for room in (metrics, diffusion):
-        monkeypatch.setattr(room, "EVAL_ROWS", 2)
+    for root in (metrics, diffusion):
+        monkeypatch.setattr(root, "EVAL_ROWS", 2)
 
 
 def random_params(shapes, seed=0):
@@ -77,8 +77,8 @@ def random_params(shapes, seed=0):
     return jax.tree.map(lambda s: np.asarray(0.3 * rng.normal(size=s.shape), np.float32), shapes)
 
 
-def exported(path, config, params):
-    """A run directory as `export` makes it."""
+def export_run(path, config, params):
+    """Write a run directory as `dalle-jax export` does."""
     path.mkdir(parents=True)
     write_params(path / "model.safetensors", params, 7)
     (path / "config.json").write_text(to_json(config))
@@ -87,7 +87,7 @@ def exported(path, config, params):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two updates of the stage, and what they logged."""
+    """The run directory and the result of a training of two steps."""
     out = tmp_path_factory.mktemp("diffusion") / "run"
     config = TrainConfig(
         model=MODEL, run=str(out), data=DATA, text=TextConfig(num_train_captions=40), steps=2, eval_every=2,
@@ -100,12 +100,12 @@ def trained(tmp_path_factory):
     return SimpleNamespace(run=out, outcome=outcome)
 
 
-def test_the_stage_logs_bands_and_draws(trained):
+def test_training_logs_bands_and_samples_images(trained):
     assert trained.outcome.finished and trained.outcome.state.ema
     rows = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
     bands = [f"band_{i}" for i in (1, 2, 3, 4)]
     (row,) = (r for r in rows if r["step"] == 1 and "loss" in r)
-    assert row["loss"] == pytest.approx(np.mean([row[b] for b in bands]), rel=1e-4)  # two rows in each
+    assert row["loss"] == pytest.approx(np.mean([row[b] for b in bands]), rel=1e-4)  # two rows in each band
     assert "eps_mse" in row
     (measured,) = (r for r in rows if "eval_loss" in r)
     assert {f"eval_{b}" for b in bands} < measured.keys()
@@ -113,59 +113,59 @@ def test_the_stage_logs_bands_and_draws(trained):
 
 
 def test_sample(trained, tmp_path):
-    what = ("--num-steps", 4, "--sampler", "ddim", "--eta", 0.5, "--guidance-scale", 2, "--batch-size", 2)
-    found, err = json_of(
+    flags = ("--num-steps", 4, "--sampler", "ddim", "--eta", 0.5, "--guidance-scale", 2, "--batch-size", 2)
+    result, err = json_of(
         "sample",
         trained.run,
         "a red circle",
         "",
         "--num-images",
         2,
-        *what,
+        *flags,
         "--filmstrip",
         2,
         "--out",
         tmp_path / "a",
     )
-    assert [p["seed"] for p in found["images"]] == [0, 1, 0, 1]
-    assert [p["caption"] for p in found["images"]] == [
+    assert [p["seed"] for p in result["images"]] == [0, 1, 0, 1]
+    assert [p["caption"] for p in result["images"]] == [
         "a red circle",
         "a red circle",
         "(no caption)",
         "(no caption)",
     ]
     assert "denoising steps 8/8" in err  # two batches of four steps
-    pictures = [np.asarray(Image.open(p["file"])) for p in found["images"]]
-    assert pictures[0].shape == (SIZE, SIZE, 3) and (pictures[0] != pictures[1]).any()
+    sampled_images = [np.asarray(Image.open(p["file"])) for p in result["images"]]
+    assert sampled_images[0].shape == (SIZE, SIZE, 3) and (sampled_images[0] != sampled_images[1]).any()
     film, grid = (Image.open(tmp_path / "a" / name) for name in ("filmstrip.png", "grid.png"))
-    assert film.height > 1.5 * film.width and grid.width > 250  # four pictures, two looks at each
-    assert found["denoising"]["sampler"] == "ddim" and found["step"] == 2
+    assert film.height > 1.5 * film.width and grid.width > 250  # four images at two steps
+    assert result["denoising"]["sampler"] == "ddim" and result["step"] == 2
     alone, _ = json_of(
-        "sample", trained.run, "a red circle", "--seed", 1, "--num-images", 1, *what, "--out", tmp_path / "b"
+        "sample", trained.run, "a red circle", "--seed", 1, "--num-images", 1, *flags, "--out", tmp_path / "b"
     )
-    np.testing.assert_array_equal(np.asarray(Image.open(alone["images"][0]["file"])), pictures[1])
+    np.testing.assert_array_equal(np.asarray(Image.open(alone["images"][0]["file"])), sampled_images[1])
 
 
 def test_inpainting_and_image_to_image(trained, tmp_path):
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    image = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
     mask = np.zeros((SIZE, SIZE, 3), np.uint8)
     mask[:, 16:] = 255
-    for name, pixels in (("picture", picture), ("mask", mask)):
+    for name, pixels in (("image", image), ("mask", mask)):
         images.save_png(tmp_path / f"{name}.png", pixels)
-    begin = ("--num-images", 1, "--num-steps", 4, "--image", tmp_path / "picture.png", "--out")
-    found, _ = json_of(
-        "sample", trained.run, "a red circle", *begin, tmp_path / "a", "--mask", tmp_path / "mask.png"
+    flags = ("--num-images", 1, "--num-steps", 4, "--image", tmp_path / "image.png", "--out")
+    result, _ = json_of(
+        "sample", trained.run, "a red circle", *flags, tmp_path / "a", "--mask", tmp_path / "mask.png"
     )
-    drawn = np.asarray(Image.open(found["images"][0]["file"])).astype(int)
-    np.testing.assert_array_equal(drawn[:, :16], picture[:, :16])
-    assert np.abs(drawn[:, 16:] - picture[:, 16:]).mean() > 20
+    sampled = np.asarray(Image.open(result["images"][0]["file"])).astype(int)
+    np.testing.assert_array_equal(sampled[:, :16], image[:, :16])
+    assert np.abs(sampled[:, 16:] - image[:, 16:]).mean() > 20
     for strength in ("0.5", "1.0"):
-        json_of("sample", trained.run, "a red circle", *begin, tmp_path / strength, "--strength", strength)
+        json_of("sample", trained.run, "a red circle", *flags, tmp_path / strength, "--strength", strength)
     (tmp_path / "black.png").write_bytes(b"")
     images.save_png(tmp_path / "black.png", 0 * mask)
     done = run(
-        "sample", trained.run, "x", *begin, tmp_path / "c", "--mask", tmp_path / "black.png"
+        "sample", trained.run, "x", *flags, tmp_path / "c", "--mask", tmp_path / "black.png"
     )  # fmt: skip
     assert done.code == 1 and "all black: nothing is sampled" in done.err
 
@@ -182,16 +182,16 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
         (["x", "--threshold", "1.5"], 1, "threshold is 1.5; expected a quantile"),
         (["x", "--filmstrip", "51"], 1, "--filmstrip is 51; expected 1 to 50"),
         (
-            ["x", "--mask", "small.png", "--image", "picture.png"],
+            ["x", "--mask", "small.png", "--image", "image.png"],
             1,
             "--mask small.png is 16 x 16 pixels; this model's",
         ),
         (["x", "--image", "small.png", "--strength", "0.5"], 1, "--image small.png is 16 x 16"),
-        (["x", "--image", "picture.png"], 1, "needs a strength (image-to-image) or a mask (inpainting)"),
+        (["x", "--image", "image.png"], 1, "needs a strength (image-to-image) or a mask (inpainting)"),
         (["x", "--strength", "0.5"], 1, "a mask or a strength needs an image to start from"),
-        (["x", "--image", "picture.png", "--strength", "2"], 1, "strength is 2.0; expected a fraction"),
+        (["x", "--image", "image.png", "--strength", "2"], 1, "strength is 2.0; expected a fraction"),
         (["x", "--temperature", "0.5"], 2, "--temperature"),
-        (["x", "--prefix", "picture.png"], 2, "--prefix"),
+        (["x", "--prefix", "image.png"], 2, "--prefix"),
         (["x", "--decoder", "runs/x"], 2, "--decoder"),
         (["x", "--draft-len", "4"], 2, "--draft-len"),
         (["x", "--quantization", "int8"], 2, "--quantization"),
@@ -200,20 +200,20 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
         ([], 1, "no captions; give one or more"),
     ],
 )
-def test_sample_refuses(trained, tmp_path, monkeypatch, argv, code, match):
+def test_invalid_sampling_flags_are_rejected(trained, tmp_path, monkeypatch, argv, code, match):
     monkeypatch.chdir(tmp_path)
-    images.save_png(tmp_path / "picture.png", np.zeros((SIZE, SIZE, 3), np.uint8))
+    images.save_png(tmp_path / "image.png", np.zeros((SIZE, SIZE, 3), np.uint8))
     images.save_png(tmp_path / "small.png", np.zeros((16, 16, 3), np.uint8))
     done = run("sample", trained.run, *argv, "--out", "out")
     assert done.code == code and match in done.err and "Traceback" not in done.err, done.err
     assert done.out == ""
 
 
-def test_a_picture_that_is_not_finite_names_its_step(trained, tmp_path):
+def test_a_non_finite_image_is_an_error_that_names_the_step(trained, tmp_path):
     model = load(trained.run, DiffusionPipeline)
     bad = jax.tree.map(lambda x: x * jnp.nan, model.run.params)
     config = dataclasses.replace(model.run.config, run="x")
-    path = exported(tmp_path / "bad", config, model.run.params)
+    path = export_run(tmp_path / "bad", config, model.run.params)
     (path / "text_tokenizer.model").write_bytes((trained.run / "text_tokenizer.model").read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dalle_jax.pipelines.loading.load_run", lambda *_, **__: Run(config, bad, path, 7))
@@ -222,33 +222,33 @@ def test_a_picture_that_is_not_finite_names_its_step(trained, tmp_path):
 
 
 def test_evaluate(trained):
-    found, _ = json_of("evaluate", trained.run, "--count", 2, "--num-steps", 4)
-    assert found["stage"] == "diffusion" and found["sampler"] == "dpm++2m" and found["steps"] == 4
-    assert {"loss", "eps_mse", "band_1", "accuracy_one_object", "accuracy_held_out"} <= found.keys()
+    result, _ = json_of("evaluate", trained.run, "--count", 2, "--num-steps", 4)
+    assert result["stage"] == "diffusion" and result["sampler"] == "dpm++2m" and result["steps"] == 4
+    assert {"loss", "eps_mse", "band_1", "accuracy_one_object", "accuracy_held_out"} <= result.keys()
     done = run("evaluate", trained.run, "--top-k", 3)
     assert done.code == 2 and "--top-k" in done.err
 
 
 @pytest.mark.slow
 def test_bits_per_dim(trained):
-    """A network of two updates: far from the 8 bits of bytes taken one by one, but a number all the same."""
-    found, _ = json_of("evaluate", trained.run, "--count", 2, "--num-steps", 4, "--bits-per-dim", 2)
-    assert found["bits_per_dim_rows"] == 2 and 0 < found["bits_per_dim"] < 20
+    """After two training steps the value is finite, far from the 8 bits of independent bytes."""
+    result, _ = json_of("evaluate", trained.run, "--count", 2, "--num-steps", 4, "--bits-per-dim", 2)
+    assert result["bits_per_dim_rows"] == 2 and 0 < result["bits_per_dim"] < 20
 
 
 # --- labels, and codes of a tokenizer ------------------------------------------------------------------------
 
 
-def test_labels(tmp_path):
+def test_images_are_sampled_by_class(tmp_path):
     model = DiffusionConfig(**NET, num_classes=3, prediction="x0")
     params = random_params(jax.eval_shape(lambda: unet.init(model, jax.random.key(0))))
-    path = exported(tmp_path / "classes", TrainConfig(model=model, data=DATA), params)
-    found, _ = json_of(
+    path = export_run(tmp_path / "classes", TrainConfig(model=model, data=DATA), params)
+    result, _ = json_of(
         "sample", path, "--label", 0, 2, "--num-images", 1, "--num-steps", 2, "--out", tmp_path / "out"
     )
-    assert [p["caption"] for p in found["images"]] == ["class 0", "class 2"]
-    pictures = [np.asarray(Image.open(p["file"])) for p in found["images"]]
-    assert (pictures[0] != pictures[1]).any()  # the same seed
+    assert [p["caption"] for p in result["images"]] == ["class 0", "class 2"]
+    sampled_images = [np.asarray(Image.open(p["file"])) for p in result["images"]]
+    assert (sampled_images[0] != sampled_images[1]).any()  # the same seed, another class
     for argv, match in (
         ((), "no label; give --label, 0 to 2"),
         (("--label", 3), "labels from 3 to 3; expected 0 to 2"),
@@ -260,27 +260,27 @@ def test_labels(tmp_path):
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    """A diffusion model on the codes of a tokenizer, both of random weights."""
-    room = tmp_path_factory.mktemp("decoder")
+    """A diffusion model on the codes of a tokenizer, both with random weights."""
+    root = tmp_path_factory.mktemp("decoder")
     cfg = DVAEConfig(image_size=SIZE, groups=3, blocks=1, width=8, decoder_width=8, vocab=9)
     params = random_params(jax.eval_shape(lambda: dvae.init(cfg, jax.random.key(0))))
-    tokenizer = Run(TrainConfig(model=cfg, data=DATA), params, room / "dvae", 0)
+    tokenizer = Run(TrainConfig(model=cfg, data=DATA), params, root / "dvae", 0)
     model = DiffusionConfig(**NET, codes=CodesConfig(vocab=9, grid=8, width=4), prediction="x0")
-    config = TrainConfig(model=model, data=DATA, image_tokenizer=str(room / "dvae"))
+    config = TrainConfig(model=model, data=DATA, image_tokenizer=str(root / "dvae"))
     params = random_params(jax.eval_shape(lambda: unet.init(model, jax.random.key(0))))
-    path = exported(room / "run", config, params)
+    path = export_run(root / "run", config, params)
     write_run(path / "image_tokenizer", tokenizer.config, tokenizer.params, tokenizer.step)
     return path
 
 
-def test_decoding_codes(decoder, tmp_path):
+def test_decode_equals_the_function(decoder, tmp_path):
     codes = np.random.default_rng(0).integers(0, 9, (3, 64)).astype(np.int32)
     np.savez(tmp_path / "codes.npz", codes=codes)
     out = tmp_path / "images.npz"
-    found, err = json_of(
+    result, err = json_of(
         "decode", decoder, tmp_path / "codes.npz", "--num-steps", 2, "--seed", 5, "--out", out
     )
-    assert found["num_images"] == 3 and "denoising steps 2/2" in err
+    assert result["num_images"] == 3 and "denoising steps 2/2" in err
     got = np.load(out)["images"]
     model, sampling = load(decoder, DiffusionPipeline), DiffusionSamplingConfig(num_steps=2)
     want = diffusion.decode_by_diffusion(model, codes, [5, 6, 7], sampling)
@@ -291,14 +291,14 @@ def test_decoding_codes(decoder, tmp_path):
         model.sample([ImageRequest(codes=9 * (np.arange(64) > 0))])
 
 
-def test_decoders_side_by_side(decoder):
-    found, _ = json_of("evaluate", decoder, "--count", 2, "--num-steps", 2)
+def test_evaluate_compares_with_the_decoder_of_the_tokenizer(decoder):
+    result, _ = json_of("evaluate", decoder, "--count", 2, "--num-steps", 2)
     assert {
         "psnr",
         "tokenizer_psnr",
         "accuracy_reconstruction",
         "tokenizer_accuracy_reconstruction",
-    } <= found.keys()
+    } <= result.keys()
     model = load(decoder, DiffusionPipeline)
     model.check_tokenizer(model.tokenizer)
     run = model.tokenizer.run
@@ -307,23 +307,25 @@ def test_decoders_side_by_side(decoder):
         model.check_tokenizer(other)
 
 
-def test_rfid_is_of_what_the_decoder_draws_from_codes_of_true_pictures(decoder, monkeypatch):
-    """Row i with its own codes and seed; beside it the tokenizer's own pixels of the same codes."""
-    model, seen = load(decoder, DiffusionPipeline), []
+def test_rfid_decodes_the_codes_of_the_evaluation_images(decoder, monkeypatch):
+    """Row i has its own codes and seed. A second FID is of the tokenizer's decoder on the same codes."""
+    model, feature_inputs = load(decoder, DiffusionPipeline), []
 
-    def moments(network, made, rows, progress):
-        seen.append(np.concatenate(list(made)))
-        return SimpleNamespace(count=len(seen[-1])), None
+    def feature_stats(network, made, rows, progress):
+        feature_inputs.append(np.concatenate(list(made)))
+        return SimpleNamespace(count=len(feature_inputs[-1])), None
 
-    monkeypatch.setattr(metrics, "_feature_stats", moments)
-    monkeypatch.setattr(metrics.fid, "fid", lambda a, b: float(len(seen)))
-    how, true = DiffusionSamplingConfig(num_steps=2), SimpleNamespace(count=9)
-    found = diffusion.measure_decoder_rfid(None, model, true, 3, how, seed=4)
-    assert found == {"rfid": 1.0, "rfid_count": 3, "rfid_reference_count": 9, "tokenizer_rfid": 2.0}
+    monkeypatch.setattr(metrics, "_feature_stats", feature_stats)
+    monkeypatch.setattr(metrics.fid, "fid", lambda a, b: float(len(feature_inputs)))
+    sampling, true = DiffusionSamplingConfig(num_steps=2), SimpleNamespace(count=9)
+    result = diffusion.measure_decoder_rfid(None, model, true, 3, sampling, seed=4)
+    assert result == {"rfid": 1.0, "rfid_count": 3, "rfid_reference_count": 9, "tokenizer_rfid": 2.0}
     source = open_source(DATA.source, "eval", languages=())
     codes = model.tokenizer.encode(eval_batch(DATA, source, 3, image_size=SIZE)["image"])
-    np.testing.assert_array_equal(seen[0], diffusion.decode_by_diffusion(model, codes, [4, 5, 6], how))
-    np.testing.assert_array_equal(seen[1], images.to_uint8(model.tokenizer.decode(codes)))
+    np.testing.assert_array_equal(
+        feature_inputs[0], diffusion.decode_by_diffusion(model, codes, [4, 5, 6], sampling)
+    )
+    np.testing.assert_array_equal(feature_inputs[1], images.to_uint8(model.tokenizer.decode(codes)))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +338,7 @@ def test_rfid_is_of_what_the_decoder_draws_from_codes_of_true_pictures(decoder, 
         (CodesConfig(vocab=9, grid=4), "model.codes.grid is 4, but the image tokenizer .* has 8"),
     ],
 )
-def test_stage_refuses_codes_that_do_not_fit(decoder, codes, match):
+def test_codes_that_do_not_fit_the_tokenizer_are_rejected(decoder, codes, match):
     model = dataclasses.replace(MODEL, text=None, codes=codes)
     with pytest.raises(ValueError, match=match):
         config = TrainConfig(model=model, image_tokenizer=str(decoder / "image_tokenizer"), run="nowhere")
@@ -347,7 +349,7 @@ def test_stage_refuses_codes_that_do_not_fit(decoder, codes, match):
         DiffusionTask(TrainConfig(model=model, run="nowhere")).check_prerequisites()
 
 
-def test_stage_refuses_classes_that_the_data_lacks(tmp_path):
+def test_a_number_of_classes_that_differs_from_the_data_is_rejected(tmp_path):
     task = DiffusionTask(TrainConfig(model=dataclasses.replace(MODEL, text=None, num_classes=4), data=DATA))
     with pytest.raises(
         ValueError, match=r"model\.num_classes is 4, but the data has 0 classes. Set them equal"
