@@ -77,7 +77,7 @@ def test_shard_k_holds_its_rows_and_processes_share_them(tmp_path):
     for n, (codes, captions, label) in enumerate(results):
         i = n % 30
         assert codes.tolist() == [i, 999 - i] and captions == source.captions(i) and label == i % 3
-    with pytest.raises(IndexError, match="row in \[0, 30\), got 30"):
+    with pytest.raises(IndexError, match=r"row in \[0, 30\), got 30"):
         rows.row(30)
 
 

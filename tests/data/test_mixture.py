@@ -233,7 +233,7 @@ def test_an_endless_epoch_is_rejected():
     big = config.ScenesSource(count=2**30)
     with pytest.raises(ValueError, match="Raise the smallest weights"):
         mixed(config.ScenesSource(), big, weights=(9_999, 1))
-    with pytest.raises(IndexError, match="row in \[0, 4\), got 4"):
+    with pytest.raises(IndexError, match=r"row in \[0, 4\), got 4"):
         mixed(config.ScenesSource(count=4), weights=(1,)).captions(4)
 
 

@@ -425,5 +425,5 @@ def test_the_kind_follows_from_the_path(tmp_path, labeled, npz):
     ]
     assert [infer_source(str(path)).kind for path, _ in kinds] == [kind for _, kind in kinds]
     with pytest.raises(FileNotFoundError, match="got nothing at"):
-        infer_source("missing")
+        infer_source("no such place")
     assert len(open_train_source(config.DataConfig(source=infer_source(str(npz))))) == 15

@@ -1,7 +1,6 @@
 """Tests of worker processes: the same batches as with threads, errors reach the caller, no process remains."""
 
 import gc
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from data_files import IMAGE_SIZE, assert_same_batches, take_batches, write_numbered_tar
 
 from dalle_jax import config
+from dalle_jax.checkpoint.run_dir import open_run_dir, read_config
 from dalle_jax.data.loader.pipeline import open_train_source, train_batches
 
 WORKERS = (1, 3)
@@ -263,9 +263,10 @@ def test_workers_end_with_their_parent(tar, signal_number):
     assert len(pids) == 2 and all(ends(pid) for pid in pids)
 
 
-def test_a_training_run_uses_them(tar, tmp_path):
-    """`data.num_workers` may change when a run goes on."""
-    from dalle_jax.checkpoint.run_dir import RESUMABLE_FIELDS
-
-    assert "data.num_workers" in RESUMABLE_FIELDS
-    assert json.loads(config.to_json(worker_config(tar, 3)))["num_workers"] == 3
+def test_a_resumed_run_may_change_the_number_of_workers(tar, tmp_path):
+    for workers in (0, 3):
+        training = config.TrainConfig(
+            model=config.DVAEConfig(), run=str(tmp_path / "run"), data=worker_config(tar, workers)
+        )
+        open_run_dir(training)
+        assert read_config(training.run).data.num_workers == workers
