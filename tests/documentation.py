@@ -1,6 +1,6 @@
 """The commands and code of README.md and docs/, and a directory in which they run at tiny sizes.
 
-A command in a `sh` block runs as it stands there, with the changes listed in this file and no others:
+A command in a `sh` block runs with the changes listed in this file and no others:
 `TINY` flags make models and batches small, `WORDS` replaces what a reader fills in, `NOT_RUN` lists the commands
 that need hardware, downloads or a cloud. The directory has `configs/`, data and trained runs under the names that
 the pages use.
@@ -129,7 +129,7 @@ def block_commands(page: Path) -> list[str]:
 
 
 def inline_commands(page: Path) -> list[str]:
-    """Return what stands between backticks in the text and begins with a command of this project."""
+    """Return the inline code that begins with a command of this project."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).replace("\n", " ")
     codes = (" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text))
     return [code for code in codes if OURS.match(code)]
@@ -174,9 +174,7 @@ def shrink(words: list[str]) -> list[str]:
         flags += " --data.source.eval-fraction 0.2"
     if config.data.source.kind == "scenes" and "--data.path" not in rest:
         flags += " --data.source.count 64"
-    shutil.rmtree(
-        run_of(rest, config), ignore_errors=True
-    )  # a training starts, also where the site has the run
+    shutil.rmtree(run_of(rest, config), ignore_errors=True)  # a training starts even if the run exists
     return [command, *rest, *flags.split()]
 
 
@@ -215,8 +213,8 @@ def save_image(path: Path, seed: int, side: int = 32) -> None:
 
 def random_arrays(shapes: dict) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    draw = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return {name: np.abs(x) + 0.5 if "var" in name else 0.05 * x for name, x in draw.items()}
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: np.abs(x) + 0.5 if "var" in name else 0.05 * x for name, x in arrays.items()}
 
 
 def write_data(site: Path) -> None:

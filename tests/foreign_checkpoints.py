@@ -29,7 +29,7 @@ def pickle_ints(values):
 
 
 def pickle_tensor(key, array, *, offset=0, shape=None, strides=None, legacy=False):
-    """The pickle of a tensor over storage `key` that holds all of `array`."""
+    """Return the pickle of a tensor over storage `key` that holds all of `array`."""
     shape = array.shape if shape is None else shape
     strides = [s // array.itemsize for s in array.strides] if strides is None else strides
     kind = STORAGES[array.dtype.name].encode()
@@ -60,7 +60,7 @@ def pickle_state_dict(entries):
 
 
 def torch_zip(path, arrays, table=None):
-    """What torch.save writes of a state dict, by hand from the description of the format."""
+    """Write a state dict as torch.save does, by hand from the description of the format."""
     keys = {name: str(i) for i, name in enumerate(arrays)}
     if table is None:
         table = pickle_state_dict({name: pickle_tensor(keys[name], array) for name, array in arrays.items()})
@@ -73,11 +73,11 @@ def torch_zip(path, arrays, table=None):
 
 
 def shapes_by_name(cfg):
-    """Shape and dtype of every parameter of a model, by its path `a/b/c`."""
+    """Return shape and dtype of every parameter of a model, by its path `a/b/c`."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(model_shapes(cfg))
     return {path_name(path): leaf for path, leaf in pairs}
 
 
 def read_arrays(tensors):
-    """The arrays of lazily read tensors, by name."""
+    """Return the arrays of lazily read tensors, by name."""
     return {name: tensor.read() for name, tensor in tensors.items()}

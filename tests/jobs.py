@@ -179,7 +179,7 @@ def series(run: Path) -> list[dict]:
 
 
 def assert_close(got: list[dict], want: list[dict], rtol=1e-5, atol=1e-6) -> None:
-    """The same steps and metrics, up to the order of sums over devices."""
+    """Assert equal steps and metrics, up to the order of sums over devices."""
     assert [(r["step"], list(r)) for r in got] == [(r["step"], list(r)) for r in want]
     for g, w in zip(got, want, strict=True):
         for name in w:
@@ -190,7 +190,7 @@ def assert_close(got: list[dict], want: list[dict], rtol=1e-5, atol=1e-6) -> Non
 
 
 def saved_params(run: Path) -> dict:
-    """The averaged parameters of the latest checkpoint."""
+    """Return the averaged parameters of the latest checkpoint."""
     checkpoints = CheckpointManager(run / "checkpoints")
     try:
         step = checkpoints.latest
@@ -210,14 +210,14 @@ def assert_same_params(a: Path, b: Path, rtol=1e-5, atol=1e-6) -> None:
 
 
 def straight_run(run: Path, **changes) -> Path:
-    """One process with eight devices, without an event."""
+    """Train in one process with eight devices, without an event."""
     config = tiny_config(run, **CHANGES | changes)
     loop.train(config, FakeTask(config))
     return run
 
 
 def saved_steps(run: Path) -> list[int]:
-    """The steps with a checkpoint; fails for one that cannot be read."""
+    """Return the steps with a checkpoint; fails for one that cannot be read."""
     path = run / "checkpoints"
     if not path.is_dir():
         return []
@@ -233,13 +233,13 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def unfinished_saves(run: Path) -> set[int]:
-    """The steps whose save has started and not ended."""
+    """Return the steps whose save has started and not ended."""
     names = [p.name for p in (run / "checkpoints").iterdir() if p.name.endswith(".orbax-checkpoint-tmp")]
     return {int(name.partition(".")[0]) for name in names}
 
 
 def only_process_0_logs(job: Job) -> None:
-    """Only process 0 logs metrics, and the saved configuration has no fields of processes."""
+    """Assert that only process 0 logs metrics and the saved configuration has no fields of processes."""
     assert "loss" in job.log(0)
     assert not any("loss" in job.log(p) for p in range(1, len(job.logs)))
     written = json.loads((job.run / "config.json").read_text())["distributed"]
@@ -247,5 +247,5 @@ def only_process_0_logs(job: Job) -> None:
 
 
 def starved(job: Job) -> bool:
-    """Whether CPU collectives, which time out after 30 s, failed on a busy machine."""
+    """Return whether CPU collectives, which time out after 30 s, failed on a busy machine."""
     return "Gloo context initialization failed" in job.logs_text()

@@ -1,4 +1,4 @@
-"""Tests of README.md and docs/: commands run, Python blocks run, links lead somewhere, sizes are right.
+"""Tests of README.md and docs/: commands run, Python blocks run, links have targets, sizes are correct.
 
 Default: all flags of all commands exist, links and files exist. With `-m docs` every command and every Python block
 runs at a tiny size (tests/documentation.py).
@@ -36,7 +36,7 @@ COMMANDS = [(page.name, line) for page in PAGES for line in block_commands(page)
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page} {line[:60]}" for page, line in COMMANDS])
 def test_flags_of_commands_exist(page, line, monkeypatch, capsys):
-    """Words in capitals are what a reader fills in; a command with "..." is an outline and only its verb is checked."""
+    """A reader replaces words in capitals; of a command with "..." only the verb is checked."""
     monkeypatch.chdir(ROOT)
     command, *rest = split_words(line)
     assert command in CLI_COMMANDS or command == "COMMAND"
@@ -53,7 +53,7 @@ def test_flags_of_commands_exist(page, line, monkeypatch, capsys):
 
 
 def _parse_problem(flags, words, capsys) -> str | None:
-    """What is wrong with the words of a command, whose flags depend on the model of RUN; None if nothing is."""
+    """Return the error of parsing a command, whose flags depend on the model of RUN, or None."""
     known = {"--help", *("--" + field.name.replace("_", "-") for field in dataclasses.fields(flags))}
     if unknown := {word.partition("=")[0] for word in words if word.startswith("--")} - known:
         return f"no flags {unknown}"
@@ -70,8 +70,8 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_commands_stand_in_shell_blocks(page):
-    """Else `-m docs` would not run them."""
+def test_commands_are_in_shell_blocks(page):
+    """`-m docs` runs only those."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     assert not re.findall(r"^ *(?:dalle-jax|python train\.py|pytest) .*", text, re.MULTILINE)
 
@@ -176,7 +176,7 @@ def test_sizes_of_configurations():
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The directory of data and tiny runs; xdist workers share one."""
+    """The directory of data and tiny runs, common to all xdist workers."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     path = base / "site"
@@ -227,7 +227,7 @@ def test_commands_run(page, page_directory):
 @pytest.mark.docs
 @pytest.mark.parametrize("page", [p for p in PAGES if fences(p, "python")], ids=lambda p: p.name)
 def test_python_runs(page, page_directory):
-    """The blocks of a page share one namespace, as in a notebook."""
+    """The blocks of a page have one namespace, as in a notebook."""
     namespace = {"__name__": "__main__"}
     for code in fences(page, "python"):
         exec(compile(inspect.cleandoc(code), page.name, "exec"), namespace)
@@ -258,8 +258,8 @@ def test_notebook_runs(tmp_path, monkeypatch):
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in shown)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 def test_notebook_has_no_outputs():
@@ -268,7 +268,7 @@ def test_notebook_has_no_outputs():
 
 
 def test_reasons_are_needed():
-    """Each pattern of commands that do not run still matches one."""
+    """Each pattern of NOT_RUN matches a command."""
     blocks = [f"{command} " for page in PAGES for command in block_commands(page)]
     for pattern, reason in documentation.NOT_RUN:
         assert any(re.search(pattern, block) for block in blocks), f"no command matches {pattern} ({reason})"

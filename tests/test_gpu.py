@@ -34,7 +34,7 @@ def _gpu():
 
 
 def on_both(fn, *args):
-    """The results of `fn` on the GPU and on the CPU."""
+    """Return the results of `fn` on the GPU and on the CPU."""
     found = []
     for device in (jax.devices("gpu")[0], jax.devices("cpu")[0]):
         with jax.default_device(device), jax.default_matmul_precision("float32"):

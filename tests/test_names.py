@@ -1,4 +1,4 @@
-"""Test of public names: a name stands in one module, except for the verbs that all models share."""
+"""Test of public names: a name is public in one module, except the verbs of the model protocol."""
 
 import ast
 from collections import defaultdict

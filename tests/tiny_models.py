@@ -1,4 +1,4 @@
-"""Tiny Transformers that several test modules share: configurations, parameters and inputs.
+"""Tiny Transformers for several test modules: configurations, parameters and inputs.
 
 B batch, T text positions, N codes, V image vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: kept ones, other meshes, and every way in which a disk can fail."""
+"""Tests of checkpoints: retention, restoring on another mesh, and failures of the disk."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def abstract_of(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def test_keeps_the_last_and_the_best(tmp_path):
+def test_the_last_and_the_best_checkpoint_remain(tmp_path):
     scores = {1: 5.0, 2: 1.0, 3: None, 4: float("nan"), 5: 9.0, 6: 3.0}
     checkpoints = CheckpointManager(tmp_path, keep=2, best=("eval_loss", "min"))
     for step, score in scores.items():
@@ -63,7 +63,7 @@ def test_keeps_the_last_and_the_best(tmp_path):
     for step, score in enumerate([0.1, 0.7, 0.7, 0.2]):
         most.save(step, one_array(step), {"right": score})
     most.wait()
-    assert most.steps == [2, 3] and most.best == 2  # the later one of equals
+    assert most.steps == [2, 3] and most.best == 2  # the later of two equal losses
     most.close()
 
 
@@ -84,7 +84,7 @@ def test_restores_on_another_mesh(tmp_path):
     checkpoints.close()
 
 
-def test_other_tree_or_shape_names_the_leaf(tmp_path):
+def test_an_error_names_the_leaf_that_does_not_fit(tmp_path):
     task, tx, mesh = setup()
     checkpoints = CheckpointManager(tmp_path, keep=1)
     state = init_state(task, tx, mesh)
@@ -158,7 +158,7 @@ def test_half_written_checkpoint_is_ignored(tmp_path, eight_steps):
     run = shutil.copytree(eight_steps, tmp_path / "run")
     shutil.copytree(run / "checkpoints" / "8", run / "checkpoints" / "9.orbax-checkpoint-tmp")
     assert load_run(run).step == 8
-    assert (run / "checkpoints" / "9.orbax-checkpoint-tmp").exists()  # reading deletes nothing
+    assert (run / "checkpoints" / "9.orbax-checkpoint-tmp").exists()  # loading deletes no files
     longer = tiny_config(run, steps=10)
     assert loop.train(longer, FakeTask(longer)).step == 10
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "8"]
@@ -188,8 +188,8 @@ sys.exit(main(["train", "config.py"]))
 """
 
 
-def test_a_deletion_that_is_not_ended_leaves_no_checkpoint(tmp_path, monkeypatch):
-    """What a process that is killed while it deletes leaves: it has a part of its files, and no number any more."""
+def test_an_unfinished_deletion_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """After a kill during a deletion the directory has some of its files and no longer a number as its name."""
 
     def half(path):
         (path / "_CHECKPOINT_METADATA").unlink()
@@ -209,7 +209,7 @@ def test_a_deletion_that_is_not_ended_leaves_no_checkpoint(tmp_path, monkeypatch
 
 
 def test_full_disk_leaves_the_earlier_checkpoints(tmp_path):
-    """A limit on the size of files stands for the full disk: the checkpoint's first file does not fit."""
+    """A limit on the size of files replaces a full disk: the first file of the checkpoint does not fit."""
     run = tmp_path / "run"
     tests = str(Path(__file__).parents[1])
     done = subprocess.run(
@@ -224,8 +224,7 @@ def test_full_disk_leaves_the_earlier_checkpoints(tmp_path):
     assert loop.train(config, FakeTask(config)).finished
 
 
-def test_failing_save_is_told_and_stops_the_run(tmp_path, monkeypatch):
-
+def test_a_failed_save_stops_the_run(tmp_path, monkeypatch):
     class Failed:
         def result(self, timeout=None):
             raise OSError(28, "No space left on device")
@@ -244,7 +243,7 @@ def test_failing_save_is_told_and_stops_the_run(tmp_path, monkeypatch):
     assert load_run(run).step == 4
 
 
-def test_place_that_cannot_be_written(tmp_path):
+def test_an_unwritable_run_directory_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     config = tiny_config(tmp_path / "file" / "run")
     with pytest.raises(OSError, match="cannot make the run directory"):
@@ -285,12 +284,12 @@ def test_written_run_is_the_same_model(tmp_path):
     name = params_fingerprint(config.model, params)
     assert name == params_fingerprint(config.model, run.params) and len(name) == 16
     assert params_fingerprint(config.model, jax.tree.map(lambda x: x.at[-1].add(1e-6), params)) != name
-    (tmp_path / "frozen" / "config.json").unlink()  # killed before the end
+    (tmp_path / "frozen" / "config.json").unlink()  # as if killed before the end
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_run(tmp_path / "frozen")
 
 
-def test_load_run_errors(trained, tmp_path):
+def test_invalid_arguments_of_load_run_are_rejected(trained, tmp_path):
     run, _ = trained
     with pytest.raises(ValueError, match="is a run of stage dvae, want one of stage dalle"):
         load_run(run, kind="dalle")

@@ -1,4 +1,4 @@
-"""Export to safetensors and back: the same numbers, and files that must not be believed."""
+"""Tests of export to safetensors: equal parameters after a round trip, and errors for invalid files."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ VQGAN = VQGANConfig(
 
 
 def make_run(path, model=None):
-    """A run directory with the first parameters of a tiny tokenizer, saved at step 5."""
+    """Write a run directory with initial parameters of a tiny tokenizer at step 5."""
     config = tiny_config(path) if model is None else tiny_config(path, model=model)
     params = tokenizer.init(config.model, jax.random.key(0))
     path.mkdir()
@@ -60,7 +60,7 @@ def test_an_exported_run_is_the_same_model(tmp_path, model):
 
 
 def test_an_exported_transformer_is_the_same_model(tmp_path):
-    """With its vocabulary and the tokenizer that it was trained on; it draws the same codes, and can begin a run."""
+    """Vocabulary and image tokenizer are exported too; codes are equal, and a run can be initialized from it."""
     model = DalleConfig(
         text_vocab=400,
         text_len=6,
@@ -97,13 +97,13 @@ def test_an_exported_transformer_is_the_same_model(tmp_path):
     codes = [next(m.sample([ImageRequest("a red circle")])).codes for m in (one, other)]
     np.testing.assert_array_equal(*codes)
     assert len(np.unique(codes[0])) > 1
-    begun = with_init_model(dataclasses.replace(config, init_from=str(tmp_path / "out")))
-    assert begun.model == model and copy_text_tokenizer(dataclasses.replace(begun, init_from=str(tmp_path / "out")),
+    initialized = with_init_model(dataclasses.replace(config, init_from=str(tmp_path / "out")))
+    assert initialized.model == model and copy_text_tokenizer(dataclasses.replace(initialized, init_from=str(tmp_path / "out")),
                                                     tmp_path / "copied")  # fmt: skip
 
 
-def test_the_file_is_what_the_format_says(tmp_path):
-    """Read back by hand from the bytes: length, table, arrays in order."""
+def test_the_file_follows_the_format(tmp_path):
+    """Parsed by hand: length, table, arrays in order."""
     arrays = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.ones(2, ml_dtypes.bfloat16)}
     assert write_params(tmp_path / "x", arrays, 5) == 8
     raw = (tmp_path / "x").read_bytes()
@@ -127,37 +127,37 @@ def _raw(path, table, data=b""):
     return path
 
 
-def test_hostile_files_are_refused(tmp_path):
+def test_invalid_files_are_rejected(tmp_path):
     def entry(**changes):
         return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
 
     two = {"w": entry()["w"], "v": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}
-    for table, data, said in (
+    for table, data, message in (
         (b"\x80\x04pickle", b"", "invalid UTF-8 in header"),
         ([1], b"", "invalid JSON in header: invalid type: sequence"),
         (entry(), b"1234", "file not fully covered"),
         (entry(shape=[3]), b"x" * 12, "invalid shape, data type, or offset for tensor"),
         (entry(data_offsets=[-8, 0]), b"x" * 8, "integer `-8`, expected usize"),
         (entry(dtype="\x1b[31m"), b"x" * 8, r"unknown variant `\\x1b\[31m`"),
-        (two, b"x" * 12, "invalid offset for tensor `v`"),  # they overlap
-        ({"v": two["v"]}, b"x" * 12, "invalid offset for tensor `v`"),  # bytes of no array before it
+        (two, b"x" * 12, "invalid offset for tensor `v`"),  # the arrays overlap
+        ({"v": two["v"]}, b"x" * 12, "invalid offset for tensor `v`"),  # unused bytes before the array
     ):
-        with pytest.raises(ValueError, match=f"Expected a whole safetensors file, got .*bad: .*{said}"):
+        with pytest.raises(ValueError, match=f"Expected a whole safetensors file, got .*bad: .*{message}"):
             lazy_safetensors(_raw(tmp_path / "bad", table, data))
     for data in (b"\xff" * 100, b""):
         (tmp_path / "bad").write_bytes(data)
         with pytest.raises(ValueError, match=r"Expected a whole safetensors file, got .*bad: .*header too"):
             lazy_safetensors(tmp_path / "bad")
-    for table, said in (
+    for table, message in (
         ({"w\x1b[31m": entry()["w"]}, r"printable characters, got 'w\\x1b\[31m'"),
         (entry(dtype="F8_E4M3", shape=[8]), "Expected array w of a dtype in F64, .*, got F8_E4M3"),
         (entry(shape=[1] * 70 + [2]), "array w .* at most 64 axes, got F32 of 71 axes"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             lazy_safetensors(_raw(tmp_path / "bad", table, b"x" * 8))
 
 
-def test_weights_must_be_those_of_the_configuration(tmp_path):
+def test_parameters_must_fit_the_configuration(tmp_path):
     params = make_run(tmp_path / "run", VQGAN)
     assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     file = tmp_path / "out" / "model.safetensors"
@@ -165,7 +165,7 @@ def test_weights_must_be_those_of_the_configuration(tmp_path):
     whole = read_arrays(tensors)
     name = "encoder.conv_in.bias"
     np.testing.assert_array_equal(whole[name], params["encoder"]["conv_in"]["bias"])
-    for changes, said in (
+    for changes, message in (
         ({name: None}, f"array {name} is missing"),
         ({"extra.bias": np.zeros(1, np.float32)}, "array extra.bias is not one of a vqgan"),
         (
@@ -177,7 +177,7 @@ def test_weights_must_be_those_of_the_configuration(tmp_path):
     ):
         changed = {k: v for k, v in (whole | changes).items() if v is not None}
         save_file(changed, file, metadata)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             load_run(tmp_path / "out")
     with pytest.raises(ValueError, match=r"array .* is missing"):
         read_params(file, DalleConfig(dim=8, heads=1, layers=1))

@@ -1,4 +1,4 @@
-"""Runs in a bucket: a directory stands in for it, and every process's mirror is forgotten between starts."""
+"""Tests of runs in a bucket. A local directory replaces the bucket; the state of a process is reset between starts."""
 
 import os
 import shutil
@@ -24,36 +24,36 @@ RUN = "gs://my-bucket/runs/one"
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch):
-    """The stand-in: gs://my-bucket is this directory."""
+def bucket_run(tmp_path, monkeypatch):
+    """The run directory in the local directory that replaces gs://my-bucket."""
     monkeypatch.setattr(
         remote_dir, "remote_path", lambda url: epath.Path(url.replace("gs://my-bucket", str(tmp_path)))
     )
-    forget()
+    reset_process()
     yield tmp_path / "runs" / "one"
-    forget()
+    reset_process()
 
 
-def forget():
-    """What a new process knows."""
+def reset_process():
+    """Reset the module to the state of a new process."""
     remote_dir._mirrors.clear()
     remote_dir._uploaded.clear()
 
 
-def test_a_run_in_a_bucket_equals_one_on_disk_and_goes_on_elsewhere(store, tmp_path):
+def test_a_run_in_a_bucket_equals_one_on_disk_and_resumes_on_another_machine(bucket_run, tmp_path):
     straight = tiny_config(tmp_path / "straight")
     want = loop.train(straight, FakeTask(straight))
 
     config = tiny_config(RUN)
     stop = {6: lambda: os.kill(os.getpid(), signal.SIGINT)}
     assert not loop.train(config, FakeTask(config, at=stop)).finished
-    forget()  # another machine
+    reset_process()  # another machine
     got = loop.train(config, FakeTask(config))
     assert got.finished
     for x, y in zip(jax.tree.leaves(got.state), jax.tree.leaves(want.state), strict=True):
         np.testing.assert_array_equal(x, y)
-    assert series(store) == series(tmp_path / "straight")
-    names = {p.name for p in store.iterdir()}
+    assert series(bucket_run) == series(tmp_path / "straight")
+    names = {p.name for p in bucket_run.iterdir()}
     assert names == {
         "checkpoints",
         "config.json",
@@ -62,10 +62,10 @@ def test_a_run_in_a_bucket_equals_one_on_disk_and_goes_on_elsewhere(store, tmp_p
         "samples",
         "text_tokenizer.model",
     }
-    assert sorted(p.name for p in (store / "checkpoints").iterdir()) == ["10", "8"]
-    assert {p.name for p in (store / "samples").iterdir()} == {"step_00000005.png", "step_00000010.png"}
+    assert sorted(p.name for p in (bucket_run / "checkpoints").iterdir()) == ["10", "8"]
+    assert {p.name for p in (bucket_run / "samples").iterdir()} == {"step_00000005.png", "step_00000010.png"}
 
-    forget()
+    reset_process()
     assert run_dir.read_config(RUN) == config
     run = load_run(RUN, step="latest")
     assert run.step == 10
@@ -74,46 +74,48 @@ def test_a_run_in_a_bucket_equals_one_on_disk_and_goes_on_elsewhere(store, tmp_p
         np.testing.assert_array_equal(x, y)
 
 
-def test_no_checkpoint_is_newer_than_its_rows(store, monkeypatch):
-    """When a save begins, the bucket has the rows up to it: a kill at any moment leaves no gap."""
-    seen, save = [], CheckpointManager.save
+def test_metrics_are_uploaded_before_the_checkpoint(bucket_run, monkeypatch):
+    """When a save starts, the bucket has the metrics up to its step, so a kill at any moment leaves no gap."""
+    saves, save = [], CheckpointManager.save
 
-    def looking(self, step, *rest):
-        seen.append((step, series(store)[-1]["step"]))
+    def recording_save(self, step, *rest):
+        saves.append((step, series(bucket_run)[-1]["step"]))
         save(self, step, *rest)
 
-    monkeypatch.setattr(CheckpointManager, "save", looking)
+    monkeypatch.setattr(CheckpointManager, "save", recording_save)
     config = tiny_config(RUN)
     loop.train(config, FakeTask(config))
-    assert seen == [(4, 4), (8, 8), (10, 10)]
+    assert saves == [(4, 4), (8, 8), (10, 10)]
 
 
-def test_only_what_has_changed_is_copied(store, monkeypatch):
+def test_only_changed_files_are_copied(bucket_run, monkeypatch):
     run = remote_dir.local_dir(RUN)
     (run / "image_tokenizer").mkdir()
     (run / "image_tokenizer" / "a").write_text("1")
     (run / "config.json").write_text("{}")
     (run / ".config.json.7.tmp").write_text("half")
     remote_dir.upload_run(run)
-    assert {str(p.relative_to(store)) for p in store.rglob("*") if p.is_file()} == {
+    assert {str(p.relative_to(bucket_run)) for p in bucket_run.rglob("*") if p.is_file()} == {
         "config.json",
         "image_tokenizer/a",
     }
-    (store / "config.json").unlink()
+    (bucket_run / "config.json").unlink()
     (run / "image_tokenizer" / "a").write_text("22")
     remote_dir.upload_run(run)
-    assert (store / "image_tokenizer" / "a").read_text() == "22" and not (store / "config.json").exists()
-    forget()
+    assert (bucket_run / "image_tokenizer" / "a").read_text() == "22" and not (
+        bucket_run / "config.json"
+    ).exists()
+    reset_process()
     assert (remote_dir.local_dir(RUN) / "image_tokenizer" / "a").read_text() == "22"
 
 
-def test_what_is_not_there_is_named_by_its_url(store, monkeypatch):
+def test_a_missing_run_is_named_by_its_url(bucket_run, monkeypatch):
     with pytest.raises(FileNotFoundError, match="gs://my-bucket/runs/one is not a run directory"):
         run_dir.read_config(RUN)
 
 
-class _InBucket:
-    """A directory that says it is in a bucket."""
+class _BucketPath:
+    """A local path whose name is that of a bucket."""
 
     def __init__(self, path):
         self._path = path
@@ -122,20 +124,20 @@ class _InBucket:
         return f"gs://my-bucket{self._path}"
 
     def __truediv__(self, name):
-        return _InBucket(self._path / name)
+        return _BucketPath(self._path / name)
 
     def __getattr__(self, name):
         return getattr(self._path, name)
 
 
-def test_what_a_bucket_holds_of_an_unfinished_save_is_no_checkpoint(tmp_path):
-    """There the parts of a save come one by one, in their final place; the mark comes last."""
+def test_an_unfinished_save_in_a_bucket_is_no_checkpoint(tmp_path):
+    """A bucket has no atomic rename: files are written to their final path one by one, the commit mark last."""
     config = tiny_config(tmp_path / "run")
     loop.train(config, FakeTask(config))
     saves = tmp_path / "run" / "checkpoints"
-    assert CheckpointManager(_InBucket(saves)).steps == [8, 10]
+    assert CheckpointManager(_BucketPath(saves)).steps == [8, 10]
     (saves / "8" / "commit_success.txt").unlink()
-    assert CheckpointManager(_InBucket(saves)).steps == [10]
+    assert CheckpointManager(_BucketPath(saves)).steps == [10]
     assert CheckpointManager(saves).steps == [8, 10]
 
 
@@ -148,10 +150,10 @@ def test_a_missing_package_is_named(monkeypatch):
         remote_dir.remote_path("gs://b/r")
 
 
-def test_a_store_that_refuses_is_told(store, monkeypatch):
+def test_a_failed_upload_is_an_error(bucket_run, monkeypatch):
     run = remote_dir.local_dir(RUN)
     (run / "config.json").write_text("{}")
-    store.parent.write_text("in the way")
+    bucket_run.parent.write_text("in the way")
     with pytest.raises(OSError, match=r"cannot write .*config\.json: "):
         remote_dir.upload_run(run)
 
@@ -176,7 +178,7 @@ def emulator(tmp_path):
         url,
     ]
     argv += ["-backend", "filesystem", "-filesystem-root", str(tmp_path / "root")]
-    with open(tmp_path / "server.log", "w") as log:  # a pipe that nobody reads would be full after 64 KB
+    with open(tmp_path / "server.log", "w") as log:  # an unread pipe would be full after 64 KB
         server = subprocess.Popen(argv, stdout=log, stderr=log)
     try:
         for _ in range(1000):
@@ -195,7 +197,7 @@ def emulator(tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_in_a_bucket(tmp_path, emulator):
-    """Two processes, one of them killed; two others go on, then one: the figures are those of a run on disk."""
+    """Two processes, one of them killed; two others resume, then one. The metrics equal those of a run on disk."""
     url, there = "gs://bucket/runs/one", tmp_path / "root" / "bucket" / "runs" / "one"
     for n, (count, event) in enumerate(((2, "SIGKILL:1:9"), (2, "SIGTERM:0:14"), (1, "none:-1:-1"))):
         job = Job(tmp_path / f"job{n}", count, 8 // count, event, SHORT, url=url, env=emulator)

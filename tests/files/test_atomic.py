@@ -52,7 +52,7 @@ def test_the_error_has_the_path_and_the_reason(tmp_path):
         atomic_path(tmp_path / "out") as out,
     ):
         (out / "x").mkdir(parents=True)
-        write_atomic(out / "x", "1")  # the message names the outer path, which the caller knows
+        write_atomic(out / "x", "1")  # the message has the path that the caller passed
 
 
 def test_npz_round_trip(tmp_path):

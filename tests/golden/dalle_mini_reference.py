@@ -3,8 +3,8 @@
     pip install torch min-dalle flax tokenizers
     python tests/golden/dalle_mini_reference.py tests/golden/dalle_mini
 
-min-dalle is torch: the arrays are given to it under its own names. Its norms have scales where the published weights
-have none: these are ones. The raster is the published one, 16 x 16, as min-dalle knows no other.
+min-dalle is in torch, so the arrays get its names. Its norms have scales where the published weights have none: these
+are ones. The grid is the published one, 16 x 16, the only one that min-dalle supports.
 """
 
 import importlib.util
@@ -81,7 +81,7 @@ def _tree(text_vocab: int) -> dict:
 
 
 def _load(tree, name):
-    """The arrays of one half of the tree, under min-dalle's names."""
+    """Return the arrays of one half of the tree under the names of min-dalle."""
     layers = tree["layers"][f"FlaxBart{name}Layers"]
     cross = "FlaxBartAttention_1" in layers
     names = {

@@ -43,7 +43,7 @@ def write(out: Path) -> None:
         torch.save({"module": model.state_dict()} if i else {"model": model.state_dict()}, out / name)
         with (
             torch.no_grad()
-        ):  # `input_pos` picks the rotations; a mask is wanted to be causal outside of training
+        ):  # `input_pos` selects the rotations; outside of training the mask must be passed
             places = torch.arange(SIDE**2)
             mask = torch.tril(torch.ones(SIDE**2, SIDE**2, dtype=torch.bool))[None, None]
             results[name] = model(codes[:, :-1], labels, input_pos=places, mask=mask)[0].numpy()
@@ -51,12 +51,12 @@ def write(out: Path) -> None:
 
 
 def published() -> dict[str, dict[str, list[int]]]:
-    """Names and shapes of the tensors of the full-size models; nothing is allocated."""
+    """Return names and shapes of the tensors of the full-size models; no array is allocated."""
     import torch
 
     gpt = importlib.import_module("autoregressive.models.gpt")
     linspace, found = torch.linspace, {}
-    torch.linspace = lambda *args: linspace(*args, device="cpu")  # its numbers are read, not only its shape
+    torch.linspace = lambda *args: linspace(*args, device="cpu")  # its values are needed, not only its shape
     for name in ("B", "L", "XL", "XXL", "3B"):
         with torch.device("meta"):
             model = gpt.GPT_models[f"GPT-{name}"](

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-IMAGE_VOCAB, SIDE, LENGTH, WIDTH, GUIDANCE = 24, 4, 120, 16, 3.0  # a length of 120 is written into its code
+IMAGE_VOCAB, SIDE, LENGTH, WIDTH, GUIDANCE = 24, 4, 120, 16, 3.0  # the length 120 is a constant of its code
 CAPTIONS = (
     "A Red circle, above a blue square!",
     "the star",
@@ -47,7 +47,7 @@ def write(out: Path) -> None:
     whole = transformers.T5ForConditionalGeneration(config)
     _randomize(whole)
     whole.save_pretrained(folder, max_shard_size="12KB")
-    embedder = T5Embedder.__new__(T5Embedder)  # its constructor downloads
+    embedder = T5Embedder.__new__(T5Embedder)  # its constructor downloads a model
     embedder.device, embedder.use_text_preprocessing = torch.device("cpu"), True
     embedder.model_max_length = LENGTH
     embedder.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -58,7 +58,7 @@ def write(out: Path) -> None:
         max_length=LENGTH, padding="max_length", truncation=True,
     )["input_ids"]  # fmt: skip
 
-    # To the left what is padding, as `sample_t2i.py` has it.
+    # Padding moves to the left, as in `sample_t2i.py`.
     counts = masks.sum(dim=1).tolist()
     features = torch.stack([torch.roll(x, LENGTH - n, dims=0) for x, n in zip(features, counts, strict=True)])
     masks = torch.flip(masks, dims=[-1])
@@ -74,8 +74,8 @@ def write(out: Path) -> None:
 
     codes = torch.randint(IMAGE_VOCAB, (len(CAPTIONS), SIDE**2))
     length = LENGTH + SIDE**2 - 1
-    seen = torch.nn.functional.pad(masks, (0, SIDE**2 - 1), value=1).bool()
-    mask = torch.tril(torch.ones(length, length, dtype=torch.bool))[None] & seen[:, None]
+    attended = torch.nn.functional.pad(masks, (0, SIDE**2 - 1), value=1).bool()
+    mask = torch.tril(torch.ones(length, length, dtype=torch.bool))[None] & attended[:, None]
     mask = (mask | torch.eye(length, dtype=torch.bool))[:, None]
     results = {"captions": np.array(CAPTIONS), "ids": np.array(ids), "codes": codes.numpy()}
     null = model.cls_embedding.uncond_embedding.expand(features.shape)
@@ -105,11 +105,11 @@ def _randomize(model) -> None:
 
 
 def _vocabulary() -> bytes:
-    """A unigram model as T5's: padding, end, unknown, then pieces; without the tables of its normalization."""
+    """Return a unigram model like that of T5: padding, end, unknown, then pieces; without tables of normalization."""
     import sentencepiece
 
-    colours, shapes = ("red", "green", "blue"), ("circle", "square", "triangle", "star")
-    lines = [f"a {c} {s} above one {d} {t}" for c in colours for s in shapes for d in colours for t in shapes]
+    colors, shapes = ("red", "green", "blue"), ("circle", "square", "triangle", "star")
+    lines = [f"a {c} {s} above one {d} {t}" for c in colors for s in shapes for d in colors for t in shapes]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=64, pad_id=0, eos_id=1,
@@ -119,13 +119,13 @@ def _vocabulary() -> bytes:
 
 
 def published() -> dict[str, dict[str, list[int]]]:
-    """Names and shapes of the tensors of the full-size models; nothing is allocated."""
+    """Return names and shapes of the tensors of the full-size models; no array is allocated."""
     import torch
     import transformers
 
     gpt = importlib.import_module("autoregressive.models.gpt")
     linspace = torch.linspace
-    torch.linspace = lambda *args: linspace(*args, device="cpu")  # its numbers are read, not only its shape
+    torch.linspace = lambda *args: linspace(*args, device="cpu")  # its values are needed, not only its shape
     config = transformers.T5Config(
         vocab_size=32_128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False,

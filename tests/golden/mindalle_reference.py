@@ -3,7 +3,7 @@
     PYTHONPATH=path/to/minDALL-E python tests/golden/mindalle_reference.py tests/golden/mindalle
 
 Needs torch, omegaconf, tokenizers and github.com/kakaobrain/minDALL-E (its `dalle/` folder on the path). The image
-tokenizer is of the format only: nothing is computed with it here.
+tokenizer only has the format; the script computes nothing with it.
 """
 
 import importlib
@@ -25,7 +25,7 @@ def available() -> bool:
 
 
 def _transformer():
-    """The module of the Transformer alone: the package's own __init__ wants a trainer and more."""
+    """Import the module of the Transformer without the __init__ of the package, which needs a trainer."""
     if "dalle.models" not in sys.modules:
         where = Path(importlib.util.find_spec("dalle").submodule_search_locations[0])
         for name in ("dalle", "dalle.models"):
@@ -84,7 +84,7 @@ def write(out: Path) -> None:
 
 
 def published() -> dict[str, dict[str, list[int]]]:
-    """Names and shapes of the tensors of the full-size models; nothing is allocated."""
+    """Return names and shapes of the tensors of the full-size models; no array is allocated."""
     import torch
     from omegaconf import OmegaConf
 
@@ -99,7 +99,7 @@ def published() -> dict[str, dict[str, list[int]]]:
 
 
 def _tokenizer(torch):
-    """Random weights under the names of a VQGAN of two resolutions, 4 channels wide."""
+    """Return random weights under the names of a VQGAN with two resolutions and 4 channels."""
     shapes = {"quantize.embedding.weight": (IMAGE_VOCAB, 4)}
 
     def conv(name, before, after, side):

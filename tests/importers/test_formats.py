@@ -1,4 +1,4 @@
-"""Files of torch and Flax read with NumPy alone, and files that must not be believed."""
+"""Tests of the file formats of torch and Flax, which are read with NumPy alone, and of malicious and damaged files."""
 
 import io
 import itertools
@@ -40,16 +40,16 @@ ARRAYS = {
 }
 
 
-def test_zip_of_torch_is_read_and_mapped(tmp_path):
-    found = read_tensors(torch_zip(tmp_path / "x.pt", ARRAYS))
-    assert list(found) == list(ARRAYS)
+def test_a_zip_of_torch_is_memory_mapped(tmp_path):
+    tensors = read_tensors(torch_zip(tmp_path / "x.pt", ARRAYS))
+    assert list(tensors) == list(ARRAYS)
     for name, want in ARRAYS.items():
-        assert (found[name].shape, found[name].dtype) == (want.shape, want.dtype)
-        array = found[name].read()
+        assert (tensors[name].shape, tensors[name].dtype) == (want.shape, want.dtype)
+        array = tensors[name].read()
         np.testing.assert_array_equal(array, want)
         while getattr(array, "base", None) is not None:
             array = array.base
-        assert isinstance(array, mmap.mmap)  # nothing was copied
+        assert isinstance(array, mmap.mmap)  # the array is a view of the mapped file
 
 
 def test_views_of_one_storage_have_their_own_offset_and_strides(tmp_path):
@@ -58,9 +58,9 @@ def test_views_of_one_storage_have_their_own_offset_and_strides(tmp_path):
         "slice": pickle_tensor("0", whole, offset=4, shape=(2, 2), strides=(2, 1)),
         "transposed": pickle_tensor("0", whole, shape=(3, 4), strides=(1, 3)),
     })  # fmt: skip
-    found = read_tensors(torch_zip(tmp_path / "x.pt", {"whole": whole}, table))
-    np.testing.assert_array_equal(found["slice"].read(), [[4, 5], [6, 7]])
-    np.testing.assert_array_equal(found["transposed"].read(), whole.reshape(4, 3).T)
+    tensors = read_tensors(torch_zip(tmp_path / "x.pt", {"whole": whole}, table))
+    np.testing.assert_array_equal(tensors["slice"].read(), [[4, 5], [6, 7]])
+    np.testing.assert_array_equal(tensors["transposed"].read(), whole.reshape(4, 3).T)
 
 
 def test_the_format_before_torch_1_6(tmp_path):
@@ -78,15 +78,15 @@ def test_the_format_before_torch_1_6(tmp_path):
         + b"\x80\x02}."
         + pickle_state_dict(entries)
     )
-    order = [2, 0, 1]  # storages stand in their own order
+    order = [2, 0, 1]  # the order of the storages in the file
     data += b"\x80\x02](" + b"".join(pickle_text(f"key{i}") for i in order) + b"e."
     for i in order:
         array = list(ARRAYS.values())[i]
         data += array.size.to_bytes(8, "little") + array.tobytes()
     (tmp_path / "x.bin").write_bytes(data)
-    found = read_tensors(tmp_path / "x.bin")
+    tensors = read_tensors(tmp_path / "x.bin")
     for name, want in ARRAYS.items():
-        np.testing.assert_array_equal(found[name].read(), want)
+        np.testing.assert_array_equal(tensors[name].read(), want)
     (tmp_path / "x.bin").write_bytes(data[:-1])
     with pytest.raises(
         ValueError, match=r"is cut off: tensor a.half \(2,\) wants 4 bytes, of which storage key1 has 3"
@@ -95,11 +95,11 @@ def test_the_format_before_torch_1_6(tmp_path):
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
-def test_a_state_dict_is_taken_out_of_what_a_trainer_saves(tmp_path, wrapper):
+def test_a_state_dict_is_found_in_the_checkpoint_of_a_trainer(tmp_path, wrapper):
     inner = pickle_state_dict({"w": pickle_tensor("0", np.zeros(2, np.float32))})[2:-1]
     settings = (
         b"ctraining\nSettings\n)\x81}" + pickle_text("lr") + b"G" + b"\0" * 8 + b"sb"
-    )  # an object; its class is not known
+    )  # an object of an unknown class
     table = (
         b"\x80\x02}("
         + pickle_text("epoch")
@@ -140,7 +140,7 @@ def run_by_getattr(command):
     "attack", [run_by_reduce, run_by_inst, run_by_obj, run_by_stack_global, run_by_getattr]
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys, monkeypatch, attack, zipped):
+def test_a_pickle_that_would_run_code_is_rejected(tmp_path, capsys, monkeypatch, attack, zipped):
     monkeypatch.chdir(tmp_path)
     arrays = {"w": np.zeros(2, np.float32)}
     table = pickle_state_dict(
@@ -152,20 +152,20 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys, monkeypatch, 
         path.write_bytes(table)
     torch_zip(tmp_path / "in" / "decoder.pkl", arrays)
     assert cli.main(["import", "openai-dvae", str(tmp_path / "in"), "--out", "out"]) == 1
-    said = capsys.readouterr().err
-    assert "is a pickle that would run" in said and "at 'blocks.input.w'" in said
-    assert ("os.system" in said) or ("builtins.eval" in said)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]  # nothing ran, nothing was written
+    message = capsys.readouterr().err
+    assert "is a pickle that would run" in message and "at 'blocks.input.w'" in message
+    assert ("os.system" in message) or ("builtins.eval" in message)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]  # no code ran and no file was written
 
 
-def test_pickles_that_are_not_whole_are_refused(tmp_path):
+def test_incomplete_pickles_are_rejected(tmp_path):
     good = pickle_state_dict({"w": pickle_tensor("0", np.zeros(2, np.float32))})
     arrays = {"w": np.zeros(2, np.float32)}
     broken = (b".", b"N0.", b"t.", b"K\x01h\x09.", b"NN.", b"K\x01)R.", b"NNs.", b"\x82\x01.")
     for table in (good[:-1], good[:20], *(b"\x80\x02" + rest for rest in broken)):
         with pytest.raises(ValueError, match=r"is not a whole pickle of a model|holds no tensors"):
             torch_files.read_torch(torch_zip(tmp_path / "x.pt", arrays, table))
-    for entry, said in (
+    for entry, message in (
         (pickle_tensor("7", arrays["w"]), r"the bytes of tensor w \(storage 7\) are not there"),
         (
             pickle_tensor("0", arrays["w"], shape=(3,), strides=(1,)),
@@ -179,11 +179,11 @@ def test_pickles_that_are_not_whole_are_refused(tmp_path):
         (pickle_tensor("0", arrays["w"], offset=-1), "a tensor has shape"),
         (pickle_tensor("0", arrays["w"], strides=(-1,)), "a tensor has shape"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             torch_files.read_torch(torch_zip(tmp_path / "x.pt", arrays, pickle_state_dict({"w": entry})))
 
 
-def test_zips_that_are_cut_off_are_refused(tmp_path):
+def test_incomplete_zips_are_rejected(tmp_path):
     whole = torch_zip(tmp_path / "x.pt", ARRAYS).read_bytes()
     middle = whole.index(ARRAYS["a.half"].tobytes()) + 1
     for length, where in ((len(whole) - 1, ""), (middle, " in tensor a.half"), (40, "")):
@@ -197,7 +197,7 @@ def test_zips_that_are_cut_off_are_refused(tmp_path):
         read_tensors(tmp_path / "y.pt")
 
 
-def test_flax_files_are_what_flax_wrote(tmp_path, monkeypatch):
+def test_flax_files_are_read_as_written(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     tree = {
         "encoder": {"conv": {"kernel": rng.normal(size=(3, 3, 2, 4)).astype(np.float32)}},
@@ -206,20 +206,22 @@ def test_flax_files_are_what_flax_wrote(tmp_path, monkeypatch):
         "count": np.array(7, np.int32),
         "long/" * 60: np.zeros((0, 3), np.float32),
     }
-    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 64)  # bytes: the kernel is written in chunks
+    monkeypatch.setattr(
+        flax.serialization, "MAX_CHUNK_SIZE", 64
+    )  # bytes, so that the kernel is written in chunks
     (tmp_path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
-    found = read_tensors(tmp_path)
+    tensors = read_tensors(tmp_path)
     want = {
         "encoder/conv/kernel": tree["encoder"]["conv"]["kernel"],
         **{k: v for k, v in tree.items() if k != "encoder"},
     }
-    assert set(found) == set(want)
+    assert set(tensors) == set(want)
     for name, array in want.items():
-        assert (found[name].shape, found[name].dtype) == (array.shape, array.dtype)
-        np.testing.assert_array_equal(found[name].read(), array)
+        assert (tensors[name].shape, tensors[name].dtype) == (array.shape, array.dtype)
+        np.testing.assert_array_equal(tensors[name].read(), array)
 
 
-def test_flax_files_that_must_not_be_believed(tmp_path):
+def test_damaged_flax_files_are_rejected(tmp_path):
     path = tmp_path / "x.msgpack"
     whole = flax.serialization.msgpack_serialize(
         {"a": {"w": np.ones(4, np.float32)}, "b": np.ones(2, np.float32)}
@@ -231,7 +233,7 @@ def test_flax_files_that_must_not_be_believed(tmp_path):
     path.write_bytes(whole.replace(b"float32", b"object0"))
     with pytest.raises(ValueError, match="array a/w has an entry that is not understood"):
         flax_files.read_flax(path)
-    for data, said in (
+    for data, message in (
         (whole + b"\0", "1 bytes follow its map"),
         (b"\x81\xa1a\xc1", "byte 0xc1 at 3"),
         (b"\x82\xa1a\x01\xa1a\x01", "has the name 'a', no text or there twice"),
@@ -240,20 +242,20 @@ def test_flax_files_that_must_not_be_believed(tmp_path):
         (b"\x81\xa1a\x01", "holds no arrays"),
     ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             flax_files.read_flax(path)
 
 
-def test_the_format_is_told_by_the_bytes(tmp_path):
+def test_the_format_is_detected_from_the_bytes(tmp_path):
     for size in range(560, 700, 7):  # a safetensors table of 640 bytes begins like a pickle of protocol 2
         save_file({"w": np.zeros(2, np.float32)}, tmp_path / "x.bin", {"k": "v" * size})
         assert list(read_tensors(tmp_path / "x.bin")) == ["w"]
-    for data, said in (
+    for data, message in (
         (b"hello, world", "want a file of torch.save"),
         (b"\x1f\x8b\0", "gzip archive; unpack it"),
     ):
         (tmp_path / "x.bin").write_bytes(data)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             read_tensors(tmp_path / "x.bin")
     with pytest.raises(FileNotFoundError, match=r"has no weights: want one of model\.safetensors"):
         read_tensors(tmp_path)
@@ -262,38 +264,38 @@ def test_the_format_is_told_by_the_bytes(tmp_path):
 
 
 def split(path, parts, name="pytorch_model.bin"):
-    """Files of Hugging Face's for a model that is split: an index beside its parts. Returns the index."""
+    """Write a model split into parts with an index, as Hugging Face does. Return the index."""
     index = path / f"{name}.index.json"
     places = {tensor: file for file, tensors in parts.items() for tensor in tensors}
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return index
 
 
-def test_a_model_in_parts_is_one_model(tmp_path):
+def test_the_parts_of_a_model_are_read_together(tmp_path):
     first, second = {"a": ARRAYS["a.weight"]}, {"b": ARRAYS["b.brain"], "c": ARRAYS["a.half"]}
     torch_zip(tmp_path / "1.bin", first)
     save_file(second, tmp_path / "2.bin")
-    # Indices of converted files also list tensors that are tied to others and in no file.
+    # Indices of converted files also list tied tensors, which are in no file.
     index = split(tmp_path, {"1.bin": ["a", "tied"], "2.bin": ["b", "c"]})
     for path in (tmp_path, index):
-        found = read_tensors(path)
-        assert sorted(found) == ["a", "b", "c"]
+        tensors = read_tensors(path)
+        assert sorted(tensors) == ["a", "b", "c"]
         for name, want in (first | second).items():
-            np.testing.assert_array_equal(found[name].read(), want)
+            np.testing.assert_array_equal(tensors[name].read(), want)
     save_file(first, tmp_path / "model.safetensors")
-    assert list(read_tensors(tmp_path)) == ["a"]  # a whole file goes before parts
+    assert list(read_tensors(tmp_path)) == ["a"]  # a whole file has priority over parts
 
 
-def test_indices_that_must_not_be_believed(tmp_path):
+def test_damaged_indices_are_rejected(tmp_path):
     torch_zip(tmp_path / "1.bin", ARRAYS)
     torch_zip(tmp_path / "2.bin", ARRAYS)
     (tmp_path / "below").mkdir()
-    for parts, error, said in (
+    for parts, error, message in (
         ({"1.bin": ["a"], "3.bin": ["b"]}, FileNotFoundError, r"no file .*3\.bin, which .* names as a part"),
         ({"../1.bin": ["a"]}, ValueError, r"names the part '\.\./1\.bin'; want a file beside it"),
         ({"1.bin": ["a"], "2.bin": ["b"]}, ValueError, r"2\.bin has tensor a\.half, as another part of"),
     ):
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             read_tensors(split(tmp_path, parts))
     index = split(tmp_path, {})
     for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1, "b": "1.bin"}}'):
@@ -302,7 +304,7 @@ def test_indices_that_must_not_be_believed(tmp_path):
             read_tensors(tmp_path)
 
 
-# --- small files that would take the time or memory of a large one ----------------------------------------------
+# --- small files that would need much time or memory ------------------------------------------------------------
 
 LIMITED = """
 import os, resource, sys, time
@@ -322,7 +324,7 @@ for path in sys.argv[1:]:
 
 
 def read_in_a_limited_process(files, tmp_path):
-    """What reading says of each of `files`, {name: bytes}, in a process that may grow by 1 GiB."""
+    """Return the error of reading each of `files`, {name: bytes}, in a process that may grow by 1 GiB."""
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     paths = [str(tmp_path / name) for name in files]
@@ -335,7 +337,7 @@ def read_in_a_limited_process(files, tmp_path):
 
 
 def zip_of(table, more=(), kind=zipfile.ZIP_STORED):
-    """The bytes of a zip archive of torch.save with this data.pkl."""
+    """Return the bytes of a zip archive of torch.save with this data.pkl."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", kind) as archive:
         archive.writestr("archive/data.pkl", table)
@@ -345,9 +347,9 @@ def zip_of(table, more=(), kind=zipfile.ZIP_STORED):
     return buffer.getvalue()
 
 
-GRAPH = b"N" + b"2\x86" * 60  # t = (t, t), 60 times: 2**60 elements to whoever hashes or shows it
+GRAPH = b"N" + b"2\x86" * 60  # t = (t, t), 60 times: 2**60 elements when hashed or printed
 DEEP = b"N" + b"\x85" * 1_000_000
-GET = b"h\x00"  # what stands first in the memo
+GET = b"h\x00"  # the first entry of the memo
 LEGACY = b"\x80\x02\x8a\x0a" + torch_files.LEGACY_MAGIC.to_bytes(10, "little") + b"." + b"\x80\x02K\x01." * 2
 WEIGHT = pickle_tensor("0", np.zeros(2, np.float32))
 
@@ -364,7 +366,7 @@ STORAGE = (
     + pickle_text("cpu")
     + b"K\x02tQ"
 )
-HOSTILE_PICKLES = {  # name -> (pickle without its end, part of the answer)
+HOSTILE_PICKLES = {  # name -> (pickle without its end, part of the message)
     "graph_as_key": (b"}(" + GRAPH + b"Nu", "holds no tensors"),
     "graph_as_key_of_a_marked_dict": (b"(" + GRAPH + b"Nd", "holds no tensors"),
     "graph_as_one_key": (b"}" + GRAPH + b"Ns", "holds no tensors"),
@@ -417,9 +419,9 @@ HOSTILE_PICKLES = {  # name -> (pickle without its end, part of the answer)
 }  # fmt: skip
 
 
-def test_pickles_that_would_take_much_time_or_memory(tmp_path):
+def test_pickles_that_would_need_much_time_or_memory_are_rejected(tmp_path):
     files = {name: zip_of(b"\x80\x02" + table + b".") for name, (table, _) in HOSTILE_PICKLES.items()}
-    wants = {name: want for name, (_, want) in HOSTILE_PICKLES.items()}
+    expected = {name: want for name, (_, want) in HOSTILE_PICKLES.items()}
     for name, data, want in (
         ("legacy_graph", b"\x80\x02" + GRAPH + b".", "is a pickle but not one of torch.save"),
         ("legacy_graph_as_key", LEGACY + b"\x80\x02}(" + GRAPH + b"Nu.\x80\x02].", "holds no tensors"),
@@ -438,13 +440,13 @@ def test_pickles_that_would_take_much_time_or_memory(tmp_path):
         ("many_axes_of_flax", flax_array(b"\xdd" + (100_000).to_bytes(4, "big") + (b"\xcf" + b"\xff" * 8) * 100_000),
          "array a has an entry that is not understood"),
     ):  # fmt: skip
-        files[name], wants[name] = data, want
-    for name, said in read_in_a_limited_process(files, tmp_path).items():
-        assert wants[name] in said, (name, said)
+        files[name], expected[name] = data, want
+    for name, message in read_in_a_limited_process(files, tmp_path).items():
+        assert expected[name] in message, (name, message)
 
 
 def many_entries(count):
-    """A zip archive of one data.pkl whose directory names it over and over."""
+    """Return a zip archive of one data.pkl that its directory lists `count` times."""
     whole = zip_of(b"\x80\x02}.")
     start, end = whole.index(b"PK\1\2"), whole.index(b"PK\5\6")
     entry = whole[start : whole.index(b"PK\1\2", start + 1)]
@@ -457,7 +459,7 @@ def flax_array(shape):
     return b"\x81\xa1a\xc9" + len(inside).to_bytes(4, "big") + b"\1" + inside
 
 
-def test_entries_of_a_zip_are_there_once_and_of_bounded_size(tmp_path, monkeypatch):
+def test_entries_of_a_zip_are_unique_and_of_bounded_size(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="Duplicate name"):
         data = zip_of(b"\x80\x02}.", [("archive/data/0", b"")])
     (tmp_path / "x.pt").write_bytes(data)
@@ -472,13 +474,13 @@ def test_entries_of_a_zip_are_there_once_and_of_bounded_size(tmp_path, monkeypat
         read_npz(tmp_path / "x.npz", "want weights")
 
 
-# --- a whole import, and what must not come through it -----------------------------------------------------
+# --- imports of incomplete and complete models ------------------------------------------------------------
 
 CFG = DVAEConfig(groups=2, blocks=1, width=4, decoder_width=4, vocab=8)
 
 
 def source_arrays():
-    """Tensors of a tiny dVAE as the reference would hold them."""
+    """Return the tensors of a tiny dVAE under the names of the reference."""
     rng, shapes, arrays = np.random.default_rng(0), shapes_by_name(CFG), {}
     for name, rule in openai_dvae._rules(CFG).items():
         shape = shapes[name].shape
@@ -498,7 +500,7 @@ NAME = "decoder.blocks.group_1.block_1.res_path.conv_2.w"  # (2, 2, 3, 3)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({NAME: None}, f"lacks tensors of OpenAI's dVAE: {NAME}"),
         ({"encoder.more": np.zeros(2, np.float32)}, "has tensors not in OpenAI's dVAE: encoder.more"),
@@ -510,15 +512,15 @@ NAME = "decoder.blocks.group_1.block_1.res_path.conv_2.w"  # (2, 2, 3, 3)
         ({"encoder.blocks.input.w": np.zeros((0, 3, 7, 7), np.float32)}, "tensor encoder.blocks.input.w has shape"),
     ],
 )  # fmt: skip
-def test_a_model_that_is_not_whole_writes_nothing(tmp_path, capsys, changes, said):
+def test_an_import_of_an_incomplete_model_writes_nothing(tmp_path, capsys, changes, message):
     arrays = source_arrays() | changes
     path = write_dvae(tmp_path / "in", {n: a for n, a in arrays.items() if a is not None})
     assert cli.main(["import", "openai-dvae", path, "--out", str(tmp_path / "out")]) == 1
-    assert re.search(said, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def test_every_tensor_arrives_at_its_place(tmp_path, capsys):
+def test_every_tensor_becomes_its_parameter(tmp_path, capsys):
     arrays = source_arrays()
     path = write_dvae(tmp_path / "in", arrays)
     words = [
@@ -534,11 +536,11 @@ def test_every_tensor_arrives_at_its_place(tmp_path, capsys):
     assert cli.main(words) == 0
     assert f'"parameters": {sum(a.size for a in arrays.values())}' in capsys.readouterr().out
     tensors, metadata = safetensors.lazy_safetensors(tmp_path / "runs" / "out" / "model.safetensors")
-    found = read_arrays(tensors)
+    tensors = read_arrays(tensors)
     assert metadata == {"format": "dalle_jax", "step": "0"}
-    kernel = found["encoder.groups.group_2_block_1.conv_3.kernel"]
+    kernel = tensors["encoder.groups.group_2_block_1.conv_3.kernel"]
     want = arrays["encoder.blocks.group_2.block_1.res_path.conv_3.w"]
     for h, w, i, o in itertools.product(range(3), range(3), range(2), range(2)):
         assert kernel[h, w, i, o] == want[o, i, h, w]
-    assert cli.main(words) == 1  # a run is there
+    assert cli.main(words) == 1  # the run exists
     assert "is there already" in capsys.readouterr().err

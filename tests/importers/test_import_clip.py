@@ -1,6 +1,6 @@
-"""Imported CLIPs against their reference implementations: the same vectors for pictures and captions.
+"""Imported CLIPs against their reference implementations: equal embeddings of images and captions.
 
-As in test_import_tokenizers.py: golden files by default, `-m parity` for larger models made anew.
+As in test_import_tokenizers.py: golden files by default, `-m parity` for larger models, newly made.
 """
 
 import gzip
@@ -69,8 +69,8 @@ def test_hugging_face_golden(tmp_path):
     check(run, GOLDEN / "clip_hugging_face")
 
 
-def test_the_vocabulary_comes_along(tmp_path, capsys):
-    """CLIP's letters have 512 pieces: the golden model's table is made that long."""
+def test_the_vocabulary_is_imported(tmp_path, capsys):
+    """The letters of CLIP are 512 pieces, so the table of the golden model is extended to that length."""
     source, golden = tmp_path / "clip", GOLDEN / "clip_hugging_face"
     source.mkdir()
     (source / "config.json").write_bytes((golden / "config.json").read_bytes())
@@ -106,7 +106,7 @@ def reference(package):
     pytest.importorskip("torch")
     if (
         importlib.util.find_spec(package) is None
-    ):  # not imported: clip itself wants torchvision, which is not used
+    ):  # not imported: clip imports torchvision, which the tests do not use
         pytest.skip(f"{package} is not installed")
     return importlib.import_module("golden.reference")
 
@@ -136,8 +136,8 @@ def test_hugging_face_parity(tmp_path, activation, safe):
     check(imported(tmp_path, tmp_path / "x"), tmp_path / "x")
 
 
-def test_files_of_other_models_are_told(tmp_path, capsys):
-    for arrays, said in (
+def test_files_of_other_models_are_rejected(tmp_path, capsys):
+    for arrays, message in (
         ({"visual.layer1.0.conv1.weight": np.zeros(2, np.float32)}, "got one with a ResNet"),
         ({"encoder.weight": np.zeros(2, np.float32)}, "is not CLIP: it has no tensor vision_model."),
         (
@@ -147,12 +147,12 @@ def test_files_of_other_models_are_told(tmp_path, capsys):
     ):
         path = torch_zip(tmp_path / "x.pt", arrays)
         assert cli.main(["import", "clip", str(path), "--out", str(tmp_path / "out")]) == 1
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["clip-openai", "clip-hugging-face"])
-def test_the_published_model_is_known_by_its_tensors(tmp_path, name):
+def test_the_published_model_is_detected_from_its_tensors(tmp_path, name):
     shapes = json.loads(gzip.decompress((GOLDEN / "published.json.gz").read_bytes()))[name]
     tensors = {k: Tensor(tuple(shape), np.dtype(np.float32), None) for k, shape in shapes.items()}
     model = importer.from_tensors(tmp_path / "ViT-B-32.pt", tensors)

@@ -1,7 +1,7 @@
-"""Imported tokenizers against their reference implementations: the same codes, scores and pictures.
+"""Imported tokenizers against their reference implementations: equal codes, logits and images.
 
 Default: small golden files that the reference implementations made (golden/reference.py has the command). With
-`-m parity`, where the packages are installed: larger models made anew.
+`-m parity`, where the packages are installed: larger models, newly made.
 """
 
 import dataclasses
@@ -41,12 +41,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def relative(got, want):
-    """Largest difference over the largest number that is wanted."""
+    """Return the largest difference divided by the largest expected value."""
     return float(np.max(np.abs(np.asarray(got) - want)) / np.max(np.abs(want)))
 
 
 def imported(tmp_path, family, source, **flags):
-    """The run that the command makes."""
+    """Import a model by the command and load its run."""
     words = [w for name, value in flags.items() for w in (f"--{name}", str(value))]
     out = tmp_path / "run"
     assert cli.main(["import", family, str(source), "--out", str(out), *words]) == 0
@@ -55,15 +55,15 @@ def imported(tmp_path, family, source, **flags):
 
 
 def answers(path):
-    """(images, {name: array}) of each shape that the reference was asked."""
+    """Return the inputs and outputs of the reference for each image shape."""
     with np.load(path / "answers.npz") as file:
         found = {name: file[name] for name in file.files}
     count = sum(name.startswith("images_") for name in found)
     return [{n.rsplit("_", 1)[0]: x for n, x in found.items() if n.endswith(f"_{i}")} for i in range(count)]
 
 
-def check_dvae(run, asked):
-    for want in asked:
+def check_dvae(run, cases):
+    for want in cases:
         images = want["images"]
         side, wide = images.shape[1:3]
         logits = dvae.DVAEEncoder(run.config.model).apply(
@@ -80,8 +80,8 @@ def check_dvae(run, asked):
             assert relative(tokenizer.decode(cfg, run.params, codes), want["pixels"]) < 1e-5
 
 
-def check_vqgan(run, asked):
-    for want in asked:
+def check_vqgan(run, cases):
+    for want in cases:
         cfg, images = run.config.model, want["images"]
         side, wide = images.shape[1:3]
         z = autoencoder.encode_latents(cfg, run.params, jnp.asarray(images))
@@ -117,7 +117,7 @@ def reference(package):
     pytest.importorskip("torch")
     if (
         importlib.util.find_spec(package) is None
-    ):  # not imported: clip itself wants torchvision, which is not used
+    ):  # not imported: clip imports torchvision, which the tests do not use
         pytest.skip(f"{package} is not installed")
     return importlib.import_module("golden.reference")
 
@@ -131,7 +131,7 @@ def test_openai_dvae_parity(tmp_path, zipped):
     check_dvae(imported(tmp_path, "openai-dvae", tmp_path / "x"), answers(tmp_path / "x"))
 
 
-# Three resolutions of two blocks, with the references' own 32 groups.
+# Three resolutions of two blocks, with the 32 groups of the references.
 WIDE = {"width": 32, "multipliers": (1, 2, 2), "latent": 32, "vocab": 64, "seed": 1}
 
 
@@ -155,7 +155,7 @@ def test_vqgan_parity(tmp_path, name, package, options):
 
 TAMING = importer.from_tensors, importer.TAMING, None, None
 LLAMAGEN = importer.from_tensors, importer.LLAMAGEN, None, None
-PUBLISHED = {  # model of golden/published.json.gz: ((its importer, options), parameters in all, what its tensors tell)
+PUBLISHED = {  # model of golden/published.json.gz: ((its importer, options), number of parameters, configuration)
     "openai-dvae": ((openai_dvae.from_tensors, None), 53_786_240 + 43_829_766, DVAEConfig()),
     "taming-f16-1024": (TAMING, 72_141_699, VQGANConfig(quantizer=VectorQuantizer(vocab=1024))),
     "taming-f16-16384": (TAMING, 76_073_859, VQGANConfig()),
@@ -174,8 +174,8 @@ PUBLISHED = {  # model of golden/published.json.gz: ((its importer, options), pa
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_are_known_by_their_tensors(name):
-    """The names and shapes that the reference gives its full-size models; nothing is allocated."""
+def test_published_models_are_detected_from_their_tensors(name):
+    """From names and shapes of the full-size models of the reference; no array is allocated."""
     (importer_of, *more), count, want = PUBLISHED[name]
     shapes = json.loads(gzip.decompress((GOLDEN / "published.json.gz").read_bytes()))[name]
     tensors = {k: Tensor(tuple(shape), np.dtype(np.float32), None) for k, shape in shapes.items()}
@@ -188,34 +188,34 @@ def test_published_models_are_known_by_their_tensors(name):
 
 
 @pytest.mark.parametrize("name", ["openai_dvae", "taming_gumbel"])
-def test_an_imported_run_is_used_like_any(tmp_path, name):
-    """Pictures to codes and back by the commands: what its own functions give."""
+def test_the_commands_accept_an_imported_run(tmp_path, name):
+    """Encoding and decoding by the commands equal the functions of the model."""
     family, _, file = CHECKS[name]
     imported(tmp_path, family, GOLDEN / name / file, **{"image-size": 16})
     run, codes = str(tmp_path / "run"), str(tmp_path / "codes.npz")
-    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    Image.fromarray(picture).save(tmp_path / "picture.png")
-    assert cli.main(["encode", run, str(tmp_path / "picture.png"), "--out", codes]) == 0
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    assert cli.main(["encode", run, str(tmp_path / "image.png"), "--out", codes]) == 0
     assert cli.main(["decode", run, codes, "--out", str(tmp_path / "images.npz")]) == 0
     loaded = load_run(run)
-    images = jnp.asarray(picture[None] / 255, jnp.float32)
+    images = jnp.asarray(image[None] / 255, jnp.float32)
     want = tokenizer.encode(loaded.config.model, loaded.params, images)
-    with np.load(codes) as found, np.load(tmp_path / "images.npz") as drawn:
+    with np.load(codes) as found, np.load(tmp_path / "images.npz") as decoded:
         np.testing.assert_array_equal(found["codes"], want)
         np.testing.assert_allclose(
-            drawn["images"], tokenizer.decode(loaded.config.model, loaded.params, want), atol=1e-5
+            decoded["images"], tokenizer.decode(loaded.config.model, loaded.params, want), atol=1e-5
         )
 
 
-def test_a_training_begins_from_an_imported_run(tmp_path):
+def test_a_training_initializes_from_an_imported_run(tmp_path):
     loaded = imported(tmp_path, "openai-dvae", GOLDEN / "openai_dvae", **{"image-size": 16})
     config = TrainConfig(
         model=loaded.config.model, run=str(tmp_path / "more"), init_from=str(tmp_path / "run")
     )
-    blank = jax.tree.map(jnp.zeros_like, loaded.params)
-    state = TrainState(step=jnp.int32(0), params=blank, opt_state=(), ema={})
-    begun = init_from_run(state, config, make_mesh(MeshConfig(), jax.devices()[:1]))
-    jax.tree.map(np.testing.assert_array_equal, begun.params, loaded.params)
+    zeros = jax.tree.map(jnp.zeros_like, loaded.params)
+    state = TrainState(step=jnp.int32(0), params=zeros, opt_state=(), ema={})
+    initialized = init_from_run(state, config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, initialized.params, loaded.params)
 
 
 @pytest.mark.parametrize("name", ["openai_dvae", "taming_gumbel"])
@@ -228,7 +228,7 @@ def test_a_model_in_memory_equals_the_imported_run(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, model.params, jax.device_get(run.params))
 
 
-def test_a_family_that_is_not_known_is_told(capsys, tmp_path):
+def test_an_unknown_family_is_rejected(capsys, tmp_path):
     assert cli.main(["import", "openai-dvea", "x", "--out", str(tmp_path / "out")]) == 1
     assert "no family 'openai-dvea'; perhaps you meant 'openai-dvae'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="want one of openai-dvae"):

@@ -1,7 +1,7 @@
-"""Imported Transformers against their reference implementations: the same text ids, the same scores.
+"""Imported Transformers against their reference implementations: equal text ids and logits.
 
 Default: small golden files that the reference implementations wrote and answered (golden/*_reference.py have the
-commands). With `-m parity`, where the packages are installed: made anew.
+commands). With `-m parity`, where the packages are installed: newly made.
 """
 
 import dataclasses
@@ -37,19 +37,19 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def relative(got, want):
-    """Largest difference over the largest number that is wanted."""
+    """Return the largest difference divided by the largest expected value."""
     assert got.shape == want.shape
     return float(np.max(np.abs(np.asarray(got) - want)) / np.max(np.abs(want)))
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Runs of image tokenizers with random weights, by the number of their codes and the side of their grid."""
+    """Function from number of codes and side of the grid to a run of an image tokenizer with random weights."""
     made = {}
 
     def run(vocab, grid):
         if (vocab, grid) not in made:
-            levels = 2 if grid > 15 else 3  # scenes are drawn at 32 pixels and more
+            levels = 2 if grid > 15 else 3  # scenes have at least 32 pixels
             config = VQGANConfig(
                 image_size=grid * 2 ** (levels - 1), width=4, channel_multipliers=(1,) * levels, blocks=1,
                 attention_levels=(), latent_width=4, quantizer=VectorQuantizer(vocab=vocab, dim=2), adversarial=None,
@@ -64,7 +64,7 @@ def tokenizers(tmp_path_factory):
 
 
 def imported(out, family, path, **flags):
-    """The run that the command makes, its vocabulary, and its model in float32."""
+    """Import a model by the command; return its run, its vocabulary, and its configuration with float32."""
     words = [w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["import", family, str(path), "--out", str(out), *words]) == 0
     run = load_run(out)
@@ -90,7 +90,7 @@ def ids_of(text, cfg, captions):
 def check_rudalle(files, out, tokenizers):
     with np.load(files / "answers.npz") as file:
         want = dict(file)
-    vocab = 44  # pieces; the file's zeros are pads, whose ids follow
+    vocab = 44  # pieces; zeros in the file are pads, whose ids follow
     for version in ("v2", "v3"):
         run, text, cfg = imported(
             out / version, "rudalle", files / f"pytorch_model_{version}.bin", text_tokenizer=files / "bpe.model",
@@ -98,10 +98,10 @@ def check_rudalle(files, out, tokenizers):
             image_tokenizer=tokenizers(12, 12),
         )  # fmt: skip
         ids = ids_of(text, cfg, want["captions"])
-        own = ids[:, 1:] if version == "v2" else ids  # v2 puts another begin before them
-        place = np.arange(own.shape[1])[None]
+        own = ids[:, 1:] if version == "v2" else ids  # v2 has one more begin token
+        position = np.arange(own.shape[1])[None]
         np.testing.assert_array_equal(
-            own, np.where(want["text"] == 0, vocab + place + cfg.shift_masks, want["text"])
+            own, np.where(want["text"] == 0, vocab + position + cfg.shift_masks, want["text"])
         )
         words, codes = scores(cfg, run.params, ids[:1], want["codes"][:1])
         if version == "v2":
@@ -134,7 +134,7 @@ def check_llamagen_t2i(files, out, tokenizers):
     run, text, cfg = imported(out / "run", "llamagen", files / "t2i_tiny_64.pt", **flags)
     ids = ids_of(text, cfg, want["captions"])
     padded = ids >= cfg.text_vocab
-    assert padded.any(axis=1).tolist() == [True, True, False, True, True]  # the third was cut
+    assert padded.any(axis=1).tolist() == [True, True, False, True, True]  # the third was truncated
     ends = np.where(~padded[:, -1:] & (np.arange(cfg.text_len) == cfg.text_len - 1), 1, ids)
     np.testing.assert_array_equal(np.where(padded, 0, ends), want["ids"])
     words, codes = scores(cfg, run.params, ids, want["codes"])
@@ -142,10 +142,10 @@ def check_llamagen_t2i(files, out, tokenizers):
     assert relative(codes, want["null_logits"]) > 0.1
     nulls = np.asarray(dalle.null_texts(cfg, jnp.asarray(ids)))
     assert relative(scores(cfg, run.params, nulls, want["codes"])[1], want["null_logits"]) < 1e-5
-    drawn = generate(
+    sampled = generate(
         cfg, run.params, jnp.asarray(ids), row_keys(range(len(ids))), temperature=0.0, guidance_scale=3.0
     )
-    np.testing.assert_array_equal(drawn, want["greedy"])
+    np.testing.assert_array_equal(sampled, want["greedy"])
     assert len(np.unique(want["greedy"], axis=0)) == len(ids)
     np.testing.assert_array_equal(t5.relative_position_buckets(301, 32)[0], want["buckets"][300:])
     np.testing.assert_array_equal(t5.relative_position_buckets(301, 32)[300], want["buckets"][:301])
@@ -159,7 +159,7 @@ def check_dalle_mini(files, out, tokenizers):
     ids = np.where(ids < cfg.text_vocab, ids, cfg.pad_id)
     cut = ids[:, -1] != cfg.pad_id
     assert cut.any() and not cut.all()
-    ids[cut, -1] = cfg.eos_id  # as the model reads a caption that was cut
+    ids[cut, -1] = cfg.eos_id  # as the model gets a truncated caption
     np.testing.assert_array_equal(ids, want["text"])
     codes = scores(cfg, run.params, ids[:2], np.repeat(want["codes"], 2, axis=0))[1]
     assert relative(codes, want["logits"][..., : cfg.image_vocab]) < 1e-5
@@ -175,8 +175,8 @@ def check_mindalle(files, out, tokenizers):
     np.testing.assert_array_equal(np.where(ids < cfg.text_vocab, ids, cfg.pad_id), want["text"])
     words, codes = scores(cfg, run.params, ids, want["codes"])
     assert relative(words, want["text_logits"]) < 1e-5 and relative(codes, want["image_logits"]) < 1e-5
-    kept = load(run.path, TokenizerPipeline).config  # of 2 resolutions with attention in the second
-    assert (kept.vocab, kept.grid, kept.channel_multipliers, kept.attention_levels) == (
+    stored = load(run.path, TokenizerPipeline).config  # of 2 resolutions with attention in the second
+    assert (stored.vocab, stored.grid, stored.channel_multipliers, stored.attention_levels) == (
         cfg.image_vocab,
         cfg.grid,
         (1, 1),
@@ -208,7 +208,7 @@ def test_reference(tmp_path, tokenizers, name):
     CHECKS[name](tmp_path / "files", tmp_path, tokenizers)
 
 
-PUBLISHED = {  # model of golden/published_transformers.json.gz: (its importer, published parameters, left behind)
+PUBLISHED = {  # model of golden/published_transformers.json.gz: (its importer, published parameters, parameters not imported)
     "mindalle": (lambda tensors: mindalle.from_tensors("x", tensors, "", 0), 1_291_081_728, 0),
     "malevich": (lambda tensors: rudalle.from_tensors("x", tensors, "v3"), 1_310_410_880, 2048),  # a position of text
     **{
@@ -221,8 +221,8 @@ PUBLISHED = {  # model of golden/published_transformers.json.gz: (its importer, 
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_are_known_by_their_tensors(name):
-    """The names and shapes that the reference gives its full-size models make every parameter; nothing is allocated."""
+def test_published_models_are_detected_from_their_tensors(name):
+    """Names and shapes of the full-size models of the reference become all parameters; no array is allocated."""
     importer, count, left = PUBLISHED[name]
     shapes = json.loads(gzip.decompress((GOLDEN / "published_transformers.json.gz").read_bytes()))[name]
     zero = np.float32(0)
@@ -239,8 +239,8 @@ def test_published_models_are_known_by_their_tensors(name):
     assert ours.keys() == model.rules.keys()
 
 
-def test_the_published_model_on_captions_is_known_by_its_tensors():
-    """As above, of LlamaGen's file and that of flan-t5-xl, whose encoder is written down under two names."""
+def test_the_published_t2i_model_is_detected_from_its_tensors():
+    """As above, from the files of LlamaGen and of flan-t5-xl, whose embedding has two names."""
     known = json.loads(gzip.decompress((GOLDEN / "published_transformers.json.gz").read_bytes()))
     gpt, encoder = (
         {name: Tensor(tuple(shape), np.dtype(np.float32), None) for name, shape in known[model].items()}
@@ -265,7 +265,7 @@ def test_the_published_model_on_captions_is_known_by_its_tensors():
 
 
 @pytest.fixture(scope="module")
-def captioned(tmp_path_factory, tokenizers):
+def t2i_run(tmp_path_factory, tokenizers):
     files, out = GOLDEN / "llamagen_t2i", tmp_path_factory.mktemp("captioned") / "run"
     words = ["llamagen", files / "t2i_tiny_64.pt", "--t5", files / "flan-t5", "--out", out, "--heads", 2]
     words += ["--image-size", 64, "--image-tokenizer", tokenizers(24, 4)]
@@ -273,9 +273,8 @@ def captioned(tmp_path_factory, tokenizers):
     return out
 
 
-def test_captions_are_drawn_by_what_the_command_made(tmp_path, captioned):
-    """`sample` reads them with the encoder of the run, also through the queue, guided; a caption gives the same codes
-    in either."""
+def test_an_imported_t2i_run_samples_captions(tmp_path, t2i_run):
+    """With guidance; codes are equal with continuous batching, which a captions file uses, and without."""
     lines = tmp_path / "captions.txt"
     lines.write_text("a red circle above a blue square\nthe star\n")
     words = ["--num-images", "1", "--guidance-scale", "3", "--batch-size", "2"]
@@ -283,27 +282,27 @@ def test_captions_are_drawn_by_what_the_command_made(tmp_path, captioned):
         ("queue", ["--captions-file", str(lines)]),
         ("batch", lines.read_text().splitlines()),
     ):
-        assert cli.main(["sample", str(captioned), *captions, "--out", str(tmp_path / name), *words]) == 0
-    drawn = [np.load(tmp_path / name / "codes.npz")["codes"] for name in ("queue", "batch")]
-    assert drawn[1].shape == (2, 16) and (drawn[1][0] != drawn[1][1]).any()
-    np.testing.assert_array_equal(*drawn)
+        assert cli.main(["sample", str(t2i_run), *captions, "--out", str(tmp_path / name), *words]) == 0
+    sampled = [np.load(tmp_path / name / "codes.npz")["codes"] for name in ("queue", "batch")]
+    assert sampled[1].shape == (2, 16) and (sampled[1][0] != sampled[1][1]).any()
+    np.testing.assert_array_equal(*sampled)
 
 
-def test_a_run_on_captions_is_described_and_exported(tmp_path, captioned, capsys):
-    """`info` counts the encoder of captions; `export` takes it along, with its vocabulary and the tokenizer."""
-    assert cli.main(["info", str(captioned), "--json"]) == 0
-    found, run = json.loads(capsys.readouterr().out), load_run(captioned)
-    assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(run.params))
-    assert found["parts"]["t5"] == sum(leaf.size for leaf in jax.tree.leaves(run.params["t5"]))
-    assert cli.main(["export", str(captioned), "--out", str(tmp_path / "again")]) == 0
+def test_an_imported_t2i_run_is_described_and_exported(tmp_path, t2i_run, capsys):
+    """`info` counts the text encoder; `export` includes it, its vocabulary and the image tokenizer."""
+    assert cli.main(["info", str(t2i_run), "--json"]) == 0
+    info, run = json.loads(capsys.readouterr().out), load_run(t2i_run)
+    assert info["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    assert info["parts"]["t5"] == sum(leaf.size for leaf in jax.tree.leaves(run.params["t5"]))
+    assert cli.main(["export", str(t2i_run), "--out", str(tmp_path / "again")]) == 0
     again = load_run(tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, again.params, run.params)
     for name in ("text_tokenizer.model", "image_tokenizer/config.json", f"image_tokenizer/{PARAMS_FILE}"):
-        assert (tmp_path / "again" / name).read_bytes() == (captioned / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (t2i_run / name).read_bytes()
 
 
-def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
-    """`sample` draws with its vocabulary and tokenizer, guided too; `info` and `export` take it."""
+def test_the_commands_accept_an_imported_run(tmp_path, tokenizers, capsys):
+    """`sample` with guidance, its vocabulary and its tokenizer; `info` and `export`."""
     files = GOLDEN / "llamagen" / "c2i_tiny_64.pt"
     names = tmp_path / "names.txt"
     names.write_text("\n".join(["goldfish", *(f"thing {i}" for i in range(9))]))
@@ -315,7 +314,7 @@ def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
         "text_tokenizer.model",
         "image_tokenizer",
     }
-    out = tmp_path / "pictures"
+    out = tmp_path / "images"
     words = [
         "sample",
         str(run.path),
@@ -341,24 +340,24 @@ def test_an_imported_run_is_a_run(tmp_path, tokenizers, capsys):
     jax.tree.map(np.testing.assert_array_equal, again, run.params)
 
 
-def test_the_sampler_draws_from_an_encoder_and_decoder(tmp_path, tokenizers):
-    """Greedy drawing over the caches is the best code at every place without them, through the limits of `generate`."""
+def test_greedy_codes_of_an_encoder_decoder_have_the_highest_logits(tmp_path, tokenizers):
+    """Codes of `generate`, which uses caches, against the logits of the full forward pass."""
     run, text, cfg = imported(
         tmp_path / "run", "dalle-mini", GOLDEN / "dalle_mini", image_tokenizer=tokenizers(20, 16)
     )
     ids = ids_of(text, cfg, ["a red circle above", "a blue square"])
     codes = np.asarray(generate(cfg, run.params, jnp.asarray(ids), row_keys([0, 1]), temperature=0.0))
-    best = np.asarray(scores(cfg, run.params, ids, codes)[1])
-    chosen = np.take_along_axis(best, codes[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(chosen, best.max(axis=-1), rtol=1e-4, atol=1e-4)
+    logits = np.asarray(scores(cfg, run.params, ids, codes)[1])
+    sampled_logits = np.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(sampled_logits, logits.max(axis=-1), rtol=1e-4, atol=1e-4)
     assert len(np.unique(codes)) > 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dalle-mini", "rudalle", "llamagen"])
-def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
-    """One update too small to see, from a configuration of another Transformer: model, vocabulary and tokenizer are
-    those of the imported run."""
+def test_training_initializes_from_an_imported_run(tmp_path, tokenizers, name):
+    """One step with a negligible learning rate, from a configuration of another Transformer: model, vocabulary and
+    tokenizer are those of the imported run."""
     if name == "dalle-mini":
         path, flags = GOLDEN / "dalle_mini", {"image_tokenizer": tokenizers(20, 16)}
     elif name == "llamagen":
@@ -376,88 +375,92 @@ def test_training_begins_with_imported_weights(tmp_path, tokenizers, name):
             "heads": 2,
             "text_tokenizer": GOLDEN / "rudalle" / "bpe.model",
         }
-    begun, _, _ = imported(tmp_path / "begun", name, path, **flags)
+    base, _, _ = imported(tmp_path / "base", name, path, **flags)
     config = tmp_path / "config.py"
     config.write_text(
         "from dalle_jax.config import *\n"
         "config = TrainConfig(model=DalleConfig(), data=DataConfig(source=ScenesSource(), batch_size=8), "
         "optim=OptimConfig(learning_rate=1e-9, warmup_steps=0), steps=1, eval_rows=8)\n"
     )
-    words = [str(config), "--init-from", str(begun.path), "--run", str(tmp_path / "run")]
+    words = [str(config), "--init-from", str(base.path), "--run", str(tmp_path / "run")]
     assert cli.main(["train", *words]) == 0
     run = load_run(tmp_path / "run", ema=False)
-    assert run.config.model == begun.config.model and run.step == 1
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, begun.params)
-    for part in {"t5"} & begun.params.keys():  # frozen
-        jax.tree.map(np.testing.assert_array_equal, run.params[part], begun.params[part])
+    assert run.config.model == base.config.model and run.step == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, base.params)
+    for part in {"t5"} & base.params.keys():  # frozen
+        jax.tree.map(np.testing.assert_array_equal, run.params[part], base.params[part])
     assert (run.path / "text_tokenizer.model").read_bytes() == (
-        begun.path / "text_tokenizer.model"
+        base.path / "text_tokenizer.model"
     ).read_bytes()
-    assert load(run.path, TokenizerPipeline).fingerprint == load(begun.path, TokenizerPipeline).fingerprint
+    assert load(run.path, TokenizerPipeline).fingerprint == load(base.path, TokenizerPipeline).fingerprint
 
 
-def refused(capsys, *words):
+def import_error(capsys, *words):
     assert cli.main(["import", *map(str, words)]) == 1
     return capsys.readouterr().err
 
 
-def test_what_is_refused(tmp_path, tokenizers, capsys):
-    """Files that lack something, another model's, and flags that do not fit; nothing is written."""
+def test_invalid_imports_are_rejected(tmp_path, tokenizers, capsys):
+    """Missing files, files of another model, and flags that do not fit; no run is written."""
     out = tmp_path / "run"
     to = ["--out", out]
     malevich = GOLDEN / "rudalle" / "pytorch_model_v3.bin"
     text, small = ["--text-tokenizer", GOLDEN / "rudalle" / "bpe.model"], ["--heads", 2]
     fit = ["--image-tokenizer", tokenizers(12, 12)]
-    assert "give --text-tokenizer bpe.model" in refused(capsys, "rudalle", malevich, *to, *small, *fit)
-    assert "give --image-tokenizer RUN" in refused(capsys, "rudalle", malevich, *to, *text, *small)
-    wrong = refused(capsys, "rudalle", malevich, *to, *text, *small, "--image-tokenizer", tokenizers(24, 4))
-    assert "model.image_vocab is 12, but the image tokenizer" in wrong
-    untold = shutil.copy(malevich, tmp_path / "pytorch_model.bin")
-    assert "does not contain a version: give --version v3" in refused(
-        capsys, "rudalle", untold, *to, *text, *small, *fit
+    assert "give --text-tokenizer bpe.model" in import_error(capsys, "rudalle", malevich, *to, *small, *fit)
+    assert "give --image-tokenizer RUN" in import_error(capsys, "rudalle", malevich, *to, *text, *small)
+    wrong = import_error(
+        capsys, "rudalle", malevich, *to, *text, *small, "--image-tokenizer", tokenizers(24, 4)
     )
-    assert "is not ruDALL-E: it has no tensor text_embeddings.weight" in refused(
+    assert "model.image_vocab is 12, but the image tokenizer" in wrong
+    unversioned = shutil.copy(malevich, tmp_path / "pytorch_model.bin")
+    assert "does not contain a version: give --version v3" in import_error(
+        capsys, "rudalle", unversioned, *to, *text, *small, *fit
+    )
+    assert "is not ruDALL-E: it has no tensor text_embeddings.weight" in import_error(
         capsys, "rudalle", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, *text, "--version", "v3", *fit
     )
-    assert "--version is not for the family llamagen" in refused(
+    assert "--version is not for the family llamagen" in import_error(
         capsys, "llamagen", malevich, *to, "--version", "v2"
     )
-    assert "heads 5" in refused(capsys, "rudalle", malevich, *to, *text, "--heads", 5, *fit)
+    assert "heads 5" in import_error(capsys, "rudalle", malevich, *to, *text, "--heads", 5, *fit)
     broken = tmp_path / "bpe.model"
     broken.write_text("1 2\n3")
-    assert f"{broken}: Expected a model of YouTokenToMe" in refused(
+    assert f"{broken}: Expected a model of YouTokenToMe" in import_error(
         capsys, "rudalle", malevich, *to, "--text-tokenizer", broken, *small, *fit
     )
 
     mini = shutil.copytree(GOLDEN / "dalle_mini", tmp_path / "mini")
     (mini / "vocab.json").unlink()
-    assert "want a directory with flax_model.msgpack, config.json, vocab.json" in refused(
+    assert "want a directory with flax_model.msgpack, config.json, vocab.json" in import_error(
         capsys, "dalle-mini", mini, *to
     )
     shutil.copy(GOLDEN / "dalle_mini" / "vocab.json", mini)
     settings = json.loads((mini / "config.json").read_text())
     (mini / "config.json").write_text(json.dumps({**settings, "ln_positions": "swinv2"}))
-    assert "ln_positions is 'swinv2'; the models that can be imported have 'normformer'" in refused(
+    assert "ln_positions is 'swinv2'; the models that can be imported have 'normformer'" in import_error(
         capsys, "dalle-mini", mini, *to
     )
     lines = tmp_path / "names.txt"
     lines.write_text("one\ntwo")
     tiny = ["llamagen", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, "--image-size", 64, "--heads", 2]
-    assert "has 2 lines; want the names of 10 classes" in refused(capsys, *tiny, "--text-tokenizer", lines)
-    assert "--t5 is for models on captions (t2i)" in refused(capsys, *tiny, "--t5", tmp_path)
+    assert "has 2 lines; want the names of 10 classes" in import_error(
+        capsys, *tiny, "--text-tokenizer", lines
+    )
+    assert "--t5 is for models on captions (t2i)" in import_error(capsys, *tiny, "--t5", tmp_path)
     assert not out.exists()
 
 
-def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
-    """A T5 that is missing, not whole, or another than the model reads; nothing is written."""
+def test_invalid_text_encoders_are_rejected(tmp_path, tokenizers, capsys):
+    """A T5 that is missing, incomplete, or of another size than the model needs; no run is written."""
     files, out, folder = GOLDEN / "llamagen_t2i", tmp_path / "run", tmp_path / "t5"
     gpt = ["llamagen", files / "t2i_tiny_64.pt", "--out", out, "--image-size", 64, "--heads", 2]
     gpt += ["--image-tokenizer", tokenizers(24, 4)]
-    assert "reads them with flan-t5-xl: give --t5 DIR" in refused(capsys, *gpt)
-    assert "--text-tokenizer names classes" in refused(
+    assert "reads them with flan-t5-xl: give --t5 DIR" in import_error(capsys, *gpt)
+    assert "--text-tokenizer names classes" in import_error(
         capsys, *gpt, "--t5", folder, "--text-tokenizer", files / "x"
     )
-    assert f"no file {folder / 'config.json'}" in refused(capsys, *gpt, "--t5", folder)
+    assert f"no file {folder / 'config.json'}" in import_error(capsys, *gpt, "--t5", folder)
     tensors = {
         name: np.asarray(tensor.read()) for name, tensor in encoders.read_encoder(files / "flan-t5").items()
     }
@@ -466,13 +469,13 @@ def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
         "encoder.block.1.layer.1.DenseReluDense.wi_1.weight",
     )
     nan = np.where(np.arange(16) == 7, np.nan, tensors[norm]).astype(np.float32)
-    narrow = {  # a whole one, of half the width
+    narrow = {  # a complete encoder of half the width
         name: x[..., :8] if x.shape[-1] == 16 and not name.endswith("bias.weight") else x
         for name, x in tensors.items()
     }
     narrow = {name: x[:8] if len(x) == 16 and x.ndim == 2 else x for name, x in narrow.items()}
 
-    def told(settings=None, drop=(), spiece=True, **changed):
+    def error_of(settings=None, drop=(), spiece=True, **changed):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "config.json").write_text(
@@ -480,32 +483,32 @@ def test_encoders_that_are_refused(tmp_path, tokenizers, capsys):
         )
         if spiece:
             shutil.copy(files / "flan-t5" / "spiece.model", folder)
-        kept = {name: x for name, x in (tensors | changed).items() if name not in drop}
-        save_file(kept, folder / "model.safetensors")
-        return refused(capsys, *gpt, "--t5", folder)
+        selected = {name: x for name, x in (tensors | changed).items() if name not in drop}
+        save_file(selected, folder / "model.safetensors")
+        return import_error(capsys, *gpt, "--t5", folder)
 
-    assert "feed_forward_proj is 'relu'; the T5 that can be imported has 'gated-gelu'" in told(
+    assert "feed_forward_proj is 'relu'; the T5 that can be imported has 'gated-gelu'" in error_of(
         {"feed_forward_proj": "relu"}
     )
-    assert f"lacks tensors of the encoder of a T5 v1.1 (Flan-T5): {wide}" in told(drop=[wide])
-    assert "is not the encoder of a T5 v1.1 (Flan-T5): it has no tensor shared.weight" in told(
+    assert f"lacks tensors of the encoder of a T5 v1.1 (Flan-T5): {wide}" in error_of(drop=[wide])
+    assert "is not the encoder of a T5 v1.1 (Flan-T5): it has no tensor shared.weight" in error_of(
         drop=["shared.weight"]
     )
-    assert "has tensors not in the encoder of a T5 v1.1 (Flan-T5): encoder.more" in told(
+    assert "has tensors not in the encoder of a T5 v1.1 (Flan-T5): encoder.more" in error_of(
         **{"encoder.more": nan}
     )
-    assert f"tensor t5:{norm} has values that are not finite" in told(**{norm: nan})
-    assert f"tensor t5:{wide} (20, 8)" in told(**{wide: tensors[wide][:, :8].copy()})
+    assert f"tensor t5:{norm} has values that are not finite" in error_of(**{norm: nan})
+    assert f"tensor t5:{wide} (20, 8)" in error_of(**{wide: tensors[wide][:, :8].copy()})
     assert (
         f"the T5 of {folder} is 8 wide, {files / 't2i_tiny_64.pt'} needs one of width 16: want flan-t5-xl"
-        in told(**narrow)
+        in error_of(**narrow)
     )
-    assert f"no file {folder / 'spiece.model'}" in told(spiece=False)
+    assert f"no file {folder / 'spiece.model'}" in error_of(spiece=False)
     (folder / "spiece.model").write_bytes(b"no model")
-    assert f"{folder / 'spiece.model'}: Expected a sentencepiece model" in refused(
+    assert f"{folder / 'spiece.model'}: Expected a sentencepiece model" in import_error(
         capsys, *gpt, "--t5", folder
     )
-    assert "has 26 pieces, the T5 beside it has 20" in told(
+    assert "has 26 pieces, the T5 beside it has 20" in error_of(
         **{"shared.weight": tensors["shared.weight"][:20].copy()}
     )
     assert not out.exists() and not list(tmp_path.glob(".*.tmp"))

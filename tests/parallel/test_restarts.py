@@ -1,4 +1,4 @@
-"""How a training of several processes ends, and how it resumes; slow, on real processes."""
+"""Tests of the end and the resumption of a training of several processes; slow, on real processes."""
 
 import random
 import time
@@ -90,11 +90,11 @@ def test_other_processes_meshes_and_slices_resume(tmp_path):
     run, changes = tmp_path / "run", {"steps": 500, "eval_every": 50, "sample_every": 250, "save_every": 100}
     stops = []
     for n, (count, devices, mesh) in enumerate(STARTS):
-        begun = stops[-1] if stops else 0
-        event = f"SIGTERM:{count - 1}:{begun + 3}" if n + 1 < len(STARTS) else "none:-1:-1"
+        step = stops[-1] if stops else 0
+        event = f"SIGTERM:{count - 1}:{step + 3}" if n + 1 < len(STARTS) else "none:-1:-1"
         job = Job(run, count, devices, event, mesh=mesh, **changes)
         assert job.codes() == [0] * count, job.logs_text()
-        assert f"resuming from step {begun}" in job.log(0) or not begun
+        assert f"resuming from step {step}" in job.log(0) or not step
         stops.append(series(run)[-1]["step"])
     print("stopped after steps", stops)
     assert sorted(set(stops)) == stops and stops[-1] == 500  # each start trained some steps
@@ -118,7 +118,7 @@ def test_twenty_random_kills(tmp_path):
         "optim": {"decay_steps": 1000},
     }  # fmt: skip
     run, last, newest = tmp_path / "run", 0, 0
-    lost, begun, seconds, by_themselves = [], 0, [], 0
+    lost, during_save, seconds, by_themselves = [], 0, [], 0
     while len(lost) < kills:
         count, devices, mesh = STARTS[rng.randrange(len(STARTS) - 1)]
         job = Job(run, count, devices, flags=SHORT, mesh=mesh, **changes)
@@ -146,7 +146,7 @@ def test_twenty_random_kills(tmp_path):
                 last,
                 steps,
             )
-            begun += missing != last
+            during_save += missing != last
         if not killed:  # ended by itself, without CPU time until the heartbeat timeout
             by_themselves += 1
             assert by_themselves < kills, job.logs_text()
@@ -156,7 +156,7 @@ def test_twenty_random_kills(tmp_path):
         print(
             f"kill {len(lost)}: {count} processes, {'starting' if starting else f'at {last}'}, newest {newest}"
         )
-    print(f"saving every {every}; steps lost: {lost}; {begun} times a save was on its way")
+    print(f"saving every {every}; steps lost: {lost}; {during_save} kills during a save")
     print(f"seconds until all had ended: {[round(s, 1) for s in seconds]}; heartbeat {HEARTBEAT}")
     print("lives that ended by themselves:", by_themselves)
 

@@ -1,4 +1,4 @@
-"""Laws of the mesh: sharding changes no number, and every parameter has exactly one rule."""
+"""Tests of the mesh: results do not depend on sharding, and every parameter has exactly one rule."""
 
 import functools
 import math
@@ -55,7 +55,7 @@ def random_params(cfg):
         ({"data": 2, "fsdp": 2, "model": 2}, (1, 2, 2, 2)),
         ({"data": 1, "fsdp": -1, "model": 2}, (1, 1, 4, 2)),
         ({"data": 1, "fsdp": 1, "model": -1}, (1, 1, 1, 8)),
-        ({"slices": 2, "data": 1, "fsdp": -1}, (2, 1, 4, 1)),  # one slice taken as two, such as processes
+        ({"slices": 2, "data": 1, "fsdp": -1}, (2, 1, 4, 1)),  # one slice divided in two, as for processes
     ],
 )
 def test_mesh_sizes(sizes, want):
@@ -84,7 +84,7 @@ def test_mesh_over_some_devices():
         ({"data": -1, "model": 3}, "divides 8 devices, got data=-1 fsdp=1 model=3, whose product is 3"),
     ],
 )
-def test_mesh_refuses(sizes, match):
+def test_invalid_meshes_are_rejected(sizes, match):
     with pytest.raises(MeshError, match=match):
         make_mesh(MeshConfig(**sizes))
 
@@ -265,7 +265,7 @@ def batch_of(cfg, rows=8):
 
 @pytest.mark.parametrize("cfg", [DALLE, DVAE], ids=lambda cfg: cfg.kind)
 def test_eight_devices_equal_one_device(mesh, cfg):
-    """The loss to 1e-6 of it, gradients to 1e-5 of the largest of their array: sums run in another order."""
+    """Loss to a relative 1e-6, gradients to 1e-5 of the largest of their array, since sums run in another order."""
     params, batch, key = random_params(cfg), batch_of(cfg), jax.random.key(2)
     (want, want_metrics), want_grads = step(cfg, params, batch, key)
     sharded = jax.device_put(params, param_shardings(mesh, params))
@@ -288,8 +288,8 @@ def test_a_device_holds_a_quarter_of_the_kernels(mesh):
     """fsdp x model; kernels are nearly all parameters at full size."""
     tree = param_shardings(mesh, shapes(DalleConfig()))
     leaves = zip(jax.tree.leaves(shapes(DalleConfig())), jax.tree.leaves(tree), strict=True)
-    whole = share = 0
+    total = local = 0
     for leaf, sharding in leaves:
-        whole += leaf.size
-        share += math.prod(sharding.shard_shape(leaf.shape))
-    assert 0.25 <= share / whole < 0.2502
+        total += leaf.size
+        local += math.prod(sharding.shard_shape(leaf.shape))
+    assert 0.25 <= local / total < 0.2502

@@ -1,4 +1,4 @@
-"""Laws of re-ranking: what is kept are the best of what is drawn; recalls and shares by hand; the verbs."""
+"""Tests of CLIP: scores, re-ranking, retrieval and classification by hand, the command line, and training."""
 
 import dataclasses
 import json
@@ -66,68 +66,68 @@ CLIP = ClipConfig(
 CAPTIONS = ["a red circle", "蓝色的方块", "a green star"]
 
 
-def random(init, cfg, seed):
+def random_params(init, cfg, seed):
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
     return jax.tree.map(lambda s: np.asarray(0.4 * rng.normal(size=s.shape), np.float32), shapes)
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
-    """Exported runs of random weights: `dalle` with its tokenizer, and `clip`."""
-    room = tmp_path_factory.mktemp("ranking")
+def run_dirs(tmp_path_factory):
+    """Exported runs with random weights: `dalle` with its tokenizer, and `clip`."""
+    run_dirs = tmp_path_factory.mktemp("clip")
     for name, model, init in (("dalle", DALLE, dalle.init), ("clip", CLIP, clips.init)):
-        (room / name).mkdir()
+        (run_dirs / name).mkdir()
         tokenizers.train_text_tokenizer(
             [c.text for c, _ in generator.evaluation_set("one_object", 60)],
-            room / name / "text_tokenizer.model",
+            run_dirs / name / "text_tokenizer.model",
             vocab=400,
         )
-        write_params(room / name / PARAMS_FILE, random(init, model, 1), 7)
-        (room / name / "config.json").write_text(to_json(TrainConfig(model=model, data=DATA)))
-    tokenizer = random(dvae.init, DVAE, 2)
-    write_run(room / "dalle" / "image_tokenizer", TrainConfig(model=DVAE, data=DATA), tokenizer)
-    return room
+        write_params(run_dirs / name / PARAMS_FILE, random_params(init, model, 1), 7)
+        (run_dirs / name / "config.json").write_text(to_json(TrainConfig(model=model, data=DATA)))
+    tokenizer = random_params(dvae.init, DVAE, 2)
+    write_run(run_dirs / "dalle" / "image_tokenizer", TrainConfig(model=DVAE, data=DATA), tokenizer)
+    return run_dirs
 
 
 @pytest.fixture(scope="module")
-def model(room):
-    return load(room / "dalle", TextToImagePipeline)
+def model(run_dirs):
+    return load(run_dirs / "dalle", TextToImagePipeline)
 
 
 @pytest.fixture(scope="module")
-def clip(room):
-    return load(room / "clip", ClipPipeline)
+def clip(run_dirs):
+    return load(run_dirs / "clip", ClipPipeline)
 
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    for place in (metrics, reranking, retrieval):
-        monkeypatch.setattr(place, "EVAL_ROWS", 8)
+    for module in (metrics, reranking, retrieval):
+        monkeypatch.setattr(module, "EVAL_ROWS", 8)
 
 
 def noise(count, size=SIZE, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
 
 
-# --- captions between a start and an end ------------------------------------------------------------------
+# --- captions with begin and end tokens -------------------------------------------------------------------
 
 
-def test_framed_captions(clip):
+def test_captions_have_begin_and_end_tokens(clip):
     options = {"text_vocab": 402, "text_len": 10}
     ids = clip.text.encode("a red circle", **options)
     inside = ids[1:].tolist().index(401)
     assert ids[0] == 400 and (ids[1 + inside :] == 401).all()
     assert clip.text.decode(ids[1 : 1 + inside]) == "a red circle"
-    long = clip.text.encode("a red circle " * 9, **options)  # cut, with its end
+    long = clip.text.encode("a red circle " * 9, **options)  # truncated, but with the end token
     assert long[-1] == 401 and (long[1:-1] < 400).all()
     assert clip.text.encode("", **options).tolist() == [400] + [401] * 9
     with pytest.raises(ValueError, match=r"beside a start and an end in text_vocab 300, got \d+\. Raise"):
         clip.text.encode("a", text_vocab=300, text_len=10)
 
 
-def test_clips_own_vocabulary_has_its_start_and_end_last():
-    """512 letters and no merge: start 512, end 513; in the published one of 49,408 they are the last two as well."""
+def test_begin_and_end_are_the_last_ids_of_clips_vocabulary():
+    """512 letters and no merge: begin 512, end 513. They are the last two of the published 49,408 as well."""
     pairs = tokenizers.BosEosTokenizer(b'"bpe #version: 0.2\n')
     assert (pairs.vocab_size, pairs.num_used_ids) == (514, 512)
     assert pairs.encode("a", text_vocab=514, text_len=4).tolist() == [512, 320, 513, 513]
@@ -136,16 +136,18 @@ def test_clips_own_vocabulary_has_its_start_and_end_last():
 # --- scores and ranks --------------------------------------------------------------------------------------
 
 
-def test_scores_are_those_of_the_model(clip):
-    pictures, captions = noise(5), [*CAPTIONS, CAPTIONS[0], CAPTIONS[2]]
+def test_scores_equal_the_similarity_of_the_model(clip):
+    image_batch, captions = noise(5), [*CAPTIONS, CAPTIONS[0], CAPTIONS[2]]
     ids = np.stack([clip.text.encode(c, text_vocab=402, text_len=10) for c in captions])
-    want = jax.jit(clips.similarity, static_argnums=0)(CLIP, clip.run.params, pictures / np.float32(255), ids)
-    np.testing.assert_allclose(clip.score(pictures, captions), want, atol=1e-5)
-    np.testing.assert_allclose(
-        clip.embed_images(pictures, batch_size=2), clip.embed_images(pictures), atol=1e-6
+    want = jax.jit(clips.similarity, static_argnums=0)(
+        CLIP, clip.run.params, image_batch / np.float32(255), ids
     )
-    which, best = clip.rerank(pictures[:4].reshape(2, 2, SIZE, SIZE, 3), CAPTIONS[:2], 2)
-    each = clip.score(pictures[:4], [CAPTIONS[0]] * 2 + [CAPTIONS[1]] * 2).reshape(2, 2)
+    np.testing.assert_allclose(clip.score(image_batch, captions), want, atol=1e-5)
+    np.testing.assert_allclose(
+        clip.embed_images(image_batch, batch_size=2), clip.embed_images(image_batch), atol=1e-6
+    )
+    which, best = clip.rerank(image_batch[:4].reshape(2, 2, SIZE, SIZE, 3), CAPTIONS[:2], 2)
+    each = clip.score(image_batch[:4], [CAPTIONS[0]] * 2 + [CAPTIONS[1]] * 2).reshape(2, 2)
     np.testing.assert_array_equal(which, np.argsort(-each, axis=1))
     assert (np.diff(best, axis=1) <= 0).all()
 
@@ -161,13 +163,13 @@ def test_scores_are_those_of_the_model(clip):
         (lambda c: c.rerank(noise(2)[None], ["a"], 3), "top is 3; expected 1 to 2"),
     ],
 )
-def test_ranking_refuses(clip, call, match):
+def test_invalid_input_of_ranking_is_rejected(clip, call, match):
     with pytest.raises(ValueError, match=match):
         call(clip)
 
 
-def test_kept_are_the_best_of_what_is_drawn(model, clip):
-    """Whatever the batch, which parts the candidates of a caption otherwise."""
+def test_reranking_returns_the_best_candidates(model, clip):
+    """With any batch size, also one that splits the candidates of a caption."""
     requests = [ImageRequest(caption, seed) for caption, seed in zip(CAPTIONS, (10, 20, 30), strict=True)]
     every = [ImageRequest(request.prompt, request.seed + i) for request in requests for i in range(3)]
     candidates = list(model.sample(every, batch_size=9))
@@ -175,9 +177,9 @@ def test_kept_are_the_best_of_what_is_drawn(model, clip):
     each = clip.score(images_RHWC, [request.prompt for request in every]).reshape(3, 3)
     assert len({image.codes.tobytes() for image in candidates}) == 9
     for batch_size in (9, 2):
-        found = list(sample_and_rerank(model, clip, requests, 3, 2, batch_size=batch_size))
-        assert len(found) == 3
-        for i, best in enumerate(found):
+        result = list(sample_and_rerank(model, clip, requests, 3, 2, batch_size=batch_size))
+        assert len(result) == 3
+        for i, best in enumerate(result):
             want = np.argsort(-each[i])[:2]
             assert [image.request.seed for image in best] == [requests[i].seed + k for k in want]
             np.testing.assert_allclose([image.score for image in best], each[i][want], atol=1e-5)
@@ -190,7 +192,7 @@ def test_kept_are_the_best_of_what_is_drawn(model, clip):
     ("prompt", "top", "match"),
     [(" ", 1, "caption 0 has no text"), ("a", 4, "top is 4; expected 1 to 3"), ("a", 0, "top is 0")],
 )
-def test_reranking_refuses_before_it_samples(model, clip, prompt, top, match):
+def test_reranking_rejects_invalid_input_before_sampling(model, clip, prompt, top, match):
     with pytest.raises(ValueError, match=match):
         sample_and_rerank(model, clip, [ImageRequest(prompt)], 3, top)
 
@@ -200,9 +202,9 @@ def test_reranking_refuses_before_it_samples(model, clip, prompt, top, match):
 
 def test_ranks_by_hand():
     score = np.array([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])
-    right = np.array([[True, False, False], [False, False, True], [False, True, False]])
-    assert retrieval.retrieval_ranks(score, right).tolist() == [0, 2, 2]  # ties count against
-    assert retrieval.retrieval_ranks(score, right | np.array([[False, True, False]] * 3)).tolist() == [
+    correct = np.array([[True, False, False], [False, False, True], [False, True, False]])
+    assert retrieval.retrieval_ranks(score, correct).tolist() == [0, 2, 2]  # ties count against
+    assert retrieval.retrieval_ranks(score, correct | np.array([[False, True, False]] * 3)).tolist() == [
         0,
         1,
         2,
@@ -211,7 +213,7 @@ def test_ranks_by_hand():
 
 
 class Rows:
-    """Four pictures; the first two share a caption."""
+    """Four images; the first two have a caption in common."""
 
     classes = ("cat", "dog")
 
@@ -228,29 +230,29 @@ class Rows:
         return (0, 1, 1, None)[i]
 
 
-def test_retrieval_of_a_perfect_and_a_blind_model(monkeypatch, clip):
+def test_retrieval_of_a_perfect_and_a_constant_model(monkeypatch, clip):
     monkeypatch.setattr(retrieval, "open_source", lambda *_, **__: Rows())
     axes = np.eye(4)
-    place = {"shared": axes[0] + axes[1], "own 2": axes[2], "own 3": axes[3]} | {
+    embeddings = {"shared": axes[0] + axes[1], "own 2": axes[2], "own 3": axes[3]} | {
         f"zh {i}": axes[i] for i in range(4)
     }
     monkeypatch.setattr(ClipPipeline, "embed_images", lambda self, x, **_: axes[x[:, 0, 0, 0]])
     monkeypatch.setattr(
-        ClipPipeline, "embed_captions", lambda self, texts, **_: np.stack([place[t] for t in texts])
+        ClipPipeline, "embed_captions", lambda self, texts, **_: np.stack([embeddings[t] for t in texts])
     )
-    found = retrieval.measure_retrieval(clip, DATA, 9)
-    assert (found["images"], found["texts"]) == (4, 7)
-    assert found["image_to_text_recall_1"] == found["text_to_image_recall_1"] == 1.0
+    result = retrieval.measure_retrieval(clip, DATA, 9)
+    assert (result["images"], result["texts"]) == (4, 7)
+    assert result["image_to_text_recall_1"] == result["text_to_image_recall_1"] == 1.0
     monkeypatch.setattr(ClipPipeline, "embed_captions", lambda self, texts, **_: np.ones((len(texts), 4)))
-    found = retrieval.measure_retrieval(clip, DATA, 9)
-    assert found["image_to_text_recall_1"] == found["text_to_image_recall_1"] == 0.0
+    result = retrieval.measure_retrieval(clip, DATA, 9)
+    assert result["image_to_text_recall_1"] == result["text_to_image_recall_1"] == 0.0
 
 
-def test_classes_by_hand(monkeypatch, clip):
-    asked = []
+def test_zero_shot_classification_by_hand(monkeypatch, clip):
+    captions_embedded = []
 
     def captions(clip, texts, **_):
-        asked.extend(texts)
+        captions_embedded.extend(texts)
         return np.array(
             [[1.0, 0.0] if "cat" in t else [0.0, 1.0] if "photo" in t else [0.6, 0.8] for t in texts]
         )
@@ -259,35 +261,35 @@ def test_classes_by_hand(monkeypatch, clip):
     monkeypatch.setattr(ClipPipeline, "embed_captions", captions)
     monkeypatch.setattr(ClipPipeline, "embed_images", lambda self, x, **_: np.eye(2)[x[:, 0, 0, 0] % 2])
     vectors = retrieval.class_vectors(clip, ["cat", "dog"], ["a photo of a {}", "{}"])
-    assert asked == ["a photo of a cat", "cat", "a photo of a dog", "dog"]
+    assert captions_embedded == ["a photo of a cat", "cat", "a photo of a dog", "dog"]
     mean = np.array([0.3, 0.9])
     np.testing.assert_allclose(vectors, [[1, 0], mean / np.linalg.norm(mean)])
     data = SimpleNamespace(source=SimpleNamespace(templates=("{}",)), crop="center")
-    found = retrieval.measure_zero_shot(
+    result = retrieval.measure_zero_shot(
         clip, data, 9
-    )  # rows 0 cat, 1 dog are seen as that, row 2 a dog as a cat
-    assert found == {"zero_shot_top1": pytest.approx(2 / 3), "classes": 2}
+    )  # rows 0 (cat) and 1 (dog) are correct, row 2 (dog) is classified as cat
+    assert result == {"zero_shot_top1": pytest.approx(2 / 3), "classes": 2}
     with pytest.raises(ValueError, match=r"each with \{\} for the name"):
         retrieval.class_vectors(clip, ["cat"], ["a photo"])
 
 
-def test_classes_of_scenes_are_colour_and_shape(monkeypatch, clip):
-    """A model that sees the true pair: all right, also for pairs that training never shows."""
+def test_classes_of_scenes_are_color_and_shape(monkeypatch, clip):
+    """A model that finds the true pair has accuracy 1, also for held-out pairs."""
     index: dict[str, int] = {}
 
     def captions(clip, texts, **_):
         return np.eye(200)[[index.setdefault(t, len(index)) for t in texts]]
 
-    def pictures(clip, x, **_):
+    def image_batch(clip, x, **_):
         kind = kinds.pop(0)
-        said = [scene.objects[0] for _, scene in metrics.unseen_captions(DATA, kind, len(x))]
-        return np.eye(200)[[index[f"a {o.color} {o.shape}"] for o in said]]
+        objects = [scene.objects[0] for _, scene in metrics.unseen_captions(DATA, kind, len(x))]
+        return np.eye(200)[[index[f"a {o.color} {o.shape}"] for o in objects]]
 
     monkeypatch.setattr(ClipPipeline, "embed_captions", captions)
-    monkeypatch.setattr(ClipPipeline, "embed_images", pictures)
+    monkeypatch.setattr(ClipPipeline, "embed_images", image_batch)
     kinds = ["one_object", "held_out"]
-    found = retrieval.measure_zero_shot(clip, DATA, 6)
-    assert found == {
+    result = retrieval.measure_zero_shot(clip, DATA, 6)
+    assert result == {
         "zero_shot_one_object_top1": 1.0, "zero_shot_one_object_top5": 1.0, "zero_shot_held_out_top1": 1.0,
         "zero_shot_held_out_top5": 1.0, "classes": 120,
     }  # fmt: skip
@@ -295,21 +297,21 @@ def test_classes_of_scenes_are_colour_and_shape(monkeypatch, clip):
 
 def test_best_of_by_hand():
     score = np.array([[0.1, 0.4, 0.3, 0.2], [0.5, 0.6, 0.7, 0.8]])
-    right = np.array([[0, 1, 0, 0], [1, 0, 0, 1]], bool)
-    assert reranking.best_of(score, right, 1) == 3 / 8
-    assert reranking.best_of(score, right, 2) == (1 + 0 + 0 + 1) / 4
-    assert reranking.best_of(score, right, 3) == (1 + 0) / 2  # one group of three, the fourth is left out
-    assert reranking.best_of(score, right, 4) == 1.0
-    assert reranking.best_of(-score, right, 4) == 0.5
+    correct = np.array([[0, 1, 0, 0], [1, 0, 0, 1]], bool)
+    assert reranking.best_of(score, correct, 1) == 3 / 8
+    assert reranking.best_of(score, correct, 2) == (1 + 0 + 0 + 1) / 4
+    assert reranking.best_of(score, correct, 3) == (1 + 0) / 2  # one group of three; the fourth is not used
+    assert reranking.best_of(score, correct, 4) == 1.0
+    assert reranking.best_of(-score, correct, 4) == 0.5
     with pytest.raises(ValueError, match="the best of 5 of 4 candidates; expected 1 to 4"):
-        reranking.best_of(score, right, 5)
+        reranking.best_of(score, correct, 5)
     assert [reranking.candidate_counts(n) for n in (1, 3, 4, 64, 100)] == [
         [1], [1, 3], [1, 4], [1, 4, 16, 64], [1, 4, 16, 64, 100]
     ]  # fmt: skip
 
 
-def test_reranking_by_a_judge_that_knows(monkeypatch, model, clip):
-    """One candidate in four is the true picture. A CLIP that sees it finds it; one that shuns it never does."""
+def test_reranking_accuracy_by_hand(monkeypatch, model, clip):
+    """One candidate in four is the true image. A perfect score always selects it, the negated score never."""
     kind, count = "one_object", 6
     pairs = metrics.unseen_captions(DATA, kind, count)
     true = [generator.render_scene(scene, SIZE) for _, scene in pairs]
@@ -327,8 +329,8 @@ def test_reranking_by_a_judge_that_knows(monkeypatch, model, clip):
             "score",
             lambda self, x, captions, sign=sign: np.array([-sign * p.mean() for p in x]),
         )
-        found = reranking.measure_reranking(model, clip, count, 4)
-        assert found == {
+        result = reranking.measure_reranking(model, clip, count, 4)
+        assert result == {
             f"accuracy_{kind}_best_of_1": 0.25, f"accuracy_{kind}_best_of_4": best, f"accuracy_{kind}_any_of_4": 1.0
         }  # fmt: skip
     with pytest.raises(ValueError, match="candidates is 0"):
@@ -338,93 +340,102 @@ def test_reranking_by_a_judge_that_knows(monkeypatch, model, clip):
 # --- the command line --------------------------------------------------------------------------------------
 
 
-def test_sample_keeps_the_best(room, tmp_path, clip):
-    """Each kept picture is the one of its seed, and the scores are those of all candidates."""
-    argv = ("sample", room / "dalle", *CAPTIONS[:2], "--seed", 5)
+def test_sample_writes_the_best_candidates(run_dirs, tmp_path, clip):
+    """Each image equals the one sampled with its seed alone, and has the highest scores of all candidates."""
+    argv = ("sample", run_dirs / "dalle", *CAPTIONS[:2], "--seed", 5)
     every = json_of(*argv, "--num-images", 3, "--out", tmp_path / "all")["images"]
-    found = json_of(*argv, "--clip", room / "clip", "--candidates", 3, "--top", 2, "--out", tmp_path / "best")
-    assert found["candidates"] == 3 and found["clip"] == str(room / "clip")
+    result = json_of(
+        *argv, "--clip", run_dirs / "clip", "--candidates", 3, "--top", 2, "--out", tmp_path / "best"
+    )
+    assert result["candidates"] == 3 and result["clip"] == str(run_dirs / "clip")
     by_seed = {(row["caption"], row["seed"]): Path(row["file"]) for row in every}
-    drawn = {key: images.load_image(file, SIZE) for key, file in by_seed.items()}
-    score = {key: float(clip.score(picture[None], [key[0]])[0]) for key, picture in drawn.items()}
+    sampled = {key: images.load_image(file, SIZE) for key, file in by_seed.items()}
+    score = {key: float(clip.score(image[None], [key[0]])[0]) for key, image in sampled.items()}
     for caption in CAPTIONS[:2]:
-        kept = [row for row in found["images"] if row["caption"] == caption]
+        rows = [row for row in result["images"] if row["caption"] == caption]
         best = sorted((key for key in score if key[0] == caption), key=lambda key: -score[key])[:2]
-        assert [row["seed"] for row in kept] == [seed for _, seed in best]
-        for row in kept:
+        assert [row["seed"] for row in rows] == [seed for _, seed in best]
+        for row in rows:
             key = (caption, row["seed"])
-            np.testing.assert_array_equal(images.load_image(row["file"], SIZE), drawn[key])
+            np.testing.assert_array_equal(images.load_image(row["file"], SIZE), sampled[key])
             assert row["score"] == pytest.approx(score[key], abs=1e-5)
-    names = [Path(row["file"]).name for row in found["images"]]
+    names = [Path(row["file"]).name for row in result["images"]]
     assert {p.name for p in (tmp_path / "best").iterdir()} == {*names, "grid.png", "codes.npz"}
     assert np.load(tmp_path / "best" / "codes.npz")["codes"].shape == (4, 64)
 
 
-def test_sample_refuses(room, tmp_path):
-    one = ("sample", room / "dalle", "a", "--out", tmp_path / "o")
-    ranked = (*one, "--clip", room / "clip")
+def test_invalid_flags_of_sample_are_rejected(run_dirs, tmp_path):
+    one = ("sample", run_dirs / "dalle", "a", "--out", tmp_path / "o")
+    ranked = (*one, "--clip", run_dirs / "clip")
     assert "--candidates and --top need --clip" in refused(*one, "--top", 2)
     assert "--num-images is for sampling without --clip" in refused(*ranked, "--num-images", 2)
     assert "top is 3; expected 1 to 2" in refused(*ranked, "--candidates", 2, "--top", 3)
     assert "--candidates is 0" in refused(*ranked, "--candidates", 0)
-    assert "is a run of stage dalle; expected a CLIP" in refused(*one, "--clip", room / "dalle")
-    empty = ("sample", room / "dalle", "--unconditional", "--out", tmp_path / "o", "--clip", room / "clip")
+    assert "is a run of stage dalle; expected a CLIP" in refused(*one, "--clip", run_dirs / "dalle")
+    empty = (
+        "sample",
+        run_dirs / "dalle",
+        "--unconditional",
+        "--out",
+        tmp_path / "o",
+        "--clip",
+        run_dirs / "clip",
+    )
     assert "caption 0 has no text" in refused(*empty)
-    assert "stage clip: it ranks images and generates none" in refused("sample", room / "clip", "a")
+    assert "stage clip: it ranks images and generates none" in refused("sample", run_dirs / "clip", "a")
     assert "stage clip, which has no image tokenizer" in refused(
-        "encode", room / "clip", "a.png", "--out", "x"
+        "encode", run_dirs / "clip", "a.png", "--out", "x"
     )
 
 
-def test_rerank_lists_the_best_first(room, tmp_path, clip):
+def test_rerank_lists_the_best_first(run_dirs, tmp_path, clip):
     paths = [tmp_path / f"{i}.png" for i in range(4)]
-    for path, picture in zip(paths, noise(4, 20), strict=True):
-        images.save_png(path, picture)
-    found = json_of("rerank", room / "clip", "a red circle", *paths, "--top", 3)["images"]
-    pictures = np.stack([images.load_image(path, 32) for path in paths])
-    want = clip.score(pictures, ["a red circle"] * 4)
+    for path, image in zip(paths, noise(4, 20), strict=True):
+        images.save_png(path, image)
+    result = json_of("rerank", run_dirs / "clip", "a red circle", *paths, "--top", 3)["images"]
+    image_batch = np.stack([images.load_image(path, 32) for path in paths])
+    want = clip.score(image_batch, ["a red circle"] * 4)
     order = np.argsort(-want)[:3]
-    assert [row["file"] for row in found] == [str(paths[i]) for i in order]
-    np.testing.assert_allclose([row["score"] for row in found], want[order], atol=1e-5)
-    listed = run("rerank", room / "clip", "a red circle", *paths).out.splitlines()
+    assert [row["file"] for row in result] == [str(paths[i]) for i in order]
+    np.testing.assert_allclose([row["score"] for row in result], want[order], atol=1e-5)
+    listed = run("rerank", run_dirs / "clip", "a red circle", *paths).out.splitlines()
     assert len(listed) == 4 and listed[0].endswith(str(paths[order[0]]))
-    assert "Expected at least one image file" in refused("rerank", room / "clip", "a")
-    assert "the caption has no text" in refused("rerank", room / "clip", " ", paths[0])
-    assert "--top is 2; expected 1 to 1" in refused("rerank", room / "clip", "a", paths[0], "--top", 2)
-    assert "Cannot read the image" in refused("rerank", room / "clip", "a", tmp_path / "none.png")
-    assert "is a run of stage dalle; expected a CLIP" in refused("rerank", room / "dalle", "a", paths[0])
+    assert "Expected at least one image file" in refused("rerank", run_dirs / "clip", "a")
+    assert "the caption has no text" in refused("rerank", run_dirs / "clip", " ", paths[0])
+    assert "--top is 2; expected 1 to 1" in refused("rerank", run_dirs / "clip", "a", paths[0], "--top", 2)
+    assert "Cannot read the image" in refused("rerank", run_dirs / "clip", "a", tmp_path / "none.png")
+    assert "is a run of stage dalle; expected a CLIP" in refused("rerank", run_dirs / "dalle", "a", paths[0])
 
 
-def test_evaluate_a_clip(room, tmp_path):
-    found = json_of("evaluate", room / "clip", "--count", 9)
-    assert found["stage"] == "clip" and found["images"] == 9 and found["step"] == 7
-    for way in ("image_to_text", "text_to_image"):
-        assert 0 <= found[f"{way}_recall_1"] <= found[f"{way}_recall_5"] <= 1
-    for i, picture in enumerate(noise(6)):
-        images.save_png(tmp_path / "labelled" / "val" / ("cat", "dog")[i % 2] / f"{i}.png", picture)
-    options = ("--data", tmp_path / "labelled", "--templates", "a {}", "{} there", "--count", 6)
-    found = json_of("evaluate", room / "clip", *options)
-    assert found["classes"] == 2 and 0 <= found["zero_shot_top1"] <= 1
-    assert found["images"] == 6 and found["texts"] == 2
-    assert "got nothing at" in refused("evaluate", room / "clip", "--data", tmp_path / "no ne")
-    assert "--templates" in refused("evaluate", room / "dalle", "--templates", "a {}", code=2)
-    assert "--candidates needs --clip" in refused("evaluate", room / "dalle", "--candidates", 4)
-    assert "--clip" in refused("evaluate", room / "clip", "--clip", room / "clip", code=2)
+def test_evaluate_a_clip(run_dirs, tmp_path):
+    result = json_of("evaluate", run_dirs / "clip", "--count", 9)
+    assert result["stage"] == "clip" and result["images"] == 9 and result["step"] == 7
+    for direction in ("image_to_text", "text_to_image"):
+        assert 0 <= result[f"{direction}_recall_1"] <= result[f"{direction}_recall_5"] <= 1
+    for i, image in enumerate(noise(6)):
+        images.save_png(tmp_path / "labeled" / "val" / ("cat", "dog")[i % 2] / f"{i}.png", image)
+    options = ("--data", tmp_path / "labeled", "--templates", "a {}", "{} there", "--count", 6)
+    result = json_of("evaluate", run_dirs / "clip", *options)
+    assert result["classes"] == 2 and 0 <= result["zero_shot_top1"] <= 1
+    assert result["images"] == 6 and result["texts"] == 2
+    assert "got nothing at" in refused("evaluate", run_dirs / "clip", "--data", tmp_path / "no ne")
+    assert "--templates" in refused("evaluate", run_dirs / "dalle", "--templates", "a {}", code=2)
+    assert "--candidates needs --clip" in refused("evaluate", run_dirs / "dalle", "--candidates", 4)
+    assert "--clip" in refused("evaluate", run_dirs / "clip", "--clip", run_dirs / "clip", code=2)
 
 
-def test_evaluate_by_a_clip(room):
-    """The figures of re-ranking beside those that are there without."""
-    options = ("--count", 2, "--candidates", 4, "--clip", room / "clip")
-    found = json_of("evaluate", room / "dalle", *options)
-    assert -1 <= found["clip_score"] <= 1 and -1 <= found["clip_score_true"] <= 1
+def test_evaluate_with_a_clip_adds_its_metrics(run_dirs):
+    options = ("--count", 2, "--candidates", 4, "--clip", run_dirs / "clip")
+    result = json_of("evaluate", run_dirs / "dalle", *options)
+    assert -1 <= result["clip_score"] <= 1 and -1 <= result["clip_score_true"] <= 1
     for n in (1, 4):
-        assert 0 <= found[f"accuracy_one_object_best_of_{n}"] <= found["accuracy_one_object_any_of_4"] <= 1
+        assert 0 <= result[f"accuracy_one_object_best_of_{n}"] <= result["accuracy_one_object_any_of_4"] <= 1
 
 
-# --- the stage ---------------------------------------------------------------------------------------------
+# --- training ----------------------------------------------------------------------------------------------
 
 
-def test_a_clip_trains_and_its_export_is_the_same(tmp_path, monkeypatch):
+def test_a_trained_clip_equals_its_export(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))  # compiles faster
     config = TrainConfig(
         model=CLIP, run=str(tmp_path / "run"), data=DATA, text=TextConfig(num_train_captions=40, bpe_dropout=0.0),
@@ -452,29 +463,29 @@ def test_a_clip_trains_and_its_export_is_the_same(tmp_path, monkeypatch):
     assert load(str(tmp_path / "out"), ClipPipeline).config == CLIP
 
 
-def test_a_clip_sees_every_second_picture_as_a_tokenizer_makes_it(room, tmp_path):
-    """With a tokenizer the loss is that of a batch whose rows 1, 3, ... went through codes and back."""
-    tokenizer = random(dvae.init, DVAE, 2)
+def test_every_second_image_is_reconstructed_by_the_tokenizer(run_dirs, tmp_path):
+    """With a tokenizer the loss equals that of a batch whose rows 1, 3, ... were encoded and decoded."""
+    tokenizer = random_params(dvae.init, DVAE, 2)
     (tmp_path / "dvae").mkdir()
     write_params(tmp_path / "dvae" / PARAMS_FILE, tokenizer, 1)
     (tmp_path / "dvae" / "config.json").write_text(to_json(TrainConfig(model=DVAE, data=DATA)))
     config = TrainConfig(
         model=CLIP, run=str(tmp_path / "run"), data=DATA, image_tokenizer=str(tmp_path / "dvae"),
-        text=TextConfig(tokenizer_path=str(room / "clip" / "text_tokenizer.model")),
+        text=TextConfig(tokenizer_path=str(run_dirs / "clip" / "text_tokenizer.model")),
     )  # fmt: skip
     task = make_task(config)
     (tmp_path / "run").mkdir()
     task.prepare(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(task.frozen), tokenizer)
-    params, pixels = random(clips.init, CLIP, 1), noise(4)
+    params, pixels = random_params(clips.init, CLIP, 1), noise(4)
     text_BT = np.stack(
         [task.text_tokenizer.encode(c, text_vocab=402, text_len=10) for c in [*CAPTIONS, "a dot"]]
     )
-    seen = images.to_float(pixels)
-    seen[1::2] = dvae.decode(DVAE, tokenizer, dvae.encode(DVAE, tokenizer, seen[1::2]))
-    assert np.abs(seen[1::2] - images.to_float(pixels)[1::2]).max() > 0.1
+    expected_images = images.to_float(pixels)
+    expected_images[1::2] = dvae.decode(DVAE, tokenizer, dvae.encode(DVAE, tokenizer, expected_images[1::2]))
+    assert np.abs(expected_images[1::2] - images.to_float(pixels)[1::2]).max() > 0.1
     got, _ = task.loss(params, task.frozen, {"image": pixels, "text": text_BT}, None, None)
-    np.testing.assert_allclose(got, clips.loss(CLIP, params, seen, text_BT)[0], rtol=1e-6)
+    np.testing.assert_allclose(got, clips.loss(CLIP, params, expected_images, text_BT)[0], rtol=1e-6)
     large = dataclasses.replace(DVAE, image_size=64)
     for model, match in (
         (CLIP, "is a run of stage clip. Use a tokenizer"),
@@ -485,13 +496,13 @@ def test_a_clip_sees_every_second_picture_as_a_tokenizer_makes_it(room, tmp_path
             make_task(config).check_prerequisites()
 
 
-def test_a_vocabulary_that_leaves_no_room_for_the_end(room, tmp_path):
+def test_a_vocabulary_without_an_id_for_the_end_is_rejected(run_dirs, tmp_path):
     small = ClipConfig(**{**vars(CLIP), "text_vocab": 300})
     config = TrainConfig(
         model=small,
         run=str(tmp_path / "run"),
         data=DATA,
-        text=TextConfig(tokenizer_path=str(room / "clip" / "text_tokenizer.model")),
+        text=TextConfig(tokenizer_path=str(run_dirs / "clip" / "text_tokenizer.model")),
     )
     with pytest.raises(ValueError, match=r"at most 298 pieces .*Raise text_vocab to"):
         loop.train(config)

@@ -1,4 +1,4 @@
-"""Laws of `pipelines.load`: every kind of run gives its pipeline, and what a model cannot do is a clear error."""
+"""Tests of `pipelines.load`: every kind of run has its pipeline, and unsupported calls are errors."""
 
 import jax
 import numpy as np
@@ -68,7 +68,7 @@ def test_a_tokenizer_encodes_decodes_and_reconstructs(tmp_path):
         tokenizer.sample([ImageRequest("a red circle")])
 
 
-def test_the_tokenizer_that_a_run_keeps(tmp_path):
+def test_a_run_loads_with_its_tokenizer(tmp_path):
     path = write(tmp_path / "diffusion", DIFFUSION)
     with pytest.raises(FileNotFoundError, match="has no image_tokenizer/ yet; train it first"):
         load(path, TokenizerPipeline)
@@ -90,7 +90,7 @@ def test_a_model_of_classes_generates_without_captions(tmp_path):
             model.sample([request])
 
 
-def test_a_run_of_another_kind_is_refused(tmp_path):
+def test_a_run_of_another_kind_is_rejected(tmp_path):
     path = write(tmp_path / "clip", CLIP)
     for expected, match in (
         (TextToImagePipeline, "is a run of stage clip; expected a Transformer"),

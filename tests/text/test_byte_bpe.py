@@ -1,4 +1,4 @@
-"""Laws of public vocabularies: merges by hand, every form of file gives the same ids, bad files say what is wrong."""
+"""Tests of byte-level BPE: merges by hand, equal ids from every file format, errors for damaged files."""
 
 import gzip
 import json
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from dalle_jax.text.tokenizers import TextTokenizer
 
-KEPT = [
+PRINTABLE = [
     *range(33, 127),
     *range(161, 173),
     *range(174, 256),
-]  # bytes that stand for themselves in GPT-2's table
-LETTERS = [*map(chr, KEPT), *(chr(256 + i) for i in range(68))]  # the other 68 in order
-SPACE = "\u0120"  # how that table writes a space: byte 32 is the 33rd of the others
+]  # bytes that GPT-2's table maps to themselves
+LETTERS = [*map(chr, PRINTABLE), *(chr(256 + i) for i in range(68))]  # the other 68 in order
+SPACE = "\u0120"  # the space in that table: byte 32 is the 33rd of the others
 MERGES = ["c a", "ca t</w>", "a t</w>"]  # ids 512, 513, 514 after two rows of 256 bytes
 
 
@@ -60,7 +60,7 @@ def byte(c):  # '!' is 0
     return ord(c) - 33
 
 
-def end(c):
+def word_end(c):
     return 256 + byte(c)
 
 
@@ -71,11 +71,11 @@ def test_clip_merges_by_hand(clip):
     assert clip.vocab_size == 512 + 3 + 2
     assert ids(clip, "cat") == [513]  # c a t> : ca t> : cat>
     assert ids(clip, "at") == [514]
-    assert ids(clip, "a") == [320]  # as in CLIP's own vocabulary
-    assert ids(clip, "cats") == [512, byte("t"), end("s")]
+    assert ids(clip, "a") == [320]  # as in the vocabulary of CLIP
+    assert ids(clip, "cats") == [512, byte("t"), word_end("s")]
     assert ids(clip, "bat") == [byte("b"), 514]
-    assert ids(clip, "  A  CAT!! ") == [320, 513, byte("!"), end("!")]
-    assert ids(clip, "cat's 12") == [513, byte("'"), end("s"), end("1"), end("2")]
+    assert ids(clip, "  A  CAT!! ") == [320, 513, byte("!"), word_end("!")]
+    assert ids(clip, "cat's 12") == [513, byte("'"), word_end("s"), word_end("1"), word_end("2")]
     assert (
         ids(clip, "\u00e9")
         == [LETTERS.index("\u00c3"), 256 + LETTERS.index("\u00a9")]
@@ -83,14 +83,14 @@ def test_clip_merges_by_hand(clip):
     )
 
 
-def test_the_earliest_merge_goes_first(tmp_path):
+def test_the_earliest_merge_has_priority(tmp_path):
     (tmp_path / "v").write_text(clip_text(["a t</w>", "c a", "ca t</w>"]))
     assert ids(TextTokenizer.load(tmp_path / "v"), "cat") == [byte("c"), 512]
 
 
 def test_a_merge_joins_all_its_pairs_from_the_left(tmp_path):
     (tmp_path / "v").write_text(clip_text(["a a", "aa aa"]))
-    assert ids(TextTokenizer.load(tmp_path / "v"), "aaaaab") == [513, byte("a"), end("b")]
+    assert ids(TextTokenizer.load(tmp_path / "v"), "aaaaab") == [513, byte("a"), word_end("b")]
 
 
 def test_gpt2_merges_by_hand(gpt2):
@@ -102,7 +102,7 @@ def test_gpt2_merges_by_hand(gpt2):
     assert ids(gpt2, "at's 12") == [258, byte("'"), byte("s"), space, byte("1"), byte("2")]
 
 
-def test_special_pieces_are_not_written_and_not_read(clip, gpt2):
+def test_special_pieces_are_neither_encoded_nor_decoded(clip, gpt2):
     assert 516 not in ids(clip, "<|endoftext|>") and 260 not in ids(gpt2, "<|endoftext|>")
     assert clip.decode([515, 513, 516, 999]) == "cat"
 
@@ -121,14 +121,14 @@ def test_round_trip(clip, gpt2, caption, dropout, seed):
 
 
 def test_dropout(clip):
-    assert ids(clip, "cat", bpe_dropout=1 - 1e-12) == [byte("c"), byte("a"), end("t")]
+    assert ids(clip, "cat", bpe_dropout=1 - 1e-12) == [byte("c"), byte("a"), word_end("t")]
     found = {tuple(ids(clip, "cat cat cat", bpe_dropout=0.3, seed=s)) for s in range(40)}
     assert len(found) > 3
     assert ids(clip, "cat cat", bpe_dropout=0.3, seed=7) == ids(clip, "cat cat", bpe_dropout=0.3, seed=7)
     assert clip.count_tokens("cat cat") == 2
 
 
-def test_every_form_of_file_gives_the_same_ids(clip, tmp_path):
+def test_every_file_format_gives_the_same_ids(clip, tmp_path):
     folder = hugging_face(tmp_path / "hf", clip_pieces(MERGES), MERGES)
     (tmp_path / "bpe.txt.gz").write_bytes(gzip.compress(clip_text(MERGES).encode()))
     clip.save(tmp_path / "run" / "text_tokenizer.model")
@@ -164,20 +164,20 @@ def test_ids_of_clip():
     assert got.tolist() == [320, 1125, 539, 320, 2368]
 
 
-# --- bad files ------------------------------------------------------------------------------------------
+# --- damaged files ------------------------------------------------------------------------------------------
 
 
-def test_files_that_are_no_vocabulary(clip, tmp_path):
+def test_damaged_vocabularies_are_rejected(clip, tmp_path):
     good = clip_pieces(MERGES)
 
-    def refused(match, pieces=good, merges=MERGES):
+    def assert_rejected(match, pieces=good, merges=MERGES):
         with pytest.raises(ValueError, match=match):
             TextTokenizer.load(hugging_face(tmp_path / "hf", pieces, merges))
 
-    refused("without the piece 'b' of a byte", [p for p in good if p != "b"])
-    refused("Expected two pieces .*as merge 1, got 'cat'", merges=["cat"])
-    refused("merge 1, 'd o', has a piece that the vocabulary lacks", merges=["d o"])
-    refused("merge 1, 'ca t</w>', .*no earlier merge makes", merges=["ca t</w>", "c a"])
+    assert_rejected("without the piece 'b' of a byte", [p for p in good if p != "b"])
+    assert_rejected("Expected two pieces .*as merge 1, got 'cat'", merges=["cat"])
+    assert_rejected("merge 1, 'd o', has a piece that the vocabulary lacks", merges=["d o"])
+    assert_rejected("merge 1, 'ca t</w>', .*no earlier merge makes", merges=["ca t</w>", "c a"])
     (tmp_path / "hf" / "vocab.json").write_text(json.dumps({p: 0 for p in good}))
     with pytest.raises(ValueError, match="different integers from 0"):
         TextTokenizer.load(tmp_path / "hf")
@@ -214,10 +214,14 @@ CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 def gpt2_file(**changes):
     model = {"type": "BPE", "vocab": {p: i for i, p in enumerate(GPT2_PIECES)}, "merges": GPT2_MERGES}
     model |= {"end_of_word_suffix": "", "continuing_subword_prefix": "", "unk_token": None}
-    about = {"version": "1.0", "normalizer": None, "added_tokens": [{"id": 260, "content": "<|endoftext|>"}]}
-    about |= {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}}
-    about |= {k: v for k, v in changes.items() if k in about}
-    return about | {"model": model | {k: v for k, v in changes.items() if k not in about}}
+    contents = {
+        "version": "1.0",
+        "normalizer": None,
+        "added_tokens": [{"id": 260, "content": "<|endoftext|>"}],
+    }
+    contents |= {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}}
+    contents |= {k: v for k, v in changes.items() if k in contents}
+    return contents | {"model": model | {k: v for k, v in changes.items() if k not in contents}}
 
 
 def clip_file(split=CLIP_SPLIT, folds=("NFC", "Replace", "Lowercase")):
@@ -238,24 +242,24 @@ def clip_file(split=CLIP_SPLIT, folds=("NFC", "Replace", "Lowercase")):
     }
 
 
-@pytest.mark.parametrize("pairs", [False, True])  # merges as "a b", and as ["a", "b"] in newer files
-def test_tokenizer_json_is_the_same_vocabulary(tmp_path, clip, gpt2, pairs):
-    for about, want in ((gpt2_file(), gpt2), (clip_file(), clip)):
+@pytest.mark.parametrize("pairs", [False, True])  # merges as "a b", or as ["a", "b"] in newer files
+def test_tokenizer_json_gives_the_same_ids(tmp_path, clip, gpt2, pairs):
+    for contents, want in ((gpt2_file(), gpt2), (clip_file(), clip)):
         if pairs:
-            about["model"]["merges"] = [merge.split(" ") for merge in about["model"]["merges"]]
+            contents["model"]["merges"] = [merge.split(" ") for merge in contents["model"]["merges"]]
         path = tmp_path / "tokenizer.json"
-        path.write_text(json.dumps(about))
-        for where in (path, tmp_path):  # the file, or the folder it is in
-            tokenizer = TextTokenizer.load(where)
+        path.write_text(json.dumps(contents))
+        for source in (path, tmp_path):  # the file, or the folder it is in
+            tokenizer = TextTokenizer.load(source)
             assert tokenizer.vocab_size == want.vocab_size
             for caption in ("a cat, the cats' cat", "  two\tspaces  ", "\u732b \U0001f431 caf\xe9", "x's 12"):
                 assert ids(tokenizer, caption) == ids(want, caption)
-        tokenizer.save(tmp_path / "kept.model")
-        assert ids(TextTokenizer.load(tmp_path / "kept.model"), "a cat") == ids(want, "a cat")
+        tokenizer.save(tmp_path / "saved.model")
+        assert ids(TextTokenizer.load(tmp_path / "saved.model"), "a cat") == ids(want, "a cat")
 
 
 @pytest.mark.parametrize(
-    ("about", "told"),
+    ("contents", "message"),
     [
         (gpt2_file(type="Unigram"), "is of type 'Unigram'"),
         (gpt2_file(ignore_merges=True), "sets ignore_merges"),
@@ -271,7 +275,7 @@ def test_tokenizer_json_is_the_same_vocabulary(tmp_path, clip, gpt2, pairs):
         (gpt2_file(vocab={"a": 0}), "without the piece '.*' of a byte"),
     ],
 )
-def test_tokenizer_json_of_another_kind_is_refused(tmp_path, about, told):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=rf"tokenizer\.json is damaged: .*{told}"):
+def test_tokenizer_json_of_another_kind_is_rejected(tmp_path, contents, message):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json is damaged: .*{message}"):
         TextTokenizer.load(tmp_path / "tokenizer.json")

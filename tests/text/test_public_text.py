@@ -1,5 +1,5 @@
-"""Vocabularies of public models over characters, between begin and end, and of classes: by hand and by their own
-programs' answers (golden/*_reference.py)."""
+"""Tests of the character BPE, BART and class tokenizers: ids by hand, and results of the original programs
+(golden/*_reference.py)."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from dalle_jax.text.tokenizers import TextTokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-# "ab" is 5, "abc" 6 (by merging ab and c), "bc" 7 but too late to be used where a stands before.
+# "ab" is 5, "abc" 6 (by merging ab and c), "bc" 7; its merge comes after "ab", so "abc" never uses it.
 MODEL = "4 3\n9601 4\n97 8\n98 9\n99 10\n8 9 5\n5 10 6\n9 10 7\n1 0 2 3\n"
 HF = {"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3, "b</w>": 4, "!</w>": 5, "ab</w>": 6}
 
@@ -40,19 +40,19 @@ def test_character_bpe_by_hand():
     assert pieces.encode("AB ab!") == [6, 6, 5]
     assert pieces.encode("ba") == [3, 1]  # no piece for an `a` that ends a word
     assert pieces.encode("中ab") == [1, 6]  # a Chinese character is a word
-    assert pieces.encode("a\u200bb") == [6]  # marks of no width are left out
+    assert pieces.encode("a\u200bb") == [6]  # zero-width marks are dropped
     assert pieces.decode([6, 5, 1]) == "ab !"
 
 
 def test_dropout_skips_merges():
     pieces = youtokentome()
     assert pieces.encode("abc", bpe_dropout=1.0) == [2, 4, 8, 9, 10, 3]
-    drawn = {tuple(pieces.encode("abc abc abc", bpe_dropout=0.5, seed=s)) for s in range(8)}
-    assert len(drawn) > 3 and tuple(pieces.encode("abc abc abc", bpe_dropout=0.5, seed=3)) in drawn
-    assert {pieces.decode(list(ids)) for ids in drawn} == {"abc abc abc"}
+    encodings = {tuple(pieces.encode("abc abc abc", bpe_dropout=0.5, seed=s)) for s in range(8)}
+    assert len(encodings) > 3 and tuple(pieces.encode("abc abc abc", bpe_dropout=0.5, seed=3)) in encodings
+    assert {pieces.decode(list(ids)) for ids in encodings} == {"abc abc abc"}
 
 
-def test_labels():
+def test_class_labels_are_names_or_numbers():
     classes = ClassLabelTokenizer(["tench, Tinca tinca", "goldfish", "great white shark, white shark"])
     assert [classes.encode(c) for c in ("Goldfish", " white  shark", "tinca tinca", "2", "")] == [
         [1],
@@ -73,7 +73,7 @@ def test_labels():
     np.testing.assert_array_equal(text.encode("", text_vocab=3, text_len=1), [3])  # the null class
 
 
-# What DALL-E Mini makes of captions: its own TextNormalizer (borisdayma/dalle-mini, text.py) printed these.
+# Output of the TextNormalizer of DALL-E Mini (borisdayma/dalle-mini, text.py).
 @pytest.mark.parametrize(
     ("caption", "want"),
     [
@@ -94,7 +94,7 @@ def test_labels():
         ("we'll they're don't o'clock", " we'll they're don't o \" clock"),
     ],
 )
-def test_simplified_captions(caption, want):
+def test_normalized_captions_equal_those_of_dalle_mini(caption, want):
     assert normalize_caption(caption) == want
 
 
@@ -103,7 +103,7 @@ def bart(simplify=True):
     return BartTokenizer(pairs, 0, 2, normalize_captions=simplify)
 
 
-def test_bart_captions_stand_between_begin_and_end():
+def test_bart_captions_have_begin_and_end():
     assert bart().encode("") == [0, 2]
     assert bart().encode("Red.") == [0, *byte_bpe.load_byte_bpe(GOLDEN / "dalle_mini").encode(" red"), 2]
     assert bart(simplify=False).encode("Red.")[1:-1] == byte_bpe.load_byte_bpe(GOLDEN / "dalle_mini").encode(
@@ -123,8 +123,8 @@ def test_bart_captions_stand_between_begin_and_end():
         lambda: ClassLabelTokenizer(["abc", "b"]),
     ],
 )
-def test_one_file_holds_a_vocabulary(tmp_path, make):
-    """Written and read back by the class that runs use, from bytes and from the file."""
+def test_a_saved_vocabulary_loads_with_equal_ids(tmp_path, make):
+    """Through the class that runs use, from bytes and from a file."""
     own = make()
     TextTokenizer(own).save(tmp_path / "text_tokenizer.model")
     loaded = TextTokenizer.load(tmp_path / "text_tokenizer.model")
@@ -149,12 +149,12 @@ def test_one_file_holds_a_vocabulary(tmp_path, make):
         (MODEL.replace("97 8", "9999999 8"), "Expected a model of YouTokenToMe"),
     ],
 )
-def test_broken_models_of_youtokentome(text, match):
+def test_damaged_models_of_youtokentome_are_rejected(text, match):
     with pytest.raises(ValueError, match=match):
         char_bpe.char_bpe_from_youtokentome(text)
 
 
-def test_broken_vocabularies():
+def test_damaged_vocabularies_are_rejected():
     with pytest.raises(ValueError, match=r"merge 1 to have pieces of the vocabulary, got 'a c'"):
         char_bpe.char_bpe_from_vocab(HF, ["a c"])
     with pytest.raises(ValueError, match=r"Expected the piece \[UNK\]"):

@@ -1,4 +1,4 @@
-"""Laws of the text tokenizer: every caption can be written and read back, padding says where it stands."""
+"""Tests of the text tokenizer: every caption round-trips, and padding ids encode the position."""
 
 import subprocess
 import sys
@@ -14,9 +14,9 @@ from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, null_ca
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = [
-    f"a {size} {colour} {shape} left of a {other} circle"
+    f"a {size} {color} {shape} left of a {other} circle"
     for size in ("small", "large")
-    for colour in ("red", "green", "blue", "yellow")
+    for color in ("red", "green", "blue", "yellow")
     for shape in ("square", "star", "cross")
     for other in ("white", "black")
 ] + ["一个红色的圆在左边", "蓝色的星星在右边", "A Photo of a cat"]
@@ -59,12 +59,12 @@ def test_round_trip_of_odd_text(tokenizer, caption):
     assert tokenizer.decode(ids) == tokenizer.normalize(caption)
 
 
-def test_normalisation(tokenizer):
+def test_normalization(tokenizer):
     assert tokenizer.normalize("A  Photo of ﬁsh\n") == "a photo of fish"
     assert tokenizer.normalize("ＲＥＤ　红") == "red 红"
 
 
-def test_case_is_kept_when_asked(tmp_path):
+def test_case_is_preserved_without_lowercase(tmp_path):
     train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=400, lowercase=False)
     assert TextTokenizer.load(tmp_path / "m").normalize("A Cat") == "A Cat"
 
@@ -78,7 +78,7 @@ def test_case_is_kept_when_asked(tmp_path):
         (False, False, "A Red ＡＢ"),
     ],
 )
-def test_normalisation_is_chosen_and_kept_in_the_file(tmp_path, lowercase, nfkc, want):
+def test_normalization_is_stored_in_the_file(tmp_path, lowercase, nfkc, want):
     train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=400, lowercase=lowercase, nfkc=nfkc)
     tokenizer = TextTokenizer.load(tmp_path / "m")
     assert tokenizer.normalize("A  Red ＡＢ") == want
@@ -100,7 +100,7 @@ def test_unknown_characters_become_bytes(tokenizer):
     assert tokenizer.decode(tokenizer.encode("龘😀", text_vocab=400, text_len=20)) == "龘😀"
 
 
-def test_padding_knows_its_position(tokenizer):
+def test_padding_ids_encode_the_position(tokenizer):
     ids = tokenizer.encode("a red square", text_vocab=1000, text_len=16)
     n = tokenizer.count_tokens("a red square")
     assert ids.dtype == np.int32 and ids.shape == (16,) and 0 < n < 16
@@ -115,13 +115,13 @@ def test_empty_caption_is_the_null_caption(tokenizer):
         np.testing.assert_array_equal(tokenizer.encode(caption, text_vocab=1000, text_len=8), want)
 
 
-def test_long_captions_are_cut(tokenizer):
+def test_long_captions_are_truncated(tokenizer):
     caption = "a red square and a blue star"
     whole = tokenizer.encode(caption, text_vocab=400, text_len=64)
     np.testing.assert_array_equal(tokenizer.encode(caption, text_vocab=400, text_len=3), whole[:3])
 
 
-def test_dropout_follows_its_seed_in_any_thread(tokenizer):
+def test_dropout_depends_only_on_the_seed_in_any_thread(tokenizer):
     def encode(seed):
         caption = CAPTIONS[seed % len(CAPTIONS)]
         return tuple(tokenizer.encode(caption, text_vocab=400, text_len=64, bpe_dropout=0.3, seed=seed))
@@ -133,8 +133,8 @@ def test_dropout_follows_its_seed_in_any_thread(tokenizer):
     assert len({encode(len(CAPTIONS) * k) for k in range(50)}) > 10
 
 
-def test_dropout_follows_its_seed_in_any_process(tokenizer, model):
-    """A run that goes on is another process. Sentencepiece's own sampling fails here."""
+def test_dropout_depends_only_on_the_seed_in_any_process(tokenizer, model):
+    """A resumed run is another process. The sampling of sentencepiece fails this test."""
     code = f"""
 from dalle_jax.text.tokenizers import TextTokenizer
 t = TextTokenizer.load({str(model)!r})
@@ -148,7 +148,7 @@ print([t.encode({CAPTIONS[0]!r}, text_vocab=400, text_len=64, bpe_dropout=0.3, s
 
 @settings(deadline=None, max_examples=200)
 @given(caption=st.one_of(st.text(max_size=40), st.sampled_from(CAPTIONS)))
-def test_merges_that_are_never_skipped_are_those_of_sentencepiece(tokenizer, caption):
+def test_without_dropout_ids_equal_those_of_sentencepiece(tokenizer, caption):
     options = dict(text_vocab=500, text_len=500)
     np.testing.assert_array_equal(
         tokenizer.encode(caption, bpe_dropout=1e-300, **options), tokenizer.encode(caption, **options)
@@ -156,7 +156,7 @@ def test_merges_that_are_never_skipped_are_those_of_sentencepiece(tokenizer, cap
 
 
 def test_a_merge_is_skipped_with_its_probability(tmp_path):
-    """A vocabulary whose one merge joins the space and an x: a lone x is one piece unless that is skipped."""
+    """The only merge joins the space and an x: a single x is one piece unless the merge is skipped."""
     train_text_tokenizer(["x"] * 50, tmp_path / "m", vocab=260)
     tokenizer = TextTokenizer.load(tmp_path / "m")
     whole = tokenizer.encode("x", text_vocab=300, text_len=4).tolist()
@@ -174,7 +174,10 @@ def test_training_is_deterministic(model, tmp_path):
     assert (tmp_path / "again.model").read_bytes() == model.read_bytes()
     TextTokenizer.load(model).save(tmp_path / "copy.model")
     assert (tmp_path / "copy.model").read_bytes() == model.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.model", "copy.model"]  # no parts left
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "again.model",
+        "copy.model",
+    ]  # no temporary files remain
 
 
 def test_large_vocabulary_shrinks_to_what_the_captions_support(tmp_path):
@@ -182,7 +185,7 @@ def test_large_vocabulary_shrinks_to_what_the_captions_support(tmp_path):
     assert 300 < TextTokenizer.load(tmp_path / "m").vocab_size < 1000
 
 
-def test_vocabulary_too_small(tmp_path):
+def test_a_vocabulary_that_is_too_small_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="256 bytes") as error:
         train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=100)
     least = int(str(error.value).split()[-1])
@@ -192,7 +195,7 @@ def test_vocabulary_too_small(tmp_path):
         train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=least - 1)
 
 
-def test_errors(tokenizer, model, tmp_path):
+def test_invalid_arguments_are_rejected(tokenizer, model, tmp_path):
     with pytest.raises(ValueError, match=f"at most text_vocab 300 pieces, got {tokenizer.vocab_size}"):
         tokenizer.encode("a", text_vocab=300, text_len=8)
     with pytest.raises(ValueError, match="Expected a caption of type str, got bytes"):
