@@ -167,7 +167,9 @@ def test_half_written_checkpoint_is_ignored(tmp_path, eight_steps):
 FULL_DISK = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-import numpy as np
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
 from fake_task import FakeTask, tiny_config
 from dalle_jax.cli import main
 from dalle_jax.cli import train as command

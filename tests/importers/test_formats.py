@@ -543,4 +543,4 @@ def test_every_tensor_becomes_its_parameter(tmp_path, capsys):
     for h, w, i, o in itertools.product(range(3), range(3), range(2), range(2)):
         assert kernel[h, w, i, o] == want[o, i, h, w]
     assert cli.main(words) == 1  # the run exists
-    assert "is there already" in capsys.readouterr().err
+    assert "exists; want a directory that is new or empty" in capsys.readouterr().err
