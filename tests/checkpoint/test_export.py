@@ -98,8 +98,10 @@ def test_an_exported_transformer_is_the_same_model(tmp_path):
     np.testing.assert_array_equal(*codes)
     assert len(np.unique(codes[0])) > 1
     initialized = with_init_model(dataclasses.replace(config, init_from=str(tmp_path / "out")))
-    assert initialized.model == model and copy_text_tokenizer(dataclasses.replace(initialized, init_from=str(tmp_path / "out")),
-                                                    tmp_path / "copied")  # fmt: skip
+    assert initialized.model == model
+    assert copy_text_tokenizer(
+        dataclasses.replace(initialized, init_from=str(tmp_path / "out")), tmp_path / "copied"
+    )
 
 
 def test_the_file_follows_the_format(tmp_path):

@@ -132,9 +132,9 @@ def rows_read(source, steps=8):
 
 def write_gray_images(tmp_path, count=12):
     for i in range(count):
-        save(tmp_path / f"images/{i:02d}.png", Image.new("RGB", (16, 16), (i, i, i)))
-        (tmp_path / f"images/{i:02d}.txt").write_text(f"row {i}")
-    return config.FolderSource(path=str(tmp_path / "images"), eval_fraction=0.0, max_bad_fraction=0.0)
+        save(tmp_path / f"data/{i:02d}.png", Image.new("RGB", (16, 16), (i, i, i)))
+        (tmp_path / f"data/{i:02d}.txt").write_text(f"row {i}")
+    return config.FolderSource(path=str(tmp_path / "data"), eval_fraction=0.0, max_bad_fraction=0.0)
 
 
 def test_an_excluded_row_moves_no_other_row(tmp_path):
@@ -169,7 +169,7 @@ def test_an_excluded_row_before_a_broken_one(tmp_path):
     source = dataclasses.replace(
         write_gray_images(tmp_path), max_bad_fraction=0.1, exclude=str(tmp_path / "list.txt")
     )
-    (tmp_path / "images/04.png").write_bytes(b"no")
+    (tmp_path / "data/04.png").write_bytes(b"no")
     (tmp_path / "list.txt").write_text("03.png\n")
     rows = open_source(source, "train")
     assert rows.image(3, 8, "center")[0, 0, 0] == 5 and rows.captions(3)["en"] == ("row 5",)
@@ -179,16 +179,16 @@ def test_an_excluded_row_before_a_broken_one(tmp_path):
 def test_the_report_can_be_excluded(tmp_path):
     """With the report of `dalle-jax data --duplicates` as `exclude`, a second report is empty."""
     for i in range(12):
-        save(tmp_path / f"images/train/{i:02d}.png", scene_image(i))
-    save(tmp_path / "images/train/again.png", scene_image(3))
-    save(tmp_path / "images/val/a.png", scene_image(3))
-    save(tmp_path / "images/val/b.jpg", scene_image(7), "JPEG", quality=70)
+        save(tmp_path / f"data/train/{i:02d}.png", scene_image(i))
+    save(tmp_path / "data/train/again.png", scene_image(3))
+    save(tmp_path / "data/val/a.png", scene_image(3))
+    save(tmp_path / "data/val/b.jpg", scene_image(7), "JPEG", quality=70)
     (tmp_path / "c.py").write_text(
         "from dalle_jax.config import *\n"
-        f"source = FolderSource(path={str(tmp_path / 'images')!r}, exclude={str(tmp_path / 'one/duplicates.jsonl')!r})\n"
+        f"source = FolderSource(path={str(tmp_path / 'data')!r}, exclude={str(tmp_path / 'one/duplicates.jsonl')!r})\n"
         "config = TrainConfig(model=DVAEConfig(image_size=32), data=DataConfig(source=source))\n"
     )
-    assert main(["data", str(tmp_path / "images"), "--duplicates", str(tmp_path / "one")]) == 0
+    assert main(["data", str(tmp_path / "data"), "--duplicates", str(tmp_path / "one")]) == 0
     listed = [json.loads(line) for line in (tmp_path / "one/duplicates.jsonl").read_text().splitlines()]
     assert {line["train"] for line in listed} == {"train/03.png", "train/again.png", "train/07.png"}
     assert main(["data", str(tmp_path / "c.py"), "--duplicates", str(tmp_path / "two")]) == 0
@@ -206,9 +206,9 @@ def test_invalid_lists_are_rejected(tmp_path):
     for text, message in (
         (
             "cat.png\n",
-            r"list\.txt: none of the 1 names is a record of .*images, whose names are like '00\.png'",
+            r"list\.txt: none of the 1 names is a record of .*data, whose names are like '00\.png'",
         ),
-        ("00.png\n01.png\n02.png\n", "rows of .*images is excluded"),
+        ("00.png\n01.png\n02.png\n", "rows of .*data is excluded"),
         ('00.png\n{"eval": "x"}\n', r"line 2 of data\.source\.exclude .*list\.txt"),
         ("{broken\n", "line 1 of "),
     ):

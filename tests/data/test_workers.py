@@ -104,7 +104,7 @@ def test_labels_and_more_workers_than_rows(tmp_path):
 
 
 class CustomSource:
-    """A source written by a user: row i has the color i. Row `at` raises `error`, or kills its process if that is None."""
+    """A source written by a user: row i has the color i. Row `at` raises `error`; None kills the process."""
 
     classes = ()
 

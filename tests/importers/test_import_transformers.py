@@ -208,7 +208,7 @@ def test_reference(tmp_path, tokenizers, name):
     CHECKS[name](tmp_path / "files", tmp_path, tokenizers)
 
 
-PUBLISHED = {  # model of golden/published_transformers.json.gz: (its importer, published parameters, parameters not imported)
+PUBLISHED = {  # model of golden/published_transformers.json.gz: (its importer, parameters, parameters left out)
     "mindalle": (lambda tensors: mindalle.from_tensors("x", tensors, "", 0), 1_291_081_728, 0),
     "malevich": (lambda tensors: rudalle.from_tensors("x", tensors, "v3"), 1_310_410_880, 2048),  # a position of text
     **{
