@@ -80,7 +80,7 @@ def find_loops(text: str) -> list[Loop]:
                 body = list_kernels(computations, hlo.called_computation(instruction, "body"))
                 loops.append(Loop(scope[1] if scope else "", hlo.trip_count(instruction, computations), body))
             elif instruction.opcode == "conditional":
-                loops += [loop for branch in hlo.branches(instruction) for loop in loops_in(branch)]
+                loops += [loop for branch in hlo.cond_branches(instruction) for loop in loops_in(branch)]
             elif instruction.opcode == "call" and instruction.called:
                 loops += loops_in(instruction.called)
         return loops
@@ -104,8 +104,8 @@ def list_kernels(computations: Computations, name: str) -> list[Kernel]:
             trips = hlo.trip_count(instruction, computations) or 1
             kernels += [kernel._replace(runs=kernel.runs * trips) for kernel in body]
         elif instruction.opcode == "conditional":
-            by_branch = [list_kernels(computations, branch) for branch in hlo.branches(instruction)]
-            kernels += max(by_branch, key=bytes_accessed, default=[])
+            by_branch = [list_kernels(computations, branch) for branch in hlo.cond_branches(instruction)]
+            kernels += max(by_branch, key=kernel_bytes_accessed, default=[])
         elif instruction.opcode in ("call", "async-start"):
             kernels += list_kernels(computations, instruction.called) if instruction.called else []
         else:
@@ -126,7 +126,7 @@ def collective_bytes(kernels: list[Kernel], num_devices: int) -> float:
     return total
 
 
-def bytes_accessed(kernels: list[Kernel]) -> float:
+def kernel_bytes_accessed(kernels: list[Kernel]) -> float:
     """Return the bytes that kernels read and write, over all their runs."""
     return sum(kernel.runs * (kernel.bytes_read + kernel.bytes_written) for kernel in kernels)
 

@@ -146,7 +146,7 @@ def called_computation(loop: Instruction, attribute: str) -> str:
     return match[1]
 
 
-def branches(conditional: Instruction) -> list[str]:
+def cond_branches(conditional: Instruction) -> list[str]:
     """Return the computations of which a conditional runs one."""
     match = re.search(r"branch_computations=\{([^}]*)\}", conditional.line)
     if match:
@@ -203,7 +203,9 @@ def _computation_costs(computations: Computations, name: str, costs_of) -> Costs
             body = costs_of(called_computation(instruction, "body"))
             total.add(body, trip_count(instruction, computations) or 1)
         elif opcode == "conditional":
-            total.add(max((costs_of(branch) for branch in branches(instruction)), key=lambda c: c.cycles))
+            total.add(
+                max((costs_of(branch) for branch in cond_branches(instruction)), key=lambda c: c.cycles)
+            )
         elif opcode in ("call", "fusion", "async-start") and (called := instruction.called):
             inner = costs_of(called)
             if opcode == "fusion":

@@ -10,7 +10,13 @@ from __future__ import annotations
 from typing import TypedDict
 
 from dalle_jax.aot import hlo
-from dalle_jax.aot.gpu_kernels import KernelKind, bytes_accessed, collective_bytes, find_loops, list_kernels
+from dalle_jax.aot.gpu_kernels import (
+    KernelKind,
+    collective_bytes,
+    find_loops,
+    kernel_bytes_accessed,
+    list_kernels,
+)
 from dalle_jax.aot.gpu_targets import Gpu
 
 _DECODE_SCOPE = "/decode/"  # named scope of the decode loop in sampling/generate.py
@@ -51,7 +57,7 @@ def roofline_seconds(text: str, gpu: Gpu, num_devices: int, model_flops: float) 
     kernels = list_kernels(computations, entry)
     return {
         "products": model_flops / (gpu.peak_flops * num_devices),
-        "memory": bytes_accessed(kernels) / gpu.memory_bandwidth,
+        "memory": kernel_bytes_accessed(kernels) / gpu.memory_bandwidth,
         "links": collective_bytes(kernels, num_devices) / gpu.link_bandwidth,
     }
 
@@ -79,7 +85,9 @@ def decode_loop_report(
     def count(kind: KernelKind) -> float:
         return sum(kernel.runs for kernel in kernels if kernel.kind == kind) / passes
 
-    rate = None if gpu is None else batch_size * gpu.memory_bandwidth * passes / bytes_accessed(kernels)
+    rate = (
+        None if gpu is None else batch_size * gpu.memory_bandwidth * passes / kernel_bytes_accessed(kernels)
+    )
     return {
         "kernels": {
             "fusions": count("fusion"),

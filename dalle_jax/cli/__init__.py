@@ -43,7 +43,7 @@ MODEL_COMMANDS = {  # commands whose flags depend on the model of RUN: name of t
 }
 
 
-def usage() -> str:
+def command_usage() -> str:
     """Return the text of `dalle-jax --help`."""
     lines = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage(), file=sys.stdout if argv else sys.stderr)
+        print(command_usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] == "--version":
         import dalle_jax

@@ -12,7 +12,7 @@ from dalle_jax.cli import output
 from dalle_jax.cli.common_args import JsonFlag, allow_bad_records, resolve_data
 from dalle_jax.config import MixtureSource, SourceConfig
 from dalle_jax.data.sources import iter_captions, open_source
-from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, train_text_tokenizer
+from dalle_jax.text.tokenizers import TextTokenizer, tokenization_statistics, train_text_tokenizer
 
 _MAX_MEASURED = 10_000  # captions of each language
 
@@ -60,7 +60,7 @@ def run(args: TextArgs) -> dict[str, Any]:
         eval_captions = _read_eval_captions(source, language)
         if not eval_captions:
             continue
-        counts = caption_statistics(tokenizer, eval_captions, text_len=args.text_len)
+        counts = tokenization_statistics(tokenizer, eval_captions, text_len=args.text_len)
         languages[language] = counts
         print(
             f"{language}: {counts['captions']} held-out captions, {counts['tokens'] / counts['captions']:.2f} tokens "

@@ -153,14 +153,14 @@ def measure_decoder_rfid(
 
     def reconstruct(images: np.ndarray, rows: range) -> np.ndarray:
         codes = tokenizer.encode(images, batch_size=EVAL_ROWS)
-        return decode_by_diffusion(model, codes, [seed + i for i in rows], sampling)
+        return decode_evaluation_codes(model, codes, [seed + i for i in rows], sampling)
 
     metrics = rfid_of(network, reconstruct, data, model.image_size, true, count, progress=progress)
     decoded = measure_rfid(network, tokenizer, data, true, count, progress=progress)
     return metrics | {"tokenizer_rfid": decoded["rfid"]}
 
 
-def decode_by_diffusion(
+def decode_evaluation_codes(
     model: DiffusionPipeline,
     codes: np.ndarray,
     seeds: Sequence[int],
@@ -192,7 +192,9 @@ def _decode_both(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The codes of images as pixels of the diffusion model and of its tokenizer."""
     codes = tokenizer.encode(images, batch_size=EVAL_ROWS)
-    generated = decode_by_diffusion(model, codes, range(seed, seed + len(codes)), sampling, progress=progress)
+    generated = decode_evaluation_codes(
+        model, codes, range(seed, seed + len(codes)), sampling, progress=progress
+    )
     return generated, to_uint8(tokenizer.decode(codes, batch_size=EVAL_ROWS))
 
 
@@ -225,7 +227,9 @@ def measure_decoded(
         requests = [ImageRequest(caption.text, seed + i) for i, caption in enumerate(captions)]
         generated = list(model.sample(requests, sampling, batch_size=EVAL_ROWS))
         codes = np.stack([image.codes for image in generated if image.codes is not None])
-        decoded = decode_by_diffusion(decoder, codes, range(seed, seed + count), denoising, progress=progress)
+        decoded = decode_evaluation_codes(
+            decoder, codes, range(seed, seed + count), denoising, progress=progress
+        )
         images = np.stack([image.image for image in generated])
         metrics |= accuracy_by_kind(kind, verify_images(captions, images))
         by_kind = accuracy_by_kind(kind, verify_images(captions, decoded))

@@ -74,7 +74,7 @@ def measure_retrieval(
     }
 
 
-def class_vectors(clip: ClipPipeline, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+def class_embeddings(clip: ClipPipeline, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """Embed each class as the mean of its name in each template (sec. 3.1.4).
 
     Args:
@@ -140,7 +140,7 @@ def measure_zero_shot(
     if not labeled:
         return {}
     templates = templates or getattr(data.source, "templates", _DEFAULT_TEMPLATES)
-    vectors = class_vectors(clip, source.classes, templates)
+    vectors = class_embeddings(clip, source.classes, templates)
     metrics = zero_shot("zero_shot", image_RE[labeled], np.array([labels[i] for i in labeled]), vectors)
     return {**metrics, "classes": len(source.classes)}
 
@@ -148,7 +148,7 @@ def measure_zero_shot(
 def _scene_classes(clip: ClipPipeline, data: DataConfig, count: int, templates: Sequence[str]) -> Metrics:
     metrics: Metrics = {}
     pairs = [(color, shape) for color in COLORS for shape in SHAPES]
-    vectors = class_vectors(clip, [" ".join(pair) for pair in pairs], templates)
+    vectors = class_embeddings(clip, [" ".join(pair) for pair in pairs], templates)
     for kind in scene_kinds(data, clip.image_size):
         scenes = [scene for _, scene in unseen_captions(data, kind, count) if len(scene.objects) == 1]
         if not scenes or kind == "two_objects":

@@ -1,10 +1,7 @@
-"""Perceptual distances of images: LPIPS (Zhang et al. 2018, 1801.03924), or a Laplacian pyramid, which needs no
-weights.
+"""LPIPS, a perceptual distance of images (Zhang et al. 2018, 1801.03924).
 
-LPIPS compares normalized activations of a classification network (AlexNet or VGG16), weighted by linear heads that were
-fitted to human judgment; its weights come from a file. The pyramid is the mean absolute difference of band-passed
-images, with equal weight for each band, so that edges and texture count as much as flat color (as in Bojanowski et al.
-2017, 1707.05776). B batch, H W image, C channels.
+It compares normalized activations of a classification network (AlexNet or VGG16), weighted by linear heads that were
+fitted to human judgment; its weights come from a file. B batch, H W image, C channels.
 """
 
 from __future__ import annotations
@@ -105,20 +102,3 @@ def lpips(params: Params, x_BHWC: jax.Array, y_BHWC: jax.Array) -> jax.Array:
             total += jnp.mean(jnp.sum(weighted, axis=-1), axis=(1, 2))
             head += 1
     return total
-
-
-def laplacian_pyramid_loss(x_BHWC: jax.Array, y_BHWC: jax.Array, bands: int = 3) -> jax.Array:
-    """Compute the mean absolute difference of each pair, averaged over the bands of a Laplacian pyramid, float32 (B,).
-
-    A band is the difference between an image and its 2x2 averages; the last band is the lowest resolution. There are
-    fewer bands where a side is odd.
-    """
-    low, differences = x_BHWC - y_BHWC, []
-    for _ in range(bands):
-        b, h, w, c = low.shape
-        if h % 2 or w % 2:
-            break
-        high, low = low, low.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
-        differences.append(high - jnp.repeat(jnp.repeat(low, 2, axis=1), 2, axis=2))
-    differences.append(low)
-    return jnp.mean(jnp.stack([jnp.mean(jnp.abs(d), axis=(1, 2, 3)) for d in differences]), axis=0)

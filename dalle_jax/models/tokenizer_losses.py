@@ -86,3 +86,23 @@ def codebook_imbalance(logits: jax.Array) -> jax.Array:
     """
     p_V = jnp.mean(jax.nn.softmax(logits), axis=tuple(range(logits.ndim - 1)))
     return math.log(logits.shape[-1]) + jnp.sum(p_V * jnp.log(jnp.maximum(p_V, 1e-20)))
+
+
+def laplacian_pyramid_loss(x_BHWC: jax.Array, y_BHWC: jax.Array, bands: int = 3) -> jax.Array:
+    """Compute the mean absolute difference of each pair, averaged over the bands of a Laplacian pyramid, float32 (B,).
+
+    A perceptual distance without weights: every band counts as much as flat color (as in Bojanowski et al. 2017,
+    1707.05776).
+
+    A band is the difference between an image and its 2x2 averages; the last band is the lowest resolution. There are
+    fewer bands where a side is odd.
+    """
+    low, differences = x_BHWC - y_BHWC, []
+    for _ in range(bands):
+        b, h, w, c = low.shape
+        if h % 2 or w % 2:
+            break
+        high, low = low, low.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+        differences.append(high - jnp.repeat(jnp.repeat(low, 2, axis=1), 2, axis=2))
+    differences.append(low)
+    return jnp.mean(jnp.stack([jnp.mean(jnp.abs(d), axis=(1, 2, 3)) for d in differences]), axis=0)

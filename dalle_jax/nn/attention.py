@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.nn.linear import Dense, fused_linear
+from dalle_jax.nn.norm import NORM_EPSILON, Norm, make_norm
 from dalle_jax.nn.rope import apply_rope
 from dalle_jax.parallel.sharding import constrain
 
 # swiglu and geglu are gated (Shazeer 2020, 2002.05202); geglu has the tanh form of GELU, as in T5.
 Activation = Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu", "geglu"]
-Norm = Literal["layer", "rms"]
-_NORM_EPSILON = 1e-5
 
 # Names of values that a remat policy can save: queries, keys and values; the output of attention; the residual stream
 # between attention and MLP. Each has the size of the residual stream.
@@ -59,12 +58,6 @@ def _rms_norm(x: jax.Array, scale_K: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
     return (x32 * scale_K.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
-
-
-def make_norm(kind: Norm, name: str | None = None, epsilon: float = _NORM_EPSILON) -> nn.Module:
-    """Return a Linen norm over the last axis that computes in float32."""
-    norm = nn.LayerNorm if kind == "layer" else nn.RMSNorm
-    return norm(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
 def _apply_linears(
@@ -187,7 +180,7 @@ class Block(nn.Module):
     norm: Norm = "layer"
     sandwich_norm: bool = False  # a norm after attention and after the MLP too, before each sum
     biases: bool = True
-    epsilon: float = _NORM_EPSILON  # of the norms
+    epsilon: float = NORM_EPSILON  # of the norms
 
     @nn.compact
     def __call__(

@@ -1,4 +1,4 @@
-"""Group normalization (Wu and He 2018, 1803.08494), computed in float32.
+"""Layer norm, RMS norm and group norm (Wu and He 2018, 1803.08494), computed in float32.
 
 B batch, H W spatial positions, C channels, G groups.
 """
@@ -6,10 +6,20 @@ B batch, H W spatial positions, C channels, G groups.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+Norm = Literal["layer", "rms"]
+NORM_EPSILON = 1e-5
+
+
+def make_norm(kind: Norm, name: str | None = None, epsilon: float = NORM_EPSILON) -> nn.Module:
+    """Return a Linen norm over the last axis that computes in float32."""
+    norm = nn.LayerNorm if kind == "layer" else nn.RMSNorm
+    return norm(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
 class GroupNorm(nn.Module):

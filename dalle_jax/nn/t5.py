@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.config import T5Config
-from dalle_jax.nn.attention import Block, make_norm
+from dalle_jax.nn.attention import Block
+from dalle_jax.nn.norm import make_norm
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 

@@ -42,7 +42,7 @@ _RULES: tuple[tuple[str, str], ...] = (
 )
 
 
-def normalize_caption(caption: str) -> str:
+def normalize_bart_caption(caption: str) -> str:
     """Return the caption in plain lower-case English, with a space before it."""
     text = html.unescape(html.unescape(caption))
     characters = [
@@ -88,7 +88,9 @@ class BartTokenizer:
     def encode(self, caption: str, *, bpe_dropout: float = 0.0, seed: int = 0) -> list[int]:
         """See `Vocabulary.encode`; an empty caption encodes to `bos_id` and `eos_id`."""
         words = (
-            normalize_caption(caption) if self._normalize_captions and caption.strip() else caption.rstrip()
+            normalize_bart_caption(caption)
+            if self._normalize_captions and caption.strip()
+            else caption.rstrip()
         )
         return [self._bos_id, *self._bpe.encode(words, bpe_dropout=bpe_dropout, seed=seed), self._eos_id]
 

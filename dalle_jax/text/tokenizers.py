@@ -196,7 +196,9 @@ class BosEosTokenizer(TextTokenizer):
         return ids
 
 
-def caption_statistics(tokenizer: TextTokenizer, captions: Iterable[str], *, text_len: int) -> dict[str, int]:
+def tokenization_statistics(
+    tokenizer: TextTokenizer, captions: Iterable[str], *, text_len: int
+) -> dict[str, int]:
     """Return `captions`, `tokens` and `characters` in all, and `cut`, the captions longer than `text_len` tokens."""
     counts = [(tokenizer.count_tokens(caption), len(caption)) for caption in captions]
     return {

@@ -283,7 +283,7 @@ def test_decode_equals_the_function(decoder, tmp_path):
     assert result["num_images"] == 3 and "denoising steps 2/2" in err
     got = np.load(out)["images"]
     model, sampling = load(decoder, DiffusionPipeline), DiffusionSamplingConfig(num_steps=2)
-    want = diffusion.decode_by_diffusion(model, codes, [5, 6, 7], sampling)
+    want = diffusion.decode_evaluation_codes(model, codes, [5, 6, 7], sampling)
     np.testing.assert_allclose(got, want / np.float32(255), atol=1e-6)
     done = run("sample", decoder, "--out", tmp_path / "x")
     assert done.code == 1 and "generates the pixels of codes: `dalle-jax decode" in done.err
@@ -323,7 +323,7 @@ def test_rfid_decodes_the_codes_of_the_evaluation_images(decoder, monkeypatch):
     source = open_source(DATA.source, "eval", languages=())
     codes = model.tokenizer.encode(eval_batch(DATA, source, 3, image_size=SIZE)["image"])
     np.testing.assert_array_equal(
-        feature_inputs[0], diffusion.decode_by_diffusion(model, codes, [4, 5, 6], sampling)
+        feature_inputs[0], diffusion.decode_evaluation_codes(model, codes, [4, 5, 6], sampling)
     )
     np.testing.assert_array_equal(feature_inputs[1], images.to_uint8(model.tokenizer.decode(codes)))
 

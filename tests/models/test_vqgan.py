@@ -24,7 +24,7 @@ from dalle_jax.config import (
     from_json,
     to_json,
 )
-from dalle_jax.models import lpips, tokenizer
+from dalle_jax.models import lpips, tokenizer, tokenizer_losses
 from dalle_jax.models.vqgan import adversarial, autoencoder, discriminator, quantizers
 from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.parallel.sharding import param_shardings
@@ -239,7 +239,7 @@ def test_pyramid_by_hand():
     x = jnp.zeros((1, 2, 2, 3))
     y = x.at[0, 0, 0].set(1.0)  # mean 1/4; bands: 3/4 at one pixel, 1/4 at three
     np.testing.assert_allclose(
-        lpips.laplacian_pyramid_loss(x, y), ((0.75 + 3 * 0.25) / 4 + 0.25) / 2, rtol=1e-6
+        tokenizer_losses.laplacian_pyramid_loss(x, y), ((0.75 + 3 * 0.25) / 4 + 0.25) / 2, rtol=1e-6
     )
 
 
@@ -319,7 +319,10 @@ def test_gradients_equal_those_of_the_full_loss(params, kind):
 
     def parts(tokenizer):
         out = autoencoder.reconstruct(cfg, tokenizer, x, key(1))
-        rec = jnp.abs(real - out.pixels).mean() + lpips.laplacian_pyramid_loss(real, out.pixels).mean()
+        rec = (
+            jnp.abs(real - out.pixels).mean()
+            + tokenizer_losses.laplacian_pyramid_loss(real, out.pixels).mean()
+        )
         return (
             rec,
             adversarial.generator_loss(

@@ -260,7 +260,7 @@ def test_zero_shot_classification_by_hand(monkeypatch, clip):
     monkeypatch.setattr(retrieval, "open_source", lambda *_, **__: Rows())
     monkeypatch.setattr(ClipPipeline, "embed_captions", captions)
     monkeypatch.setattr(ClipPipeline, "embed_images", lambda self, x, **_: np.eye(2)[x[:, 0, 0, 0] % 2])
-    vectors = retrieval.class_vectors(clip, ["cat", "dog"], ["a photo of a {}", "{}"])
+    vectors = retrieval.class_embeddings(clip, ["cat", "dog"], ["a photo of a {}", "{}"])
     assert captions_embedded == ["a photo of a cat", "cat", "a photo of a dog", "dog"]
     mean = np.array([0.3, 0.9])
     np.testing.assert_allclose(vectors, [[1, 0], mean / np.linalg.norm(mean)])
@@ -270,7 +270,7 @@ def test_zero_shot_classification_by_hand(monkeypatch, clip):
     )  # rows 0 (cat) and 1 (dog) are correct, row 2 (dog) is classified as cat
     assert result == {"zero_shot_top1": pytest.approx(2 / 3), "classes": 2}
     with pytest.raises(ValueError, match=r"each with \{\} for the name"):
-        retrieval.class_vectors(clip, ["cat"], ["a photo"])
+        retrieval.class_embeddings(clip, ["cat"], ["a photo"])
 
 
 def test_classes_of_scenes_are_color_and_shape(monkeypatch, clip):

@@ -9,7 +9,7 @@ import pytest
 
 from dalle_jax.text import bart as bart_text
 from dalle_jax.text import byte_bpe, char_bpe
-from dalle_jax.text.bart import BartTokenizer, normalize_caption
+from dalle_jax.text.bart import BartTokenizer, normalize_bart_caption
 from dalle_jax.text.class_labels import ClassLabelTokenizer
 from dalle_jax.text.tokenizers import TextTokenizer
 
@@ -95,7 +95,7 @@ def test_class_labels_are_names_or_numbers():
     ],
 )
 def test_normalized_captions_equal_those_of_dalle_mini(caption, want):
-    assert normalize_caption(caption) == want
+    assert normalize_bart_caption(caption) == want
 
 
 def bart(simplify=True):

@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, null_caption, train_text_tokenizer
+from dalle_jax.text.tokenizers import (
+    TextTokenizer,
+    null_caption,
+    tokenization_statistics,
+    train_text_tokenizer,
+)
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = [
@@ -87,12 +92,12 @@ def test_normalization_is_stored_in_the_file(tmp_path, lowercase, nfkc, want):
 
 def test_statistics(tokenizer):
     counts = [tokenizer.count_tokens(c) for c in CAPTIONS[:3]]
-    got = caption_statistics(tokenizer, CAPTIONS[:3], text_len=max(counts) - 1)
+    got = tokenization_statistics(tokenizer, CAPTIONS[:3], text_len=max(counts) - 1)
     assert got == {
         "captions": 3, "tokens": sum(counts), "characters": sum(map(len, CAPTIONS[:3])),
         "cut": counts.count(max(counts)),
     }  # fmt: skip
-    assert caption_statistics(tokenizer, CAPTIONS[:3], text_len=max(counts))["cut"] == 0
+    assert tokenization_statistics(tokenizer, CAPTIONS[:3], text_len=max(counts))["cut"] == 0
 
 
 def test_unknown_characters_become_bytes(tokenizer):

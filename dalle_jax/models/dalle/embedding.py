@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.nn import t5
-from dalle_jax.nn.attention import Block, make_norm
+from dalle_jax.nn.attention import Block
 from dalle_jax.nn.linear import matmul
 from dalle_jax.nn.module import apply_module
+from dalle_jax.nn.norm import make_norm
 from dalle_jax.nn.rope import axial_rope_table
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params

@@ -26,11 +26,12 @@ from dalle_jax.models.dalle.embedding import (
     rope_at,
 )
 from dalle_jax.nn import flash, t5
-from dalle_jax.nn.attention import ATTN_OUT, POST_ATTN, QKV, dense_attention, make_norm
+from dalle_jax.nn.attention import ATTN_OUT, POST_ATTN, QKV, dense_attention
 from dalle_jax.nn.cross_entropy import cross_entropy
 from dalle_jax.nn.input_checks import check_ids
 from dalle_jax.nn.masks import attention_mask, mask_padding
 from dalle_jax.nn.module import apply_module
+from dalle_jax.nn.norm import make_norm
 from dalle_jax.parallel.sharding import REPLICATE_BELOW_BYTES, check_divides
 from dalle_jax.typing import Params
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from dalle_jax.config import AdversarialConfig, GumbelQuantizer, VQGANConfig
 from dalle_jax.models import lpips as perceptual
 from dalle_jax.models import tokenizer_losses
+from dalle_jax.models.tokenizer_losses import laplacian_pyramid_loss
 from dalle_jax.models.vqgan import autoencoder, discriminator
 from dalle_jax.nn.module import apply_module
 from dalle_jax.typing import Params
@@ -149,7 +150,7 @@ def perceptual_distance(cfg: VQGANConfig, lpips: Params | None, x: jax.Array, y:
     if cfg.perceptual_weight == 0:
         return jnp.float32(0.0)
     if lpips is None:
-        return jnp.mean(perceptual.laplacian_pyramid_loss(x, y))
+        return jnp.mean(laplacian_pyramid_loss(x, y))
     if cfg.pixel_range == "unit":
         x, y = 2 * x - 1, 2 * y - 1
     return jnp.mean(perceptual.lpips(lpips, x, y))

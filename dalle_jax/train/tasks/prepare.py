@@ -18,7 +18,7 @@ from dalle_jax.checkpoint.run_dir import read_config, sync_run_dir
 from dalle_jax.config import ModelConfig, TokenizerConfig, TrainConfig
 from dalle_jax.data.codes import CodesDataset
 from dalle_jax.data.sources import Dataset, iter_captions
-from dalle_jax.text.tokenizers import TextTokenizer, caption_statistics, train_text_tokenizer
+from dalle_jax.text.tokenizers import TextTokenizer, tokenization_statistics, train_text_tokenizer
 from dalle_jax.train.initialize import copy_image_tokenizer, copy_text_tokenizer
 from dalle_jax.typing import Params
 
@@ -124,7 +124,7 @@ def warn_truncated(tokenizer: TextTokenizer, source: Dataset | CodesDataset, tex
     if jax.process_index() != 0:
         return
     sample = list(iter_captions(source, 2_000))
-    count = caption_statistics(tokenizer, sample, text_len=text_len)["cut"]
+    count = tokenization_statistics(tokenizer, sample, text_len=text_len)["cut"]
     if count:
         print(
             f"{count} of {len(sample)} captions are longer than the {text_len} tokens of model.text_len and "
