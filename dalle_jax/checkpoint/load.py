@@ -65,7 +65,7 @@ def load_run(
     config = read_config(path)
     local = remote_dir.local_dir(path)
     if kind is not None and config.model.kind != kind:
-        raise ValueError(f"{path} is a run of stage {config.model.kind}, want one of stage {kind}")
+        raise ValueError(f"Expected a run of stage {kind}, got {path} of stage {config.model.kind}.")
     directory = remote_dir.checkpoints_of(local)
     if not directory.is_dir() and (local / PARAMS_FILE).is_file():
         params, saved_step = read_params(local / PARAMS_FILE, config.model)

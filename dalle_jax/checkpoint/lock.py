@@ -53,7 +53,7 @@ def _lock(handle: int, path: Path, deadline: float) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"another training is writing in {path}; wait for it or stop it, or choose another --run"
+                    f"Expected no other training in {path}, got one. Wait for it, stop it or use another --run."
                 ) from None
             time.sleep(0.2)
         except OSError:  # a file system without such locks

@@ -58,7 +58,9 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(1)
         self._deletion: Future[None] | None = None
         if keep is None and not self.path.is_dir():
-            raise FileNotFoundError(f"{self.path} is not a directory; want the checkpoints/ of a run")
+            raise FileNotFoundError(
+                f"Expected the checkpoints/ of a run, got {self.path}, which is not a directory."
+            )
         # Read-only there is no Checkpointer: it makes the directory, which one of several processes cannot do alone.
         self._orbax = None if keep is None else self._open()
         self._checkpoints = [self._read_metrics(step) for step in _finished_steps(self.path)]
@@ -215,7 +217,9 @@ class CheckpointManager:
           OSError: The checkpoint cannot be read.
         """
         if step not in self.steps:
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.path}; it has {self.steps}")
+            raise FileNotFoundError(
+                f"Expected a step of {self.steps}, the checkpoints in {self.path}, got {step}."
+            )
         try:
             tree = ocp.metadata(self.path / str(step)).metadata
         except Exception as error:

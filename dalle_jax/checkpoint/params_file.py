@@ -85,8 +85,10 @@ def read_params(path: Path, model: ModelConfig) -> tuple[Params, int]:
     expected = _by_name(shapes)
     for name in [*expected, *tensors]:
         if name not in tensors or name not in expected:
-            what = "is missing" if name in expected else f"is not one of a {model.kind} of this configuration"
-            raise ValueError(f"{path}: array {name} {what}")
+            problem = f"no {name}" if name in expected else f"also {name}"
+            raise ValueError(
+                f"Expected the arrays of a {model.kind} of this configuration in {path}, got {problem}."
+            )
     arrays = []
     for name, leaf in expected.items():
         tensor = tensors[name]
@@ -97,7 +99,7 @@ def read_params(path: Path, model: ModelConfig) -> tuple[Params, int]:
             )
         arrays.append(tensor.read())
         if not np.isfinite(arrays[-1]).all():
-            raise ValueError(f"{path}: array {name} has values that are not finite")
+            raise ValueError(f"{path}: Expected finite values in array {name}, got others.")
     step = metadata.get("step", "0")
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays), int(step) if step.isdigit() else 0
 

@@ -34,14 +34,14 @@ def read_config(path: str | Path) -> TrainConfig:
     """
     local = remote_dir.local_dir(path)
     if not local.exists():
-        raise FileNotFoundError(f"no run directory {path}; give the directory that training made")
+        raise FileNotFoundError(f"Expected a run directory, got {path}, which does not exist.")
     file = local / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")
+        raise FileNotFoundError(f"Expected a run directory, got {path} without config.json.")
     try:
         return from_json(TrainConfig, file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not a configuration of this version: {error}") from error
+        raise ValueError(f"Expected a configuration of this version in {file}. {error}") from error
 
 
 def open_run_dir(config: TrainConfig) -> Path:
@@ -59,10 +59,10 @@ def open_run_dir(config: TrainConfig) -> Path:
       OSError: The directory cannot be made.
     """
     if not config.run:
-        raise ValueError("no run directory: pass --run DIR, the directory for all outputs of the run")
+        raise ValueError("Expected a run directory for all outputs, got none. Use --run DIR.")
     path = remote_dir.local_dir(config.run)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; want a new or existing run directory: choose another --run")
+        raise ValueError(f"Expected a new or existing run directory, got the file {path}. Use another --run.")
     file = path / CONFIG_FILE
     if file.exists():
         _check_same_run(path, config)
@@ -71,8 +71,9 @@ def open_run_dir(config: TrainConfig) -> Path:
         if files:
             more = ", ..." if len(files) > 5 else ""
             raise ValueError(
-                f"{path} is not empty and not a run: no config.json, but {', '.join(files[:5])}{more}; "
-                "choose another --run"
+                "Expected an empty directory or a run, "
+                f"got {path} without config.json but with {', '.join(files[:5])}{more}. "
+                "Use another --run."
             )
     if jax.process_index() == 0:
         try:
@@ -90,8 +91,8 @@ def open_run_dir(config: TrainConfig) -> Path:
         multihost_utils.sync_global_devices("open_run_dir")
         if not remote_dir.is_url(config.run) and not file.exists():
             raise ValueError(
-                f"process {jax.process_index()} cannot read {file}, which process 0 has written; want a run "
-                "directory on a disk that all processes share, or gs://BUCKET/RUN"
+                f"Expected {file} of process 0 on the disk of process {jax.process_index()}, got none. "
+                "Use a run directory on a disk that all processes share, or gs://BUCKET/RUN."
             )
     return path
 

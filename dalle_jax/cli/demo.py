@@ -75,7 +75,7 @@ def run(args: DemoArgs) -> dict[str, Any]:
         results.json, and `finished`: False after an interruption.
     """
     if args.count < 1:
-        raise ValueError(f"--count is {args.count}; want at least 1 caption of each kind")
+        raise ValueError(f"Expected --count of at least 1 caption of each kind, got {args.count}.")
     out = output.output_directory(args.out)
     results = _Results(out / "results.json")
     tokenizer, transformer = demo_configs(args)

@@ -128,7 +128,7 @@ def _describe_sampling(
     batch. target: None is the first device of this machine.
     """
     if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; want at least 1 image")
+        raise ValueError(f"Expected --batch-size of at least 1, got {batch_size}.")
     target = single_device_target("local", "--device") if target is None else target
     mesh = make_mesh(MeshConfig(data=1), target.devices)
 

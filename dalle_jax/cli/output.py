@@ -21,7 +21,7 @@ def output_directory(path: str) -> Path:
     """
     out = Path(path)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {path} is a file; want a directory, new or existing")
+        raise ValueError(f"Expected a new or existing directory for --out, got the file {path}.")
     _check_writable(out, path)
     return out
 
@@ -34,7 +34,7 @@ def new_output_directory(path: str) -> Path:
     """
     out = Path(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists; want a directory that is new or empty")
+        raise ValueError(f"Expected a new or empty directory for --out, got the existing {out}.")
     return out
 
 
@@ -47,7 +47,9 @@ def output_file(path: str) -> Path:
     """
     out = Path(path)
     if out.is_dir():
-        raise ValueError(f"--out {path} is a directory; want the name of a file, e.g. {out / 'codes.npz'}")
+        raise ValueError(
+            f"Expected the name of a file for --out, got the directory {path}. Use e.g. {out / 'codes.npz'}."
+        )
     _check_writable(out.parent, path)
     return out
 

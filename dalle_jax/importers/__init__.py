@@ -83,13 +83,15 @@ def open_model(family: str, path: str | os.PathLike, **options: Any) -> Imported
     """
     if family not in FAMILIES:
         near = difflib.get_close_matches(family, FAMILIES, n=1)
-        hint = f"perhaps you meant {near[0]!r}" if near else f"want one of {', '.join(FAMILIES)}"
-        raise ValueError(f"no family {family!r}; {hint}")
+        hint = repr(near[0]) if near else f"one of {', '.join(FAMILIES)}"
+        raise ValueError(f"Expected a family of models, got {family!r}. Use {hint}.")
     row = FAMILIES[family]
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name not in row.options:
-            raise ValueError(f"--{name.replace('_', '-')} is not for the family {family}; leave it out")
+            raise ValueError(
+                f"Expected no --{name.replace('_', '-')} for the family {family}, got {options[name]!r}. Remove it."
+            )
     module = importlib.import_module(f"{__name__}.{row.module}")
     return getattr(module, row.function)(Path(path), **options)
 

@@ -61,13 +61,12 @@ def load_params(path: Path, text_tokenizer: str | None = None) -> ImportedModel:
         bpe = byte_bpe.load_byte_bpe(Path(text_tokenizer))
         if bpe is None:
             raise ValueError(
-                f"--text-tokenizer {text_tokenizer} is no vocabulary of CLIP; want bpe_simple_vocab_16e6.txt.gz or "
-                "vocab.json"
+                f"Expected --text-tokenizer bpe_simple_vocab_16e6.txt.gz or vocab.json of CLIP, got {text_tokenizer}."
             )
         if bpe.vocab_size > model.config.text_vocab:
             raise ValueError(
-                f"--text-tokenizer {text_tokenizer} has {bpe.vocab_size} pieces, the model has "
-                f"{model.config.text_vocab}"
+                f"Expected --text-tokenizer of {model.config.text_vocab} pieces, the size of the model, "
+                f"got {bpe.vocab_size} in {text_tokenizer}."
             )
         content = bpe.to_bytes().decode()
     return imported_model(model, content)
@@ -100,7 +99,7 @@ def _config(
     side = math.isqrt(positions - 1)
     if side * side != positions - 1 or patch[2] != patch[3]:
         raise ValueError(
-            f"{path}: {positions} positions and patches of {patch[2:]}; want a square of square patches"
+            f"{path}: Expected a square of square patches, got {positions} positions and patches of {patch[2:]}."
         )
     return ClipConfig(
         image_size=side * patch[2], patch_size=patch[2], vision=towers[0], text=towers[1], text_vocab=text[0],
@@ -170,7 +169,7 @@ def _hugging_face(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, P
     acts = {settings.get(f"{name}_config", {}).get("hidden_act", "quick_gelu") for name in ("vision", "text")}
     if len(acts) != 1 or not acts <= _ACTIVATIONS.keys():
         raise ValueError(
-            f"{path}: hidden_act is {', '.join(map(str, acts))}; want one of {', '.join(_ACTIVATIONS)}"
+            f"{path}: Expected hidden_act to be one of {', '.join(_ACTIVATIONS)}, got {', '.join(map(str, acts))}."
         )
     config = _config(
         path, patch, shape("vision_model.embeddings.position_embedding.weight", 2)[0],
@@ -212,9 +211,9 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise ValueError(f"Expected JSON in {file}, got: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} is a {type(settings).__name__}; want the configuration of a CLIP")
+        raise ValueError(f"Expected the configuration of a CLIP in {file}, got a {type(settings).__name__}.")
     return {name: value for name, value in settings.items() if isinstance(value, dict)}
 
 
@@ -224,7 +223,7 @@ def _settings(path: Path) -> dict[str, Any]:
 def _tower(path: Path, dim: int, layers: int, heads: int | None, wide: int) -> TowerConfig:
     if layers == 0 or wide % dim:
         raise ValueError(
-            f"{path} is not {_MODEL}: a tower of {dim} channels has {layers} layers and an MLP of {wide}"
+            f"Expected {_MODEL}, got {path} with a tower of {dim} channels, {layers} layers and an MLP of {wide}."
         )
     return TowerConfig(dim=dim, layers=layers, heads=heads or max(dim // _HEAD_DIM, 1), mlp_ratio=wide // dim)
 

@@ -48,7 +48,9 @@ def load_params(path: Path) -> ImportedModel:
     """
     for name in _FILES:
         if not (path / name).is_file():
-            raise FileNotFoundError(f"no file {path / name}; want a directory with {', '.join(_FILES)}")
+            raise FileNotFoundError(
+                f"Expected a directory with {', '.join(_FILES)}, got no file {path / name}."
+            )
     settings = _settings(path / "config.json")
     file = path / "flax_model.msgpack"
     tensors = read_tensors(file)
@@ -63,14 +65,14 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"Expected JSON in {path}, got: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not the configuration of {_MODEL}: it holds a {type(settings).__name__}")
-    for name, want in _FIXED.items():
-        if settings.get(name, want) != want:
-            raise ValueError(
-                f"{path}: {name} is {settings[name]!r}; the models that can be imported have {want!r}"
-            )
+        raise ValueError(
+            f"Expected the configuration of {_MODEL} in {path}, got a {type(settings).__name__}."
+        )
+    for name, expected in _FIXED.items():
+        if settings.get(name, expected) != expected:
+            raise ValueError(f"{path}: Expected {name} to be {expected!r}, got {settings[name]!r}.")
     return settings
 
 
@@ -81,7 +83,9 @@ def _vocabulary(path: Path, settings: dict[str, Any]) -> BartTokenizer:
         ends = [settings.get(name, i) for name, i in (("bos_token_id", 0), ("eos_token_id", 2))]
         return BartTokenizer(pairs, *ends, normalize_captions=bool(settings.get("normalize_text", False)))
     except ValueError as error:
-        raise ValueError(f"{path / 'vocab.json'} with merges.txt is no vocabulary of BART: {error}") from None
+        raise ValueError(
+            f"Expected the vocabulary of BART in {path / 'vocab.json'} and merges.txt, got: {error}"
+        ) from None
 
 
 def _config(path: Path, tensors: Tensors, settings: dict[str, Any], pieces: int) -> BartConfig:
@@ -91,7 +95,8 @@ def _config(path: Path, tensors: Tensors, settings: dict[str, Any], pieces: int)
     text_vocab, dim = shape("model/encoder/embed_tokens/embedding")
     if pieces > text_vocab:
         raise ValueError(
-            f"{path}: vocab.json has ids up to {pieces - 1}; the model has {text_vocab} embeddings"
+            f"Expected ids below {text_vocab}, the embeddings of the model, in vocab.json of {path}, "
+            f"got {pieces - 1}."
         )
     positions = shape("model/decoder/embed_positions/embedding")[0]
     layer = "{}/layers/{}/FlaxBartAttention_0/q_proj/kernel"

@@ -82,8 +82,9 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
     def take(name: str) -> np.ndarray:
         if name not in tensors:
             raise ValueError(
-                f"{path}: the weights lack {name}; want the file of pytorch-fid or torch-fidelity, "
-                "pt_inception-2015-12-05-6726825d.pth"
+                f"Expected the weights of the FID Inception-v3, got {path} without {name}. "
+                "Use the file of pytorch-fid or torch-fidelity, "
+                "pt_inception-2015-12-05-6726825d.pth."
             )
         unread.discard(name)
         return tensors[name].read()
@@ -96,5 +97,7 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
         arrays.update({f"{PREFIX}{ours}.{end}": tensor for end, tensor in part.items()})
     arrays[CLASSIFIER] = take("fc.weight")
     if unread:
-        raise ValueError(f"{path}: the weights hold unknown {', '.join(sorted(unread)[:3])}")
+        raise ValueError(
+            f"Expected only the weights of the FID Inception-v3, got {path} with {', '.join(sorted(unread)[:3])}."
+        )
     return arrays

@@ -65,21 +65,25 @@ def load_params(
     tensors = drop_buffers(read_tensors(path), _BUFFERS)
     size = image_size or next((n for n in (256, 512) if str(n) in path.name), 384)
     if size % 16:
-        raise ValueError(f"--image-size is {size}; want a multiple of 16, e.g. 256 or 384")
+        raise ValueError(f"Expected --image-size to be a multiple of 16, got {size}. Use e.g. 256 or 384.")
     if _NULL not in tensors:
         if t5 is not None:
-            raise ValueError(f"--t5 is for models on captions (t2i); {path} is one on classes: leave it out")
+            raise ValueError(
+                f"Expected no --t5 for a class-conditional model, got {t5} for {path}. Remove --t5."
+            )
         model = from_tensors(path, tensors, size // 16, heads)
         text = _names(text_tokenizer, model.config.text_vocab).to_bytes().decode()
     else:
         if t5 is None:
             raise ValueError(
-                f"{path} is a model on captions (t2i), which reads them with flan-t5-xl: give --t5 DIR, the directory "
-                "of google/flan-t5-xl with config.json, spiece.model and its weights"
+                f"Expected --t5 DIR for the text-conditional model {path}, got none. "
+                "Use the directory of google/flan-t5-xl with "
+                "config.json, spiece.model and weights."
             )
         if text_tokenizer is not None:
             raise ValueError(
-                "--text-tokenizer names classes; a model on captions (t2i) has the vocabulary of --t5: leave it out"
+                f"Expected no --text-tokenizer for a text-conditional model, got {text_tokenizer}. "
+                "Remove it: the vocabulary is that of --t5."
             )
         model = from_t2i_tensors(path, tensors, Path(t5), encoders.read_encoder(Path(t5)), size // 16, heads)
         text = encoders.read_tokenizer(Path(t5), model.config.text_vocab)
@@ -107,7 +111,7 @@ def from_t2i_tensors(
     encoder, vocab, t5_rules = encoders.from_tensors(t5_path, t5_tensors, _T5)
     if encoder.dim != width:
         raise ValueError(
-            f"the T5 of {t5_path} is {encoder.dim} wide, {path} needs one of width {width}: want flan-t5-xl"
+            f"Expected a T5 of width {width} for {path}, got width {encoder.dim} in {t5_path}. Use flan-t5-xl."
         )
     dim = tensor_shape(tensors, "cls_embedding.cap_proj.fc2.weight", path, 2, _MODEL)[0]
     config = _config(path, tensors, dim, heads, grid, text_vocab=vocab, text_len=length, text_encoder=encoder)
@@ -126,11 +130,13 @@ def _names(text_tokenizer: str | None, classes: int) -> class_labels.ClassLabelT
     if text_tokenizer is None:
         return class_labels.ClassLabelTokenizer([str(i) for i in range(classes)])
     if not Path(text_tokenizer).is_file():
-        raise FileNotFoundError(f"no file {text_tokenizer}; want the names of the classes, one a line")
+        raise FileNotFoundError(
+            f"Expected a file of class names, one per line, got no file {text_tokenizer}."
+        )
     names = Path(text_tokenizer).read_text(encoding="utf-8").splitlines()
     if len(names) != classes:
         raise ValueError(
-            f"{text_tokenizer} has {len(names)} lines; want the names of {classes} classes, one a line"
+            f"Expected the names of {classes} classes in {text_tokenizer}, one per line, got {len(names)} lines."
         )
     return class_labels.ClassLabelTokenizer(names)
 

@@ -52,7 +52,9 @@ def load_params(path: Path) -> ImportedModel:
     """
     for name in _FILES:
         if not (path / name).is_file():
-            raise FileNotFoundError(f"no file {path / name}; want the directory of the unpacked 1.3B.tar.gz")
+            raise FileNotFoundError(
+                f"Expected the directory of the unpacked 1.3B.tar.gz, got no file {path / name}."
+            )
     text, pad = _vocabulary(path / _FILES[3], path / _FILES[4])
     file = path / "stage2_last.ckpt"
     model = from_tensors(file, read_tensors(file), (path / "config.yaml").read_text(encoding="utf-8"), pad)
@@ -97,9 +99,11 @@ def _vocabulary(vocab: Path, merges: Path) -> tuple[char_bpe.CharBPE, int]:
             pieces, [line for line in lines if not line.startswith("#version")]
         )
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{vocab} with {merges.name} is no character-level vocabulary: {error}") from None
+        raise ValueError(
+            f"Expected a character-level vocabulary in {vocab} and {merges.name}, got: {error}"
+        ) from None
     if "[PAD]" not in pieces:
-        raise ValueError(f"{vocab} has no piece [PAD], which stands after every caption")
+        raise ValueError(f"Expected a piece [PAD] for the padding of captions in {vocab}, got none.")
     return bpe, pieces["[PAD]"]
 
 

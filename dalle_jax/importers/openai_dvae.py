@@ -38,7 +38,9 @@ def load_params(path: Path, image_size: int | None = None) -> ImportedModel:
     for part in ("encoder", "decoder"):
         file = path / f"{part}.pkl"
         if not file.is_file():
-            raise FileNotFoundError(f"no file {file}; want a directory with encoder.pkl and decoder.pkl")
+            raise FileNotFoundError(
+                f"Expected a directory with encoder.pkl and decoder.pkl, got no file {file}."
+            )
         tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensors(file).items()}
     return imported_model(from_tensors(path, tensors, image_size))
 

@@ -58,16 +58,18 @@ def load_params(
     """
     if text_tokenizer is None:
         raise ValueError(
-            "ruDALL-E needs its vocabulary: give --text-tokenizer bpe.model (of shonenkov/rudalle-utils)"
+            "Expected --text-tokenizer for ruDALL-E, got none. Use the bpe.model of shonenkov/rudalle-utils."
         )
     if not Path(text_tokenizer).is_file():
-        raise FileNotFoundError(f"no file {text_tokenizer}; want the bpe.model of shonenkov/rudalle-utils")
+        raise FileNotFoundError(
+            f"Expected the bpe.model of shonenkov/rudalle-utils, got no file {text_tokenizer}."
+        )
     version = version or next((v for v in _VERSIONS if v in path.name), None)
     if version not in _VERSIONS:
         raise ValueError(
-            f"the name {path.name} does not contain a version: give --version v3 (Malevich_v3, Surrealist, "
-            "Kandinsky) or "
-            "--version v2 (Malevich_v2, Emojich)"
+            f"Expected a version in the name of the file, got {path.name}. "
+            "Use --version v3 (Malevich_v3, Surrealist, Kandinsky) or "
+            "--version v2 (Malevich_v2, Emojich)."
         )
     tensors = drop_buffers(read_tensors(path), ("row_mask", "col_mask", "conv_mask"))
     model = from_tensors(path, tensors, version, heads)

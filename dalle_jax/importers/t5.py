@@ -48,18 +48,18 @@ def read_encoder(path: Path) -> Tensors:
     config = path / "config.json"
     if not config.is_file():
         raise FileNotFoundError(
-            f"no file {config}; want a directory with config.json, spiece.model and weights of T5"
+            f"Expected a directory with config.json, spiece.model and weights of T5, got no file {config}."
         )
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-        values = {name: settings.get(name, want) for name, want in _SETTINGS.items()}
+        values = {name: settings.get(name, expected) for name, expected in _SETTINGS.items()}
     except (ValueError, AttributeError):
-        raise ValueError(f"{config} is not the configuration of a T5") from None
-    for name, want in _SETTINGS.items():
-        if values[name] != want:
-            raise ValueError(
-                f"{config}: {name} is {values[name]!r}; the T5 that can be imported has {want!r}"
-            )
+        raise ValueError(
+            f"Expected the configuration of a T5 as a JSON object in {config}, got other text."
+        ) from None
+    for name, expected in _SETTINGS.items():
+        if values[name] != expected:
+            raise ValueError(f"{config}: Expected {name} to be {expected!r}, got {values[name]!r}.")
     tensors = read_tensors(path)
     if _TIED in tensors:
         tensors.setdefault(_EMBED, tensors[_TIED])
@@ -107,9 +107,7 @@ def read_tokenizer(path: Path, vocab: int) -> str:
     """
     file = path / "spiece.model"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"no file {file}; want the vocabulary of the T5, which is published beside its weights"
-        )
+        raise FileNotFoundError(f"Expected the vocabulary of the T5 beside its weights, got no file {file}.")
     data = file.read_bytes()
     text = t5.serialize_t5(data, _END).decode()
     try:
@@ -117,7 +115,9 @@ def read_tokenizer(path: Path, vocab: int) -> str:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if pieces > vocab:
-        raise ValueError(f"{file} has {pieces} pieces, the T5 beside it has {vocab}")
+        raise ValueError(
+            f"Expected a vocabulary of at most {vocab} pieces, the size of the T5, got {pieces} in {file}."
+        )
     return text
 
 

@@ -264,12 +264,14 @@ def check_names(rules: Mapping[str, ParamRule], tensors: Tensors, path: Any, mod
     missing = [name for name in used if name not in tensors]
     unknown = [name for name in tensors if name not in used]
     for names, problem in (
-        (missing, f"lacks tensors of {model}:"),
-        (unknown, f"has tensors not in {model}:"),
+        (missing, "without tensors"),
+        (unknown, "with other tensors"),
     ):
         if names:
             more = f", ... ({len(names)} in all)" if len(names) > 5 else ""
-            raise ValueError(f"{path} {problem} {', '.join(names[:5])}{more}")
+            raise ValueError(
+                f"Expected the tensors of {model}, got {path} {problem} {', '.join(names[:5])}{more}."
+            )
 
 
 def tensor_shape(tensors: Tensors, name: str, path: Any, ndim: int, model: str) -> tuple[int, ...]:
@@ -279,10 +281,12 @@ def tensor_shape(tensors: Tensors, name: str, path: Any, ndim: int, model: str) 
       ValueError: The tensor is missing, or does not have `ndim` axes, none of them empty.
     """
     if name not in tensors:
-        raise ValueError(f"{path} is not {model}: it has no tensor {name}")
+        raise ValueError(f"Expected {model} with a tensor {name}, got {path} without it.")
     shape = tensors[name].shape
     if len(shape) != ndim or 0 in shape:
-        raise ValueError(f"{path}: tensor {name} has shape {shape}; want {ndim} axes, none of them empty")
+        raise ValueError(
+            f"{path}: Expected tensor {name} of {ndim} axes, none of them empty, got shape {shape}."
+        )
     return shape
 
 
@@ -308,27 +312,33 @@ def iter_param_chunks(
     """
     if rule.stacked and len(rule.parts) != shape[0]:
         first = rule.parts[0].names[0]
-        raise ValueError(f"{path}: {len(rule.parts)} tensors like {first}; want {shape[0]} for {name}")
+        raise ValueError(
+            f"{path}: Expected {shape[0]} tensors like {first} for {name}, got {len(rule.parts)}."
+        )
     part_shape = shape[1:] if rule.stacked else shape
     for part in rule.parts:
         arrays = []
         for source in part.names:
             array = tensors[source].read()
             if array.dtype.kind not in "fV" and array.dtype.name != "bfloat16":
-                raise ValueError(f"{path}: tensor {source} is {array.dtype}; want floating-point numbers")
+                raise ValueError(
+                    f"{path}: Expected tensor {source} of floating-point numbers, got {array.dtype}."
+                )
             arrays.append(array)
         sources = ", ".join(f"{n} {tensors[n].shape}" for n in part.names)
         try:
             param = part.transform(*arrays)
         except (ValueError, IndexError):
-            raise ValueError(f"{path}: tensor {sources} cannot become {name} {part_shape}") from None
+            raise ValueError(f"{path}: Expected a tensor for {name} {part_shape}, got {sources}.") from None
         if param.shape != part_shape:
-            raise ValueError(f"{path}: tensor {sources} becomes {name} {param.shape}; want {part_shape}")
+            raise ValueError(
+                f"{path}: Expected a tensor for {name} {part_shape}, got {sources}, converted to {param.shape}."
+            )
         for chunk in _chunks(param):
             if not np.isfinite(chunk).all():
                 bad = [n for n, a in zip(part.names, arrays, strict=True) if not _is_finite(a)]
                 raise ValueError(
-                    f"{path}: tensor {bad[0] if bad else sources} has values that are not finite"
+                    f"{path}: Expected finite values in tensor {bad[0] if bad else sources}, got others."
                 )
             yield chunk
 

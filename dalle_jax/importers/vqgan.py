@@ -136,7 +136,8 @@ def _config(
     firsts = [shape(level.format(i), naming.block.format(0), "conv1", kernel)[out] for i in range(levels)]
     if levels == 0 or any(first % width for first in firsts):
         raise ValueError(
-            f"{path} is not {naming.model}: its levels have {firsts} channels, the first layer {width}"
+            f"Expected {naming.model}, "
+            f"got {path} with {firsts} channels in its levels and {width} in the first layer."
         )
     attention = [
         i for i in range(levels)

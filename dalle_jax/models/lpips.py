@@ -54,7 +54,7 @@ def load_lpips(path: str | Path) -> Params:
       FileNotFoundError: there is no such file.
       ValueError: an array is missing, unknown, not finite or of another shape; it names the array.
     """
-    arrays = read_npz(path, "want the weights of LPIPS")
+    arrays = read_npz(path, "set lpips to the weights of LPIPS")
     arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     net, layers = ("VGG16_0", _VGG16) if "VGG16_0.Conv_0.kernel" in arrays else ("AlexNet_0", _ALEXNET)
     expected: dict[str, tuple[str, str, tuple[int, ...]]] = {}

@@ -105,7 +105,7 @@ def test_an_error_names_the_leaf_that_does_not_fit(tmp_path):
         checkpoints.load(3, params(gain=kernel))
     with pytest.raises(ValueError, match=r"ema/text_head/bias: only in the checkpoint"):
         checkpoints.load(3, abstract._replace(ema={"text_head": {"kernel": kernel}}))
-    with pytest.raises(FileNotFoundError, match="no checkpoint of step 4"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoints in .*, got 4"):
         checkpoints.load(4, abstract)
     leaves_equal(checkpoints.load(3, {"ema": abstract.ema}, partial=True)["ema"], state.ema)
     checkpoints.close()
@@ -287,19 +287,19 @@ def test_written_run_is_the_same_model(tmp_path):
     assert name == params_fingerprint(config.model, run.params) and len(name) == 16
     assert params_fingerprint(config.model, jax.tree.map(lambda x: x.at[-1].add(1e-6), params)) != name
     (tmp_path / "frozen" / "config.json").unlink()  # as if killed before the end
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"without config\.json"):
         load_run(tmp_path / "frozen")
 
 
 def test_invalid_arguments_of_load_run_are_rejected(trained, tmp_path):
     run, _ = trained
-    with pytest.raises(ValueError, match="is a run of stage dvae, want one of stage dalle"):
+    with pytest.raises(ValueError, match=r"a run of stage dalle, got .* of stage dvae"):
         load_run(run, kind="dalle")
-    with pytest.raises(FileNotFoundError, match="no run directory"):
+    with pytest.raises(FileNotFoundError, match="Expected a run directory"):
         load_run(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"without config\.json"):
         load_run(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5 .* it has"):
+    with pytest.raises(FileNotFoundError, match=r"Expected a step of .*, the checkpoints in .*, got 5"):
         load_run(run, step=5)
     shutil.copy(run / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
@@ -308,5 +308,5 @@ def test_invalid_arguments_of_load_run_are_rejected(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
         load_run(tmp_path)
     (tmp_path / "config.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match=r"config\.json is not a configuration"):
+    with pytest.raises(ValueError, match=r"a configuration of this version in .*config\.json"):
         load_run(tmp_path)

@@ -110,7 +110,9 @@ def test_only_changed_files_are_copied(bucket_run, monkeypatch):
 
 
 def test_a_missing_run_is_named_by_its_url(bucket_run, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="gs://my-bucket/runs/one is not a run directory"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Expected a run directory, got gs://my-bucket/runs/one without config.json"
+    ):
         run_dir.read_config(RUN)
 
 

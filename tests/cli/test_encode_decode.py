@@ -194,16 +194,18 @@ def test_encode_rejects_invalid_input(made, image_files, tmp_path):
 def test_unwritable_outputs_are_rejected(made, image_files, tmp_path):
     (tmp_path / "file").write_text("mine")
     np.savez(tmp_path / "c.npz", codes=np.zeros((1, 64), np.int32))
-    assert "is a file; want a directory" in refused("sample", made.dalle, "a", "--out", tmp_path / "file")
+    assert "directory for --out, got the file" in refused(
+        "sample", made.dalle, "a", "--out", tmp_path / "file"
+    )
     assert "cannot write --out" in refused("sample", made.dalle, "a", "--out", tmp_path / "file" / "s")
-    assert "is a directory; want the name of a file" in refused(
+    assert "name of a file for --out, got the directory" in refused(
         "encode", made.dvae, image_files[0], "--out", tmp_path
     )
     assert "cannot write --out" in refused(
         "encode", made.dvae, image_files[0], "--out", tmp_path / "file" / "c.npz"
     )
-    assert "is a file; want a directory" in refused(
+    assert "directory for --out, got the file" in refused(
         "decode", made.dvae, tmp_path / "c.npz", "--out", tmp_path / "file"
     )
-    assert "is a file; want a directory" in refused("demo", "--out", tmp_path / "file")
+    assert "directory for --out, got the file" in refused("demo", "--out", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"

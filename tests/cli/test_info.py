@@ -77,7 +77,7 @@ def test_info_measures_the_memory_for_sampling(made):
     assert "--device compiles for one device, and h200:2 has 2. Use h200" in refused(
         "info", made.dalle, "--batch-size", 1, "--device", "h200:2"
     )
-    assert "--batch-size is 0; want at least 1" in refused("info", made.dalle, "--batch-size", 0)
+    assert "--batch-size of at least 1, got 0" in refused("info", made.dalle, "--batch-size", 0)
     assert "is of stage dvae" in refused("info", made.dvae, "--batch-size", 1)
 
 
@@ -96,7 +96,7 @@ def test_info_and_compile_only_agree_on_sampling(made):
 
 
 def test_invalid_input_is_rejected(made, tmp_path):
-    assert "no run directory" in refused("info", tmp_path / "none")
+    assert "Expected a run directory" in refused("info", tmp_path / "none")
     assert "Expected a configuration file or name" in refused("info", tmp_path / "none.py")
     (tmp_path / "bad.py").write_text("config = 3\n")
     assert "End the file in `config = TrainConfig(...)`" in refused("info", tmp_path / "bad.py")

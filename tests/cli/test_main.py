@@ -46,9 +46,9 @@ def test_an_invalid_command_line_exits_with_2(argv, message):
 
 def test_runs_that_are_missing_incomplete_or_of_another_stage(made, tmp_path):
     """Each is an error, and no call changes the directory."""
-    assert f"no run directory {tmp_path / 'none'}" in refused("sample", tmp_path / "none", "a")
+    assert f"Expected a run directory, got {tmp_path / 'none'}" in refused("sample", tmp_path / "none", "a")
     (tmp_path / "empty").mkdir()
-    assert "it has no config.json" in refused("evaluate", tmp_path / "empty")
+    assert "without config.json" in refused("evaluate", tmp_path / "empty")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_bytes((made.dalle / "config.json").read_bytes())
     assert "has no checkpoint yet; train it first" in refused("sample", tmp_path / "half", "a")
@@ -57,7 +57,7 @@ def test_runs_that_are_missing_incomplete_or_of_another_stage(made, tmp_path):
     assert "has no image_tokenizer/ yet; train it first" in message
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
-    assert "is not a configuration of this version" in refused("info", tmp_path / "broken")
+    assert "Expected a configuration of this version" in refused("info", tmp_path / "broken")
     message = refused("sample", made.dvae, "a")
     assert (
         "is a tokenizer run (stage dvae): it reads no captions" in message

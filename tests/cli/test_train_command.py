@@ -36,7 +36,7 @@ def test_finetuning_starts_with_the_parameters_of_the_other_run(made, folder):
 def test_finetuning_rejects_a_run_that_does_not_match(made, folder):
     for more, message in (
         (("--init-from", made.dvae), "is a run of stage dvae, this configuration of stage dalle"),
-        (("--init-from", "nowhere"), "no run directory nowhere"),
+        (("--init-from", "nowhere"), "Expected a run directory, got nowhere"),
         (("--model.dim", "32"), "parameter .* has shape .*Keep the fields of `model`"),
         (("--data.path", "no where"), "got nothing at 'no where'"),
     ):
@@ -46,5 +46,5 @@ def test_finetuning_rejects_a_run_that_does_not_match(made, folder):
 
 def test_invalid_input_is_rejected(made, tmp_path):
     config = write_config(tmp_path / "c.py", "DVAEConfig(image_size=8, groups=1)")
-    assert "no run directory: pass --run" in refused("train", config)
+    assert "got none. Use --run DIR" in refused("train", config)
     assert "Perhaps you meant" in refused("train", config, "--stepz", 3, code=2)

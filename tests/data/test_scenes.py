@@ -393,27 +393,27 @@ def test_evaluation_sets():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: generate_scene(0, split="training"), r"want a split of .* got 'training'"),
-        (lambda: generate_scene(-1), r"index of 0 or more, got -1"),
+        (lambda: generate_scene(0, split="training"), r"a split out of .* got 'training'"),
+        (lambda: generate_scene(-1), r"index of at least 0, got -1"),
         (lambda: generate_scene(0, min_objects=0), r"got 0 and 4"),
         (lambda: generate_scene(0, max_objects=5), r"got 1 and 5"),
         (lambda: generate_scene(0, min_objects=3, max_objects=2), r"got 3 and 2"),
-        (lambda: render_scene(generate_scene(0), 31), r"32\.\.256 pixels, got 31"),
-        (lambda: render_scene(generate_scene(0), 257), r"32\.\.256 pixels, got 257"),
-        (lambda: render_scene(generate_scene(0), 64.0), r"32\.\.256 pixels, got 64\.0"),
+        (lambda: render_scene(generate_scene(0), 31), r"32 to 256 pixels, got 31"),
+        (lambda: render_scene(generate_scene(0), 257), r"32 to 256 pixels, got 257"),
+        (lambda: render_scene(generate_scene(0), 64.0), r"32 to 256 pixels, got 64\.0"),
         (
             lambda: scene_captions(generate_scene(0), index=0, languages=("fr",)),
             r"languages out of .* got \('fr',\)",
         ),
-        (lambda: scene_captions(generate_scene(0), index=0, languages="en"), r"got 'en'; pass a tuple"),
+        (lambda: scene_captions(generate_scene(0), index=0, languages="en"), r"got 'en'\. Use a tuple"),
         (lambda: scene_captions(generate_scene(0), index=0, languages=()), r"languages out of"),
-        (lambda: scene_captions(generate_scene(0), index=-2), r"index of 0 or more, got -2"),
-        (lambda: scene_captions(generate_scene(0), index=0, count=0), r"count of 1 or more captions"),
+        (lambda: scene_captions(generate_scene(0), index=-2), r"index of at least 0, got -2"),
+        (lambda: scene_captions(generate_scene(0), index=0, count=0), r"count of at least 1 caption"),
         (lambda: evaluation_set("three_objects", 5), r"got 'three_objects'"),
-        (lambda: evaluation_set("one_object", 0), r"count of 1 or more, got 0"),
+        (lambda: evaluation_set("one_object", 0), r"count of at least 1, got 0"),
         (lambda: evaluation_set("held_out", 1, max_objects=9), r"got 1 and 9"),
         (lambda: relation_holds("near", one(), one()), r"got 'near'"),
-        (lambda: relation_holds("between", one(), one()), r"'between' wants 2 other"),
+        (lambda: relation_holds("between", one(), one()), r"2 other objects for 'between', got 1"),
     ],
 )
 def test_invalid_arguments_are_rejected(call, match):
@@ -438,11 +438,11 @@ def test_scenes_use_only_the_allowed_words():
 @pytest.mark.parametrize(
     "words, message",
     [
-        ({"sizes": ()}, r"want sizes out of .*got \(\)"),
+        ({"sizes": ()}, r"sizes out of .*got \(\)"),
         ({"sizes": ("huge",)}, "'huge'"),
-        ({"fills": "solid"}, r"pass a tuple such as \('solid',\)"),
-        ({"backgrounds": ("sky",)}, "want backgrounds out of"),
-        ({"sizes": ("large",), "max_objects": 2}, "want small or medium in sizes"),
+        ({"fills": "solid"}, r"Use a tuple such as \('solid',\)"),
+        ({"backgrounds": ("sky",)}, "Expected backgrounds out of"),
+        ({"sizes": ("large",), "max_objects": 2}, "sizes with small or medium"),
     ],
 )
 def test_unknown_words_are_rejected(words, message):

@@ -90,7 +90,7 @@ def test_the_vocabulary_is_imported(tmp_path, capsys):
     np.testing.assert_array_equal(ids, [513, vocab["a</w>"], 512, 514, 514])
     (source / "vocab.json").write_text(json.dumps(vocab | {"more": 515}), encoding="utf-8")
     assert cli.main(["import", "clip", str(source), "--out", str(tmp_path / "more")]) == 1
-    assert "has 516 pieces, the model has 515" in capsys.readouterr().err
+    assert "of 515 pieces, the size of the model, got 516" in capsys.readouterr().err
 
 
 def test_a_missing_vocabulary_is_reported(tmp_path, capsys):
@@ -139,10 +139,10 @@ def test_hugging_face_parity(tmp_path, activation, safe):
 def test_files_of_other_models_are_rejected(tmp_path, capsys):
     for arrays, message in (
         ({"visual.layer1.0.conv1.weight": np.zeros(2, np.float32)}, "got one with a ResNet"),
-        ({"encoder.weight": np.zeros(2, np.float32)}, "is not CLIP: it has no tensor vision_model."),
+        ({"encoder.weight": np.zeros(2, np.float32)}, "Expected CLIP with a tensor vision_model."),
         (
             {"visual.conv1.weight": np.zeros((2, 3, 4, 4), np.float32)},
-            "it has no tensor token_embedding.weight",
+            "with a tensor token_embedding.weight",
         ),
     ):
         path = torch_zip(tmp_path / "x.pt", arrays)

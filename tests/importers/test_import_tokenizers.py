@@ -230,6 +230,6 @@ def test_a_model_in_memory_equals_the_imported_run(tmp_path, name):
 
 def test_an_unknown_family_is_rejected(capsys, tmp_path):
     assert cli.main(["import", "openai-dvea", "x", "--out", str(tmp_path / "out")]) == 1
-    assert "no family 'openai-dvea'; perhaps you meant 'openai-dvae'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="want one of openai-dvae"):
+    assert "a family of models, got 'openai-dvea'. Use 'openai-dvae'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="Use one of openai-dvae"):
         open_model("zzz", tmp_path)

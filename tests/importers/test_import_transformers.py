@@ -407,20 +407,20 @@ def test_invalid_imports_are_rejected(tmp_path, tokenizers, capsys):
     malevich = GOLDEN / "rudalle" / "pytorch_model_v3.bin"
     text, small = ["--text-tokenizer", GOLDEN / "rudalle" / "bpe.model"], ["--heads", 2]
     fit = ["--image-tokenizer", tokenizers(12, 12)]
-    assert "give --text-tokenizer bpe.model" in import_error(capsys, "rudalle", malevich, *to, *small, *fit)
+    assert "Expected --text-tokenizer for ruDALL-E, got none. Use the bpe.model" in import_error(
+        capsys, "rudalle", malevich, *to, *small, *fit
+    )
     assert "give --image-tokenizer RUN" in import_error(capsys, "rudalle", malevich, *to, *text, *small)
     wrong = import_error(
         capsys, "rudalle", malevich, *to, *text, *small, "--image-tokenizer", tokenizers(24, 4)
     )
     assert "model.image_vocab is 12, but the image tokenizer" in wrong
     unversioned = shutil.copy(malevich, tmp_path / "pytorch_model.bin")
-    assert "does not contain a version: give --version v3" in import_error(
-        capsys, "rudalle", unversioned, *to, *text, *small, *fit
-    )
-    assert "is not ruDALL-E: it has no tensor text_embeddings.weight" in import_error(
+    assert "Use --version v3" in import_error(capsys, "rudalle", unversioned, *to, *text, *small, *fit)
+    assert "Expected ruDALL-E with a tensor text_embeddings.weight" in import_error(
         capsys, "rudalle", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, *text, "--version", "v3", *fit
     )
-    assert "--version is not for the family llamagen" in import_error(
+    assert "Expected no --version for the family llamagen" in import_error(
         capsys, "llamagen", malevich, *to, "--version", "v2"
     )
     assert "heads 5" in import_error(capsys, "rudalle", malevich, *to, *text, "--heads", 5, *fit)
@@ -432,22 +432,18 @@ def test_invalid_imports_are_rejected(tmp_path, tokenizers, capsys):
 
     mini = shutil.copytree(GOLDEN / "dalle_mini", tmp_path / "mini")
     (mini / "vocab.json").unlink()
-    assert "want a directory with flax_model.msgpack, config.json, vocab.json" in import_error(
+    assert "Expected a directory with flax_model.msgpack, config.json, vocab.json" in import_error(
         capsys, "dalle-mini", mini, *to
     )
     shutil.copy(GOLDEN / "dalle_mini" / "vocab.json", mini)
     settings = json.loads((mini / "config.json").read_text())
     (mini / "config.json").write_text(json.dumps({**settings, "ln_positions": "swinv2"}))
-    assert "ln_positions is 'swinv2'; the models that can be imported have 'normformer'" in import_error(
-        capsys, "dalle-mini", mini, *to
-    )
+    assert "ln_positions to be 'normformer', got 'swinv2'" in import_error(capsys, "dalle-mini", mini, *to)
     lines = tmp_path / "names.txt"
     lines.write_text("one\ntwo")
     tiny = ["llamagen", GOLDEN / "llamagen" / "c2i_tiny_64.pt", *to, "--image-size", 64, "--heads", 2]
-    assert "has 2 lines; want the names of 10 classes" in import_error(
-        capsys, *tiny, "--text-tokenizer", lines
-    )
-    assert "--t5 is for models on captions (t2i)" in import_error(capsys, *tiny, "--t5", tmp_path)
+    assert "one per line, got 2 lines" in import_error(capsys, *tiny, "--text-tokenizer", lines)
+    assert "Expected no --t5 for a class-conditional model" in import_error(capsys, *tiny, "--t5", tmp_path)
     assert not out.exists()
 
 
@@ -456,11 +452,11 @@ def test_invalid_text_encoders_are_rejected(tmp_path, tokenizers, capsys):
     files, out, folder = GOLDEN / "llamagen_t2i", tmp_path / "run", tmp_path / "t5"
     gpt = ["llamagen", files / "t2i_tiny_64.pt", "--out", out, "--image-size", 64, "--heads", 2]
     gpt += ["--image-tokenizer", tokenizers(24, 4)]
-    assert "reads them with flan-t5-xl: give --t5 DIR" in import_error(capsys, *gpt)
-    assert "--text-tokenizer names classes" in import_error(
+    assert "Expected --t5 DIR for the text-conditional model" in import_error(capsys, *gpt)
+    assert "Expected no --text-tokenizer for a text-conditional model" in import_error(
         capsys, *gpt, "--t5", folder, "--text-tokenizer", files / "x"
     )
-    assert f"no file {folder / 'config.json'}" in import_error(capsys, *gpt, "--t5", folder)
+    assert f"got no file {folder / 'config.json'}" in import_error(capsys, *gpt, "--t5", folder)
     tensors = {
         name: np.asarray(tensor.read()) for name, tensor in encoders.read_encoder(files / "flan-t5").items()
     }
@@ -487,20 +483,16 @@ def test_invalid_text_encoders_are_rejected(tmp_path, tokenizers, capsys):
         save_file(selected, folder / "model.safetensors")
         return import_error(capsys, *gpt, "--t5", folder)
 
-    assert "feed_forward_proj is 'relu'; the T5 that can be imported has 'gated-gelu'" in error_of(
-        {"feed_forward_proj": "relu"}
-    )
-    assert f"lacks tensors of the encoder of a T5 v1.1 (Flan-T5): {wide}" in error_of(drop=[wide])
-    assert "is not the encoder of a T5 v1.1 (Flan-T5): it has no tensor shared.weight" in error_of(
+    assert "feed_forward_proj to be 'gated-gelu', got 'relu'" in error_of({"feed_forward_proj": "relu"})
+    assert f"without tensors {wide}" in error_of(drop=[wide])
+    assert "Expected the encoder of a T5 v1.1 (Flan-T5) with a tensor shared.weight" in error_of(
         drop=["shared.weight"]
     )
-    assert "has tensors not in the encoder of a T5 v1.1 (Flan-T5): encoder.more" in error_of(
-        **{"encoder.more": nan}
-    )
-    assert f"tensor t5:{norm} has values that are not finite" in error_of(**{norm: nan})
-    assert f"tensor t5:{wide} (20, 8)" in error_of(**{wide: tensors[wide][:, :8].copy()})
+    assert "with other tensors encoder.more" in error_of(**{"encoder.more": nan})
+    assert f"finite values in tensor t5:{norm}" in error_of(**{norm: nan})
+    assert f"got t5:{wide} (20, 8)" in error_of(**{wide: tensors[wide][:, :8].copy()})
     assert (
-        f"the T5 of {folder} is 8 wide, {files / 't2i_tiny_64.pt'} needs one of width 16: want flan-t5-xl"
+        f"Expected a T5 of width 16 for {files / 't2i_tiny_64.pt'}, got width 8 in {folder}. Use flan-t5-xl"
         in error_of(**narrow)
     )
     assert f"no file {folder / 'spiece.model'}" in error_of(spiece=False)
@@ -508,7 +500,7 @@ def test_invalid_text_encoders_are_rejected(tmp_path, tokenizers, capsys):
     assert f"{folder / 'spiece.model'}: Expected a sentencepiece model" in import_error(
         capsys, *gpt, "--t5", folder
     )
-    assert "has 26 pieces, the T5 beside it has 20" in error_of(
+    assert "at most 20 pieces, the size of the T5, got 26" in error_of(
         **{"shared.weight": tensors["shared.weight"][:20].copy()}
     )
     assert not out.exists() and not list(tmp_path.glob(".*.tmp"))

@@ -262,7 +262,7 @@ def test_lpips_is_a_distance_and_checks_its_file(tmp_path):
     distance = lpips.lpips(params, x, y)
     assert distance[0] == 0 and distance[1] > 0
     np.testing.assert_allclose(distance, lpips.lpips(params, y, x), rtol=1e-5)
-    with pytest.raises(FileNotFoundError, match="want the weights of LPIPS"):
+    with pytest.raises(FileNotFoundError, match="set lpips to the weights of LPIPS"):
         lpips.load_lpips(tmp_path / "none.npz")
     name = "AlexNet_0.Conv_2.bias"
     for value, message in (

@@ -101,5 +101,5 @@ def test_a_run_of_another_kind_is_rejected(tmp_path):
             load(path, expected)
     with pytest.raises(FileNotFoundError, match=r"has no text_tokenizer\.model"):
         load(path, ClipPipeline)
-    with pytest.raises(FileNotFoundError, match="no run directory"):
+    with pytest.raises(FileNotFoundError, match="Expected a run directory"):
         load(tmp_path / "none")

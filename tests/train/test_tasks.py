@@ -222,7 +222,7 @@ def test_a_missing_tokenizer_is_refused(room):
         make_task(dalle_config(room, image_tokenizer=None, run=str(half))).check_prerequisites()
     with pytest.raises(
         FileNotFoundError,
-        match=r"--image-tokenizer: no run directory .*nowhere.*Train the image tokenizer first",
+        match=r"--image-tokenizer: Expected a run directory, got .*nowhere.*Train the image tokenizer first",
     ):
         make_task(dalle_config(room, image_tokenizer=str(room / "nowhere"))).check_prerequisites()
 

@@ -168,7 +168,7 @@ def test_only_one_process_trains_a_run(tmp_path, monkeypatch):
     run = tmp_path / "run"
     config = tiny_config(run)
     with run_lock(str(run)):
-        with pytest.raises(ValueError, match=r"another training is writing in .*run; wait for it or stop it"):
+        with pytest.raises(ValueError, match=r"no other training in .*run, got one\. Wait for it, stop it"):
             loop.train(config, FakeTask(config))
         assert list(run.iterdir()) == []
     assert not run.exists()  # nothing was written
@@ -436,7 +436,7 @@ def test_without_averaging_and_without_clipping(tmp_path):
         ({"data": {"batch_size": 6}}, r"data.batch_size 6 is not divisible by the 4 devices"),
         ({"optim": {"grad_accum_steps": 8}}, r"in 8 microbatches of 2 rows .* Use a multiple of 32"),
         ({"mesh": {"data": 3}}, r"got data=3"),
-        ({"run": ""}, "pass --run DIR"),
+        ({"run": ""}, "Use --run DIR"),
     ],
 )
 def test_mismatched_batches_and_meshes_are_refused(tmp_path, changes, message):
@@ -468,9 +468,9 @@ def test_another_stage_or_content_is_refused(straight, tmp_path):
     with pytest.raises(ValueError, match="stage: run has dvae, command gives dalle"):
         rundir.open_run_dir(dalle)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"is not empty and not a run: .*notes\.txt"):
+    with pytest.raises(ValueError, match=r"an empty directory or a run, got .*notes\.txt"):
         rundir.open_run_dir(tiny_config(tmp_path))
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="got the file"):
         rundir.open_run_dir(tiny_config(tmp_path / "notes.txt"))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -543,7 +543,7 @@ def test_command_line_errors(tmp_path, capsys):
         ("config = 3", [], "define a `config` of type TrainConfig, got type int"),
         ("import nothing_here\n", [], r"config.py:1: ModuleNotFoundError: No module named 'nothing_here'"),
         ("config = (\n", [], "SyntaxError"),
-        (SMALL, [], "pass --run DIR"),
+        (SMALL, [], "Use --run DIR"),
         (
             SMALL,
             ["--run", "x", "--data.batch-size", "7", "--optim.grad-accum-steps", "2"],

@@ -271,11 +271,9 @@ def scene_captions(
     """
     check_languages(languages)
     if index < 0:
-        raise ValueError(f"want an index of 0 or more, got {index}; count scenes from 0")
+        raise ValueError(f"Expected an index of at least 0, got {index}.")
     if count < 1:
-        raise ValueError(
-            f"want a count of 1 or more captions per language, got {count}; ask for at least one"
-        )
+        raise ValueError(f"Expected a count of at least 1 caption per language, got {count}.")
     return tuple(
         scene_caption(scene, CounterRNG(seed, 101 + LANGUAGES.index(language), index, k), language)
         for language in languages
@@ -287,7 +285,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
     """Raise ValueError unless languages is a nonempty tuple or list of words of LANGUAGES."""
     if isinstance(languages, str) or not languages or any(word not in LANGUAGES for word in languages):
         raise ValueError(
-            f"want languages out of {LANGUAGES}, got {languages!r}; pass a tuple such as ('en',)"
+            f"Expected languages out of {LANGUAGES}, got {languages!r}. Use a tuple such as ('en',)."
         )
 
 

@@ -324,13 +324,12 @@ def generate_scene(
       ValueError: An argument is out of range.
     """
     if split not in SPLITS:
-        raise ValueError(f"want a split of {SPLITS}, got {split!r}; use one of these words")
+        raise ValueError(f"Expected a split out of {SPLITS}, got {split!r}.")
     if index < 0:
-        raise ValueError(f"want an index of 0 or more, got {index}; count scenes from 0")
+        raise ValueError(f"Expected an index of at least 0, got {index}.")
     if not 1 <= min_objects <= max_objects <= 4:
         raise ValueError(
-            f"want 1 <= min_objects <= max_objects <= 4, got {min_objects} and {max_objects}; "
-            "a scene holds 1 to 4 objects"
+            f"Expected 1 <= min_objects <= max_objects <= 4, got {min_objects} and {max_objects}."
         )
     check_scene_options(sizes, fills, backgrounds, max_objects)
     for attempt in range(100):
@@ -359,12 +358,10 @@ def check_scene_options(
     ):
         if isinstance(words, str) or not words or any(word not in known for word in words):
             raise ValueError(
-                f"want {name} out of {known}, got {words!r}; pass a tuple such as ({known[0]!r},)"
+                f"Expected {name} out of {known}, got {words!r}. Use a tuple such as ({known[0]!r},)."
             )
     if max_objects > 1 and set(sizes) == {"large"}:
-        raise ValueError(
-            "want small or medium in sizes where a scene holds two objects or more, got only large"
-        )
+        raise ValueError("Expected sizes with small or medium for two objects or more, got only large.")
 
 
 def evaluation_set(
@@ -398,7 +395,7 @@ def evaluation_set(
     """
     check_languages(languages)
     if count < 1:
-        raise ValueError(f"want a count of 1 or more, got {count}; ask for at least one caption")
+        raise ValueError(f"Expected a count of at least 1, got {count}.")
     match kind:
         case "one_object":
             split, fewest, most = "test", 1, 1
@@ -407,9 +404,7 @@ def evaluation_set(
         case "held_out":
             split, fewest, most = "held_out", 1, max_objects
         case _:
-            raise ValueError(
-                f"want a kind of one_object, two_objects or held_out, got {kind!r}; use one of these"
-            )
+            raise ValueError(f"Expected a kind of one_object, two_objects or held_out, got {kind!r}.")
     pairs = []
     for index in range(count):
         one = generate_scene(

@@ -224,7 +224,7 @@ def render_scene(scene: Scene, size: int) -> np.ndarray:
     is the same image. Raises ValueError if size is out of range."""
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not MIN_SIDE <= size <= MAX_SIDE:
         raise ValueError(
-            f"want a size of {MIN_SIDE}..{MAX_SIDE} pixels, got {size!r}; render in that range and resize"
+            f"Expected a size of {MIN_SIDE} to {MAX_SIDE} pixels, got {size!r}. Render in that range and resize."
         )
     size = int(size)
     canvas_3SS = _backdrop(scene.background, size)

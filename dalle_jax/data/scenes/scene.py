@@ -145,11 +145,11 @@ def relation_holds(name: str, a, *others) -> bool:
     two others for 'between', else one. Raises ValueError for an unknown relation or a wrong number of
     others."""
     if name not in RELATIONS:
-        raise ValueError(f"want a relation of {RELATIONS}, got {name!r}; use one of these words")
-    want = 2 if name == "between" else 1
-    if len(others) != want:
+        raise ValueError(f"Expected a relation out of {RELATIONS}, got {name!r}.")
+    num_others = 2 if name == "between" else 1
+    if len(others) != num_others:
         raise ValueError(
-            f"'{name}' wants {want} other object(s), got {len(others)}; pass each as an argument"
+            f"Expected {num_others} other objects for '{name}', got {len(others)}. Use one argument for each."
         )
     if name == "between":
         return is_between(a, *others)

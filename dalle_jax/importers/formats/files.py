@@ -32,7 +32,7 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
     if path.is_dir():
         path = _in_directory(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; want a checkpoint")
+        raise FileNotFoundError(f"Expected a checkpoint, got no file {path}.")
     return _read_parts(path) if path.name.endswith(_INDEX) else _read_file(path)
 
 
@@ -47,12 +47,13 @@ def _read_file(path: Path) -> Tensors:
         return torch_files.read_torch(path)
     if start[:2] == b"\x1f\x8b":
         raise ValueError(
-            f"{path} is a gzip archive; unpack it first and give the checkpoint or directory in it"
+            f"Expected a checkpoint, got the gzip archive {path}. "
+            "Unpack it and use the checkpoint or directory in it."
         )
     if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
         return flax_files.read_flax(path)
     raise ValueError(
-        f"{path} begins with {start[:8]!r}, want a file of torch.save, safetensors or Flax msgpack"
+        f"Expected a file of torch.save, safetensors or Flax msgpack, got {path}, which begins with {start[:8]!r}."
     )
 
 
@@ -61,8 +62,8 @@ def _in_directory(path: Path) -> Path:
     files = [path / name for name in names if (path / name).is_file()]
     if not files:
         raise FileNotFoundError(
-            f"{path} has no weights: want one of {', '.join(_IN_DIRECTORIES)}, or of these with {_INDEX} and the parts "
-            "that it names; or give the file itself"
+            f"Expected one of {', '.join(_IN_DIRECTORIES)}, or their {_INDEX} and its parts, in {path}, got none. "
+            "Use the path of the file."
         )
     return files[0]
 
@@ -76,18 +77,20 @@ def _read_parts(index: Path) -> Tensors:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{index} is no index of weights: want JSON with a weight_map of names") from None
+        raise ValueError(f"Expected JSON with a weight_map of names in {index}, got other text.") from None
     tensors: Tensors = {}
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or not name:
-            raise ValueError(f"{index} names the part {str(name)[:80]!r}; want a file beside it")
+            raise ValueError(f"Expected the parts of {index} beside it, got {str(name)[:80]!r}.")
         file = index.parent / name
         if not file.is_file():
-            raise FileNotFoundError(f"no file {file}, which {index.name} names as a part; copy it there too")
+            raise FileNotFoundError(
+                f"Expected every part of {index.name}, got no file {file}. Copy it there too."
+            )
         part = _read_file(file)
         if twice := tensors.keys() & part.keys():
             raise ValueError(
-                f"{file} has tensor {min(twice)}, as another part of {index.name}; want each once"
+                f"Expected each tensor in one part of {index.name}, got {min(twice)} also in {file}."
             )
         tensors |= part
     return tensors

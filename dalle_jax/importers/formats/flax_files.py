@@ -55,14 +55,16 @@ def read_flax(path: Path) -> Tensors:
         tree = reader.value(0)
         if not isinstance(tree, dict):
             raise ValueError(
-                f"{path} is not a Flax file: it holds a {type(tree).__name__}, want a map of arrays"
+                f"Expected a Flax file with a map of arrays, got {path} with a {type(tree).__name__}."
             )
         if file.tell() != size:
-            raise ValueError(f"{path} is not a Flax file: {size - file.tell()} bytes follow its map")
+            raise ValueError(
+                f"Expected a Flax file with nothing after its map, got {path} with {size - file.tell()} more bytes."
+            )
     found: Tensors = {}
     _collect(tree, "", found, path)
     if not found:
-        raise ValueError(f"{path} holds no arrays; want the parameters of a model")
+        raise ValueError(f"Expected the parameters of a model, got {path} without arrays.")
     return found
 
 
@@ -86,7 +88,9 @@ class _Reader:
 
     def value(self, depth: int) -> Any:
         if depth > 64:
-            raise ValueError(f"{self.path}: {'/'.join(self.keys)} is nested more than 64 deep")
+            raise ValueError(
+                f"{self.path}: Expected maps nested at most 64 deep, got more at {'/'.join(self.keys)}."
+            )
         self.values += 1
         if self.values > _MAX_VALUES:
             raise ValueError(f"{self.path}: Expected a Flax file of at most {_MAX_VALUES} values")
@@ -106,7 +110,9 @@ class _Reader:
         if 0xD4 <= code <= 0xD8:
             return self._extension(1 << (code - 0xD4), depth)
         if code not in _LENGTHS:
-            raise ValueError(f"{self.path} is not a Flax file: byte {code:#x} at {self.file.tell() - 1}")
+            raise ValueError(
+                f"Expected a Flax file, got {self.path} with byte {code:#x} at {self.file.tell() - 1}."
+            )
         form, kind = _LENGTHS[code]
         length = self._number(form)
         match kind:
@@ -134,13 +140,13 @@ class _Reader:
             raise self._cut()
         if length > _MAX_TEXT:
             raise ValueError(
-                f"{self.path}: {'/'.join(self.keys)} has text of {length} bytes; want at most {_MAX_TEXT}"
+                f"{self.path}: Expected text of at most {_MAX_TEXT} bytes, got {length} at {'/'.join(self.keys)}."
             )
         try:
             return self._take(length).decode()
         except UnicodeDecodeError:
             raise ValueError(
-                f"{self.path} is not a Flax file: a name in {'/'.join(self.keys)} is not text"
+                f"Expected a Flax file, got {self.path} with a name in {'/'.join(self.keys)} that is not text."
             ) from None
 
     def _map(self, length: int, depth: int) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def read_torch(path: Path) -> Tensors:
     found: dict[str, _Tensor] = {}
     _collect(path, _unwrapped(tree), "", found, set())
     if not found:
-        raise ValueError(f"{path} holds no tensors; want a checkpoint of a model")
+        raise ValueError(f"Expected a checkpoint of a model, got {path} without tensors.")
     return {name: _lazy(path, name, tensor, places) for name, tensor in found.items()}
 
 
@@ -72,14 +72,17 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         entries = read_zip_directory(path)
         roots = [n[: -len("data.pkl")] for n in entries if n.count("/") <= 1 and n.endswith("data.pkl")]
         if len(roots) != 1:
-            raise ValueError(f"{path} is a zip file without one data.pkl; want one made by torch.save")
+            raise ValueError(f"Expected a zip file made by torch.save, got {path} without one data.pkl.")
         table, order = roots[0] + "data.pkl", roots[0] + "byteorder"
         with open(path, "rb") as file:
             for name, entry in entries.items():
                 if name in (table, order) or name.startswith(roots[0] + "data/"):
                     places[name.removeprefix(roots[0])] = _place(file, entry, path)
             if order in entries and _bytes_at(file, places["byteorder"]) != b"little":
-                raise ValueError(f"{path} was written in big-endian byte order; save it again on x86 or ARM")
+                raise ValueError(
+                    f"Expected a file in little-endian byte order, got {path} in big-endian. "
+                    "Save it again on x86 or ARM."
+                )
             if entries[table].file_size > pickles.MAX_BYTES:
                 raise ValueError(f"{path}: Expected a data.pkl of at most {pickles.MAX_BYTES} bytes")
             data = _bytes_at(file, places["data.pkl"])
@@ -96,7 +99,7 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
 def _place(file: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> tuple[int, int]:
     """The offset and size of the bytes of an entry."""
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{path}: {entry.filename!r} is compressed; torch.save stores tensors as they are")
+        raise ValueError(f"{path}: Expected entries without compression, got {entry.filename!r} compressed.")
     file.seek(min(max(entry.header_offset, 0), os.path.getsize(path)))
     header = file.read(30)  # its name and padding may differ in length from the directory's
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
@@ -154,7 +157,7 @@ def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         where, table = str(path), io.BytesIO(file.read(pickles.MAX_BYTES))
         magic = pickles.load_pickle(table, where, _call, persistent)
         if magic != LEGACY_MAGIC:
-            raise ValueError(f"{path} is a pickle but not one of torch.save; want a checkpoint of a model")
+            raise ValueError(f"Expected a checkpoint made by torch.save, got {path}, another pickle.")
         for _ in range(2):  # version of the protocol, and of the system
             pickles.load_pickle(table, where, _call, persistent)
         tree = pickles.load_pickle(table, where, _call, persistent)
@@ -236,7 +239,9 @@ def _collect(
         return
     seen.add(id(tree))
     if depth > _MAX_DEPTH:
-        raise ValueError(f"{path}: tensors are nested more than {_MAX_DEPTH} deep, at {prefix[:80]!r}")
+        raise ValueError(
+            f"{path}: Expected tensors nested at most {_MAX_DEPTH} deep, got more at {prefix[:80]!r}."
+        )
     if isinstance(tree.get("_parameters"), dict):  # the state of a torch.nn.Module
         for kind in ("_parameters", "_buffers", "_modules"):
             _collect(path, tree.get(kind), prefix, found, seen, depth + 1)
@@ -256,13 +261,14 @@ def _lazy(path: Path, name: str, tensor: _Tensor, places: dict[str, tuple[int, i
     wanted = 0 if 0 in tensor.shape else (last + 1) * item
     if wanted > held or start + held > os.path.getsize(path):
         raise ValueError(
-            f"{path} is cut off: tensor {name} {tensor.shape} wants {wanted} bytes, of which "
-            f"storage {storage.key} has {held}"
+            f"{path} is cut off: Expected {wanted} bytes for tensor {name} {tensor.shape}, "
+            f"got {held} in storage {storage.key}."
         )
     numel = math.prod(tensor.shape)
     if numel > held // item:  # strides of 0 would make a small file an array of any size
         raise ValueError(
-            f"{path}: tensor {name} {tensor.shape} is larger than its storage of {held // item} numbers"
+            f"{path}: Expected tensor {name} {tensor.shape} within its storage, "
+            f"got a storage of {held // item} numbers."
         )
 
     def read() -> np.ndarray:
