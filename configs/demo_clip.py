@@ -1,7 +1,7 @@
 """CLIP on the demo's scenes, English and Chinese captions, to re-rank the samples of demo_dalle.
 
 Paper: Radford et al. 2021, arXiv 2103.00020, at a very small size.
-Hardware: two CPU cores. Time: 0.22 to 0.34 s per step, cores shared. Score: best of 64 samples correct 8.5 points
+Hardware: two CPU cores. Time: 0.22 to 0.34 s per step, cores shared. Score: best of 64 samples correct 7.8 points
 more often than one (docs/clip.md).
 
     dalle-jax train demo_clip
