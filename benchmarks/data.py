@@ -1,16 +1,16 @@
-"""Pictures per second that the input pipeline delivers, where the time goes, and the same work by a plain loader.
+"""Images per second of the input pipeline, the time of its parts, and the same work by a PyTorch DataLoader.
 
     python -m benchmarks.data PATH [--cases jpeg-640 jpeg-1280 png-640 jpeg-square codes] [--sizes 64 128 256]
         [--seconds 3] [--threads 2] [--workers 2] [--peer]
 
-PATH is anything that --data.path takes; 128 of its pictures are stored anew as photographs of 640 x 480 or 1280 x 960
-(enlarged, with grain), as JPEG of quality 90 or as PNG; jpeg-square are squares of 3/2 of the size asked for, as
-`dalle-jax data --to tfds --size` stores them. From these the pipeline reads, decodes, cuts out a random window and
-batches by 64, as in the training of a tokenizer: on threads, and with --workers on that many processes. Codes are drawn
-at random, 1,024 a row, with two captions.
+PATH is anything that --data.path takes. 128 of its images are stored as photographs of 640 x 480 or 1280 x 960 pixels
+(enlarged, with grain), as JPEG of quality 90 or as PNG; jpeg-square are squares of 3/2 of the requested size, as
+`dalle-jax data PATH --convert-to tfds --size` stores them. The pipeline reads, decodes, crops at random and makes
+batches of 64, as in the training of a tokenizer, on threads or, with --workers, on that many processes. Codes are
+random, 1,024 per row, with two captions.
 
---peer runs, after each figure of ours, a PyTorch DataLoader with as many worker processes as we have (or threads),
-whose Dataset opens the same files with Pillow, cuts the same windows and resizes them to the same size (needs torch).
+--peer also measures a PyTorch DataLoader with the same number of workers, whose Dataset opens the same files with
+Pillow, makes the same crops and resizes them to the same size (needs torch).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The table of models: what the library does with each class of model configuration.
 
-A new kind of model is one module with its functions, one training task and one row of `MODELS`. Other rooms ask
-`model_spec(cfg)` instead of testing the type of a configuration. Tasks and pipelines belong to higher rooms, so rows
-name them as strings, which `load_class` imports on first use.
+A new kind of model is one module with its functions, one training task and one row of `MODELS`. Other subpackages
+call `model_spec(cfg)` instead of testing the type of a configuration. Tasks and pipelines belong to higher subpackages,
+so rows name them as strings, which `load_class` imports on first use.
 B batch, H W image, T text positions, N codes, C captions, P prefix codes, Q draft codes, X inserted rows.
 """
 

@@ -57,11 +57,6 @@ def cache_size(cfg: DalleConfig, kind: AttentionKind) -> int:
     return 1 + int(np.flatnonzero(causal_offset_mask(kind, cfg.grid, cfg.conv_kernel).any(axis=0))[-1])
 
 
-def max_read(cfg: DalleConfig, kind: AttentionKind) -> int:
-    """Return R, the image tokens that one step of a layer of this kind reads at most."""
-    return cfg.grid if kind == "column" else cache_size(cfg, kind)
-
-
 def init_kv(cfg: DalleConfig, kind: AttentionKind, rows: int) -> KV:
     """Return zeros for the image tokens of `rows` rows, in the compute dtype."""
     zeros = jnp.zeros((rows, cfg.heads, cache_size(cfg, kind), cfg.head_dim), cfg.dtype)

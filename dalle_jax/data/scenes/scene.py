@@ -187,11 +187,6 @@ def held_out_relations() -> frozenset[tuple[str, str, str]]:
     return _TRIPLES
 
 
-def relation_triple(name: str, subject: str, other: str) -> tuple[str, str, str]:
-    """(subject, name, other) as held_out_relations writes it: 'right of' and 'below' are turned around."""
-    return (other, OPPOSITE[name], subject) if name in ("right of", "below") else (subject, name, other)
-
-
 def shows_held_out_relation(a: SceneObject, b: SceneObject) -> bool:
     """Return whether a and b together show a held-out relation, by their positions."""
     return any(
