@@ -167,6 +167,8 @@ def _parse_args(command: str, argv: list[str], prog: str) -> Any:
     import tyro
 
     flags = flags_of(command, argv)
+    if flags is not all_flags_of(command)[""] and not {"-h", "--help"} & set(argv):
+        prog = f"{prog} RUN"  # errors name the help of this model's flags
     return tyro.cli(
         flags, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,),
         description=inspect.cleandoc(flags.__doc__ or ""),

@@ -57,6 +57,11 @@ def run(args: DataArgs) -> dict[str, Any]:
         raise ValueError(
             "--convert-to and --out go together. Use dalle-jax data PATH --convert-to tfds --out DIR."
         )
+    if args.size is not None and args.convert_to is None:
+        raise ValueError(
+            f"Expected --size with --convert-to, got --size {args.size} alone. "
+            "Use dalle-jax data PATH --convert-to tfds --out DIR --size N."
+        )
     source = allow_bad_records(resolve_data(args.path).source, args.max_bad_fraction)
     opened = _open_splits(source, require_eval=args.duplicates is not None)
     captioned = {split: _open_with_captions(source, split) or rows for split, rows in opened.items()}

@@ -60,15 +60,16 @@ class DiffusionDecodeArgs(DecodeArgs, SamplerArgs):
         model = load(self.run, DiffusionPipeline)
         if model.tokenizer is None:
             raise ValueError(f"{self.run} is a diffusion model that reads no codes; use one with model.codes")
-        config = self.denoising_config()
+        config, tokenizer = self.denoising_config(), model.tokenizer
 
         def decode(codes: np.ndarray) -> np.ndarray:
+            tokenizer.check_codes(codes)
             requests = [ImageRequest(seed=self.seed + i, codes=row) for i, row in enumerate(codes)]
             progress = ProgressPrinter("denoising steps")
             images = model.sample(requests, config, batch_size=IMAGE_BATCH_SIZE, progress=progress)
             return to_float(np.stack([generated.image for generated in images]))
 
-        return model.tokenizer, decode
+        return tokenizer, decode
 
 
 DECODE_FLAGS = {"diffusion": DiffusionDecodeArgs}

@@ -188,11 +188,12 @@ def _num_bytes(shapes: Any) -> int:
 
 
 def _print(result: dict[str, Any], shapes: bool) -> None:
+    column = max((len(name) for name, value in result.items() if not isinstance(value, dict)), default=0)
     for name, value in result.items():
         if name == "shapes" and not shapes:
             continue
         if not isinstance(value, dict):
-            print(f"{name:<14}{_format_number(value)}")
+            print(f"{name:<{column}}  {_format_number(value)}")
             continue
         print(name)
         width = max((len(key) for key in value), default=0)

@@ -80,7 +80,7 @@ class SampleArgs:
     """images computed at once"""
     clip: str | None = None
     """directory of a trained CLIP: sample --candidates images of each caption and keep the --top that fit it best, in
-    place of --num-images"""
+    place of --num-images. With --captions-file the job then has no manifest.jsonl and does not resume"""
     candidates: int | None = None
     """with --clip: images sampled for each caption; None is 64"""
     top: int | None = None
@@ -270,9 +270,19 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
     low_res: str | None = None
     """small image, for a model that enlarges one"""
     filmstrip: int | None = None
-    """also write filmstrip.png, with this many denoised images of each image on its way"""
+    """also write filmstrip.png, with this many denoised images of each image on its way; without --captions-file"""
 
     progress_name: ClassVar[str] = "denoising steps"
+
+    def check(self) -> None:
+        super().check()
+        if self.filmstrip is not None and self.captions_file is not None and self.clip is None:
+            raise ValueError(
+                f"Expected --filmstrip without --captions-file, got --filmstrip {self.filmstrip}. "
+                "Use captions on the command line."
+            )
+        if self.label and self.unconditional:
+            raise ValueError("Expected --label or --unconditional, got both. Use one of them.")
 
     def sampling_config(self) -> DiffusionSamplingConfig:
         options: dict[str, Any] = {"guidance_scale": self.guidance_scale}
@@ -324,7 +334,7 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
             subjects = [_Subject(names[i], names[i], {"label": i}) for i in self._labels(cfg.num_classes)]
         else:
             subjects = [_Subject("", "", {})]
-        return [_Subject(subject.label, subject.label, {**subject.fields, **fields}) for subject in subjects]
+        return [subject._replace(fields={**subject.fields, **fields}) for subject in subjects]
 
     def _labels(self, num_classes: int) -> list[int | None]:
         labels: list[int | None] = list(self.label) or ([None] if self.unconditional else [])

@@ -47,7 +47,12 @@ def map_batches(
         arrays: at least one row each, all with the same number of rows. The last batch is padded.
         batch_size: rows per call.
         progress: called with the number of rows done and of all rows after each batch.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"Expected batch_size of at least 1, got {batch_size}.")
     count, results = len(arrays[0]), []
     for start in range(0, count, batch_size):
         batch = [rows[start : start + batch_size] for rows in arrays]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -28,8 +29,10 @@ from dalle_jax.pipelines.protocol import (
     GeneratedImage,
     ImageRequest,
     PreviewFn,
+    as_float,
+    as_int,
+    as_setting,
     check_requests,
-    check_setting,
     check_unused,
 )
 from dalle_jax.pipelines.tokenizer import TokenizerPipeline
@@ -62,11 +65,28 @@ class DiffusionSamplingConfig:
     num_frames: int = 0
 
     def __post_init__(self):
-        low, high = self.guidance_interval
-        check_setting("guidance_scale", self.guidance_scale)
+        try:
+            low, high = self.guidance_interval
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"Expected guidance_interval as two numbers, got {self.guidance_interval!r}."
+            ) from None
+        low, high = (as_float("in guidance_interval", time) for time in (low, high))
+        converted: dict[str, Any] = {
+            "num_steps": as_int("num_steps", self.num_steps),
+            "eta": as_float("eta", self.eta),
+            "guidance_scale": as_setting("guidance_scale", self.guidance_scale),
+            "guidance_interval": (low, high),
+            "threshold": None if self.threshold is None else as_float("threshold", self.threshold),
+            "num_frames": as_int("num_frames", self.num_frames),
+        }
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
+        spacings = typing.get_args(Spacing)
         for valid, message in (
-            (self.sampler in sampler.SAMPLERS,
+            (self.sampler in tuple(sampler.SAMPLERS),
              f"sampler is {self.sampler!r}; expected one of {', '.join(sampler.SAMPLERS)}"),
+            (self.spacing in spacings, f"Expected spacing as one of {', '.join(spacings)}, got {self.spacing!r}."),
             (self.num_steps >= 1, f"num_steps is {self.num_steps}; expected at least 1"),
             (0 <= self.eta <= 1, f"eta is {self.eta}; expected a fraction in [0, 1]"),
             (self.eta == 0 or self.sampler == "ddim", f"eta is for ddim; {self.sampler} has none"),
@@ -285,8 +305,8 @@ class DiffusionPipeline:
                 trained without dropping conditions.
             NonFiniteSampleError: while iterating; it names the step.
         """
-        requests, config = list(requests), config or DiffusionSamplingConfig()
-        check_requests(requests, batch_size)
+        requests, config = list(requests), DiffusionSamplingConfig() if config is None else config
+        check_requests(requests, batch_size, config, DiffusionSamplingConfig)
         check_unused(requests, ("temperature", "top_p", "prefix_codes"), "a diffusion model")
         if on_preview is not None:
             raise ValueError("A diffusion model has no previews by rows. Use num_frames.")

@@ -62,9 +62,14 @@ def load(path, expected=None, *, params_on_host=False):
 
     Raises:
         FileNotFoundError: there is no run, or it has no checkpoint or file that the pipeline needs.
-        ValueError: the run is of another kind, or its checkpoint does not fit its configuration.
+        ValueError: `expected` is not the class of one kind of pipeline, the run is of another kind, or its checkpoint
+            does not fit its configuration.
         OSError: a file cannot be read.
     """
+    if expected is not None and getattr(expected, "kind", None) not in _EXPECTED:
+        raise ValueError(
+            f"Expected None or the class of one kind of pipeline, got {expected!r}. Use e.g. TextToImagePipeline."
+        )
     local = local_dir(path)
     config = read_config(path)
     found = pipeline_class(config.model)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.checkpoint.load import Run
@@ -21,14 +23,43 @@ SAMPLE_BATCH_SIZE = 8  # images sampled at once where the caller sets no batch s
 PreviewFn = Callable[[np.ndarray], None]
 
 
-def check_setting(name: str, value: float | None) -> None:
-    """Check one of the settings that a request may override.
+def as_float(name: str, value: Any) -> float:
+    """Convert a number of Python, numpy or jax.
 
     Raises:
-        ValueError: `value` is neither None nor in the range of the setting.
+        ValueError: `value` is no number; the message contains `name`.
     """
-    if value is None:
-        return
+    array = value if isinstance(value, (np.ndarray, jnp.ndarray)) else np.asarray(value, object)
+    if array.dtype == object:
+        valid = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    else:
+        valid = array.ndim == 0 and jnp.issubdtype(array.dtype, np.number)
+    if not valid or np.iscomplexobj(value):
+        raise ValueError(f"Expected a number {name}, got {value!r}.")
+    return float(value)
+
+
+def as_int(name: str, value: Any) -> int:
+    """Convert an integer of Python, numpy or jax.
+
+    Raises:
+        ValueError: `value` is no integer; the message contains `name`.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"Expected an integer {name}, got {value!r}.") from None
+
+
+def as_setting(name: str, value: Any) -> float:
+    """Check and convert one of the settings that a request may override.
+
+    Raises:
+        ValueError: `value` is no number, or not in the range of the setting.
+    """
+    value = as_float(name, value)
     valid, expected = {
         "temperature": (0 <= value < math.inf, "0 (greedy) or more"),
         "top_p": (0 < value <= 1, "a fraction in (0, 1]"),
@@ -36,6 +67,7 @@ def check_setting(name: str, value: float | None) -> None:
     }[name]
     if not valid:
         raise ValueError(f"{name} is {value}; expected {expected}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,10 +103,23 @@ class ImageRequest:
     mask: np.ndarray | None = None
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; expected an integer in [0, 2**32)")
+        if not isinstance(self.prompt, str):
+            raise ValueError(f'Expected prompt as a str, got {self.prompt!r}. Use "" for no caption.')
+        try:
+            seed = as_int("seed", self.seed)
+        except ValueError:
+            seed = -1
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"Expected an integer seed in [0, 2**32), got {self.seed!r}.")
+        object.__setattr__(self, "seed", seed)
         for name in ("guidance_scale", "temperature", "top_p"):
-            check_setting(name, getattr(self, name))
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_setting(name, value))
+        if self.strength is not None:
+            object.__setattr__(self, "strength", as_float("strength", self.strength))
+        for name in ("prefix_codes", "codes"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, np.asarray(value))
 
 
 class GeneratedImage(NamedTuple):
@@ -167,12 +212,25 @@ class Pipeline(Protocol):
         ...
 
 
-def check_requests(requests: list[ImageRequest], batch_size: int) -> None:
+def check_requests(
+    requests: list[ImageRequest], batch_size: int, config: Any, config_class: type[Any]
+) -> None:
     """Check the arguments that all generators share.
 
     Raises:
-        ValueError: there is no request, or `batch_size` is below 1.
+        ValueError: there is no request, one is no ImageRequest, `batch_size` is below 1, or `config` is no
+            `config_class`.
     """
+    if not isinstance(config, config_class):
+        raise ValueError(
+            f"Expected config as a {config_class.__name__}, got a {type(config).__name__}. "
+            f"Use {config_class.__name__}(...)."
+        )
+    for request in requests:
+        if not isinstance(request, ImageRequest):
+            raise ValueError(
+                f"Expected each request as an ImageRequest, got {request!r:.60}. Use ImageRequest(prompt)."
+            )
     if not requests:
         raise ValueError("Expected at least one request, got none.")
     if batch_size < 1:

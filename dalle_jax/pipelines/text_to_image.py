@@ -29,8 +29,9 @@ from dalle_jax.pipelines.protocol import (
     GeneratedImage,
     ImageRequest,
     PreviewFn,
+    as_int,
+    as_setting,
     check_requests,
-    check_setting,
     check_unused,
 )
 from dalle_jax.pipelines.tokenizer import TokenizerPipeline
@@ -64,8 +65,15 @@ class SamplingConfig:
     preview_rows: int = 1
 
     def __post_init__(self):
-        for name in ("temperature", "top_p", "guidance_scale"):
-            check_setting(name, getattr(self, name))
+        optional = ("top_p", "top_k", "draft_len")
+        for names, convert in (
+            (("temperature", "top_p", "guidance_scale"), as_setting),
+            (("top_k", "draft_len", "preview_rows"), as_int),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None or name not in optional:
+                    object.__setattr__(self, name, convert(name, value))
         kinds = typing.get_args(Quantization)
         for valid, message in (
             (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}; expected at least 1 code"),
@@ -184,8 +192,8 @@ class TextToImagePipeline:
             ValueError: a setting or prefix is out of range, or guidance or an empty prompt is asked of a model that
                 was trained without null captions.
         """
-        requests, config = list(requests), config or SamplingConfig()
-        check_requests(requests, batch_size)
+        requests, config = list(requests), SamplingConfig() if config is None else config
+        check_requests(requests, batch_size, config, SamplingConfig)
         unused = ("label", "codes", "low_res", "image", "strength", "mask")
         check_unused(requests, unused, "a Transformer")
         check_draft_len(self.config, config.draft_len)

@@ -81,10 +81,12 @@ class TokenizerPipeline:
             int32 (R, N).
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: another shape or dtype, no images, or `batch_size` is below 1.
         """
-        if images.dtype != np.uint8:
-            raise ValueError(f"Expected images uint8 (rows, height, width, 3), got {images.dtype}.")
+        if images.dtype != np.uint8 or not len(images):
+            raise ValueError(
+                f"Expected images uint8 (rows, height, width, 3), at least one, got {images.dtype} {images.shape}."
+            )
         encode = partial(encode_uint8, self.config, self.run.params)
         return map_batches(encode, (images,), min(batch_size, len(images)), progress)
 
@@ -106,14 +108,11 @@ class TokenizerPipeline:
             float32 (R, H, W, 3) in [0, 1].
 
         Raises:
-            ValueError: another shape, dtype or code.
+            ValueError: another shape, dtype or code, no rows, or `batch_size` is below 1.
         """
         cfg = self.config
         codes = np.asarray(codes)
-        if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer) or not len(codes):
-            raise ValueError(
-                f"codes are {codes.dtype} {codes.shape}; expected integers (images, {cfg.num_codes})"
-            )
+        self.check_codes(codes)
         if codes.shape[1] != cfg.num_codes:
             raise ValueError(
                 f"codes have {codes.shape[1]} columns; this tokenizer's images have {cfg.num_codes} codes "
@@ -127,6 +126,14 @@ class TokenizerPipeline:
             )
         decode = partial(_decode, cfg, self.run.params)
         return map_batches(decode, (codes.astype(np.int32),), min(batch_size, len(codes)), progress)
+
+    def check_codes(self, codes: np.ndarray) -> None:
+        """Check that codes are integers (R, columns), R at least 1. Raises ValueError for another shape or dtype."""
+        if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer) or not len(codes):
+            raise ValueError(
+                f"codes are {codes.dtype} {codes.shape}; expected integers (images, {self.config.num_codes}), at "
+                "least one row"
+            )
 
     def reconstruct(self, images: np.ndarray, *, batch_size: int = IMAGE_BATCH_SIZE) -> np.ndarray:
         """Encode and decode images: uint8 (R, H, W, 3) to uint8 (R, H, W, 3)."""

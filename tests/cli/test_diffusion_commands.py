@@ -195,6 +195,8 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
         (["x", "--decoder", "runs/x"], 2, "--decoder"),
         (["x", "--draft-len", "4"], 2, "--draft-len"),
         (["x", "--quantization", "int8"], 2, "--quantization"),
+        (["--captions-file", "c.txt", "--filmstrip", "2"], 1, "Expected --filmstrip without --captions-file"),
+        (["--label", "1", "--unconditional"], 1, "Expected --label or --unconditional, got both"),
         (["x", "--label", "1"], 1, "--label is for a model of classes"),
         (["x", "--low-res", "small.png"], 1, "--low-res is for a model that enlarges a small image"),
         ([], 1, "no captions; give one or more"),
@@ -237,6 +239,21 @@ def test_bits_per_dim(trained):
 
 
 # --- labels, and codes of a tokenizer ------------------------------------------------------------------------
+
+
+def test_an_unconditional_image_has_an_empty_caption(trained, tmp_path):
+    flags = ("--unconditional", "--num-images", 1, "--num-steps", 1, "--out", tmp_path)
+    result, _ = json_of("sample", trained.run, *flags)
+    assert [image["caption"] for image in result["images"]] == [""]
+
+
+def test_codes_that_are_no_rows_are_rejected_by_decode(decoder, tmp_path):
+    np.savez(tmp_path / "codes.npz", codes=np.int32(3))
+    messages = [
+        run("decode", path, tmp_path / "codes.npz", "--out", tmp_path / "x.npz").err
+        for path in (decoder, decoder / "image_tokenizer")
+    ]
+    assert "codes are int32 (); expected integers (images, 64)" in messages[0] and messages[0] == messages[1]
 
 
 def test_images_are_sampled_by_class(tmp_path):

@@ -43,6 +43,10 @@ def test_info_of_a_run(made):
     )
     assert np.isfinite(result["metrics"]["eval_loss"])
     done = run("info", made.dvae, "--shapes")
+    pairs = [
+        line.split("  ", 1) for line in done.out.splitlines() if not line.startswith(" ") and "  " in line
+    ]
+    assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in map("  ".join, pairs)}) == 1
     assert all(word in done.out for word in ("encoder/input/kernel", "eval_psnr", "KiB"))
 
 

@@ -282,7 +282,7 @@ def test_an_image_of_a_captions_file_equals_the_one_sampled_alone(made, tmp_path
         ('{"caption": "a", "gidance": 2}', "line 2 has 'gidance'; expected caption, seed"),
         ('{"caption": "a", "seed": 0.5}', "line 2: seed is 0.5; expected a number"),
         ('{"caption": "a", "top_p": 2}', "caption 1 ('a'): top_p is 2.0; expected a fraction"),
-        ('{"caption": "a", "seed": -1}', "caption 1 ('a'): seed is -1"),
+        ('{"caption": "a", "seed": -1}', "caption 1 ('a'): Expected an integer seed in [0, 2**32), got -1"),
     ],
 )
 def test_invalid_lines_of_a_captions_file_are_rejected(made, tmp_path, line, expected):
@@ -313,8 +313,8 @@ def test_unknown_characters_are_accepted(made, tmp_path):
         (("--guidance-scale", -2), "guidance_scale is -2.0; expected 0 or more"),
         (("--num-images", 0), "--num-images is 0; expected at least 1"),
         (("--batch-size", 0), "batch_size is 0"),
-        (("--seed", -1), "expected an integer in [0, 2**32)"),
-        (("--seed", 2**32), "expected an integer in [0, 2**32)"),
+        (("--seed", -1), "Expected an integer seed in [0, 2**32)"),
+        (("--seed", 2**32), "Expected an integer seed in [0, 2**32)"),
         (("--unconditional",), "Leave out the captions"),
         (("--prefix-rows", 2), "needs --prefix"),
         (("--preview-rows", 0), "--preview-rows is 0; expected at least 1"),
@@ -412,6 +412,7 @@ def test_help_lists_the_flags_of_the_model(made, tmp_path):
     assert "--temperature" not in common.out and "--mask" not in common.out
     assert "--mask" in refused("sample", made.dalle, "a", "--mask", "m.png", code=2)
     assert "--temperature" in refused("sample", made.dalle, "a", "--temprature", 1, code=2)
+    assert "run dalle-jax sample RUN --help" in refused("sample", made.dalle, "a", "--temprature", 1, code=2)
     assert "many" in refused("sample", made.dalle, "a", "--num-images", "many", code=2)
     flags_first = ("sample", "--num-images", 1, "--json", made.dalle, "a", "--temperature", 0.5)
     assert run(*flags_first, "--out", tmp_path).code == 0

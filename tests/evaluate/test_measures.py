@@ -278,7 +278,7 @@ def test_requests_that_are_not_valid(model, requests, options, match):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"seed": 2**32}, r"expected an integer in \[0, 2\*\*32\)"),
+        ({"seed": 2**32}, r"Expected an integer seed in \[0, 2\*\*32\)"),
         ({"temperature": -1.0}, "temperature is -1.0; expected 0"),
         ({"top_p": 0.0}, "top_p is 0.0; expected a fraction"),
         ({"guidance_scale": -1.0}, "guidance_scale is -1.0; expected 0 or more"),

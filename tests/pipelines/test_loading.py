@@ -1,6 +1,7 @@
 """Tests of `pipelines.load`: every kind of run has its pipeline, and unsupported calls are errors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +20,10 @@ from dalle_jax.models.registry import MODELS, load_class, model_shapes
 from dalle_jax.pipelines import (
     ClipPipeline,
     DiffusionPipeline,
+    DiffusionSamplingConfig,
     ImageRequest,
+    Pipeline,
+    SamplingConfig,
     TextToImagePipeline,
     TokenizerPipeline,
     load,
@@ -99,7 +103,73 @@ def test_a_run_of_another_kind_is_rejected(tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             load(path, expected)
+    with pytest.raises(ValueError, match="Expected None or the class of one kind of pipeline"):
+        load(path, Pipeline)
     with pytest.raises(FileNotFoundError, match=r"has no text_tokenizer\.model"):
         load(path, ClipPipeline)
     with pytest.raises(FileNotFoundError, match="Expected a run directory"):
         load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, True, None, "1", jnp.float32(1)])
+def test_seeds_that_are_no_integers_in_range_are_rejected(seed):
+    with pytest.raises(ValueError, match=r"Expected an integer seed in \[0, 2\*\*32\), got"):
+        ImageRequest("a", seed)
+
+
+def test_requests_accept_numbers_of_numpy_and_jax():
+    for number in (2, np.int64(2), jnp.int32(2), np.float32(2), jnp.float32(2), jnp.bfloat16(2)):
+        request = ImageRequest("a", guidance_scale=number, strength=number)
+        assert isinstance(request.guidance_scale, float) and request.guidance_scale == request.strength == 2
+    for seed in (np.uint32(2**32 - 1), jnp.uint32(2**32 - 1)):
+        assert type(ImageRequest("a", seed).seed) is int and ImageRequest("a", seed).seed == 2**32 - 1
+    np.testing.assert_array_equal(ImageRequest("a", prefix_codes=[1, 2]).prefix_codes, np.array([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (ImageRequest, {"prompt": None}),
+        (ImageRequest, {"guidance_scale": "2"}),
+        (ImageRequest, {"temperature": jnp.ones(2)}),
+        (ImageRequest, {"top_p": True}),
+        (SamplingConfig, {"temperature": None}),
+        (SamplingConfig, {"top_k": 2.5}),
+        (SamplingConfig, {"preview_rows": None}),
+        (DiffusionSamplingConfig, {"num_steps": 2.0}),
+        (DiffusionSamplingConfig, {"num_steps": None}),
+        (DiffusionSamplingConfig, {"spacing": "linear"}),
+        (DiffusionSamplingConfig, {"sampler": ["ddim"]}),
+        (DiffusionSamplingConfig, {"eta": "0"}),
+        (DiffusionSamplingConfig, {"guidance_interval": 0.5}),
+        (DiffusionSamplingConfig, {"guidance_interval": (0, None)}),
+        (DiffusionSamplingConfig, {"threshold": "x"}),
+    ],
+)
+def test_settings_of_wrong_types_are_rejected(make, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        make(**settings)
+
+
+def test_another_configuration_or_strings_are_rejected_by_sample(tmp_path):
+    model = load(write(tmp_path / "diffusion", DIFFUSION))
+    with pytest.raises(
+        ValueError, match="Expected config as a DiffusionSamplingConfig, got a SamplingConfig"
+    ):
+        model.sample([ImageRequest(label=1)], SamplingConfig())
+    with pytest.raises(ValueError, match="Expected each request as an ImageRequest, got 'a cat'"):
+        model.sample(["a cat"])
+
+
+def test_a_tokenizer_rejects_no_rows_and_batch_size_0(tmp_path):
+    tokenizer = load(write(tmp_path / "dvae", TOKENIZER), TokenizerPipeline)
+    images = np.zeros((1, 16, 16, 3), np.uint8)
+    codes = tokenizer.encode(images)
+    for call, match in (
+        (lambda: tokenizer.encode(images[:0]), "at least one"),
+        (lambda: tokenizer.decode(codes[:0]), "at least one"),
+        (lambda: tokenizer.encode(images, batch_size=0), "Expected batch_size of at least 1, got 0"),
+        (lambda: tokenizer.decode(codes, batch_size=0), "Expected batch_size of at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
