@@ -131,8 +131,8 @@ def test_sample(trained, tmp_path):
     assert [p["caption"] for p in result["images"]] == [
         "a red circle",
         "a red circle",
-        "(no caption)",
-        "(no caption)",
+        "",
+        "",
     ]
     assert "denoising steps 8/8" in err  # two batches of four steps
     sampled_images = [np.asarray(Image.open(p["file"])) for p in result["images"]]
