@@ -51,7 +51,7 @@ def measure_retrieval(
     A caption that several rows share is one text, and right for each of them.
 
     Returns:
-        `image_to_text_recall_K` and `text_to_image_recall_K` for K of 1, 5 and 10, and the numbers of `pictures` and
+        `image_to_text_recall_K` and `text_to_image_recall_K` for K of 1, 5 and 10, and the numbers of `images` and
         `texts`: recall compares at the same numbers only.
     """
     source = open_source(data.source, "eval", languages=data.languages)

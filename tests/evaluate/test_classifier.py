@@ -1,4 +1,4 @@
-"""The judge of CIFAR-10 pictures: the network against plain NumPy, refused weights, shares by hand.
+"""The judge of CIFAR-10 images: the network against plain NumPy, refused weights, shares by hand.
 
 With DALLE_JAX_CIFAR10 naming a folder that holds cifar10.npz and resnet20_cifar10.npz the weights are checked, too.
 """
@@ -27,7 +27,7 @@ def weights(blocks=1, width=4, classes=10, seed=0):
 
 
 def plain(tensors, images):
-    """The paper's network in float64, one picture at a time, batch norms where they stand."""
+    """The paper's network in float64, one image at a time, batch norms where they stand."""
 
     def convolve(name, x_CHW, stride):
         kernel, norm = tensors[f"{name}.weight"].astype(np.float64), name.replace("conv", "bn")
@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_network_in_numpy(judge):
     )
 
 
-def test_pictures_of_another_side_are_resized(judge):
+def test_images_of_another_side_are_resized(judge):
     images = np.full((2, 64, 64, 3), (10, 200, 90), np.uint8)
     np.testing.assert_allclose(
         classifier.class_logits(judge, images), classifier.class_logits(judge, images[:, :32, :32]), rtol=1e-6
@@ -124,20 +124,20 @@ def test_weights_that_are_no_such_network_are_refused(tmp_path):
     assert classifier.load_classifier(path).blocks == 1
 
 
-def colours(tmp_path, classes):
-    """Class k is a plain picture of grey 20 k; the evaluation split has 7 rows."""
+def colors(tmp_path, classes):
+    """Class k is a plain image of grey 20 k; the evaluation split has 7 rows."""
     labels = np.arange(7) % classes
-    pictures = np.broadcast_to((20 * labels)[:, None, None, None], (7, 32, 32, 3)).astype(np.uint8)
+    images = np.broadcast_to((20 * labels)[:, None, None, None], (7, 32, 32, 3)).astype(np.uint8)
     arrays = {
-        f"{split}_{a}": value for split in ("train", "test") for a, value in (("x", pictures), ("y", labels))
+        f"{split}_{a}": value for split in ("train", "test") for a, value in (("x", images), ("y", labels))
     }
     np.savez(tmp_path / "a.npz", **arrays, label_names=[f"grey {k}" for k in range(classes)])
     return config.DataConfig(source=config.ArraysSource(path=str(tmp_path / "a.npz")))
 
 
-def test_share_of_true_pictures_by_hand(tmp_path, judge, monkeypatch):
+def test_share_of_true_images_by_hand(tmp_path, judge, monkeypatch):
     """A judge that reads the grey, but takes class 0 for class 1: of rows 0 1 2 0 1 2 0, four are right."""
-    data = colours(tmp_path, 3)
+    data = colors(tmp_path, 3)
 
     def reads_gray(_, images, batch_size):
         return np.eye(3)[np.maximum(images[:, 0, 0, 0] // 20, 1)]
@@ -150,18 +150,18 @@ def test_share_of_true_pictures_by_hand(tmp_path, judge, monkeypatch):
 
 def test_classes_have_to_agree(tmp_path, judge):
     with pytest.raises(ValueError, match=r"w\.npz has 10 classes, the run's source has 3 classes"):
-        classifier.check_classes(judge, colours(tmp_path, 3), "w.npz")
+        classifier.check_classes(judge, colors(tmp_path, 3), "w.npz")
     scenes = config.DataConfig(source=config.ScenesSource(count=10))
     with pytest.raises(ValueError, match="the run's source has no classes"):
         classifier.check_classes(judge, scenes, "w.npz")
     classifier.check_classes(
-        classifier.fold_resnet_batch_norm(weights(classes=3)), colours(tmp_path, 3), "w.npz"
+        classifier.fold_resnet_batch_norm(weights(classes=3)), colors(tmp_path, 3), "w.npz"
     )
 
 
 @pytest.mark.skipif(FOLDER is None, reason="DALLE_JAX_CIFAR10 names no folder with the data and weights")
 def test_weights_reach_their_accuracy():
-    """91.73% of the 10,000 test pictures, as published for these weights."""
+    """91.73% of the 10,000 test images, as published for these weights."""
     judge = classifier.load_classifier(Path(FOLDER) / "resnet20_cifar10.npz")
     source = config.ArraysSource(path=str(Path(FOLDER) / "cifar10.npz"))
     found = classifier.measure_true(judge, None, config.DataConfig(source=source), 32, 10_000)

@@ -193,7 +193,7 @@ def test_resize_reads_between_pixel_centres():
     np.testing.assert_allclose(got, np.broadcast_to(want[None, :, None, None], got.shape), atol=1e-5)
 
 
-def test_resize_of_a_larger_picture_does_not_smooth_it():
+def test_resize_of_a_larger_image_does_not_smooth_it():
     lines = np.zeros((1, 598, 598, 1), np.float32)
     lines[:, 0::4] = 1  # smoothing over four rows would give a grey of 1/4 with little contrast
     got = np.asarray(inception.resize(jnp.asarray(lines)))[0, 1:-1, 0, 0]

@@ -1,6 +1,6 @@
 """Inception score by hand; the torch file of the FID Inception: every tensor in its place, and beside pytorch-fid.
 
-pytest -m parity tests/evaluate/test_inception_score.py     # wants torch, torchvision and pytorch-fid
+pytest -m parity tests/evaluate/test_inception_score.py     # needs torch, torchvision and pytorch-fid
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def test_sure_and_even_is_the_number_of_classes():
 
 
 def test_by_hand():
-    """Two pictures, p = (3/4, 1/4) and (1/4, 3/4): p(y) is even, KL = 3/4 log 3/2 + 1/4 log 1/2 for both."""
+    """Two images, p = (3/4, 1/4) and (1/4, 3/4): p(y) is even, KL = 3/4 log 3/2 + 1/4 log 1/2 for both."""
     logits = np.log([[3.0, 1.0], [1.0, 3.0]]) + 7  # what is added to all scores of a row is nothing
     want = 1.5**0.75 * 0.5**0.25
     assert scored(logits, 1)[0] == pytest.approx(want)
@@ -54,20 +54,20 @@ def test_bad_scores_are_refused():
 
 
 def test_measures_score_all_batches_as_one_set(monkeypatch):
-    """Pictures of one colour stand for their features; three batches of a set of 20, in ten parts."""
+    """Images of one color stand for their features; three batches of a set of 20, in ten parts."""
     rng = np.random.default_rng(0)
     table, classifier = (
         rng.normal(size=(20, 6)).astype(np.float32),
         rng.normal(size=(6, 5)).astype(np.float32),
     )
     monkeypatch.setattr(inception, "inception_features", lambda network, images: table[images[:, 0, 0, 0]])
-    pictures = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 2, 2, 3))
+    images = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 2, 2, 3))
     batches = [range(0, 8), range(8, 16), range(16, 20)]
-    made = (pictures[rows.start : rows.stop] for rows in batches)
+    made = (images[rows.start : rows.stop] for rows in batches)
     found, sums = metrics._feature_stats(inception.Inception({}, "", classifier), made, batches, None)
     assert inception_score.inception_score(sums) == pytest.approx(scored(table @ classifier, 10), rel=1e-6)
     np.testing.assert_allclose(found.mean_D, table.mean(axis=0), rtol=1e-5)
-    made = (pictures[rows.start : rows.stop] for rows in batches)
+    made = (images[rows.start : rows.stop] for rows in batches)
     assert metrics._feature_stats(inception.Inception({}, ""), made, batches, None)[1] is None
 
 
@@ -128,7 +128,7 @@ def test_other_torch_files_are_refused(arrays, tmp_path, change, told):
 
 @pytest.mark.parity
 def test_features_and_scores_of_pytorch_fid(tmp_path, monkeypatch):
-    """Its network with random weights, saved as its own file is, on pictures of odd sides: 1e-5 of the largest."""
+    """Its network with random weights, saved as its own file is, on images of odd sides: 1e-5 of the largest."""
     torch = pytest.importorskip("torch")
     theirs = pytest.importorskip("pytorch_fid.inception")
     torch.manual_seed(0)
@@ -151,14 +151,14 @@ def test_features_and_scores_of_pytorch_fid(tmp_path, monkeypatch):
     monkeypatch.setattr(theirs, "load_state_dict_from_url", random)
     whole = theirs.InceptionV3([3], resize_input=True, normalize_input=True).eval()
     torch.save(held["model"].state_dict(), tmp_path / "weights.pth")
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 37, 53, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 37, 53, 3), np.uint8)
     with torch.no_grad():
-        # Its pictures are in [0, 1] and become 2 x - 1; those of the original network (x - 128) / 128.
-        x = (torch.tensor(pictures.transpose(0, 3, 1, 2)).float() - 128) / 128
+        # Its images are in [0, 1] and become 2 x - 1; those of the original network (x - 128) / 128.
+        x = (torch.tensor(images.transpose(0, 3, 1, 2)).float() - 128) / 128
         want = whole((x + 1) / 2)[0][:, :, 0, 0]
         logits = want @ held["model"].fc.weight.T
     network = inception.load_inception(tmp_path / "weights.pth")
-    got = inception.inception_features(network, pictures)
+    got = inception.inception_features(network, images)
     scores = inception.inception_logits(network, got)
     for ours, reference in ((got, want.numpy()), (scores, logits.numpy())):
         assert np.abs(reference).max() > 0.1

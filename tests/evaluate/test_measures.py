@@ -1,4 +1,4 @@
-"""Measures: what direct computation gives, perfect on perfect pictures, low on wrong ones."""
+"""Measures: what direct computation gives, perfect on perfect images, low on wrong ones."""
 
 import dataclasses
 from pathlib import Path
@@ -117,12 +117,12 @@ def test_likelihood_is_the_mean_over_rows_and_an_untrained_model_guesses(model):
 
 
 @pytest.mark.parametrize("kind", ["one_object", "two_objects", "held_out"])
-def test_true_pictures_are_right_and_others_are_not(monkeypatch, model, kind):
+def test_true_images_are_right_and_others_are_not(monkeypatch, model, kind):
     count = 40
     true = true_pictures(kind, count)
     show(monkeypatch, lambda n: true)
-    drawn = metrics.sample_and_verify(model, kind, count)
-    right = metrics.accuracy_by_kind(kind, drawn)
+    generated = metrics.sample_and_verify(model, kind, count)
+    right = metrics.accuracy_by_kind(kind, generated)
     assert right[f"accuracy_{kind}"] >= 0.97
     assert np.mean([right[f"accuracy_{kind}_en"], right[f"accuracy_{kind}_zh"]]) == pytest.approx(
         right[f"accuracy_{kind}"]

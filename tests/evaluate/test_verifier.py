@@ -1,4 +1,4 @@
-"""The verifier reads what was drawn, through noise and compression, and accepts nothing else."""
+"""The verifier reads what was generated, through noise and compression, and accepts nothing else."""
 
 import io
 from collections import Counter
@@ -34,13 +34,13 @@ PLAIN = Background(kind="plain", tones=((250, 246, 236), (250, 246, 236)))
 DIAMETER = {"small": 0.28, "medium": 0.4, "large": 0.56}
 
 
-def thing(colour, shape, x=0.5, y=0.5, size="medium", fill="solid", angle=0.0):
+def thing(color, shape, x=0.5, y=0.5, size="medium", fill="solid", angle=0.0):
     return SceneObject(
-        shape=shape, color=colour, size=size, fill=fill, x=x, y=y, diameter=DIAMETER[size], angle=angle
+        shape=shape, color=color, size=size, fill=fill, x=x, y=y, diameter=DIAMETER[size], angle=angle
     )
 
 
-def picture(*things, side=64, background=PLAIN):
+def render_objects(*things, side=64, background=PLAIN):
     return render_scene(Scene(objects=things, background=background), side)
 
 
@@ -65,7 +65,7 @@ def blurred(image, _seed):
 
 
 def soft(image, seed):
-    """Like a discrete VAE's picture: blur, a shift of the colours, a little noise."""
+    """Like a discrete VAE's image: blur, a shift of the colors, a little noise."""
     shifted = np.clip(blurred(image, seed) * 0.97 + np.array([6, 0, -2]), 0, 255).astype(np.uint8)
     return noisy(shifted, seed, 0.01)
 
@@ -74,7 +74,7 @@ def clean(image, _seed):
     return image
 
 
-# ---- what was drawn is read
+# ---- what was generated is read
 
 
 @pytest.mark.parametrize(
@@ -116,17 +116,17 @@ def table(rows):
 
 @pytest.mark.parametrize(("side", "least"), [(32, 0.98), (64, 0.99)])
 def test_confusion_of_shapes_and_of_colours(side, least):
-    """Each shape and colour, at random size, place, angle and fill, through noise: nearly all as drawn."""
+    """Each shape and color, at random size, place, angle and fill, through noise: nearly all as generated."""
     shapes: dict[str, Counter] = {s: Counter() for s in SHAPES}
-    colours: dict[str, Counter] = {c: Counter() for c in COLORS}
+    colors: dict[str, Counter] = {c: Counter() for c in COLORS}
     for i, shape in enumerate(SHAPES):
-        for j, colour in enumerate(COLORS):
+        for j, color in enumerate(COLORS):
             s = generate_scene(i * len(COLORS) + j, split="test", min_objects=1, max_objects=1)
-            drawn = replace(s.objects[0], shape=shape, color=colour)
-            found = detect_objects(noisy(render_scene(replace(s, objects=(drawn,)), side), i))
+            generated = replace(s.objects[0], shape=shape, color=color)
+            found = detect_objects(noisy(render_scene(replace(s, objects=(generated,)), side), i))
             shapes[shape][found[0].shape if len(found) == 1 else f"{len(found)} found"] += 1
-            colours[colour][found[0].color if len(found) == 1 else f"{len(found)} found"] += 1
-    for rows in (shapes, colours):
+            colors[color][found[0].color if len(found) == 1 else f"{len(found)} found"] += 1
+    for rows in (shapes, colors):
         right = sum(got[want] for want, got in rows.items()) / sum(got.total() for got in rows.values())
         assert right >= least, table(rows)
         assert all(got[want] >= 0.9 * got.total() for want, got in rows.items()), table(rows)
@@ -151,12 +151,12 @@ def test_uint8_and_float_read_the_same():
 def test_guest_and_host():
     host, guest = thing("yellow", "square", size="large"), thing("blue", "star", size="small")
     inside = Relation(name="inside", subject=1, others=(0,))
-    image = picture(host, guest)
+    image = render_objects(host, guest)
     assert verify_scene(image, facts_of(host, guest, relations=(inside,))).right
-    assert not verify_scene(picture(host), facts_of(host, guest, relations=(inside,))).right
+    assert not verify_scene(render_objects(host), facts_of(host, guest, relations=(inside,))).right
     turned = Relation(name="inside", subject=0, others=(1,))
     assert not verify_scene(image, facts_of(host, guest, relations=(turned,))).right
-    apart = picture(replace(host, x=0.35, y=0.35), replace(guest, x=0.83, y=0.83))
+    apart = render_objects(replace(host, x=0.35, y=0.35), replace(guest, x=0.83, y=0.83))
     verdict = verify_scene(apart, facts_of(host, guest, relations=(inside,)))
     assert verdict.failed == ("blue star inside yellow square",)
 
@@ -165,18 +165,18 @@ def test_two_alike_are_told_apart_by_size():
     """Two red circles: the facts must find the assignment under which they hold."""
     small, large = thing("red", "circle", 0.2, 0.5, "small"), thing("red", "circle", 0.65, 0.5, "large")
     left = Relation(name="left of", subject=1, others=(0,))
-    assert verify_scene(picture(small, large), facts_of(large, small, relations=(left,))).right
+    assert verify_scene(render_objects(small, large), facts_of(large, small, relations=(left,))).right
     right = Relation(name="right of", subject=1, others=(0,))
-    assert not verify_scene(picture(small, large), facts_of(large, small, relations=(right,))).right
-    assert not verify_scene(picture(small, replace(small, x=0.7)), facts_of(large, small)).right
+    assert not verify_scene(render_objects(small, large), facts_of(large, small, relations=(right,))).right
+    assert not verify_scene(render_objects(small, replace(small, x=0.7)), facts_of(large, small)).right
 
 
-# ---- what was not drawn is refused
+# ---- what was not generated is refused
 
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_mismatched_pairs_are_refused(side):
-    """Each picture with another scene's caption, and with its own caption after one change."""
+    """Each image with another scene's caption, and with its own caption after one change."""
     accepted, tried = [], 0
     scenes = [generate_scene(i, split="test") for i in range(80)]
     told = [scene_captions(s, index=i)[i % 2] for i, s in enumerate(scenes)]
@@ -205,7 +205,7 @@ CLAIM = facts_of(A, B, relations=LEFT, background="plain")
 
 
 def test_the_claim_itself_is_right():
-    verdict = verify_scene(picture(A, B), CLAIM)
+    verdict = verify_scene(render_objects(A, B), CLAIM)
     assert verdict.right and verdict.score == 1 and verdict.failed == ()
 
 
@@ -213,17 +213,17 @@ def test_the_claim_itself_is_right():
     ("image", "failed", "held"),
     [
         # of 9 facts: two objects, two sizes, two fills, the relation, the count, the background
-        (picture(replace(A, x=B.x), replace(B, x=A.x)), ["red circle left of blue cross"], 8),
-        (picture(replace(A, color="blue"), replace(B, color="red")), ["red circle: missing"], 2),
-        (picture(replace(A, size="small", diameter=0.28), B), ["size medium, got small"], 8),
-        (picture(replace(A, fill="striped"), B), ["fill solid, got striped"], 8),
-        (picture(A, B, thing("green", "heart", 0.5, 0.84, "small")), ["count: 2, got 3"], 8),
-        (picture(A), ["blue cross: missing", "count: 2, got 1"], 4),
-        (picture(A, B, background=replace(PLAIN, kind="two-tone", tones=((252, 252, 252), (204, 224, 250)))),
+        (render_objects(replace(A, x=B.x), replace(B, x=A.x)), ["red circle left of blue cross"], 8),
+        (render_objects(replace(A, color="blue"), replace(B, color="red")), ["red circle: missing"], 2),
+        (render_objects(replace(A, size="small", diameter=0.28), B), ["size medium, got small"], 8),
+        (render_objects(replace(A, fill="striped"), B), ["fill solid, got striped"], 8),
+        (render_objects(A, B, thing("green", "heart", 0.5, 0.84, "small")), ["count: 2, got 3"], 8),
+        (render_objects(A), ["blue cross: missing", "count: 2, got 1"], 4),
+        (render_objects(A, B, background=replace(PLAIN, kind="two-tone", tones=((252, 252, 252), (204, 224, 250)))),
          ["background: plain, got two-tone"], 8),
-        (picture(), ["red circle: missing", "blue cross: missing", "count: 2, got 0"], 1),
+        (render_objects(), ["red circle: missing", "blue cross: missing", "count: 2, got 0"], 1),
     ],
-    ids=["swapped places", "swapped colours", "size", "fill", "one more", "one less", "background", "blank"],
+    ids=["swapped places", "swapped colors", "size", "fill", "one more", "one less", "background", "blank"],
 )  # fmt: skip
 def test_one_thing_wrong(image, failed, held):
     verdict = verify_scene(image, CLAIM)
@@ -258,10 +258,10 @@ def test_garbage_is_never_right(side):
 def test_half_a_shape_is_not_the_shape(shape):
     for size in ("medium", "large"):
         whole = thing("blue", shape, size=size, angle=4.0)
-        image = picture(whole)
-        ink = np.cumsum((image != picture()).any(2).sum(0))
+        image = render_objects(whole)
+        ink = np.cumsum((image != render_objects()).any(2).sum(0))
         middle = int(np.searchsorted(ink, ink[-1] / 2))
-        image[:, middle:] = picture()[:, middle:]
+        image[:, middle:] = render_objects()[:, middle:]
         assert not verify_scene(image, facts_of(whole)).right, detect_objects(image)
 
 
@@ -269,7 +269,7 @@ def test_half_a_shape_is_not_the_shape(shape):
 def test_smeared_beyond_reading_is_refused(shape):
     """A blur almost as wide as the object's radius leaves a blob, which is none of the shapes."""
     whole = thing("red", shape, size="medium")
-    image = np.array(Image.fromarray(picture(whole)).filter(ImageFilter.GaussianBlur(10)))
+    image = np.array(Image.fromarray(render_objects(whole)).filter(ImageFilter.GaussianBlur(10)))
     assert not verify_scene(image, facts_of(whole)).right
 
 
@@ -280,7 +280,7 @@ def test_each_side_and_its_opposite(name):
     b = thing("orange", "arrow", 0.5 - 0.25 * dx, 0.5 - 0.25 * dy)
     for word in OPPOSITE:
         claim = facts_of(a, b, relations=(Relation(name=word, subject=0, others=(1,)),))
-        assert verify_scene(picture(a, b), claim).right == (word == name)
+        assert verify_scene(render_objects(a, b), claim).right == (word == name)
 
 
 def test_between():
@@ -288,7 +288,7 @@ def test_between():
     for middle in range(3):
         others = tuple(k for k in range(3) if k != middle)
         claim = facts_of(*row, relations=(Relation(name="between", subject=middle, others=others),))
-        assert verify_scene(picture(*row), claim).right == (middle == 1)
+        assert verify_scene(render_objects(*row), claim).right == (middle == 1)
 
 
 # ---- parts and hostile input
@@ -327,4 +327,4 @@ def test_bad_pictures(image, match):
 
 def test_facts_without_objects():
     with pytest.raises(ValueError, match="at least one object"):
-        verify_scene(picture(A), Facts(objects=()))
+        verify_scene(render_objects(A), Facts(objects=()))

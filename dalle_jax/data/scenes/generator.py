@@ -196,7 +196,7 @@ def _place(stream: CounterRNG, count: int, layout: str, allowed: tuple[str, ...]
         places = [(y, x) for x, y in places]
     if stream.integers(2) and len(places) == 2:  # the first object comes second
         places = [(1 - x, 1 - y) for x, y in places]
-    if inner:  # the guest goes last: it is drawn over its host
+    if inner:  # the inner object is rendered last, over the outer one
         x, y = places[0]
         places.append((x + 0.01 * (stream.random() - 0.5), y + 0.01 * (stream.random() - 0.5)))
     return [_Spot(x, y, d, s) for (x, y), d, s in zip(places, diameters, sizes, strict=True)]
