@@ -113,7 +113,7 @@ def test_every_tensor_of_the_torch_file_has_its_place(arrays, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"Mixed_7a.branch3x3_2.bn.running_var": None}, r"without Mixed_7a\.branch3x3_2\.bn\.running_var\. Use the file"),
+        ({"Mixed_7a.branch3x3_2.bn.running_var": None}, r"without Mixed_7a\.branch3x3_2\.bn\.running_var\. Use"),
         ({"AuxLogits.fc.weight": np.zeros(2, np.float32)}, r"with AuxLogits\.fc\.weight"),
         ({"fc.weight": np.zeros((1000, 2048), np.float32)},
         r"output\.weight is float32 \(1000, 2048\); expected finite"),
