@@ -230,8 +230,12 @@ def test_non_finite_numbers_become_null(tmp_path):
 COMMAND = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
 from fake_task import FakeTask
-from dalle_jax.cli import main, train
+from dalle_jax.cli import main
 
 class Slow(FakeTask):
     def batches(self, start, rows=None):
