@@ -25,6 +25,7 @@ from dalle_jax.checkpoint.layout import (
 
 # What is downloaded, with image_tokenizer/; other files are only uploaded.
 _DOWNLOADED = (CONFIG_FILE, TEXT_TOKENIZER_FILE, METRICS_FILE, PARAMS_FILE)
+_OBJECT_STORES = ("gs://", "s3://")
 _mirrors: dict[str, Path] = {}
 _uploaded: dict[Path, tuple[int, int]] = {}  # size and modification time of the files that the bucket has
 
@@ -38,9 +39,13 @@ def remote_path(url: str) -> Any:
     """Return `url` as a path object.
 
     Raises:
-      ValueError: The package that serves this kind of URL is not installed.
+      ValueError: The kind of URL is not one of object storage, or the package that serves it is not installed.
       OSError: The URL cannot be reached.
     """
+    if not url.startswith(_OBJECT_STORES):
+        raise ValueError(
+            f"Expected a local path or a URL that begins with {' or '.join(_OBJECT_STORES)}, got {url}."
+        )
     from etils import epath
 
     try:

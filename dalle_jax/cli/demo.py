@@ -95,18 +95,18 @@ def run(args: DemoArgs) -> dict[str, Any]:
         "sampling": dataclasses.asdict(_SAMPLING),
     }
     files = [out / "reconstructions.png", out / "grid.png"]
-    if results.values.get("asked") == request and all(file.exists() for file in files):
+    if results.values.get("request") == request and all(file.exists() for file in files):
         _log("3/4 and 4/4 are finished")
     else:
         with results.timed("measure", restart=True):
             figures = _measure(load(transformer.run, TextToImagePipeline), args.count, args.seed, *files)
-        results.update(asked=request, figures=figures)
-    print(metrics.format_metrics(results.values["figures"]))
+        results.update(request=request, metrics=figures)
+    print(metrics.format_metrics(results.values["metrics"]))
     seconds = results.values["seconds"]
     print(f"seconds: {'  '.join(f'{name} {value:.0f}' for name, value in seconds.items())}")
     print(f"images: {out / 'grid.png'}  {out / 'reconstructions.png'}")
-    scale = f"--guidance-scale {_SAMPLING.guidance_scale:g}"
-    print(f'sample your own: dalle-jax sample {transformer.run} "a red circle" {scale}')
+    flags = f"--guidance-scale {_SAMPLING.guidance_scale:g} --temperature {_SAMPLING.temperature:g}"
+    print(f'sample your own: dalle-jax sample {transformer.run} "a red circle" {flags}')
     return {**results.values, "finished": True}
 
 

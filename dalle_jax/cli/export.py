@@ -32,4 +32,4 @@ def run(args: ExportArgs) -> dict[str, Any]:
     run = load_run(args.run)
     count = export_run(run, out)
     print(f"{count:,} parameters of step {run.step} in {out / PARAMS_FILE}; {out} is a run directory")
-    return {"run": str(out), "weights": str(out / PARAMS_FILE), "parameters": count, "step": run.step}
+    return {"run": str(out), "params_file": str(out / PARAMS_FILE), "parameters": count, "step": run.step}

@@ -143,6 +143,12 @@ def test_an_unfinished_save_in_a_bucket_is_no_checkpoint(tmp_path):
     assert CheckpointManager(saves).steps == [8, 10]
 
 
+@pytest.mark.parametrize("url", ["https://host/run", "file:///tmp/run", "foo://run"])
+def test_other_kinds_of_urls_are_refused(url):
+    with pytest.raises(ValueError, match=rf"begins with gs:// or s3://, got {url}"):
+        remote_dir.local_dir(url)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     def no_gcsfs(url):
         raise ImportError("Please install gcsfs")

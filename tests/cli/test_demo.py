@@ -12,7 +12,7 @@ from dalle_jax.cli import demo
 
 def test_demo_writes_images_and_metrics(made):
     assert made.first["finished"]
-    figures = made.first["figures"]
+    figures = made.first["metrics"]
     for name in (
         "psnr",
         "codebook_use",
@@ -26,7 +26,7 @@ def test_demo_writes_images_and_metrics(made):
     for name in ("grid.png", "reconstructions.png"):
         assert Image.open(made.out / name).width > 500
     saved = json.loads((made.out / "results.json").read_text())
-    assert saved["figures"] == figures
+    assert saved["metrics"] == figures
 
 
 def test_a_finished_demo_is_not_repeated(made, monkeypatch):
@@ -36,7 +36,7 @@ def test_a_finished_demo_is_not_repeated(made, monkeypatch):
     monkeypatch.setattr(demo, "load_config", tiny_demo_config)
     monkeypatch.setattr(demo.loop, "train", refuse)
     monkeypatch.setattr(demo, "_measure", refuse)
-    assert json_of("demo", "--out", made.out, "--count", 4)["figures"] == made.first["figures"]
+    assert json_of("demo", "--out", made.out, "--count", 4)["metrics"] == made.first["metrics"]
     done = run("demo", "--out", made.out, "--count", 4)
     assert "accuracy_held_out" in done.out and "dalle-jax sample" in done.out
 
