@@ -100,8 +100,22 @@ def read_params(path: Path, model: ModelConfig) -> tuple[Params, int]:
         arrays.append(tensor.read())
         if not np.isfinite(arrays[-1]).all():
             raise ValueError(f"{path}: Expected finite values in array {name}, got others.")
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays), _step_of(metadata)
+
+
+def read_step(path: Path) -> int:
+    """Read the training step of the parameters in a file; no array is read.
+
+    Raises:
+      ValueError: The file is not a whole safetensors file.
+    """
+    return _step_of(lazy_safetensors(path)[1])
+
+
+def _step_of(metadata: dict[str, str]) -> int:
+    """The training step that `write_params` recorded; 0 if there is none."""
     step = metadata.get("step", "0")
-    return jax.tree.unflatten(jax.tree.structure(shapes), arrays), int(step) if step.isdigit() else 0
+    return int(step) if step.isdigit() else 0
 
 
 def params_fingerprint(model: ModelConfig, params: Params) -> str:

@@ -14,7 +14,10 @@ from tyro.conf import Positional, arg
 
 from dalle_jax.aot.sampler import LoweredSampler, lower_sampler
 from dalle_jax.aot.targets import Target, single_device_target
+from dalle_jax.checkpoint.layout import METRICS_FILE, PARAMS_FILE
 from dalle_jax.checkpoint.manager import CheckpointManager
+from dalle_jax.checkpoint.params_file import read_step
+from dalle_jax.checkpoint.remote_dir import checkpoints_of, is_url, local_dir
 from dalle_jax.cli.common_args import JsonFlag, resolve_config
 from dalle_jax.config import MeshConfig, Quantization, TrainConfig, TransformerConfig
 from dalle_jax.models import autoregressive
@@ -34,7 +37,7 @@ class InfoArgs:
     and the memory for training and sampling."""
 
     target: Positional[Annotated[str, arg(metavar="RUN_OR_CONFIG")]]
-    """run directory, configuration file or name of a shipped configuration"""
+    """run directory or its URL, configuration file or name of a shipped configuration"""
     shapes: bool = False
     """list the shape of every parameter (--json always does)"""
     batch_size: int | None = None
@@ -68,8 +71,8 @@ def run(args: InfoArgs) -> dict[str, Any]:
         result["sampling"] = _describe_sampling(
             config.model, args.batch_size, use_cfg=args.use_cfg, quantization=args.quantization, target=target
         )
-    if Path(args.target).is_dir():
-        result |= _describe_run(Path(args.target))
+    if is_url(args.target) or Path(args.target).is_dir():
+        result |= _describe_run(args.target)
     _print(result, args.shapes)
     return result
 
@@ -159,18 +162,25 @@ def _describe_sampling(
     }
 
 
-def _describe_run(path: Path) -> dict[str, Any]:
-    """Progress of a run: `step` (None without a checkpoint), `saved_steps`, `best_step` and its `metrics`."""
-    result: dict[str, Any] = {"run": str(path), "step": None, "saved_steps": [], "best_step": None}
-    if (path / "checkpoints").is_dir():
-        checkpoints = CheckpointManager(path / "checkpoints")
+def _describe_run(run: str) -> dict[str, Any]:
+    """Progress of a run: `step` (None without a checkpoint), `saved_steps`, `best_step` and its `metrics`.
+
+    An exported run has the step of its parameters and no `saved_steps`.
+    """
+    result: dict[str, Any] = {"run": run, "step": None, "saved_steps": [], "best_step": None}
+    path = local_dir(run)
+    directory = checkpoints_of(path)
+    if directory.is_dir():
+        checkpoints = CheckpointManager(directory)
         try:
             result["step"], result["best_step"] = checkpoints.latest, checkpoints.best
             result["saved_steps"] = checkpoints.steps
         finally:
             checkpoints.close()
+    elif (path / PARAMS_FILE).is_file():
+        result["step"] = read_step(path / PARAMS_FILE)
     step = result["step"] if result["best_step"] is None else result["best_step"]
-    rows = [row for row in read_metrics(path / "metrics.jsonl") if row["step"] == step]
+    rows = [row for row in read_metrics(path / METRICS_FILE) if row["step"] == step]
     return result | {"metrics": {k: v for row in rows for k, v in row.items() if k.startswith("eval_")}}
 
 

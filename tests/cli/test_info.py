@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from command_line import TEXT_LEN, json_of, refused, run, write_config
+from etils import epath
 
 from dalle_jax.aot.sampler import compile_sampler
+from dalle_jax.checkpoint import remote_dir
 from dalle_jax.checkpoint.run_dir import read_config
 from dalle_jax.pipelines import TextToImagePipeline, load
 
@@ -48,6 +50,20 @@ def test_info_of_a_run(made):
     ]
     assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in map("  ".join, pairs)}) == 1
     assert all(word in done.out for word in ("encoder/input/kernel", "eval_psnr", "KiB"))
+
+
+def test_info_shows_the_step_of_a_run_in_a_bucket_and_of_an_exported_run(made, tmp_path, monkeypatch):
+    """A local directory replaces the bucket. The test's `made` trained two steps."""
+    monkeypatch.setattr(remote_dir, "_mirrors", {})
+    monkeypatch.setattr(
+        remote_dir, "remote_path", lambda url: epath.Path(url.replace("gs://bucket", str(made.out)))
+    )
+    local, remote = json_of("info", made.dalle), json_of("info", "gs://bucket/dalle")
+    assert remote == local | {"run": "gs://bucket/dalle"} and remote["step"] == 2
+    json_of("export", made.dalle, "--out", tmp_path / "exported")
+    exported = json_of("info", tmp_path / "exported")
+    assert (exported["step"], exported["saved_steps"], exported["best_step"]) == (2, [], None)
+    assert "step" in run("info", tmp_path / "exported").out.split()
 
 
 def test_info_measures_the_memory_for_sampling(made):
