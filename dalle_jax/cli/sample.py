@@ -404,6 +404,9 @@ def run(args: SampleArgs) -> dict[str, Any]:
     num_images = 1 if ranker is not None else args.num_images or _NUM_IMAGES
     items = _requests(args.seed, subjects, num_images)
     dropped = [_warn_truncated(pipeline, i, subject) for i, subject in enumerate(subjects)]
+    if ranker is not None:
+        for i, subject in enumerate(subjects):
+            _warn_truncated(ranker, i, subject, reader="the CLIP")
     requests = [request for _, request in items]
     if args.captions_file is not None and ranker is None:
         job_images = [
@@ -518,12 +521,12 @@ def _decode(
     ]
 
 
-def _warn_truncated(pipeline: Pipeline, number: int, subject: _Subject) -> int:
+def _warn_truncated(pipeline: Pipeline, number: int, subject: _Subject, reader: str = "the model") -> int:
     """Tokens of a caption that the model does not read; more than 0 are reported on standard error."""
     dropped = pipeline.num_dropped_tokens(subject.fields.get("prompt", ""))
     if dropped:
         print(
-            f"warning: caption {number} is too long for the model: its last {dropped} tokens are dropped "
+            f"warning: caption {number} is too long for {reader}: its last {dropped} tokens are dropped "
             f"({subject.caption!r:.60})",
             file=sys.stderr,
         )

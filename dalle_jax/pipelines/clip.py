@@ -54,7 +54,14 @@ class ClipPipeline:
                 "to its first "
                 "checkpoint."
             )
-        return cls(run, BosEosTokenizer.load(file))
+        text, text_vocab = BosEosTokenizer.load(file), cast(ClipConfig, run.config.model).text_vocab
+        if text.num_used_ids > text_vocab - 2:
+            raise ValueError(
+                f"Expected at most {text_vocab - 2} pieces in {file}, beside the start and the end in the text_vocab "
+                f"{text_vocab} of the run, got {text.num_used_ids}. Use the text tokenizer that the CLIP was trained "
+                "with."
+            )
+        return cls(run, text)
 
     @property
     def config(self) -> ClipConfig:

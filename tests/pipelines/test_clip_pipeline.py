@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -386,6 +387,19 @@ def test_invalid_flags_of_sample_are_rejected(run_dirs, tmp_path):
     assert "stage clip, which has no image tokenizer" in refused(
         "encode", run_dirs / "clip", "a.png", "--out", "x"
     )
+
+
+def test_a_clip_that_does_not_fit_is_rejected_before_sampling(run_dirs, tmp_path, monkeypatch):
+    """A vocabulary of 400 pieces in a CLIP with room for 298. A caption that its 10 positions cut is a warning."""
+    small = dataclasses.replace(CLIP, text_vocab=300)
+    write_run(tmp_path / "small", TrainConfig(model=small, data=DATA), random_params(clips.init, small, 1))
+    shutil.copy(run_dirs / "clip" / "text_tokenizer.model", tmp_path / "small")
+    call = ("sample", run_dirs / "dalle", "a red circle " * 9, "--candidates", 1, "--out", tmp_path / "o")
+    with monkeypatch.context() as patch:
+        patch.setattr(TextToImagePipeline, "_generate", lambda *_: pytest.fail("an image was sampled"))
+        assert "Expected at most 298 pieces in " in refused(*call, "--clip", tmp_path / "small")
+    assert not (tmp_path / "o").exists()
+    assert "caption 0 is too long for the CLIP" in run(*call, "--clip", run_dirs / "clip").err
 
 
 def test_rerank_lists_the_best_first(run_dirs, tmp_path, clip):
