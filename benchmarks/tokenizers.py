@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.config import FiniteScalarQuantizer, Schedule, TrainConfig, VectorQuantizer, VQGANConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 from dalle_jax.data import images
 from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.sources import open_source
@@ -36,7 +36,7 @@ from dalle_jax.train import loop
 
 def make_configs(out: Path, steps: int) -> dict[str, TrainConfig]:
     """Return the four runs, whose numbers of parameters differ by at most 1%."""
-    demo = load_config("demo_dvae")
+    demo = load_shipped_config("demo_dvae")
     tau = Schedule(start=1.0, end=0.3, steps=steps)
     convolutional = VQGANConfig(
         image_size=32, width=16, channel_multipliers=(1, 2, 2), blocks=1, attention_levels=(2,), latent_width=32,
@@ -91,7 +91,7 @@ def main() -> None:
     network, reference = None, None
     if args.fid_weights is not None:
         network = inception.load_inception(args.fid_weights)
-        reference = metrics.reference_stats(network, load_config("demo_dvae").data, 32, args.count)
+        reference = metrics.reference_stats(network, load_shipped_config("demo_dvae").data, 32, args.count)
     weights = None if args.lpips is None else lpips.load_lpips(args.lpips)
     rows, shown, labels = {}, [], []
     runs = make_configs(args.out, args.steps)
@@ -125,7 +125,7 @@ def main() -> None:
         args.out / "tokenizers.png", images.image_grid(np.concatenate(shown), 8, labels=labels, scale=3)
     )
     names = list(next(iter(rows.values())))
-    batch = load_config("demo_dvae").data.batch_size
+    batch = load_shipped_config("demo_dvae").data.batch_size
     print(f"{args.steps} updates of {batch} images; {args.count} held-out images")
     print("  ".join(["        ", *names]))
     for name, row in rows.items():

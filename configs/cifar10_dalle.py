@@ -12,9 +12,9 @@ Hardware: two CPU cores. Time: 20 minutes for 1,500 steps, cores shared. Score: 
 import dataclasses
 
 from dalle_jax.config import ArraysSource, DataConfig, TextConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dalle")
+_demo = load_shipped_config("demo_dalle")
 
 config = dataclasses.replace(
     _demo,

@@ -10,9 +10,9 @@ Hardware: two CPU cores. Time: 9 minutes, cores shared. Score: PSNR 21.0 dB, 76%
 import dataclasses
 
 from dalle_jax.config import ArraysSource, DataConfig, Schedule
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dvae")
+_demo = load_shipped_config("demo_dvae")
 STEPS = 1_500
 
 config = dataclasses.replace(

@@ -10,9 +10,9 @@ Hardware: a TPU pod. Time: not trained. Score: estimated mfu 62.3% on 64 v5p (do
 
 import dataclasses
 
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_paper = load_config("dalle_12b")
+_paper = load_shipped_config("dalle_12b")
 config = dataclasses.replace(
     _paper,
     run="runs/dalle_12b_tpu",

@@ -10,9 +10,9 @@ more often than one (docs/clip.md).
 """
 
 from dalle_jax.config import ClipConfig, DataConfig, OptimConfig, TextConfig, TowerConfig, TrainConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dvae")
+_demo = load_shipped_config("demo_dvae")
 STEPS = 2_000
 
 config = TrainConfig(

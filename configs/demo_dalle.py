@@ -10,9 +10,9 @@ Hardware: two CPU cores. Time: 476 s. Score: 96.0% of samples correct, 84.5% on 
 import dataclasses
 
 from dalle_jax.config import DalleConfig, OptimConfig, TextConfig, TrainConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_tokenizer = load_config("demo_dvae")
+_tokenizer = load_shipped_config("demo_dvae")
 STEPS = 3_000
 
 config = TrainConfig(

@@ -12,9 +12,9 @@ color-shape pairs, at guidance 2 (docs/diffusion.md).
 import dataclasses
 
 from dalle_jax.config import DiffusionConfig, NoiseConfig, TextConfig, TextEncoderConfig, TrainConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dvae")
+_demo = load_shipped_config("demo_dvae")
 STEPS = 6_000
 
 config = TrainConfig(

@@ -10,9 +10,9 @@ Hardware: two CPU cores. Time: about four minutes. Score: PSNR 21.4 dB, 37.5% of
 import dataclasses
 
 from dalle_jax.config import AdversarialConfig, TrainConfig, VectorQuantizer, VQGANConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dvae")
+_demo = load_shipped_config("demo_dvae")
 STEPS = 1_500
 
 config = TrainConfig(

@@ -13,9 +13,9 @@ Hardware: two CPU cores, after demo_dvae. Time: 4.7 minutes. Score: PSNR 29.9 dB
 import dataclasses
 
 from dalle_jax.config import CodesConfig, DiffusionConfig, NoiseConfig, TrainConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dvae")
+_demo = load_shipped_config("demo_dvae")
 
 config = TrainConfig(
     run="runs/diffusion_decoder",

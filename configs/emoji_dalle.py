@@ -10,9 +10,9 @@ Hardware: two CPU cores. Time: four minutes for 1,200 of 12,000 steps. Score: im
 import dataclasses
 
 from dalle_jax.config import DataConfig, TarSource, TextConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dalle")
+_demo = load_shipped_config("demo_dalle")
 
 config = dataclasses.replace(
     _demo,

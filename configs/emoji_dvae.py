@@ -10,9 +10,9 @@ after them (docs/data.md).
 import dataclasses
 
 from dalle_jax.config import DataConfig, Schedule, TarSource
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dvae")
+_demo = load_shipped_config("demo_dvae")
 STEPS = 12_000
 
 config = dataclasses.replace(

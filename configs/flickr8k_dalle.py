@@ -11,9 +11,9 @@ Hardware: two CPU cores. Time: 10 minutes for 600 of 2,500 steps, cores shared. 
 import dataclasses
 
 from dalle_jax.config import DataConfig, TarSource, TextConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dalle")
+_demo = load_shipped_config("demo_dalle")
 
 config = dataclasses.replace(
     _demo,

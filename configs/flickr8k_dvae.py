@@ -10,9 +10,9 @@ Hardware: two CPU cores. Time: not recorded. Score: PSNR 21.4 dB, 98.5% of the c
 import dataclasses
 
 from dalle_jax.config import DataConfig, Schedule, TarSource
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 
-_demo = load_config("demo_dvae")
+_demo = load_shipped_config("demo_dvae")
 STEPS = 2_500
 
 config = dataclasses.replace(

@@ -19,7 +19,7 @@ def made(tmp_path_factory):
 
     out = tmp_path_factory.mktemp("cli") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "load_config", tiny_demo_config)
+        patch.setattr(demo, "load_shipped_config", tiny_demo_config)
         patch.setattr(loop, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))  # compiles faster
         patch.setattr(metrics, "EVAL_ROWS", 8)
         first = json_of("demo", "--out", out, "--count", 4)

@@ -74,7 +74,7 @@ def tiny_dalle(out="runs/demo") -> TrainConfig:
 
 
 def tiny_demo_config(name: str) -> TrainConfig:
-    """Return a tiny configuration; replaces `load_config` in `dalle-jax demo`."""
+    """Return a tiny configuration; replaces `load_shipped_config` in `dalle-jax demo`."""
     return {"demo_dvae": tiny_dvae, "demo_dalle": tiny_dalle}[name]()
 
 

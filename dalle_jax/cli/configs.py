@@ -19,7 +19,7 @@ class ConfigsArgs:
     start a configuration of your own from."""
 
     name: Positional[Annotated[str | None, arg(metavar="[NAME]")]] = None
-    """configuration to print"""
+    """configuration to print; a file of that name here takes precedence"""
     path: bool = False
     """print the path of the file, not its content"""
     json: JsonFlag = False

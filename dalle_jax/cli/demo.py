@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from dalle_jax.cli import output
 from dalle_jax.cli.common_args import JsonFlag
 from dalle_jax.config import DataConfig, TrainConfig
-from dalle_jax.config.files import load_config
+from dalle_jax.config.files import load_shipped_config
 from dalle_jax.data import images
 from dalle_jax.data.loader.pipeline import eval_batch
 from dalle_jax.data.scenes.captions import Caption
@@ -114,7 +114,7 @@ def demo_configs(args: DemoArgs) -> tuple[TrainConfig, TrainConfig]:
     """Return the configurations of the tokenizer and the Transformer with the runs, seed and steps of `args`."""
 
     def adapt(name: str, run: str, steps: int | None, **changes: Any) -> TrainConfig:
-        config = load_config(name)
+        config = load_shipped_config(name)
         data = dataclasses.replace(config.data, seed=args.seed)
         steps = config.steps if steps is None else steps
         return dataclasses.replace(config, run=run, seed=args.seed, data=data, steps=steps, **changes)

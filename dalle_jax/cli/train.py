@@ -43,7 +43,8 @@ class TrainArgs:
     collectives and an estimate of the time. Exit code 3: the program does not fit."""
 
     config_file: Positional[Annotated[str, arg(metavar="CONFIG")]]
-    """configuration file, or the name of a shipped one (`dalle-jax configs`)"""
+    """configuration file, or the name of a shipped one (`dalle-jax configs`); what exists here of that name takes
+    precedence, and NAME.py is the shipped one then"""
     config: Annotated[TrainConfig, arg(name="", prefix_name=False)]
     data_path: Annotated[str | None, arg(name="data.path")] = None
     """folder, tar files (commas, globs), npz file, TFDS directory or name to train on; the kind is detected"""

@@ -36,18 +36,23 @@ def find_config(name: str | Path) -> Path:
     """Return the path of a configuration file.
 
     Args:
-        name: path of a file, or the name of a shipped configuration with or without `.py`. A file at that path takes
-            precedence over a shipped configuration with `.py`.
+        name: path of a file, or the name of a shipped configuration with or without `.py`. What exists at that path
+            takes precedence over a shipped configuration.
 
     Raises:
         FileNotFoundError: there is neither; the message has the nearest name.
+        ValueError: it is a directory with the name of a shipped configuration.
     """
     path = Path(name)
-    shipped = config_dir() / f"{path.stem}.py"
-    by_name = path.name == str(name) and path.suffix in ("", ".py") and shipped.is_file()
-    if path.is_file() and (path.suffix or not by_name):
+    if path.is_file():
         return path
-    if by_name:
+    shipped = config_dir() / f"{path.stem}.py"
+    if path.name == str(name) and path.suffix in ("", ".py") and shipped.is_file():
+        if path.is_dir() and not path.suffix:
+            raise ValueError(
+                f"Expected a configuration file, got {name}, a directory here and the name of a shipped configuration. "
+                f"Use {name}.py for the configuration."
+            )
         return shipped
     near = difflib.get_close_matches(path.stem, list_configs(), n=1)
     hint = f"Use {near[0]}" if near else "Use a name of `dalle-jax configs`"
@@ -79,3 +84,12 @@ def load_config(name: str | Path) -> TrainConfig:
             "End the file in `config = TrainConfig(...)`."
         )
     return config
+
+
+def load_shipped_config(name: str) -> TrainConfig:
+    """Return the shipped configuration of a name; files of the current directory have no effect.
+
+    Raises:
+        FileNotFoundError: there is none; the message has the nearest name.
+    """
+    return load_config(config_dir() / f"{name}.py")

@@ -11,8 +11,8 @@ import pytest
 import tyro
 
 from dalle_jax.cli import all_flags_of, main, train
-from dalle_jax.config import TrainConfig, from_json
-from dalle_jax.config.files import config_dir, find_config, list_configs, load_config
+from dalle_jax.config import TrainConfig, from_json, to_json
+from dalle_jax.config.files import config_dir, find_config, list_configs, load_config, load_shipped_config
 
 NAMES = list(list_configs())
 
@@ -68,11 +68,15 @@ def test_configurations_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = config_dir() / "demo_dalle.py"
     assert find_config("demo_dalle") == find_config("demo_dalle.py") == find_config(shipped) == shipped
-    (tmp_path / "demo_dalle").mkdir()  # a run directory of that name
-    assert find_config("demo_dalle") == shipped
     (tmp_path / "demo_dalle.py").touch()
     assert find_config("demo_dalle.py").resolve() == tmp_path / "demo_dalle.py"
     assert find_config("demo_dalle") == shipped
+    (tmp_path / "demo_dvae").touch()
+    assert find_config("demo_dvae").resolve() == tmp_path / "demo_dvae"
+    (tmp_path / "demo_clip").mkdir()  # a run directory of that name
+    assert find_config("demo_clip.py") == config_dir() / "demo_clip.py"
+    with pytest.raises(ValueError, match=r"got demo_clip, a directory here .*\. Use demo_clip\.py"):
+        find_config("demo_clip")
     with pytest.raises(FileNotFoundError, match=r"configuration file or name, got x/demo_dalle\.py"):
         find_config("x/demo_dalle.py")
     with pytest.raises(FileNotFoundError, match="Use demo_dalle"):
@@ -84,6 +88,10 @@ def test_configurations_are_found_by_name_and_by_path(tmp_path, monkeypatch):
 def test_info_accepts_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert json.loads(run("info", "demo_dvae", "--json"))["stage"] == "dvae"
+    (tmp_path / "demo_dvae").mkdir()  # a run directory takes precedence
+    (tmp_path / "demo_dvae" / "config.json").write_text(to_json(load_config("demo_dalle")))
+    assert json.loads(run("info", "demo_dvae", "--json"))["stage"] == "dalle"
+    assert load_shipped_config("demo_dvae").model.kind == "dvae"
 
 
 def test_the_demo_configurations_fit_together():

@@ -33,7 +33,7 @@ def test_a_finished_demo_is_not_repeated(made, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a finished stage was repeated")
 
-    monkeypatch.setattr(demo, "load_config", tiny_demo_config)
+    monkeypatch.setattr(demo, "load_shipped_config", tiny_demo_config)
     monkeypatch.setattr(demo.loop, "train", refuse)
     monkeypatch.setattr(demo, "_measure", refuse)
     assert json_of("demo", "--out", made.out, "--count", 4)["metrics"] == made.first["metrics"]
@@ -42,7 +42,7 @@ def test_a_finished_demo_is_not_repeated(made, monkeypatch):
 
 
 def test_an_interrupted_demo_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "load_config", tiny_demo_config)
+    monkeypatch.setattr(demo, "load_shipped_config", tiny_demo_config)
     monkeypatch.setattr(demo.loop, "train", lambda config: SimpleNamespace(finished=False))
     done = run("demo", "--out", tmp_path, "--json")
     assert done.code == 0 and json.loads(done.out)["finished"] is False
