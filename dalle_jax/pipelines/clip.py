@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, cast
 
 import jax
@@ -19,6 +19,7 @@ from dalle_jax.config import ClipConfig
 from dalle_jax.data.images import to_float
 from dalle_jax.models import clip
 from dalle_jax.pipelines.batching import ProgressFn, chunked, map_batches
+from dalle_jax.pipelines.captions import CaptionTokens
 from dalle_jax.pipelines.protocol import GeneratedImage, ImageRequest, Pipeline
 from dalle_jax.pipelines.tokenizer import IMAGE_BATCH_SIZE
 from dalle_jax.text.tokenizers import BosEosTokenizer
@@ -77,7 +78,11 @@ class ClipPipeline:
 
     def num_dropped_tokens(self, prompt: str) -> int:
         """Return how many tokens of a caption are beyond those that the model reads."""
-        return max(0, self.text.count_tokens(prompt) - (self.config.text_len - 2))
+        return self._captions.num_dropped(prompt)
+
+    @cached_property
+    def _captions(self) -> CaptionTokens:
+        return CaptionTokens(self.text, self.config.text_vocab, self.config.text_len)
 
     def embed_images(
         self,
@@ -106,11 +111,8 @@ class ClipPipeline:
         """
         if not len(captions):
             raise ValueError("Expected at least one caption, got none.")
-        cfg = self.config
-        text_RT = np.stack(
-            [self.text.encode(c, text_vocab=cfg.text_vocab, text_len=cfg.text_len) for c in captions]
-        )
-        encode = partial(_encode_text, cfg, self.run.params)
+        text_RT = np.stack([self._captions.ids(caption) for caption in captions])
+        encode = partial(_encode_text, self.config, self.run.params)
         return map_batches(encode, (text_RT,), min(batch_size, len(text_RT)))
 
     def score(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:

@@ -10,7 +10,7 @@ import itertools
 import math
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, cast
 
 import jax
@@ -23,6 +23,7 @@ from dalle_jax.config import DiffusionConfig, SamplerName, Spacing
 from dalle_jax.data.images import to_uint8
 from dalle_jax.models.diffusion import denoise, likelihood, sampler, unet
 from dalle_jax.pipelines.batching import ProgressFn, chunked
+from dalle_jax.pipelines.captions import CaptionTokens
 from dalle_jax.pipelines.loading import load
 from dalle_jax.pipelines.protocol import (
     SAMPLE_BATCH_SIZE,
@@ -157,9 +158,14 @@ class DiffusionPipeline:
 
     def num_dropped_tokens(self, prompt: str) -> int:
         """Return how many tokens of a prompt are beyond those that the model reads."""
-        if self.text is None or self.config.text is None:
-            return 0
-        return max(0, self.text.count_tokens(prompt) - self.config.text.text_len)
+        return 0 if self._captions is None else self._captions.num_dropped(prompt)
+
+    @cached_property
+    def _captions(self) -> CaptionTokens | None:
+        cfg = self.config.text
+        if cfg is None or self.text is None:
+            return None
+        return CaptionTokens(self.text, cfg.text_vocab, cfg.text_len)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Return the token ids of captions, int32 (R, T). "" is the null caption; a long caption is truncated.
@@ -167,11 +173,9 @@ class DiffusionPipeline:
         Raises:
             ValueError: the model reads no captions.
         """
-        cfg = self.config.text
-        if cfg is None or self.text is None:
+        if self._captions is None:
             raise ValueError("this model reads no captions; leave the prompts empty")
-        encode = partial(self.text.encode, text_vocab=cfg.text_vocab, text_len=cfg.text_len)
-        return np.stack([encode(prompt) for prompt in prompts])
+        return np.stack([self._captions.ids(prompt) for prompt in prompts])
 
     def conditions(
         self,

@@ -23,6 +23,7 @@ from dalle_jax.config import Quantization, TransformerConfig
 from dalle_jax.data.images import to_uint8
 from dalle_jax.models import autoregressive
 from dalle_jax.pipelines.batching import ProgressFn, chunked, pad_rows
+from dalle_jax.pipelines.captions import CaptionTokens
 from dalle_jax.pipelines.loading import load
 from dalle_jax.pipelines.protocol import (
     SAMPLE_BATCH_SIZE,
@@ -129,9 +130,6 @@ class TextToImagePipeline:
     run: Run
     text: TextTokenizer
     tokenizer: TokenizerPipeline
-    _tokens: dict[str, tuple[np.ndarray, int]] = dataclasses.field(
-        default_factory=dict, init=False, repr=False
-    )
 
     @classmethod
     def from_run(cls, run: Run) -> TextToImagePipeline:
@@ -152,21 +150,15 @@ class TextToImagePipeline:
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Return the token ids of captions, int32 (R, T). "" is the null caption; a long caption is truncated."""
-        return np.stack([self._tokenize(prompt)[0] for prompt in prompts])
+        return np.stack([self._captions.ids(prompt) for prompt in prompts])
 
     def num_dropped_tokens(self, prompt: str) -> int:
         """Return how many tokens of a prompt are beyond those that the model reads."""
-        return self._tokenize(prompt)[1]
+        return self._captions.num_dropped(prompt)
 
-    def _tokenize(self, prompt: str) -> tuple[np.ndarray, int]:
-        """Ids, and how many tokens they lack; each prompt is tokenized once."""
-        if prompt not in self._tokens:
-            cfg = self.config
-            ids = self.text.encode(prompt, text_vocab=cfg.text_vocab, text_len=cfg.text_len)
-            full = ids[-1] < cfg.text_vocab  # no padding: the caption may be longer
-            dropped = max(0, self.text.count_tokens(prompt) - cfg.text_len) if full else 0
-            self._tokens[prompt] = ids, dropped
-        return self._tokens[prompt]
+    @functools.cached_property
+    def _captions(self) -> CaptionTokens:
+        return CaptionTokens(self.text, self.config.text_vocab, self.config.text_len)
 
     def sample(
         self,
@@ -216,7 +208,7 @@ class TextToImagePipeline:
             return
         for request, own in zip(requests, settings, strict=True):
             guided = own.guidance_scale != 1
-            if guided or self._tokenize(request.prompt)[0][0] >= self.config.text_vocab:
+            if guided or self._captions.ids(request.prompt)[0] >= self.config.text_vocab:
                 what = f"guidance {own.guidance_scale:g}" if guided else "an empty caption"
                 raise ValueError(
                     f"{what} needs the null caption, and this model was trained without (model.cond_drop_prob 0). "
@@ -349,7 +341,7 @@ class TextToImagePipeline:
                 request, own = requests[row], settings[row]
                 prefix = np.zeros(0, np.int32) if request.prefix_codes is None else request.prefix_codes
                 top_p = 1.0 if own.top_p is None else own.top_p
-                text_T = self._tokenize(request.prompt)[0]
+                text_T = self._captions.ids(request.prompt)
                 ticket = batcher.submit(
                     SamplingRequest(text_T, request.seed, own.temperature, top_p, own.guidance_scale, prefix)
                 )

@@ -139,15 +139,22 @@ class TextTokenizer:
         Raises:
           ValueError: The caption is not a str, or the vocabulary has more than `text_vocab` pieces.
         """
+        options = {"text_vocab": text_vocab, "text_len": text_len}
+        return self.encode_counted(caption, **options, bpe_dropout=bpe_dropout, seed=seed)[0]
+
+    def encode_counted(
+        self, caption: str, *, text_vocab: int, text_len: int, bpe_dropout: float = 0.0, seed: int = 0
+    ) -> tuple[np.ndarray, int]:
+        """Return the token ids of a caption as `encode` does, and the number of pieces that truncation drops."""
         if self.vocab_size > text_vocab:
             raise ValueError(
                 f"Expected a text vocabulary of at most text_vocab {text_vocab} pieces, got {self.vocab_size} pieces. "
                 "Raise text_vocab or train a smaller vocabulary."
             )
-        pieces = self._vocabulary.encode(_clean(caption), bpe_dropout=bpe_dropout, seed=seed)[:text_len]
+        pieces = self._vocabulary.encode(_clean(caption), bpe_dropout=bpe_dropout, seed=seed)
         ids = null_caption(text_vocab, text_len)
-        ids[: len(pieces)] = pieces
-        return ids
+        ids[: len(pieces)] = pieces[:text_len]
+        return ids, max(0, len(pieces) - text_len)
 
     def count_tokens(self, caption: str) -> int:
         """Return the number of pieces of a caption, before truncation and without dropout."""
@@ -169,15 +176,15 @@ class BosEosTokenizer(TextTokenizer):
     The two are the last ids of `text_vocab`, as in CLIP's own vocabulary.
     """
 
-    def encode(
+    def encode_counted(
         self, caption: str, *, text_vocab: int, text_len: int, bpe_dropout: float = 0.0, seed: int = 0
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, int]:
         """Return the start id (text_vocab - 2), the pieces of a caption, and end ids (text_vocab - 1) to `text_len`.
 
         A caption that is too long loses its last pieces, never its end. For the arguments see `TextTokenizer.encode`.
 
         Returns:
-          int32 (text_len,) in [0, text_vocab).
+          Ids int32 (text_len,) in [0, text_vocab), and the number of pieces that truncation drops.
 
         Raises:
           ValueError: The caption is not a str, or the vocabulary uses the ids of start and end.
@@ -190,10 +197,13 @@ class BosEosTokenizer(TextTokenizer):
                 "a smaller "
                 "vocabulary."
             )
-        pieces = self._vocabulary.encode(_clean(caption), bpe_dropout=bpe_dropout, seed=seed)[: text_len - 2]
+        pieces, room = (
+            self._vocabulary.encode(_clean(caption), bpe_dropout=bpe_dropout, seed=seed),
+            text_len - 2,
+        )
         ids = np.full(text_len, text_vocab - 1, np.int32)
-        ids[0], ids[1 : 1 + len(pieces)] = text_vocab - 2, pieces
-        return ids
+        ids[0], ids[1 : 1 + min(len(pieces), room)] = text_vocab - 2, pieces[:room]
+        return ids, max(0, len(pieces) - room)
 
 
 def tokenization_statistics(

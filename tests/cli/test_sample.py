@@ -15,6 +15,7 @@ from dalle_jax.cli import sample_file
 from dalle_jax.data import images
 from dalle_jax.models import dvae
 from dalle_jax.pipelines import ImageRequest, SamplingConfig, TextToImagePipeline, load, loading
+from dalle_jax.text.sentencepiece_model import SentencePieceModel
 
 pytestmark = pytest.mark.usefixtures("small_batches")
 
@@ -291,11 +292,21 @@ def test_invalid_lines_of_a_captions_file_are_rejected(made, tmp_path, line, exp
     assert expected in message and not (tmp_path / "s").exists()
 
 
-def test_a_long_caption_is_truncated_with_a_warning(made, tmp_path):
-    result = run("sample", made.dalle, "short", "word " * 200, "--num-images", 1, "--out", tmp_path, "--json")
+def test_a_long_caption_is_truncated_with_a_warning(made, tmp_path, monkeypatch):
+    """Each caption passes the vocabulary once."""
+    encode, encoded = SentencePieceModel.encode, []
+
+    def record(self, caption, **options):
+        encoded.append(caption)
+        return encode(self, caption, **options)
+
+    monkeypatch.setattr(SentencePieceModel, "encode", record)
+    captions = ("short", "word " * 200)
+    result = run("sample", made.dalle, *captions, "--num-images", 2, "--out", tmp_path, "--json")
     cut = [p["tokens_cut"] for p in json.loads(result.out)["images"]]
-    assert result.code == 0 and cut[0] == 0 and cut[1] > 100
-    assert f"warning: caption 1 is too long for the model: its last {cut[1]} tokens are dropped" in result.err
+    assert result.code == 0 and cut[0] == 0 and cut[2] == cut[3] > 100
+    assert f"warning: caption 1 is too long for the model: its last {cut[2]} tokens are dropped" in result.err
+    assert encoded == list(captions)
 
 
 def test_unknown_characters_are_accepted(made, tmp_path):
