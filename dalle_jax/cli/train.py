@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -79,6 +79,7 @@ def parse_train_args(argv: Sequence[str], prog: str = "dalle-jax train") -> Trai
 
     Raises:
         SystemExit: no CONFIG; an invalid flag, for which tyro printed the nearest valid ones; or --help.
+        UsageError: a flag is the initials of a field.
         ValueError, OSError: of `load_config`, `with_init_model` and `with_data_path`; fields that do not go together.
     """
     if not argv or argv[0].startswith("-"):
@@ -93,10 +94,41 @@ def parse_train_args(argv: Sequence[str], prog: str = "dalle-jax train") -> Trai
     if base.init_from is not None:
         config = dataclasses.replace(config, init_from=base.init_from)
     default = TrainArgs(config_file=base.config_file, config=with_init_model(config))
+    _check_initials(words, default)
     return tyro.cli(
         TrainArgs, args=argv, default=default, prog=f"{prog} {argv[0]}",
         config=(tyro.conf.AvoidSubcommands,), description=inspect.cleandoc(TrainArgs.__doc__ or ""),
     )  # fmt: skip
+
+
+def _check_initials(words: Sequence[str], args: TrainArgs) -> None:
+    """Raise UsageError for a flag such as --optim.lr or --lr: the initials of --optim.learning-rate."""
+    flags = {field.name.replace("_", "-") for field in dataclasses.fields(args)} | set(_paths(args.config))
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0].replace("_", "-")
+        section, _, initials = name.rpartition(".")
+        if not word.startswith("--") or name in flags or len(initials) < 2:
+            continue
+        matches = [
+            f"--{flag}"
+            for flag in sorted(flags)
+            if "".join(part[0] for part in flag.rpartition(".")[2].split("-")) == initials
+            and section in ("", flag.rpartition(".")[0])
+        ]
+        if matches:
+            raise UsageError(
+                f"Expected a field of the configuration, got --{name}. Use {' or '.join(matches)}."
+            )
+
+
+def _paths(config: Any, section: str = "") -> Iterator[str]:
+    """The flags of the fields of a configuration, without dashes before them."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), section + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value, f"{name}.")
+        else:
+            yield name
 
 
 def run(args: TrainArgs) -> dict[str, Any]:

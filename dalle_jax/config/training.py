@@ -37,10 +37,10 @@ class OptimConfig:
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
     decay_steps: int | None = None  # updates to the schedule's end; None is `steps`
     final_lr_ratio: float = 1 / 32  # last learning rate over the largest; B.2
-    b1: float = 0.9
-    b2: float = 0.96  # B.2
-    eps: float = 1e-8
-    weight_decay: float = 4.5e-2  # B.2
+    b1: float = 0.9  # decay rate of Adam's first moment, the mean of the gradients
+    b2: float = 0.96  # decay rate of Adam's second moment, the mean of the squared gradients; B.2
+    eps: float = 1e-8  # added to the root of Adam's second moment
+    weight_decay: float = 4.5e-2  # of matrices, times the learning rate; B.2
     clip_norm: float = 4.0  # of the global gradient norm; 0 turns it off; B.2
     grad_accum_steps: int = 1  # microbatches per update; gradients are averaged
     ema_decay: float = 0.99  # of the parameters used for sampling; 0 turns the EMA off; B.2

@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+import pytest
 from command_line import refused, run, write_config
 
 from dalle_jax.checkpoint.load import load_run
@@ -48,3 +49,15 @@ def test_invalid_input_is_rejected(made, tmp_path):
     config = write_config(tmp_path / "c.py", "DVAEConfig(image_size=8, groups=1)")
     assert "got none. Use --run DIR" in refused("train", config)
     assert "Perhaps you meant" in refused("train", config, "--stepz", 3, code=2)
+
+
+@pytest.mark.parametrize(
+    ("flag", "field"),
+    [
+        ("--optim.lr", "--optim.learning-rate"), ("--lr=1", "--optim.learning-rate"),
+        ("--optim.wd", "--optim.weight-decay"), ("--bs", "--data.batch-size"), ("--data.bs", "--data.batch-size"),
+    ],
+)  # fmt: skip
+def test_the_initials_of_a_field_are_answered_with_its_flag(flag, field):
+    message = refused("train", "demo_dalle", flag, 1, code=2)
+    assert f"got {flag.partition('=')[0]}. Use {field}.\n" in message
