@@ -50,9 +50,8 @@ class ClipPipeline:
         file = run.path / TEXT_TOKENIZER_FILE
         if not file.is_file():
             raise FileNotFoundError(
-                f"{run.path} has no text_tokenizer.model, the text tokenizer of its captions. Import it again with "
-                "--text-tokenizer FILE, e.g. CLIP's bpe_simple_vocab_16e6.txt.gz (docs/import.md), or train it "
-                "to its first "
+                f"Expected {TEXT_TOKENIZER_FILE} in {run.path}, got none. Import the run again with --text-tokenizer "
+                "FILE, e.g. CLIP's bpe_simple_vocab_16e6.txt.gz (docs/import.md), or train it to its first "
                 "checkpoint."
             )
         text, text_vocab = BosEosTokenizer.load(file), cast(ClipConfig, run.config.model).text_vocab
@@ -129,7 +128,9 @@ class ClipPipeline:
             ValueError: as many captions as images were expected.
         """
         if len(images) != len(captions):
-            raise ValueError(f"{len(images)} images and {len(captions)} captions; expected one caption each")
+            raise ValueError(
+                f"Expected one caption for each image, got {len(images)} images and {len(captions)} captions."
+            )
         unique = list(dict.fromkeys(captions))
         text_RE = self.embed_captions(unique)[[unique.index(caption) for caption in captions]]
         return np.einsum("re,re->r", self.embed_images(images), text_RE)
@@ -150,12 +151,12 @@ class ClipPipeline:
         """
         if images.ndim != 5 or len(images) != len(captions):
             raise ValueError(
-                f"images have shape {images.shape}; expected ({len(captions)}, candidates, height, width, 3): a set "
-                "for each caption"
+                f"Expected images of shape ({len(captions)}, candidates, height, width, 3), a set for each caption, "
+                f"got {images.shape}."
             )
         count = images.shape[1]
         if not 1 <= top <= count:
-            raise ValueError(f"top is {top}; expected 1 to {count}, the candidates of a caption")
+            raise ValueError(f"Expected top in [1, {count}], the candidates of a caption, got {top}.")
         repeated = [caption for caption in captions for _ in range(count)]
         score = self.score(images.reshape(-1, *images.shape[2:]), repeated).reshape(len(captions), count)
         best = np.argsort(-score, axis=1, kind="stable")[:, :top]
@@ -167,8 +168,8 @@ class ClipPipeline:
         """Raise ValueError: a CLIP generates no images."""
         path = self.run.path
         raise ValueError(
-            f"{path} is a run of stage clip: it ranks images and generates none. Use the run of a Transformer, and "
-            f"this one as --clip {path}."
+            f"Expected a run of a model that generates images, got {path} of stage clip, which ranks them. Use the run "
+            f"of a Transformer with --clip {path}."
         )
 
 
@@ -198,9 +199,9 @@ def sample_and_rerank(
         ValueError: a prompt has no text, `top` is out of range, or `generator.sample` raises it.
     """
     if empty := [i for i, request in enumerate(requests) if not request.prompt.strip()]:
-        raise ValueError(f"caption {empty[0]} has no text to rank its images by")
+        raise ValueError(f"Expected captions with text to rank images by, got none in caption {empty[0]}.")
     if not 1 <= top <= candidates:
-        raise ValueError(f"top is {top}; expected 1 to {candidates}, the candidates of a caption")
+        raise ValueError(f"Expected top in [1, {candidates}], the candidates of a caption, got {top}.")
     expanded = [
         dataclasses.replace(request, seed=request.seed + i) for request in requests for i in range(candidates)
     ]

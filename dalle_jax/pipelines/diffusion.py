@@ -86,16 +86,19 @@ class DiffusionSamplingConfig:
         spacings = typing.get_args(Spacing)
         for valid, message in (
             (self.sampler in tuple(sampler.SAMPLERS),
-             f"sampler is {self.sampler!r}; expected one of {', '.join(sampler.SAMPLERS)}"),
-            (self.spacing in spacings, f"Expected spacing as one of {', '.join(spacings)}, got {self.spacing!r}."),
-            (self.num_steps >= 1, f"num_steps is {self.num_steps}; expected at least 1"),
-            (0 <= self.eta <= 1, f"eta is {self.eta}; expected a fraction in [0, 1]"),
-            (self.eta == 0 or self.sampler == "ddim", f"eta is for ddim; {self.sampler} has none"),
-            (0 <= low < high <= 1, f"guidance_interval is {low} to {high}; expected 0 <= first < last <= 1"),
+             f"Expected sampler to be one of {', '.join(sampler.SAMPLERS)}, got {self.sampler!r}."),
+            (self.spacing in spacings,
+             f"Expected spacing to be one of {', '.join(spacings)}, got {self.spacing!r}."),
+            (self.num_steps >= 1, f"Expected num_steps of at least 1, got {self.num_steps}."),
+            (0 <= self.eta <= 1, f"Expected eta in [0, 1], got {self.eta}."),
+            (self.eta == 0 or self.sampler == "ddim",
+             f"Expected eta 0 for sampler {self.sampler}, got {self.eta}. Use sampler ddim."),
+            (0 <= low < high <= 1,
+             f"Expected guidance_interval of two numbers with 0 <= first < last <= 1, got {low} and {high}."),
             (self.threshold is None or 0 <= self.threshold < 1,
-             f"threshold is {self.threshold}; expected a quantile in [0, 1), 0 clips"),
+             f"Expected threshold in [0, 1), got {self.threshold}. Use 0 to clip values, None not to."),
             (0 <= self.num_frames <= self.num_steps,
-             f"num_frames is {self.num_frames}; expected 0 to {self.num_steps}, the number of steps"),
+             f"Expected num_frames in [0, {self.num_steps}], the number of steps, got {self.num_frames}."),
         ):  # fmt: skip
             if not valid:
                 raise ValueError(message)
@@ -152,8 +155,8 @@ class DiffusionPipeline:
         """
         if self.tokenizer is None or self.tokenizer.fingerprint != tokenizer.fingerprint:
             raise ValueError(
-                f"{self.run.path} was not trained on the codes of this tokenizer ({tokenizer.fingerprint}). Use a "
-                "diffusion model that was (--image-tokenizer of its training)."
+                f"Expected a diffusion model trained on the codes of tokenizer {tokenizer.fingerprint}, got "
+                f"{self.run.path}. Use one trained with this tokenizer as --image-tokenizer."
             )
 
     def num_dropped_tokens(self, prompt: str) -> int:
@@ -174,7 +177,7 @@ class DiffusionPipeline:
             ValueError: the model reads no captions.
         """
         if self._captions is None:
-            raise ValueError("this model reads no captions; leave the prompts empty")
+            raise ValueError("Expected no captions for a model without text, got some. Use empty prompts.")
         return np.stack([self._captions.ids(prompt) for prompt in prompts])
 
     def conditions(
@@ -208,15 +211,16 @@ class DiffusionPipeline:
             ("low_res", low_res, cfg.low_res_size > 0),
         ):
             if reads and value is None:
-                raise ValueError(f"this model generates from {name}; set one for each image")
+                raise ValueError(f"Expected {name} for this model, got none. Set one for each image.")
             if value is not None and not reads:
-                raise ValueError(f"this model reads no {name}; leave it out")
+                raise ValueError(f"Expected no {name} for this model, got some. Remove them.")
         label_R = None
         if labels is not None:
             label_R = np.asarray([-1 if label is None else label for label in labels], np.int32)
             if label_R.min() < -1 or label_R.max() >= cfg.num_classes:
                 raise ValueError(
-                    f"labels from {label_R.min()} to {label_R.max()}; expected 0 to {cfg.num_classes - 1}, -1 is none"
+                    f"Expected labels in [0, {cfg.num_classes}), got labels from {label_R.min()} to {label_R.max()}. "
+                    "Use None for no label."
                 )
             label_R = np.where(label_R < 0, cfg.num_classes, label_R)
         if codes is not None and cfg.codes is not None:
@@ -224,18 +228,20 @@ class DiffusionPipeline:
             count, vocab = cfg.codes.grid**2, cfg.codes.vocab
             if codes.ndim != 2 or codes.shape[1] != count or not np.issubdtype(codes.dtype, np.integer):
                 raise ValueError(
-                    f"codes are {codes.dtype} {codes.shape}; expected integers (images, {count})"
+                    f"Expected codes of integers (images, {count}), got {codes.dtype} {codes.shape}."
                 )
             if codes.min() < 0 or codes.max() >= vocab:
                 raise ValueError(
-                    f"codes from {codes.min()} to {codes.max()}; this model's are in [0, {vocab})"
+                    f"Expected codes in [0, {vocab}), got codes from {codes.min()} to {codes.max()}. Use those of the "
+                    "model's image tokenizer."
                 )
             codes = codes.astype(np.int32)
         if low_res is not None:
             size = cfg.low_res_size
             if low_res.shape[1:] != (size, size, 3) or low_res.dtype != np.uint8:
                 raise ValueError(
-                    f"low_res is {low_res.dtype} {low_res.shape}; expected uint8 (rows, {size}, {size}, 3)"
+                    f"Expected low_res of uint8 (rows, {size}, {size}, 3), got {low_res.dtype} {low_res.shape}. Resize "
+                    "the images."
                 )
             low_res = low_res.astype(np.float32) / np.float32(127.5) - 1
         text_RT = None if prompts is None else self.tokenize(prompts)
@@ -245,7 +251,7 @@ class DiffusionPipeline:
     def _request_conditions(self, requests: list[ImageRequest]) -> unet.Conditions:
         cfg = self.config
         if cfg.text is None and any(request.prompt for request in requests):
-            raise ValueError("this model reads no captions; leave the prompts empty")
+            raise ValueError("Expected no captions for a model without text, got some. Use empty prompts.")
         for name, reads in (
             ("label", cfg.num_classes > 0),
             ("codes", cfg.codes is not None),
@@ -257,7 +263,9 @@ class DiffusionPipeline:
         for name, reads in (("codes", cfg.codes is not None), ("low_res", cfg.low_res_size > 0)):
             rows = [getattr(request, name) for request in requests]
             if reads and any(row is None for row in rows):
-                raise ValueError(f"this model generates from {name}; set one in each request")
+                raise ValueError(
+                    f"Expected {name} in each request for this model, got one without it. Set {name}."
+                )
             if reads:
                 arrays[name] = np.stack(rows)
         return self.conditions(
@@ -272,17 +280,17 @@ class DiffusionPipeline:
         guided = [scale for scale in scales if scale != 1]
         if guided and not cfg.supports_cfg:
             raise ValueError(
-                f"guidance {guided[0]:g} needs a model that reads captions or labels; use guidance 1"
+                f"Expected guidance_scale 1 for a model without captions or labels, got {guided[0]:g}. Use 1."
             )
         unconditional = any(
             (cfg.text is not None and not r.prompt) or (cfg.num_classes > 0 and r.label in (None, -1))
             for r in requests
         )
         if cfg.cond_drop_prob == 0 and (guided or unconditional):
-            what = f"guidance {guided[0]:g}" if guided else "an empty caption or no label"
+            got = f"guidance_scale {guided[0]:g}" if guided else "an empty caption or no label"
             raise ValueError(
-                f"{what} needs rows without a condition, and this model was trained without (model.cond_drop_prob "
-                "0). Use guidance 1 and conditions for all, or train with a cond_drop_prob of 0.1."
+                "Expected guidance_scale 1 and a condition for each image for a model trained with cond_drop_prob 0, "
+                f"got {got}. Use a model trained with cond_drop_prob above 0."
             )
 
     def sample(
@@ -313,7 +321,9 @@ class DiffusionPipeline:
         check_requests(requests, batch_size, config, DiffusionSamplingConfig)
         check_unused(requests, ("temperature", "top_p", "prefix_codes"), "a diffusion model")
         if on_preview is not None:
-            raise ValueError("A diffusion model has no previews by rows. Use num_frames.")
+            raise ValueError(
+                "Expected no on_preview for a diffusion model, got a function. Use num_frames of the config."
+            )
         default = config.guidance_scale
         scales = [default if r.guidance_scale is None else r.guidance_scale for r in requests]
         self._check_guidance(requests, scales)
@@ -441,24 +451,31 @@ def _start_from_image(cfg: DiffusionConfig, request: ImageRequest) -> dict[str, 
     image, mask, strength = request.image, request.mask, request.strength
     if image is None:
         if mask is not None or strength is not None:
-            raise ValueError("a mask or a strength needs an image to start from; set one")
+            raise ValueError(
+                "Expected an image to start from with a mask or a strength, got none. Set image."
+            )
         return {}
     if mask is None and strength is None:
-        raise ValueError("an image to start from needs a strength (image-to-image) or a mask (inpainting)")
+        raise ValueError(
+            "Expected a strength or a mask with an image, got neither. Set strength for image-to-image or mask for "
+            "inpainting."
+        )
     size = cfg.image_size
     if image.shape != (size, size, 3) or image.dtype != np.uint8:
-        raise ValueError(f"image is {image.dtype} {image.shape}; expected uint8 ({size}, {size}, 3)")
+        raise ValueError(
+            f"Expected image of uint8 ({size}, {size}, 3), got {image.dtype} {image.shape}. Resize it."
+        )
     options: dict[str, Any] = {}
     floats = jnp.asarray(image.astype(np.float32) / np.float32(127.5) - 1)
     if strength is not None:
         if not cfg.noise.t_min < strength <= 1:
-            raise ValueError(f"strength is {strength}; expected a fraction in ({cfg.noise.t_min:g}, 1]")
+            raise ValueError(f"Expected strength in ({cfg.noise.t_min:g}, 1], got {strength}.")
         if strength < 1:  # at 1 nothing of the image is left
             options |= {"image": floats, "start_time": float(strength)}
     if mask is not None:
         if mask.shape != (size, size) or mask.dtype != bool:
             raise ValueError(
-                f"mask is {mask.dtype} {mask.shape}; expected bool ({size}, {size}), True where kept"
+                f"Expected mask of bool ({size}, {size}), True where the image is kept, got {mask.dtype} {mask.shape}."
             )
         options |= {
             "inpaint_image": floats,

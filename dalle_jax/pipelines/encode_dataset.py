@@ -55,12 +55,12 @@ def encode_dataset(
     source = open_source(data.source, split, languages=data.languages)
     count = len(source) if rows is None else rows
     if not 1 <= count <= len(source):
-        raise ValueError(f"{count} rows of a source of {len(source)}; expected 1 to {len(source)}")
+        raise ValueError(f"Expected rows in [1, {len(source)}], the rows of the source, got {count}.")
     if shard_rows < 1:
-        raise ValueError(f"{shard_rows} rows in a shard; expected 1 or more")
+        raise ValueError(f"Expected shard_rows of at least 1, got {shard_rows}.")
     index, num_processes = process
     if not 0 <= index < num_processes:
-        raise ValueError(f"process {index} of {num_processes}; expected 0 to {num_processes - 1}")
+        raise ValueError(f"Expected process in [0, {num_processes}), the number of processes, got {index}.")
     cfg = tokenizer.config
     info = CodesInfo(
         rows=count, shard_rows=shard_rows, num_codes=cfg.num_codes, vocab=cfg.vocab, image_size=cfg.image_size,

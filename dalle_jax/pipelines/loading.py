@@ -76,13 +76,17 @@ def load(path, expected=None, *, params_on_host=False):
     if expected is TokenizerPipeline and found.kind != "tokenizer":
         if found.kind == "clip":
             raise ValueError(
-                f"{path} is a run of stage clip, which has no image tokenizer. Use a run that has one."
+                f"Expected a run with an image tokenizer, got {path} of stage clip. Use the run of a tokenizer or a "
+                "Transformer."
             )
         if not (local / IMAGE_TOKENIZER_DIR / CONFIG_FILE).is_file():
             raise FileNotFoundError(
-                f"{path} has no {IMAGE_TOKENIZER_DIR}/ yet; train it first, or use the tokenizer's own run"
+                f"Expected {IMAGE_TOKENIZER_DIR}/ in {path}, got none. Train the run first, or use the tokenizer's own "
+                "run."
             )
         return load(local / IMAGE_TOKENIZER_DIR, TokenizerPipeline)
     if expected not in (None, found):
-        raise ValueError(f"{path} is a run of stage {config.model.kind}; expected {_EXPECTED[expected.kind]}")
+        raise ValueError(
+            f"Expected the run of {_EXPECTED[expected.kind]}, got {path} of stage {config.model.kind}."
+        )
     return found.from_run(load_run(path, device=host_device() if params_on_host else None))

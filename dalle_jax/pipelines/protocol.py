@@ -60,13 +60,13 @@ def as_setting(name: str, value: Any) -> float:
         ValueError: `value` is no number, or not in the range of the setting.
     """
     value = as_float(name, value)
-    valid, expected = {
-        "temperature": (0 <= value < math.inf, "0 (greedy) or more"),
-        "top_p": (0 < value <= 1, "a fraction in (0, 1]"),
-        "guidance_scale": (0 <= value < math.inf, "0 or more; 1 turns guidance off"),
+    valid, expected, hint = {
+        "temperature": (0 <= value < math.inf, "of at least 0", "Use 0 for greedy decoding."),
+        "top_p": (0 < value <= 1, "in (0, 1]", "Use None to keep every code."),
+        "guidance_scale": (0 <= value < math.inf, "of at least 0", "Use 1 for no guidance."),
     }[name]
     if not valid:
-        raise ValueError(f"{name} is {value}; expected {expected}")
+        raise ValueError(f"Expected {name} {expected}, got {value}. {hint}")
     return value
 
 
@@ -234,7 +234,7 @@ def check_requests(
     if not requests:
         raise ValueError("Expected at least one request, got none.")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1 image")
+        raise ValueError(f"Expected batch_size of at least 1, got {batch_size}.")
 
 
 def check_unused(requests: list[ImageRequest], fields: tuple[str, ...], model: str) -> None:
@@ -245,4 +245,4 @@ def check_unused(requests: list[ImageRequest], fields: tuple[str, ...], model: s
     """
     for name in fields:
         if any(getattr(request, name) is not None for request in requests):
-            raise ValueError(f"{model} does not read {name}; leave it out of the requests")
+            raise ValueError(f"Expected requests without {name} for {model}, got one with it. Remove it.")

@@ -77,19 +77,19 @@ class SamplingConfig:
                     object.__setattr__(self, name, convert(name, value))
         kinds = typing.get_args(Quantization)
         for valid, message in (
-            (self.top_k is None or self.top_k >= 1, f"top_k is {self.top_k}; expected at least 1 code"),
+            (
+                self.top_k is None or self.top_k >= 1,
+                f"Expected top_k of at least 1, got {self.top_k}. Use None to keep every code.",
+            ),
             (
                 self.draft_len is None or self.draft_len >= 2,
-                f"draft_len is {self.draft_len}; expected at least 2 codes",
+                f"Expected draft_len of at least 2, got {self.draft_len}. Use None to decode one code per pass.",
             ),
             (
                 self.quantization in (None, *kinds),
-                f"quantization is {self.quantization!r}; expected one of {', '.join(kinds)}, or None",
+                f"Expected quantization to be one of {', '.join(kinds)}, or None, got {self.quantization!r}.",
             ),
-            (
-                self.preview_rows >= 1,
-                f"preview_rows is {self.preview_rows}; expected at least 1 row of codes",
-            ),
+            (self.preview_rows >= 1, f"Expected preview_rows of at least 1, got {self.preview_rows}."),
         ):
             if not valid:
                 raise ValueError(message)
@@ -209,10 +209,10 @@ class TextToImagePipeline:
         for request, own in zip(requests, settings, strict=True):
             guided = own.guidance_scale != 1
             if guided or self._captions.ids(request.prompt)[0] >= self.config.text_vocab:
-                what = f"guidance {own.guidance_scale:g}" if guided else "an empty caption"
+                got = f"guidance_scale {own.guidance_scale:g}" if guided else "an empty caption"
                 raise ValueError(
-                    f"{what} needs the null caption, and this model was trained without (model.cond_drop_prob 0). "
-                    "Use guidance 1 and captions with text, or train with a cond_drop_prob of 0.1."
+                    "Expected guidance_scale 1 and captions with text for a model trained with cond_drop_prob 0, "
+                    f"got {got}. Use a model trained with cond_drop_prob above 0."
                 )
 
     def _check_prefix(self, prefix: np.ndarray | None) -> None:
@@ -221,11 +221,11 @@ class TextToImagePipeline:
             return
         if prefix.ndim != 1 or len(prefix) >= cfg.num_codes or not np.issubdtype(prefix.dtype, np.integer):
             raise ValueError(
-                f"prefix_codes is {prefix.dtype} {prefix.shape}; expected integers, fewer than {cfg.num_codes}"
+                f"Expected prefix_codes of fewer than {cfg.num_codes} integers, got {prefix.dtype} {prefix.shape}."
             )
         if len(prefix) and not 0 <= prefix.min() <= prefix.max() < cfg.image_vocab:
             raise ValueError(
-                f"prefix_codes from {prefix.min()} to {prefix.max()}; expected codes in [0, {cfg.image_vocab})"
+                f"Expected prefix_codes in [0, {cfg.image_vocab}), got codes from {prefix.min()} to {prefix.max()}."
             )
 
     def _generate(

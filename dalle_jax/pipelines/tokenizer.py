@@ -115,14 +115,14 @@ class TokenizerPipeline:
         self.check_codes(codes)
         if codes.shape[1] != cfg.num_codes:
             raise ValueError(
-                f"codes have {codes.shape[1]} columns; this tokenizer's images have {cfg.num_codes} codes "
-                f"({cfg.grid} x {cfg.grid}). Use the tokenizer that encoded them."
+                f"Expected {cfg.num_codes} codes per image ({cfg.grid} x {cfg.grid}), got {codes.shape[1]}. Use the "
+                "tokenizer that encoded them."
             )
         if codes.min() < 0 or codes.max() >= cfg.vocab:
             row = int(np.flatnonzero(((codes < 0) | (codes >= cfg.vocab)).any(axis=1))[0])
             raise ValueError(
-                f"row {row} has codes from {codes[row].min()} to {codes[row].max()}; this tokenizer's are in "
-                f"[0, {cfg.vocab}). Use the tokenizer that encoded them."
+                f"Expected codes in [0, {cfg.vocab}), got codes from {codes[row].min()} to {codes[row].max()} in row "
+                f"{row}. Use the tokenizer that encoded them."
             )
         decode = partial(_decode, cfg, self.run.params)
         return map_batches(decode, (codes.astype(np.int32),), min(batch_size, len(codes)), progress)
@@ -131,8 +131,8 @@ class TokenizerPipeline:
         """Check that codes are integers (R, columns), R at least 1. Raises ValueError for another shape or dtype."""
         if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer) or not len(codes):
             raise ValueError(
-                f"codes are {codes.dtype} {codes.shape}; expected integers (images, {self.config.num_codes}), at "
-                "least one row"
+                f"Expected codes of integers (images, {self.config.num_codes}), at least one row, "
+                f"got {codes.dtype} {codes.shape}."
             )
 
     def reconstruct(self, images: np.ndarray, *, batch_size: int = IMAGE_BATCH_SIZE) -> np.ndarray:
@@ -151,6 +151,6 @@ class TokenizerPipeline:
         """Raise ValueError: an image tokenizer generates no images."""
         path, kind = self.run.path, self.config.kind
         raise ValueError(
-            f"{path} is a tokenizer run (stage {kind}): it reads no captions. Use the run of a Transformer trained "
-            f"on it (--image-tokenizer {path}); `encode` and `decode` work with tokenizer runs."
+            f"Expected a run of a model that generates images, got {path} of stage {kind}, an image tokenizer. Use the "
+            f"run of a Transformer trained on it (--image-tokenizer {path}), or `encode` and `decode` with this one."
         )

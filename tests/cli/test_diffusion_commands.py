@@ -174,12 +174,12 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
     ("argv", "code", "match"),
     [
         (["x", "--sampler", "euler2"], 2, "euler2"),
-        (["x", "--num-steps", "0"], 1, "num_steps is 0; expected at least 1"),
+        (["x", "--num-steps", "0"], 1, "Expected num_steps of at least 1, got 0"),
         (["x", "--num-steps", "41"], 1, "num_steps in [1, 40] (noise.num_timesteps), got 41"),
-        (["x", "--eta", "0.5"], 1, "eta is for ddim; dpm++2m has none"),
-        (["x", "--guidance-scale", "-1"], 1, "guidance_scale is -1.0; expected 0 or more"),
-        (["x", "--guidance-interval", "0.9", "0.1"], 1, "guidance_interval is 0.9 to 0.1"),
-        (["x", "--threshold", "1.5"], 1, "threshold is 1.5; expected a quantile"),
+        (["x", "--eta", "0.5"], 1, "Expected eta 0 for sampler dpm++2m, got 0.5. Use sampler ddim"),
+        (["x", "--guidance-scale", "-1"], 1, "Expected guidance_scale of at least 0, got -1.0"),
+        (["x", "--guidance-interval", "0.9", "0.1"], 1, "0 <= first < last <= 1, got 0.9 and 0.1"),
+        (["x", "--threshold", "1.5"], 1, "Expected threshold in [0, 1), got 1.5"),
         (["x", "--filmstrip", "51"], 1, "--filmstrip is 51; expected 1 to 50"),
         (
             ["x", "--mask", "small.png", "--image", "image.png"],
@@ -187,9 +187,13 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
             "--mask small.png is 16 x 16 pixels; this model's",
         ),
         (["x", "--image", "small.png", "--strength", "0.5"], 1, "--image small.png is 16 x 16"),
-        (["x", "--image", "image.png"], 1, "needs a strength (image-to-image) or a mask (inpainting)"),
-        (["x", "--strength", "0.5"], 1, "a mask or a strength needs an image to start from"),
-        (["x", "--image", "image.png", "--strength", "2"], 1, "strength is 2.0; expected a fraction"),
+        (["x", "--image", "image.png"], 1, "Expected a strength or a mask with an image, got neither"),
+        (
+            ["x", "--strength", "0.5"],
+            1,
+            "Expected an image to start from with a mask or a strength, got none",
+        ),
+        (["x", "--image", "image.png", "--strength", "2"], 1, "1], got 2.0."),
         (["x", "--temperature", "0.5"], 2, "--temperature"),
         (["x", "--prefix", "image.png"], 2, "--prefix"),
         (["x", "--decoder", "runs/x"], 2, "--decoder"),
@@ -253,7 +257,8 @@ def test_codes_that_are_no_rows_are_rejected_by_decode(decoder, tmp_path):
         run("decode", path, tmp_path / "codes.npz", "--out", tmp_path / "x.npz").err
         for path in (decoder, decoder / "image_tokenizer")
     ]
-    assert "codes are int32 (); expected integers (images, 64)" in messages[0] and messages[0] == messages[1]
+    assert "codes of integers (images, 64), at least one row, got int32 ()" in messages[0]
+    assert messages[0] == messages[1]
 
 
 def test_images_are_sampled_by_class(tmp_path):
@@ -268,7 +273,7 @@ def test_images_are_sampled_by_class(tmp_path):
     assert (sampled_images[0] != sampled_images[1]).any()  # the same seed, another class
     for argv, match in (
         ((), "no label; give --label, 0 to 2"),
-        (("--label", 3), "labels from 3 to 3; expected 0 to 2"),
+        (("--label", 3), "Expected labels in [0, 3), got labels from 3 to 3"),
         (("a cat", "--label", 1), "reads no captions; leave them out, give --label"),
     ):
         done = run("sample", path, *argv, "--out", tmp_path / "x")
@@ -304,7 +309,7 @@ def test_decode_equals_the_function(decoder, tmp_path):
     np.testing.assert_allclose(got, want / np.float32(255), atol=1e-6)
     done = run("sample", decoder, "--out", tmp_path / "x")
     assert done.code == 1 and "generates the pixels of codes: `dalle-jax decode" in done.err
-    with pytest.raises(ValueError, match=r"codes from 0 to 9; this model's are in \[0, 9\)"):
+    with pytest.raises(ValueError, match=r"Expected codes in \[0, 9\), got codes from 0 to 9"):
         model.sample([ImageRequest(codes=9 * (np.arange(64) > 0))])
 
 
@@ -320,7 +325,7 @@ def test_evaluate_compares_with_the_decoder_of_the_tokenizer(decoder):
     model.check_tokenizer(model.tokenizer)
     run = model.tokenizer.run
     other = TokenizerPipeline(run._replace(params=jax.tree.map(lambda x: x + 1, run.params)))
-    with pytest.raises(ValueError, match=r"was not trained on the codes of this tokenizer \([0-9a-f]{16}\)"):
+    with pytest.raises(ValueError, match=r"trained on the codes of tokenizer [0-9a-f]{16}, got"):
         model.check_tokenizer(other)
 
 

@@ -140,12 +140,12 @@ def test_codes_of_another_tokenizer_stop_training_and_warn_in_decode(made, tmp_p
 @pytest.mark.parametrize(
     ("arrays", "expected"),
     [
-        ({"codes": np.full((2, 64), VOCAB)}, "codes from 32 to 32; this tokenizer's are in [0, 32)"),
-        ({"codes": np.full((2, 64), -1)}, "row 0 has codes from -1 to -1"),
-        ({"codes": np.zeros((2, 63), int)}, "codes have 63 columns; this tokenizer's images"),
-        ({"codes": np.zeros((2, 64))}, "codes are float64 (2, 64); expected integers"),
-        ({"codes": np.zeros((0, 64), int)}, "expected integers (images, 64)"),
-        ({"codes": np.zeros(64, int)}, "codes are int64 (64,)"),
+        ({"codes": np.full((2, 64), VOCAB)}, "Expected codes in [0, 32), got codes from 32 to 32 in row 0"),
+        ({"codes": np.full((2, 64), -1)}, "got codes from -1 to -1 in row 0"),
+        ({"codes": np.zeros((2, 63), int)}, "Expected 64 codes per image (8 x 8), got 63"),
+        ({"codes": np.zeros((2, 64))}, "codes of integers (images, 64), at least one row, got float64 (2, 64)"),
+        ({"codes": np.zeros((0, 64), int)}, "integers (images, 64), at least one row, got int64 (0, 64)"),
+        ({"codes": np.zeros(64, int)}, "got int64 (64,)"),
         ({"tokens": np.zeros((2, 64), int)}, "has no array `codes`, it has tokens"),
         ({"codes": np.array([[{}]])}, "is not an npz file of numbers"),
         ("text", "is not a whole npz file"),
@@ -182,10 +182,11 @@ def test_encode_rejects_invalid_input(made, image_files, tmp_path):
     )
     assert "--rows is for --data" in refused("encode", made.dvae, image_files[0], "--rows", 2, "--out", out)
     ahead = ("encode", made.dvae, "--data", made.dvae, "--out", tmp_path / "codes")
-    assert "41 rows of a source of 40" in refused(*ahead, "--rows", 41)
-    assert "process 2 of 2; expected 0 to 1" in refused(*ahead, "--process", 2, "--processes", 2)
+    assert "Expected rows in [1, 40], the rows of the source, got 41" in refused(*ahead, "--rows", 41)
+    message = refused(*ahead, "--process", 2, "--processes", 2)
+    assert "Expected process in [0, 2), the number of processes, got 2" in message
     assert "--process and --processes go together" in refused(*ahead, "--process", 2)
-    assert "0 rows in a shard" in refused(*ahead, "--shard-rows", 0)
+    assert "Expected shard_rows of at least 1, got 0" in refused(*ahead, "--shard-rows", 0)
     assert "configuration file or name, got none.py" in refused(
         "encode", made.dvae, "--data", "none.py", "--out", out
     )

@@ -54,13 +54,13 @@ def test_runs_that_are_missing_incomplete_or_of_another_stage(made, tmp_path):
     assert "has no checkpoint yet; train it first" in refused("sample", tmp_path / "half", "a")
     np.savez(tmp_path / "c.npz", codes=np.zeros((1, 64), np.int32))
     message = refused("decode", tmp_path / "half", tmp_path / "c.npz", "--out", tmp_path / "x")
-    assert "has no image_tokenizer/ yet; train it first" in message
+    assert ", got none. Train the run first" in message
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     assert "Expected a configuration of this version" in refused("info", tmp_path / "broken")
     message = refused("sample", made.dvae, "a")
     assert (
-        "is a tokenizer run (stage dvae): it reads no captions" in message
+        "of stage dvae, an image tokenizer. Use the run of a Transformer" in message
         and "`encode` and `decode`" in message
     )
     assert {p.name for p in (tmp_path / "half").iterdir()} == {"config.json"}

@@ -282,7 +282,7 @@ def test_an_image_of_a_captions_file_equals_the_one_sampled_alone(made, tmp_path
         ('{"text": "a"}', "line 2 has no caption"),
         ('{"caption": "a", "gidance": 2}', "line 2 has 'gidance'; expected caption, seed"),
         ('{"caption": "a", "seed": 0.5}', "line 2: seed is 0.5; expected a number"),
-        ('{"caption": "a", "top_p": 2}', "caption 1 ('a'): top_p is 2.0; expected a fraction"),
+        ('{"caption": "a", "top_p": 2}', "caption 1 ('a'): Expected top_p in (0, 1], got 2.0"),
         ('{"caption": "a", "seed": -1}', "caption 1 ('a'): Expected an integer seed in [0, 2**32), got -1"),
     ],
 )
@@ -316,20 +316,20 @@ def test_unknown_characters_are_accepted(made, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--temperature", -1), "temperature is -1.0; expected 0"),
-        (("--temperature", "nan"), "temperature is nan"),
-        (("--top-k", 0), "top_k is 0; expected at least 1"),
-        (("--top-p", 0), "top_p is 0.0; expected a fraction in (0, 1]"),
-        (("--top-p", 1.5), "top_p is 1.5"),
-        (("--guidance-scale", -2), "guidance_scale is -2.0; expected 0 or more"),
+        (("--temperature", -1), "Expected temperature of at least 0, got -1.0"),
+        (("--temperature", "nan"), "Expected temperature of at least 0, got nan"),
+        (("--top-k", 0), "Expected top_k of at least 1, got 0"),
+        (("--top-p", 0), "Expected top_p in (0, 1], got 0.0"),
+        (("--top-p", 1.5), "Expected top_p in (0, 1], got 1.5"),
+        (("--guidance-scale", -2), "Expected guidance_scale of at least 0, got -2.0"),
         (("--num-images", 0), "--num-images is 0; expected at least 1"),
-        (("--batch-size", 0), "batch_size is 0"),
+        (("--batch-size", 0), "Expected batch_size of at least 1, got 0"),
         (("--seed", -1), "Expected an integer seed in [0, 2**32)"),
         (("--seed", 2**32), "Expected an integer seed in [0, 2**32)"),
         (("--unconditional",), "Leave out the captions"),
         (("--prefix-rows", 2), "needs --prefix"),
         (("--preview-rows", 0), "--preview-rows is 0; expected at least 1"),
-        (("--draft-len", 1), "draft_len is 1; expected at least 2 codes"),
+        (("--draft-len", 1), "Expected draft_len of at least 2, got 1"),
         (
             ("--draft-len", GRID * GRID + 1),
             f"Expected draft_len from 2 to {GRID * GRID}, got {GRID * GRID + 1}",
@@ -377,10 +377,10 @@ def test_guidance_requires_a_model_trained_with_null_captions(made, tmp_path):
     shutil.copytree(made.dalle, copy)
     text = (copy / "config.json").read_text().replace('"cond_drop_prob": 0.1', '"cond_drop_prob": 0.0')
     (copy / "config.json").write_text(text)
-    assert "trained without (model.cond_drop_prob 0)" in refused(
+    assert "for a model trained with cond_drop_prob 0, got guidance_scale 2." in refused(
         "sample", copy, "a", "--guidance-scale", 2, "--out", tmp_path / "s"
     )
-    assert "an empty caption needs the null caption" in refused("sample", copy, "", "--out", tmp_path / "s")
+    assert "cond_drop_prob 0, got an empty caption." in refused("sample", copy, "", "--out", tmp_path / "s")
     json_of("sample", copy, "a", "--guidance-scale", 1, "--num-images", 1, "--out", tmp_path / "s")
 
 

@@ -263,10 +263,14 @@ def test_no_rows_are_refused(tokenizer, count):
     ("requests", "options", "match"),
     [
         ([], {}, "Expected at least one request, got none"),
-        ([ImageRequest("a")], {"batch_size": 0}, "batch_size is 0; expected at least 1 image"),
-        ([ImageRequest("a", label=1)], {}, "a Transformer does not read label"),
-        ([ImageRequest("a", prefix_codes=np.zeros(64, np.int32))], {}, "fewer than 64"),
-        ([ImageRequest("a", prefix_codes=np.full(3, 99))], {}, r"expected codes in \[0, 16\)"),
+        ([ImageRequest("a")], {"batch_size": 0}, "Expected batch_size of at least 1, got 0"),
+        ([ImageRequest("a", label=1)], {}, "Expected requests without label for a Transformer"),
+        ([ImageRequest("a", prefix_codes=np.zeros(64, np.int32))], {}, "of fewer than 64 integers"),
+        (
+            [ImageRequest("a", prefix_codes=np.full(3, 99))],
+            {},
+            r"Expected prefix_codes in \[0, 16\), got codes from 99 to 99",
+        ),
     ],
 )
 def test_requests_that_are_not_valid(model, requests, options, match):
@@ -279,9 +283,9 @@ def test_requests_that_are_not_valid(model, requests, options, match):
     ("settings", "match"),
     [
         ({"seed": 2**32}, r"Expected an integer seed in \[0, 2\*\*32\)"),
-        ({"temperature": -1.0}, "temperature is -1.0; expected 0"),
-        ({"top_p": 0.0}, "top_p is 0.0; expected a fraction"),
-        ({"guidance_scale": -1.0}, "guidance_scale is -1.0; expected 0 or more"),
+        ({"temperature": -1.0}, "Expected temperature of at least 0, got -1.0. Use 0"),
+        ({"top_p": 0.0}, r"Expected top_p in \(0, 1\], got 0.0"),
+        ({"guidance_scale": -1.0}, "Expected guidance_scale of at least 0, got -1.0"),
     ],
 )
 def test_settings_that_are_not_valid(settings, match):

@@ -97,7 +97,8 @@ def test_a_missing_vocabulary_is_reported(tmp_path, capsys):
     run = imported(tmp_path, GOLDEN / "clip_hugging_face")
     assert "it has no vocabulary" in capsys.readouterr().out
     with pytest.raises(
-        FileNotFoundError, match=r"has no text_tokenizer\.model.*Import it again with --text-tokenizer FILE"
+        FileNotFoundError,
+        match=r"text_tokenizer\.model in .*, got none\. Import .* with --text-tokenizer FILE",
     ):
         load(run.path, ClipPipeline)
 

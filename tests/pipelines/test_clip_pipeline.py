@@ -156,12 +156,15 @@ def test_scores_equal_the_similarity_of_the_model(clip):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda c: c.score(noise(2), ["a"]), "2 images and 1 captions"),
+        (
+            lambda c: c.score(noise(2), ["a"]),
+            "Expected one caption for each image, got 2 images and 1 captions",
+        ),
         (lambda c: c.embed_images(noise(2) / 255), "Expected images uint8 .*, got float64"),
         (lambda c: c.embed_images(noise(2)[0]), r"Expected images uint8 \(rows, height, width, 3\)"),
         (lambda c: c.embed_captions([]), "Expected at least one caption"),
-        (lambda c: c.rerank(noise(2), ["a", "b"], 1), r"expected \(2, candidates, height, width, 3\)"),
-        (lambda c: c.rerank(noise(2)[None], ["a"], 3), "top is 3; expected 1 to 2"),
+        (lambda c: c.rerank(noise(2), ["a", "b"], 1), r"of shape \(2, candidates, height, width, 3\)"),
+        (lambda c: c.rerank(noise(2)[None], ["a"], 3), r"Expected top in \[1, 2\], .* got 3"),
     ],
 )
 def test_invalid_input_of_ranking_is_rejected(clip, call, match):
@@ -191,7 +194,11 @@ def test_reranking_returns_the_best_candidates(model, clip):
 
 @pytest.mark.parametrize(
     ("prompt", "top", "match"),
-    [(" ", 1, "caption 0 has no text"), ("a", 4, "top is 4; expected 1 to 3"), ("a", 0, "top is 0")],
+    [
+        (" ", 1, "captions with text .* got none in caption 0"),
+        ("a", 4, r"Expected top in \[1, 3\], .* got 4"),
+        ("a", 0, r"Expected top in \[1, 3\], .* got 0"),
+    ],
 )
 def test_reranking_rejects_invalid_input_before_sampling(model, clip, prompt, top, match):
     with pytest.raises(ValueError, match=match):
@@ -370,9 +377,14 @@ def test_invalid_flags_of_sample_are_rejected(run_dirs, tmp_path):
     ranked = (*one, "--clip", run_dirs / "clip")
     assert "--candidates and --top need --clip" in refused(*one, "--top", 2)
     assert "--num-images is for sampling without --clip" in refused(*ranked, "--num-images", 2)
-    assert "top is 3; expected 1 to 2" in refused(*ranked, "--candidates", 2, "--top", 3)
+    assert "Expected top in [1, 2], the candidates of a caption, got 3" in refused(
+        *ranked, "--candidates", 2, "--top", 3
+    )
     assert "--candidates is 0" in refused(*ranked, "--candidates", 0)
-    assert "is a run of stage dalle; expected a CLIP" in refused(*one, "--clip", run_dirs / "dalle")
+    assert (
+        f"Expected the run of a CLIP, as configs/demo_clip.py trains it, got {run_dirs / 'dalle'}"
+        in refused(*one, "--clip", run_dirs / "dalle")
+    )
     empty = (
         "sample",
         run_dirs / "dalle",
@@ -382,9 +394,11 @@ def test_invalid_flags_of_sample_are_rejected(run_dirs, tmp_path):
         "--clip",
         run_dirs / "clip",
     )
-    assert "caption 0 has no text" in refused(*empty)
-    assert "stage clip: it ranks images and generates none" in refused("sample", run_dirs / "clip", "a")
-    assert "stage clip, which has no image tokenizer" in refused(
+    assert "captions with text to rank images by, got none in caption 0" in refused(*empty)
+    assert "of stage clip, which ranks them. Use the run of a Transformer" in refused(
+        "sample", run_dirs / "clip", "a"
+    )
+    assert f"Expected a run with an image tokenizer, got {run_dirs / 'clip'} of stage clip" in refused(
         "encode", run_dirs / "clip", "a.png", "--out", "x"
     )
 
@@ -418,7 +432,8 @@ def test_rerank_lists_the_best_first(run_dirs, tmp_path, clip):
     assert "the caption has no text" in refused("rerank", run_dirs / "clip", " ", paths[0])
     assert "--top is 2; expected 1 to 1" in refused("rerank", run_dirs / "clip", "a", paths[0], "--top", 2)
     assert "Cannot read the image" in refused("rerank", run_dirs / "clip", "a", tmp_path / "none.png")
-    assert "is a run of stage dalle; expected a CLIP" in refused("rerank", run_dirs / "dalle", "a", paths[0])
+    message = refused("rerank", run_dirs / "dalle", "a", paths[0])
+    assert f"trains it, got {run_dirs / 'dalle'} of stage dalle" in message
 
 
 def test_evaluate_a_clip(run_dirs, tmp_path):
