@@ -212,17 +212,15 @@ def test_sizes_must_match_the_tokenizer(room, change, match):
 
 def test_a_missing_tokenizer_is_refused(room):
     room, _ = room
-    with pytest.raises(
-        ValueError, match="image_tokenizer is not set; the stage dalle needs the run directory"
-    ):
+    with pytest.raises(ValueError, match=r"Expected image_tokenizer, .* for a model of kind dalle, got none"):
         make_task(dalle_config(room, image_tokenizer=None, run=str(room / "nowhere"))).check_prerequisites()
     half = room / "half"  # the run was killed while it copied the tokenizer
     (half / "image_tokenizer" / "params").mkdir(parents=True)
-    with pytest.raises(ValueError, match="tokenizer is not set"):
+    with pytest.raises(ValueError, match="Expected image_tokenizer"):
         make_task(dalle_config(room, image_tokenizer=None, run=str(half))).check_prerequisites()
     with pytest.raises(
         FileNotFoundError,
-        match=r"--image-tokenizer: Expected a run directory, got .*nowhere.*Train the image tokenizer first",
+        match=r"image_tokenizer: Expected a run directory, got .*nowhere, which.*\. Train .*--image-tokenizer RUN",
     ):
         make_task(dalle_config(room, image_tokenizer=str(room / "nowhere"))).check_prerequisites()
 
@@ -243,10 +241,15 @@ def test_a_run_of_another_stage_is_no_tokenizer(room, tmp_path):
         make_task(dalle_config(room, image_tokenizer=str(tmp_path))).check_prerequisites()
 
 
-def test_a_run_with_its_own_copy_needs_no_tokenizer(room, pixels):
+def test_a_run_with_its_own_copy_needs_no_tokenizer(room, pixels, tmp_path, capsys):
+    """The path of the tokenizer is printed first: of the copy, and of the configuration's for a new run."""
     room, _ = room
     task = make_task(dalle_config(room, image_tokenizer=None, run=str(room / "pixels")))
     task.prepare(room / "pixels")
+    assert f"image tokenizer: {room / 'pixels' / 'image_tokenizer'}\n" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="dvae has no checkpoint"):
+        make_task(dalle_config(room)).prepare(tmp_path)
+    assert f"image tokenizer: {room / 'dvae'}\n" in capsys.readouterr().err
     np.testing.assert_array_equal(
         task.frozen["encoder"]["input"]["kernel"], pixels.frozen["encoder"]["input"]["kernel"]
     )

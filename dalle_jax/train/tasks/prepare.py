@@ -42,12 +42,14 @@ def check_tokenizer(config: TrainConfig, vocab: int, grid: int, fields: str = "m
         try:
             model = read_config(config.image_tokenizer).model
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"--image-tokenizer: {error}. Train the image tokenizer first.") from None
+            raise FileNotFoundError(
+                f"image_tokenizer: {error} Train the image tokenizer first, or use --image-tokenizer RUN."
+            ) from None
         check_tokenizer_match(model, config.image_tokenizer, vocab, grid, fields)
     elif not any(file.exists() for file in copies):
         raise ValueError(
-            f"image_tokenizer is not set; the stage {config.model.kind} needs the run directory of a trained image "
-            "tokenizer. Use --image-tokenizer runs/NAME, or --init-from RUN to start from a run and its tokenizer."
+            f"Expected image_tokenizer, the run of a trained image tokenizer, for a model of kind {config.model.kind}, "
+            "got none. Use --image-tokenizer RUN, or --init-from RUN to start from a run and its tokenizer."
         )
 
 
@@ -136,6 +138,8 @@ def warn_truncated(tokenizer: TextTokenizer, source: Dataset | CodesDataset, tex
 def prepare_image_tokenizer(config: TrainConfig, run_dir: Path) -> tuple[ModelConfig, Params, str]:
     """Copy the image tokenizer into a run directory, if it is missing, and load it; call this on every process.
 
+    The first process prints where the tokenizer is from.
+
     Args:
       config: Configuration; `image_tokenizer`, else `init_from`, names the run with the tokenizer.
       run_dir: Directory of the run.
@@ -145,6 +149,9 @@ def prepare_image_tokenizer(config: TrainConfig, run_dir: Path) -> tuple[ModelCo
     """
     path = run_dir / IMAGE_TOKENIZER_DIR
     missing = not (path / CONFIG_FILE).exists()
+    if jax.process_index() == 0:
+        source = config.image_tokenizer or f"that of {config.init_from}"
+        print(f"image tokenizer: {source if missing else path}", file=sys.stderr)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("prepare")  # all processes check before the first one writes
     # Every process loads the run, though one would do: Orbax counts the calls of each process, and processes with
