@@ -1,6 +1,7 @@
 """`dalle-jax data` on folders, mixtures and runs, and duplicates between splits."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -25,6 +26,11 @@ def test_data_describes_a_folder_and_builds_a_tfds_data_set(folder, tmp_path):
     assert "--convert-to and --out go together" in refused("data", folder, "--convert-to", "tfds")
     assert "Expected --size with --convert-to, got --size 8" in refused("data", folder, "--size", 8)
     assert "got nothing at" in refused("data", "no where")
+    assert re.search(
+        "Expected a folder .*, tar files, an .npz file, or .* of a TFDS .*, got 'nope', which is neither an existing "
+        r"path nor a data set prepared in \S+\. Use an existing path",
+        refused("data", "nope"),
+    )
 
 
 def test_data_and_text_accept_a_configuration_with_a_mixture_and_a_run(made, folder, tmp_path):

@@ -244,7 +244,7 @@ def test_tfds_by_name_version_and_slice(labeled):
         assert len(open_source(config.TfdsSource(path=name, data_dir=root), "train")) == 15
     sliced = config.TfdsSource(path="tiny", data_dir=root, train_split="train[5:]", eval_split="train[:5]")
     assert number(open_source(sliced, "train"), 0) == 5 and len(open_source(sliced, "eval")) == 5
-    with pytest.raises(FileNotFoundError, match=r"nothing at 'tiny:2\.0\.0' and no prepared TFDS data set"):
+    with pytest.raises(FileNotFoundError, match=r"got 'tiny:2\.0\.0', which is neither .* prepared in"):
         open_source(config.TfdsSource(path="tiny:2.0.0", data_dir=root), "train")
     with pytest.raises(ValueError, match=r"no split 'dev', it has .*train"):
         open_source(config.TfdsSource(path="tiny", data_dir=root, train_split="dev"), "train")

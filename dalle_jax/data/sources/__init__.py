@@ -130,5 +130,6 @@ def infer_source(path: str) -> config.SourceConfig:
     if path and path.replace("_", "").replace("/", "").replace(":", "").replace(".", "").isalnum():
         return config.TfdsSource(path=path)
     raise FileNotFoundError(
-        f"Expected a folder, tar files, an .npz, or a TFDS directory or name, got nothing at {path!r}."
+        "Expected a folder of images, tar files, an .npz file, or the directory or name of a TFDS data set, got "
+        f"nothing at {path!r}. Use an existing path."
     )

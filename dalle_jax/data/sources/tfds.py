@@ -34,9 +34,9 @@ class TfdsDataset(StoredDataset):
     def __init__(self, source: config.TfdsSource, split: Split, *, languages: Sequence[str] = ("en", "zh")):
         limits = ImageLimits(source.min_image_size, source.max_aspect_ratio)
         super().__init__(source.max_bad_fraction, languages, limits)
+        self._config, self._directory = source, _find_directory(source)
         import tensorflow_datasets as tfds
 
-        self._config, self._directory = source, _find_directory(source)
         self._split = source.train_split if split == "train" else source.eval_split
         builder = tfds.builder_from_directory(str(self._directory))
         info = builder.info
@@ -173,8 +173,8 @@ def _find_directory(source: config.TfdsSource) -> Path:
         if directories:
             return max(directories, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
     raise FileNotFoundError(
-        "Expected a folder, tar files, an .npz, or a directory with dataset_info.json in data.source.path, "
-        "got nothing "
-        f"at {source.path!r} and no prepared TFDS data set of that name in {root}. Prepare one with `dalle-jax data "
-        "SOURCE --convert-to tfds` or TensorFlow's `tfds build NAME --file_format=array_record`."
+        "Expected a folder of images, tar files, an .npz file, or the directory or name of a TFDS data set, got "
+        f"{source.path!r}, which is neither an existing path nor a data set prepared in {root}. Use an existing path, "
+        "or prepare the data set with `dalle-jax data SOURCE --convert-to tfds` or TensorFlow's `tfds build NAME "
+        "--file_format=array_record`."
     )
