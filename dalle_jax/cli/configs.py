@@ -29,7 +29,7 @@ def run(args: ConfigsArgs) -> dict[str, Any]:
     """Print the list, the file or its path."""
     if args.name is None:
         if args.path:
-            raise ValueError("--path has no NAME. Use `dalle-jax configs NAME --path`.")
+            raise ValueError("Expected NAME with --path, got none. Use `dalle-jax configs NAME --path`.")
         configs = list_configs()
         width = max(map(len, configs), default=0)
         for name, summary in configs.items():

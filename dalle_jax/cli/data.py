@@ -55,7 +55,7 @@ def run(args: DataArgs) -> dict[str, Any]:
     """Read every row of both splits and print a description."""
     if (args.convert_to is None) != (args.out is None):
         raise ValueError(
-            "--convert-to and --out go together. Use dalle-jax data PATH --convert-to tfds --out DIR."
+            "Expected --convert-to with --out, got one of them. Use dalle-jax data PATH --convert-to tfds --out DIR."
         )
     if args.size is not None and args.convert_to is None:
         raise ValueError(

@@ -59,7 +59,9 @@ class DiffusionDecodeArgs(DecodeArgs, SamplerArgs):
     def load_decoder(self) -> tuple[TokenizerPipeline, _DecodeFn]:
         model = load(self.run, DiffusionPipeline)
         if model.tokenizer is None:
-            raise ValueError(f"{self.run} is a diffusion model that reads no codes; use one with model.codes")
+            raise ValueError(
+                f"Expected a diffusion model on codes, got {self.run} without. Use one trained with model.codes."
+            )
         config, tokenizer = self.denoising_config(), model.tokenizer
 
         def decode(codes: np.ndarray) -> np.ndarray:
@@ -102,8 +104,8 @@ def run(args: DecodeArgs) -> dict[str, Any]:
 
 def _read_codes(path: str) -> tuple[np.ndarray, str | None]:
     """The array `codes` of an npz file, and the fingerprint of the tokenizer that made them if the file has it."""
-    hint = "expected an npz file with an array `codes`, as `dalle-jax encode` writes it"
+    hint = "Use a file that `dalle-jax encode` or `sample` wrote."
     arrays = read_npz(path, hint)
     if "codes" not in arrays:
-        raise ValueError(f"{path} has no array `codes`, it has {', '.join(arrays) or 'none'}; {hint}")
+        raise ValueError(f"Expected an array `codes` in {path}, got {', '.join(arrays) or 'none'}. {hint}")
     return arrays["codes"], str(arrays["tokenizer"]) if "tokenizer" in arrays else None

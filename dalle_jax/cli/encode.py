@@ -70,7 +70,8 @@ def run(args: EncodeArgs) -> dict[str, Any]:
         return _encode_training_set(args, resolve_data(args.data))
     for field in dataclasses.fields(args):
         if field.name in _DATA_FLAGS and getattr(args, field.name) != field.default:
-            raise ValueError(f"--{field.name.replace('_', '-')} is for --data; leave it out")
+            flag = f"--{field.name.replace('_', '-')}"
+            raise ValueError(f"Expected {flag} with --data, got it without. Remove {flag} or set --data.")
     tokenizer, out = load(args.run, TokenizerPipeline), output.output_file(args.out)
     codes = _encode_files(tokenizer, args.images, ProgressPrinter("rows"))
     encoded_by = np.array(tokenizer.fingerprint)
@@ -92,7 +93,9 @@ def _encode_training_set(args: EncodeArgs, data: DataConfig) -> dict[str, Any]:
     elif args.process is not None and args.processes is not None:
         process = (args.process, args.processes)
     else:
-        raise ValueError("--process and --processes go together: --process 0 --processes 4")
+        raise ValueError(
+            "Expected --process with --processes, got one of them. Use e.g. --process 0 --processes 4."
+        )
     info, made = encode_dataset(
         tokenizer,
         data,
@@ -123,7 +126,7 @@ def _encode_eval_split(
 ) -> int:
     """Encode the first rows of the evaluation split; return how many, 0 where there is none or none is asked for."""
     if args.eval_rows < 0:
-        raise ValueError(f"--eval-rows is {args.eval_rows}; expected a number of rows, 0 for none")
+        raise ValueError(f"Expected --eval-rows of at least 0, got {args.eval_rows}. Use 0 for none.")
     if args.eval_rows == 0:
         return 0
     try:

@@ -43,7 +43,7 @@ class EvaluateArgs:
     def check(self) -> None:
         """Check the flags by themselves. Raises ValueError for values or combinations that are not allowed."""
         if self.count < 1:
-            raise ValueError(f"--count is {self.count}; expected at least 1 row")
+            raise ValueError(f"Expected --count of at least 1, got {self.count}.")
 
     def evaluate(self) -> dict[str, Any]:
         """Compute the metrics, each also printed to standard error as soon as it is known."""
@@ -68,14 +68,16 @@ class _ImageEvaluateArgs(EvaluateArgs):
         super().check()
         if not self.fid_weights and (self.fid_reference or self.fid_save):
             raise ValueError(
-                "--fid-reference and --fid-save need --fid-weights, the npz file of Inception-v3"
+                "Expected --fid-weights with --fid-reference and --fid-save, got none. Set it to the npz file of "
+                "Inception-v3."
             )
         if self.fid_reference and self.fid_save:
             raise ValueError(
-                "--fid-save writes the statistics of rows, --fid-reference reads a file; use one of them"
+                "Expected --fid-save or --fid-reference, got both. Use --fid-save to write the statistics of rows, or "
+                "--fid-reference to read them."
             )
         if self.fid_weights and self.count < 2:
-            raise ValueError(f"--count is {self.count}; expected at least 2 images for a FID")
+            raise ValueError(f"Expected --count of at least 2 with --fid-weights, got {self.count}.")
 
     def load_reference(
         self, data: DataConfig, image_size: int, languages: tuple[str, ...]
@@ -165,7 +167,7 @@ class _GeneratorEvaluateArgs(_ImageEvaluateArgs):
         super().check()
         if not self.guidance_scale:
             raise ValueError(
-                "--guidance-scale has no value; expected one scale or several, e.g. --guidance-scale 1 2 4"
+                "Expected one --guidance-scale or more, got none. Use e.g. --guidance-scale 1 2 4."
             )
 
     def curve(
@@ -235,11 +237,13 @@ class TransformerEvaluateArgs(_GeneratorEvaluateArgs, SamplerArgs):
     def check(self) -> None:
         super().check()
         if self.clip is None and self.candidates is not None:
-            raise ValueError("--candidates needs --clip, the run of the CLIP that takes the best of them")
+            raise ValueError("Expected --clip with --candidates, got none. Set it to the run of a CLIP.")
         if self.candidates is not None and self.candidates < 1:
-            raise ValueError(f"--candidates is {self.candidates}; expected at least 1 image per caption")
+            raise ValueError(f"Expected --candidates of at least 1, got {self.candidates}.")
         if not self.decoder and (self.num_steps is not None or self.sampler is not None):
-            raise ValueError("--num-steps and --sampler are for --decoder; leave them out")
+            raise ValueError(
+                "Expected --num-steps and --sampler with --decoder, got none. Remove them or set --decoder."
+            )
         self._configs()
 
     def _configs(self) -> list[SamplingConfig]:
@@ -316,7 +320,9 @@ class DiffusionEvaluateArgs(_GeneratorEvaluateArgs, SamplerArgs):
     def check(self) -> None:
         super().check()
         if self.bits_per_dim < 0:
-            raise ValueError(f"--bits-per-dim is {self.bits_per_dim}; expected a number of rows, 0 for none")
+            raise ValueError(
+                f"Expected --bits-per-dim of at least 0, got {self.bits_per_dim}. Use 0 for none."
+            )
         self._configs()
 
     def _configs(self) -> list[DiffusionSamplingConfig]:

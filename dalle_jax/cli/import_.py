@@ -78,14 +78,15 @@ def _image_tokenizer(args: ImportArgs, imported: ImportedModel) -> Run | None:
     if args.image_tokenizer is None:
         if is_needed:
             raise ValueError(
-                f"{args.family} generates the codes of an image tokenizer with {model.image_vocab} codes and a grid of "
-                f"{model.grid} x {model.grid}, which its files do not contain: import it first, then give "
-                "--image-tokenizer RUN (docs/import.md)"
+                f"Expected --image-tokenizer with {model.image_vocab} codes and a grid of {model.grid} x {model.grid} "
+                f"for {args.family}, whose files do not contain it, got none. Import the tokenizer first, then use "
+                "--image-tokenizer RUN (docs/import.md)."
             )
         return None
     if not is_needed:
         raise ValueError(
-            f"--image-tokenizer is not for {args.family}, whose files contain all parts; leave it out"
+            f"Expected no --image-tokenizer for {args.family}, whose files contain all parts, got "
+            f"{args.image_tokenizer}. Remove it."
         )
     run = load_run(args.image_tokenizer)
     check_tokenizer_match(run.config.model, args.image_tokenizer, model.image_vocab, model.grid)

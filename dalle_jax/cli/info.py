@@ -55,7 +55,10 @@ def run(args: InfoArgs) -> dict[str, Any]:
     """Compute and print the sizes."""
     for name in ("use_cfg", "quantization", "device"):
         if args.batch_size is None and getattr(args, name) != getattr(InfoArgs, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for sampling. Give --batch-size too.")
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"Expected --batch-size with {flag}, got none. Set --batch-size or remove {flag}."
+            )
     # Before any array exists: the first array makes jax initialize its devices, and then it cannot add compilers.
     try:
         target = None if args.device is None else single_device_target(args.device, "--device")
@@ -66,7 +69,8 @@ def run(args: InfoArgs) -> dict[str, Any]:
     if args.batch_size is not None:
         if not isinstance(config.model, TransformerConfig):
             raise ValueError(
-                f"--batch-size is for Transformers, and {args.target} is of stage {config.model.kind}"
+                f"Expected a Transformer with --batch-size, got {args.target} of stage {config.model.kind}. Remove "
+                "--batch-size."
             )
         result["sampling"] = _describe_sampling(
             config.model, args.batch_size, use_cfg=args.use_cfg, quantization=args.quantization, target=target

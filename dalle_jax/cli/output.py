@@ -62,7 +62,7 @@ def _check_writable(folder: Path, path: str) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(
-            f"cannot write --out {path}: {error.strerror or error}; choose another --out"
+            f"Expected a writable --out, got {path}: {error.strerror or error}. Use another --out."
         ) from error
 
 

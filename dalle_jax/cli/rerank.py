@@ -34,9 +34,9 @@ def run(args: RerankArgs) -> dict[str, Any]:
     if not args.images:
         raise ValueError("Expected at least one image file after the caption, got none.")
     if not args.caption.strip():
-        raise ValueError("the caption has no text to rank the images by")
+        raise ValueError("Expected a caption with text to rank the images by, got none.")
     if args.top is not None and not 1 <= args.top <= len(args.images):
-        raise ValueError(f"--top is {args.top}; expected 1 to {len(args.images)}, the number of images")
+        raise ValueError(f"Expected --top in [1, {len(args.images)}], the number of images, got {args.top}.")
     clip = load(args.run, ClipPipeline)
     progress, vectors = ProgressPrinter("images"), []
     for paths in chunked(args.images, IMAGE_BATCH_SIZE):

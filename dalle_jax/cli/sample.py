@@ -92,15 +92,16 @@ class SampleArgs:
     def check(self) -> None:
         """Check the flags by themselves. Raises ValueError for values or combinations that are not allowed."""
         if self.num_images is not None and self.num_images < 1:
-            raise ValueError(f"--num-images is {self.num_images}; expected at least 1 image per caption")
+            raise ValueError(f"Expected --num-images of at least 1, got {self.num_images}.")
         if self.clip is None and (self.candidates is not None or self.top is not None):
             raise ValueError(
-                "--candidates and --top need --clip, the run of the CLIP that ranks. Use --num-images without one."
+                "Expected --clip with --candidates and --top, got none. Set it to the run of a CLIP, or use "
+                "--num-images."
             )
         if self.clip is not None and self.num_images is not None:
-            raise ValueError("--num-images is for sampling without --clip. Use --top.")
+            raise ValueError("Expected no --num-images with --clip, got one. Use --top.")
         if self.candidates is not None and self.candidates < 1:
-            raise ValueError(f"--candidates is {self.candidates}; expected at least 1 image per caption")
+            raise ValueError(f"Expected --candidates of at least 1, got {self.candidates}.")
 
     def sampling_config(self) -> Any:
         """Return the configuration of the call; None for a model that generates no images."""
@@ -114,7 +115,7 @@ class SampleArgs:
         """Return what is sampled. Raises ValueError for no caption."""
         if not lines:
             raise ValueError(
-                'no captions; give one or more, e.g. "a red circle", or --unconditional to sample without'
+                'Expected one caption or more, got none. Use e.g. "a red circle", or --unconditional to sample without.'
             )
         return [
             _Subject(line.caption, line.caption or _NO_CAPTION, {"prompt": line.caption, **line.settings})
@@ -176,16 +177,23 @@ class TransformerSampleArgs(SampleArgs, DenoisingArgs):
 
     def check(self) -> None:
         super().check()
-        if self.preview_rows is not None and (self.preview_rows < 1 or self.captions_file or self.clip):
+        if self.preview_rows is not None and self.preview_rows < 1:
+            raise ValueError(f"Expected --preview-rows of at least 1, got {self.preview_rows}.")
+        if self.preview_rows is not None and (self.captions_file or self.clip):
             raise ValueError(
-                f"--preview-rows is {self.preview_rows}; expected at least 1, without --captions-file and --clip"
+                "Expected --preview-rows without --captions-file and --clip, got one of them. Remove it."
             )
         if self.decoder is None and (flags := self.set_denoising_flags()):
-            raise ValueError(f"{', '.join(flags)}: for --decoder; leave it out")
+            raise ValueError(
+                f"Expected --decoder with {', '.join(flags)}, got none. Set --decoder or remove the others."
+            )
         if self.decoder is not None and (self.clip is not None or self.captions_file is not None):
-            raise ValueError("--decoder is for captions on the command line, without --clip")
+            raise ValueError(
+                "Expected --decoder without --clip and --captions-file, got one of them. Use captions on the command "
+                "line."
+            )
         if self.prefix_rows is not None and self.prefix is None:
-            raise ValueError("--prefix-rows needs --prefix IMAGE")
+            raise ValueError("Expected --prefix IMAGE with --prefix-rows, got none. Set it.")
 
     def sampling_config(self) -> SamplingConfig:
         return SamplingConfig(
@@ -212,7 +220,7 @@ class TransformerSampleArgs(SampleArgs, DenoisingArgs):
         grid = pipeline.tokenizer.config.grid
         rows = grid // 2 if self.prefix_rows is None else self.prefix_rows
         if not 1 <= rows < grid:
-            raise ValueError(f"--prefix-rows is {rows}; expected 1 to {grid - 1} of the {grid} rows of codes")
+            raise ValueError(f"Expected --prefix-rows in [1, {grid}), the rows of codes, got {rows}.")
         image = _load_exact(self.prefix, pipeline.image_size, "--prefix")
         return pipeline.tokenizer.encode(image[None])[0, : rows * grid]
 
@@ -293,7 +301,7 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
             return config
         if not 1 <= self.filmstrip <= config.num_steps:
             raise ValueError(
-                f"--filmstrip is {self.filmstrip}; expected 1 to {config.num_steps} images, the number of steps"
+                f"Expected --filmstrip in [1, {config.num_steps}], the number of steps, got {self.filmstrip}."
             )
         return dataclasses.replace(config, num_frames=self.filmstrip)
 
@@ -304,14 +312,15 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
         cfg = pipeline.config
         if cfg.codes is not None:
             raise ValueError(
-                f"{self.run} generates the pixels of codes: `dalle-jax decode {self.run} CODES.npz`, or `dalle-jax "
-                f"sample RUN_OF_A_TRANSFORMER ... --decoder {self.run}`"
+                f"Expected a diffusion model that samples without codes, got {self.run}, which generates the pixels of "
+                f"codes. Use `dalle-jax decode {self.run} CODES.npz`, or `dalle-jax sample RUN_OF_A_TRANSFORMER ... "
+                f"--decoder {self.run}`."
             )
         if self.label and not cfg.num_classes:
-            raise ValueError("--label is for a model of classes; this one has none")
+            raise ValueError("Expected no --label for a model without classes, got one. Remove it.")
         if cfg.text is None and any(line.caption for line in lines):
-            hint = ", give --label" if cfg.num_classes else ""
-            raise ValueError(f"{self.run} reads no captions; leave them out{hint}")
+            hint = "Use --label instead." if cfg.num_classes else "Remove them."
+            raise ValueError(f"Expected no captions for {self.run}, a model without text, got some. {hint}")
         fields = self._image_fields(pipeline)
         if cfg.text is not None:
             subjects = super().subjects(pipeline, lines)
@@ -319,7 +328,7 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
                 labels = self._labels(cfg.num_classes)
                 if len(labels) not in (1, len(lines)):
                     raise ValueError(
-                        f"{len(labels)} labels and {len(lines)} captions; expected one label, or one for each"
+                        f"Expected one label, or one for each of {len(lines)} captions, got {len(labels)}."
                     )
                 labels = labels * len(lines) if len(labels) == 1 else labels
                 subjects = [
@@ -340,7 +349,7 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
         labels: list[int | None] = list(self.label) or ([None] if self.unconditional else [])
         if not labels:
             raise ValueError(
-                f"no label; give --label, 0 to {num_classes - 1}, or --unconditional to sample without"
+                f"Expected --label in [0, {num_classes}), got none. Set it, or use --unconditional to sample without."
             )
         return labels
 
@@ -349,10 +358,13 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
         fields: dict[str, Any] = {"strength": self.strength}
         size, low_res_size = pipeline.image_size, pipeline.config.low_res_size
         if self.low_res is not None and not low_res_size:
-            raise ValueError("--low-res is for a model that enlarges a small image")
+            raise ValueError(
+                "Expected no --low-res for a model that enlarges no small image, got one. Remove it."
+            )
         if self.low_res is None and low_res_size:
             raise ValueError(
-                f"this model enlarges an image of {low_res_size} x {low_res_size}; give --low-res IMAGE"
+                f"Expected --low-res for a model that enlarges an image of {low_res_size} x {low_res_size}, got none. "
+                "Use --low-res IMAGE."
             )
         if self.low_res is not None:
             fields["low_res"] = images.load_image(self.low_res, low_res_size)
@@ -361,10 +373,11 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
         if self.mask is not None:
             kept = _load_exact(self.mask, size, "--mask").mean(axis=2) < 128  # white is sampled
             if kept.all() or not kept.any():
-                problem = (
-                    "black: nothing is sampled" if kept.all() else "white: nothing is kept, leave it out"
+                color = "black" if kept.all() else "white"
+                raise ValueError(
+                    f"Expected --mask with white, which is sampled, and black, which is kept, got {self.mask}, all "
+                    f"{color}."
                 )
-                raise ValueError(f"--mask {self.mask} is all {problem}")
             fields["mask"] = kept
         return fields
 
@@ -485,7 +498,7 @@ def _read_lines(args: SampleArgs) -> list[CaptionLine]:
     if args.captions_file is not None:
         lines += sample_file.read_captions_file(args.captions_file)
     if args.unconditional and lines:
-        raise ValueError("--unconditional samples without a caption. Leave out the captions or the flag.")
+        raise ValueError("Expected captions or --unconditional, got both. Use one of them.")
     return [CaptionLine("", {})] if args.unconditional else lines
 
 
@@ -540,6 +553,7 @@ def _load_exact(path: str, size: int, flag: str) -> np.ndarray:
         width, height = header.size
     if (width, height) != (size, size):
         raise ValueError(
-            f"{flag} {path} is {width} x {height} pixels; this model's images are {size} x {size}. Crop and resize it."
+            f"Expected {flag} of {size} x {size} pixels, as this model's images, got {path} of {width} x {height}. "
+            "Crop and resize it."
         )
     return image

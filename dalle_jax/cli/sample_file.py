@@ -57,12 +57,12 @@ def read_captions_file(path: str) -> list[CaptionLine]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--captions-file {path} is not UTF-8: {error}. Convert it.") from None
+        raise ValueError(f"Expected UTF-8 in --captions-file {path}, got: {error}. Convert it.") from None
     except OSError as error:
-        raise OSError(f"cannot read --captions-file {path}: {error.strerror}") from error
+        raise OSError(f"Expected a readable --captions-file, got {path}: {error.strerror}.") from error
     lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
-        raise ValueError(f"--captions-file {path} has no captions; expected one per line")
+        raise ValueError(f"Expected one caption per line in --captions-file {path}, got none.")
     if not path.endswith(".jsonl"):
         return [CaptionLine(line, {}) for _, line in lines]
     return [_parse_line(f"--captions-file {path}, line {i}", line) for i, line in lines]
@@ -72,17 +72,20 @@ def _parse_line(where: str, line: str) -> CaptionLine:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+        raise ValueError(f"{where}: Expected JSON, got: {error}.") from None
     if not isinstance(row, dict) or not isinstance(row.get("caption"), str):
-        raise ValueError(f'{where} has no caption; expected an object like {{"caption": "a red circle"}}')
+        raise ValueError(
+            f'{where}: Expected an object like {{"caption": "a red circle"}}, got {line[:60]!r}.'
+        )
     settings = {}
     for name, value in row.items():
         if name == "caption":
             continue
         if name not in _SETTINGS:
-            raise ValueError(f"{where} has {name!r}; expected caption, {', '.join(_SETTINGS)}")
+            raise ValueError(f"{where}: Expected one of caption, {', '.join(_SETTINGS)}, got {name!r}.")
         if isinstance(value, bool) or not isinstance(value, (int, _SETTINGS[name])):
-            raise ValueError(f"{where}: {name} is {value!r}; expected a number")
+            kind = "an integer" if _SETTINGS[name] is int else "a number"
+            raise ValueError(f"{where}: Expected {name} to be {kind}, got {value!r}.")
         settings[name] = _SETTINGS[name](value)
     return CaptionLine(row["caption"], settings)
 
@@ -100,7 +103,8 @@ class Manifest:
             differing = sorted(k for k in {*first, *job} if first.get(k) != job.get(k))
             if differing:
                 raise ValueError(
-                    f"--out {path.parent} has another job ({', '.join(differing)} differ). Use another --out."
+                    f"Expected an --out that is new or of the same job, got {path.parent} of another job "
+                    f"({', '.join(differing)} differ). Use another --out."
                 )
             self.done = {row["file"] for row in rest}
         self._file = open(path, "r+b" if content else "wb")  # noqa: SIM115, open as long as the job

@@ -143,7 +143,7 @@ def run(args: TrainArgs) -> dict[str, Any]:
         return _compile(args, args.compile_only)
     for name in ("slices", "sample", "quantization", "hlo"):
         if getattr(args, name) != getattr(TrainArgs, name):
-            raise UsageError(f"--{name} is for --compile-only TARGET; leave it out")
+            raise UsageError(f"Expected --compile-only TARGET with --{name}, got none. Remove --{name}.")
     config = args.config
     initialize_distributed(config.distributed, config.mesh.cpu_devices)
     result = loop.train(config)
@@ -153,7 +153,7 @@ def run(args: TrainArgs) -> dict[str, Any]:
 def _compile(args: TrainArgs, target: str) -> dict[str, Any]:
     """Compile the training step or the sampler and print the report."""
     if args.sample is None and args.quantization is not None:
-        raise UsageError("--quantization is for the sampler; give --sample ROWS as well")
+        raise UsageError("Expected --sample ROWS with --quantization, got none. Set --sample or remove it.")
     try:
         if args.sample is None:
             report = compile_step(args.config, target, args.slices, args.hlo)

@@ -30,7 +30,7 @@ CIFAR_SIDE = 32
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels, for values in [0, 1]
 _EPSILON = 1e-5  # of the batch norms
 _STAGES = 3
-_HINT = "expected the npz file of a residual network for CIFAR-10 (docs/evaluation.md)"
+_HINT = "Use the npz file of a residual network for CIFAR-10 (docs/evaluation.md)."
 
 
 class Classifier(NamedTuple):
@@ -163,25 +163,33 @@ def fold_resnet_batch_norm(tensors: dict[str, np.ndarray], source: str = "these 
     """
     first, last = tensors.get("conv1.weight"), tensors.get("linear.bias")
     if first is None or last is None or first.ndim != 4 or last.ndim != 1 or not last.size:
-        raise ValueError(f"{source} have no conv1.weight (out, 3, 3, 3) and linear.bias (classes,); {_HINT}")
+        raise ValueError(
+            f"Expected conv1.weight (out, 3, 3, 3) and linear.bias (classes,) in {source}, got others. {_HINT}"
+        )
     blocks = 0
     while f"layer1.{blocks}.conv1.weight" in tensors:
         blocks += 1
     expected = resnet_shapes(blocks, first.shape[0], last.size)
-    for names, verb in (
-        (expected.keys() - tensors.keys(), "lack"),
-        (tensors.keys() - expected.keys(), "have unknown"),
+    for names, problem in (
+        (expected.keys() - tensors.keys(), "without"),
+        (tensors.keys() - expected.keys(), "with"),
     ):
         if names or not blocks:
             listed = ", ".join(sorted(names)[:3]) or "layer1.0.conv1.weight"
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{source} {verb} {listed}{more}; {_HINT}")
+            raise ValueError(
+                f"Expected the tensors of a residual network, got {source} {problem} {listed}{more}. {_HINT}"
+            )
     for name, shape in expected.items():
         tensor = tensors[name]
         if tensor.shape != shape or not np.issubdtype(tensor.dtype, np.floating):
-            raise ValueError(f"{source}: {name} is {tensor.dtype} {tensor.shape}; expected floats {shape}")
+            raise ValueError(
+                f"{source}: Expected {name} of floats {shape}, got {tensor.dtype} {tensor.shape}. {_HINT}"
+            )
         if not np.isfinite(tensor).all() or (name.endswith("running_var") and tensor.min() < 0):
-            raise ValueError(f"{source}: {name} has values that are not finite, or a negative variance")
+            raise ValueError(
+                f"{source}: Expected finite values in {name}, variances of at least 0, got others. {_HINT}"
+            )
     params: Params = {
         "linear": {
             "kernel": jnp.asarray(tensors["linear.weight"].T, jnp.float32),
@@ -218,11 +226,10 @@ def check_classes(classifier: Classifier, data: DataConfig, path: str) -> None:
     """
     classes = open_source(data.source, "eval", languages=()).classes
     if len(classes) != classifier.classes:
-        count = f"{len(classes)} classes" if classes else "no classes"
+        count = f"one with {len(classes) or 'no'} classes"
         raise ValueError(
-            f"{path} has {classifier.classes} classes, the run's source has {count}. Use a run on images of "
-            "the classes "
-            "that the classifier was trained on, in the same order."
+            f"Expected a source with the {classifier.classes} classes of {path}, got {count}. Use a run on images of "
+            "the classes that the classifier was trained on, in the same order."
         )
 
 

@@ -177,7 +177,7 @@ def decode_evaluation_codes(
 def _tokenizer_of(model: DiffusionPipeline) -> TokenizerPipeline:
     if model.tokenizer is None:
         raise ValueError(
-            f"{model.run.path} is a diffusion model that reads no codes; use one with model.codes"
+            f"Expected a diffusion model on codes, got {model.run.path} without. Use one trained with model.codes."
         )
     return model.tokenizer
 

@@ -40,7 +40,7 @@ class FeatureStats(NamedTuple):
     def covariance(self) -> np.ndarray:
         """The covariance, float64 (D, D), divided by count - 1. Raises ValueError for fewer than two rows."""
         if self.count < 2:
-            raise ValueError(f"the covariance of {self.count} image; expected at least 2 images")
+            raise ValueError(f"Expected at least 2 images for a covariance, got {self.count}.")
         return self.scatter_DD / (self.count - 1)
 
 
@@ -52,10 +52,12 @@ def feature_stats(rows_ND: np.ndarray) -> FeatureStats:
     """
     rows_ND = np.asarray(rows_ND, np.float64)
     if rows_ND.ndim != 2 or not rows_ND.size:
-        raise ValueError(f"features are {rows_ND.shape}; expected (rows, features), at least one row")
+        raise ValueError(f"Expected features (rows, features), at least one row, got {rows_ND.shape}.")
     bad = np.flatnonzero(~np.isfinite(rows_ND).all(axis=1))
     if bad.size:
-        raise ValueError(f"the features of row {bad[0]} are not finite; check that image and the weights")
+        raise ValueError(
+            f"Expected finite features, got others in row {bad[0]}. Check that image and the weights."
+        )
     mean_D = rows_ND.mean(axis=0)
     deviation_ND = rows_ND - mean_D
     return FeatureStats(len(rows_ND), mean_D, deviation_ND.T @ deviation_ND)
@@ -68,7 +70,9 @@ def merge_stats(a: FeatureStats, b: FeatureStats) -> FeatureStats:
         ValueError: the numbers of features differ.
     """
     if a.mean_D.shape != b.mean_D.shape:
-        raise ValueError(f"features of {a.mean_D.size} and {b.mean_D.size} columns cannot be merged")
+        raise ValueError(
+            f"Expected features of as many columns to merge, got {a.mean_D.size} and {b.mean_D.size}."
+        )
     count, shift_D = a.count + b.count, b.mean_D - a.mean_D
     scatter_DD = a.scatter_DD + b.scatter_DD + np.outer(shift_D, shift_D) * (a.count * b.count / count)
     return FeatureStats(count, a.mean_D + shift_D * (b.count / count), scatter_DD)
@@ -99,7 +103,9 @@ def _root(cov_DD: np.ndarray) -> np.ndarray:
 def fid(a: FeatureStats, b: FeatureStats) -> float:
     """Compute the FID of two sets of features. Raises ValueError for different widths or fewer than two rows."""
     if a.mean_D.shape != b.mean_D.shape:
-        raise ValueError(f"features of {a.mean_D.size} and {b.mean_D.size} columns cannot be compared")
+        raise ValueError(
+            f"Expected features of as many columns to compare, got {a.mean_D.size} and {b.mean_D.size}."
+        )
     return frechet_distance(a.mean_D, a.covariance, b.mean_D, b.covariance)
 
 
@@ -136,7 +142,7 @@ def load_reference(path: str | os.PathLike, settings: FIDSettings) -> FeatureSta
         ValueError: the file is broken or was changed, was made with other settings, which the message names, or of
             fewer than two images.
     """
-    again = "make it again with `dalle-jax evaluate RUN --fid-weights PATH --fid-save STATS`"
+    again = "Make it again with `dalle-jax evaluate RUN --fid-weights PATH --fid-save STATS`."
     arrays = read_npz(path, again)
     try:
         about = json.loads(str(arrays["about"]))
@@ -144,16 +150,18 @@ def load_reference(path: str | os.PathLike, settings: FIDSettings) -> FeatureSta
         same = about.pop("hash") == _hash(stats, about)
         saved = FIDSettings(*(about[name] for name in FIDSettings._fields))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole file of reference statistics ({error}); {again}") from None
+        raise ValueError(
+            f"Expected a whole file of reference statistics, got {path} ({error}). {again}"
+        ) from None
     if not same:
-        raise ValueError(f"{path} was changed: its hash differs; {again}")
+        raise ValueError(f"Expected an unchanged {path}, got one whose hash differs. {again}")
     if about["format"] != _FORMAT:
-        raise ValueError(f"{path} has format {about['format']}, this version reads {_FORMAT}; {again}")
+        raise ValueError(f"Expected format {_FORMAT} of {path}, got {about['format']}. {again}")
     for name, want, got in zip(FIDSettings._fields, settings, saved, strict=True):
         if want != got:
-            raise ValueError(f"{path} was made with {name} {got!r}, this metric has {want!r}; {again}")
+            raise ValueError(f"Expected {path} with {name} {want!r}, got {got!r}. {again}")
     if stats.count < 2:
-        raise ValueError(f"{path} is of {stats.count} image; expected at least 2; {again}")
+        raise ValueError(f"Expected at least 2 images in {path}, got {stats.count}. {again}")
     return stats
 
 

@@ -29,6 +29,7 @@ INCEPTION_SIDE = 299
 PREPROCESSING = "299 px, bilinear between pixel centres, no antialias, (x - 128) / 128"
 _EPSILON = 1e-3  # of the batch norms
 _PARTS = ("weight", "beta", "mean", "var")
+_HINT = "Use the npz or pth file of the FID Inception-v3 of 2015."
 
 
 class Inception(NamedTuple):
@@ -214,7 +215,9 @@ def inception_features(inception: Inception, images: np.ndarray, *, batch: int =
         ValueError: another shape or dtype, or no images.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 (rows, height, width, 3)")
+        raise ValueError(
+            f"Expected images uint8 (rows, height, width, 3), got {images.dtype} {images.shape}."
+        )
     found = []
     for start in range(0, len(images), batch):
         rows = images[start : start + batch]
@@ -231,7 +234,9 @@ def inception_logits(inception: Inception, features: np.ndarray) -> np.ndarray:
         ValueError: the weights have no classifier.
     """
     if inception.classifier is None:
-        raise ValueError("Expected Inception weights with the classifier of 1,008 classes, got none.")
+        raise ValueError(
+            f"Expected Inception weights with the classifier of {CLASSES:,} classes, got none. {_HINT}"
+        )
     return features @ inception.classifier
 
 
@@ -270,8 +275,7 @@ def load_inception(path: str | Path) -> Inception:
     """
     path = Path(path)
     torch = path.suffix in (".pth", ".pt") and path.is_file()
-    want = "give the npz or pth file of the FID Inception-v3 of 2015"
-    return fold_batch_norm(read_inception(path) if torch else read_npz(path, want), str(path))
+    return fold_batch_norm(read_inception(path) if torch else read_npz(path, _HINT), str(path))
 
 
 def fold_batch_norm(tensors: dict[str, np.ndarray], source: str = "these weights") -> Inception:
@@ -283,22 +287,26 @@ def fold_batch_norm(tensors: dict[str, np.ndarray], source: str = "these weights
     classifier = tensors.get(CLASSIFIER)
     tensors = {name: tensor for name, tensor in tensors.items() if name != CLASSIFIER}
     for names, what in (
-        (expected.keys() - tensors.keys(), "lack"),
-        (tensors.keys() - expected.keys(), "have unknown"),
+        (expected.keys() - tensors.keys(), "without"),
+        (tensors.keys() - expected.keys(), "with"),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            listed = ", ".join(sorted(names)[:3])
             raise ValueError(
-                f"{source}: the weights {what} {', '.join(sorted(names)[:3])}{more}; expected the FID "
-                "Inception-v3 of 2015"
+                f"Expected the tensors of the FID Inception-v3, got {source} {what} {listed}{more}. {_HINT}"
             )
     digest = hashlib.sha256()
     for name, shape in expected.items():
         tensor = tensors[name]
         if tensor.shape != shape or not np.issubdtype(tensor.dtype, np.floating):
-            raise ValueError(f"{source}: {name} is {tensor.dtype} {tensor.shape}; expected floats {shape}")
+            raise ValueError(
+                f"{source}: Expected {name} of floats {shape}, got {tensor.dtype} {tensor.shape}. {_HINT}"
+            )
         if not np.isfinite(tensor).all() or (name.endswith(".var") and tensor.min() < 0):
-            raise ValueError(f"{source}: {name} has values that are not finite, or a negative variance")
+            raise ValueError(
+                f"{source}: Expected finite values in {name}, variances of at least 0, got others. {_HINT}"
+            )
         digest.update(f"{name} {tensor.dtype} {shape}\n".encode())
         digest.update(np.ascontiguousarray(tensor).tobytes())
     params = {}
@@ -313,8 +321,8 @@ def fold_batch_norm(tensors: dict[str, np.ndarray], source: str = "these weights
     if classifier is not None:
         if classifier.shape != (CLASSES, NUM_FEATURES) or not np.isfinite(classifier).all():
             raise ValueError(
-                f"{source}: {CLASSIFIER} is {classifier.dtype} {classifier.shape}; expected finite floats "
-                f"{CLASSES, NUM_FEATURES}"
+                f"{source}: Expected {CLASSIFIER} of finite floats {CLASSES, NUM_FEATURES}, got {classifier.dtype} "
+                f"{classifier.shape}. {_HINT}"
             )
         classifier = np.ascontiguousarray(classifier.T, np.float32)
     return Inception(params, digest.hexdigest(), classifier)

@@ -42,9 +42,11 @@ def add_logits(sums: ScoreSums, logits_RC: np.ndarray, first: int, total: int) -
     logits_RC = np.asarray(logits_RC, np.float64)
     bad = np.flatnonzero(~np.isfinite(logits_RC).all(axis=1))
     if bad.size:
-        raise ValueError(f"the class scores of row {first + bad[0]} are not finite; check that image")
+        raise ValueError(f"Expected finite logits, got others in row {first + bad[0]}. Check that image.")
     if first + len(logits_RC) > total:
-        raise ValueError(f"rows {first} to {first + len(logits_RC) - 1} of a set of {total}")
+        raise ValueError(
+            f"Expected rows in [0, {total}), the rows of the set, got {first} to {first + len(logits_RC) - 1}."
+        )
     part_R = (first + np.arange(len(logits_RC))) * len(sums.count_S) // total
     log_p_RC = logits_RC - logits_RC.max(axis=1, keepdims=True)
     log_p_RC -= np.log(np.exp(log_p_RC).sum(axis=1, keepdims=True))
@@ -60,8 +62,8 @@ def inception_score(sums: ScoreSums) -> tuple[float, float]:
     """Return mean and standard deviation over the parts. Raises ValueError for a part without images."""
     if not sums.count_S.all():
         raise ValueError(
-            f"an Inception score in {len(sums.count_S)} parts needs at least as many images, got "
-            f"{int(sums.count_S.sum())}"
+            f"Expected at least {len(sums.count_S)} images for an Inception score in as many parts, got "
+            f"{int(sums.count_S.sum())}."
         )
     p_SC = sums.p_SC / sums.count_S[:, None]
     log_p_SC = np.log(np.where(p_SC > 0, p_SC, 1.0))

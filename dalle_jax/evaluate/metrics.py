@@ -405,7 +405,7 @@ def _accuracy(images: list[VerifiedImage]) -> float:
 
 def _batches(count: int) -> list[range]:
     if count < 1:
-        raise ValueError(f"count is {count}; expected at least 1 row")
+        raise ValueError(f"Expected count of at least 1, got {count}.")
     return [range(start, min(start + EVAL_ROWS, count)) for start in range(0, count, EVAL_ROWS)]
 
 

@@ -40,7 +40,7 @@ def best_of(score_CN: np.ndarray, right_CN: np.ndarray, n: int) -> float:
     """
     captions, candidates = score_CN.shape
     if not 1 <= n <= candidates:
-        raise ValueError(f"the best of {n} of {candidates} candidates; expected 1 to {candidates}")
+        raise ValueError(f"Expected n in [1, {candidates}], the candidates of a caption, got {n}.")
     groups = candidates // n
     score, right = (x[:, : groups * n].reshape(captions, groups, n) for x in (score_CN, right_CN))
     best = np.take_along_axis(right, score.argmax(axis=2)[..., None], axis=2)
@@ -75,7 +75,7 @@ def measure_reranking(
         ValueError: `candidates` is below 1.
     """
     if candidates < 1:
-        raise ValueError(f"candidates is {candidates}; expected at least 1")
+        raise ValueError(f"Expected candidates of at least 1, got {candidates}.")
     metrics: Metrics = {}
     for kind in scene_kinds(model.run.config.data, model.image_size):
         captions = [caption for caption, _ in unseen_captions(model.run.config.data, kind, count)]

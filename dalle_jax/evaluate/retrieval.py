@@ -90,7 +90,7 @@ def class_embeddings(clip: ClipPipeline, names: Sequence[str], templates: Sequen
     """
     if not templates or any("{}" not in template for template in templates):
         raise ValueError(
-            f"templates are {tuple(templates)}; expected one or more, each with {{}} for the name"
+            f"Expected one or more templates, each with {{}} for the name, got {tuple(templates)}."
         )
     texts = [template.replace("{}", name.replace("_", " ")) for name in names for template in templates]
     mean_CE = clip.embed_captions(texts).reshape(len(names), len(templates), -1).mean(axis=1)

@@ -50,7 +50,7 @@ def read_npz(
 
     Args:
       path: The file.
-      hint: The end of error messages: what kind of file is expected.
+      hint: The last sentence of error messages: the file to use.
       names: The arrays to read, as far as the file has them; None reads all.
 
     Returns:
@@ -61,25 +61,25 @@ def read_npz(
       ValueError: The file is not a whole npz file of numbers, or its arrays are far larger than the file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; {hint}")
+        raise FileNotFoundError(f"Expected an npz file, got no file {path}. {hint}")
     try:
         _check_inflated_size(path)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if names is None or name in names}
     except ValueError:  # NumPy's message advises allow_pickle=True, which would execute the file
-        raise ValueError(f"{path} is not an npz file of numbers; {hint}") from None
+        raise ValueError(f"Expected an npz file of numbers, got {path} with other values. {hint}") from None
     except (OSError, EOFError, AttributeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole npz file ({error}); {hint}") from None
+        raise ValueError(f"Expected a whole npz file, got {path} ({error}). {hint}") from None
 
 
 def list_npz(path: str | os.PathLike, hint: str) -> list[str]:
     """Return the names of the arrays of an npz file. Raises what `read_npz` raises."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; {hint}")
+        raise FileNotFoundError(f"Expected an npz file, got no file {path}. {hint}")
     try:
         return [name.removesuffix(".npy") for name in read_zip_directory(path)]
     except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a whole npz file ({error}); {hint}") from None
+        raise ValueError(f"Expected a whole npz file, got {path} ({error}). {hint}") from None
 
 
 def _check_inflated_size(path: str | os.PathLike) -> None:

@@ -54,7 +54,7 @@ def load_lpips(path: str | Path) -> Params:
       FileNotFoundError: there is no such file.
       ValueError: an array is missing, unknown, not finite or of another shape; it names the array.
     """
-    arrays = read_npz(path, "set lpips to the weights of LPIPS")
+    arrays = read_npz(path, "Set model.lpips to the weights of LPIPS.")
     arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     net, layers = ("VGG16_0", _VGG16) if "VGG16_0.Conv_0.kernel" in arrays else ("AlexNet_0", _ALEXNET)
     expected: dict[str, tuple[str, str, tuple[int, ...]]] = {}
@@ -67,13 +67,14 @@ def load_lpips(path: str | Path) -> Params:
     differing = sorted(set(expected) ^ set(arrays))
     if differing:
         name = differing[0]
-        raise ValueError(f"{path}: array {name} is {'missing' if name in expected else 'not one of LPIPS'}")
+        problem = "without" if name in expected else "with"
+        raise ValueError(f"Expected the arrays of LPIPS, got {path} {problem} array {name}.")
     params: Params = {}
     for name, (part, leaf, shape) in expected.items():
         if arrays[name].shape != shape:
-            raise ValueError(f"{path}: expected array {name} of shape {shape}, got {arrays[name].shape}.")
+            raise ValueError(f"{path}: Expected array {name} of shape {shape}, got {arrays[name].shape}.")
         if not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{path}: array {name} has values that are not finite")
+            raise ValueError(f"{path}: Expected finite values in array {name}, got others.")
         value = arrays[name].reshape(-1) if part.startswith("head") else arrays[name]
         params.setdefault(part, {})[leaf] = value
     return params

@@ -357,7 +357,7 @@ def test_sampling_of_a_diffusion_model_runs_all_steps():
         (["local", "--sample", "1", "--slices", "2"], "--slices 2 is for a TPU topology"),
         (
             ["local", "--quantization", "int8"],
-            "--quantization is for the sampler; give --sample ROWS as well",
+            "Expected --sample ROWS with --quantization, got none",
         ),
         (["v5e:2x2", "--sample", "1"], "--sample compiles for one device, and v5e:2x2 has 4. Use v5e:1x1"),
     ],
@@ -424,7 +424,7 @@ def test_a_malformed_compiler_option_is_refused():
 )
 def test_flags_are_refused_without_compile_only(config_file, capsys, flags):
     assert main(["train", config_file, *flags]) == 2
-    assert f"{flags[0]} is for --compile-only" in capsys.readouterr().err
+    assert f"Expected --compile-only TARGET with {flags[0]}, got none" in capsys.readouterr().err
 
 
 def test_a_missing_libtpu_names_the_extra(config_file, capsys, monkeypatch):

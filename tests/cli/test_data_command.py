@@ -23,7 +23,9 @@ def test_data_describes_a_folder_and_builds_a_tfds_data_set(folder, tmp_path):
     again = json_of("data", built)
     assert again["kind"] == "tfds" and again["splits"]["train"]["unusable"] == {}
     assert again["splits"]["train"]["rows"] in (10, 11)  # the empty image is in one of the splits
-    assert "--convert-to and --out go together" in refused("data", folder, "--convert-to", "tfds")
+    assert "Expected --convert-to with --out, got one of them" in refused(
+        "data", folder, "--convert-to", "tfds"
+    )
     assert "Expected --size with --convert-to, got --size 8" in refused("data", folder, "--size", 8)
     assert "got nothing at" in refused("data", "no where")
     assert re.search(

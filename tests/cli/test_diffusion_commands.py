@@ -167,7 +167,7 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
     done = run(
         "sample", trained.run, "x", *flags, tmp_path / "c", "--mask", tmp_path / "black.png"
     )  # fmt: skip
-    assert done.code == 1 and "all black: nothing is sampled" in done.err
+    assert done.code == 1 and "Expected --mask with white" in done.err and "black.png, all black." in done.err
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
         (["x", "--guidance-scale", "-1"], 1, "Expected guidance_scale of at least 0, got -1.0"),
         (["x", "--guidance-interval", "0.9", "0.1"], 1, "0 <= first < last <= 1, got 0.9 and 0.1"),
         (["x", "--threshold", "1.5"], 1, "Expected threshold in [0, 1), got 1.5"),
-        (["x", "--filmstrip", "51"], 1, "--filmstrip is 51; expected 1 to 50"),
+        (["x", "--filmstrip", "51"], 1, "Expected --filmstrip in [1, 50], the number of steps, got 51"),
         (
             ["x", "--mask", "small.png", "--image", "image.png"],
             1,
-            "--mask small.png is 16 x 16 pixels; this model's",
+            f"Expected --mask of {SIZE} x {SIZE} pixels, as this model's images, got small.png of 16 x 16",
         ),
-        (["x", "--image", "small.png", "--strength", "0.5"], 1, "--image small.png is 16 x 16"),
+        (["x", "--image", "small.png", "--strength", "0.5"], 1, "got small.png of 16 x 16"),
         (["x", "--image", "image.png"], 1, "Expected a strength or a mask with an image, got neither"),
         (
             ["x", "--strength", "0.5"],
@@ -201,9 +201,13 @@ def test_inpainting_and_image_to_image(trained, tmp_path):
         (["x", "--quantization", "int8"], 2, "--quantization"),
         (["--captions-file", "c.txt", "--filmstrip", "2"], 1, "Expected --filmstrip without --captions-file"),
         (["--label", "1", "--unconditional"], 1, "Expected --label or --unconditional, got both"),
-        (["x", "--label", "1"], 1, "--label is for a model of classes"),
-        (["x", "--low-res", "small.png"], 1, "--low-res is for a model that enlarges a small image"),
-        ([], 1, "no captions; give one or more"),
+        (["x", "--label", "1"], 1, "Expected no --label for a model without classes"),
+        (
+            ["x", "--low-res", "small.png"],
+            1,
+            "Expected no --low-res for a model that enlarges no small image",
+        ),
+        ([], 1, "Expected one caption or more, got none"),
     ],
 )
 def test_invalid_sampling_flags_are_rejected(trained, tmp_path, monkeypatch, argv, code, match):
@@ -272,9 +276,9 @@ def test_images_are_sampled_by_class(tmp_path):
     sampled_images = [np.asarray(Image.open(p["file"])) for p in result["images"]]
     assert (sampled_images[0] != sampled_images[1]).any()  # the same seed, another class
     for argv, match in (
-        ((), "no label; give --label, 0 to 2"),
+        ((), "Expected --label in [0, 3), got none"),
         (("--label", 3), "Expected labels in [0, 3), got labels from 3 to 3"),
-        (("a cat", "--label", 1), "reads no captions; leave them out, give --label"),
+        (("a cat", "--label", 1), "a model without text, got some. Use --label instead"),
     ):
         done = run("sample", path, *argv, "--out", tmp_path / "x")
         assert done.code == 1 and match in done.err
@@ -308,7 +312,7 @@ def test_decode_equals_the_function(decoder, tmp_path):
     want = diffusion.decode_evaluation_codes(model, codes, [5, 6, 7], sampling)
     np.testing.assert_allclose(got, want / np.float32(255), atol=1e-6)
     done = run("sample", decoder, "--out", tmp_path / "x")
-    assert done.code == 1 and "generates the pixels of codes: `dalle-jax decode" in done.err
+    assert done.code == 1 and "generates the pixels of codes. Use `dalle-jax decode" in done.err
     with pytest.raises(ValueError, match=r"Expected codes in \[0, 9\), got codes from 0 to 9"):
         model.sample([ImageRequest(codes=9 * (np.arange(64) > 0))])
 

@@ -146,12 +146,12 @@ def test_codes_of_another_tokenizer_stop_training_and_warn_in_decode(made, tmp_p
         ({"codes": np.zeros((2, 64))}, "codes of integers (images, 64), at least one row, got float64 (2, 64)"),
         ({"codes": np.zeros((0, 64), int)}, "integers (images, 64), at least one row, got int64 (0, 64)"),
         ({"codes": np.zeros(64, int)}, "got int64 (64,)"),
-        ({"tokens": np.zeros((2, 64), int)}, "has no array `codes`, it has tokens"),
-        ({"codes": np.array([[{}]])}, "is not an npz file of numbers"),
-        ("text", "is not a whole npz file"),
-        ("npy", "is not a whole npz file (File is not a zip file); expected an npz"),
-        ("cut", "is not a whole npz file"),
-        ("missing", "no file"),
+        ({"tokens": np.zeros((2, 64), int)}, "Expected an array `codes` in"),
+        ({"codes": np.array([[{}]])}, "Expected an npz file of numbers, got"),
+        ("text", "Expected a whole npz file, got"),
+        ("npy", "(File is not a zip file). Use a file that `dalle-jax encode`"),
+        ("cut", "Expected a whole npz file, got"),
+        ("missing", "Expected an npz file, got no file"),
     ],
 )  # fmt: skip
 def test_invalid_code_files_are_rejected(made, tmp_path, arrays, expected):
@@ -180,12 +180,14 @@ def test_encode_rejects_invalid_input(made, image_files, tmp_path):
     assert "Expected images to encode, or --data DATA" in refused(
         "encode", made.dvae, image_files[0], "--data", made.dvae, "--out", out
     )
-    assert "--rows is for --data" in refused("encode", made.dvae, image_files[0], "--rows", 2, "--out", out)
+    assert "Expected --rows with --data, got it without" in refused(
+        "encode", made.dvae, image_files[0], "--rows", 2, "--out", out
+    )
     ahead = ("encode", made.dvae, "--data", made.dvae, "--out", tmp_path / "codes")
     assert "Expected rows in [1, 40], the rows of the source, got 41" in refused(*ahead, "--rows", 41)
     message = refused(*ahead, "--process", 2, "--processes", 2)
     assert "Expected process in [0, 2), the number of processes, got 2" in message
-    assert "--process and --processes go together" in refused(*ahead, "--process", 2)
+    assert "Expected --process with --processes, got one of them" in refused(*ahead, "--process", 2)
     assert "Expected shard_rows of at least 1, got 0" in refused(*ahead, "--shard-rows", 0)
     assert "configuration file or name, got none.py" in refused(
         "encode", made.dvae, "--data", "none.py", "--out", out
@@ -198,11 +200,13 @@ def test_unwritable_outputs_are_rejected(made, image_files, tmp_path):
     assert "directory for --out, got the file" in refused(
         "sample", made.dalle, "a", "--out", tmp_path / "file"
     )
-    assert "cannot write --out" in refused("sample", made.dalle, "a", "--out", tmp_path / "file" / "s")
+    assert "Expected a writable --out, got" in refused(
+        "sample", made.dalle, "a", "--out", tmp_path / "file" / "s"
+    )
     assert "name of a file for --out, got the directory" in refused(
         "encode", made.dvae, image_files[0], "--out", tmp_path
     )
-    assert "cannot write --out" in refused(
+    assert "Expected a writable --out, got" in refused(
         "encode", made.dvae, image_files[0], "--out", tmp_path / "file" / "c.npz"
     )
     assert "directory for --out, got the file" in refused(

@@ -44,9 +44,9 @@ def test_evaluate_a_transformer_with_a_curve(made):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--count", 0), "--count is 0"),
-        (("--guidance-scale", 1, -1), "guidance_scale is -1.0"),
-        (("--guidance-scale",), "no value"),
+        (("--count", 0), "Expected --count of at least 1, got 0"),
+        (("--guidance-scale", 1, -1), "Expected guidance_scale of at least 0, got -1.0"),
+        (("--guidance-scale",), "Expected one --guidance-scale or more, got none"),
     ],
 )
 def test_invalid_flags_are_rejected(made, flags, message):
@@ -98,10 +98,16 @@ def test_evaluate_a_transformer_by_fid(made, mean_color_features, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--fid-weights", "absent.npz"), "no file absent.npz"),
-        (("--fid-save", "x.npz"), "--fid-reference and --fid-save need --fid-weights"),
-        (("--fid-weights", "w", "--fid-save", "x", "--fid-reference", "y"), "use one of them"),
-        (("--fid-weights", "w.npz", "--count", 1), "expected at least 2 images for a FID"),
+        (("--fid-weights", "absent.npz"), "got no file absent.npz"),
+        (("--fid-save", "x.npz"), "Expected --fid-weights with --fid-reference and --fid-save, got none"),
+        (
+            ("--fid-weights", "w", "--fid-save", "x", "--fid-reference", "y"),
+            "Expected --fid-save or --fid-reference, got both",
+        ),
+        (
+            ("--fid-weights", "w.npz", "--count", 1),
+            "Expected --count of at least 2 with --fid-weights, got 1",
+        ),
     ],
 )
 def test_invalid_fid_flags_are_rejected(made, flags, message):
@@ -112,7 +118,7 @@ def test_statistics_of_another_image_size_are_rejected(made, mean_color_features
     made_of = fid.FIDSettings("colors", inception.PREPROCESSING, SIZE * 2)
     fid.save_reference(tmp_path / "s.npz", fid.feature_stats(np.eye(3)), made_of)
     message = refused("evaluate", made.dvae, "--fid-weights", "w", "--fid-reference", tmp_path / "s.npz")
-    assert "was made with image_size 64, this metric has 32" in message
+    assert "s.npz with image_size 32, got 64" in message
 
 
 # --- accuracy by a classifier --------------------------------------------------------------------------
@@ -153,8 +159,8 @@ def test_evaluate_by_a_classifier(made, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--classifier", "absent.npz"), "no file absent.npz"),
-        (("--classifier", "{made}/dvae/config.json"), "not a whole npz file"),
+        (("--classifier", "absent.npz"), "got no file absent.npz"),
+        (("--classifier", "{made}/dvae/config.json"), "Expected a whole npz file, got"),
     ],
 )
 def test_an_invalid_classifier_is_rejected(made, flags, message):

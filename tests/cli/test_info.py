@@ -89,10 +89,11 @@ def test_info_measures_the_memory_for_sampling(made):
         and small["quantization"] == "int8"
         and few["quantization"] is None
     )
-    assert "--quantization is for sampling. Give --batch-size" in refused(
+    assert "Expected --batch-size with --quantization, got none" in refused(
         "info", made.dalle, "--quantization", "int8"
     )
-    assert "--device is for sampling. Give --batch-size" in refused("info", made.dalle, "--device", "h200")
+    message = refused("info", made.dalle, "--device", "h200")
+    assert "Expected --batch-size with --device, got none" in message
     assert "Did you mean h200?" in refused("info", made.dalle, "--batch-size", 1, "--device", "h20")
     assert "--device compiles for one device, and h200:2 has 2. Use h200" in refused(
         "info", made.dalle, "--batch-size", 1, "--device", "h200:2"

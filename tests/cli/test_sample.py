@@ -250,7 +250,7 @@ def test_a_resumed_job_writes_the_same_files(made, tmp_path, monkeypatch):
     assert json_of(*call, "--out", tmp_path / "s")["images"] == again["images"] and not sampled
     assert len((tmp_path / "s" / "manifest.jsonl").read_text().splitlines()) == 1 + 22
     other = refused(*call, "--top-k", 3, "--out", tmp_path / "s")
-    assert "has another job (top_k differ). Use another --out." in other
+    assert f"got {tmp_path / 's'} of another job (top_k differ). Use another --out." in other
 
 
 def test_an_image_of_a_captions_file_equals_the_one_sampled_alone(made, tmp_path):
@@ -278,10 +278,13 @@ def test_an_image_of_a_captions_file_equals_the_one_sampled_alone(made, tmp_path
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("{", "line 2 is not JSON"),
-        ('{"text": "a"}', "line 2 has no caption"),
-        ('{"caption": "a", "gidance": 2}', "line 2 has 'gidance'; expected caption, seed"),
-        ('{"caption": "a", "seed": 0.5}', "line 2: seed is 0.5; expected a number"),
+        ("{", "line 2: Expected JSON, got"),
+        ('{"text": "a"}', "line 2: Expected an object like"),
+        (
+            '{"caption": "a", "gidance": 2}',
+            "line 2: Expected one of caption, seed, temperature, top_p, guidance_scale, got 'gidance'",
+        ),
+        ('{"caption": "a", "seed": 0.5}', "line 2: Expected seed to be an integer, got 0.5"),
         ('{"caption": "a", "top_p": 2}', "caption 1 ('a'): Expected top_p in (0, 1], got 2.0"),
         ('{"caption": "a", "seed": -1}', "caption 1 ('a'): Expected an integer seed in [0, 2**32), got -1"),
     ],
@@ -322,19 +325,22 @@ def test_unknown_characters_are_accepted(made, tmp_path):
         (("--top-p", 0), "Expected top_p in (0, 1], got 0.0"),
         (("--top-p", 1.5), "Expected top_p in (0, 1], got 1.5"),
         (("--guidance-scale", -2), "Expected guidance_scale of at least 0, got -2.0"),
-        (("--num-images", 0), "--num-images is 0; expected at least 1"),
+        (("--num-images", 0), "Expected --num-images of at least 1, got 0"),
         (("--batch-size", 0), "Expected batch_size of at least 1, got 0"),
         (("--seed", -1), "Expected an integer seed in [0, 2**32)"),
         (("--seed", 2**32), "Expected an integer seed in [0, 2**32)"),
-        (("--unconditional",), "Leave out the captions"),
-        (("--prefix-rows", 2), "needs --prefix"),
-        (("--preview-rows", 0), "--preview-rows is 0; expected at least 1"),
+        (("--unconditional",), "Expected captions or --unconditional, got both"),
+        (("--prefix-rows", 2), "Expected --prefix IMAGE with --prefix-rows, got none"),
+        (("--preview-rows", 0), "Expected --preview-rows of at least 1, got 0"),
         (("--draft-len", 1), "Expected draft_len of at least 2, got 1"),
         (
             ("--draft-len", GRID * GRID + 1),
             f"Expected draft_len from 2 to {GRID * GRID}, got {GRID * GRID + 1}",
         ),
-        (("--captions-file", "missing.txt"), "cannot read --captions-file missing.txt: No such file"),
+        (
+            ("--captions-file", "missing.txt"),
+            "Expected a readable --captions-file, got missing.txt: No such file",
+        ),
         (("--prefix", "missing.png"), "Cannot read the image missing.png"),
     ],
 )
@@ -353,7 +359,7 @@ def test_invalid_prefix_images_are_rejected(made, image_files, tmp_path):
     (tmp_path / "broken.png").write_bytes(image_files[0].read_bytes()[:60])
     (tmp_path / "text.png").write_text("not an image")
     for name, message in (
-        ("big.png", f"is 48 x 64 pixels; this model's images are {SIZE} x {SIZE}. Crop and resize"),
+        ("big.png", "big.png of 48 x 64. Crop and resize it"),
         ("broken.png", "broken.png: The image does not decode"),
         ("text.png", "text.png: Expected an image of a known format"),
     ):
@@ -362,14 +368,18 @@ def test_invalid_prefix_images_are_rejected(made, image_files, tmp_path):
         )
     for rows in (0, GRID):
         message = refused("sample", made.dalle, "a", "--prefix", image_files[0], "--prefix-rows", rows)
-        assert f"--prefix-rows is {rows}; expected 1 to {GRID - 1} of the {GRID} rows of codes" in message
+        assert f"Expected --prefix-rows in [1, {GRID}), the rows of codes, got {rows}." in message
 
 
 def test_invalid_captions_files_are_rejected(made, tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n\n")
-    assert "is not UTF-8" in refused("sample", made.dalle, "--captions-file", tmp_path / "latin.txt")
-    assert "has no captions" in refused("sample", made.dalle, "--captions-file", tmp_path / "empty.txt")
+    assert "Expected UTF-8 in --captions-file" in refused(
+        "sample", made.dalle, "--captions-file", tmp_path / "latin.txt"
+    )
+    assert "Expected one caption per line in --captions-file" in refused(
+        "sample", made.dalle, "--captions-file", tmp_path / "empty.txt"
+    )
 
 
 def test_guidance_requires_a_model_trained_with_null_captions(made, tmp_path):

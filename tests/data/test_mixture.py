@@ -218,7 +218,7 @@ def test_a_missing_part_is_named(parts, tmp_path):
         FileNotFoundError, match=r"data\.source\.parts\[1\] \(tar\): .*nowhere.*does not exist"
     ):
         mixed(parts[0], config.TarSource(path=str(tmp_path / "nowhere.tar")), weights=(1, 1))
-    with pytest.raises(ValueError, match=r"data\.source\.parts\[1\] \(arrays\): .*no array other_x"):
+    with pytest.raises(ValueError, match=r"data\.source\.parts\[1\] \(arrays\): .*array other_x"):
         mixed(parts[0], config.ArraysSource(path=parts[1].path, train_split="other"), weights=(1, 1))
 
 

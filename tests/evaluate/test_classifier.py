@@ -92,33 +92,36 @@ def test_images_of_another_side_are_resized(judge):
 def test_weights_that_are_no_such_network_are_refused(tmp_path):
     path = tmp_path / "w.npz"
     with pytest.raises(
-        FileNotFoundError, match=r"no file .*w\.npz; expected the npz file of a residual network"
+        FileNotFoundError, match=r"got no file .*w\.npz\. Use the npz file of a residual network"
     ):
         classifier.load_classifier(path)
     path.write_bytes(b"PK nothing")
-    with pytest.raises(ValueError, match="not a whole npz file"):
+    with pytest.raises(ValueError, match="Expected a whole npz file, got"):
         classifier.load_classifier(path)
     good = weights()
     for change, message in (
-        ({"conv1.weight": None}, "have no conv1.weight"),
-        ({"layer2.0.bn1.bias": None}, r"lack layer2\.0\.bn1\.bias"),
-        ({"layer9.x": np.zeros(1)}, r"have unknown layer9\.x"),
+        ({"conv1.weight": None}, r"Expected conv1.weight \(out, 3, 3, 3\) and linear.bias"),
+        ({"layer2.0.bn1.bias": None}, r"got .*w\.npz without layer2\.0\.bn1\.bias"),
+        ({"layer9.x": np.zeros(1)}, r"got .*w\.npz with layer9\.x"),
         (
             {"linear.weight": np.zeros((10, 3), np.float32)},
-            r"linear.weight is float32 \(10, 3\); expected floats \(10, 16\)",
+            r"linear.weight of floats \(10, 16\), got float32 \(10, 3\)",
         ),
-        ({"linear.weight": np.zeros((10, 16), np.int32)}, "linear.weight is int32"),
+        ({"linear.weight": np.zeros((10, 16), np.int32)}, r"linear.weight of floats \(10, 16\), got int32"),
         (
             {"conv1.weight": np.full((4, 3, 3, 3), np.nan, np.float32)},
-            "conv1.weight has values that are not finite",
+            "Expected finite values in conv1.weight",
         ),
-        ({"bn1.running_var": -np.ones(4, np.float32)}, "bn1.running_var has .*negative variance"),
+        (
+            {"bn1.running_var": -np.ones(4, np.float32)},
+            "bn1.running_var, variances of at least 0, got others",
+        ),
     ):
         bad = {name: t for name, t in {**good, **change}.items() if t is not None}
         np.savez(path, **bad)
         with pytest.raises(ValueError, match=message):
             classifier.load_classifier(path)
-    with pytest.raises(ValueError, match=r"lack layer1\.0\.conv1\.weight"):
+    with pytest.raises(ValueError, match=r"without layer1\.0\.conv1\.weight"):
         classifier.fold_resnet_batch_norm({n: t for n, t in good.items() if not n.startswith("layer")})
     np.savez(path, **good)
     assert classifier.load_classifier(path).blocks == 1
@@ -149,10 +152,12 @@ def test_share_of_true_images_by_hand(tmp_path, judge, monkeypatch):
 
 
 def test_classes_have_to_agree(tmp_path, judge):
-    with pytest.raises(ValueError, match=r"w\.npz has 10 classes, the run's source has 3 classes"):
+    with pytest.raises(
+        ValueError, match=r"Expected a source with the 10 classes of w\.npz, got one with 3 classes"
+    ):
         classifier.check_classes(judge, colors(tmp_path, 3), "w.npz")
     scenes = config.DataConfig(source=config.ScenesSource(count=10))
-    with pytest.raises(ValueError, match="the run's source has no classes"):
+    with pytest.raises(ValueError, match="got one with no classes"):
         classifier.check_classes(judge, scenes, "w.npz")
     classifier.check_classes(
         classifier.fold_resnet_batch_norm(weights(classes=3)), colors(tmp_path, 3), "w.npz"

@@ -83,14 +83,14 @@ def test_parts_of_any_size_merge_to_the_whole():
 def test_bad_features_are_refused():
     rows = np.ones((3, 4))
     rows[1, 2] = np.nan
-    with pytest.raises(ValueError, match="features of row 1 are not finite"):
+    with pytest.raises(ValueError, match="Expected finite features, got others in row 1"):
         fid.feature_stats(rows)
     with pytest.raises(ValueError, match="at least one row"):
         fid.feature_stats(np.ones((0, 4)))
-    with pytest.raises(ValueError, match="covariance of 1 image; expected at least 2"):
+    with pytest.raises(ValueError, match="Expected at least 2 images for a covariance, got 1"):
         _ = fid.feature_stats(np.ones((1, 4))).covariance
     for join in (fid.merge_stats, fid.fid):
-        with pytest.raises(ValueError, match="features of 4 and 5 columns"):
+        with pytest.raises(ValueError, match="Expected features of as many columns .* got 4 and 5"):
             join(fid.feature_stats(np.ones((3, 4))), fid.feature_stats(np.ones((3, 5))))
 
 
@@ -115,9 +115,9 @@ def test_reference_comes_back_as_it_was(stats):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"weights": "cd34"}, "made with weights 'ab12', this metric has 'cd34'"),
-        ({"preprocessing": "x"}, "made with preprocessing '299 px, "),
-        ({"image_size": 64}, "made with image_size 32, this metric has 64"),
+        ({"weights": "cd34"}, "with weights 'cd34', got 'ab12'. Make it again"),
+        ({"preprocessing": "x"}, "with preprocessing 'x', got '299 px, "),
+        ({"image_size": 64}, "with image_size 64, got 32. Make it again"),
     ],
 )
 def test_reference_of_other_settings_is_refused(stats, change, told):
@@ -134,21 +134,21 @@ def test_changed_reference_is_refused(stats, part):
     else:
         held[part].flat[3] += 1e-9
     np.savez(stats, **held)
-    with pytest.raises(ValueError, match="its hash differs"):
+    with pytest.raises(ValueError, match="got one whose hash differs"):
         fid.load_reference(stats, SETTINGS)
 
 
 def test_broken_or_absent_reference_is_refused(stats, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*absent\.npz; make it again"):
+    with pytest.raises(FileNotFoundError, match=r"got no file .*absent\.npz\. Make it again"):
         fid.load_reference(tmp_path / "absent.npz", SETTINGS)
     stats.write_bytes(stats.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a whole npz file"):
+    with pytest.raises(ValueError, match="Expected a whole npz file, got"):
         fid.load_reference(stats, SETTINGS)
     np.savez(stats, mean=np.zeros(3))
-    with pytest.raises(ValueError, match="not a whole file of reference statistics"):
+    with pytest.raises(ValueError, match="Expected a whole file of reference statistics, got"):
         fid.load_reference(stats, SETTINGS)
     fid.save_reference(stats, fid.feature_stats(np.ones((1, 6))), SETTINGS)
-    with pytest.raises(ValueError, match="is of 1 image; expected at least 2"):
+    with pytest.raises(ValueError, match="Expected at least 2 images in .*, got 1"):
         fid.load_reference(stats, SETTINGS)
 
 
@@ -225,23 +225,26 @@ def without(name):
     [
         (
             lambda: without("net.layers.mixed_7.conv.var"),
-            r"lack net\.layers\.mixed_7\.conv\.var; expected the FID",
+            r"the FID Inception-v3, got w\.npz without net\.layers\.mixed_7\.conv\.var\. Use",
         ),
-        (lambda: {"fc.weight": np.zeros(3)}, r"lack net\.layers\.conv\.beta, .* and 373 more"),
-        (lambda: tensors() | {"net.output.bias": np.zeros(3)}, r"have unknown net\.output\.bias"),
+        (lambda: {"fc.weight": np.zeros(3)}, r"without net\.layers\.conv\.beta, .* and 373 more"),
+        (lambda: tensors() | {"net.output.bias": np.zeros(3)}, r"got w\.npz with net\.output\.bias"),
         (
             lambda: tensors() | {"net.layers.conv.weight": np.zeros((3, 3, 3, 32))},
-            r"net\.layers\.conv\.weight is float64 \(3, 3, 3, 32\); expected floats \(32, 3, 3, 3\)",
+            r"net\.layers\.conv\.weight of floats \(32, 3, 3, 3\), got float64 \(3, 3, 3, 32\)",
         ),
         (
             lambda: tensors() | {"net.layers.conv.mean": np.zeros(32, np.int8)},
-            r"net\.layers\.conv\.mean is int8",
+            r"net\.layers\.conv\.mean of floats \(32,\), got int8",
         ),
         (
             lambda: tensors() | {"net.layers.conv.beta": np.full(32, np.nan)},
-            r"net\.layers\.conv\.beta has values that are not finite",
+            r"Expected finite values in net\.layers\.conv\.beta",
         ),
-        (lambda: tensors() | {"net.layers.conv.var": np.full(32, -1.0)}, r"conv\.var .* a negative variance"),
+        (
+            lambda: tensors() | {"net.layers.conv.var": np.full(32, -1.0)},
+            r"conv\.var, variances of at least 0, got others",
+        ),
     ],
 )
 def test_wrong_weights_name_the_tensor(change, told):
@@ -250,15 +253,15 @@ def test_wrong_weights_name_the_tensor(change, told):
 
 
 def test_wrong_weight_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*absent\.npz"):
+    with pytest.raises(FileNotFoundError, match=r"got no file .*absent\.npz\. Use the npz or pth file"):
         inception.load_inception(tmp_path / "absent.npz")
     (tmp_path / "text.npz").write_text("not an archive")
-    with pytest.raises(ValueError, match="not a whole npz file"):
+    with pytest.raises(ValueError, match="Expected a whole npz file, got"):
         inception.load_inception(tmp_path / "text.npz")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    with pytest.raises(ValueError, match=r"other\.npz: the weights lack net\.layers"):
+    with pytest.raises(ValueError, match=r"other\.npz without net\.layers"):
         inception.load_inception(tmp_path / "other.npz")
-    with pytest.raises(ValueError, match=r"images are float32 \(1, 4, 4, 3\); expected uint8"):
+    with pytest.raises(ValueError, match=r"Expected images uint8 .*, got float32 \(1, 4, 4, 3\)"):
         inception.inception_features(inception.Inception({}, ""), np.zeros((1, 4, 4, 3), np.float32))
 
 

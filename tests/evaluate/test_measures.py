@@ -255,7 +255,7 @@ def test_batch_shape(captions, copies, batch_size, want):
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_rows_are_refused(tokenizer, count):
-    with pytest.raises(ValueError, match=f"count is {count}; expected at least 1"):
+    with pytest.raises(ValueError, match=f"Expected count of at least 1, got {count}"):
         metrics.measure_tokenizer(tokenizer, DATA, count)
 
 

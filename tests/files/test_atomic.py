@@ -57,15 +57,17 @@ def test_the_error_has_the_path_and_the_reason(tmp_path):
 
 def test_npz_round_trip(tmp_path):
     write_npz(tmp_path / "x.npz", a=np.arange(3), b=np.ones(2))
-    assert list_npz(tmp_path / "x.npz", "want x") == ["a", "b"]
-    assert list(read_npz(tmp_path / "x.npz", "want x", ("b", "c"))) == ["b"]
-    np.testing.assert_array_equal(read_npz(tmp_path / "x.npz", "want x")["a"], np.arange(3))
+    assert list_npz(tmp_path / "x.npz", "Use x.") == ["a", "b"]
+    assert list(read_npz(tmp_path / "x.npz", "Use x.", ("b", "c"))) == ["b"]
+    np.testing.assert_array_equal(read_npz(tmp_path / "x.npz", "Use x.")["a"], np.arange(3))
     os.truncate(tmp_path / "x.npz", 100)
     for read in (read_npz, list_npz):
-        with pytest.raises(ValueError, match=r"x\.npz is not a whole npz file .*; want x"):
-            read(tmp_path / "x.npz", "want x")
-        with pytest.raises(FileNotFoundError, match=r"no file .*y\.npz; want x"):
-            read(tmp_path / "y.npz", "want x")
+        with pytest.raises(ValueError, match=r"Expected a whole npz file, got .*x\.npz \(.*\)\. Use x\."):
+            read(tmp_path / "x.npz", "Use x.")
+        with pytest.raises(FileNotFoundError, match=r"Expected an npz file, got no file .*y\.npz\. Use x\."):
+            read(tmp_path / "y.npz", "Use x.")
     np.savez(tmp_path / "objects.npz", a=np.array([{}]))
-    with pytest.raises(ValueError, match="is not an npz file of numbers; want x"):
-        read_npz(tmp_path / "objects.npz", "want x")
+    with pytest.raises(
+        ValueError, match=r"npz file of numbers, got .*objects\.npz with other values\. Use x\."
+    ):
+        read_npz(tmp_path / "objects.npz", "Use x.")

@@ -476,12 +476,12 @@ def test_entries_of_a_zip_are_unique_and_of_bounded_size(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Expected each name once"):
         read_tensors(tmp_path / "x.pt")
     np.savez_compressed(tmp_path / "x.npz", w=np.zeros(100_000, np.float32))
-    assert read_npz(tmp_path / "x.npz", "want weights")["w"].shape == (100_000,)
+    assert read_npz(tmp_path / "x.npz", "Use weights.")["w"].shape == (100_000,)
     monkeypatch.setattr(archives, "_MAX_INFLATED", 1 << 16)
     with pytest.raises(
-        ValueError, match=r"Expected at most \d+ bytes when inflated, got 400128\); want weights"
+        ValueError, match=r"Expected at most \d+ bytes when inflated, got 400128\)\. Use weights\."
     ):
-        read_npz(tmp_path / "x.npz", "want weights")
+        read_npz(tmp_path / "x.npz", "Use weights.")
 
 
 # --- imports of incomplete and complete models ------------------------------------------------------------

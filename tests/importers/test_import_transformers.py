@@ -410,7 +410,8 @@ def test_invalid_imports_are_rejected(tmp_path, tokenizers, capsys):
     assert "Expected --text-tokenizer for ruDALL-E, got none. Use the bpe.model" in import_error(
         capsys, "rudalle", malevich, *to, *small, *fit
     )
-    assert "give --image-tokenizer RUN" in import_error(capsys, "rudalle", malevich, *to, *text, *small)
+    message = import_error(capsys, "rudalle", malevich, *to, *text, *small)
+    assert "Expected --image-tokenizer with 12 codes and a grid of 12 x 12 for rudalle" in message
     wrong = import_error(
         capsys, "rudalle", malevich, *to, *text, *small, "--image-tokenizer", tokenizers(24, 4)
     )

@@ -311,7 +311,7 @@ def test_best_of_by_hand():
     assert reranking.best_of(score, correct, 3) == (1 + 0) / 2  # one group of three; the fourth is not used
     assert reranking.best_of(score, correct, 4) == 1.0
     assert reranking.best_of(-score, correct, 4) == 0.5
-    with pytest.raises(ValueError, match="the best of 5 of 4 candidates; expected 1 to 4"):
+    with pytest.raises(ValueError, match=r"Expected n in \[1, 4\], .* got 5"):
         reranking.best_of(score, correct, 5)
     assert [reranking.candidate_counts(n) for n in (1, 3, 4, 64, 100)] == [
         [1], [1, 3], [1, 4], [1, 4, 16, 64], [1, 4, 16, 64, 100]
@@ -341,7 +341,7 @@ def test_reranking_accuracy_by_hand(monkeypatch, model, clip):
         assert result == {
             f"accuracy_{kind}_best_of_1": 0.25, f"accuracy_{kind}_best_of_4": best, f"accuracy_{kind}_any_of_4": 1.0
         }  # fmt: skip
-    with pytest.raises(ValueError, match="candidates is 0"):
+    with pytest.raises(ValueError, match="Expected candidates of at least 1, got 0"):
         reranking.measure_reranking(model, clip, count, 0)
 
 
@@ -375,12 +375,12 @@ def test_sample_writes_the_best_candidates(run_dirs, tmp_path, clip):
 def test_invalid_flags_of_sample_are_rejected(run_dirs, tmp_path):
     one = ("sample", run_dirs / "dalle", "a", "--out", tmp_path / "o")
     ranked = (*one, "--clip", run_dirs / "clip")
-    assert "--candidates and --top need --clip" in refused(*one, "--top", 2)
-    assert "--num-images is for sampling without --clip" in refused(*ranked, "--num-images", 2)
+    assert "Expected --clip with --candidates and --top, got none" in refused(*one, "--top", 2)
+    assert "Expected no --num-images with --clip" in refused(*ranked, "--num-images", 2)
     assert "Expected top in [1, 2], the candidates of a caption, got 3" in refused(
         *ranked, "--candidates", 2, "--top", 3
     )
-    assert "--candidates is 0" in refused(*ranked, "--candidates", 0)
+    assert "Expected --candidates of at least 1, got 0" in refused(*ranked, "--candidates", 0)
     assert (
         f"Expected the run of a CLIP, as configs/demo_clip.py trains it, got {run_dirs / 'dalle'}"
         in refused(*one, "--clip", run_dirs / "dalle")
@@ -429,8 +429,12 @@ def test_rerank_lists_the_best_first(run_dirs, tmp_path, clip):
     listed = run("rerank", run_dirs / "clip", "a red circle", *paths).out.splitlines()
     assert len(listed) == 4 and listed[0].endswith(str(paths[order[0]]))
     assert "Expected at least one image file" in refused("rerank", run_dirs / "clip", "a")
-    assert "the caption has no text" in refused("rerank", run_dirs / "clip", " ", paths[0])
-    assert "--top is 2; expected 1 to 1" in refused("rerank", run_dirs / "clip", "a", paths[0], "--top", 2)
+    assert "Expected a caption with text to rank the images by, got none" in refused(
+        "rerank", run_dirs / "clip", " ", paths[0]
+    )
+    assert "Expected --top in [1, 1], the number of images, got 2" in refused(
+        "rerank", run_dirs / "clip", "a", paths[0], "--top", 2
+    )
     assert "Cannot read the image" in refused("rerank", run_dirs / "clip", "a", tmp_path / "none.png")
     message = refused("rerank", run_dirs / "dalle", "a", paths[0])
     assert f"trains it, got {run_dirs / 'dalle'} of stage dalle" in message
@@ -449,7 +453,9 @@ def test_evaluate_a_clip(run_dirs, tmp_path):
     assert result["images"] == 6 and result["texts"] == 2
     assert "got nothing at" in refused("evaluate", run_dirs / "clip", "--data", tmp_path / "no ne")
     assert "--templates" in refused("evaluate", run_dirs / "dalle", "--templates", "a {}", code=2)
-    assert "--candidates needs --clip" in refused("evaluate", run_dirs / "dalle", "--candidates", 4)
+    assert "Expected --clip with --candidates, got none" in refused(
+        "evaluate", run_dirs / "dalle", "--candidates", 4
+    )
     assert "--clip" in refused("evaluate", run_dirs / "clip", "--clip", run_dirs / "clip", code=2)
 
 

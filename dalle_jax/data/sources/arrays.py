@@ -27,13 +27,13 @@ class ArrayDataset(StoredDataset):
         super().__init__(0.0, languages)
         self._config = source
         self._split = name = source.train_split if split == "train" else source.eval_split
-        path, hint = os.path.expanduser(source.path), "set data.source.path to an npz file"
+        path, hint = os.path.expanduser(source.path), "Set data.source.path to an npz file."
         names = list_npz(path, hint)
         x = next((k for k in (f"{name}_x", f"x_{name}") if k in names), None)
         y = next((k for k in (f"{name}_y", f"y_{name}") if k in names), None)
         if x is None:
             raise ValueError(
-                f"{source.path} has no array {name}_x or x_{name}, it has {', '.join(names)}; {hint}"
+                f"Expected an array {name}_x or x_{name} in {source.path}, got {', '.join(names)}. {hint}"
             )
         arrays = read_npz(path, hint, [x, "label_names", *([] if y is None else [y])])
         self._images = arrays[x]
