@@ -99,7 +99,7 @@ def test_info_measures_the_memory_for_sampling(made):
         "info", made.dalle, "--batch-size", 1, "--device", "h200:2"
     )
     assert "--batch-size of at least 1, got 0" in refused("info", made.dalle, "--batch-size", 0)
-    assert "is of stage dvae" in refused("info", made.dvae, "--batch-size", 1)
+    assert "Expected a Transformer with --batch-size, got" in refused("info", made.dvae, "--batch-size", 1)
 
 
 def test_info_and_compile_only_agree_on_sampling(made):

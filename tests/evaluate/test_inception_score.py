@@ -47,7 +47,7 @@ def test_bad_scores_are_refused():
         inception_score.add_logits(inception_score.init_sums(3), rows, 10, 20)
     with pytest.raises(ValueError, match=r"Expected rows in \[0, 20\), .* got 18 to 21"):
         inception_score.add_logits(inception_score.init_sums(3), np.zeros((4, 3)), 18, 20)
-    with pytest.raises(ValueError, match="Expected at least 10 images for an Inception score .*, got 4"):
+    with pytest.raises(ValueError, match=r"Expected at least 10 images for an Inception score .*, got 4"):
         inception_score.inception_score(
             inception_score.add_logits(inception_score.init_sums(3), np.zeros((4, 3)), 0, 4)
         )
@@ -117,7 +117,8 @@ def test_every_tensor_of_the_torch_file_has_its_place(arrays, tmp_path):
         ({"AuxLogits.fc.weight": np.zeros(2, np.float32)}, r"with AuxLogits\.fc\.weight"),
         ({"fc.weight": np.zeros((1000, 2048), np.float32)},
         r"output\.weight of finite floats \(1008, 2048\), got float32 \(1000, 2048\)"),
-        ({"Conv2d_1a_3x3.conv.weight": np.zeros((32, 3, 1, 1), np.float32)}, r"net\.layers\.conv\.weight of floats .* got float32"),
+        ({"Conv2d_1a_3x3.conv.weight": np.zeros((32, 3, 1, 1), np.float32)},
+        r"net\.layers\.conv\.weight of floats .* got float32"),
     ],
 )  # fmt: skip
 def test_other_torch_files_are_refused(arrays, tmp_path, change, told):

@@ -274,7 +274,7 @@ def test_lpips_is_a_distance_and_checks_its_file(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             lpips.load_lpips(_lpips_file(tmp_path / "bad.npz", **{name: value}))
-    with pytest.raises(ValueError, match="Expected the arrays of LPIPS, got .* with array extra"):
+    with pytest.raises(ValueError, match=r"Expected the arrays of LPIPS, got .* with array extra"):
         lpips.load_lpips(_lpips_file(tmp_path / "bad.npz", extra=np.zeros(1)))
 
 
