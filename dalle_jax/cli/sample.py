@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import sys
@@ -56,15 +57,17 @@ class SampleArgs:
     """Sample images for captions: one PNG file each, and all of them with their captions in grid.png. The other flags
     depend on the model of RUN: `dalle-jax sample RUN --help` lists them.
 
-    File c000_s0007.png is caption 0 with seed 7; it depends on that caption and seed alone. With --captions-file,
-    manifest.jsonl lists the finished images, and re-running the command resumes."""
+    File c000_s0007.png is caption 0 with seed 7; it depends on that caption and seed alone. manifest.jsonl lists
+    the finished images; with --captions-file, re-running the command resumes."""
 
     run: Positional[RunPath]
     """directory of a trained Transformer or diffusion model"""
     captions: Positional[Annotated[tuple[str, ...], arg(metavar="CAPTION ...")]] = ()
     """captions; "" samples without one"""
     out: str = "samples"
-    """directory for the images"""
+    """directory for the images; one that has images of another job is refused"""
+    overwrite: bool = False
+    """delete the images in --out first, those of this job too"""
     num_images: int | None = None
     """images per caption, with the seeds SEED, SEED + 1, ...; None is 4"""
     seed: int = 0
@@ -80,7 +83,7 @@ class SampleArgs:
     """images computed at once"""
     clip: str | None = None
     """directory of a trained CLIP: sample --candidates images of each caption and keep the --top that fit it best, in
-    place of --num-images. With --captions-file the job then has no manifest.jsonl and does not resume"""
+    place of --num-images. With --captions-file the job then does not resume"""
     candidates: int | None = None
     """with --clip: images sampled for each caption; None is 64"""
     top: int | None = None
@@ -136,7 +139,7 @@ class SampleArgs:
         return DiffusionSamplingConfig()
 
     def job(self, pipeline: Any, config: Any, requests: list[ImageRequest]) -> dict[str, Any]:
-        """Return the settings that the calls of a resumable job must share."""
+        """Return the settings that the calls of one job share, beside those of the images."""
         return {}
 
     def results(self, config: Any, generated: list[GeneratedImage], out: Path) -> dict[str, Any]:
@@ -150,8 +153,8 @@ class TransformerSampleArgs(SampleArgs, DenoisingArgs):
     grid.png.
 
     File c000_s0007.png is caption 0 with seed 7; it depends on that caption and seed alone. codes.npz holds the codes
-    of all images, for `decode`. With --captions-file, manifest.jsonl lists the finished images, and re-running the
-    command resumes."""
+    of all images, for `decode`. manifest.jsonl lists the finished images; with --captions-file, re-running the command
+    resumes."""
 
     temperature: float = 1.0
     """lower values give less varied images; 0 takes the most probable code"""
@@ -242,7 +245,9 @@ class TransformerSampleArgs(SampleArgs, DenoisingArgs):
         self, pipeline: TextToImagePipeline, config: SamplingConfig, requests: list[ImageRequest]
     ) -> dict[str, Any]:
         prefix = requests[0].prefix_codes
+        decoder = {} if self.decoder is None else {"decoder": [self.decoder, repr(self.decoder_config())]}
         return {
+            **decoder,
             "tokenizer": pipeline.tokenizer.fingerprint,
             "top_k": config.top_k,
             "quantization": config.quantization,
@@ -262,8 +267,8 @@ class DiffusionSampleArgs(SampleArgs, DenoisingArgs):
     """Sample images with a diffusion model, for captions, classes, from a small image, from an image or from noise: one
     PNG file each, and all of them with their captions in grid.png.
 
-    File c000_s0007.png is caption 0 with seed 7; it depends on that caption and seed alone. With --captions-file,
-    manifest.jsonl lists the finished images, and re-running the command resumes."""
+    File c000_s0007.png is caption 0 with seed 7; it depends on that caption and seed alone. manifest.jsonl lists
+    the finished images; with --captions-file, re-running the command resumes."""
 
     guidance_interval: tuple[float, float] | None = None
     """guidance applies only between these two times; 1 is noise, 0 is the image"""
@@ -407,6 +412,11 @@ SAMPLE_FLAGS = {"text-to-image": TransformerSampleArgs, "diffusion": DiffusionSa
 
 def run(args: SampleArgs) -> dict[str, Any]:
     """Sample, write and list the images."""
+    with contextlib.ExitStack() as stack:
+        return _sample(args, stack)
+
+
+def _sample(args: SampleArgs, stack: contextlib.ExitStack) -> dict[str, Any]:
     args.check()
     lines = _read_lines(args)
     config = args.sampling_config()
@@ -421,19 +431,26 @@ def run(args: SampleArgs) -> dict[str, Any]:
         for i, subject in enumerate(subjects):
             _warn_truncated(ranker, i, subject, reader="the CLIP")
     requests = [request for _, request in items]
+    job_images = [
+        sample_file.JobImage(
+            _file_name(i, request), subjects[i].caption, subjects[i].label, dropped[i], request
+        )
+        for i, request in items
+    ]
+    candidates = _CANDIDATES if args.candidates is None else args.candidates
+    top = min(_TOP, candidates) if args.top is None else args.top
+    settings = args.job(pipeline, config, requests)
+    if ranker is not None:
+        settings |= {"clip": args.clip, "clip_step": ranker.run.step, "candidates": candidates, "top": top}
+    job = sample_file.describe_job(args.run, pipeline, job_images, config, settings)
     if args.captions_file is not None and ranker is None:
-        job_images = [
-            sample_file.JobImage(
-                _file_name(i, request), subjects[i].caption, subjects[i].label, dropped[i], request
-            )
-            for i, request in items
-        ]
         return sample_file.run_job(
             pipeline,
             job_images,
             config,
             args.out,
-            args.job(pipeline, config, requests),
+            job,
+            overwrite=args.overwrite,
             batch_size=args.batch_size,
             columns=num_images if num_images > 1 else 8,
             list_images=args.json,
@@ -453,13 +470,14 @@ def run(args: SampleArgs) -> dict[str, Any]:
         generated = pipeline.sample(requests, config, on_preview=on_preview, **options)
         stream = ((i, image) for (i, _), image in zip(items, generated, strict=True))
     else:
-        candidates = _CANDIDATES if args.candidates is None else args.candidates
-        top = min(_TOP, candidates) if args.top is None else args.top
         columns = min(top, 8)
         ranked = sample_and_rerank(pipeline, ranker, requests, candidates, top, config, **options)
         stream = ((i, image) for i, best in enumerate(ranked) for image in best)
         results = {"clip": str(ranker.run.path), "candidates": candidates}
-    out = output.output_directory(args.out)  # after the checks of the requests, before anything is computed
+    # After the checks of the requests, before anything is computed.
+    manifest = sample_file.open_manifest(args.out, job, overwrite=args.overwrite, resume=False)
+    stack.callback(manifest.close)
+    out = manifest.path.parent
     grid = output.LabeledGrid(out / "grid.png", columns)
     for i, image in stream:
         if not finished:
@@ -487,10 +505,12 @@ def run(args: SampleArgs) -> dict[str, Any]:
     results |= args.results(config, [image for _, image in finished], out)
     rows = []
     for name, (i, image) in zip(names, finished, strict=True):
-        row = {"file": str(out / name), "caption": subjects[i].caption, "seed": image.request.seed}
+        row = {"file": name, "caption": subjects[i].caption, "seed": image.request.seed}
         score = {} if image.score is None else {"score": image.score}
-        rows.append({**row, **score, "tokens_cut": dropped[i]})
-    return {**results, "images": rows}
+        settings = sample_file.image_settings(image.request, config)
+        rows.append({**row, **score, **settings, "tokens_cut": dropped[i]})
+    manifest.add(rows)
+    return {**results, "images": [{**row, "file": str(out / row["file"])} for row in rows]}
 
 
 def _read_lines(args: SampleArgs) -> list[CaptionLine]:

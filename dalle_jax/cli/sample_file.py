@@ -1,9 +1,10 @@
-"""`dalle-jax sample --captions-file`: a resumable job of many images.
+"""The job of `dalle-jax sample`: its manifest, and with --captions-file a resumable job of many images.
 
 The file has one caption per line or, ending in .jsonl, one JSON object per line with `caption` and the settings that
 differ from the flags. manifest.jsonl beside the images has the job in its first line, then one line for each finished
-image. The same call again samples what is missing; another call is refused there. Codes are kept in codes.npy until all
-images are finished, then in codes.npz.
+image. The same call again samples what is missing; another call is refused there, or with --overwrite deletes the
+images first. Calls without --captions-file list their images at the end and do not resume. Codes are kept in codes.npy
+until all images are finished, then in codes.npz.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dalle_jax.checkpoint.remote_dir import is_url
 from dalle_jax.cli import output, startup
 from dalle_jax.data import images
 from dalle_jax.files.atomic import write_npz
@@ -26,6 +29,9 @@ from dalle_jax.pipelines import GeneratedImage, ImageRequest, Pipeline, Progress
 
 _SETTINGS = {"seed": int, "temperature": float, "top_p": float, "guidance_scale": float}
 _MAX_GRID_IMAGES = 64
+_MANIFEST, _CODES = "manifest.jsonl", "codes.npy"
+_IMAGE = re.compile(r"c\d{3,}_s\d{4,}\.png")
+_OTHER_FILES = (_MANIFEST, _CODES, "codes.npz", "grid.png", "filmstrip.png")
 _TRIM_EVERY = 1000  # images
 
 
@@ -93,8 +99,8 @@ def _parse_line(where: str, line: str) -> CaptionLine:
 class Manifest:
     """manifest.jsonl: the job, then a line for each finished image."""
 
-    def __init__(self, path: Path, job: dict[str, Any]):
-        """Open or start the manifest. Raises ValueError where it is of another job."""
+    def __init__(self, path: Path, job: dict[str, Any], resume: bool = True):
+        """Open or start the manifest; without `resume` no image is finished. Raises ValueError for another job."""
         self.path, self.done = path, set[str]()
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]  # a killed process may leave a part of a line
@@ -104,14 +110,17 @@ class Manifest:
             if differing:
                 raise ValueError(
                     f"Expected an --out that is new or of the same job, got {path.parent} of another job "
-                    f"({', '.join(differing)} differ). Use another --out."
+                    f"({', '.join(differing)} differ). Use --out DIR or --overwrite."
                 )
+            if not resume:
+                whole, rest = b"", []
             self.done = {row["file"] for row in rest}
         self._file = open(path, "r+b" if content else "wb")  # noqa: SIM115, open as long as the job
         self._file.truncate(len(whole))
         self._file.seek(len(whole))
         if not whole:
             self._write(job)
+            self._file.flush()
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
@@ -131,6 +140,60 @@ class Manifest:
         self._file.close()
 
 
+def describe_job(
+    run: str, pipeline: Pipeline, job_images: list[JobImage], config: Any, job: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the first line of the manifest.
+
+    Args:
+        run: the run directory or its URL.
+        pipeline: the model.
+        job_images: all images of the job; with re-ranking the first candidate of each caption.
+        config: of `pipeline.sample`.
+        job: settings of the model and the call, beside those of the images.
+    """
+    settings = [image_settings(image.request, config) for image in job_images]
+    listed = [
+        [image.file, image.caption, *own.values()] for image, own in zip(job_images, settings, strict=True)
+    ]
+    return {
+        "run": run if is_url(run) else str(pipeline.run.path),
+        "step": pipeline.run.step,
+        "num_images": len(job_images),
+        "captions": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        **json.loads(json.dumps(job)),
+    }
+
+
+def open_manifest(out: str, job: dict[str, Any], *, overwrite: bool, resume: bool) -> Manifest:
+    """Make the directory of a job and open its manifest.
+
+    Args:
+        out: the directory.
+        job: of `describe_job`.
+        overwrite: delete the files of any job that are there.
+        resume: keep the images that the manifest lists.
+
+    Raises:
+        ValueError: `out` is a file or has images of another job.
+        OSError: it cannot be written.
+    """
+    directory = output.output_directory(out)
+    files = [path for path in directory.iterdir() if _IMAGE.fullmatch(path.name)]
+    if overwrite:
+        for path in [*files, *(directory / name for name in _OTHER_FILES)]:
+            path.unlink(missing_ok=True)
+    elif files and not (directory / _MANIFEST).exists():
+        raise ValueError(
+            f"Expected an --out that is new or of the same job, got {directory} with images such as "
+            f"{min(files).name} and without {_MANIFEST}. Use --out DIR or --overwrite."
+        )
+    manifest = Manifest(directory / _MANIFEST, job, resume)
+    if not resume:
+        (directory / _CODES).unlink(missing_ok=True)
+    return manifest
+
+
 def run_job(
     pipeline: Pipeline,
     job_images: list[JobImage],
@@ -138,6 +201,7 @@ def run_job(
     out: str,
     job: dict[str, Any],
     *,
+    overwrite: bool,
     batch_size: int,
     columns: int,
     list_images: bool,
@@ -149,7 +213,8 @@ def run_job(
         job_images: all images of the job.
         config: of `pipeline.sample`.
         out: the directory of the job.
-        job: settings of the model and the call that resuming calls must share.
+        job: of `describe_job`; resuming calls must share it.
+        overwrite: delete the files of another job in `out`.
         batch_size: images computed at once.
         columns: of grid.png.
         list_images: return the lines of all images.
@@ -163,20 +228,10 @@ def run_job(
     pipeline.sample(
         [image.request for image in job_images], config, batch_size=batch_size
     )  # checks all requests
-    directory = output.output_directory(out)
-    settings = [_settings(image.request, config) for image in job_images]
-    listed = [
-        [image.file, image.caption, *own.values()] for image, own in zip(job_images, settings, strict=True)
-    ]
-    job = {
-        "run": str(pipeline.run.path),
-        "step": pipeline.run.step,
-        "num_images": len(job_images),
-        "captions": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
-        **json.loads(json.dumps(job)),
-    }
-    manifest = Manifest(directory / "manifest.jsonl", job)
-    codes = _CodesFile(directory / "codes.npy", len(job_images), resume=bool(manifest.done))
+    manifest = open_manifest(out, job, overwrite=overwrite, resume=True)
+    directory = manifest.path.parent
+    settings = [image_settings(image.request, config) for image in job_images]
+    codes = _CodesFile(directory / _CODES, len(job_images), resume=bool(manifest.done))
     rows = [i for i, image in enumerate(job_images) if image.file not in manifest.done]
     if manifest.done:
         print(f"{len(manifest.done)} of {len(job_images)} images are finished already", file=sys.stderr)
@@ -221,13 +276,13 @@ def run_job(
         manifest.close()
 
 
-def _settings(request: ImageRequest, config: Any) -> dict[str, Any]:
-    """The settings of an image that its request may set, those of the call filled in."""
+def image_settings(request: ImageRequest, config: Any) -> dict[str, Any]:
+    """Return the settings of an image that its request may set, those of the call filled in."""
     settings = {}
     for name in ("temperature", "top_p", "guidance_scale"):
         own = getattr(request, name)
-        if own is not None or name in vars(config):
-            settings[name] = vars(config)[name] if own is None else own
+        if own is not None or hasattr(config, name):
+            settings[name] = getattr(config, name) if own is None else own
     return settings
 
 

@@ -48,6 +48,7 @@ def test_sample_writes_each_image_and_a_grid(made, tmp_path):
     ]  # fmt: skip
     assert {p.name for p in tmp_path.iterdir()} == {
         "c000_s0005.png", "c000_s0006.png", "c001_s0005.png", "c001_s0006.png", "grid.png", "codes.npz",
+        "manifest.jsonl",
     }  # fmt: skip
     assert Image.open(result["images"][3]["file"]).size == (SIZE, SIZE)
     model = load(made.dalle, TextToImagePipeline)
@@ -250,7 +251,37 @@ def test_a_resumed_job_writes_the_same_files(made, tmp_path, monkeypatch):
     assert json_of(*call, "--out", tmp_path / "s")["images"] == again["images"] and not sampled
     assert len((tmp_path / "s" / "manifest.jsonl").read_text().splitlines()) == 1 + 22
     other = refused(*call, "--top-k", 3, "--out", tmp_path / "s")
-    assert f"got {tmp_path / 's'} of another job (top_k differ). Use another --out." in other
+    assert f"got {tmp_path / 's'} of another job (top_k differ). Use --out DIR or --overwrite." in other
+
+
+def test_a_directory_has_the_images_of_one_job(made, tmp_path, monkeypatch):
+    """The same call writes the same files again; another one is refused before it samples, or replaces all."""
+    monkeypatch.chdir(tmp_path)
+    call = ("sample", made.dalle, "a star", "a ring", "--num-images", 1, *GUIDED)
+    first = json_of(*call)["images"]
+    files = {p.name: p.read_bytes() for p in Path("samples").iterdir()}
+    assert json_of(*call)["images"] == first
+    assert {p.name: p.read_bytes() for p in Path("samples").iterdir()} == files
+    Path("c.txt").write_text("a heart")
+    others = (call[:3] + call[4:], (*call, "--seed", 1), (*call[:2], "--captions-file", "c.txt"))
+
+    def sampled(*_):
+        pytest.fail("an image was sampled")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextToImagePipeline, "_generate", sampled)
+        for other in others:
+            message = refused(*other)
+            assert "of the same job, got samples of another job (captions" in message
+            assert "Use --out DIR or --overwrite." in message
+    assert {p.name: p.read_bytes() for p in Path("samples").iterdir()} == files
+    Path("samples/notes.txt").write_text("kept")
+    json_of(*call[:3], *call[4:], "--seed", 3, "--overwrite")
+    names = {"c000_s0003.png", "grid.png", "codes.npz", "manifest.jsonl", "notes.txt"}
+    assert {p.name for p in Path("samples").iterdir()} == names
+    Path("samples/manifest.jsonl").unlink()
+    assert "got samples with images such as c000_s0003.png and without manifest" in refused(*call)
 
 
 def test_an_image_of_a_captions_file_equals_the_one_sampled_alone(made, tmp_path):

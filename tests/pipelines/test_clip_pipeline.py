@@ -368,7 +368,12 @@ def test_sample_writes_the_best_candidates(run_dirs, tmp_path, clip):
             np.testing.assert_array_equal(images.load_image(row["file"], SIZE), sampled[key])
             assert row["score"] == pytest.approx(score[key], abs=1e-5)
     names = [Path(row["file"]).name for row in result["images"]]
-    assert {p.name for p in (tmp_path / "best").iterdir()} == {*names, "grid.png", "codes.npz"}
+    assert {p.name for p in (tmp_path / "best").iterdir()} == {
+        *names,
+        "grid.png",
+        "codes.npz",
+        "manifest.jsonl",
+    }
     assert np.load(tmp_path / "best" / "codes.npz")["codes"].shape == (4, 64)
 
 
