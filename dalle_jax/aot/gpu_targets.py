@@ -91,12 +91,12 @@ def parse_gpus(name: str) -> tuple[Gpu, int]:
     """
     gpu, colon, count = name.partition(":")
     if gpu not in GPUS:
-        raise ValueError(f"Target {name!r} is not a GPU. {suggest_gpus(name)}")
+        raise ValueError(f"Expected a GPU, got {name!r}. {suggest_gpus(name)}")
     if not colon:
         return GPUS[gpu], 1
     if not count.isdecimal() or not 1 <= int(count) <= _MAX_GPUS:
         raise ValueError(
-            f"Target {name!r} has {count!r} GPUs. Use 1 to {_MAX_GPUS} of one host, as in {gpu}:{_MAX_GPUS}."
+            f"Expected 1 to {_MAX_GPUS} GPUs of one host, got {name!r}. Use e.g. {gpu}:{_MAX_GPUS}."
         )
     return GPUS[gpu], int(count)
 
@@ -113,9 +113,7 @@ def memory_fraction() -> float:
     except ValueError:
         fraction = 0.0
     if not 0 < fraction <= 1:
-        raise ValueError(
-            f"XLA_PYTHON_CLIENT_MEM_FRACTION is {value!r}. Use a fraction in (0, 1], such as 0.95."
-        )
+        raise ValueError(f"Expected XLA_PYTHON_CLIENT_MEM_FRACTION in (0, 1], got {value!r}. Use e.g. 0.95.")
     return fraction
 
 
@@ -135,10 +133,13 @@ def gpu_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
     """
     gpu, count = parse_gpus(name)
     if num_slices != 1:
-        raise ValueError(f"--slices {num_slices} is for a TPU topology; {name} is one host of GPUs.")
+        raise ValueError(
+            f"Expected a TPU topology with --slices {num_slices}, got {name}, one host of GPUs. Remove --slices."
+        )
     if not any(importlib.util.find_spec(plugin) for plugin in _PLUGINS):
         raise ModuleNotFoundError(
-            f"Compilation for {name} needs XLA's GPU compiler: pip install 'dalle-jax[cuda]' (no GPU is needed)."
+            f"Expected XLA's GPU compiler to compile for {name}, got none. Use pip install 'dalle-jax[cuda]' (no GPU "
+            "is needed)."
         )
     # By default the plugin registers only where it finds a driver.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
@@ -154,8 +155,7 @@ def gpu_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
         )
     except NotImplementedError:
         raise ValueError(
-            f"jax initialized its backends before the target {name}, without the GPU compiler. Request the "
-            "target before "
+            f"Expected the target {name} before jax initializes its backends, got it after. Request the target before "
             "the first array of the process, or start it with JAX_PLATFORMS=cpu."
         ) from None
     # A program for a GPU that is absent can be stored in the cache but not be loaded from it.

@@ -77,7 +77,7 @@ def compile_sampler(
     if batch_size < 1:
         raise ValueError(f"Expected at least 1 image, got --sample {batch_size}.")
     if isinstance(model, DiffusionConfig) and quantization is not None:
-        raise ValueError("--quantization is for Transformers, and this is a diffusion model.")
+        raise ValueError(f"Expected no --quantization for a diffusion model, got {quantization}. Remove it.")
     device = single_device_target(target, "--sample", num_slices)
     mesh = make_mesh(MeshConfig(data=1), device.devices)
     if isinstance(model, DiffusionConfig):

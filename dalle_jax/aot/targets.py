@@ -58,7 +58,9 @@ def make_target(name: str, num_slices: int = 1) -> Target:
         devices, tpu = tpu_devices(name, num_slices), TPU_CHIPS[parse_topology(name)[0]]
         return Target(name, num_slices, devices, tpu.hbm_gib, tpu=tpu)
     if num_slices != 1:
-        raise ValueError(f"--slices {num_slices} is for a TPU topology, not for the local devices.")
+        raise ValueError(
+            f"Expected a TPU topology with --slices {num_slices}, got the local devices. Remove --slices."
+        )
     devices = jax.devices()
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     hbm_gib = stats["bytes_limit"] / GIB if stats and "bytes_limit" in stats else None
@@ -84,6 +86,8 @@ def single_device_target(name: str, flag: str, num_slices: int = 1) -> Target:
         count = 1 if name == "local" else num_slices * math.prod(parse_topology(name)[1])
         singles = "v5e:1x1, v6e:1x1, v4:1x1x1 or v5p:1x1x1"
     if count != 1:
-        raise ValueError(f"{flag} compiles for one device, and {name} has {count}. Use {singles}.")
+        raise ValueError(
+            f"Expected a target of one device with {flag}, got {count} of {name}. Use {singles}."
+        )
     target = make_target(name, num_slices)
     return target._replace(devices=target.devices[:1])

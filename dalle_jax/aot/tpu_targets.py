@@ -89,14 +89,14 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     if same_prefix:
         generation, shape = CLOUD_NAMES[same_prefix[-1]]
         raise ValueError(
-            f"There is no topology {name!r}. Use {', '.join(same_prefix)}, or a shape, as in "
+            f"Expected a TPU topology, got {name!r}. Use {', '.join(same_prefix)}, or a shape, as in "
             f"{generation}:{'x'.join(map(str, shape))}."
         )
     cloud_names = ", ".join(f"{prefix}-N" for prefix in _CLOUD_PREFIXES)
     raise ValueError(
-        f"There is no topology {name!r}. Use v4 or v5p with three sizes (v5p:4x4x4), v5e or v6e with two "
-        "(v5e:16x16), a "
-        f"Cloud name ({cloud_names}: v5p-128, v5litepod-256, v6e-256), a GPU, or local. {suggest_gpus(name)}"
+        f"Expected a TPU topology, a GPU or local, got {name!r}. Use v4 or v5p with three sizes (v5p:4x4x4), v5e or "
+        f"v6e with two (v5e:16x16), a Cloud name ({cloud_names}: v5p-128, v5litepod-256, v6e-256), a GPU, or local. "
+        f"{suggest_gpus(name)}"
     )
 
 
@@ -104,11 +104,13 @@ def _check_shape(name: str, generation: str, shape: tuple[int, ...]) -> None:
     chips, limit = math.prod(shape), _MAX_CHIPS[generation]
     if chips > limit:
         raise ValueError(
-            f"Topology {name!r} has {chips} chips, a slice of {generation} at most {limit}. Use --slices for more."
+            f"Expected at most {limit} chips in a slice of {generation}, got {chips} in {name!r}. Use --slices for "
+            "more."
         )
     if chips > 1 and (shape[0] % 2 or shape[1] % 2):
         raise ValueError(
-            f"Topology {name!r} does not divide into hosts of 2 x 2 chips. Use even first two sizes, or one chip."
+            f"Expected a topology that divides into hosts of 2 x 2 chips, got {name!r}. Use even first two sizes, or "
+            "one chip."
         )
 
 
@@ -130,7 +132,8 @@ def tpu_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
         raise ValueError(f"Expected at least 1 slice, got {num_slices}.")
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            f"Compilation for {name} needs the TPU compiler: pip install 'dalle-jax[compile]' (no TPU is needed)."
+            f"Expected the TPU compiler to compile for {name}, got none. Use pip install 'dalle-jax[compile]' (no TPU "
+            "is needed)."
         )
     os.environ.update(
         ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_LOG_DIR="disabled",

@@ -71,7 +71,9 @@ def load_run(
         params, saved_step = read_params(local / PARAMS_FILE, config.model)
         where = (device or jax.local_devices()[0]) if mesh is None else param_shardings(mesh, params)
         return Run(config, jax.device_put(params, where), local, saved_step)
-    no_checkpoint = f"{path} has no checkpoint yet; train it first, or wait for its first save"
+    no_checkpoint = (
+        f"Expected a checkpoint in {path}, got none. Train the run first, or wait for its first save."
+    )
     if not directory.is_dir():
         raise FileNotFoundError(no_checkpoint)
     checkpoints = CheckpointManager(directory, alone=mesh is None)

@@ -120,4 +120,4 @@ def parse_bart(data: bytes) -> BartTokenizer | None:
         bpe = ByteLevelBPE(fields["pairs"]["vocab"], fields["pairs"]["merges"])
         return BartTokenizer(bpe, fields["begin"], fields["end"], normalize_captions=bool(fields["simplify"]))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"The vocabulary of BART is damaged: {error!r}.") from None
+        raise ValueError(f"Expected a whole vocabulary of BART, got {error!r}.") from None

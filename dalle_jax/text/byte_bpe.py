@@ -67,8 +67,7 @@ class ByteLevelBPE:
                 )
             if joined not in vocab or left not in self._spelled or right not in self._spelled:
                 raise ValueError(
-                    f"merge {rank + 1}, {merge!r}, has a piece that the vocabulary lacks or that no earlier "
-                    "merge makes. Use "
+                    f"Expected pieces of the vocabulary and of earlier merges as merge {rank + 1}, got {merge!r}. Use "
                     "vocab.json and merges.txt of one model."
                 )
             self._spelled[joined] = self._spelled[left] + self._spelled[right]

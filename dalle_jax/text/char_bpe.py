@@ -213,7 +213,7 @@ def parse_char_bpe(data: bytes) -> CharBPE | None:
         )
         return CharBPE(fields["rule"], characters, merges, **sizes, **ends)
     except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"The vocabulary of character pairs is damaged: {error!r}.") from None
+        raise ValueError(f"Expected a whole vocabulary of character pairs, got {error!r}.") from None
 
 
 def _bert_words(text: str) -> list[str]:

@@ -40,7 +40,7 @@ class ClassLabelTokenizer:
         if name.isdecimal() and int(name) < self.vocab_size:
             return [int(name)]
         raise ValueError(
-            f"no class {caption!r}. Use the number of a class from 0 to {self.vocab_size - 1}, or its name, e.g. "
+            f"Expected a class, got {caption!r}. Use its number in [0, {self.vocab_size}), or its name, e.g. "
             f"{self._names[0]!r}."
         )
 
@@ -64,7 +64,7 @@ def parse_class_labels(data: bytes) -> ClassLabelTokenizer | None:
     try:
         return ClassLabelTokenizer(json.loads(data)["names"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"The file of class labels is damaged: {error!r}.") from None
+        raise ValueError(f"Expected a whole file of class labels, got {error!r}.") from None
 
 
 def _fold(name: str) -> str:

@@ -111,11 +111,10 @@ def train_sentencepiece(lines: list[str], *, vocab: int, lowercase: bool, nfkc: 
             return model
     if smallest := re.search(r"required_chars\. \d+ vs (\d+)", error):
         raise ValueError(
-            f"A vocabulary of {vocab} pieces is too small for these captions: 256 bytes, <unk> and their "
-            "characters are "
-            f"{smallest[1]}. Raise text_vocab to at least {smallest[1]}"
+            f"Expected a vocabulary of at least {smallest[1]} pieces, 256 bytes, <unk> and the characters of these "
+            f"captions, got {vocab}. Raise text_vocab to at least {smallest[1]}."
         )
-    raise ValueError(f"sentencepiece could not train a vocabulary of {vocab} pieces: {error}")
+    raise ValueError(f"Expected captions that give a vocabulary of {vocab} pieces, got: {error}")
 
 
 def _train(lines: list[str], vocab: int, coverage: float, rule: str | None) -> tuple[bytes | None, str]:

@@ -129,5 +129,5 @@ def parse_t5(data: bytes) -> T5Tokenizer | None:
         fields = json.loads(data)
         model, eos_id = base64.b64decode(fields["pieces"], validate=True), fields["end"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The vocabulary of T5 is damaged: {error!r}.") from None
+        raise ValueError(f"Expected a whole vocabulary of T5, got {error!r}.") from None
     return T5Tokenizer(SentencePieceModel(model), eos_id)

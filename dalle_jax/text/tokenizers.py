@@ -93,15 +93,14 @@ class TextTokenizer:
             return cls(_parse_own(data) or load_byte_bpe(path) or data)
         except OSError as error:
             raise ValueError(
-                f"Cannot read the text vocabulary {error.filename or path}: {error.strerror}. Use a "
-                "sentencepiece .model "
-                "file, CLIP's bpe_simple_vocab_16e6.txt.gz, vocab.json with merges.txt beside it or tokenizer.json, or "
-                "leave text.tokenizer_path unset to train one from the source's captions."
+                f"Expected a readable text vocabulary, got {error.filename or path}: {error.strerror}. Use a "
+                "sentencepiece .model file, CLIP's bpe_simple_vocab_16e6.txt.gz, vocab.json with merges.txt beside it "
+                "or tokenizer.json, or leave text.tokenizer_path unset to train one from the source's captions."
             ) from None
         except ValueError as error:
             reason = str(error).removesuffix(".")
             raise ValueError(
-                f"The text vocabulary {path} is damaged: {reason}. Copy or train it again."
+                f"Expected a whole text vocabulary, got {path}: {reason}. Copy or train it again."
             ) from None
 
     def save(self, path: str | os.PathLike) -> None:

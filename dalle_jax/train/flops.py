@@ -78,7 +78,9 @@ def count_flops(jaxpr: Any) -> float:
             positions = eqn.outvars[0].aval.size / math.prod(params["lhs_dilation"])
             total += 2.0 * positions * kernel.size / features
         elif name == "pallas_call":
-            raise ValueError("Cannot count the FLOPs of a Pallas kernel. Trace the dense form instead.")
+            raise ValueError(
+                "Expected a program without Pallas kernels to count FLOPs, got one. Trace the dense form."
+            )
         elif name == "cond":
             total += max(count_flops(branch) for branch in params["branches"])
         else:

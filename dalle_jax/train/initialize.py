@@ -41,8 +41,8 @@ def with_init_model(config: TrainConfig) -> TrainConfig:
     transformers = all(model_spec(m).transformer is not None for m in (model, config.model))
     if type(model) is not type(config.model) and not transformers:
         raise ValueError(
-            f"--init-from {config.init_from} is a run of stage {model.kind}, this configuration of stage "
-            f"{config.model.kind}. Use a configuration of the same stage."
+            f"Expected a run of stage {config.model.kind} in --init-from, got {config.init_from} of stage "
+            f"{model.kind}. Use a configuration of the same stage."
         )
     return dataclasses.replace(config, model=model)
 
@@ -81,7 +81,7 @@ def init_from_run(state: TrainState, config: TrainConfig, mesh: Mesh) -> TrainSt
       ValueError: If a parameter has another shape in the other run.
     """
     if config.init_from is None:
-        raise ValueError("init_from is not set. Set it to a run directory.")
+        raise ValueError("Expected init_from, got none. Set it to a run directory.")
     loaded = load_run(config.init_from, config.model.kind, mesh=mesh).params
     subtree = model_spec(config.model).model_subtree
     if subtree is not None:  # a discriminator is trained from scratch
@@ -90,8 +90,8 @@ def init_from_run(state: TrainState, config: TrainConfig, mesh: Mesh) -> TrainSt
     for name in [*expected, *actual]:
         if expected.get(name) != actual.get(name):
             raise ValueError(
-                f"init_from {config.init_from}: parameter {name} has shape {actual.get(name)} there, and "
-                f"{expected.get(name)} in this model. Keep the fields of `model` as in that run."
+                f"init_from {config.init_from}: Expected parameter {name} of shape {expected.get(name)}, got "
+                f"{actual.get(name)}. Keep the fields of `model` as in that run."
             )
     averages = {name: loaded[name] for name in state.ema}
     copy = jax.jit(lambda tree: jax.tree.map(lambda x: x.copy(), tree), out_shardings=shardings_of(state.ema))

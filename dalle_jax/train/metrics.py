@@ -51,7 +51,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row["step"]
         except (ValueError, TypeError, KeyError):
             raise ValueError(
-                f"{path}, line {number} is not a row of metrics: {line[:80]!r}. Delete the line to continue."
+                f"{path}, line {number}: Expected a row of metrics, got {line[:80]!r}. Delete the line to continue."
             ) from None
         rows.append(row)
     return rows

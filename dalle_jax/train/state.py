@@ -160,9 +160,8 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         split = f" in {pieces} microbatches of {rows} rows (optim.grad_accum_steps)" if pieces > 1 else ""
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in LOGICAL_AXIS_RULES["batch"])
         raise ValueError(
-            f"data.batch_size {config.data.batch_size}{split} is not divisible by the {shards} devices that "
-            "share a batch "
-            f"(mesh {axes}). Use a multiple of {shards * pieces}."
+            f"Expected data.batch_size{split} divisible by the {shards} devices that share a batch (mesh {axes}), got "
+            f"{config.data.batch_size}. Use a multiple of {shards * pieces}."
         )
 
 

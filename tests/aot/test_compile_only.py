@@ -60,16 +60,16 @@ def test_topology_names(name, want):
 
 @pytest.mark.parametrize("name", ["v5p:4x4", "v5e:2x2x2", "v9:2x2", "v5p", "v5p-129", "v6e-3", "v5e:0x4", ""])
 def test_unknown_topologies_are_refused(name):
-    with pytest.raises(ValueError, match=r"There is no topology '.*'. Use "):
+    with pytest.raises(ValueError, match=r"Expected a TPU topology.*, got '.*'\. Use "):
         parse_topology(name)
 
 
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("v5e:3x5", "'v5e:3x5' does not divide into hosts of 2 x 2 chips. Use even first two sizes"),
-        ("v5p:4x3x4", "does not divide into hosts"),
-        ("v6e:32x32", "'v6e:32x32' has 1024 chips, a slice of v6e at most 256. Use --slices"),
+        ("v5e:3x5", "divides into hosts of 2 x 2 chips, got 'v5e:3x5'. Use even first two sizes"),
+        ("v5p:4x3x4", "divides into hosts of 2 x 2 chips, got 'v5p:4x3x4'"),
+        ("v6e:32x32", "Expected at most 256 chips in a slice of v6e, got 1024 in 'v6e:32x32'. Use --slices"),
     ],
 )
 def test_impossible_shapes_are_refused(name, want):
@@ -79,7 +79,8 @@ def test_impossible_shapes_are_refused(name, want):
 
 def test_messages_list_the_known_topologies():
     with pytest.raises(
-        ValueError, match=r"no topology 'v5p-129'. Use v5p-8, v5p-16.*shape, as in v5p:8x16x16"
+        ValueError,
+        match=r"Expected a TPU topology, got 'v5p-129'. Use v5p-8, v5p-16.*shape, as in v5p:8x16x16",
     ):
         parse_topology("v5p-129")
     with pytest.raises(ValueError, match=r"\(v4-N, v5p-N, v5litepod-N, v5e-N, v6e-N: v5p-128, v5litepod-256"):
@@ -300,9 +301,9 @@ def test_command_prints_json_and_writes_the_hlo(config_file, tmp_path, capsys):
     ("flags", "want"),
     [
         (["local", "--mesh.fsdp", "3"], "whose product divides 8 devices"),
-        (["local", "--data.batch-size", "12"], "data.batch_size 12 is not divisible by the 8 devices"),
-        (["local", "--slices", "2"], "--slices 2 is for a TPU topology"),
-        (["v5p:4x4"], "There is no topology 'v5p:4x4'"),
+        (["local", "--data.batch-size", "12"], "Expected data.batch_size divisible by the 8 devices"),
+        (["local", "--slices", "2"], "Expected a TPU topology with --slices 2, got the local devices"),
+        (["v5p:4x4"], "Expected a TPU topology, a GPU or local, got 'v5p:4x4'"),
     ],
 )
 def test_mismatched_arguments_exit_2(config_file, capsys, flags, want):
@@ -354,12 +355,18 @@ def test_sampling_of_a_diffusion_model_runs_all_steps():
     ("flags", "want"),
     [
         (["local", "--sample", "0"], "Expected at least 1 image, got --sample 0"),
-        (["local", "--sample", "1", "--slices", "2"], "--slices 2 is for a TPU topology"),
+        (
+            ["local", "--sample", "1", "--slices", "2"],
+            "Expected a TPU topology with --slices 2, got the local devices",
+        ),
         (
             ["local", "--quantization", "int8"],
             "Expected --sample ROWS with --quantization, got none",
         ),
-        (["v5e:2x2", "--sample", "1"], "--sample compiles for one device, and v5e:2x2 has 4. Use v5e:1x1"),
+        (
+            ["v5e:2x2", "--sample", "1"],
+            "Expected a target of one device with --sample, got 4 of v5e:2x2. Use v5e:1x1",
+        ),
     ],
 )
 def test_mismatched_sampling_arguments_exit_2(config_file, capsys, flags, want):

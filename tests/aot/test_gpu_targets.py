@@ -36,10 +36,10 @@ def test_gpu_names():
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("h200:0", "Target 'h200:0' has '0' GPUs. Use 1 to 8 of one host, as in h200:8"),
-        ("h200:16", "Use 1 to 8"),
-        ("l4:2x2", "has '2x2' GPUs"),
-        ("h200:", "has '' GPUs"),
+        ("h200:0", r"Expected 1 to 8 GPUs of one host, got 'h200:0'\. Use e\.g\. h200:8"),
+        ("h200:16", "Expected 1 to 8 GPUs of one host, got 'h200:16'"),
+        ("l4:2x2", "Expected 1 to 8 GPUs of one host, got 'l4:2x2'"),
+        ("h200:", "Expected 1 to 8 GPUs of one host, got 'h200:'"),
     ],
 )
 def test_impossible_counts_are_refused(name, want):
@@ -64,7 +64,9 @@ def test_the_peak_agrees_with_the_table_of_training():
 
 
 def test_gpus_have_no_slices():
-    with pytest.raises(ValueError, match="--slices 2 is for a TPU topology; h200:8 is one host of GPUs"):
+    with pytest.raises(
+        ValueError, match="Expected a TPU topology with --slices 2, got h200:8, one host of GPUs"
+    ):
         gpu_devices("h200:8", 2)
 
 
@@ -83,7 +85,7 @@ def test_initialized_backends_are_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
     with pytest.raises(
-        ValueError, match=r"jax initialized its backends before the target h200.*JAX_PLATFORMS=cpu"
+        ValueError, match=r"Expected the target h200 before jax initializes its backends.*JAX_PLATFORMS=cpu"
     ):
         gpu_devices("h200")
 
@@ -91,9 +93,12 @@ def test_initialized_backends_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "want"),
     [
-        (["h200:2", "--sample", "1"], "--sample compiles for one device, and h200:2 has 2. Use h200"),
-        (["h200", "--slices", "2", "--sample", "1"], "--slices 2 is for a TPU topology"),
-        (["h300"], "There is no topology 'h300'"),
+        (
+            ["h200:2", "--sample", "1"],
+            "Expected a target of one device with --sample, got 2 of h200:2. Use h200",
+        ),
+        (["h200", "--slices", "2", "--sample", "1"], "Expected a TPU topology with --slices 2, got h200"),
+        (["h300"], "Expected a TPU topology, a GPU or local, got 'h300'"),
     ],
 )
 def test_mismatched_arguments_exit_2(config_file, capsys, flags, want):
@@ -108,7 +113,7 @@ def test_memory_fraction(monkeypatch, value):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     assert memory_fraction() == 0.9
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
-    with pytest.raises(ValueError, match=f"MEM_FRACTION is '{value}'. Use a fraction"):
+    with pytest.raises(ValueError, match=rf"MEM_FRACTION in \(0, 1\], got '{value}'\. Use e\.g\. 0\.95"):
         memory_fraction()
 
 

@@ -302,10 +302,10 @@ def test_invalid_arguments_of_load_run_are_rejected(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Expected a step of .*, the checkpoints in .*, got 5"):
         load_run(run, step=5)
     shutil.copy(run / "config.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+    with pytest.raises(FileNotFoundError, match=r"Expected a checkpoint in .*, got none"):
         load_run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+    with pytest.raises(FileNotFoundError, match=r"Expected a checkpoint in .*, got none"):
         load_run(tmp_path)
     (tmp_path / "config.json").write_text('{"model": ')
     with pytest.raises(ValueError, match=r"a configuration of this version in .*config\.json"):

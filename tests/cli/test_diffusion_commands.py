@@ -359,9 +359,12 @@ def test_rfid_decodes_the_codes_of_the_evaluation_images(decoder, monkeypatch):
     [
         (
             CodesConfig(vocab=10, grid=8),
-            "model.codes.vocab is 10, but the image tokenizer .* has 9. Set them equal",
+            r"Expected model\.codes\.vocab 9, that of the image tokenizer .*, got 10\. Set them equal",
         ),
-        (CodesConfig(vocab=9, grid=4), "model.codes.grid is 4, but the image tokenizer .* has 8"),
+        (
+            CodesConfig(vocab=9, grid=4),
+            r"Expected model\.codes\.grid 8, that of the image tokenizer .*, got 4",
+        ),
     ],
 )
 def test_codes_that_do_not_fit_the_tokenizer_are_rejected(decoder, codes, match):
@@ -378,6 +381,6 @@ def test_codes_that_do_not_fit_the_tokenizer_are_rejected(decoder, codes, match)
 def test_a_number_of_classes_that_differs_from_the_data_is_rejected(tmp_path):
     task = DiffusionTask(TrainConfig(model=dataclasses.replace(MODEL, text=None, num_classes=4), data=DATA))
     with pytest.raises(
-        ValueError, match=r"model\.num_classes is 4, but the data has 0 classes. Set them equal"
+        ValueError, match=r"Expected model\.num_classes 0, the classes of the data, got 4. Set them equal"
     ):
         task.prepare(tmp_path)

@@ -95,7 +95,7 @@ def test_info_measures_the_memory_for_sampling(made):
     message = refused("info", made.dalle, "--device", "h200")
     assert "Expected --batch-size with --device, got none" in message
     assert "Did you mean h200?" in refused("info", made.dalle, "--batch-size", 1, "--device", "h20")
-    assert "--device compiles for one device, and h200:2 has 2. Use h200" in refused(
+    assert "Expected a target of one device with --device, got 2 of h200:2. Use h200" in refused(
         "info", made.dalle, "--batch-size", 1, "--device", "h200:2"
     )
     assert "--batch-size of at least 1, got 0" in refused("info", made.dalle, "--batch-size", 0)

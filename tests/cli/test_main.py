@@ -51,7 +51,8 @@ def test_runs_that_are_missing_incomplete_or_of_another_stage(made, tmp_path):
     assert "without config.json" in refused("evaluate", tmp_path / "empty")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_bytes((made.dalle / "config.json").read_bytes())
-    assert "has no checkpoint yet; train it first" in refused("sample", tmp_path / "half", "a")
+    message = refused("sample", tmp_path / "half", "a")
+    assert f"Expected a checkpoint in {tmp_path / 'half'}, got none. Train the run first" in message
     np.savez(tmp_path / "c.npz", codes=np.zeros((1, 64), np.int32))
     message = refused("decode", tmp_path / "half", tmp_path / "c.npz", "--out", tmp_path / "x")
     assert ", got none. Train the run first" in message

@@ -36,9 +36,9 @@ def test_finetuning_starts_with_the_parameters_of_the_other_run(made, folder):
 
 def test_finetuning_rejects_a_run_that_does_not_match(made, folder):
     for more, message in (
-        (("--init-from", made.dvae), "is a run of stage dvae, this configuration of stage dalle"),
+        (("--init-from", made.dvae), "Expected a run of stage dalle in --init-from, got .* of stage dvae"),
         (("--init-from", "nowhere"), "Expected a run directory, got nowhere"),
-        (("--model.dim", "32"), "parameter .* has shape .*Keep the fields of `model`"),
+        (("--model.dim", "32"), "Expected parameter .* of shape .*, got .*Keep the fields of `model`"),
         (("--data.path", "no where"), "got nothing at 'no where'"),
     ):
         done = finetune(made, folder, *more)

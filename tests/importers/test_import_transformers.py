@@ -333,7 +333,7 @@ def test_the_commands_accept_an_imported_run(tmp_path, tokenizers, capsys):
     codes = np.load(out / "codes.npz")["codes"]
     assert codes.shape == (4, 16) and len(np.unique(codes, axis=0)) == 4
     assert cli.main(["sample", str(run.path), "cat", "--out", str(tmp_path / "none")]) == 1
-    assert "no class 'cat'. Use the number of a class from 0 to 9" in capsys.readouterr().err
+    assert "Expected a class, got 'cat'. Use its number in [0, 10)" in capsys.readouterr().err
     assert cli.main(["info", str(run.path)]) == 0
     assert cli.main(["export", str(run.path), "--out", str(tmp_path / "again")]) == 0
     again = load_run(tmp_path / "again").params
@@ -415,7 +415,7 @@ def test_invalid_imports_are_rejected(tmp_path, tokenizers, capsys):
     wrong = import_error(
         capsys, "rudalle", malevich, *to, *text, *small, "--image-tokenizer", tokenizers(24, 4)
     )
-    assert "model.image_vocab is 12, but the image tokenizer" in wrong
+    assert "Expected model.image_vocab 24, that of the image tokenizer" in wrong
     unversioned = shutil.copy(malevich, tmp_path / "pytorch_model.bin")
     assert "Use --version v3" in import_error(capsys, "rudalle", unversioned, *to, *text, *small, *fit)
     assert "Expected ruDALL-E with a tensor text_embeddings.weight" in import_error(

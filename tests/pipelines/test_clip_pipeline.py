@@ -528,8 +528,8 @@ def test_every_second_image_is_reconstructed_by_the_tokenizer(run_dirs, tmp_path
     np.testing.assert_allclose(got, clips.loss(CLIP, params, expected_images, text_BT)[0], rtol=1e-6)
     large = dataclasses.replace(DVAE, image_size=64)
     for model, match in (
-        (CLIP, "is a run of stage clip. Use a tokenizer"),
-        (large, "image_size is 32, the image tokenizer's is 64"),
+        (CLIP, r"Expected the run of an image tokenizer \(dvae, vqgan\), got .* of stage clip"),
+        (large, r"Expected model\.image_size 64, that of the image tokenizer, got 32"),
     ):
         (tmp_path / "dvae" / "config.json").write_text(to_json(TrainConfig(model=model, data=DATA)))
         with pytest.raises(ValueError, match=match):

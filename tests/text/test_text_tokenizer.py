@@ -193,10 +193,10 @@ def test_large_vocabulary_shrinks_to_what_the_captions_support(tmp_path):
 def test_a_vocabulary_that_is_too_small_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="256 bytes") as error:
         train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=100)
-    least = int(str(error.value).split()[-1])
+    least = int(str(error.value).split()[-1].rstrip("."))
     train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=least)
     assert TextTokenizer.load(tmp_path / "m").vocab_size == least
-    with pytest.raises(ValueError, match="too small"):
+    with pytest.raises(ValueError, match=f"Expected a vocabulary of at least {least} pieces"):
         train_text_tokenizer(CAPTIONS, tmp_path / "m", vocab=least - 1)
 
 
@@ -211,5 +211,5 @@ def test_invalid_arguments_are_rejected(tokenizer, model, tmp_path):
         TextTokenizer.load(tmp_path / "nowhere.model")
     for data in (b"", b"garbage", model.read_bytes()[:1000]):
         (tmp_path / "bad.model").write_bytes(data)
-        with pytest.raises(ValueError, match=r"bad\.model is damaged"):
+        with pytest.raises(ValueError, match=r"Expected a whole text vocabulary, got .*bad\.model"):
             TextTokenizer.load(tmp_path / "bad.model")

@@ -215,7 +215,7 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path, straight):
 
 def test_invalid_metrics_name_the_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a row"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: Expected a row of metrics, got"):
         MetricsLog(tmp_path, 5)
 
 
@@ -437,7 +437,7 @@ def test_without_averaging_and_without_clipping(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"batch_size": 6}}, r"data.batch_size 6 is not divisible by the 4 devices"),
+        ({"data": {"batch_size": 6}}, r"Expected data.batch_size divisible by the 4 devices .*, got 6"),
         ({"optim": {"grad_accum_steps": 8}}, r"in 8 microbatches of 2 rows .* Use a multiple of 32"),
         ({"mesh": {"data": 3}}, r"got data=3"),
         ({"run": ""}, "Use --run DIR"),
@@ -556,7 +556,7 @@ def test_command_line_errors(tmp_path, capsys):
         (
             SMALL,
             ["--run", "x", "--data.batch-size", "9"],
-            "data.batch_size 9 is not divisible by the 8 devices",
+            "Expected data.batch_size divisible by the 8 devices",
         ),
     ],
 )

@@ -51,13 +51,13 @@ class ClipTask(DataTask):
     def _check_image_tokenizer(self, model: ModelConfig) -> TokenizerConfig:
         if not isinstance(model, TokenizerConfig):
             raise ValueError(
-                f"image tokenizer {self.config.image_tokenizer} is a run of stage {model.kind}. Use a "
-                "tokenizer (dvae, vqgan)."
+                f"Expected the run of an image tokenizer (dvae, vqgan), got {self.config.image_tokenizer} of stage "
+                f"{model.kind}. Set image_tokenizer to one."
             )
         if model.image_size != self.model.image_size:
             raise ValueError(
-                f"model.image_size is {self.model.image_size}, the image tokenizer's is {model.image_size}. "
-                "Set them equal."
+                f"Expected model.image_size {model.image_size}, that of the image tokenizer, got "
+                f"{self.model.image_size}. Set them equal."
             )
         return model
 

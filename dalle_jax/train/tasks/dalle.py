@@ -50,8 +50,8 @@ class DalleTask(DataTask):
         model, init_from = self.model, self.config.init_from
         if isinstance(model, DalleConfig) and model.text_encoder is not None and init_from is None:
             raise ValueError(
-                "model.text_encoder is frozen and must be pretrained. Use --init-from RUN with a run that has one "
-                "(`dalle-jax import llamagen` makes such a run)."
+                "Expected --init-from with model.text_encoder, which is frozen and pretrained, got none. Use "
+                "--init-from RUN with a run that has one (`dalle-jax import llamagen` makes such a run)."
             )
         check_tokenizer(self.config, model.image_vocab, model.grid)
 
@@ -73,8 +73,8 @@ class DalleTask(DataTask):
         for source in (self.train_source, self.eval_source):
             if isinstance(source, CodesDataset) and source.info.tokenizer != fingerprint:
                 raise ValueError(
-                    f"data.codes {self.config.data.codes} was encoded by tokenizer {source.info.tokenizer}, this run's "
-                    f"tokenizer is {fingerprint}. Encode again with "
+                    f"Expected data.codes of this run's tokenizer {fingerprint}, got {self.config.data.codes} of "
+                    f"tokenizer {source.info.tokenizer}. Encode again with "
                     f"`dalle-jax encode {self.config.image_tokenizer} --data`."
                 )
 

@@ -66,7 +66,8 @@ class DiffusionTask(DataTask):
         num_classes = len(self.train_source.classes)
         if model.num_classes and num_classes != model.num_classes:
             raise ValueError(
-                f"model.num_classes is {model.num_classes}, but the data has {num_classes} classes. Set them equal."
+                f"Expected model.num_classes {num_classes}, the classes of the data, got {model.num_classes}. Set them "
+                "equal."
             )
         if (text := model.text) is not None:
             path = prepare_text_tokenizer(config, self.train_source, run_dir, text.text_vocab)
@@ -79,9 +80,8 @@ class DiffusionTask(DataTask):
             )
             if self.image_tokenizer.image_size != model.image_size:
                 raise ValueError(
-                    f"model.image_size is {model.image_size}, the image tokenizer's is "
-                    f"{self.image_tokenizer.image_size}. "
-                    "Set them equal."
+                    f"Expected model.image_size {self.image_tokenizer.image_size}, that of the image tokenizer, got "
+                    f"{model.image_size}. Set them equal."
                 )
 
     def init(self, key: jax.Array) -> Params:

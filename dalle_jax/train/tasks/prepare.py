@@ -73,13 +73,14 @@ def check_tokenizer_match(
     """
     if not isinstance(model, TokenizerConfig):
         raise ValueError(
-            f"image tokenizer {where} is a run of stage {model.kind}. Use a tokenizer (dvae, vqgan)."
+            f"Expected the run of an image tokenizer (dvae, vqgan), got {where} of stage {model.kind}."
         )
     vocab_field = "image_vocab" if fields == "model.{}" else "vocab"
     for name, expected, actual in ((vocab_field, vocab, model.vocab), ("grid", grid, model.grid)):
         if expected != actual:
             raise ValueError(
-                f"{fields.format(name)} is {expected}, but the image tokenizer {where} has {actual}. Set them equal."
+                f"Expected {fields.format(name)} {actual}, that of the image tokenizer {where}, got {expected}. Set "
+                "them equal."
             )
     return model
 
@@ -117,7 +118,9 @@ def load_text_tokenizer(path: Path, vocab: int, field: str) -> TextTokenizer:
     """
     tokenizer = TextTokenizer.load(path)
     if tokenizer.vocab_size > vocab:
-        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, but {field} is {vocab}. Raise it.")
+        raise ValueError(
+            f"Expected {field} of at least {tokenizer.vocab_size}, the tokens of {path}, got {vocab}. Raise it."
+        )
     return tokenizer
 
 
