@@ -28,7 +28,6 @@ config = TrainConfig(
         pixel_mean=(0.5, 0.5, 0.5),
         pixel_std=(0.25, 0.25, 0.25),
         dtype="float32",
-        scan_unroll=4,
     ),
     data=DataConfig(batch_size=64, source=_demo.data.source),
     text=TextConfig(num_train_captions=20_000, bpe_dropout=0.0),

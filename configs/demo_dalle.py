@@ -31,7 +31,6 @@ config = TrainConfig(
         qk_norm=True,
         dtype="float32",
         remat="none",
-        scan_unroll=5,
     ),
     data=dataclasses.replace(_tokenizer.data, batch_size=32),
     text=TextConfig(num_train_captions=20_000, bpe_dropout=0.0),

@@ -49,7 +49,9 @@ class ClipConfig:
     remat: Literal["none", "full"] = (
         "none"  # activations that the backward pass recomputes; chunks are always recomputed
     )
-    scan_unroll: int = 1  # layers per iteration of the scan; more compiles longer and may run faster
+    scan_unroll: int | None = (
+        None  # layers per iteration of the loop; None: all of up to 8 layers, or 1 of more
+    )
 
     def __post_init__(self):
         require_at_least(

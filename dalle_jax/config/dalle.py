@@ -93,7 +93,9 @@ class DalleConfig:
     # attention; mlp, the MLP; dots, all but matrix products; none.
     remat: Remat = "full"
     loss_vocab_chunk: int = 2048  # columns of logits that the loss holds at once; 0 holds all
-    scan_unroll: int = 1  # layers per iteration of the scan; more compiles longer and may run faster
+    scan_unroll: int | None = (
+        None  # layers per iteration of the loop; None: all of up to 8 layers, or 1 of more
+    )
 
     def __post_init__(self):
         require_at_least(

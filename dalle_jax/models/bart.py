@@ -23,6 +23,8 @@ from dalle_jax.config import BartConfig
 from dalle_jax.nn.input_checks import check_ids, check_prefix
 from dalle_jax.nn.kv_cache import KV
 from dalle_jax.nn.linear import fused_linear, linear, matmul
+from dalle_jax.nn.module import scan_layers
+from dalle_jax.nn.products import einsum
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
@@ -112,10 +114,10 @@ def _attend(q_BQHK: jax.Array, kv_CSHK: KV, mask_CQS: jax.Array) -> jax.Array:
     """Attend from B / C adjacent rows to each of C keys, softmax in float32. mask: (C or 1, Q or 1, S)."""
     rows, queries, heads, width = q_BQHK.shape
     q = (q_BQHK / math.sqrt(width)).reshape(len(kv_CSHK.k), -1, queries, heads, width)
-    att = jnp.einsum("cnqhk,cshk->cnhqs", q, kv_CSHK.k, preferred_element_type=jnp.float32)
+    att = einsum("cnqhk,cshk->cnhqs", q, kv_CSHK.k, out_dtype=jnp.float32)
     att = jnp.where(mask_CQS[:, None, None], att, jnp.finfo(jnp.float32).min)
     att = jax.nn.softmax(att, axis=-1).astype(kv_CSHK.v.dtype)
-    return jnp.einsum("cnhqs,cshk->cnqhk", att, kv_CSHK.v).reshape(rows, queries, heads, width)
+    return einsum("cnhqs,cshk->cnqhk", att, kv_CSHK.v).reshape(rows, queries, heads, width)
 
 
 def _attention(
@@ -145,7 +147,7 @@ def _scan(
     cfg: BartConfig, layer: Callable[[jax.Array, Params], jax.Array], x: jax.Array, blocks: Params
 ) -> jax.Array:
     layer = jax.checkpoint(layer) if cfg.remat == "full" else layer
-    return jax.lax.scan(lambda x, block: (layer(x, block), None), x, blocks)[0]
+    return scan_layers(layer, x, blocks)
 
 
 def _embed(cfg: BartConfig, params: Params, part: str, ids_BT: jax.Array, position: jax.Array) -> jax.Array:

@@ -20,7 +20,8 @@ import numpy as np
 
 from dalle_jax.config import ClipConfig, TowerConfig
 from dalle_jax.nn.attention import Block
-from dalle_jax.nn.module import apply_module
+from dalle_jax.nn.module import apply_module, scan_layers
+from dalle_jax.nn.products import einsum
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
@@ -120,7 +121,7 @@ def encode_image(cfg: ClipConfig, params: Params, images_BHWC: jax.Array) -> jax
     # A convolution with windows that do not overlap is one matrix product.
     x = x.reshape(batch, grid, p, grid, p, 3).swapaxes(2, 3).reshape(batch, grid * grid, p * p * 3)
     kernel = tower["patch"]["kernel"].reshape(p * p * 3, cfg.vision.dim)
-    x_BND = jnp.einsum("bnc,cd->bnd", x.astype(cfg.dtype), kernel.astype(cfg.dtype))
+    x_BND = einsum("bnc,cd->bnd", x.astype(cfg.dtype), kernel.astype(cfg.dtype))
     class_B1D = jnp.broadcast_to(tower["class_embed"].astype(cfg.dtype), (batch, 1, cfg.vision.dim))
     x_BTD = jnp.concatenate([class_B1D, x_BND], axis=1).astype(jnp.float32) + tower["pos"][None]
     x_BTD = _norm(tower["norm_in"], constrain(x_BTD, "batch", None, "embed")).astype(cfg.dtype)
@@ -163,10 +164,11 @@ def _run(
     block, mask = _block(cfg, tower), jnp.asarray(mask_TT)
 
     def layer(x_BTD, layer_params):
-        return apply_module(block, layer_params, x_BTD, mask)[0], None
+        return apply_module(block, layer_params, x_BTD, mask)[0]
 
-    body = jax.checkpoint(layer) if cfg.remat == "full" else layer
-    return jax.lax.scan(body, x_BTD, blocks, unroll=min(cfg.scan_unroll, tower.layers))[0]
+    return scan_layers(
+        jax.checkpoint(layer) if cfg.remat == "full" else layer, x_BTD, blocks, cfg.scan_unroll
+    )
 
 
 def _norm(params: Params, x: jax.Array) -> jax.Array:

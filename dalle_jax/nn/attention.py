@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.nn.linear import Dense, fused_linear
 from dalle_jax.nn.norm import NORM_EPSILON, Norm, make_norm
+from dalle_jax.nn.products import einsum
 from dalle_jax.nn.rope import apply_rope
 from dalle_jax.parallel.sharding import constrain
 
@@ -46,11 +47,11 @@ def dense_attention(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, mas
       (B, T, H, K) in the dtype of the values.
     """
     scale = 1.0 / math.sqrt(q_BTHK.shape[-1])
-    att_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32)
+    att_BHTS = einsum("bthk,bshk->bhts", q_BTHK * scale, k_BSHK, out_dtype=jnp.float32)
     mask_BHTS = mask[None, None] if mask.ndim == 2 else mask[:, None]
     att_BHTS = jnp.where(mask_BHTS, att_BHTS, jnp.finfo(jnp.float32).min)
     att_BHTS = jax.nn.softmax(att_BHTS, axis=-1).astype(v_BSHK.dtype)
-    return jnp.einsum("bhts,bshk->bthk", att_BHTS, v_BSHK)
+    return einsum("bhts,bshk->bthk", att_BHTS, v_BSHK)
 
 
 def _rms_norm(x: jax.Array, scale_K: jax.Array) -> jax.Array:

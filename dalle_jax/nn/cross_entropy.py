@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dalle_jax.nn.products import einsum
 from dalle_jax.parallel.sharding import constrain
 
 
 def head_logits(x_BTD: jax.Array, kernel_DV: jax.Array, bias_V: jax.Array | None = None) -> jax.Array:
     """Compute logits, float32 (B, T, V), of `x_BTD` and `kernel_DV` in the compute dtype; sums are in float32."""
-    y_BTV = jnp.einsum("btd,dv->btv", x_BTD, kernel_DV, preferred_element_type=jnp.float32)
+    y_BTV = einsum("btd,dv->btv", x_BTD, kernel_DV, out_dtype=jnp.float32)
     if bias_V is not None:
         y_BTV = y_BTV + bias_V[None, None].astype(jnp.float32)
     return constrain(y_BTV, "batch", None, "vocab")
@@ -117,8 +118,8 @@ def _backward(vocab, residuals, grad_BT):
         y_grad_BTE = (jnp.exp(y_BTE - logsumexp_BT[..., None]) - is_target_BTE) * grad_BT[..., None]
         bias_grad_E = y_grad_BTE.sum(axis=(0, 1)).astype(bias_E.dtype)
         y_grad_BTE = y_grad_BTE.astype(x_BTD.dtype)
-        chunk_grad_BTD = jnp.einsum("bte,de->btd", y_grad_BTE, kernel_DE, preferred_element_type=jnp.float32)
-        kernel_grad_DE = jnp.einsum("btd,bte->de", x_BTD, y_grad_BTE, preferred_element_type=jnp.float32)
+        chunk_grad_BTD = einsum("bte,de->btd", y_grad_BTE, kernel_DE, out_dtype=jnp.float32)
+        kernel_grad_DE = einsum("btd,bte->de", x_BTD, y_grad_BTE, out_dtype=jnp.float32)
         kernel_grad_DE = constrain(kernel_grad_DE.astype(kernel_DE.dtype), "width", "vocab")
         x_grad_BTD = constrain(x_grad_BTD + chunk_grad_BTD, "batch", None, "embed")
         return x_grad_BTD, (kernel_grad_DE, bias_grad_E)

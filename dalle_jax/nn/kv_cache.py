@@ -25,6 +25,7 @@ import numpy as np
 from dalle_jax.config import DalleConfig
 from dalle_jax.config.dalle import AttentionKind
 from dalle_jax.nn.masks import attention_mask, causal_offset_mask, mask_padding
+from dalle_jax.nn.products import einsum
 from dalle_jax.parallel.sharding import constrain
 
 
@@ -313,6 +314,6 @@ def _einsum_per_caption(subscripts: str, x_BHQX: jax.Array, y_CHSK: jax.Array, d
     captions = len(y_CHSK)
     x = x_BHQX.reshape(captions, -1, heads, queries, width).swapaxes(1, 2)
     x = x.reshape(captions, heads, -1, width)
-    out = jnp.einsum(subscripts, x, y_CHSK, preferred_element_type=dtype)
+    out = einsum(subscripts, x, y_CHSK, out_dtype=dtype)
     out = out.reshape(captions, heads, rows // captions, queries, -1).swapaxes(1, 2)
     return out.reshape(rows, heads, queries, -1)

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.config import Quantization
+from dalle_jax.nn.products import add_bias, dot_general
 from dalle_jax.typing import Params
 
 _SCALES = ("scale", "scale_w8a8")
@@ -131,7 +132,7 @@ def linear(p: Params, x: jax.Array, dtype: Any) -> jax.Array:
       (..., F), or (..., M, F) of a fused layer, in `dtype`.
     """
     y = matmul(p, x, dtype)
-    return y + _add_leading_axes(p["bias"].astype(dtype), y.ndim) if "bias" in p else y
+    return add_bias(y, p["bias"]) if "bias" in p else y
 
 
 def matmul(p: Params, x: jax.Array, dtype: Any, *, out_dtype: Any = None) -> jax.Array:
@@ -201,8 +202,7 @@ def _matmul_tiles(x: jax.Array, tiles: jax.Array, out_dtype: Any) -> jax.Array:
 
 def _dot(x: jax.Array, kernel: jax.Array, axis: int, out_dtype: Any) -> jax.Array:
     """Contract the last axis of `x` with `axis` of the kernel."""
-    dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=out_dtype)
+    return dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())), out_dtype=out_dtype)
 
 
 def _add_leading_axes(x: jax.Array, ndim: int) -> jax.Array:

@@ -17,7 +17,9 @@ import numpy as np
 
 from dalle_jax.config import T5Config
 from dalle_jax.nn.attention import Block
+from dalle_jax.nn.module import apply_module, scan_layers
 from dalle_jax.nn.norm import make_norm
+from dalle_jax.nn.products import einsum
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
@@ -105,17 +107,16 @@ def encode(
     bias_BHTS = jnp.where(text_mask_BT[:, None, None], bias_BHTS, jnp.finfo(jnp.float32).min)
 
     def attention_fn(q_BTHK, k_BSHK, v_BSHK):
-        att_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+        att_BHTS = einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, out_dtype=jnp.float32)
         att_BHTS = jax.nn.softmax(att_BHTS + bias_BHTS, axis=-1).astype(v_BSHK.dtype)
-        return jnp.einsum("bhts,bshk->bthk", att_BHTS, v_BSHK), None
+        return einsum("bhts,bshk->bthk", att_BHTS, v_BSHK), None
 
     block = _block(cfg, dtype)
 
-    def body(x_BTD, layer):
-        x_BTD, _ = block.apply({"params": layer}, x_BTD, attention_fn=attention_fn)
-        return x_BTD, None
+    def layer(x_BTD, layer_params):
+        return apply_module(block, layer_params, x_BTD, attention_fn=attention_fn)[0]
 
-    x_BTD, _ = jax.lax.scan(body, x_BTD, params["blocks"])
+    x_BTD = scan_layers(layer, x_BTD, params["blocks"])
     norm_out = make_norm("rms", epsilon=_NORM_EPSILON)
     return jnp.asarray(norm_out.apply({"params": params["norm_out"]}, x_BTD), dtype)
 

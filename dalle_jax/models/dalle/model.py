@@ -30,8 +30,9 @@ from dalle_jax.nn.attention import ATTN_OUT, POST_ATTN, QKV, dense_attention
 from dalle_jax.nn.cross_entropy import cross_entropy
 from dalle_jax.nn.input_checks import check_ids
 from dalle_jax.nn.masks import attention_mask, mask_padding
-from dalle_jax.nn.module import apply_module
+from dalle_jax.nn.module import apply_module, scan_layers
 from dalle_jax.nn.norm import make_norm
+from dalle_jax.nn.products import DOT
 from dalle_jax.parallel.sharding import REPLICATE_BELOW_BYTES, check_divides
 from dalle_jax.typing import Params
 
@@ -153,11 +154,8 @@ def hidden_states(cfg: DalleConfig, params: Params, text_BT: jax.Array, codes_BP
 
     remat_layer = _remat(cfg.remat, layer)
 
-    def body(x_BSD, xs):
-        return remat_layer(x_BSD, *xs), None
-
-    xs = (params["blocks"], jnp.asarray(mask_index_L))
-    x_BSD, _ = jax.lax.scan(body, x_BSD, xs, unroll=cfg.scan_unroll)
+    layers = (params["blocks"], jnp.asarray(mask_index_L))
+    x_BSD = scan_layers(lambda x_BSD, entry: remat_layer(x_BSD, *entry), x_BSD, layers, cfg.scan_unroll)
     return final_norm(cfg, params, x_BSD)
 
 
@@ -174,7 +172,7 @@ def _remat(remat: Remat, layer: Callable[..., jax.Array]) -> Callable[..., jax.A
         case "mlp":
             policy = policies.save_only_these_names(QKV, ATTN_OUT, POST_ATTN)
         case "dots":
-            policy = policies.dots_with_no_batch_dims_saveable
+            policy = policies.save_only_these_names(DOT)
     return jax.checkpoint(layer, policy=policy)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from dalle_jax.config import TextEncoderConfig
 from dalle_jax.nn.attention import Block
-from dalle_jax.nn.module import apply_module
+from dalle_jax.nn.module import apply_module, scan_layers
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
@@ -75,9 +75,7 @@ def encode_text(cfg: TextEncoderConfig, params: Params, text_BT: jax.Array, dtyp
     x_BTD = params["embed"][text_BT] + params["pos"][None]
     x_BTD = constrain(x_BTD, "batch", None, "embed").astype(dtype)
     mask_TT, block = jnp.ones((cfg.text_len, cfg.text_len), bool), _block(cfg, dtype)
-    x_BTD, _ = jax.lax.scan(
-        lambda x, layer: (apply_module(block, layer, x, mask_TT)[0], None), x_BTD, params["blocks"]
-    )
+    x_BTD = scan_layers(lambda x, layer: apply_module(block, layer, x, mask_TT)[0], x_BTD, params["blocks"])
     norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32)
     x_BTD = apply_module(norm, params["norm_out"], x_BTD)
     return EncodedText(x_BTD.astype(dtype), jnp.mean(x_BTD, axis=1))

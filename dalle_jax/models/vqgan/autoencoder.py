@@ -20,6 +20,7 @@ from dalle_jax.models.tokenizer_losses import check_codes, check_images
 from dalle_jax.models.vqgan import quantizers
 from dalle_jax.nn.module import apply_module
 from dalle_jax.nn.norm import GroupNorm
+from dalle_jax.nn.products import einsum
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
@@ -54,8 +55,8 @@ class AttnBlock(nn.Module):
         b, h, w, c = x_BHWC.shape
         y = GroupNorm(name="norm")(x_BHWC)
         q, k, v = (_conv(c, 1, self.dtype, name)(y).reshape(b, h * w, c) for name in "qkv")
-        att_BSS = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(c)
-        y = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(att_BSS).astype(v.dtype), v).reshape(b, h, w, c)
+        att_BSS = einsum("bqc,bkc->bqk", q, k, out_dtype=jnp.float32) / math.sqrt(c)
+        y = einsum("bqk,bkc->bqc", jax.nn.softmax(att_BSS).astype(v.dtype), v).reshape(b, h, w, c)
         return x_BHWC + _conv(c, 1, self.dtype, "proj_out")(y)
 
 

@@ -1,0 +1,148 @@
+"""Products of bfloat16 and float16 arrays with sums in float32, in the forward and the backward pass.
+
+The matrix units of TPUs and GPUs sum products of 16-bit inputs in float32 whatever the dtype of the result. On a CPU
+the compiler uses the 16-bit units (AVX512-BF16, AMX) only for products whose result is float32; with a 16-bit result it
+converts the inputs and multiplies in float32. So on a CPU these functions ask for float32 and round the sums after. The
+gradients follow the same rule: the gradient of the result is rounded to the dtype of the inputs before it is
+multiplied, as mixed-precision training does (Micikevicius et al. 2018, 1710.03740).
+
+These functions are `jax.custom_vjp` for 16-bit inputs: they have no forward-mode derivative. In float32 they are the
+functions of `jax.lax`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+# ((contracted axes of lhs, of rhs), (batch axes of lhs, of rhs)), as jax.lax.dot_general takes them.
+DotDimensions = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+
+DOT = "dot"  # the name of products without batch axes, which a remat policy can save
+
+
+def dot_general(
+    lhs: jax.Array, rhs: jax.Array, dimensions: DotDimensions, *, out_dtype: Any = None
+) -> jax.Array:
+    """Contract two arrays, with sums in float32.
+
+    Args:
+      lhs: float array.
+      rhs: array of the same dtype.
+      dimensions: contracted and batch axes, as `jax.lax.dot_general` takes them.
+      out_dtype: dtype of the result; None is the dtype of the inputs.
+
+    Returns:
+      The batch axes, then the other axes of `lhs`, then those of `rhs`.
+    """
+    out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimensions
+    axes = tuple(tuple(int(a) for a in group) for group in (lhs_contract, rhs_contract, lhs_batch, rhs_batch))
+    if lhs.dtype.itemsize == 2 and lhs.dtype == rhs.dtype:
+        out = _dot_16bit(axes, out_dtype, lhs, rhs)
+    else:
+        out = jax.lax.dot_general(lhs, rhs, (axes[:2], axes[2:]), preferred_element_type=out_dtype)
+    return out if lhs_batch else checkpoint_name(out, DOT)
+
+
+def einsum(subscripts: str, x: jax.Array, y: jax.Array, *, out_dtype: Any = None) -> jax.Array:
+    """Compute an einsum of two arrays of the same dtype as `dot_general` does.
+
+    Args:
+      subscripts: such as "btd,df->btf"; each letter stands in two of the three terms at least.
+      x: float array.
+      y: array of the same dtype.
+      out_dtype: dtype of the result; None is the dtype of the inputs.
+    """
+    inputs, out_axes = subscripts.split("->")
+    x_axes, y_axes = inputs.split(",")
+    shared = [axis for axis in x_axes if axis in y_axes]
+    batch = [axis for axis in shared if axis in out_axes]
+    contract = [axis for axis in shared if axis not in out_axes]
+    dimensions = tuple(
+        (tuple(map(x_axes.index, axes)), tuple(map(y_axes.index, axes))) for axes in (contract, batch)
+    )
+    product_axes = [*batch, *(a for a in x_axes if a not in shared), *(a for a in y_axes if a not in shared)]
+    out = dot_general(x, y, dimensions, out_dtype=out_dtype)
+    return jnp.transpose(out, [product_axes.index(axis) for axis in out_axes])
+
+
+def _sum_in_float32(axes: tuple, out_dtype: Any, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    def dot(dtype):
+        def fn(lhs, rhs):
+            out = jax.lax.dot_general(lhs, rhs, (axes[:2], axes[2:]), preferred_element_type=dtype)
+            return out.astype(out_dtype)
+
+        return fn
+
+    return jax.lax.platform_dependent(lhs, rhs, cpu=dot(jnp.float32), default=dot(out_dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dot_16bit(axes: tuple, out_dtype: Any, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return _sum_in_float32(axes, out_dtype, lhs, rhs)
+
+
+def _dot_forward(axes, out_dtype, lhs, rhs):
+    return _sum_in_float32(axes, out_dtype, lhs, rhs), (lhs, rhs)
+
+
+def _dot_backward(axes, out_dtype, residuals, grad):
+    lhs, rhs = residuals
+    grad = grad.astype(lhs.dtype)
+    lhs_contract, rhs_contract, lhs_batch, rhs_batch = axes
+    lhs_free = _other_axes(lhs.ndim, (*lhs_contract, *lhs_batch))
+    rhs_free = _other_axes(rhs.ndim, (*rhs_contract, *rhs_batch))
+    batch = tuple(range(len(lhs_batch)))
+    grad_lhs_free = tuple(range(len(batch), len(batch) + len(lhs_free)))
+    grad_rhs_free = tuple(range(len(batch) + len(lhs_free), grad.ndim))
+
+    # Axes of the result: batch, free axes of lhs, contracted axes of rhs in their order in rhs.
+    lhs_grad = _dot_16bit((grad_rhs_free, rhs_free, batch, rhs_batch), lhs.dtype, grad, rhs)
+    contract = tuple(lhs_contract[i] for i in np.argsort(rhs_contract))
+    lhs_grad = jnp.transpose(lhs_grad, np.argsort((*lhs_batch, *lhs_free, *contract)))
+    # Batch, contracted axes of lhs in their order in lhs, free axes of rhs.
+    rhs_grad = _dot_16bit((lhs_free, grad_lhs_free, lhs_batch, batch), rhs.dtype, lhs, grad)
+    contract = tuple(rhs_contract[i] for i in np.argsort(lhs_contract))
+    rhs_grad = jnp.transpose(rhs_grad, np.argsort((*rhs_batch, *contract, *rhs_free)))
+    return lhs_grad, rhs_grad
+
+
+_dot_16bit.defvjp(_dot_forward, _dot_backward)
+
+
+def _other_axes(ndim: int, axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(axis for axis in range(ndim) if axis not in axes)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add a bias to the last axes, in the dtype of `x`; the gradient of the bias is summed in float32.
+
+    Args:
+      x: float (..., F).
+      bias: (F,), or as many last axes of `x` as it has; any float dtype.
+    """
+    return _add_bias_16bit(x, bias) if x.dtype.itemsize == 2 else x + _like(bias, x)
+
+
+def _like(bias: jax.Array, x: jax.Array) -> jax.Array:
+    return bias.astype(x.dtype).reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+
+
+@jax.custom_vjp
+def _add_bias_16bit(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + _like(bias, x)
+
+
+def _add_bias_backward(bias, grad):
+    axes = tuple(range(grad.ndim - bias.ndim))
+    return grad, jnp.sum(grad, axes, dtype=jnp.float32).astype(bias.dtype)
+
+
+_add_bias_16bit.defvjp(lambda x, bias: (x + _like(bias, x), bias), _add_bias_backward)
