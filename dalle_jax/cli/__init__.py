@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         program that does not fit. 4: another process of the training was lost or failed, or no step completed within
         `distributed.stall_timeout_seconds`; start all processes again. 130: interrupted.
     """
+    is_process = argv is None
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(command_usage(), file=sys.stdout if argv else sys.stderr)
@@ -90,6 +91,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         hint = f"perhaps you meant {near[0]!r}" if near else f"use one of {', '.join(COMMANDS)}"
         print(f"dalle-jax: no command {command!r}; {hint}", file=sys.stderr)
         return 2
+    if is_process:
+        startup.restart_with_huge_pages()
     code = 1
     try:
         code = _run(command, rest, prog or f"dalle-jax {command}")

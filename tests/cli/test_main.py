@@ -8,6 +8,7 @@ import pytest
 from command_line import refused, run
 
 from dalle_jax.cli import COMMANDS
+from dalle_jax.cli.startup import huge_page_environment
 
 
 def test_help_lists_every_command_and_no_command_is_an_error():
@@ -65,3 +66,24 @@ def test_runs_that_are_missing_incomplete_or_of_another_stage(made, tmp_path):
         and "`encode` and `decode`" in message
     )
     assert {p.name for p in (tmp_path / "half").iterdir()} == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("tunables", "setting", "want"),
+    [
+        (None, "always [madvise] never\n", "glibc.malloc.hugetlb=1"),
+        (
+            "glibc.malloc.arena_max=2",
+            "always [madvise] never\n",
+            "glibc.malloc.arena_max=2:glibc.malloc.hugetlb=1",
+        ),
+        ("glibc.malloc.hugetlb=0", "always [madvise] never\n", None),
+        (None, "[always] madvise never\n", None),
+        (None, "always madvise [never]\n", None),
+        (None, "", None),
+    ],
+)
+def test_huge_pages_are_asked_for_where_linux_heeds_it(tunables, setting, want):
+    environ = {"A": "b"} | ({} if tunables is None else {"GLIBC_TUNABLES": tunables})
+    got = huge_page_environment(environ, setting)
+    assert got == (None if want is None else {"A": "b", "GLIBC_TUNABLES": want})

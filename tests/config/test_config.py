@@ -636,7 +636,7 @@ def test_config_files(path):
     tree = shapes(config.model)
     assert_one_rule_each(tree)
     if path.stem == "dalle_12b":  # fields that do not change the function may differ
-        free = {"remat": "full", "scan_unroll": 1, "dtype": "bfloat16"}
+        free = {"remat": "full", "dtype": "bfloat16"}
         assert dataclasses.replace(config.model, **free) == DalleConfig()
     if path.stem == "ddpm_cifar10":
         assert dataclasses.replace(config.model, dtype="float32") == DiffusionConfig()
