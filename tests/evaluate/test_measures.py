@@ -232,13 +232,13 @@ def test_an_image_depends_on_its_request_alone(model):
 def test_a_prompt_is_tokenized_once(model, monkeypatch):
     """For its check, its images and the count of its dropped tokens."""
     calls = []
-    encode = type(model.text).encode
+    encode = type(model.text).encode_counted
 
     def counted(self, caption, **options):
         calls.append(caption)
         return encode(self, caption, **options)
 
-    monkeypatch.setattr(type(model.text), "encode", counted)
+    monkeypatch.setattr(type(model.text), "encode_counted", counted)
     model = dataclasses.replace(model)
     assert model.num_dropped_tokens("a red circle") == 0
     codes_of(model, [ImageRequest(text, seed) for text in ("a red circle", "a star") for seed in (0, 1, 2)])
