@@ -8,8 +8,8 @@ configuration has them. Convolutions have the layout channels last. The script p
 Where a step differs from ours, it does less work: it has no metrics besides the loss, and recomputes no activations.
 Autocast computes the logits of the VAE in bfloat16, where ours are float32. Row, column and convolutional layers of the
 Transformer have full causal attention, which `F.scaled_dot_product_attention(is_causal=True)` computes.
-B batch, T text positions, N codes, S stream positions, D width, K width of a head, C channels, h w code grid, V codebook,
-H heads, or with W the sides of an image.
+B batch, T text positions, N codes, S stream positions, D width, K width of a head, C channels, h w code grid, V
+codebook, H heads, or with W the sides of an image.
 """
 
 from __future__ import annotations
