@@ -17,40 +17,16 @@ import jax.numpy as jnp
 
 from dalle_jax.config import DVAEConfig
 from dalle_jax.models import tokenizer_losses
+from dalle_jax.nn.conv import Conv
 from dalle_jax.nn.module import apply_module
 from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
 
-class Conv(nn.Module):
-    """Same-padded convolution; weights normal with variance 1 / (inputs * kernel area), biases zero.
-
-    Two cases have a form that is faster on CPU, with the same result: a 1x1 kernel is a matrix product, and few input
-    channels are first gathered along the rows of the kernel.
-    """
-
-    width: int
-    kernel: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BHWC):
-        size, channels = self.kernel, x_BHWC.shape[-1]
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        kernel = self.param("kernel", init, (size, size, channels, self.width)).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
-        x_BHWC = x_BHWC.astype(self.dtype)
-        if size == 1:
-            return x_BHWC @ kernel[0, 0] + bias[None, None, None]
-        if channels <= 4:
-            width, half = x_BHWC.shape[2], size // 2
-            x_BHWC = jnp.pad(x_BHWC, ((0, 0), (0, 0), (half, half), (0, 0)))
-            x_BHWC = jnp.concatenate([x_BHWC[:, :, i : i + width] for i in range(size)], axis=-1)
-            kernel = kernel.reshape(size, 1, size * channels, self.width)
-        y_BHWC = jax.lax.conv_general_dilated(
-            x_BHWC, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return y_BHWC + bias[None, None, None]
+def _conv(width: int, size: int, dtype: Any, name: str) -> Conv:
+    """Make a convolution; weights normal with variance 1 / (inputs * kernel area), biases zero."""
+    init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+    return Conv(width, size, dtype=dtype, kernel_init=init, name=name)
 
 
 class Residual(nn.Module):
@@ -65,11 +41,11 @@ class Residual(nn.Module):
     def __call__(self, x_BHWC):
         shortcut = x_BHWC
         if x_BHWC.shape[-1] != self.width:
-            shortcut = Conv(self.width, 1, self.dtype, name="id_path")(x_BHWC)
+            shortcut = _conv(self.width, 1, self.dtype, "id_path")(x_BHWC)
         y = x_BHWC
         for i, kernel in enumerate(self.kernels, 1):
             width = self.width if i == len(self.kernels) else self.width // 4
-            y = Conv(width, kernel, self.dtype, name=f"conv_{i}")(nn.relu(y))
+            y = _conv(width, kernel, self.dtype, f"conv_{i}")(nn.relu(y))
         return shortcut + self.gain * y
 
 
@@ -122,9 +98,9 @@ class DVAEEncoder(nn.Module):
     def __call__(self, x_BHWC):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         widths = tuple(cfg.width * 2**g for g in range(cfg.groups))
-        x = Conv(cfg.width, 7, dtype, name="input")(x_BHWC)
+        x = _conv(cfg.width, 7, dtype, "input")(x_BHWC)
         x = Stack(widths, cfg.blocks, (3, 3, 3, 1), _max_pool, dtype, name="groups")(x)
-        return Conv(cfg.vocab, 1, jnp.float32, name="output")(nn.relu(x))
+        return _conv(cfg.vocab, 1, jnp.float32, "output")(nn.relu(x))
 
 
 class DVAEDecoder(nn.Module):
@@ -139,7 +115,7 @@ class DVAEDecoder(nn.Module):
         widths = tuple(cfg.width * 2**g for g in reversed(range(cfg.groups)))
         x = CodeEmbed(cfg.vocab, cfg.decoder_width, name="input")(z_BhwV)
         x = Stack(widths, cfg.blocks, (1, 3, 3, 3), _double, dtype, name="groups")(x.astype(dtype))
-        return Conv(6, 1, jnp.float32, name="output")(nn.relu(x))
+        return _conv(6, 1, jnp.float32, "output")(nn.relu(x))
 
 
 class CodeEmbed(nn.Module):

@@ -1,4 +1,4 @@
-"""Products of bfloat16 and float16 arrays with sums in float32, in the forward and the backward pass.
+"""Products and convolutions of bfloat16 and float16 arrays with sums in float32, in the forward and the backward pass.
 
 The matrix units of TPUs and GPUs sum products of 16-bit inputs in float32 whatever the dtype of the result. On a CPU
 the compiler uses the 16-bit units (AVX512-BF16, AMX) only for products whose result is float32; with a 16-bit result it
@@ -146,3 +146,125 @@ def _add_bias_backward(bias, grad):
 
 
 _add_bias_16bit.defvjp(lambda x, bias: (x + _like(bias, x), bias), _add_bias_backward)
+
+
+# A convolution of fewer channels is bound by the copies of its windows and not by its products.
+_MIN_PRODUCT_CHANNELS = 128
+_MAX_GATHERED_CHANNELS = 4
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def conv2d(x_BHWC: jax.Array, kernel_IJCF: jax.Array, *, strides: int = 1, padding: Padding) -> jax.Array:
+    """Convolve images, with sums in float32.
+
+    Two cases have a form that is faster on a CPU, with the same result: a 1x1 kernel is a matrix product, and few input
+    channels are first gathered along the rows of the kernel.
+
+    Args:
+      x_BHWC: float images.
+      kernel_IJCF: of the same dtype; I rows, J columns, C input channels, F output channels.
+      strides: positions between windows, along both axes.
+      padding: zeros above and below, left and right.
+
+    Returns:
+      (B, H', W', F) in the dtype of the inputs.
+    """
+    rows, columns = kernel_IJCF.shape[:2]
+    if rows == columns == strides == 1 and padding == ((0, 0), (0, 0)):
+        return dot_general(x_BHWC, kernel_IJCF[0, 0], (((3,), (0,)), ((), ())))
+    if x_BHWC.dtype.itemsize == 2 and x_BHWC.dtype == kernel_IJCF.dtype:
+        return _conv_16bit(strides, padding, x_BHWC, kernel_IJCF)
+    return _conv(strides, padding, x_BHWC, kernel_IJCF)
+
+
+def _gather_columns(x_BHWC: jax.Array, columns: int, padding: tuple[int, int]) -> jax.Array:
+    """Pad rows and gather `columns` neighbors at each position, (B, H, W', J C)."""
+    x_BHWC = jnp.pad(x_BHWC, ((0, 0), (0, 0), padding, (0, 0)))
+    width = x_BHWC.shape[2] - columns + 1
+    return jnp.concatenate([x_BHWC[:, :, j : j + width] for j in range(columns)], axis=-1)
+
+
+def _conv(strides: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    rows, columns, channels, width = kernel.shape
+    if channels <= _MAX_GATHERED_CHANNELS and columns > 1 and strides == 1:
+        x, padding = _gather_columns(x, columns, padding[1]), (padding[0], (0, 0))
+        kernel = kernel.reshape(rows, 1, columns * channels, width)
+    return jax.lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=_NHWC)
+
+
+def _conv_in_float32(strides: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    y = _conv(strides, padding, x.astype(jnp.float32), kernel.astype(jnp.float32))
+    return y.astype(x.dtype)
+
+
+def _is_product(strides: int, padding: Padding, kernel_IJCF: jax.Array) -> bool:
+    """Whether a CPU computes a convolution of 16-bit inputs faster as products of shifted copies."""
+    rows, columns, *channels = kernel_IJCF.shape
+    is_same = padding == ((rows // 2,) * 2, (columns // 2,) * 2) and rows % 2 == columns % 2 == 1
+    return strides == 1 and is_same and min(channels) >= _MIN_PRODUCT_CHANNELS
+
+
+def _shifted_rows(x_BHWC: jax.Array, rows: int, columns: int) -> list[jax.Array]:
+    """Return the neighbors of each position that meet each row of a kernel, (B, H, W, J C) each."""
+    height, above, left = x_BHWC.shape[1], rows // 2, columns // 2
+    x = jnp.pad(x_BHWC, ((0, 0), (above, above), (0, 0), (0, 0)))
+    x = _gather_columns(x, columns, (left, left))
+    return [x[:, i : i + height] for i in range(rows)]
+
+
+def _conv_by_rows(x_BHWC: jax.Array, kernel_IJCF: jax.Array) -> jax.Array:
+    """Convolve as one product for each row of the kernel, summed in float32."""
+    rows, columns, channels, width = kernel_IJCF.shape
+    kernels = kernel_IJCF.reshape(rows, columns * channels, width)
+    dims = (((3,), (0,)), ((), ()))
+    shifted = _shifted_rows(x_BHWC, rows, columns)
+    y = sum(
+        jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
+        for x, kernel in zip(shifted, kernels, strict=True)
+    )
+    return jnp.asarray(y, x_BHWC.dtype)
+
+
+def _kernel_grad_by_rows(x_BHWC: jax.Array, grad_BHWF: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Compute the gradient of a kernel as one product for each of its rows, in the dtype of the inputs."""
+    dims = (((0, 1, 2), (0, 1, 2)), ((), ()))
+    grads = [
+        jax.lax.dot_general(x, grad_BHWF, dims, preferred_element_type=jnp.float32)
+        for x in _shifted_rows(x_BHWC, rows, columns)
+    ]
+    shape = (rows, columns, x_BHWC.shape[3], grad_BHWF.shape[3])
+    return jnp.stack(grads).reshape(shape).astype(x_BHWC.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv_16bit(strides: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    cpu = functools.partial(_conv_in_float32, strides, padding)
+    if _is_product(strides, padding, kernel):
+        cpu = _conv_by_rows
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=functools.partial(_conv, strides, padding))
+
+
+def _conv_forward(strides, padding, x, kernel):
+    return _conv_16bit(strides, padding, x, kernel), (x, kernel)
+
+
+def _conv_backward(strides, padding, residuals, grad):
+    x, kernel = residuals
+
+    def backward(conv):
+        def fn(x, kernel, grad):
+            return jax.vjp(functools.partial(conv, strides, padding), x, kernel)[1](grad)
+
+        return fn
+
+    def by_rows(x, kernel, grad):
+        flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+        return _conv_by_rows(grad, flipped), _kernel_grad_by_rows(x, grad, *kernel.shape[:2])
+
+    cpu = by_rows if _is_product(strides, padding, kernel) else backward(_conv_in_float32)
+    return jax.lax.platform_dependent(x, kernel, grad, cpu=cpu, default=backward(_conv))
+
+
+_conv_16bit.defvjp(_conv_forward, _conv_backward)

@@ -89,7 +89,7 @@ def theirs(cfg: DiffusionConfig):
         attention_head_dim=cfg.head_dim,
         downsample_type="resnet" if block else "conv",
         upsample_type="resnet" if block else "conv",
-        resnet_time_scale_shift="scale_shift_norm" if cfg.scale_shift_norm else "default",
+        resnet_time_scale_shift="scale_shift" if cfg.scale_shift_norm else "default",
         norm_eps=1e-6,
         attn_norm_num_groups=32,  # otherwise the middle attention has no norm with scale_shift_norm
     ).eval()

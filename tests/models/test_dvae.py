@@ -19,7 +19,7 @@ from dalle_jax.models import dvae, tokenizer_losses
 from dalle_jax.models.tokenizer_losses import schedule_value
 from dalle_jax.parallel.sharding import path_name
 
-# Bottlenecks of 4 and 8 channels: `Conv` gathers inputs of up to 4 channels.
+# Bottlenecks of 4 and 8 channels: `conv2d` gathers inputs of up to 4 channels.
 TINY = DVAEConfig(image_size=6, groups=2, blocks=2, width=16, decoder_width=5, vocab=11)
 
 
@@ -198,7 +198,7 @@ def test_conv_equals_the_plain_one(size, channels):
     x = rng.normal(size=(2, 5, 6, channels)).astype(np.float32)
     p = {"kernel": rng.normal(size=(size, size, channels, 3)), "bias": rng.normal(size=3)}
     p = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), p)
-    got = dvae.Conv(3, size, jnp.float32).apply({"params": p}, x)
+    got = dvae.Conv(3, size, dtype=jnp.float32).apply({"params": p}, x)
     names = ("NHWC", "HWIO", "NHWC")
     plain = jax.lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=names)
     np.testing.assert_allclose(got, plain + p["bias"][None, None, None], rtol=1e-4, atol=1e-4)

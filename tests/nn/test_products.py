@@ -1,11 +1,13 @@
 """Products of 16-bit inputs: sums in float32, in both passes, against float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.nn.products import add_bias, dot_general, einsum
+from dalle_jax.nn.products import add_bias, conv2d, dot_general, einsum
 
 EINSUMS = {  # subscripts: shapes
     "td,df->tf": ((40, 300), (300, 24)),
@@ -107,3 +109,63 @@ def test_bias_gradient_is_summed_in_float32(dtype):
     np.testing.assert_array_equal(np.asarray(y[3, 7], np.float32), bias)
     np.testing.assert_array_equal(bias_grad, [4096.0] * 3)
     assert y.dtype == x_grad.dtype == dtype and bias_grad.dtype == jnp.float32
+
+
+def convolve(x: np.ndarray, kernel: np.ndarray, strides: int, padding) -> np.ndarray:
+    """Compute a convolution by its definition, in float64."""
+    rows, columns = kernel.shape[:2]
+    x = np.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = ((n - k) // strides + 1 for n, k in zip(x.shape[1:3], (rows, columns), strict=True))
+    out = np.zeros((len(x), height, width, kernel.shape[3]))
+    for i in range(rows):
+        for j in range(columns):
+            part = x[:, i : i + strides * height : strides, j : j + strides * width : strides]
+            out += part[:, :height, :width] @ kernel[i, j]
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("channels", "width", "size", "strides", "padding"),
+    [
+        (128, 130, 3, 1, ((1, 1), (1, 1))),  # as products of rows
+        (128, 128, 5, 1, ((2, 2), (2, 2))),
+        (128, 128, 3, 1, ((0, 2), (1, 1))),
+        (128, 128, 3, 2, ((0, 1), (0, 1))),
+        (6, 8, 3, 1, ((1, 1), (1, 1))),
+        (3, 8, 7, 1, ((3, 3), (3, 3))),  # gathered columns
+        (3, 8, 4, 1, ((1, 2), (0, 0))),
+        (3, 8, 3, 2, ((1, 1), (1, 1))),
+        (16, 8, 1, 1, ((0, 0), (0, 0))),
+        (16, 8, 1, 2, ((0, 0), (0, 0))),
+    ],
+)
+def test_convolutions_equal_their_definition(channels, width, size, strides, padding, dtype):
+    """Value and gradients; the gradients by the linearity of a convolution in both of its inputs."""
+    rng = np.random.default_rng(2)
+    x = rounded(rng, (2, 6, 7, channels), dtype)
+    kernel = rounded(rng, (size, size, channels, width), dtype)
+    conv = functools.partial(conv2d, strides=strides, padding=padding)
+    got, backward = jax.vjp(conv, jnp.asarray(x, dtype), jnp.asarray(kernel, dtype))
+    want = convolve(x, kernel, strides, padding)
+    eps = float(jnp.finfo(dtype).eps)
+
+    def bound(value, terms):  # of a sum of n unit terms, rounded once
+        return eps / 2 * np.abs(value) + terms * float(jnp.finfo(jnp.float32).eps) * np.sqrt(terms) * 4
+
+    assert got.dtype == dtype and got.shape == want.shape
+    assert np.all(np.abs(np.asarray(got, np.float64) - want) <= bound(want, size * size * channels))
+    grad = rounded(rng, want.shape, dtype)
+    x_grad, kernel_grad = (np.asarray(g, np.float64) for g in backward(jnp.asarray(grad, dtype)))
+    for value, of_direction in (
+        (x_grad, lambda d: convolve(d, kernel, strides, padding)),
+        (kernel_grad, lambda d: convolve(x, d, strides, padding)),
+    ):
+        for _ in range(
+            3
+        ):  # the entry of a gradient is the product of `grad` with the change by a unit of the input
+            at = tuple(rng.integers(n) for n in value.shape)
+            unit = np.zeros(value.shape)
+            unit[at] = 1
+            expected = np.sum(grad * of_direction(unit))
+            assert abs(value[at] - expected) <= bound(expected, grad.size / width * size)

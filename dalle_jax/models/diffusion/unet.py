@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from dalle_jax.config import DiffusionConfig
 from dalle_jax.models.diffusion import text_encoder
 from dalle_jax.nn.attention import dense_attention
+from dalle_jax.nn.conv import Conv
+from dalle_jax.nn.linear import Dense
 from dalle_jax.nn.module import apply_module
 from dalle_jax.nn.norm import GroupNorm
 from dalle_jax.parallel.sharding import constrain
@@ -54,14 +56,14 @@ class EncodedConditions(NamedTuple):
 
 
 def _conv(
-    width: int, dtype: Any, name: str, *, strides: int = 1, padding: Any = 1, init: Any = _INIT
-) -> nn.Conv:
-    return nn.Conv(width, (3, 3), strides, padding, dtype=dtype, name=name, kernel_init=init)
+    width: int, dtype: Any, name: str, *, strides: int = 1, padding: Any = None, init: Any = _INIT
+) -> Conv:
+    return Conv(width, 3, strides, padding, dtype, init, name=name)
 
 
-def _dense(width: int, dtype: Any, name: str, init: Any = _INIT) -> nn.Dense:
+def _dense(width: int, dtype: Any, name: str, init: Any = _INIT) -> Dense:
     """Make a linear layer; it also computes 1x1 convolutions, faster than a convolution does."""
-    return nn.Dense(width, dtype=dtype, name=name, kernel_init=init)
+    return Dense(width, True, dtype, init, name=name)
 
 
 def _upsample(x_BHWC: jax.Array, factor: int) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from dalle_jax.config import VQGANConfig
 from dalle_jax.models.tokenizer_losses import check_codes, check_images
 from dalle_jax.models.vqgan import quantizers
+from dalle_jax.nn.conv import Conv
 from dalle_jax.nn.module import apply_module
 from dalle_jax.nn.norm import GroupNorm
 from dalle_jax.nn.products import einsum
@@ -25,9 +26,8 @@ from dalle_jax.parallel.sharding import constrain
 from dalle_jax.typing import Params
 
 
-def _conv(width: int, size: int, dtype: Any, name: str, *, strides: int = 1, padding: Any = None) -> nn.Conv:
-    padding = size // 2 if padding is None else padding
-    return nn.Conv(width, (size, size), strides, padding, dtype=dtype, name=name)
+def _conv(width: int, size: int, dtype: Any, name: str, *, strides: int = 1, padding: Any = None) -> Conv:
+    return Conv(width, size, strides, padding, dtype, name=name)
 
 
 class ResBlock(nn.Module):
