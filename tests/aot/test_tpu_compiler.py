@@ -151,7 +151,10 @@ def test_sampling_that_does_not_fit_exits_3(config_file):
     [
         (["v5e:3x5"], "hosts of 2 x 2 chips, got 'v5e:3x5'"),
         (["v5p:4x4x4", "--mesh.fsdp", "3"], "whose product divides 64 devices"),
-        (["v5e:2x2", "--slices", "2", "--mesh.slices", "4"], "mesh.slices to match 8 devices in 2 slices, got 4"),
+        (
+            ["v5e:2x2", "--slices", "2", "--mesh.slices", "4"],
+            "mesh.slices to match 8 devices in 2 slices, got 4",
+        ),
         (["v5e:2x2", "--compiler-options", "xla_tpu_no_such=1"], "No such compile option: 'xla_tpu_no_such'"),
     ],
 )
