@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sample import QUANTIZATIONS, SIZES, run_job, time_calls
+from benchmarks.report import run_job
+from benchmarks.sample import QUANTIZATIONS, SIZES, time_calls
 
 PARTS = ("speed", "quality", "speculative", "previews")
 CHANGES = {  # of the base: full attention, caches of four growing sizes, float32

@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.sample import run_job
+from benchmarks.report import DTYPES, describe_machine, format_ratios, run_job, speed_ratios
 from dalle_jax.aot.training_step import step_and_arguments
 from dalle_jax.cli.train import parse_train_args
 from dalle_jax.config import TrainConfig
@@ -47,8 +46,6 @@ from dalle_jax.train.state import check_batch, init_state, shardings_of, task_op
 from dalle_jax.train.tasks import make_task
 
 WARMUP_STEPS = 2
-DTYPES = ("float32", "bfloat16")
-CPU_FLAGS = ("avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 # Values of the fields that the peer does not have in another form.
 PEER_OPTIM: dict[str, tuple[Any, ...]] = {"optimizer": ("adamw",), "grad_accum_steps": (1,)}
 PEER_MODELS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -168,35 +165,9 @@ def report_row(
     }  # fmt: skip
 
 
-def best_row(rows: list[dict[str, Any]], side: str) -> dict[str, Any]:
-    """Return the fastest row of a side, which has one."""
-    return max((row for row in rows if row["side"] == side), key=lambda row: row["rows_per_second"])
-
-
-def speed_ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return our rows per second over the peer's for each dtype, and for the best dtype of each side as `best`.
-
-    Args:
-      rows: Rows of the report that have no error.
-    """
-    rates = {(row["side"], row["dtype"]): row["rows_per_second"] for row in rows}
-    dtypes = [dtype for side, dtype in rates if side == "dalle_jax" and ("torch", dtype) in rates]
-    if not dtypes:
-        return {}
-    ratios = {dtype: rates["dalle_jax", dtype] / rates["torch", dtype] for dtype in dtypes}
-    best = (best_row(rows, side)["rows_per_second"] for side in ("dalle_jax", "torch"))
-    return {**ratios, "best": next(best) / next(best)}
-
-
-def describe_cpu(cpuinfo: str, cores: int) -> str:
-    """Return the model of a CPU and which of CPU_FLAGS it has, from the text of /proc/cpuinfo."""
-    fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
-    fields = {name.strip(): value.strip() for name, value in fields.items()}
-    flags = fields.get("flags", "").split()
-    has, lacks = ([flag for flag in CPU_FLAGS if (flag in flags) == known] for known in (True, False))
-    text = f"{fields.get('model name', 'unknown CPU')} with {' '.join(has) or 'no AVX-512'}"
-    text += f", without {' '.join(lacks)}" if has and lacks else ""
-    return f"{text}; {cores} cores"
+def rates_of(rows: list[dict[str, Any]], side: str) -> dict[str, float]:
+    """Return dtype -> rows per second of a side, from rows of the report that have no error."""
+    return {row["dtype"]: row["rows_per_second"] for row in rows if row["side"] == side}
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -228,11 +199,9 @@ def format_report(report: dict[str, Any]) -> str:
         else:
             cells = ["" if row[key] is None else format(row[key], spec) for _, key, spec in columns]
         lines.append(f"| {row['side']} | {row['dtype']} | {' | '.join(cells)} |")
-    if ratios := report["ratios"]:
-        of_dtypes = ", ".join(f"{ratio:.2f} in {dtype}" for dtype, ratio in ratios.items() if dtype != "best")
-        ours, peer = (best_row(measured, side)["dtype"] for side in ("dalle_jax", "torch"))
-        best = f"{ratios['best']:.2f} at best ({ours} over {peer})"
-        lines += ["", f"Rows per second of dalle_jax over torch: {of_dtypes}; {best}."]
+    if report["ratios"]:
+        sides = format_ratios(*(rates_of(measured, side) for side in ("dalle_jax", "torch")))
+        lines += ["", f"Rows per second of dalle_jax over torch: {sides}."]
     return "\n".join(lines)
 
 
@@ -248,6 +217,12 @@ def measure(words: list[str], dtypes: list[str], steps: int, trace: str | None, 
     }
     peers = {dtype: peer_job(config, steps) for dtype, config in configs.items()} if peer_python else {}
     rows, batch = [], configs[dtypes[0]].data.batch_size
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        outcome = row.get("error") or f"{row['median_seconds']:.4f} s/step"
+        print(f"{row['side']} {row['dtype']}: {outcome}", file=sys.stderr, flush=True)
+
     for dtype in dtypes:
         job = {
             "words": [*words, "--model.dtype", dtype],
@@ -255,29 +230,26 @@ def measure(words: list[str], dtypes: list[str], steps: int, trace: str | None, 
             "trace": str(Path(trace) / dtype) if trace else None,
         }
         ours = run_job(sys.executable, "benchmarks.train", job)
-        rows.append(report_row("dalle_jax", dtype, batch, ours, ours))
+        add(report_row("dalle_jax", dtype, batch, ours, ours))
         if peer_python and not isinstance(ours, str):
             job = peers[dtype] | {"parameters": ours["parameters"]}
             result = run_job(peer_python, "benchmarks.train_peer", job)
-            rows.append(report_row("torch", dtype, batch, result, ours))
+            add(report_row("torch", dtype, batch, result, ours))
     measured = [row for row in rows if "error" not in row]
-    cores = len(os.sched_getaffinity(0))
-    machine = describe_cpu(Path("/proc/cpuinfo").read_text(), cores)
-    if measured and measured[0]["device"] != "cpu":
-        machine = f"{measured[0]['devices']} x {measured[0]['device']}; {machine}"
     return {
-        "machine": machine,
+        "machine": describe_machine(*(measured[0][key] for key in ("device", "devices")) if measured else ()),
         "versions": list(dict.fromkeys(row["version"] for row in measured)),
         "config": " ".join(words),
         "kind": configs[dtypes[0]].model.kind,
         "batch": batch,
         "parameters": {row["side"]: row["parameters"] for row in measured},
         "rows": rows,
-        "ratios": speed_ratios(measured),
+        "ratios": speed_ratios(*(rates_of(measured, side) for side in ("dalle_jax", "torch"))),
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags that are not those of a configuration."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -287,6 +259,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peer-python")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if args.job:
         job = json.loads(args.job)
