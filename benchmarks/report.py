@@ -1,15 +1,22 @@
-"""Helpers of several benchmarks: jobs in processes of their own, the description of the CPU, ratios of rates."""
+"""Helpers of several benchmarks: jobs in processes of their own, the description of the machine, ratios of rates.
+
+python -m benchmarks.report prints the machine, and the versions of packages.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
 CPU_FLAGS = ("avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "diffusers")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -62,3 +69,26 @@ def format_ratios(ours: dict[str, float], peer: dict[str, float]) -> str:
     best = ratios.pop("best")
     of_dtypes = ", ".join(f"{ratio:.2f} in {dtype}" for dtype, ratio in ratios.items())
     return f"{of_dtypes}; {best:.2f} at best ({max(ours, key=ours.get)} over {max(peer, key=peer.get)})"
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    import jax
+
+    if shutil.which("nvidia-smi"):
+        print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
+    print(describe_machine(jax.devices()[0].device_kind, jax.device_count()))
+    print(
+        f"Python {platform.python_version()}, {', '.join(f'{name} {version_of(name)}' for name in PACKAGES)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
