@@ -43,7 +43,7 @@ MODEL_COMMANDS = {  # commands whose flags depend on the model of RUN: name of t
 }
 
 
-def command_usage() -> str:
+def _command_usage() -> str:
     """Return the text of `dalle-jax --help`."""
     lines = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     is_process = argv is None
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(command_usage(), file=sys.stdout if argv else sys.stderr)
+        print(_command_usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] == "--version":
         import dalle_jax
@@ -156,7 +156,7 @@ def all_flags_of(command: str) -> dict[str, type]:
     return common | (getattr(module, MODEL_COMMANDS[command]) if command in MODEL_COMMANDS else {})
 
 
-def flags_of(command: str, argv: Sequence[str] = ()) -> type:
+def _flags_of(command: str, argv: Sequence[str] = ()) -> type:
     """Return the dataclass of a command's flags; for `MODEL_COMMANDS` that of the model of the RUN in `argv`."""
     flags = all_flags_of(command)
     if len(flags) == 1:
@@ -169,7 +169,7 @@ def flags_of(command: str, argv: Sequence[str] = ()) -> type:
 def _parse_args(command: str, argv: list[str], prog: str) -> Any:
     import tyro
 
-    flags = flags_of(command, argv)
+    flags = _flags_of(command, argv)
     if flags is not all_flags_of(command)[""] and not {"-h", "--help"} & set(argv):
         prog = f"{prog} RUN"  # errors name the help of this model's flags
     return tyro.cli(

@@ -97,14 +97,14 @@ def open_codes_dir(directory: str | os.PathLike, info: CodesInfo) -> None:
             )
         if not files:
             write_atomic(info_file, json.dumps(_to_dict(info), indent=2, ensure_ascii=False) + "\n")
-    old, new = _to_dict(read_codes_info(directory)), _to_dict(info)
+    old, new = _to_dict(_read_codes_info(directory)), _to_dict(info)
     if differences := [f"{n} {old[n]!r} there, {new[n]!r} now" for n in new if old[n] != new[n]]:
         raise ValueError(
             f"{directory} holds other codes ({'; '.join(differences)}). Choose another --out or delete it."
         )
 
 
-def read_codes_info(directory: str | os.PathLike) -> CodesInfo:
+def _read_codes_info(directory: str | os.PathLike) -> CodesInfo:
     """Read the description of a directory of codes.
 
     Raises:
@@ -193,9 +193,9 @@ class CodesDataset:
         """Open a directory of codes.
 
         Raises:
-          ValueError: A shard is missing, or what `read_codes_info` raises.
+          ValueError: A shard is missing, or what `_read_codes_info` raises.
         """
-        self._directory, self.info = Path(directory), read_codes_info(directory)
+        self._directory, self.info = Path(directory), _read_codes_info(directory)
         paths = [_shard_path(self._directory, self.info, k) for k in range(self.info.shards)]
         if missing := [path for path in paths if not path.is_file()]:
             raise ValueError(

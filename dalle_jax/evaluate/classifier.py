@@ -50,7 +50,7 @@ class Classifier(NamedTuple):
         return self.params["linear"]["bias"].size
 
 
-def apply_resnet(params: Params, blocks: int, images_BHWC: jax.Array) -> jax.Array:
+def _apply_resnet(params: Params, blocks: int, images_BHWC: jax.Array) -> jax.Array:
     """Compute the logits of RGB images of 32 x 32, float32 in [0, 1]: float32 (B, K)."""
 
     def convolve(name: str, x_BHWC: jax.Array, stride: int = 1) -> jax.Array:
@@ -79,7 +79,7 @@ def apply_resnet(params: Params, blocks: int, images_BHWC: jax.Array) -> jax.Arr
     return x_BHWC.mean(axis=(1, 2)) @ params["linear"]["kernel"] + params["linear"]["bias"][None]
 
 
-_apply = jax.jit(apply_resnet, static_argnums=1)
+_apply = jax.jit(_apply_resnet, static_argnums=1)
 
 
 def class_logits(classifier: Classifier, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:

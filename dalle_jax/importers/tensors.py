@@ -3,7 +3,7 @@
     tensors = read_tensors(path)                # {"encoder.conv_in.weight": Tensor((128, 3, 3, 3), ...), ...}
     rules = {"encoder/conv_in/kernel": from_tensor("encoder.conv_in.weight", transpose_conv), ...}
 
-A rule makes one parameter of one tensor, or of one tensor per layer (`stack_layers`). Parameters are read chunk by
+A rule makes one parameter of one tensor, or of one tensor per layer (`block_tensor_rules`). Parameters are read chunk by
 chunk, so a file larger than memory can be converted.
 """
 
@@ -143,7 +143,7 @@ def _lazy_params(model: LazyModel) -> Params:
 
     def lazy(name: str, shape: tuple[int, ...]) -> LazyParam:
         rule = model.rules[name]
-        return LazyParam(shape, lambda: iter_param_chunks(name, rule, model.tensors, shape, model.path))
+        return LazyParam(shape, lambda: _iter_param_chunks(name, rule, model.tensors, shape, model.path))
 
     return unflatten_dict({name: lazy(name, shape) for name, shape in shapes.items()}, sep="/")
 
@@ -157,7 +157,7 @@ def from_tensor(names: str | Iterable[str], transform: Transform) -> ParamRule:
     return ParamRule((ParamPart(names, transform),), False)
 
 
-def stack_layers(names: Iterable[str | Iterable[str]], transform: Transform) -> ParamRule:
+def _stack_layers(names: Iterable[str | Iterable[str]], transform: Transform) -> ParamRule:
     """Return the rule of a parameter with a leading axis: `transform` of the tensor or tensors of each index."""
     rows = [(row,) if isinstance(row, str) else tuple(row) for row in names]
     return ParamRule(tuple(ParamPart(row, transform) for row in rows), True)
@@ -172,7 +172,7 @@ def block_rules(layers: int, table: LayerTable, to: str = "blocks") -> dict[str,
       to: The path of the blocks.
     """
     return {
-        f"{to}/{name}": stack_layers([source.format(i) for i in range(layers)], transform)
+        f"{to}/{name}": _stack_layers([source.format(i) for i in range(layers)], transform)
         for name, (source, transform) in table.items()
     }
 
@@ -301,7 +301,7 @@ def count_layers(tensors: Tensors, pattern: str, first: int = 0) -> int:
 # --- reading --------------------------------------------------------------------------------------------
 
 
-def iter_param_chunks(
+def _iter_param_chunks(
     name: str, rule: ParamRule, tensors: Tensors, shape: tuple[int, ...], path: Any
 ) -> Iterator[np.ndarray]:
     """Yield parameter `name`, float32 (rows, ...), some rows at a time.

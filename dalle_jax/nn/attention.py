@@ -120,7 +120,7 @@ class Attention(nn.Module):
         return out(checkpoint_name(y_BTHK.reshape(*lead, dim), ATTN_OUT)), cache
 
 
-def activate(name: Activation, x: jax.Array) -> jax.Array:
+def _activate(name: Activation, x: jax.Array) -> jax.Array:
     """Apply an activation without a gate.
 
     Raises:
@@ -160,7 +160,7 @@ class MLP(nn.Module):
             x_BTF = _GATED_ACTIVATIONS[self.activation](gate_BTF) * x_BTF
         else:
             x_BTF = constrain(dense("up", self.width, 0.02)(x_BTD), "batch", None, "mlp")
-            x_BTF = activate(self.activation, x_BTF)
+            x_BTF = _activate(self.activation, x_BTF)
         return dense("down", x_BTD.shape[-1], self.out_std)(x_BTF)
 
 

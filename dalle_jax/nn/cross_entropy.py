@@ -19,7 +19,7 @@ from dalle_jax.nn.products import einsum
 from dalle_jax.parallel.sharding import constrain
 
 
-def head_logits(x_BTD: jax.Array, kernel_DV: jax.Array, bias_V: jax.Array | None = None) -> jax.Array:
+def _head_logits(x_BTD: jax.Array, kernel_DV: jax.Array, bias_V: jax.Array | None = None) -> jax.Array:
     """Compute logits, float32 (B, T, V), of `x_BTD` and `kernel_DV` in the compute dtype; sums are in float32."""
     y_BTV = einsum("btd,dv->btv", x_BTD, kernel_DV, out_dtype=jnp.float32)
     if bias_V is not None:
@@ -52,7 +52,7 @@ def cross_entropy(
     x_BTD, kernel_DV = x_BTD.astype(dtype), kernel_DV.astype(dtype)
     width, vocab = kernel_DV.shape
     if not vocab_chunk or vocab_chunk >= vocab:
-        y_BTV = head_logits(x_BTD, kernel_DV, bias_V)
+        y_BTV = _head_logits(x_BTD, kernel_DV, bias_V)
         target_BT = jnp.take_along_axis(y_BTV, ids_BT[..., None], axis=-1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(y_BTV, axis=-1) - target_BT)
     chunks = -(-vocab // vocab_chunk)
@@ -77,7 +77,7 @@ def _chunk_logits(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the logits of a chunk, minimal for padding columns, and where they are targets; (B, T, E) each."""
     columns_E = jnp.arange(kernel_DE.shape[1]) * num_chunks + index
-    y_BTE = head_logits(x_BTD, kernel_DE, bias_E)
+    y_BTE = _head_logits(x_BTD, kernel_DE, bias_E)
     y_BTE = jnp.where((columns_E < vocab)[None, None], y_BTE, jnp.finfo(jnp.float32).min)
     return y_BTE, ids_BT[..., None] == columns_E[None, None]
 

@@ -98,7 +98,7 @@ def init_from_prefix(cfg: DalleConfig, kind: AttentionKind, prefix_kv: KV) -> KV
     return KV(k, v)
 
 
-def write_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, new_kv: KV, position: jax.Array) -> KV:
+def _write_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, new_kv: KV, position: jax.Array) -> KV:
     """Write one token per row.
 
     Args:
@@ -127,7 +127,7 @@ def write_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, new_kv: KV, posit
     return KV(write(cache.k, new_kv.k), write(cache.v, new_kv.v))
 
 
-def slot_mask(cfg: DalleConfig, kind: AttentionKind, num_slots: int, position: jax.Array) -> jax.Array:
+def _slot_mask(cfg: DalleConfig, kind: AttentionKind, num_slots: int, position: jax.Array) -> jax.Array:
     """Return which of the R slots that are read a query attends to.
 
     Args:
@@ -150,11 +150,11 @@ def slot_mask(cfg: DalleConfig, kind: AttentionKind, num_slots: int, position: j
     return table[position_B1 % len(table), offset_BR] & (offset_BR <= position_B1)
 
 
-def gather_window(
+def _gather_window(
     cfg: DalleConfig, kind: AttentionKind, cache: KV, position: jax.Array
 ) -> tuple[KV, jax.Array]:
     """Return what the query at `position`, a scalar or (B,), reads, (B, H, R, K), and its mask, bool (1 or B, R)."""
-    mask_BR = slot_mask(cfg, kind, cache.k.shape[2], position)
+    mask_BR = _slot_mask(cfg, kind, cache.k.shape[2], position)
     if kind != "column":
         return cache, mask_BR
     first = position % cfg.grid * cfg.grid
@@ -235,8 +235,8 @@ def attend_step(
       (B, 1, H, K), and the new cache.
     """
     q, k, v = qkv
-    image = write_kv(cfg, kind, cache.image, to_cache_layout(k, v), position)
-    window, mask_BR = gather_window(cfg, kind, image, position)
+    image = _write_kv(cfg, kind, cache.image, to_cache_layout(k, v), position)
+    window, mask_BR = _gather_window(cfg, kind, image, position)
     y_BQHK = attend_cached(q, cache.text, (window,), mask_BR[:, None], cache.text_mask)
     return y_BQHK, cache._replace(image=image)
 

@@ -34,7 +34,7 @@ def row_keys(seeds: Sequence[int] | np.ndarray | jax.Array) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def cache_schedule(cfg: TransformerConfig, prefix_len: int) -> list[tuple[int, int, int]]:
+def _cache_schedule(cfg: TransformerConfig, prefix_len: int) -> list[tuple[int, int, int]]:
     """Split decoding into scans whose full layers read no more of the cache than its filled part, roughly.
 
     Args:
@@ -174,12 +174,12 @@ def generate(
     with jax.named_scope("decode"):
         if draft_len is not None:
             state = init_speculative(cfg, cache, jnp.concatenate(codes, axis=1), draft_len)
-            for _, _, cache_size in cache_schedule(cfg, prefix_len):  # the next when a row could exceed it
+            for _, _, cache_size in _cache_schedule(cfg, prefix_len):  # the next when a row could exceed it
                 state = speculative_decode(
                     cfg, params, state, keys_B, cfg.num_codes - 1, cache_size, draft_len, options
                 )
             return (state.codes_BN, state.num_passes_B) if return_num_passes else state.codes_BN
-        for first, end, cache_size in cache_schedule(cfg, prefix_len):
+        for first, end, cache_size in _cache_schedule(cfg, prefix_len):
             cache = autoregressive.resize_cache(cfg, cache, cache_size)
             codes_LB, cache = _decode(
                 cfg, params, cache, codes[-1][:, -1], keys_B, first, end - first, options
@@ -295,7 +295,7 @@ def _stream(
     while position < cfg.num_codes - 1:
         rows_done = (position + 1) // cfg.grid  # `codes_LB` ends with the code of `position`
         end = min((rows_done + preview_rows) * cfg.grid, cfg.num_codes) - 1
-        size = next(size for _, scan_end, size in cache_schedule(cfg, 0) if end <= scan_end)
+        size = next(size for _, scan_end, size in _cache_schedule(cfg, 0) if end <= scan_end)
         if size != cache_size:
             cache, cache_size = resize(cfg, cache, size), size
         next_LB, cache = decode(params, cache, codes_LB[-1], keys_B, position, end - position, options)
@@ -321,7 +321,7 @@ def _stream_speculative(
     """Yield the raster rows that all images have, and the passes so far; each image is at a position of its own."""
     (_, resize, decode), (rest, cache) = programs, prefilled
     last = cfg.num_codes - 1
-    sizes = [size for _, _, size in cache_schedule(cfg, 0)]
+    sizes = [size for _, _, size in _cache_schedule(cfg, 0)]
     slowest = fastest = 0 if prefix_BP is None else prefix_BP.shape[1]
     end, cache_size, part = slowest, None, None
     while slowest < last:

@@ -66,7 +66,7 @@ _LAST: tuple[tuple[str, str], ...] = (
 )
 
 
-def normalize_t5_caption(caption: str) -> str:
+def _normalize_t5_caption(caption: str) -> str:
     """Return the caption in lower case, without what web pages add to captions."""
     return _normalize_once(_normalize_once(caption))
 
@@ -101,7 +101,7 @@ class T5Tokenizer:
 
         The encoder was trained without dropout: `bpe_dropout` and `seed` are unused.
         """
-        return [*self._pieces.encode(normalize_t5_caption(caption)), self._eos_id] if caption.strip() else []
+        return [*self._pieces.encode(_normalize_t5_caption(caption)), self._eos_id] if caption.strip() else []
 
     def decode(self, ids: list[int]) -> str:
         """See `Vocabulary.decode`."""

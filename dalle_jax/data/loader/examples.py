@@ -38,7 +38,7 @@ class ExampleBuilder:
         Returns:
           `image` uint8 (H, W, 3) or `codes` int32 (N,); with text `text` int32 (T,); with labels `label` int32 ().
         """
-        rng = example_rng(self.data.seed, position)
+        rng = _example_rng(self.data.seed, position)
         # Sampled first, so that the random numbers of a crop do not change them.
         (language, choice), bpe_seed = rng.random(2), int(rng.integers(2**32))
         example: dict[str, np.ndarray] = {}
@@ -73,7 +73,7 @@ class ExampleBuilder:
         return specs
 
 
-def example_rng(seed: int, position: int) -> np.random.Generator:
+def _example_rng(seed: int, position: int) -> np.random.Generator:
     """Return the random generator of the row at a position of the stream.
 
     A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): its key is derived

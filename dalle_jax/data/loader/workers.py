@@ -174,10 +174,10 @@ class ProcessBatches(Iterator[dict[str, np.ndarray]]):
 
 
 def _start_worker(*arguments: int) -> subprocess.Popen:
-    """Start an interpreter with our import path, which does not run the main module. arguments: of `run_worker`."""
+    """Start an interpreter with our import path, which does not run the main module. arguments: of `_run_worker`."""
     code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from dalle_jax.data.loader.workers import run_worker; "
-        f"run_worker(*{arguments})"
+        f"import sys; sys.path[:] = {sys.path!r}; from dalle_jax.data.loader.workers import _run_worker; "
+        f"_run_worker(*{arguments})"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -239,7 +239,7 @@ def _make_views(memory: mmap.mmap, specs: ArraySpecs, batch_size: int, slots: in
 # --- in the worker ----------------------------------------------------------------------------------------------
 
 
-def run_worker(connection: int, memory: int, size: int, parent: int, w: int, num_workers: int) -> None:
+def _run_worker(connection: int, memory: int, size: int, parent: int, w: int, num_workers: int) -> None:
     """Build rows until the parent closes the connection or is gone.
 
     For each batch the worker sends an error, or None, and the read errors of its source. It ignores Ctrl-C and SIGTERM,

@@ -331,7 +331,7 @@ def generate_scene(
         raise ValueError(
             f"Expected 1 <= min_objects <= max_objects <= 4, got {min_objects} and {max_objects}."
         )
-    check_scene_options(sizes, fills, backgrounds, max_objects)
+    _check_scene_options(sizes, fills, backgrounds, max_objects)
     for attempt in range(100):
         stream = CounterRNG(seed, SPLITS.index(split), index, attempt)
         count = min_objects + stream.integers(max_objects - min_objects + 1)
@@ -347,7 +347,7 @@ def generate_scene(
     raise AssertionError(f"no scene for {split} {index} in 100 attempts")
 
 
-def check_scene_options(
+def _check_scene_options(
     sizes: tuple[str, ...], fills: tuple[str, ...], backgrounds: tuple[str, ...], max_objects: int
 ) -> None:
     """Raise ValueError unless the words are known and allow scenes of `max_objects` objects."""

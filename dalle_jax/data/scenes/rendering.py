@@ -146,7 +146,7 @@ def _raised(tone: tuple[int, int, int]) -> np.ndarray:
     return raised_3
 
 
-def shape_coordinates(
+def _shape_coordinates(
     x: float, y: float, diameter: float, angle: float, side: int, reach: float = REACH, pad: float = 1.0
 ):
     """Return the pixels that an object can touch, and their coordinates in the object's frame.
@@ -172,21 +172,21 @@ def coverage(distance_HW, radius: float):
     return np.minimum(np.maximum(fraction_HW, 0.0, out=fraction_HW), 1.0, out=fraction_HW)
 
 
-def stripes_fill(u, v):
+def _stripes_fill(u, v):
     """Return the distance of each position to the light bands of a striped fill, in radii: slanted bands, period
     0.6."""
     t = (u + v) * (0.7071 / 0.6)
     return (np.abs(t - np.rint(t)) - 0.25) * 0.6
 
 
-def dots_fill(u, v):
+def _dots_fill(u, v):
     """Return the distance of each position to the light dots of a dotted fill, in radii: a square grid, spacing
     0.52."""
     s, t = u * (1 / 0.52), v * (1 / 0.52)
     return _length(s - np.rint(s), t - np.rint(t)) * 0.52 - 0.18
 
 
-FILL_DISTANCES = {"striped": stripes_fill, "dotted": dots_fill}
+FILL_DISTANCES = {"striped": _stripes_fill, "dotted": _dots_fill}
 
 
 def _backdrop(background: Background, side: int):
@@ -207,7 +207,7 @@ def _backdrop(background: Background, side: int):
 
 
 def _draw(canvas_3SS, thing: SceneObject, side: int) -> None:
-    rows, columns, u, v, radius = shape_coordinates(thing.x, thing.y, thing.diameter, thing.angle, side)
+    rows, columns, u, v, radius = _shape_coordinates(thing.x, thing.y, thing.diameter, thing.angle, side)
     d_HW = SHAPE_DISTANCES[thing.shape](u, v)
     ink_3HW = _TONE_31[thing.color]
     if thing.fill != "solid":

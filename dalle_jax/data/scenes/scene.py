@@ -121,13 +121,13 @@ def is_side(name: str, a, b, *, slack: float = 0.8, min_offset: float = 0.1) -> 
     return dx >= min_offset and dx >= slack * abs(dy)
 
 
-def is_inside(a, b) -> bool:
+def _is_inside(a, b) -> bool:
     """Return whether a lies within b: much smaller, and its center in the middle of b. a, b: x, y, diameter."""
     reach = 0.25 * b.diameter
     return a.diameter < 0.72 * b.diameter and (a.x - b.x) ** 2 + (a.y - b.y) ** 2 < reach * reach
 
 
-def is_between(a, b, c) -> bool:
+def _is_between(a, b, c) -> bool:
     """Return whether a lies near the middle part of the line from b to c, each with x and y in [0, 1]."""
     lx, ly = c.x - b.x, c.y - b.y
     length2 = lx * lx + ly * ly
@@ -152,9 +152,9 @@ def relation_holds(name: str, a, *others) -> bool:
             f"Expected {num_others} other objects for '{name}', got {len(others)}. Use one argument for each."
         )
     if name == "between":
-        return is_between(a, *others)
+        return _is_between(a, *others)
     if name == "inside":
-        return is_inside(a, others[0])
+        return _is_inside(a, others[0])
     return is_side(name, a, others[0])
 
 

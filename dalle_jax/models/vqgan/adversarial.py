@@ -109,7 +109,7 @@ def adversarial_gradients(
 
     def reconstruction_loss(pixels):
         pixel = jnp.mean(jnp.abs(real - pixels))
-        distance = perceptual_distance(cfg, lpips, real, pixels)
+        distance = _perceptual_distance(cfg, lpips, real, pixels)
         return cfg.pixel_weight * pixel + cfg.perceptual_weight * distance, (pixel, distance)
 
     (pixels, quantizer_loss), backward, (features, latents, codes) = jax.vjp(
@@ -144,7 +144,7 @@ def adversarial_gradients(
     return grads, metrics, {"latents": latents, "codes": codes} if cfg.restarts_dead_codes else {}
 
 
-def perceptual_distance(cfg: VQGANConfig, lpips: Params | None, x: jax.Array, y: jax.Array) -> jax.Array:
+def _perceptual_distance(cfg: VQGANConfig, lpips: Params | None, x: jax.Array, y: jax.Array) -> jax.Array:
     """Compute the mean LPIPS, or without its weights the mean pyramid distance, of images in the tokenizer's pixel
     range; scalar."""
     if cfg.perceptual_weight == 0:

@@ -91,7 +91,7 @@ class ClipTask(DataTask):
     ) -> tuple[jax.Array, MetricDict]:
         images_BHWC = to_float(batch["image"])
         if self.image_tokenizer is not None and frozen:
-            images_BHWC = half_reconstructed(self.image_tokenizer, frozen, images_BHWC)
+            images_BHWC = _half_reconstructed(self.image_tokenizer, frozen, images_BHWC)
         return clip.loss(self.model, params, images_BHWC, batch["text"])
 
     def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> MetricDict:
@@ -119,7 +119,7 @@ class ClipTask(DataTask):
         return labeled_grid(batch["image"], labels)
 
 
-def half_reconstructed(model: TokenizerConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
+def _half_reconstructed(model: TokenizerConfig, params: Params, images_BHWC: jax.Array) -> jax.Array:
     """Replace the rows 1, 3, 5, ... of an even batch by their reconstructions from codes.
 
     Args:
