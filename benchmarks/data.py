@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from dalle_jax.config import DataConfig, FolderSource
-from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_source, open_codes_dir
+from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_codes_source, open_codes_dir
 from dalle_jax.data.images import decode_image
 from dalle_jax.data.loader.pipeline import open_train_source, train_batches
 from dalle_jax.data.sources import infer_source, open_source
@@ -139,7 +139,7 @@ def codes(work: Path, threads: int, workers: int, seconds: float) -> None:
     rng, source = np.random.default_rng(0), FolderSource(path="none")
     info = CodesInfo(
         rows=16_384, shard_rows=4096, num_codes=CODES, vocab=VOCAB, image_size=256, crop="center", tokenizer="",
-        languages=("en", "zh"), classes=(), source=describe_source(source), fingerprint="{}",
+        languages=("en", "zh"), classes=(), source=describe_codes_source(source), fingerprint="{}",
     )  # fmt: skip
     open_codes_dir(work / "codes", info)
     for k in range(info.shards):

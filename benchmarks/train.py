@@ -35,7 +35,7 @@ import jax
 import numpy as np
 
 from benchmarks.report import DTYPES, describe_machine, format_ratios, run_job, speed_ratios
-from dalle_jax.aot.training_step import step_and_arguments
+from dalle_jax.aot.training_step import training_step_and_arguments
 from dalle_jax.cli.train import parse_train_args
 from dalle_jax.config import TrainConfig
 from dalle_jax.parallel.devices import peak_flops
@@ -78,7 +78,7 @@ def time_steps(config: TrainConfig, steps: int, trace: str | None) -> dict[str, 
     with jax.set_mesh(mesh):
         task = make_task(config)
         flops = train_flops(task)
-        step, (_, frozen, batch) = step_and_arguments(config, mesh)
+        step, (_, frozen, batch) = training_step_and_arguments(config, mesh)
         frozen = jax.device_put(task.frozen, shardings_of(frozen))
         state = init_state(task, task_optimizer(task), mesh)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))

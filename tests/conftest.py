@@ -51,4 +51,4 @@ def _clear_programs():
 @pytest.fixture
 def fake_models(monkeypatch):
     """`load_run` of runs of a FakeTask, whose parameters are not those of its configuration."""
-    monkeypatch.setattr("dalle_jax.checkpoint.load.check_shapes", lambda *_: None)
+    monkeypatch.setattr("dalle_jax.checkpoint.load.check_checkpoint_shapes", lambda *_: None)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from dalle_jax import config
-from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_source, open_codes_dir
+from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_codes_source, open_codes_dir
 from dalle_jax.data.loader.pipeline import train_batches
 from dalle_jax.data.sources import open_source
 from dalle_jax.text.tokenizers import TextTokenizer, train_text_tokenizer
@@ -109,7 +109,7 @@ def codes_info(source, data, rows=None, **changes):
     values = dict(
         rows=len(source) if rows is None else rows, shard_rows=7, num_codes=CODES_SIDE**2, vocab=256,
         image_size=CODES_SIDE, crop="center", tokenizer="abc", languages=data.languages,
-        classes=tuple(source.classes), source=describe_source(data.source), fingerprint=source.fingerprint(),
+        classes=tuple(source.classes), source=describe_codes_source(data.source), fingerprint=source.fingerprint(),
     )  # fmt: skip
     return CodesInfo(**(values | changes))
 

@@ -251,8 +251,8 @@ def write_data(site: Path) -> None:
         arrays[f"{split}_x"] = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
         arrays[f"{split}_y"] = np.arange(count) % 10
     np.savez(site / "cifar10.npz", **arrays)
-    np.savez(site / "resnet20_cifar10.npz", **random_arrays(classifier.resnet_shapes(3, 16, 10)))
-    np.savez(site / "inception.npz", **random_arrays(inception.inception_shapes()))
+    np.savez(site / "resnet20_cifar10.npz", **random_arrays(classifier.resnet_param_shapes(3, 16, 10)))
+    np.savez(site / "inception.npz", **random_arrays(inception.inception_param_shapes()))
     layers = enumerate(lpips._ALEXNET)
     shapes = {f"AlexNet_0.Conv_{i}.kernel": (k, k, a, b) for i, (k, a, b, *_) in layers}
     shapes |= {name.replace("kernel", "bias"): shape[-1:] for name, shape in shapes.items()}

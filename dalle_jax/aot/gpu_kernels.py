@@ -113,7 +113,7 @@ def list_kernels(computations: Computations, name: str) -> list[Kernel]:
     return kernels
 
 
-def collective_bytes(kernels: list[Kernel], num_devices: int) -> float:
+def kernel_collective_bytes(kernels: list[Kernel], num_devices: int) -> float:
     """Return the bytes that one device receives in the collectives of `num_devices` devices."""
     total = 0.0
     for kernel in kernels:

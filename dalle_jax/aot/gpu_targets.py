@@ -101,7 +101,7 @@ def parse_gpus(name: str) -> tuple[Gpu, int]:
     return GPUS[gpu], int(count)
 
 
-def memory_fraction() -> float:
+def gpu_memory_fraction() -> float:
     """Return the fraction of GPU memory that jax allocates: `XLA_PYTHON_CLIENT_MEM_FRACTION`, or 0.75.
 
     Raises:

@@ -112,7 +112,7 @@ class Program(NamedTuple):
     compiler_options: dict[str, str] = {}  # noqa: RUF012  # never changed
 
 
-def compile_program(
+def compile_and_report(
     program: Program,
     target: Target,
     hlo_path: str | None = None,

@@ -12,9 +12,9 @@ from typing import TypedDict
 from dalle_jax.aot import hlo
 from dalle_jax.aot.gpu_kernels import (
     KernelKind,
-    collective_bytes,
     find_loops,
     kernel_bytes_accessed,
+    kernel_collective_bytes,
     list_kernels,
 )
 from dalle_jax.aot.gpu_targets import Gpu
@@ -58,7 +58,7 @@ def roofline_seconds(text: str, gpu: Gpu, num_devices: int, model_flops: float) 
     return {
         "products": model_flops / (gpu.peak_flops * num_devices),
         "memory": kernel_bytes_accessed(kernels) / gpu.memory_bandwidth,
-        "links": collective_bytes(kernels, num_devices) / gpu.link_bandwidth,
+        "links": kernel_collective_bytes(kernels, num_devices) / gpu.link_bandwidth,
     }
 
 

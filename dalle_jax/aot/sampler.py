@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dalle_jax.aot import roofline
-from dalle_jax.aot.report import CompileReport, Program, compile_program, tree_gib
+from dalle_jax.aot.report import CompileReport, Program, compile_and_report, tree_gib
 from dalle_jax.aot.targets import GIB, single_device_target
 from dalle_jax.config import (
     DalleConfig,
@@ -81,15 +81,17 @@ def compile_sampler(
     device = single_device_target(target, "--sample", num_slices)
     mesh = make_mesh(MeshConfig(data=1), device.devices)
     if isinstance(model, DiffusionConfig):
-        report, _ = compile_program(_diffusion_program(model, batch_size, mesh), device, hlo_path)
+        report, _ = compile_and_report(_diffusion_program(model, batch_size, mesh), device, hlo_path)
         return report
     lowered = lower_sampler(model, batch_size, mesh, quantization=quantization)
     cache = jax.eval_shape(lambda: autoregressive.init_cache(model, batch_size))
-    report, text = compile_program(_transformer_program(model, batch_size, mesh, lowered), device, hlo_path)
+    report, text = compile_and_report(
+        _transformer_program(model, batch_size, mesh, lowered), device, hlo_path
+    )
     report["memory_gib"]["cache"] = _tree_bytes(cache) / GIB
     if text and device.devices[0].platform == "gpu":
         params = lowered.arguments[0]
-        minimum = minimum_bytes(model, params, cache, batch_size)
+        minimum = minimum_decode_bytes(model, params, cache, batch_size)
         report["decode_loop"] = roofline.decode_loop_report(text, device.gpu, batch_size, minimum)
     return report
 
@@ -177,7 +179,7 @@ def _transformer_program(
     )
 
 
-def minimum_bytes(model: TransformerConfig, params: Params, cache: Any, batch_size: int) -> float:
+def minimum_decode_bytes(model: TransformerConfig, params: Params, cache: Any, batch_size: int) -> float:
     """Return the bytes that one pass of the decode loop must read, averaged over the image positions.
 
     These are the layers and the output head once, and for each image the visible keys and values; text keys count

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from dalle_jax.aot.gpu_targets import GPUS, Gpu, gpu_devices, is_gpu, memory_fraction, parse_gpus
+from dalle_jax.aot.gpu_targets import GPUS, Gpu, gpu_devices, gpu_memory_fraction, is_gpu, parse_gpus
 from dalle_jax.aot.tpu_targets import TPU_CHIPS, TpuChip, parse_topology, tpu_devices
 
 GIB = 2**30
@@ -51,7 +51,7 @@ def make_target(name: str, num_slices: int = 1) -> Target:
       ModuleNotFoundError: If its compiler is not installed.
     """
     if is_gpu(name):
-        gpu, fraction = parse_gpus(name)[0], memory_fraction()
+        gpu, fraction = parse_gpus(name)[0], gpu_memory_fraction()
         devices = gpu_devices(name, num_slices)
         return Target(name, num_slices, devices, gpu.memory_gib * fraction, fraction, gpu=gpu)
     if name != "local":

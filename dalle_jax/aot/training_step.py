@@ -13,7 +13,7 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
-from dalle_jax.aot.report import CompileReport, Program, compile_program, tree_gib
+from dalle_jax.aot.report import CompileReport, Program, compile_and_report, tree_gib
 from dalle_jax.aot.targets import make_target
 from dalle_jax.config import DalleConfig, TrainConfig
 from dalle_jax.models import dalle
@@ -27,7 +27,7 @@ from dalle_jax.train.tasks import make_task
 from dalle_jax.typing import Batch, Params
 
 
-def step_and_arguments(
+def training_step_and_arguments(
     config: TrainConfig, mesh: Mesh
 ) -> tuple[jax.stages.Wrapped, tuple[TrainState, Params, Batch]]:
     """Return the training step of a configuration and its abstract arguments.
@@ -49,7 +49,7 @@ def step_and_arguments(
     return make_step(task, tx, config, mesh), (abstract_state(task, tx, mesh), frozen, batch)
 
 
-def compile_step(
+def compile_training_step(
     config: TrainConfig, target: str = "local", num_slices: int = 1, hlo_path: str | None = None
 ) -> CompileReport:
     """Compile the training step of a configuration and report on it.
@@ -67,7 +67,7 @@ def compile_step(
     devices = make_target(target, num_slices)
     mesh = make_mesh(config.mesh, devices.devices)
     check_batch(config, mesh)
-    step, arguments = step_and_arguments(config, mesh)
+    step, arguments = training_step_and_arguments(config, mesh)
     state, frozen, _ = arguments
     memory_gib = {
         "parameters": tree_gib(state.params),
@@ -86,7 +86,7 @@ def compile_step(
         memory_gib=memory_gib,
         compiler_options=compiler_options(mesh, config.compiler_options),
     )
-    report, _ = compile_program(
+    report, _ = compile_and_report(
         program, devices, hlo_path, partial(_splash_flops, config, len(devices.devices))
     )
     return report

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from dalle_jax.checkpoint import remote_dir
 from dalle_jax.checkpoint.layout import PARAMS_FILE
-from dalle_jax.checkpoint.manager import CheckpointManager, check_shapes, on_one_device
+from dalle_jax.checkpoint.manager import CheckpointManager, check_checkpoint_shapes, on_one_device
 from dalle_jax.checkpoint.params_file import read_params
-from dalle_jax.checkpoint.run_dir import read_config
+from dalle_jax.checkpoint.run_dir import read_run_config
 from dalle_jax.config import TrainConfig
 from dalle_jax.models.registry import model_params, model_shapes
 from dalle_jax.parallel.sharding import param_shardings
@@ -62,7 +62,7 @@ def load_run(
       ValueError: The run is of another kind, or the parameters do not have the shapes of its configuration.
       OSError: A file cannot be read.
     """
-    config = read_config(path)
+    config = read_run_config(path)
     local = remote_dir.local_dir(path)
     if kind is not None and config.model.kind != kind:
         raise ValueError(f"Expected a run of stage {kind}, got {path} of stage {config.model.kind}.")
@@ -87,7 +87,7 @@ def load_run(
         saved = checkpoints.shapes(saved_step)
         name = "ema" if ema and saved.get("ema") else "params"
         shapes = saved[name]
-        check_shapes(
+        check_checkpoint_shapes(
             model_shapes(config.model), model_params(config.model, shapes), directory / str(saved_step)
         )
         if mesh is None:

@@ -202,7 +202,7 @@ class CheckpointManager:
         saved = self.shapes(step)
         if partial:
             saved = {name: saved.get(name) for name in abstract}
-        check_shapes(abstract, saved, self.path / str(step))
+        check_checkpoint_shapes(abstract, saved, self.path / str(step))
         try:
             with _context(partial, self.alone):
                 return ocp.load(epath.Path(self.path / str(step)), abstract)
@@ -324,7 +324,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
 
 
-def check_shapes(expected: Any, saved: Any, path: Any) -> None:
+def check_checkpoint_shapes(expected: Any, saved: Any, path: Any) -> None:
     """Check that two trees have the same names, shapes and dtypes.
 
     Raises:

@@ -103,7 +103,7 @@ def read_params(path: Path, model: ModelConfig) -> tuple[Params, int]:
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays), _step_of(metadata)
 
 
-def read_step(path: Path) -> int:
+def read_params_step(path: Path) -> int:
     """Read the training step of the parameters in a file; no array is read.
 
     Raises:

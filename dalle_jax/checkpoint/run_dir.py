@@ -25,7 +25,7 @@ RESUMABLE_FIELDS = (
 )  # fmt: skip
 
 
-def read_config(path: str | Path) -> TrainConfig:
+def read_run_config(path: str | Path) -> TrainConfig:
     """Read the configuration of a run directory.
 
     Raises:
@@ -131,7 +131,7 @@ def sync_run_dir(run_dir: Path) -> None:
 
 
 def _check_same_run(path: Path, config: TrainConfig) -> None:
-    differences = _differences(read_config(path), config)
+    differences = _differences(read_run_config(path), config)
     if differences:
         lines = "\n  ".join(differences)
         checkpoints = remote_dir.checkpoints_of(path)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from dalle_jax.checkpoint.run_dir import read_config
+from dalle_jax.checkpoint.run_dir import read_run_config
 from dalle_jax.config import (
     DataConfig,
     MixtureSource,
@@ -80,7 +80,7 @@ def kind_of_run(flags: Iterable[type[Any]], argv: Sequence[str]) -> str:
         FileNotFoundError, ValueError: the run directory has no readable config.json.
     """
     run = _run_of(argv, flags)
-    return "" if run is None else pipeline_class(read_config(run).model).kind
+    return "" if run is None else pipeline_class(read_run_config(run).model).kind
 
 
 def _run_of(argv: Sequence[str], flags: Iterable[type[Any]]) -> str | None:
@@ -110,7 +110,7 @@ def resolve_config(target: str) -> TrainConfig:
     path = Path(target)
     if target.endswith(".py") or path.is_file() or (not path.exists() and target in list_configs()):
         return load_config(target)
-    return read_config(target)
+    return read_run_config(target)
 
 
 def resolve_data(target: str) -> DataConfig:

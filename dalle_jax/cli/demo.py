@@ -153,7 +153,7 @@ def _measure(
     for kind in metrics.scene_kinds(data, model.image_size):
         progress = ProgressPrinter(f"{kind} captions")
         samples = metrics.sample_and_verify(model, kind, count, _SAMPLING, seed=seed, progress=progress)
-        figures |= metrics.accuracy_by_kind(kind, samples)
+        figures |= metrics.accuracy_metrics(kind, samples)
         shown += samples[:_GRID_COLUMNS]
     images.save_png(grid_file, _verdict_grid(shown))
     return figures

@@ -88,13 +88,13 @@ class _ImageEvaluateArgs(EvaluateArgs):
         network = inception.load_inception(self.fid_weights)
         settings = metrics.fid_settings(network, image_size)
         if self.fid_reference:
-            return _Reference(network, fid.load_reference(self.fid_reference, settings))
+            return _Reference(network, fid.load_fid_reference(self.fid_reference, settings))
         progress = ProgressPrinter("features of true images")
         stats = metrics.reference_stats(
             network, data, image_size, self.count, languages=languages, progress=progress
         )
         if self.fid_save:
-            fid.save_reference(self.fid_save, stats, settings)
+            fid.save_fid_reference(self.fid_save, stats, settings)
             print(f"{self.fid_save}: statistics of {stats.count} true images", file=sys.stderr)
         return _Reference(network, stats)
 
@@ -103,7 +103,7 @@ class _ImageEvaluateArgs(EvaluateArgs):
         if not self.classifier:
             return None
         network = classifiers.load_classifier(self.classifier)
-        classifiers.check_classes(network, data, self.classifier)
+        classifiers.check_classifier_classes(network, data, self.classifier)
         return network
 
     def true_class_accuracy(
@@ -116,7 +116,9 @@ class _ImageEvaluateArgs(EvaluateArgs):
         """Classify true images and their reconstructions."""
         progress = ProgressPrinter("classes of true images")
         return _print(
-            classifiers.measure_true(network, tokenizer, data, image_size, self.count, progress=progress)
+            classifiers.measure_class_accuracy_bound(
+                network, tokenizer, data, image_size, self.count, progress=progress
+            )
         )
 
 
@@ -199,7 +201,7 @@ class _GeneratorEvaluateArgs(_ImageEvaluateArgs):
             if network is not None:
                 progress = ProgressPrinter(f"{name}: classes of generated images")
                 arguments = (network, model, self.count, config)
-                row |= classifiers.measure_classes(*arguments, seed=self.seed, progress=progress)
+                row |= classifiers.measure_class_accuracy(*arguments, seed=self.seed, progress=progress)
             if extra is not None:
                 row |= extra(config)
             rows.append({"guidance_scale": config.guidance_scale, **row})
@@ -286,7 +288,9 @@ class TransformerEvaluateArgs(_GeneratorEvaluateArgs, SamplerArgs):
         if decoder is not None:
             arguments = (model, decoder, self.count, configs[0], self.denoising_config())
             progress = ProgressPrinter("denoising steps")
-            result |= _print(diffusion.measure_decoded(*arguments, seed=self.seed, progress=progress))
+            result |= _print(
+                diffusion.measure_decoder_accuracy(*arguments, seed=self.seed, progress=progress)
+            )
         return result
 
     def _clip_metrics(

@@ -16,7 +16,7 @@ from dalle_jax.aot.sampler import LoweredSampler, lower_sampler
 from dalle_jax.aot.targets import Target, single_device_target
 from dalle_jax.checkpoint.layout import METRICS_FILE, PARAMS_FILE
 from dalle_jax.checkpoint.manager import CheckpointManager
-from dalle_jax.checkpoint.params_file import read_step
+from dalle_jax.checkpoint.params_file import read_params_step
 from dalle_jax.checkpoint.remote_dir import checkpoints_of, is_url, local_dir
 from dalle_jax.cli.common_args import JsonFlag, resolve_config
 from dalle_jax.config import MeshConfig, Quantization, TrainConfig, TransformerConfig
@@ -182,7 +182,7 @@ def _describe_run(run: str) -> dict[str, Any]:
         finally:
             checkpoints.close()
     elif (path / PARAMS_FILE).is_file():
-        result["step"] = read_step(path / PARAMS_FILE)
+        result["step"] = read_params_step(path / PARAMS_FILE)
     step = result["step"] if result["best_step"] is None else result["best_step"]
     rows = [row for row in read_metrics(path / METRICS_FILE) if row["step"] == step]
     return result | {"metrics": {k: v for row in rows for k, v in row.items() if k.startswith("eval_")}}

@@ -11,7 +11,8 @@ from tyro.conf import Positional, arg
 from dalle_jax.cli import output
 from dalle_jax.cli.common_args import JsonFlag, allow_bad_records, resolve_data
 from dalle_jax.config import MixtureSource, SourceConfig
-from dalle_jax.data.sources import iter_captions, open_source
+from dalle_jax.data.sources import open_source
+from dalle_jax.data.sources.captions import iter_captions
 from dalle_jax.text.tokenizers import TextTokenizer, tokenization_statistics, train_text_tokenizer
 
 _MAX_MEASURED = 10_000  # captions of each language

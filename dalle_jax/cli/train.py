@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 
 from dalle_jax.aot.report import format_report
 from dalle_jax.aot.sampler import compile_sampler
-from dalle_jax.aot.training_step import compile_step
+from dalle_jax.aot.training_step import compile_training_step
 from dalle_jax.cli.common_args import JsonFlag
 from dalle_jax.cli.exit_codes import DOES_NOT_FIT, USAGE, NegativeResult, UsageError
 from dalle_jax.config import Quantization, TrainConfig
@@ -156,7 +156,7 @@ def _compile(args: TrainArgs, target: str) -> dict[str, Any]:
         raise UsageError("Expected --sample ROWS with --quantization, got none. Set --sample or remove it.")
     try:
         if args.sample is None:
-            report = compile_step(args.config, target, args.slices, args.hlo)
+            report = compile_training_step(args.config, target, args.slices, args.hlo)
         else:
             report = compile_sampler(
                 args.config, target, args.sample, args.slices, args.hlo, quantization=args.quantization

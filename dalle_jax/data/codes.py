@@ -52,7 +52,7 @@ class CodesInfo:
     tokenizer: str  # fingerprint of the image tokenizer
     languages: tuple[config.Language, ...]  # of the captions
     classes: tuple[str, ...]  # names of the labels
-    source: str  # `describe_source` of the source
+    source: str  # `describe_codes_source` of the source
     fingerprint: str  # `Dataset.fingerprint` of the source
     format: int = _FORMAT
 
@@ -66,7 +66,7 @@ class CodesInfo:
         return range(k * self.shard_rows, min((k + 1) * self.shard_rows, self.rows))
 
 
-def describe_source(source: config.SourceConfig, split: Split = "train") -> str:
+def describe_codes_source(source: config.SourceConfig, split: Split = "train") -> str:
     """Return JSON of a source that is equal for two configurations if the same records become rows of the split."""
     dropped = (*_LOCATION_FIELDS, *_OTHER_SPLIT_FIELDS[split])
 
@@ -301,7 +301,7 @@ def check_codes_dataset(rows: CodesDataset, data: config.DataConfig, split: Spli
       ValueError: Without codes, a run on `data` would read other rows, captions or images of the split.
     """
     info, crop = rows.info, "none" if data.crop == "none" else "center"
-    old, new = json.loads(info.source), json.loads(describe_source(data.source, split))
+    old, new = json.loads(info.source), json.loads(describe_codes_source(data.source, split))
     differences = [
         f"data.source.{name} {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted({*old, *new})

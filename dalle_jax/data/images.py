@@ -124,7 +124,7 @@ def decode_image(
                 )
             if width < 1 or height < 1:
                 raise BadImageError("corrupt image", f"Expected at least one pixel, got {width} x {height}")
-            check_sides(width, height, limits)
+            check_image_sides(width, height, limits)
             if image.mode in ("RGB", "L", "CMYK", "YCbCr"):
                 needed = round(_ZOOM[crop][1] * size) if crop in _ZOOM else size
                 image.draft(None, (needed, needed))  # JPEG: decode at 1/2, 1/4 or 1/8 if that is enough
@@ -156,7 +156,7 @@ def decode_image(
         raise BadImageError(cause, f"The image does not decode: {error}") from None
 
 
-def check_sides(width: int, height: int, limits: ImageLimits) -> None:
+def check_image_sides(width: int, height: int, limits: ImageLimits) -> None:
     """Raise BadImageError for an image outside `limits`. width, height: pixels."""
     short, long = sorted((width, height))
     if short < limits.min_image_size:

@@ -109,7 +109,7 @@ def class_logits(classifier: Classifier, images: np.ndarray, *, batch_size: int 
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
-def resnet_shapes(blocks: int, width: int, classes: int) -> dict[str, tuple[int, ...]]:
+def resnet_param_shapes(blocks: int, width: int, classes: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a weight file by name.
 
     Args:
@@ -141,7 +141,7 @@ def resnet_shapes(blocks: int, width: int, classes: int) -> dict[str, tuple[int,
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Load the network from an npz file with the names of `resnet_shapes`, of any float dtype.
+    """Load the network from an npz file with the names of `resnet_param_shapes`, of any float dtype.
 
     Raises:
         FileNotFoundError: there is no file.
@@ -155,7 +155,7 @@ def fold_resnet_batch_norm(tensors: dict[str, np.ndarray], source: str = "these 
     """Fold each batch norm of named tensors into its convolution.
 
     Args:
-        tensors: name -> array, as `resnet_shapes` lists them.
+        tensors: name -> array, as `resnet_param_shapes` lists them.
         source: what error messages call the tensors.
 
     Raises:
@@ -169,7 +169,7 @@ def fold_resnet_batch_norm(tensors: dict[str, np.ndarray], source: str = "these 
     blocks = 0
     while f"layer1.{blocks}.conv1.weight" in tensors:
         blocks += 1
-    expected = resnet_shapes(blocks, first.shape[0], last.size)
+    expected = resnet_param_shapes(blocks, first.shape[0], last.size)
     for names, problem in (
         (expected.keys() - tensors.keys(), "without"),
         (tensors.keys() - expected.keys(), "with"),
@@ -218,7 +218,7 @@ def _norm_of(name: str) -> str:
 # --- metrics ----------------------------------------------------------------------------------------------------
 
 
-def check_classes(classifier: Classifier, data: DataConfig, path: str) -> None:
+def check_classifier_classes(classifier: Classifier, data: DataConfig, path: str) -> None:
     """Check that a source has as many classes as the classifier.
 
     Raises:
@@ -233,7 +233,7 @@ def check_classes(classifier: Classifier, data: DataConfig, path: str) -> None:
         )
 
 
-def measure_true(
+def measure_class_accuracy_bound(
     classifier: Classifier,
     tokenizer: TokenizerPipeline | None,
     data: DataConfig,
@@ -242,7 +242,7 @@ def measure_true(
     *,
     progress: ProgressFn | None = None,
 ) -> metrics.Metrics:
-    """Measure the upper bound of `measure_classes`, on the first `count` rows of the evaluation split with a class.
+    """Measure the upper bound of `measure_class_accuracy` on the first `count` evaluation rows that have a class.
 
     Returns:
         `accuracy_class_true`, the fraction of true images that the classifier puts into their class, and with a
@@ -262,7 +262,7 @@ def measure_true(
     }
 
 
-def measure_classes(
+def measure_class_accuracy(
     classifier: Classifier,
     model: Pipeline,
     count: int = 256,

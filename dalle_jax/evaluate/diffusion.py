@@ -22,7 +22,7 @@ from dalle_jax.evaluate import fid, inception
 from dalle_jax.evaluate.metrics import (
     EVAL_ROWS,
     Metrics,
-    accuracy_by_kind,
+    accuracy_metrics,
     measure_rfid,
     rfid_of,
     scene_kinds,
@@ -202,7 +202,7 @@ def _psnr(true: np.ndarray, images: np.ndarray) -> float:
     return float(np.asarray(tokenizer_losses.psnr(to_float(true), to_float(images))).mean())
 
 
-def measure_decoded(
+def measure_decoder_accuracy(
     model: TextToImagePipeline,
     decoder: DiffusionPipeline,
     count: int,
@@ -231,7 +231,7 @@ def measure_decoded(
             decoder, codes, range(seed, seed + count), denoising, progress=progress
         )
         images = np.stack([image.image for image in generated])
-        metrics |= accuracy_by_kind(kind, verify_images(captions, images))
-        by_kind = accuracy_by_kind(kind, verify_images(captions, decoded))
+        metrics |= accuracy_metrics(kind, verify_images(captions, images))
+        by_kind = accuracy_metrics(kind, verify_images(captions, decoded))
         metrics[f"accuracy_{kind}_decoder"] = by_kind[f"accuracy_{kind}"]
     return metrics

@@ -63,7 +63,7 @@ def feature_stats(rows_ND: np.ndarray) -> FeatureStats:
     return FeatureStats(len(rows_ND), mean_D, deviation_ND.T @ deviation_ND)
 
 
-def merge_stats(a: FeatureStats, b: FeatureStats) -> FeatureStats:
+def merge_feature_stats(a: FeatureStats, b: FeatureStats) -> FeatureStats:
     """Merge the statistics of two sets of rows without subtracting large sums (Chan, Golub and LeVeque 1979).
 
     Raises:
@@ -126,7 +126,7 @@ class FIDSettings(NamedTuple):
     image_size: int
 
 
-def save_reference(path: str | os.PathLike, stats: FeatureStats, settings: FIDSettings) -> None:
+def save_fid_reference(path: str | os.PathLike, stats: FeatureStats, settings: FIDSettings) -> None:
     """Write the statistics of true images atomically: `mean`, `scatter` and `about` (JSON: the settings, the number of
     images, a hash of all of it)."""
     about = {"format": _FORMAT, "count": stats.count, **settings._asdict()}
@@ -134,8 +134,8 @@ def save_reference(path: str | os.PathLike, stats: FeatureStats, settings: FIDSe
     write_npz(path, mean=stats.mean_D, scatter=stats.scatter_DD, about=np.array(json.dumps(about)))
 
 
-def load_reference(path: str | os.PathLike, settings: FIDSettings) -> FeatureStats:
-    """Read what `save_reference` wrote, for comparison with features of `settings`.
+def load_fid_reference(path: str | os.PathLike, settings: FIDSettings) -> FeatureStats:
+    """Read what `save_fid_reference` wrote, for comparison with features of `settings`.
 
     Raises:
         FileNotFoundError: there is no file.

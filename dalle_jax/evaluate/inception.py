@@ -177,7 +177,7 @@ def mean_pool(x_BHWC: jax.Array) -> jax.Array:
     return total(x_BHWC) / total(jnp.ones((1, *x_BHWC.shape[1:3], 1), x_BHWC.dtype))
 
 
-def resize(x_BHWC: jax.Array) -> jax.Array:
+def resize_for_inception(x_BHWC: jax.Array) -> jax.Array:
     """Bilinear between pixel centres to 299 x 299; a larger image is not smoothed first. Keeps the dtype."""
     shape = (x_BHWC.shape[0], INCEPTION_SIDE, INCEPTION_SIDE, x_BHWC.shape[3])
     return jax.image.resize(x_BHWC, shape, "bilinear", antialias=False, precision=lax.Precision.HIGHEST)
@@ -201,7 +201,7 @@ def apply_inception(params: Params, images_BHWC: jax.Array) -> jax.Array:
         )
         return jax.nn.relu(out + layer["bias"][None, None, None])
 
-    x_BHWC = (resize(images_BHWC.astype(jnp.float32)) - 128.0) / 128.0
+    x_BHWC = (resize_for_inception(images_BHWC.astype(jnp.float32)) - 128.0) / 128.0
     return _walk(NETWORK, x_BHWC, convolve).mean(axis=(1, 2))
 
 
@@ -244,7 +244,7 @@ def inception_logits(inception: Inception, features: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def inception_shapes() -> dict[str, tuple[int, ...]]:
+def inception_param_shapes() -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor of a weight file; kernels are (out, in, h, w)."""
     found: dict[str, tuple[int, ...]] = {}
 
@@ -265,8 +265,8 @@ def inception_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def load_inception(path: str | Path) -> Inception:
-    """Load the network from an npz file with the names of `inception_shapes`, of any float dtype, or from the torch
-    file that pytorch-fid and torch-fidelity download, read without torch.
+    """Load the network from an npz file with the names of `inception_param_shapes`, of any float dtype, or from the
+    torch file that pytorch-fid and torch-fidelity download, read without torch.
 
     Raises:
         FileNotFoundError: there is no file.
@@ -283,7 +283,7 @@ def fold_batch_norm(tensors: dict[str, np.ndarray], source: str = "these weights
 
     source: what error messages call the tensors. Raises ValueError as `load_inception` does.
     """
-    expected = inception_shapes()
+    expected = inception_param_shapes()
     classifier = tensors.get(CLASSIFIER)
     tensors = {name: tensor for name, tensor in tensors.items() if name != CLASSIFIER}
     for names, what in (

@@ -22,12 +22,12 @@ class ScoreSums(NamedTuple):
     p_SC: np.ndarray
 
 
-def init_sums(classes: int, parts: int = NUM_SPLITS) -> ScoreSums:
+def init_score_sums(classes: int, parts: int = NUM_SPLITS) -> ScoreSums:
     """Return the sums of no images."""
     return ScoreSums(np.zeros(parts), np.zeros(parts), np.zeros((parts, classes)))
 
 
-def add_logits(sums: ScoreSums, logits_RC: np.ndarray, first: int, total: int) -> ScoreSums:
+def update_score_sums(sums: ScoreSums, logits_RC: np.ndarray, first: int, total: int) -> ScoreSums:
     """Add the rows `first`, `first + 1`, ... of a set of `total`.
 
     Args:

@@ -248,14 +248,14 @@ def _feature_stats(
     network has the classifier; holds one batch at a time."""
     stats, sums, total = None, None, batches[-1].stop
     if network.classifier is not None:
-        sums = inception_score.init_sums(network.classifier.shape[1])
+        sums = inception_score.init_score_sums(network.classifier.shape[1])
     for rows, batch in zip(batches, images, strict=True):
         features = inception.inception_features(network, batch)
         part = fid.feature_stats(features)
-        stats = part if stats is None else fid.merge_stats(stats, part)
+        stats = part if stats is None else fid.merge_feature_stats(stats, part)
         if sums is not None:
             logits = inception.inception_logits(network, features)
-            sums = inception_score.add_logits(sums, logits, rows.start, total)
+            sums = inception_score.update_score_sums(sums, logits, rows.start, total)
         if progress:
             progress(rows.stop, total)
     assert stats is not None  # there is at least one batch
@@ -314,7 +314,7 @@ def unseen_captions(
     source = data.source
     if not isinstance(source, ScenesSource):
         raise ValueError(f"Expected a source of procedural scenes, got {type(source).__name__}.")
-    return generator.evaluation_set(
+    return generator.generate_evaluation_set(
         kind,
         count,
         seed=source.seed,
@@ -349,7 +349,7 @@ def verify_images(captions: Sequence[Caption], images: np.ndarray) -> list[Verif
     ]
 
 
-def accuracy_by_kind(kind: str, images: list[VerifiedImage]) -> Metrics:
+def accuracy_metrics(kind: str, images: list[VerifiedImage]) -> Metrics:
     """Return `accuracy_KIND`, the fraction of images that the verifier accepts, and with several languages also
     `accuracy_KIND_LANGUAGE` of each."""
     languages = sorted({image.caption.language for image in images})
@@ -377,7 +377,7 @@ def caption_accuracy(
     metrics: Metrics = {}
     for kind in scene_kinds(model.run.config.data, model.image_size):
         images = sample_and_verify(model, kind, count, sampling, seed=seed, progress=progress)
-        metrics |= accuracy_by_kind(kind, images)
+        metrics |= accuracy_metrics(kind, images)
     return metrics
 
 

@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dalle_jax.config import ClipConfig, TowerConfig
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 from dalle_jax.importers.tensors import (
     ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
-    block_rules,
-    check_names,
+    block_tensor_rules,
+    check_tensors_used,
     count_layers,
-    dense_rules,
-    from_tensor,
-    fused_qkv_rules,
+    dense_tensor_rules,
+    fused_qkv_tensor_rules,
     identity,
-    imported_model,
-    norm_rules,
+    norm_tensor_rules,
+    tensor_rule,
     tensor_shape,
+    to_imported_model,
     transpose_conv,
     transpose_linear,
 )
@@ -54,7 +54,7 @@ def load_params(path: Path, text_tokenizer: str | None = None) -> ImportedModel:
       FileNotFoundError: A file is missing.
       ValueError: A file is of another model.
     """
-    model, content = from_tensors(path, read_tensors(path)), None
+    model, content = from_tensors(path, read_tensor_files(path)), None
     if text_tokenizer is None and (path / "vocab.json").is_file():
         text_tokenizer = str(path)
     if text_tokenizer is not None:
@@ -69,7 +69,7 @@ def load_params(path: Path, text_tokenizer: str | None = None) -> ImportedModel:
                 f"got {bpe.vocab_size} in {text_tokenizer}."
             )
         content = bpe.to_bytes().decode()
-    return imported_model(model, content)
+    return to_imported_model(model, content)
 
 
 def from_tensors(path: Path, tensors: Tensors) -> LazyModel:
@@ -83,7 +83,7 @@ def from_tensors(path: Path, tensors: Tensors) -> LazyModel:
         raise ValueError(f"Expected a CLIP with a vision Transformer, got one with a ResNet: {path}")
     else:
         config, rules = _hugging_face(path, tensors)
-    check_names(rules, tensors, path, _MODEL)
+    check_tensors_used(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
@@ -126,26 +126,30 @@ def _openai(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, ParamRu
         (vocab[0], shape("positional_embedding", 2)[0]), shape("text_projection", 2)[1],
     )  # fmt: skip
     rules = {
-        "logit_scale": from_tensor("logit_scale", identity),
-        "vision/patch/kernel": from_tensor("visual.conv1.weight", transpose_conv),
-        "vision/class_embed": from_tensor("visual.class_embedding", identity),
-        "vision/pos": from_tensor("visual.positional_embedding", identity),
-        "vision/proj/kernel": from_tensor("visual.proj", identity),
+        "logit_scale": tensor_rule("logit_scale", identity),
+        "vision/patch/kernel": tensor_rule("visual.conv1.weight", transpose_conv),
+        "vision/class_embed": tensor_rule("visual.class_embedding", identity),
+        "vision/pos": tensor_rule("visual.positional_embedding", identity),
+        "vision/proj/kernel": tensor_rule("visual.proj", identity),
         **_norm("vision/norm_in", "visual.ln_pre"),
         **_norm("vision/norm_out", "visual.ln_post"),
-        "text/embed": from_tensor("token_embedding.weight", identity),
-        "text/pos": from_tensor("positional_embedding", identity),
-        "text/proj/kernel": from_tensor("text_projection", identity),
+        "text/embed": tensor_rule("token_embedding.weight", identity),
+        "text/pos": tensor_rule("positional_embedding", identity),
+        "text/proj/kernel": tensor_rule("text_projection", identity),
         **_norm("text/norm_out", "ln_final"),
     }
     for to, prefix, cfg in (("vision", "visual.", config.vision), ("text", "", config.text)):
         block = prefix + "transformer.resblocks.{}."
-        table = fused_qkv_rules(block + "attn.in_proj", join="_") | dense_rules(
+        table = fused_qkv_tensor_rules(block + "attn.in_proj", join="_") | dense_tensor_rules(
             "attn/out", block + "attn.out_proj"
         )
-        table |= dense_rules("mlp/up", block + "mlp.c_fc") | dense_rules("mlp/down", block + "mlp.c_proj")
-        table |= norm_rules("norm_attn", block + "ln_1") | norm_rules("norm_mlp", block + "ln_2")
-        rules |= block_rules(cfg.layers, table, f"{to}/blocks")
+        table |= dense_tensor_rules("mlp/up", block + "mlp.c_fc") | dense_tensor_rules(
+            "mlp/down", block + "mlp.c_proj"
+        )
+        table |= norm_tensor_rules("norm_attn", block + "ln_1") | norm_tensor_rules(
+            "norm_mlp", block + "ln_2"
+        )
+        rules |= block_tensor_rules(cfg.layers, table, f"{to}/blocks")
     return config, rules
 
 
@@ -178,28 +182,30 @@ def _hugging_face(path: Path, tensors: Tensors) -> tuple[ClipConfig, dict[str, P
         shape("text_projection.weight", 2)[0], _ACTIVATIONS[acts.pop()],
     )  # fmt: skip
     rules = {
-        "logit_scale": from_tensor("logit_scale", identity),
-        "vision/patch/kernel": from_tensor("vision_model.embeddings.patch_embedding.weight", transpose_conv),
-        "vision/class_embed": from_tensor("vision_model.embeddings.class_embedding", identity),
-        "vision/pos": from_tensor("vision_model.embeddings.position_embedding.weight", identity),
-        "vision/proj/kernel": from_tensor("visual_projection.weight", transpose_linear),
+        "logit_scale": tensor_rule("logit_scale", identity),
+        "vision/patch/kernel": tensor_rule("vision_model.embeddings.patch_embedding.weight", transpose_conv),
+        "vision/class_embed": tensor_rule("vision_model.embeddings.class_embedding", identity),
+        "vision/pos": tensor_rule("vision_model.embeddings.position_embedding.weight", identity),
+        "vision/proj/kernel": tensor_rule("visual_projection.weight", transpose_linear),
         **_norm("vision/norm_in", "vision_model.pre_layrnorm"),  # sic
         **_norm("vision/norm_out", "vision_model.post_layernorm"),
-        "text/embed": from_tensor("text_model.embeddings.token_embedding.weight", identity),
-        "text/pos": from_tensor("text_model.embeddings.position_embedding.weight", identity),
-        "text/proj/kernel": from_tensor("text_projection.weight", transpose_linear),
+        "text/embed": tensor_rule("text_model.embeddings.token_embedding.weight", identity),
+        "text/pos": tensor_rule("text_model.embeddings.position_embedding.weight", identity),
+        "text/proj/kernel": tensor_rule("text_projection.weight", transpose_linear),
         **_norm("text/norm_out", "text_model.final_layer_norm"),
     }
     for to, cfg in (("vision", config.vision), ("text", config.text)):
         block, table = f"{to}_model.encoder.layers." + "{}.", {}
         for name in ("q", "k", "v"):
-            table |= dense_rules(f"attn/{name}", f"{block}self_attn.{name}_proj")
-        table |= dense_rules("attn/out", block + "self_attn.out_proj")
-        table |= dense_rules("mlp/up", block + "mlp.fc1") | dense_rules("mlp/down", block + "mlp.fc2")
-        table |= norm_rules("norm_attn", block + "layer_norm1") | norm_rules(
+            table |= dense_tensor_rules(f"attn/{name}", f"{block}self_attn.{name}_proj")
+        table |= dense_tensor_rules("attn/out", block + "self_attn.out_proj")
+        table |= dense_tensor_rules("mlp/up", block + "mlp.fc1") | dense_tensor_rules(
+            "mlp/down", block + "mlp.fc2"
+        )
+        table |= norm_tensor_rules("norm_attn", block + "layer_norm1") | norm_tensor_rules(
             "norm_mlp", block + "layer_norm2"
         )
-        rules |= block_rules(cfg.layers, table, f"{to}/blocks")
+        rules |= block_tensor_rules(cfg.layers, table, f"{to}/blocks")
     return config, rules
 
 
@@ -230,6 +236,6 @@ def _tower(path: Path, dim: int, layers: int, heads: int | None, wide: int) -> T
 
 def _norm(to: str, source: str) -> dict[str, ParamRule]:
     return {
-        f"{to}/scale": from_tensor(f"{source}.weight", identity),
-        f"{to}/bias": from_tensor(f"{source}.bias", identity),
+        f"{to}/scale": tensor_rule(f"{source}.weight", identity),
+        f"{to}/bias": tensor_rule(f"{source}.bias", identity),
     }

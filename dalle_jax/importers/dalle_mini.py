@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from dalle_jax.config import BartConfig
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 from dalle_jax.importers.tensors import (
     ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
-    check_names,
-    from_tensor,
+    check_tensors_used,
     identity,
-    imported_model,
+    tensor_rule,
     tensor_shape,
+    to_imported_model,
 )
 from dalle_jax.text import byte_bpe
 from dalle_jax.text.bart import BartTokenizer
@@ -53,12 +53,12 @@ def load_params(path: Path) -> ImportedModel:
             )
     settings = _settings(path / "config.json")
     file = path / "flax_model.msgpack"
-    tensors = read_tensors(file)
+    tensors = read_tensor_files(file)
     text = _vocabulary(path, settings)
     config = _config(file, tensors, settings, text.vocab_size)
     rules = _rules()
-    check_names(rules, tensors, file, _MODEL)
-    return imported_model(LazyModel(config, rules, tensors, path), text_tokenizer=text.to_bytes().decode())
+    check_tensors_used(rules, tensors, file, _MODEL)
+    return to_imported_model(LazyModel(config, rules, tensors, path), text_tokenizer=text.to_bytes().decode())
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -121,13 +121,13 @@ def _config(path: Path, tensors: Tensors, settings: dict[str, Any], pieces: int)
 
 
 def _rules() -> dict[str, ParamRule]:
-    rules: dict[str, ParamRule] = {"image_head/kernel": from_tensor("lm_head/kernel", identity)}
+    rules: dict[str, ParamRule] = {"image_head/kernel": tensor_rule("lm_head/kernel", identity)}
     for ours, part, norm in (("text", "encoder", "norm_text_out"), ("image", "decoder", "norm_out")):
-        rules[f"{ours}_embed"] = from_tensor(f"model/{part}/embed_tokens/embedding", identity)
-        rules[f"{ours}_pos"] = from_tensor(f"model/{part}/embed_positions/embedding", identity)
+        rules[f"{ours}_embed"] = tensor_rule(f"model/{part}/embed_tokens/embedding", identity)
+        rules[f"{ours}_pos"] = tensor_rule(f"model/{part}/embed_positions/embedding", identity)
         for kind in ("scale", "bias"):
-            rules[f"{ours}_norm/{kind}"] = from_tensor(f"model/{part}/layernorm_embedding/{kind}", identity)
-        rules[f"{norm}/bias"] = from_tensor(f"model/{part}/final_ln/bias", identity)
+            rules[f"{ours}_norm/{kind}"] = tensor_rule(f"model/{part}/layernorm_embedding/{kind}", identity)
+        rules[f"{norm}/bias"] = tensor_rule(f"model/{part}/final_ln/bias", identity)
     for ours, part, names in (
         ("text_blocks", "encoder", ("attn",)),
         ("blocks", "decoder", ("attn", "cross")),
@@ -135,16 +135,16 @@ def _rules() -> dict[str, ParamRule]:
         layer = f"model/{part}/layers/FlaxBart{part.title()}Layers"
         for i, name in enumerate(names):
             for k in ("q", "k", "v", "out"):
-                rules[f"{ours}/{name}/{k}/kernel"] = from_tensor(
+                rules[f"{ours}/{name}/{k}/kernel"] = tensor_rule(
                     f"{layer}/FlaxBartAttention_{i}/{k}_proj/kernel", identity
                 )
-            rules[f"{ours}/norm_{name}/bias"] = from_tensor(f"{layer}/LayerNorm_{2 * i}/bias", identity)
+            rules[f"{ours}/norm_{name}/bias"] = tensor_rule(f"{layer}/LayerNorm_{2 * i}/bias", identity)
             for kind in ("scale", "bias"):
-                rules[f"{ours}/norm_{name}_out/{kind}"] = from_tensor(
+                rules[f"{ours}/norm_{name}_out/{kind}"] = tensor_rule(
                     f"{layer}/LayerNorm_{2 * i + 1}/{kind}", identity
                 )
-        rules[f"{ours}/norm_mlp/bias"] = from_tensor(f"{layer}/GLU_0/LayerNorm_0/bias", identity)
-        rules[f"{ours}/mlp/norm/bias"] = from_tensor(f"{layer}/GLU_0/LayerNorm_1/bias", identity)
+        rules[f"{ours}/norm_mlp/bias"] = tensor_rule(f"{layer}/GLU_0/LayerNorm_0/bias", identity)
+        rules[f"{ours}/mlp/norm/bias"] = tensor_rule(f"{layer}/GLU_0/LayerNorm_1/bias", identity)
         for i, name in enumerate(("gate", "up", "down")):
-            rules[f"{ours}/mlp/{name}/kernel"] = from_tensor(f"{layer}/GLU_0/Dense_{i}/kernel", identity)
+            rules[f"{ours}/mlp/{name}/kernel"] = tensor_rule(f"{layer}/GLU_0/Dense_{i}/kernel", identity)
     return rules

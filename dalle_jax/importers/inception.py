@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 
 PREFIX = "net.layers."
 CLASSIFIER = f"{PREFIX}output.weight"
@@ -58,7 +58,7 @@ _BLOCKS = {
 _PARTS = {"conv.weight": "weight", "bn.bias": "beta", "bn.running_mean": "mean", "bn.running_var": "var"}
 
 
-def convolutions() -> Iterator[tuple[str, str]]:
+def inception_convolutions() -> Iterator[tuple[str, str]]:
     """Yield the name in the file and in the graph of every convolution with its batch norm."""
     yield from _STEM.items()
     for number, (block, inside) in enumerate(_BLOCKS.items()):
@@ -75,7 +75,7 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises:
       ValueError: It names a tensor that is missing or unknown.
     """
-    tensors = read_tensors(path)
+    tensors = read_tensor_files(path)
     unread = {name for name in tensors if not name.endswith("num_batches_tracked") and name != "fc.bias"}
     arrays = {}
 
@@ -89,7 +89,7 @@ def read_inception(path: str | os.PathLike) -> dict[str, np.ndarray]:
         unread.discard(name)
         return tensors[name].read()
 
-    for theirs, ours in convolutions():
+    for theirs, ours in inception_convolutions():
         part = {end: take(f"{theirs}.{name}") for name, end in _PARTS.items()}
         scale = take(f"{theirs}.bn.weight")
         part["weight"] = part["weight"] * scale.reshape(-1, 1, 1, 1)

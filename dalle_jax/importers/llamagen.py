@@ -14,22 +14,22 @@ from typing import Any
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.importers import t5 as encoders
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 from dalle_jax.importers.tensors import (
     ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
-    block_rules,
-    check_names,
+    block_tensor_rules,
+    check_tensors_used,
     count_layers,
-    dense_rules,
+    dense_tensor_rules,
     drop_buffers,
-    from_tensor,
-    fused_qkv_rules,
+    fused_qkv_tensor_rules,
     identity,
-    imported_model,
+    tensor_rule,
     tensor_shape,
+    to_imported_model,
     transpose_linear,
 )
 from dalle_jax.text import class_labels
@@ -62,7 +62,7 @@ def load_params(
       FileNotFoundError: A file is missing.
       ValueError: A file is of another model, or an option does not match it.
     """
-    tensors = drop_buffers(read_tensors(path), _BUFFERS)
+    tensors = drop_buffers(read_tensor_files(path), _BUFFERS)
     size = image_size or next((n for n in (256, 512) if str(n) in path.name), 384)
     if size % 16:
         raise ValueError(f"Expected --image-size to be a multiple of 16, got {size}. Use e.g. 256 or 384.")
@@ -85,17 +85,19 @@ def load_params(
                 f"Expected no --text-tokenizer for a text-conditional model, got {text_tokenizer}. "
                 "Remove it: the vocabulary is that of --t5."
             )
-        model = from_t2i_tensors(path, tensors, Path(t5), encoders.read_encoder(Path(t5)), size // 16, heads)
-        text = encoders.read_tokenizer(Path(t5), model.config.text_vocab)
-    return imported_model(model, text_tokenizer=text)
+        model = from_t2i_tensors(
+            path, tensors, Path(t5), encoders.read_t5_encoder(Path(t5)), size // 16, heads
+        )
+        text = encoders.read_t5_tokenizer(Path(t5), model.config.text_vocab)
+    return to_imported_model(model, text_tokenizer=text)
 
 
 def from_tensors(path: Path, tensors: Tensors, grid: int, heads: int | None = None) -> LazyModel:
     """Return the class-conditional model of all `tensors`. Raises ValueError, listing missing or unknown ones."""
     classes, dim = tensor_shape(tensors, _CLASSES, path, 2, _MODEL)
     config = _config(path, tensors, dim, heads, grid, text_vocab=classes - 1, text_len=1)
-    rules = _rules(config) | {"text_embed": from_tensor(_CLASSES, identity)}
-    check_names(rules, tensors, path, _MODEL)
+    rules = _rules(config) | {"text_embed": tensor_rule(_CLASSES, identity)}
+    check_tensors_used(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
@@ -116,11 +118,11 @@ def from_t2i_tensors(
     dim = tensor_shape(tensors, "cls_embedding.cap_proj.fc2.weight", path, 2, _MODEL)[0]
     config = _config(path, tensors, dim, heads, grid, text_vocab=vocab, text_len=length, text_encoder=encoder)
     rules = _rules(config) | {
-        "text_null": from_tensor(_NULL, identity),
-        "text_proj/up/kernel": from_tensor("cls_embedding.cap_proj.fc1.weight", transpose_linear),
-        "text_proj/down/kernel": from_tensor("cls_embedding.cap_proj.fc2.weight", transpose_linear),
+        "text_null": tensor_rule(_NULL, identity),
+        "text_proj/up/kernel": tensor_rule("cls_embedding.cap_proj.fc1.weight", transpose_linear),
+        "text_proj/down/kernel": tensor_rule("cls_embedding.cap_proj.fc2.weight", transpose_linear),
     }
-    check_names(rules, tensors, path, _MODEL)
+    check_tensors_used(rules, tensors, path, _MODEL)
     rules |= {f"t5/{name}": rule for name, rule in t5_rules.items()}
     tensors = tensors | {_T5 + name: tensor for name, tensor in t5_tensors.items()}
     return LazyModel(config, rules, tensors, path)
@@ -165,18 +167,18 @@ def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
     blocks = {
         "norm_attn/scale": ("layers.{}.attention_norm.weight", identity),
         "norm_mlp/scale": ("layers.{}.ffn_norm.weight", identity),
-        **fused_qkv_rules("layers.{}.attention.wqkv", bias=False),
+        **fused_qkv_tensor_rules("layers.{}.attention.wqkv", bias=False),
     }
     for name, source in {
         "attn/out": "attention.wo",
         "mlp/gate": "feed_forward.w1",
         "mlp/up": "feed_forward.w3",
     }.items():
-        blocks |= dense_rules(name, f"layers.{{}}.{source}", bias=False)
-    blocks |= dense_rules("mlp/down", "layers.{}.feed_forward.w2", bias=False)
+        blocks |= dense_tensor_rules(name, f"layers.{{}}.{source}", bias=False)
+    blocks |= dense_tensor_rules("mlp/down", "layers.{}.feed_forward.w2", bias=False)
     return {
-        "image_embed": from_tensor("tok_embeddings.weight", identity),
-        "norm_out/scale": from_tensor("norm.weight", identity),
-        "image_head/kernel": from_tensor("output.weight", transpose_linear),
-        **block_rules(cfg.layers, blocks),
+        "image_embed": tensor_rule("tok_embeddings.weight", identity),
+        "norm_out/scale": tensor_rule("norm.weight", identity),
+        "image_head/kernel": tensor_rule("output.weight", transpose_linear),
+        **block_tensor_rules(cfg.layers, blocks),
     }

@@ -14,21 +14,21 @@ from pathlib import Path
 
 from dalle_jax.config import DalleConfig
 from dalle_jax.importers import vqgan
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 from dalle_jax.importers.tensors import (
     ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
-    block_rules,
-    check_names,
+    block_tensor_rules,
+    check_tensors_used,
     count_layers,
-    dense_rules,
-    from_tensor,
+    dense_tensor_rules,
     identity,
-    imported_model,
-    norm_rules,
+    norm_tensor_rules,
+    tensor_rule,
     tensor_shape,
+    to_imported_model,
     transpose_linear,
 )
 from dalle_jax.text import char_bpe
@@ -57,8 +57,10 @@ def load_params(path: Path) -> ImportedModel:
             )
     text, pad = _vocabulary(path / _FILES[3], path / _FILES[4])
     file = path / "stage2_last.ckpt"
-    model = from_tensors(file, read_tensors(file), (path / "config.yaml").read_text(encoding="utf-8"), pad)
-    return imported_model(
+    model = from_tensors(
+        file, read_tensor_files(file), (path / "config.yaml").read_text(encoding="utf-8"), pad
+    )
+    return to_imported_model(
         model,
         text_tokenizer=text.to_bytes().decode(),
         image_tokenizer=_tokenizer(path / "stage1_last.ckpt", model.config.grid),
@@ -79,7 +81,7 @@ def from_tensors(path: Path, tensors: Tensors, settings: str, pad: int) -> LazyM
     """
     config = _config(path, tensors, settings, pad)
     rules = _rules(config)
-    check_names(rules, tensors, path, _MODEL)
+    check_tensors_used(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
@@ -135,18 +137,20 @@ def _config(path: Path, tensors: Tensors, settings: str, pad: int) -> DalleConfi
 
 
 def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
-    blocks = norm_rules("norm_attn", "blocks.{}.ln1") | norm_rules("norm_mlp", "blocks.{}.ln2")
+    blocks = norm_tensor_rules("norm_attn", "blocks.{}.ln1") | norm_tensor_rules("norm_mlp", "blocks.{}.ln2")
     for name, source in {"q": "query", "k": "key", "v": "value", "out": "proj"}.items():
-        blocks |= dense_rules(f"attn/{name}", f"blocks.{{}}.attn.{source}")
-    blocks |= dense_rules("mlp/up", "blocks.{}.mlp.0") | dense_rules("mlp/down", "blocks.{}.mlp.2")
+        blocks |= dense_tensor_rules(f"attn/{name}", f"blocks.{{}}.attn.{source}")
+    blocks |= dense_tensor_rules("mlp/up", "blocks.{}.mlp.0") | dense_tensor_rules(
+        "mlp/down", "blocks.{}.mlp.2"
+    )
     return {
-        "text_embed": from_tensor("tok_emb_txt.weight", identity),
-        "text_pos": from_tensor("pos_emb_txt.weight", identity),
-        "image_embed": from_tensor("tok_emb_img.weight", identity),
-        "image_pos": from_tensor("pos_emb_img.weight", identity),
-        "norm_out/scale": from_tensor("ln_f.weight", identity),
-        "norm_out/bias": from_tensor("ln_f.bias", identity),
-        "text_head/kernel": from_tensor("head_txt.weight", transpose_linear),
-        "image_head/kernel": from_tensor("head_img.weight", transpose_linear),
-        **block_rules(cfg.layers, blocks),
+        "text_embed": tensor_rule("tok_emb_txt.weight", identity),
+        "text_pos": tensor_rule("pos_emb_txt.weight", identity),
+        "image_embed": tensor_rule("tok_emb_img.weight", identity),
+        "image_pos": tensor_rule("pos_emb_img.weight", identity),
+        "norm_out/scale": tensor_rule("ln_f.weight", identity),
+        "norm_out/bias": tensor_rule("ln_f.bias", identity),
+        "text_head/kernel": tensor_rule("head_txt.weight", transpose_linear),
+        "image_head/kernel": tensor_rule("head_img.weight", transpose_linear),
+        **block_tensor_rules(cfg.layers, blocks),
     }

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from dalle_jax.config import DVAEConfig
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 from dalle_jax.importers.tensors import (
     ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
-    check_names,
+    check_tensors_used,
     count_layers,
-    from_tensor,
     identity,
-    imported_model,
+    tensor_rule,
     tensor_shape,
+    to_imported_model,
     transpose_conv,
 )
 
@@ -41,15 +41,15 @@ def load_params(path: Path, image_size: int | None = None) -> ImportedModel:
             raise FileNotFoundError(
                 f"Expected a directory with encoder.pkl and decoder.pkl, got no file {file}."
             )
-        tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensors(file).items()}
-    return imported_model(from_tensors(path, tensors, image_size))
+        tensors |= {f"{part}.{name}": tensor for name, tensor in read_tensor_files(file).items()}
+    return to_imported_model(from_tensors(path, tensors, image_size))
 
 
 def from_tensors(path: Path, tensors: Tensors, image_size: int | None) -> LazyModel:
     """Return the model of all `tensors`. Raises ValueError, listing the tensors that are missing or unknown."""
     config = _config(path, tensors, image_size)
     rules = _rules(config)
-    check_names(rules, tensors, path, _MODEL)
+    check_tensors_used(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
@@ -68,8 +68,8 @@ def _rules(cfg: DVAEConfig) -> dict[str, ParamRule]:
     rules: dict[str, ParamRule] = {}
 
     def add(to: str, source: str) -> None:
-        rules[f"{to}/kernel"] = from_tensor(f"{source}.w", transpose_conv)
-        rules[f"{to}/bias"] = from_tensor(f"{source}.b", identity)
+        rules[f"{to}/kernel"] = tensor_rule(f"{source}.w", transpose_conv)
+        rules[f"{to}/bias"] = tensor_rule(f"{source}.b", identity)
 
     up = [cfg.width * 2**g for g in range(cfg.groups)]
     for part, in_width, widths in (("encoder", cfg.width, up), ("decoder", cfg.decoder_width, up[::-1])):

@@ -15,23 +15,23 @@ from pathlib import Path
 import numpy as np
 
 from dalle_jax.config import DalleConfig
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 from dalle_jax.importers.tensors import (
     ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
-    block_rules,
-    check_names,
+    block_tensor_rules,
+    check_tensors_used,
     count_layers,
-    dense_rules,
+    dense_tensor_rules,
     drop_buffers,
-    from_tensor,
-    fused_qkv_rules,
+    fused_qkv_tensor_rules,
     identity,
-    imported_model,
-    norm_rules,
+    norm_tensor_rules,
+    tensor_rule,
     tensor_shape,
+    to_imported_model,
     transpose_linear,
 )
 from dalle_jax.text import char_bpe
@@ -71,21 +71,21 @@ def load_params(
             "Use --version v3 (Malevich_v3, Surrealist, Kandinsky) or "
             "--version v2 (Malevich_v2, Emojich)."
         )
-    tensors = drop_buffers(read_tensors(path), ("row_mask", "col_mask", "conv_mask"))
+    tensors = drop_buffers(read_tensor_files(path), ("row_mask", "col_mask", "conv_mask"))
     model = from_tensors(path, tensors, version, heads)
     try:
         lines = Path(text_tokenizer).read_text(encoding="utf-8")
         pieces = char_bpe.char_bpe_from_youtokentome(lines, num_bos=2 if version == "v2" else 1)
     except ValueError as error:
         raise ValueError(f"{text_tokenizer}: {error}") from None
-    return imported_model(model, text_tokenizer=pieces.to_bytes().decode())
+    return to_imported_model(model, text_tokenizer=pieces.to_bytes().decode())
 
 
 def from_tensors(path: Path, tensors: Tensors, version: str, heads: int | None = None) -> LazyModel:
     """Return the model of all `tensors`. Raises ValueError, listing the tensors that are missing or unknown."""
     config = _config(path, tensors, version, heads)
     rules = _rules(config)
-    check_names(rules, tensors, path, _MODEL)
+    check_tensors_used(rules, tensors, path, _MODEL)
     return LazyModel(config, rules, tensors, path)
 
 
@@ -116,14 +116,14 @@ def _config(path: Path, tensors: Tensors, version: str, heads: int | None) -> Da
 def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
     layer = "transformer.layers.{}."
     blocks = (
-        norm_rules("norm_attn", f"{layer}input_layernorm")
-        | norm_rules("norm_attn_out", f"{layer}before_first_addition_layernorm")
-        | norm_rules("norm_mlp", f"{layer}post_attention_layernorm")
-        | norm_rules("norm_mlp_out", f"{layer}before_second_addition_layernorm")
-        | fused_qkv_rules(f"{layer}attention.query_key_value")
-        | dense_rules("attn/out", f"{layer}attention.dense")
-        | dense_rules("mlp/up", f"{layer}mlp.dense_h_to_4h")
-        | dense_rules("mlp/down", f"{layer}mlp.dense_4h_to_h")
+        norm_tensor_rules("norm_attn", f"{layer}input_layernorm")
+        | norm_tensor_rules("norm_attn_out", f"{layer}before_first_addition_layernorm")
+        | norm_tensor_rules("norm_mlp", f"{layer}post_attention_layernorm")
+        | norm_tensor_rules("norm_mlp_out", f"{layer}before_second_addition_layernorm")
+        | fused_qkv_tensor_rules(f"{layer}attention.query_key_value")
+        | dense_tensor_rules("attn/out", f"{layer}attention.dense")
+        | dense_tensor_rules("mlp/up", f"{layer}mlp.dense_h_to_4h")
+        | dense_tensor_rules("mlp/down", f"{layer}mlp.dense_4h_to_h")
     )
     shifted = cfg.shift_masks
     text_rows = (
@@ -131,22 +131,22 @@ def _rules(cfg: DalleConfig) -> dict[str, ParamRule]:
     )  # rows of text in the file: its text logits, and the first of the image's
     pads = partial(_shift_pads, vocab=cfg.text_vocab) if shifted else lambda x, fill=None: x
     return {
-        "text_embed": from_tensor("text_embeddings.weight", pads),
-        "text_pos": from_tensor("text_pos_embeddings.weight", lambda x: x[: cfg.text_len]),
-        "image_embed": from_tensor("image_embeddings.weight", identity),
-        "image_row": from_tensor("image_row_embeddings.weight", identity),
-        "image_col": from_tensor("image_col_embeddings.weight", identity),
-        "norm_out/scale": from_tensor("transformer.final_layernorm.weight", identity),
-        "norm_out/bias": from_tensor("transformer.final_layernorm.bias", identity),
-        "norm_head/scale": from_tensor("to_logits.0.weight", identity),
-        "norm_head/bias": from_tensor("to_logits.0.bias", identity),
-        "text_head/kernel": from_tensor(
+        "text_embed": tensor_rule("text_embeddings.weight", pads),
+        "text_pos": tensor_rule("text_pos_embeddings.weight", lambda x: x[: cfg.text_len]),
+        "image_embed": tensor_rule("image_embeddings.weight", identity),
+        "image_row": tensor_rule("image_row_embeddings.weight", identity),
+        "image_col": tensor_rule("image_col_embeddings.weight", identity),
+        "norm_out/scale": tensor_rule("transformer.final_layernorm.weight", identity),
+        "norm_out/bias": tensor_rule("transformer.final_layernorm.bias", identity),
+        "norm_head/scale": tensor_rule("to_logits.0.weight", identity),
+        "norm_head/bias": tensor_rule("to_logits.0.bias", identity),
+        "text_head/kernel": tensor_rule(
             "to_logits.1.weight", lambda x: transpose_linear(pads(x[:text_rows], fill=0.0))
         ),
-        "text_head/bias": from_tensor("to_logits.1.bias", lambda x: pads(x[:text_rows], fill=-1e4)),
-        "image_head/kernel": from_tensor("to_logits.1.weight", lambda x: transpose_linear(x[text_rows:])),
-        "image_head/bias": from_tensor("to_logits.1.bias", lambda x: x[text_rows:]),
-        **block_rules(cfg.layers, blocks),
+        "text_head/bias": tensor_rule("to_logits.1.bias", lambda x: pads(x[:text_rows], fill=-1e4)),
+        "image_head/kernel": tensor_rule("to_logits.1.weight", lambda x: transpose_linear(x[text_rows:])),
+        "image_head/bias": tensor_rule("to_logits.1.bias", lambda x: x[text_rows:]),
+        **block_tensor_rules(cfg.layers, blocks),
     }
 
 

@@ -9,16 +9,16 @@ import json
 from pathlib import Path
 
 from dalle_jax.config import T5Config
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 from dalle_jax.importers.tensors import (
     ParamRule,
     Tensors,
-    block_rules,
-    check_names,
+    block_tensor_rules,
+    check_tensors_used,
     count_layers,
-    dense_rules,
-    from_tensor,
+    dense_tensor_rules,
     identity,
+    tensor_rule,
     tensor_shape,
 )
 from dalle_jax.text import t5
@@ -38,7 +38,7 @@ _SETTINGS = {  # the architecture of nn/t5.py
 }
 
 
-def read_encoder(path: Path) -> Tensors:
+def read_t5_encoder(path: Path) -> Tensors:
     """Open the tensors of the encoder in a directory, with the token embeddings; the decoder is dropped.
 
     Raises:
@@ -60,7 +60,7 @@ def read_encoder(path: Path) -> Tensors:
     for name, expected in _SETTINGS.items():
         if values[name] != expected:
             raise ValueError(f"{config}: Expected {name} to be {expected!r}, got {values[name]!r}.")
-    tensors = read_tensors(path)
+    tensors = read_tensor_files(path)
     if _TIED in tensors:
         tensors.setdefault(_EMBED, tensors[_TIED])
     return {n: tensor for n, tensor in tensors.items() if n != _TIED and not n.startswith(_DECODER)}
@@ -94,11 +94,11 @@ def from_tensors(
         num_relative_buckets=buckets,
         eos_id=_END,
     )
-    check_names(_rules(config, relative, ""), tensors, path, _MODEL)
+    check_tensors_used(_rules(config, relative, ""), tensors, path, _MODEL)
     return config, vocab, _rules(config, relative, prefix)
 
 
-def read_tokenizer(path: Path, vocab: int) -> str:
+def read_t5_tokenizer(path: Path, vocab: int) -> str:
     """Return spiece.model of the directory as the content of a text tokenizer file.
 
     Raises:
@@ -128,12 +128,12 @@ def _rules(cfg: T5Config, relative: str, prefix: str) -> dict[str, ParamRule]:
         "norm_mlp/scale": (f"{block}1.layer_norm.weight", identity),
     }
     for name, source in {"q": "q", "k": "k", "v": "v", "out": "o"}.items():
-        table |= dense_rules(f"attn/{name}", f"{block}0.SelfAttention.{source}", bias=False)
+        table |= dense_tensor_rules(f"attn/{name}", f"{block}0.SelfAttention.{source}", bias=False)
     for name, source in {"gate": "wi_0", "up": "wi_1", "down": "wo"}.items():
-        table |= dense_rules(f"mlp/{name}", f"{block}1.DenseReluDense.{source}", bias=False)
+        table |= dense_tensor_rules(f"mlp/{name}", f"{block}1.DenseReluDense.{source}", bias=False)
     return {
-        "embed": from_tensor(prefix + _EMBED, identity),
-        "relative": from_tensor(prefix + relative, identity),
-        "norm_out/scale": from_tensor(f"{prefix}encoder.final_layer_norm.weight", identity),
-        **block_rules(cfg.layers, table),
+        "embed": tensor_rule(prefix + _EMBED, identity),
+        "relative": tensor_rule(prefix + relative, identity),
+        "norm_out/scale": tensor_rule(f"{prefix}encoder.final_layer_norm.weight", identity),
+        **block_tensor_rules(cfg.layers, table),
     }

@@ -1,10 +1,10 @@
 """Tensors of foreign files that are read on demand, and the rules that make a model's parameters of them.
 
-    tensors = read_tensors(path)                # {"encoder.conv_in.weight": Tensor((128, 3, 3, 3), ...), ...}
-    rules = {"encoder/conv_in/kernel": from_tensor("encoder.conv_in.weight", transpose_conv), ...}
+    tensors = read_tensor_files(path)           # {"encoder.conv_in.weight": Tensor((128, 3, 3, 3), ...), ...}
+    rules = {"encoder/conv_in/kernel": tensor_rule("encoder.conv_in.weight", transpose_conv), ...}
 
-A rule makes one parameter of one tensor, or of one tensor per layer (`block_tensor_rules`). Parameters are read chunk by
-chunk, so a file larger than memory can be converted.
+A rule makes one parameter of one tensor, or of one tensor per layer (`block_tensor_rules`). Parameters are read chunk
+by chunk, so a file larger than memory can be converted.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ class ImportedModel(NamedTuple):
         )
 
 
-def imported_model(
+def to_imported_model(
     model: LazyModel, text_tokenizer: str | None = None, image_tokenizer: LazyModel | None = None
 ) -> ImportedModel:
     """Return `model` with a tree of `LazyParam`s in place of its rules and tensors."""
-    tokenizer = None if image_tokenizer is None else imported_model(image_tokenizer)
+    tokenizer = None if image_tokenizer is None else to_imported_model(image_tokenizer)
     return ImportedModel(model.config, _lazy_params(model), text_tokenizer, tokenizer)
 
 
@@ -151,7 +151,7 @@ def _lazy_params(model: LazyModel) -> Params:
 # --- rules ----------------------------------------------------------------------------------------------
 
 
-def from_tensor(names: str | Iterable[str], transform: Transform) -> ParamRule:
+def tensor_rule(names: str | Iterable[str], transform: Transform) -> ParamRule:
     """Return the rule of a parameter that is `transform` of one tensor, or of several."""
     names = (names,) if isinstance(names, str) else tuple(names)
     return ParamRule((ParamPart(names, transform),), False)
@@ -163,7 +163,7 @@ def _stack_layers(names: Iterable[str | Iterable[str]], transform: Transform) ->
     return ParamRule(tuple(ParamPart(row, transform) for row in rows), True)
 
 
-def block_rules(layers: int, table: LayerTable, to: str = "blocks") -> dict[str, ParamRule]:
+def block_tensor_rules(layers: int, table: LayerTable, to: str = "blocks") -> dict[str, ParamRule]:
     """Return the rules of Transformer blocks, which this library keeps in one array for all layers.
 
     Args:
@@ -177,18 +177,18 @@ def block_rules(layers: int, table: LayerTable, to: str = "blocks") -> dict[str,
     }
 
 
-def dense_rules(name: str, source: str, *, bias: bool = True) -> LayerTable:
+def dense_tensor_rules(name: str, source: str, *, bias: bool = True) -> LayerTable:
     """Return the rows of a `LayerTable` for a torch Linear layer."""
     rows: LayerTable = {f"{name}/kernel": (f"{source}.weight", transpose_linear)}
     return rows | ({f"{name}/bias": (f"{source}.bias", identity)} if bias else {})
 
 
-def norm_rules(name: str, source: str) -> LayerTable:
+def norm_tensor_rules(name: str, source: str) -> LayerTable:
     """Return the rows of a `LayerTable` for a torch LayerNorm."""
     return {f"{name}/scale": (f"{source}.weight", identity), f"{name}/bias": (f"{source}.bias", identity)}
 
 
-def fused_qkv_rules(source: str, *, bias: bool = True, join: str = ".") -> LayerTable:
+def fused_qkv_tensor_rules(source: str, *, bias: bool = True, join: str = ".") -> LayerTable:
     """Return the rows of a `LayerTable` for queries, keys and values in one Linear layer, a third of its outputs each.
 
     Args:
@@ -254,7 +254,7 @@ def check_tensor_name(name: str, path: Any) -> None:
         )
 
 
-def check_names(rules: Mapping[str, ParamRule], tensors: Tensors, path: Any, model: str) -> None:
+def check_tensors_used(rules: Mapping[str, ParamRule], tensors: Tensors, path: Any, model: str) -> None:
     """Check that `rules` use every tensor, and no other.
 
     Raises:

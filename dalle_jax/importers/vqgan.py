@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dalle_jax.config import GumbelQuantizer, VectorQuantizer, VQGANConfig
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 from dalle_jax.importers.tensors import (
     ImportedModel,
     LazyModel,
     ParamRule,
     Tensors,
-    check_names,
+    check_tensors_used,
     conv_as_linear,
     count_layers,
-    from_tensor,
     identity,
-    imported_model,
+    tensor_rule,
     tensor_shape,
+    to_imported_model,
     transpose_conv,
 )
 
@@ -78,14 +78,14 @@ def load_taming_vqgan(
       image_size: The side of the images, 256 by default; no tensor depends on it.
       pixel_range: The range of the pixels that the networks read; [-1, 1] by default.
     """
-    return imported_model(open_taming_vqgan(path, image_size, pixel_range))
+    return to_imported_model(open_taming_vqgan(path, image_size, pixel_range))
 
 
 def open_taming_vqgan(
     path: Path, image_size: int | None = None, pixel_range: PixelRange | None = None
 ) -> LazyModel:
     """The model of `load_taming_vqgan`; the discriminator and the LPIPS network, under `loss.`, are dropped."""
-    tensors = _drop_prefix(read_tensors(path), "loss.")
+    tensors = _drop_prefix(read_tensor_files(path), "loss.")
     return from_tensors(path, tensors, TAMING, image_size, pixel_range)
 
 
@@ -96,14 +96,14 @@ def load_flax_vqgan(
 
     DALL-E Mini feeds it pixels in [0, 1], although it was trained on [-1, 1]; [0, 1] is the default here too.
     """
-    tensors = {name.removeprefix("params/"): tensor for name, tensor in read_tensors(path).items()}
-    return imported_model(from_tensors(path, tensors, FLAX, image_size, pixel_range or "unit"))
+    tensors = {name.removeprefix("params/"): tensor for name, tensor in read_tensor_files(path).items()}
+    return to_imported_model(from_tensors(path, tensors, FLAX, image_size, pixel_range or "unit"))
 
 
 def load_llamagen_vq(path: Path, image_size: int | None = None) -> ImportedModel:
     """Open `vq_ds16_c2i.pt`, `vq_ds16_t2i.pt` or `vq_ds8_c2i.pt`, whose codes are compared on the unit sphere."""
-    tensors = _drop_prefix(read_tensors(path), "quantize.codebook_used")
-    return imported_model(from_tensors(path, tensors, LLAMAGEN, image_size, None))
+    tensors = _drop_prefix(read_tensor_files(path), "quantize.codebook_used")
+    return to_imported_model(from_tensors(path, tensors, LLAMAGEN, image_size, None))
 
 
 def _drop_prefix(tensors: Tensors, prefix: str) -> Tensors:
@@ -116,7 +116,7 @@ def from_tensors(
     """Return the VQGAN of all `tensors`. Raises ValueError, listing the tensors that are missing or unknown."""
     cfg = _config(path, tensors, naming, image_size or 256, pixel_range or "symmetric")
     rules = _rules(cfg, naming)
-    check_names(rules, tensors, path, naming.model)
+    check_tensors_used(rules, tensors, path, naming.model)
     return LazyModel(cfg, rules, tensors, path)
 
 
@@ -163,18 +163,18 @@ def _rules(cfg: VQGANConfig, naming: Naming) -> dict[str, ParamRule]:
         is_conv = kind == "conv"
         name = naming.params[0 if is_conv else 1]
         transform = transpose_conv if is_conv and not naming.flax else identity
-        rules[f"{to}/{'kernel' if is_conv else 'scale'}"] = from_tensor(
+        rules[f"{to}/{'kernel' if is_conv else 'scale'}"] = tensor_rule(
             naming.join.join([*source, name]), transform
         )
-        rules[f"{to}/bias"] = from_tensor(naming.join.join([*source, "bias"]), identity)
+        rules[f"{to}/bias"] = tensor_rule(naming.join.join([*source, "bias"]), identity)
     quantize, table = "quantize" + naming.join, naming.join + naming.params[2]
     if isinstance(cfg.quantizer, GumbelQuantizer):
         proj = f"{quantize}proj{naming.join}"
-        rules["quantize/proj/kernel"] = from_tensor(proj + naming.params[0], conv_as_linear)
-        rules["quantize/proj/bias"] = from_tensor(proj + "bias", identity)
-        rules["quantize/embedding"] = from_tensor(f"{quantize}embed{table}", identity)
+        rules["quantize/proj/kernel"] = tensor_rule(proj + naming.params[0], conv_as_linear)
+        rules["quantize/proj/bias"] = tensor_rule(proj + "bias", identity)
+        rules["quantize/embedding"] = tensor_rule(f"{quantize}embed{table}", identity)
     else:
-        rules["quantize/embedding"] = from_tensor(f"{quantize}embedding{table}", identity)
+        rules["quantize/embedding"] = tensor_rule(f"{quantize}embedding{table}", identity)
     return rules
 
 

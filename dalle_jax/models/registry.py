@@ -2,7 +2,7 @@
 
 A new kind of model is one module with its functions, one training task and one row of `MODELS`. Other subpackages
 call `model_spec(cfg)` instead of testing the type of a configuration. Tasks and pipelines belong to higher subpackages,
-so rows name them as strings, which `load_class` imports on first use.
+so rows name them as strings, which `load_registry_class` imports on first use.
 B batch, H W image, T text positions, N codes, C captions, P prefix codes, Q draft codes, X inserted rows.
 """
 
@@ -254,7 +254,7 @@ def model_shapes(cfg: ModelConfig) -> Params:
     return jax.eval_shape(partial(model_spec(cfg).init, cfg), jax.random.key(0))
 
 
-def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
+def check_model_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
     """Check that `mesh` divides the sizes of the model.
 
     Raises:
@@ -265,7 +265,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh) -> None:
         check(cfg, mesh)
 
 
-def load_class(path: str) -> Any:
+def load_registry_class(path: str) -> Any:
     """Import the class that a row names as "module:Class"."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

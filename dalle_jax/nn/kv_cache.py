@@ -58,7 +58,7 @@ def cache_size(cfg: DalleConfig, kind: AttentionKind) -> int:
     return 1 + int(np.flatnonzero(causal_offset_mask(kind, cfg.grid, cfg.conv_kernel).any(axis=0))[-1])
 
 
-def init_kv(cfg: DalleConfig, kind: AttentionKind, rows: int) -> KV:
+def init_kv_cache(cfg: DalleConfig, kind: AttentionKind, rows: int) -> KV:
     """Return zeros for the image tokens of `rows` rows, in the compute dtype."""
     zeros = jnp.zeros((rows, cfg.heads, cache_size(cfg, kind), cfg.head_dim), cfg.dtype)
     zeros = constrain(zeros, "batch", "heads", None, None)
@@ -91,7 +91,7 @@ def resize_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, size: int) -> KV
 def init_from_prefix(cfg: DalleConfig, kind: AttentionKind, prefix_kv: KV) -> KV:
     """Return the cache after the first P image tokens, whose keys and values are (B, H, P, K)."""
     rows, prefix_len = len(prefix_kv.k), prefix_kv.k.shape[2]
-    cache = init_kv(cfg, kind, rows)
+    cache = init_kv_cache(cfg, kind, rows)
     first = max(0, prefix_len - cache_size(cfg, kind)) if kind != "column" else 0
     slots = slot_index(cfg, kind, np.arange(first, prefix_len))
     k, v = (old.at[:, :, slots].set(new[:, :, first:]) for old, new in zip(cache, prefix_kv, strict=True))

@@ -10,7 +10,13 @@ import jax
 import numpy as np
 
 from dalle_jax.config import DataConfig, MeshConfig
-from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_source, is_shard_complete, open_codes_dir
+from dalle_jax.data.codes import (
+    CodesInfo,
+    ShardWriter,
+    describe_codes_source,
+    is_shard_complete,
+    open_codes_dir,
+)
 from dalle_jax.data.sources import Split, open_source
 from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.parallel.sharding import batch_sharding, replicated
@@ -65,7 +71,7 @@ def encode_dataset(
     info = CodesInfo(
         rows=count, shard_rows=shard_rows, num_codes=cfg.num_codes, vocab=cfg.vocab, image_size=cfg.image_size,
         crop="none" if data.crop == "none" else "center", tokenizer=tokenizer.fingerprint,
-        languages=data.languages, classes=tuple(source.classes), source=describe_source(data.source, split),
+        languages=data.languages, classes=tuple(source.classes), source=describe_codes_source(data.source, split),
         fingerprint=source.fingerprint(),
     )  # fmt: skip
     open_codes_dir(directory, info)

@@ -10,9 +10,9 @@ import jax
 from dalle_jax.checkpoint.layout import CONFIG_FILE, IMAGE_TOKENIZER_DIR
 from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.remote_dir import local_dir
-from dalle_jax.checkpoint.run_dir import read_config
+from dalle_jax.checkpoint.run_dir import read_run_config
 from dalle_jax.config import ModelConfig
-from dalle_jax.models.registry import load_class, model_spec
+from dalle_jax.models.registry import load_registry_class, model_spec
 from dalle_jax.pipelines.protocol import Pipeline
 from dalle_jax.pipelines.tokenizer import TokenizerPipeline
 
@@ -28,7 +28,7 @@ _EXPECTED = {
 
 def pipeline_class(model: ModelConfig) -> type[Pipeline]:
     """Return the class of the pipeline that uses a model."""
-    return load_class(model_spec(model).pipeline)
+    return load_registry_class(model_spec(model).pipeline)
 
 
 def host_device() -> jax.Device:
@@ -71,7 +71,7 @@ def load(path, expected=None, *, params_on_host=False):
             f"Expected None or the class of one kind of pipeline, got {expected!r}. Use e.g. TextToImagePipeline."
         )
     local = local_dir(path)
-    config = read_config(path)
+    config = read_run_config(path)
     found = pipeline_class(config.model)
     if expected is TokenizerPipeline and found.kind != "tokenizer":
         if found.kind == "clip":

@@ -36,7 +36,7 @@ from dalle_jax.pipelines.protocol import (
     check_unused,
 )
 from dalle_jax.pipelines.tokenizer import TokenizerPipeline
-from dalle_jax.sampling.batcher import ContinuousBatcher, SamplingRequest
+from dalle_jax.sampling.continuous_batcher import ContinuousBatcher, SamplingRequest
 from dalle_jax.sampling.generate import generate, generate_stream, row_keys
 from dalle_jax.sampling.speculative import check_draft_len
 from dalle_jax.text.tokenizers import TextTokenizer
@@ -273,7 +273,7 @@ class TextToImagePipeline:
             prefix = group[0].prefix_codes
             prefix_len = 0 if prefix is None else len(prefix)
             copies = math.gcd(*(len(list(run)) for _, run in itertools.groupby(r.prompt for r in group)))
-            captions, copies_at_once = batch_shape(len(group) // copies, copies, batch_size)
+            captions, copies_at_once = text_to_image_batch_shape(len(group) // copies, copies, batch_size)
             size = captions * copies_at_once
             options = self._options(own, config, prefix if prefix_len else None, size)
             parts = [part for block in chunked(group, copies) for part in chunked(block, copies_at_once)]
@@ -378,7 +378,7 @@ class TextToImagePipeline:
         return images
 
 
-def batch_shape(captions: int, copies: int, batch_size: int) -> tuple[int, int]:
+def text_to_image_batch_shape(captions: int, copies: int, batch_size: int) -> tuple[int, int]:
     """Return the captions of a batch and the images of each, for `copies` images of each caption.
 
     More images of a caption than a batch holds are spread evenly over batches of that caption.

@@ -1,4 +1,4 @@
-"""Device state of continuous batching, and the jitted programs that prefill its slots and decode them (batcher.py).
+"""Device state of continuous batching (continuous_batcher.py), and the jitted programs that prefill and decode slots.
 
 Each slot is a row of the KV caches with an image and a position of its own. A request with guidance has two slots, one
 on the caption and one on the null caption. The null slot repeats the codes of the conditional slot, so that both stay

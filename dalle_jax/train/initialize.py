@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from dalle_jax.checkpoint.layout import CONFIG_FILE, IMAGE_TOKENIZER_DIR
 from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.remote_dir import local_dir
-from dalle_jax.checkpoint.run_dir import read_config
+from dalle_jax.checkpoint.run_dir import read_run_config
 from dalle_jax.config import TrainConfig
 from dalle_jax.data.sources import infer_source
 from dalle_jax.files.atomic import atomic_path, write_atomic
@@ -37,7 +37,7 @@ def with_init_model(config: TrainConfig) -> TrainConfig:
     """
     if config.init_from is None:
         return config
-    model = read_config(config.init_from).model
+    model = read_run_config(config.init_from).model
     transformers = all(model_spec(m).transformer is not None for m in (model, config.model))
     if type(model) is not type(config.model) and not transformers:
         raise ValueError(

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.config import TrainConfig
-from dalle_jax.models.registry import check_mesh
+from dalle_jax.models.registry import check_model_mesh
 from dalle_jax.parallel.sharding import LOGICAL_AXIS_RULES, batch_sharding, param_shardings, replicated
 from dalle_jax.train.compiler_options import compiler_options
 from dalle_jax.train.optim import learning_rate, update_ema
@@ -153,7 +153,7 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     Raises:
       ValueError: If they cannot.
     """
-    check_mesh(config.model, mesh)
+    check_model_mesh(config.model, mesh)
     shards, pieces = num_batch_shards(mesh), config.optim.grad_accum_steps
     rows = config.data.batch_size // pieces
     if rows % shards:

@@ -19,7 +19,7 @@ from dalle_jax.aot import hlo
 from dalle_jax.aot.report import CompileReport, format_report, required_gib
 from dalle_jax.aot.sampler import compile_sampler
 from dalle_jax.aot.tpu_targets import parse_topology, tpu_devices
-from dalle_jax.aot.training_step import compile_step, step_and_arguments
+from dalle_jax.aot.training_step import compile_training_step, training_step_and_arguments
 from dalle_jax.cli import main
 from dalle_jax.config import (
     CodesConfig,
@@ -198,7 +198,7 @@ def test_required_gib():
 
 @pytest.fixture(scope="module")
 def local():
-    return compile_step(SMALL_RUN)
+    return compile_training_step(SMALL_RUN)
 
 
 def test_local_report(local):
@@ -250,7 +250,7 @@ def test_large_arrays_are_sharded_and_the_optimizer_gathers_none(optimizer):
         mesh=MeshConfig(data=2, fsdp=2, model=2),
     )
     mesh = make_mesh(config.mesh)
-    step, arguments = step_and_arguments(config, mesh)
+    step, arguments = training_step_and_arguments(config, mesh)
     leaves = jax.tree.leaves(arguments[0])
     assert sum(leaf.size * leaf.dtype.itemsize > MIB for leaf in leaves) >= 12
     with jax.set_mesh(mesh):
@@ -270,7 +270,7 @@ def test_large_arrays_are_sharded_and_the_optimizer_gathers_none(optimizer):
 def test_every_stage_compiles(name):
     """No tokenizer, vocabulary or data has to exist. A VQGAN includes the parameters of its discriminator."""
     config = stage_config(name)
-    report = compile_step(config)
+    report = compile_training_step(config)
     assert report.keys() == REPORT_FIELDS and report["program"] == f"training step of a {config.model.kind}"
     params = jax.eval_shape(lambda: make_task(config).init(jax.random.key(0)))
     assert report["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -396,7 +396,7 @@ def test_compiler_options_reach_the_training_step():
     """`make_step` passes an unknown option to the compiler, which refuses it."""
     mesh = make_mesh(SMALL_RUN.mesh)
     config = dataclasses.replace(SMALL_RUN, compiler_options=("xla_no_such=1",))
-    step, arguments = step_and_arguments(config, mesh)
+    step, arguments = training_step_and_arguments(config, mesh)
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option") as error,
         jax.set_mesh(mesh),

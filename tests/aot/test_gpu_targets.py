@@ -8,10 +8,10 @@ import pytest
 from aot_configs import SMALL_RUN, write_config
 
 from dalle_jax.aot import hlo, roofline, training_step
-from dalle_jax.aot.gpu_kernels import collective_bytes, find_loops, list_kernels
-from dalle_jax.aot.gpu_targets import GPUS, gpu_devices, is_gpu, memory_fraction, parse_gpus
+from dalle_jax.aot.gpu_kernels import find_loops, kernel_collective_bytes, list_kernels
+from dalle_jax.aot.gpu_targets import GPUS, gpu_devices, gpu_memory_fraction, is_gpu, parse_gpus
 from dalle_jax.aot.report import format_report
-from dalle_jax.aot.sampler import compile_sampler, minimum_bytes
+from dalle_jax.aot.sampler import compile_sampler, minimum_decode_bytes
 from dalle_jax.aot.targets import Target, make_target
 from dalle_jax.aot.tpu_targets import parse_topology
 from dalle_jax.cli import main
@@ -109,12 +109,12 @@ def test_mismatched_arguments_exit_2(config_file, capsys, flags, want):
 @pytest.mark.parametrize("value", ["0", "1.5", "much"])
 def test_memory_fraction(monkeypatch, value):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    assert memory_fraction() == 0.75
+    assert gpu_memory_fraction() == 0.75
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert memory_fraction() == 0.9
+    assert gpu_memory_fraction() == 0.9
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", value)
     with pytest.raises(ValueError, match=rf"MEM_FRACTION in \(0, 1\], got '{value}'\. Use e\.g\. 0\.95"):
-        memory_fraction()
+        gpu_memory_fraction()
 
 
 # --- kernels ---------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_kernels_by_hand():
 def test_collective_bytes():
     """On four devices: three quarters of a gathered array, and twice three quarters of a summed one."""
     entry, computations = hlo.parse_computations(PROGRAM)
-    assert collective_bytes(list_kernels(computations, entry), 4) == 32 * 4 * 3 / 4 + 2 * 8 * 4 * 3 / 4
+    assert kernel_collective_bytes(list_kernels(computations, entry), 4) == 32 * 4 * 3 / 4 + 2 * 8 * 4 * 3 / 4
 
 
 def test_decode_loop_report_by_hand():
@@ -255,7 +255,7 @@ def test_minimum_bytes_by_hand():
     weights = 2 * (12 * 16**2 + (9 + 4) * 16) + 2 * 16 + 16 * 16 + 16 * cfg.head_bias
     full, row = 17 / 2, (1 + 2 + 3 + 4 + 12 * 5) / 16
     keys = 3 * 2 * 16 * (2 * 4 + full + row)
-    assert minimum_bytes(cfg, params, cache, 3) == pytest.approx(4 * (weights + keys))
+    assert minimum_decode_bytes(cfg, params, cache, 3) == pytest.approx(4 * (weights + keys))
 
 
 def test_minimum_bytes_of_an_encoder_decoder():
@@ -272,7 +272,7 @@ def test_minimum_bytes_of_an_encoder_decoder():
     less = cfg.layers * 2 * 16 * 16
     whole = sum(x.size for n in ("blocks", "image_head", "norm_out") for x in jax.tree.leaves(params[n]))
     keys = cfg.layers * 2 * 16 * (5 + 17 / 2)
-    assert minimum_bytes(cfg, params, cache, 1) == pytest.approx(4 * (whole - less + keys))
+    assert minimum_decode_bytes(cfg, params, cache, 1) == pytest.approx(4 * (whole - less + keys))
 
 
 # --- reports ---------------------------------------------------------------------------------------------

@@ -74,11 +74,11 @@ sys.path.insert(0, "tests")
 from aot_configs import stage_config
 from dalle_jax.config import MeshConfig
 from dalle_jax.aot.sampler import compile_sampler
-from dalle_jax.aot.training_step import compile_step
+from dalle_jax.aot.training_step import compile_training_step
 
 name, what = sys.argv[1:]
 config = dataclasses.replace(stage_config(name), mesh=MeshConfig(data=2, fsdp=2), compiler_options=())
-print(json.dumps(compile_step(config, "v5e:2x2") if what == "step" else compile_sampler(config, "v6e:1x1", 2)))
+print(json.dumps(compile_training_step(config, "v5e:2x2") if what == "step" else compile_sampler(config, "v6e:1x1", 2)))
 """
 
 

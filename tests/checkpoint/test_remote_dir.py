@@ -66,7 +66,7 @@ def test_a_run_in_a_bucket_equals_one_on_disk_and_resumes_on_another_machine(buc
     assert {p.name for p in (bucket_run / "samples").iterdir()} == {"step_00000005.png", "step_00000010.png"}
 
     reset_process()
-    assert run_dir.read_config(RUN) == config
+    assert run_dir.read_run_config(RUN) == config
     run = load_run(RUN, step="latest")
     assert run.step == 10
     want = load_run(tmp_path / "straight", step="latest")
@@ -113,7 +113,7 @@ def test_a_missing_run_is_named_by_its_url(bucket_run, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"Expected a run directory, got gs://my-bucket/runs/one without config.json"
     ):
-        run_dir.read_config(RUN)
+        run_dir.read_run_config(RUN)
 
 
 class _BucketPath:

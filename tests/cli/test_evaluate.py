@@ -116,7 +116,7 @@ def test_invalid_fid_flags_are_rejected(made, flags, message):
 
 def test_statistics_of_another_image_size_are_rejected(made, mean_color_features, tmp_path):
     made_of = fid.FIDSettings("colors", inception.PREPROCESSING, SIZE * 2)
-    fid.save_reference(tmp_path / "s.npz", fid.feature_stats(np.eye(3)), made_of)
+    fid.save_fid_reference(tmp_path / "s.npz", fid.feature_stats(np.eye(3)), made_of)
     message = refused("evaluate", made.dvae, "--fid-weights", "w", "--fid-reference", tmp_path / "s.npz")
     assert "s.npz with image_size 32, got 64" in message
 

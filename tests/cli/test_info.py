@@ -7,7 +7,7 @@ from etils import epath
 
 from dalle_jax.aot.sampler import compile_sampler
 from dalle_jax.checkpoint import remote_dir
-from dalle_jax.checkpoint.run_dir import read_config
+from dalle_jax.checkpoint.run_dir import read_run_config
 from dalle_jax.pipelines import TextToImagePipeline, load
 
 
@@ -105,7 +105,7 @@ def test_info_measures_the_memory_for_sampling(made):
 def test_info_and_compile_only_agree_on_sampling(made):
     """Both count the parameters of the run, those prepared for decoding, and the program."""
     result = json_of("info", made.dalle, "--batch-size", 2)["sampling"]
-    report = compile_sampler(read_config(made.dalle), "local", 2)
+    report = compile_sampler(read_run_config(made.dalle), "local", 2)
     assert report["peak_gib_per_device"] * 2**30 == pytest.approx(result["total"], rel=1e-9)
     memory = {name: size * 2**30 for name, size in report["memory_gib"].items()}
     assert memory["checkpoint_parameters"] == pytest.approx(result["checkpoint_parameters"])

@@ -26,7 +26,7 @@ from dalle_jax import config
 from dalle_jax.data.codes import (
     CodesDataset,
     ShardWriter,
-    describe_source,
+    describe_codes_source,
     is_shard_complete,
     open_codes_dir,
 )
@@ -188,12 +188,14 @@ def test_codes_of_other_data_are_rejected(tmp_path, change, message):
 
 def test_the_description_of_a_source_does_not_depend_on_its_path():
     tar = config.TarSource(path="a.tar")
-    assert describe_source(tar) == describe_source(
+    assert describe_codes_source(tar) == describe_codes_source(
         config.TarSource(path="b.tar", max_bad_fraction=0.5, eval_split="x")
     )
-    assert describe_source(tar) != describe_source(config.TarSource(path="a.tar", train_split="extra"))
+    assert describe_codes_source(tar) != describe_codes_source(
+        config.TarSource(path="a.tar", train_split="extra")
+    )
     mixed = [config.MixtureSource(parts=(config.FolderSource(path=p),), weights=(1,)) for p in "ab"]
-    assert describe_source(mixed[0]) == describe_source(mixed[1])
+    assert describe_codes_source(mixed[0]) == describe_codes_source(mixed[1])
 
 
 def test_damaged_directories_of_codes_are_rejected(tmp_path):

@@ -21,8 +21,8 @@ from dalle_jax.data.scenes.generator import (
     Background,
     Scene,
     SceneObject,
-    evaluation_set,
-    facts_hold,
+    caption_facts_hold,
+    generate_evaluation_set,
     generate_scene,
     held_out_compositions,
     held_out_pairs,
@@ -296,7 +296,7 @@ def test_captions_are_true_and_name_every_object(split):
     for i in range(1000):
         s = generate_scene(i, split=split)
         for c in scene_captions(s, index=i, count=2):
-            assert facts_hold(c.facts, s), (c, s)
+            assert caption_facts_hold(c.facts, s), (c, s)
             named = Counter((o.shape, o.color) for o in c.facts.objects)
             assert named == Counter((o.shape, o.color) for o in s.objects)
             assert c.facts.count == len(s.objects)
@@ -377,14 +377,16 @@ def test_evaluation_sets():
         ("two_objects", {2}, False),
         ("held_out", {1, 2}, True),
     ):
-        chosen = evaluation_set(kind, 200)
+        chosen = generate_evaluation_set(kind, 200)
         assert {len(s.objects) for _, s in chosen} == counts
-        assert all(facts_hold(c.facts, s) and bool(held_out_compositions(s)) == split for c, s in chosen)
+        assert all(caption_facts_hold(c.facts, s) for c, s in chosen)
+        assert all(bool(held_out_compositions(s)) == split for _, s in chosen)
         assert {c.language for c, _ in chosen} == set(LANGUAGES)
         assert all(c.facts.relations for c, s in chosen if len(s.objects) > 1)
-        assert chosen[:50] == evaluation_set(kind, 50) and chosen[:50] != evaluation_set(kind, 50, seed=1)
-    assert {c.language for c, _ in evaluation_set("one_object", 20, languages=("zh",))} == {"zh"}
-    assert {len(s.objects) for _, s in evaluation_set("held_out", 100, max_objects=1)} == {1}
+        assert chosen[:50] == generate_evaluation_set(kind, 50)
+        assert chosen[:50] != generate_evaluation_set(kind, 50, seed=1)
+    assert {c.language for c, _ in generate_evaluation_set("one_object", 20, languages=("zh",))} == {"zh"}
+    assert {len(s.objects) for _, s in generate_evaluation_set("held_out", 100, max_objects=1)} == {1}
 
 
 # ---- invalid input
@@ -409,9 +411,9 @@ def test_evaluation_sets():
         (lambda: scene_captions(generate_scene(0), index=0, languages=()), r"languages out of"),
         (lambda: scene_captions(generate_scene(0), index=-2), r"index of at least 0, got -2"),
         (lambda: scene_captions(generate_scene(0), index=0, count=0), r"count of at least 1 caption"),
-        (lambda: evaluation_set("three_objects", 5), r"got 'three_objects'"),
-        (lambda: evaluation_set("one_object", 0), r"count of at least 1, got 0"),
-        (lambda: evaluation_set("held_out", 1, max_objects=9), r"got 1 and 9"),
+        (lambda: generate_evaluation_set("three_objects", 5), r"got 'three_objects'"),
+        (lambda: generate_evaluation_set("one_object", 0), r"count of at least 1, got 0"),
+        (lambda: generate_evaluation_set("held_out", 1, max_objects=9), r"got 1 and 9"),
         (lambda: relation_holds("near", one(), one()), r"got 'near'"),
         (lambda: relation_holds("between", one(), one()), r"2 other objects for 'between', got 1"),
     ],
@@ -431,7 +433,7 @@ def test_scenes_use_only_the_allowed_words():
     assert not any(one.relation and one.relation.name == "inside" for one in scenes)  # needs a small object
     striped = [generate_scene(i, max_objects=1, fills=("striped",)) for i in range(50)]
     assert {one.objects[0].fill for one in striped} == {"striped"}
-    evaluation = evaluation_set("one_object", 40, **allowed)
+    evaluation = generate_evaluation_set("one_object", 40, **allowed)
     assert {one.background.kind for _, one in evaluation} == {"plain", "gradient"}
 
 

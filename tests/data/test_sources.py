@@ -23,7 +23,8 @@ from dalle_jax.data.images import (
     load_image,
     save_png,
 )
-from dalle_jax.data.sources import iter_captions, open_source
+from dalle_jax.data.sources import open_source
+from dalle_jax.data.sources.captions import iter_captions
 
 RED = (220, 30, 40)
 

@@ -13,7 +13,7 @@ from data_files import encode_image, solid_image, write_records
 from PIL import Image
 
 from dalle_jax import config
-from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_source, open_codes_dir
+from dalle_jax.data.codes import CodesInfo, ShardWriter, describe_codes_source, open_codes_dir
 from dalle_jax.data.loader.pipeline import open_train_source, train_batches
 from dalle_jax.data.sources import infer_source, open_source
 from dalle_jax.data.sources.tfrecord import crc32c, masked_crc
@@ -368,7 +368,8 @@ def sources(tmp_path_factory, npz, labeled, tfrecord):
     rows = open_source(configs["folder"], "train")
     info = CodesInfo(
         rows=15, shard_rows=4, num_codes=1, vocab=256, image_size=8, crop="center", tokenizer="",
-        languages=("en", "zh"), classes=(), source=describe_source(configs["folder"]), fingerprint=rows.fingerprint(),
+        languages=("en", "zh"), classes=(),
+        source=describe_codes_source(configs["folder"]), fingerprint=rows.fingerprint(),
     )  # fmt: skip
     open_codes_dir(root / "codes", info)
     for k in range(info.shards):

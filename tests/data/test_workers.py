@@ -14,7 +14,7 @@ import pytest
 from data_files import IMAGE_SIZE, assert_same_batches, take_batches, write_numbered_tar
 
 from dalle_jax import config
-from dalle_jax.checkpoint.run_dir import open_run_dir, read_config
+from dalle_jax.checkpoint.run_dir import open_run_dir, read_run_config
 from dalle_jax.data.loader.pipeline import open_train_source, train_batches
 
 WORKERS = (1, 3)
@@ -269,4 +269,4 @@ def test_a_resumed_run_may_change_the_number_of_workers(tar, tmp_path):
             model=config.DVAEConfig(), run=str(tmp_path / "run"), data=worker_config(tar, workers)
         )
         open_run_dir(training)
-        assert read_config(training.run).data.num_workers == workers
+        assert read_run_config(training.run).data.num_workers == workers

@@ -18,7 +18,7 @@ FOLDER = os.environ.get("DALLE_JAX_CIFAR10")
 def weights(blocks=1, width=4, classes=10, seed=0):
     rng = np.random.default_rng(seed)
     found = {}
-    for name, shape in classifier.resnet_shapes(blocks, width, classes).items():
+    for name, shape in classifier.resnet_param_shapes(blocks, width, classes).items():
         if name.endswith("running_var"):
             found[name] = rng.uniform(0.5, 2, shape).astype(np.float32)
         else:
@@ -146,20 +146,20 @@ def test_share_of_true_images_by_hand(tmp_path, judge, monkeypatch):
         return np.eye(3)[np.maximum(images[:, 0, 0, 0] // 20, 1)]
 
     monkeypatch.setattr(classifier, "class_logits", reads_gray)
-    found = classifier.measure_true(judge, None, data, 32, 100)
+    found = classifier.measure_class_accuracy_bound(judge, None, data, 32, 100)
     assert found == {"accuracy_class_true": pytest.approx(4 / 7)}
-    assert classifier.measure_true(judge, None, data, 32, 2) == {"accuracy_class_true": 0.5}
+    assert classifier.measure_class_accuracy_bound(judge, None, data, 32, 2) == {"accuracy_class_true": 0.5}
 
 
 def test_classes_have_to_agree(tmp_path, judge):
     with pytest.raises(
         ValueError, match=r"Expected a source with the 10 classes of w\.npz, got one with 3 classes"
     ):
-        classifier.check_classes(judge, colors(tmp_path, 3), "w.npz")
+        classifier.check_classifier_classes(judge, colors(tmp_path, 3), "w.npz")
     scenes = config.DataConfig(source=config.ScenesSource(count=10))
     with pytest.raises(ValueError, match="got one with no classes"):
-        classifier.check_classes(judge, scenes, "w.npz")
-    classifier.check_classes(
+        classifier.check_classifier_classes(judge, scenes, "w.npz")
+    classifier.check_classifier_classes(
         classifier.fold_resnet_batch_norm(weights(classes=3)), colors(tmp_path, 3), "w.npz"
     )
 
@@ -169,5 +169,5 @@ def test_weights_reach_their_accuracy():
     """91.73% of the 10,000 test images, as published for these weights."""
     judge = classifier.load_classifier(Path(FOLDER) / "resnet20_cifar10.npz")
     source = config.ArraysSource(path=str(Path(FOLDER) / "cifar10.npz"))
-    found = classifier.measure_true(judge, None, config.DataConfig(source=source), 32, 10_000)
+    found = classifier.measure_class_accuracy_bound(judge, None, config.DataConfig(source=source), 32, 10_000)
     assert found["accuracy_class_true"] == pytest.approx(0.9173, abs=5e-4)

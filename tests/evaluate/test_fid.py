@@ -71,7 +71,7 @@ def test_parts_of_any_size_merge_to_the_whole():
     rows = (rng().normal(size=(101, 8)) + 1e4).astype(np.float32)  # a mean far above the deviations
     found = fid.feature_stats(rows[:1])
     for a, b in ((1, 2), (2, 40), (40, 101)):
-        found = fid.merge_stats(found, fid.feature_stats(rows[a:b]))
+        found = fid.merge_feature_stats(found, fid.feature_stats(rows[a:b]))
     whole = fid.feature_stats(rows)
     wide = rows.astype(np.float64)
     for got in (found, whole):
@@ -89,7 +89,7 @@ def test_bad_features_are_refused():
         fid.feature_stats(np.ones((0, 4)))
     with pytest.raises(ValueError, match="Expected at least 2 images for a covariance, got 1"):
         _ = fid.feature_stats(np.ones((1, 4))).covariance
-    for join in (fid.merge_stats, fid.fid):
+    for join in (fid.merge_feature_stats, fid.fid):
         with pytest.raises(ValueError, match=r"Expected features of as many columns .* got 4 and 5"):
             join(fid.feature_stats(np.ones((3, 4))), fid.feature_stats(np.ones((3, 5))))
 
@@ -100,12 +100,12 @@ def test_bad_features_are_refused():
 @pytest.fixture
 def stats(tmp_path):
     path = tmp_path / "made" / "stats.npz"
-    fid.save_reference(path, fid.feature_stats(rng().normal(size=(20, 6))), SETTINGS)
+    fid.save_fid_reference(path, fid.feature_stats(rng().normal(size=(20, 6))), SETTINGS)
     return path
 
 
 def test_reference_comes_back_as_it_was(stats):
-    found, want = fid.load_reference(stats, SETTINGS), fid.feature_stats(rng().normal(size=(20, 6)))
+    found, want = fid.load_fid_reference(stats, SETTINGS), fid.feature_stats(rng().normal(size=(20, 6)))
     assert found.count == 20
     np.testing.assert_array_equal(found.mean_D, want.mean_D)
     np.testing.assert_array_equal(found.scatter_DD, want.scatter_DD)
@@ -122,7 +122,7 @@ def test_reference_comes_back_as_it_was(stats):
 )
 def test_reference_of_other_settings_is_refused(stats, change, told):
     with pytest.raises(ValueError, match=told):
-        fid.load_reference(stats, SETTINGS._replace(**change))
+        fid.load_fid_reference(stats, SETTINGS._replace(**change))
 
 
 @pytest.mark.parametrize("part", ["mean", "scatter", "about"])
@@ -135,21 +135,21 @@ def test_changed_reference_is_refused(stats, part):
         held[part].flat[3] += 1e-9
     np.savez(stats, **held)
     with pytest.raises(ValueError, match="got one whose hash differs"):
-        fid.load_reference(stats, SETTINGS)
+        fid.load_fid_reference(stats, SETTINGS)
 
 
 def test_broken_or_absent_reference_is_refused(stats, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"got no file .*absent\.npz\. Make it again"):
-        fid.load_reference(tmp_path / "absent.npz", SETTINGS)
+        fid.load_fid_reference(tmp_path / "absent.npz", SETTINGS)
     stats.write_bytes(stats.read_bytes()[:100])
     with pytest.raises(ValueError, match="Expected a whole npz file, got"):
-        fid.load_reference(stats, SETTINGS)
+        fid.load_fid_reference(stats, SETTINGS)
     np.savez(stats, mean=np.zeros(3))
     with pytest.raises(ValueError, match="Expected a whole file of reference statistics, got"):
-        fid.load_reference(stats, SETTINGS)
-    fid.save_reference(stats, fid.feature_stats(np.ones((1, 6))), SETTINGS)
+        fid.load_fid_reference(stats, SETTINGS)
+    fid.save_fid_reference(stats, fid.feature_stats(np.ones((1, 6))), SETTINGS)
     with pytest.raises(ValueError, match=r"Expected at least 2 images in .*, got 1\."):
-        fid.load_reference(stats, SETTINGS)
+        fid.load_fid_reference(stats, SETTINGS)
 
 
 # --- the network --------------------------------------------------------------------------------------------
@@ -159,19 +159,19 @@ def tensors():
     """Weights that are all zero, variances 1."""
     return {
         name: np.full(shape, name.endswith(".var"), np.float16)
-        for name, shape in inception.inception_shapes().items()
+        for name, shape in inception.inception_param_shapes().items()
     }
 
 
 def test_the_network_has_the_published_size():
     """Keras prints 21,802,784 for InceptionV3(include_top=False), whose batch norms have no scale either."""
-    assert sum(int(np.prod(shape)) for shape in inception.inception_shapes().values()) == 21_802_784
+    assert sum(int(np.prod(shape)) for shape in inception.inception_param_shapes().values()) == 21_802_784
     params = {
         name.removeprefix("net.layers.").removesuffix(".weight"): {
             "kernel": jax.ShapeDtypeStruct((*shape[2:], shape[1], shape[0]), jnp.float32),
             "bias": jax.ShapeDtypeStruct((shape[0],), jnp.float32),
         }
-        for name, shape in inception.inception_shapes().items()
+        for name, shape in inception.inception_param_shapes().items()
         if name.endswith(".weight")
     }
     out = jax.eval_shape(inception.apply_inception, params, jax.ShapeDtypeStruct((3, 32, 48, 3), jnp.uint8))
@@ -188,7 +188,7 @@ def test_resize_reads_between_pixel_centres():
     """A ramp shows the position that each output pixel reads, (i + 1/2) S / 299 - 1/2, held at the border."""
     ramp = np.broadcast_to(np.arange(8, dtype=np.float32)[None, :, None, None], (1, 8, 5, 3))
     want = np.clip((np.arange(299) + 0.5) * 8 / 299 - 0.5, 0, 7)
-    got = inception.resize(jnp.asarray(ramp))
+    got = inception.resize_for_inception(jnp.asarray(ramp))
     assert got.shape == (1, 299, 299, 3)
     np.testing.assert_allclose(got, np.broadcast_to(want[None, :, None, None], got.shape), atol=1e-5)
 
@@ -196,7 +196,7 @@ def test_resize_reads_between_pixel_centres():
 def test_resize_of_a_larger_image_does_not_smooth_it():
     lines = np.zeros((1, 598, 598, 1), np.float32)
     lines[:, 0::4] = 1  # smoothing over four rows would give a grey of 1/4 with little contrast
-    got = np.asarray(inception.resize(jnp.asarray(lines)))[0, 1:-1, 0, 0]
+    got = np.asarray(inception.resize_for_inception(jnp.asarray(lines)))[0, 1:-1, 0, 0]
     np.testing.assert_allclose(got[:6], [0, 0.5, 0, 0.5, 0, 0.5], atol=1e-5)
 
 

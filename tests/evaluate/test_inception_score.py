@@ -8,13 +8,13 @@ import pytest
 from foreign_checkpoints import torch_zip
 
 from dalle_jax.evaluate import inception, inception_score, metrics
-from dalle_jax.importers.inception import CLASSIFIER, convolutions, read_inception
+from dalle_jax.importers.inception import CLASSIFIER, inception_convolutions, read_inception
 
 
 def scored(logits, parts, cut=()):
-    sums, first = inception_score.init_sums(logits.shape[1], parts), 0
+    sums, first = inception_score.init_score_sums(logits.shape[1], parts), 0
     for rows in np.split(logits, cut):
-        sums, first = inception_score.add_logits(sums, rows, first, len(logits)), first + len(rows)
+        sums, first = inception_score.update_score_sums(sums, rows, first, len(logits)), first + len(rows)
     return inception_score.inception_score(sums)
 
 
@@ -44,12 +44,12 @@ def test_bad_scores_are_refused():
     rows = np.zeros((4, 3))
     rows[2, 1] = np.nan
     with pytest.raises(ValueError, match="Expected finite logits, got others in row 12"):
-        inception_score.add_logits(inception_score.init_sums(3), rows, 10, 20)
+        inception_score.update_score_sums(inception_score.init_score_sums(3), rows, 10, 20)
     with pytest.raises(ValueError, match=r"Expected rows in \[0, 20\), .* got 18 to 21"):
-        inception_score.add_logits(inception_score.init_sums(3), np.zeros((4, 3)), 18, 20)
+        inception_score.update_score_sums(inception_score.init_score_sums(3), np.zeros((4, 3)), 18, 20)
     with pytest.raises(ValueError, match=r"Expected at least 10 images for an Inception score .*, got 4"):
         inception_score.inception_score(
-            inception_score.add_logits(inception_score.init_sums(3), np.zeros((4, 3)), 0, 4)
+            inception_score.update_score_sums(inception_score.init_score_sums(3), np.zeros((4, 3)), 0, 4)
         )
 
 
@@ -77,9 +77,9 @@ def test_measures_score_all_batches_as_one_set(monkeypatch):
 @pytest.fixture(scope="module")
 def arrays():
     """A file's tensors, float16, each full of a number of its own; the scale of every batch norm is 2."""
-    found, wanted, number = {}, inception.inception_shapes(), 0
+    found, wanted, number = {}, inception.inception_param_shapes(), 0
     parts = {"conv.weight": "weight", "bn.bias": "beta", "bn.running_mean": "mean", "bn.running_var": "var"}
-    for theirs, ours in convolutions():
+    for theirs, ours in inception_convolutions():
         for name, end in parts.items():
             number += 1
             found[f"{theirs}.{name}"] = np.full(wanted[f"net.layers.{ours}.{end}"], number, np.float16)
@@ -91,14 +91,14 @@ def arrays():
 
 def test_every_tensor_of_the_torch_file_has_its_place(arrays, tmp_path):
     """By shape, which `arrays` takes from ours: so no two names may be mistaken, and none be left."""
-    ours = [name for _, name in convolutions()]
+    ours = [name for _, name in inception_convolutions()]
     assert {f"net.layers.{name}.weight" for name in ours} == {
-        n for n in inception.inception_shapes() if n.endswith("weight")
+        n for n in inception.inception_param_shapes() if n.endswith("weight")
     }
-    assert len({name for name, _ in convolutions()}) == len(ours) == 94
+    assert len({name for name, _ in inception_convolutions()}) == len(ours) == 94
     path = torch_zip(tmp_path / "weights.pth", arrays)
     found = read_inception(path)
-    assert found.keys() == inception.inception_shapes().keys() | {CLASSIFIER}
+    assert found.keys() == inception.inception_param_shapes().keys() | {CLASSIFIER}
     np.testing.assert_array_equal(found["net.layers.conv.weight"], np.full((32, 3, 3, 3), 2.0))  # 1, twice
     assert (found["net.layers.conv.beta"] == 2).all() and (found["net.layers.conv.mean"] == 6).all()
     network = inception.load_inception(path)

@@ -47,7 +47,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("measures") / "text_tokenizer.model"
-    captions = [c.text for c, _ in generator.evaluation_set("two_objects", 200)]
+    captions = [c.text for c, _ in generator.generate_evaluation_set("two_objects", 200)]
     tokenizers.train_text_tokenizer(captions, path, vocab=512)
     cfg = DalleConfig(
         text_vocab=512,
@@ -122,14 +122,14 @@ def test_true_images_are_right_and_others_are_not(monkeypatch, model, kind):
     true = true_pictures(kind, count)
     show(monkeypatch, lambda n: true)
     generated = metrics.sample_and_verify(model, kind, count)
-    right = metrics.accuracy_by_kind(kind, generated)
+    right = metrics.accuracy_metrics(kind, generated)
     assert right[f"accuracy_{kind}"] >= 0.97
     assert np.mean([right[f"accuracy_{kind}_en"], right[f"accuracy_{kind}_zh"]]) == pytest.approx(
         right[f"accuracy_{kind}"]
     )
     show(monkeypatch, lambda n: np.roll(true, 2, axis=0))  # of other captions in the same language
     assert (
-        metrics.accuracy_by_kind(kind, metrics.sample_and_verify(model, kind, count))[f"accuracy_{kind}"]
+        metrics.accuracy_metrics(kind, metrics.sample_and_verify(model, kind, count))[f"accuracy_{kind}"]
         <= 0.1
     )
 
@@ -250,7 +250,7 @@ def test_a_prompt_is_tokenized_once(model, monkeypatch):
     [(1, 1, 8, (1, 1)), (9, 1, 8, (8, 1)), (9, 3, 8, (2, 3)), (1, 16, 8, (1, 8)), (5, 9, 8, (1, 5))],
 )
 def test_batch_shape(captions, copies, batch_size, want):
-    assert text_to_image.batch_shape(captions, copies, batch_size) == want
+    assert text_to_image.text_to_image_batch_shape(captions, copies, batch_size) == want
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -19,8 +19,8 @@ from dalle_jax.data.scenes.generator import (
     Relation,
     Scene,
     SceneObject,
-    evaluation_set,
-    facts_hold,
+    caption_facts_hold,
+    generate_evaluation_set,
     generate_scene,
     held_out_compositions,
     render_scene,
@@ -104,7 +104,7 @@ def test_scenes_are_right_by_their_own_captions(side, most, spoil, count, least)
 
 
 def test_held_out_scenes_are_read_as_well():
-    chosen = evaluation_set("held_out", 150)
+    chosen = generate_evaluation_set("held_out", 150)
     assert all(held_out_compositions(s) for _, s in chosen)
     wrong = [c.text for c, s in chosen if not verify_scene(render_scene(s, 32), c.facts).right]
     assert len(wrong) <= 2, wrong
@@ -191,7 +191,7 @@ def test_mismatched_pairs_are_refused(side):
         }
         changed = [replace(first, **{key: word}) for key, word in other.items()]
         for claim in [told[i - 1].facts, *(replace(facts, objects=(o, *facts.objects[1:])) for o in changed)]:
-            if not facts_hold(claim, s):
+            if not caption_facts_hold(claim, s):
                 tried += 1
                 if verify_scene(image, claim).right:
                     accepted.append((i, claim))

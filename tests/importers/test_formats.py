@@ -31,7 +31,7 @@ from dalle_jax.files import archives
 from dalle_jax.files.archives import read_npz
 from dalle_jax.importers import openai_dvae
 from dalle_jax.importers.formats import flax_files, safetensors, torch_files
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 
 ARRAYS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -41,7 +41,7 @@ ARRAYS = {
 
 
 def test_a_zip_of_torch_is_memory_mapped(tmp_path):
-    tensors = read_tensors(torch_zip(tmp_path / "x.pt", ARRAYS))
+    tensors = read_tensor_files(torch_zip(tmp_path / "x.pt", ARRAYS))
     assert list(tensors) == list(ARRAYS)
     for name, want in ARRAYS.items():
         assert (tensors[name].shape, tensors[name].dtype) == (want.shape, want.dtype)
@@ -58,7 +58,7 @@ def test_views_of_one_storage_have_their_own_offset_and_strides(tmp_path):
         "slice": pickle_tensor("0", whole, offset=4, shape=(2, 2), strides=(2, 1)),
         "transposed": pickle_tensor("0", whole, shape=(3, 4), strides=(1, 3)),
     })  # fmt: skip
-    tensors = read_tensors(torch_zip(tmp_path / "x.pt", {"whole": whole}, table))
+    tensors = read_tensor_files(torch_zip(tmp_path / "x.pt", {"whole": whole}, table))
     np.testing.assert_array_equal(tensors["slice"].read(), [[4, 5], [6, 7]])
     np.testing.assert_array_equal(tensors["transposed"].read(), whole.reshape(4, 3).T)
 
@@ -84,14 +84,14 @@ def test_the_format_before_torch_1_6(tmp_path):
         array = list(ARRAYS.values())[i]
         data += array.size.to_bytes(8, "little") + array.tobytes()
     (tmp_path / "x.bin").write_bytes(data)
-    tensors = read_tensors(tmp_path / "x.bin")
+    tensors = read_tensor_files(tmp_path / "x.bin")
     for name, want in ARRAYS.items():
         np.testing.assert_array_equal(tensors[name].read(), want)
     (tmp_path / "x.bin").write_bytes(data[:-1])
     with pytest.raises(
         ValueError, match=r"is cut off: Expected 4 bytes for tensor a.half \(2,\), got 3 in storage key1"
     ):
-        read_tensors(tmp_path / "x.bin")
+        read_tensor_files(tmp_path / "x.bin")
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "module"])
@@ -110,7 +110,9 @@ def test_a_state_dict_is_found_in_the_checkpoint_of_a_trainer(tmp_path, wrapper)
         + inner
         + b"u."
     )
-    assert list(read_tensors(torch_zip(tmp_path / "x.pt", {"w": np.zeros(2, np.float32)}, table))) == ["w"]
+    assert list(read_tensor_files(torch_zip(tmp_path / "x.pt", {"w": np.zeros(2, np.float32)}, table))) == [
+        "w"
+    ]
 
 
 PROOF = "proof_that_it_ran"
@@ -189,12 +191,12 @@ def test_incomplete_zips_are_rejected(tmp_path):
     for length, where in ((len(whole) - 1, ""), (middle, " in tensor a.half"), (40, "")):
         (tmp_path / "x.pt").write_bytes(whole[:length])
         with pytest.raises(ValueError, match=f"is cut off or damaged{where}: its zip archive cannot be read"):
-            read_tensors(tmp_path / "x.pt")
+            read_tensor_files(tmp_path / "x.pt")
     (tmp_path / "x.pt").write_bytes(whole)
     with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
         archive.writestr("readme.txt", "hello")
     with pytest.raises(ValueError, match=r"zip file made by torch\.save, got .* without one data\.pkl"):
-        read_tensors(tmp_path / "y.pt")
+        read_tensor_files(tmp_path / "y.pt")
 
 
 def test_flax_files_are_read_as_written(tmp_path, monkeypatch):
@@ -210,7 +212,7 @@ def test_flax_files_are_read_as_written(tmp_path, monkeypatch):
         flax.serialization, "MAX_CHUNK_SIZE", 64
     )  # bytes, so that the kernel is written in chunks
     (tmp_path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
-    tensors = read_tensors(tmp_path)
+    tensors = read_tensor_files(tmp_path)
     want = {
         "encoder/conv/kernel": tree["encoder"]["conv"]["kernel"],
         **{k: v for k, v in tree.items() if k != "encoder"},
@@ -249,18 +251,18 @@ def test_damaged_flax_files_are_rejected(tmp_path):
 def test_the_format_is_detected_from_the_bytes(tmp_path):
     for size in range(560, 700, 7):  # a safetensors table of 640 bytes begins like a pickle of protocol 2
         save_file({"w": np.zeros(2, np.float32)}, tmp_path / "x.bin", {"k": "v" * size})
-        assert list(read_tensors(tmp_path / "x.bin")) == ["w"]
+        assert list(read_tensor_files(tmp_path / "x.bin")) == ["w"]
     for data, message in (
         (b"hello, world", "Expected a file of torch.save"),
         (b"\x1f\x8b\0", "gzip archive .*Unpack it"),
     ):
         (tmp_path / "x.bin").write_bytes(data)
         with pytest.raises(ValueError, match=message):
-            read_tensors(tmp_path / "x.bin")
+            read_tensor_files(tmp_path / "x.bin")
     with pytest.raises(FileNotFoundError, match=r"Expected one of model\.safetensors, .* got none"):
-        read_tensors(tmp_path)
+        read_tensor_files(tmp_path)
     with pytest.raises(FileNotFoundError, match="no file"):
-        read_tensors(tmp_path / "none")
+        read_tensor_files(tmp_path / "none")
 
 
 def split(path, parts, name="pytorch_model.bin"):
@@ -278,12 +280,12 @@ def test_the_parts_of_a_model_are_read_together(tmp_path):
     # Indices of converted files also list tied tensors, which are in no file.
     index = split(tmp_path, {"1.bin": ["a", "tied"], "2.bin": ["b", "c"]})
     for path in (tmp_path, index):
-        tensors = read_tensors(path)
+        tensors = read_tensor_files(path)
         assert sorted(tensors) == ["a", "b", "c"]
         for name, want in (first | second).items():
             np.testing.assert_array_equal(tensors[name].read(), want)
     save_file(first, tmp_path / "model.safetensors")
-    assert list(read_tensors(tmp_path)) == ["a"]  # a whole file has priority over parts
+    assert list(read_tensor_files(tmp_path)) == ["a"]  # a whole file has priority over parts
 
 
 def test_damaged_indices_are_rejected(tmp_path):
@@ -304,27 +306,27 @@ def test_damaged_indices_are_rejected(tmp_path):
         ),
     ):
         with pytest.raises(error, match=message):
-            read_tensors(split(tmp_path, parts))
+            read_tensor_files(split(tmp_path, parts))
     index = split(tmp_path, {})
     for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1, "b": "1.bin"}}'):
         index.write_text(text)
         with pytest.raises(
             ValueError, match=r"Expected JSON with a weight_map of names in .*, got other text"
         ):
-            read_tensors(tmp_path)
+            read_tensor_files(tmp_path)
 
 
 # --- small files that would need much time or memory ------------------------------------------------------------
 
 LIMITED = """
 import os, resource, sys, time
-from dalle_jax.importers.formats.files import read_tensors
+from dalle_jax.importers.formats.files import read_tensor_files
 pages = int(open("/proc/self/statm").read().split()[0]) if os.path.exists("/proc/self/statm") else 1 << 20
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30),) * 2)
 for path in sys.argv[1:]:
     start = time.process_time()
     try:
-        print("READ", len(read_tensors(path)), flush=True)
+        print("READ", len(read_tensor_files(path)), flush=True)
     except ValueError as error:
         said = str(error)
         assert len(said) < len(path) + 600 and said.isprintable(), said[:600]
@@ -474,7 +476,7 @@ def test_entries_of_a_zip_are_unique_and_of_bounded_size(tmp_path, monkeypatch):
         data = zip_of(b"\x80\x02}.", [("archive/data/0", b"")])
     (tmp_path / "x.pt").write_bytes(data)
     with pytest.raises(ValueError, match="Expected each name once"):
-        read_tensors(tmp_path / "x.pt")
+        read_tensor_files(tmp_path / "x.pt")
     np.savez_compressed(tmp_path / "x.npz", w=np.zeros(100_000, np.float32))
     assert read_npz(tmp_path / "x.npz", "Use weights.")["w"].shape == (100_000,)
     monkeypatch.setattr(archives, "_MAX_INFLATED", 1 << 16)

@@ -459,7 +459,8 @@ def test_invalid_text_encoders_are_rejected(tmp_path, tokenizers, capsys):
     )
     assert f"got no file {folder / 'config.json'}" in import_error(capsys, *gpt, "--t5", folder)
     tensors = {
-        name: np.asarray(tensor.read()) for name, tensor in encoders.read_encoder(files / "flan-t5").items()
+        name: np.asarray(tensor.read())
+        for name, tensor in encoders.read_t5_encoder(files / "flan-t5").items()
     }
     norm, wide = (
         "encoder.block.1.layer.0.layer_norm.weight",

@@ -13,7 +13,7 @@ from dalle_jax.models import autoregressive, tokenizer
 from dalle_jax.models.registry import (
     MODELS,
     init_training,
-    load_class,
+    load_registry_class,
     model_params,
     model_shapes,
     model_spec,
@@ -36,7 +36,7 @@ def test_kind_is_the_kind_of_the_configuration(spec):
 @ROWS
 def test_task_and_pipeline_exist(spec):
     for path in filter(None, (spec.task, spec.pipeline)):
-        assert isinstance(load_class(path), type), path
+        assert isinstance(load_registry_class(path), type), path
 
 
 @ROWS

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dalle_jax.config import DalleConfig, DVAEConfig, MeshConfig
 from dalle_jax.models import dalle, dvae
-from dalle_jax.models.registry import check_mesh
+from dalle_jax.models.registry import check_model_mesh
 from dalle_jax.parallel.mesh import MESH_AXES, MeshError, make_mesh
 from dalle_jax.parallel.sharding import (
     LOGICAL_AXIS_RULES,
@@ -168,12 +168,12 @@ def test_dalle_parameters_on_the_mesh(mesh):
 )
 def test_a_mesh_that_does_not_divide_names_the_field(mesh, sizes, match):
     with pytest.raises(MeshError, match=match):
-        check_mesh(DalleConfig(**sizes), mesh)
+        check_model_mesh(DalleConfig(**sizes), mesh)
 
 
 def test_large_parameters_are_sharded_or_rejected(mesh):
     """The paper's model divides; a parameter above 1 MiB that does not is an error, a smaller one is replicated."""
-    check_mesh(DalleConfig(), mesh)
+    check_model_mesh(DalleConfig(), mesh)
     with pytest.raises(
         MeshError, match=r"text_head/kernel \(1025, 512\) to be divisible by mesh.fsdp 2, got 1025"
     ):

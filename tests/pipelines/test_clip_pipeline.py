@@ -15,7 +15,7 @@ from dalle_jax.checkpoint.export import write_run
 from dalle_jax.checkpoint.layout import PARAMS_FILE
 from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.params_file import write_params
-from dalle_jax.checkpoint.run_dir import read_config
+from dalle_jax.checkpoint.run_dir import read_run_config
 from dalle_jax.config import (
     ClipConfig,
     DalleConfig,
@@ -80,7 +80,7 @@ def run_dirs(tmp_path_factory):
     for name, model, init in (("dalle", DALLE, dalle.init), ("clip", CLIP, clips.init)):
         (run_dirs / name).mkdir()
         tokenizers.train_text_tokenizer(
-            [c.text for c, _ in generator.evaluation_set("one_object", 60)],
+            [c.text for c, _ in generator.generate_evaluation_set("one_object", 60)],
             run_dirs / name / "text_tokenizer.model",
             vocab=400,
         )
@@ -499,7 +499,7 @@ def test_a_trained_clip_equals_its_export(tmp_path, monkeypatch):
     again = load(tmp_path / "out", ClipPipeline)
     jax.tree.map(np.testing.assert_array_equal, clip.run.params, again.run.params)
     np.testing.assert_array_equal(again.score(noise(3), CAPTIONS), clip.score(noise(3), CAPTIONS))
-    assert read_config(tmp_path / "out").model == CLIP and load_run(tmp_path / "out", "clip").step == 2
+    assert read_run_config(tmp_path / "out").model == CLIP and load_run(tmp_path / "out", "clip").step == 2
     assert load(str(tmp_path / "out"), ClipPipeline).config == CLIP
 
 

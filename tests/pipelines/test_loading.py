@@ -16,7 +16,7 @@ from dalle_jax.config import (
     TowerConfig,
     TrainConfig,
 )
-from dalle_jax.models.registry import MODELS, load_class, model_shapes
+from dalle_jax.models.registry import MODELS, load_registry_class, model_shapes
 from dalle_jax.pipelines import (
     ClipPipeline,
     DiffusionPipeline,
@@ -50,7 +50,7 @@ def write(path, model):
 
 
 def test_every_model_has_a_pipeline():
-    kinds = {spec.kind: load_class(spec.pipeline).kind for spec in MODELS.values()}
+    kinds = {spec.kind: load_registry_class(spec.pipeline).kind for spec in MODELS.values()}
     assert kinds == {
         "dvae": "tokenizer", "vqgan": "tokenizer", "dalle": "text-to-image", "bart": "text-to-image", "clip": "clip",
         "diffusion": "diffusion",

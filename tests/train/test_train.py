@@ -84,7 +84,7 @@ def test_a_run_writes_its_files(straight):
     assert result.metrics["eval_loss"] == rows[-1]["eval_loss"] < rows[4]["eval_loss"]
     timing = read_metrics(run / "metrics.jsonl")[0]["timing"]
     assert timing["tokens_per_s"] == pytest.approx(4 * timing["rows_per_s"], rel=1e-3)
-    assert rundir.read_config(run) == tiny_config(run)
+    assert rundir.read_run_config(run) == tiny_config(run)
 
 
 def test_metrics_and_averages_by_hand(straight):
@@ -419,7 +419,7 @@ def test_a_run_resumes_on_another_mesh(tmp_path, straight):
     assert loop.train(other, FakeTask(other)).finished
     want = [r["loss"] for r in metric_rows(straight[0]) if "loss" in r]
     np.testing.assert_allclose([r["loss"] for r in metric_rows(run) if "loss" in r], want, rtol=1e-5)
-    assert rundir.read_config(run).mesh.data == 8
+    assert rundir.read_run_config(run).mesh.data == 8
 
 
 def test_without_averaging_and_without_clipping(tmp_path):
@@ -502,7 +502,7 @@ def test_some_fields_may_change_and_are_stored(tmp_path):
     run = tmp_path / "run"
     rundir.open_run_dir(tiny_config(run))
     assert rundir.open_run_dir(tiny_config(run, steps=77, max_checkpoints=9)) == run
-    assert rundir.read_config(run).steps == 77
+    assert rundir.read_run_config(run).steps == 77
     assert [p.name for p in run.iterdir()] == ["config.json"]
 
 

@@ -269,7 +269,7 @@ def scene_captions(
     Raises:
       ValueError: An argument is out of range.
     """
-    check_languages(languages)
+    check_caption_languages(languages)
     if index < 0:
         raise ValueError(f"Expected an index of at least 0, got {index}.")
     if count < 1:
@@ -281,7 +281,7 @@ def scene_captions(
     )
 
 
-def check_languages(languages: tuple[str, ...]) -> None:
+def check_caption_languages(languages: tuple[str, ...]) -> None:
     """Raise ValueError unless languages is a nonempty tuple or list of words of LANGUAGES."""
     if isinstance(languages, str) or not languages or any(word not in LANGUAGES for word in languages):
         raise ValueError(
@@ -289,7 +289,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
         )
 
 
-def facts_hold(facts: Facts, scene: Scene) -> bool:
+def caption_facts_hold(facts: Facts, scene: Scene) -> bool:
     """Return whether every fact holds in the scene by its geometry, without its pixels."""
     if facts.count is not None and facts.count != len(scene.objects):
         return False

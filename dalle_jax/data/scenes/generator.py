@@ -15,8 +15,8 @@ from dalle_jax.data.scenes.captions import (
     Caption,
     Facts,
     ObjectFact,
-    check_languages,
-    facts_hold,
+    caption_facts_hold,
+    check_caption_languages,
     scene_caption,
     scene_captions,
 )
@@ -62,8 +62,8 @@ __all__ = [
     "Relation",
     "Scene",
     "SceneObject",
-    "evaluation_set",
-    "facts_hold",
+    "caption_facts_hold",
+    "generate_evaluation_set",
     "generate_scene",
     "held_out_compositions",
     "held_out_pairs",
@@ -364,7 +364,7 @@ def _check_scene_options(
         raise ValueError("Expected sizes with small or medium for two objects or more, got only large.")
 
 
-def evaluation_set(
+def generate_evaluation_set(
     kind: Literal["one_object", "two_objects", "held_out"],
     count: int,
     *,
@@ -393,7 +393,7 @@ def evaluation_set(
     Raises:
       ValueError: An argument is out of range.
     """
-    check_languages(languages)
+    check_caption_languages(languages)
     if count < 1:
         raise ValueError(f"Expected a count of at least 1, got {count}.")
     match kind:

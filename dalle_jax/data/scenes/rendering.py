@@ -165,7 +165,7 @@ def _shape_coordinates(
     return rows, columns, c * along + s * down, c * down - s * along, radius
 
 
-def coverage(distance_HW, radius: float):
+def shape_coverage(distance_HW, radius: float):
     """Return the fraction of each pixel that the shape covers, float32 in [0, 1], from its signed distance in radii."""
     fraction_HW = distance_HW * -radius
     fraction_HW += 0.5
@@ -211,10 +211,10 @@ def _draw(canvas_3SS, thing: SceneObject, side: int) -> None:
     d_HW = SHAPE_DISTANCES[thing.shape](u, v)
     ink_3HW = _TONE_31[thing.color]
     if thing.fill != "solid":
-        light_HW = coverage(np.maximum(FILL_DISTANCES[thing.fill](u, v), d_HW + RIM), radius)
+        light_HW = shape_coverage(np.maximum(FILL_DISTANCES[thing.fill](u, v), d_HW + RIM), radius)
         ink_3HW = ink_3HW + _STEP_31[thing.color] * light_HW
     patch_3HW = canvas_3SS[:, rows, columns]
-    patch_3HW += coverage(d_HW, radius) * (ink_3HW - patch_3HW)
+    patch_3HW += shape_coverage(d_HW, radius) * (ink_3HW - patch_3HW)
 
 
 def render_scene(scene: Scene, size: int) -> np.ndarray:

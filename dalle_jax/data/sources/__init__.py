@@ -7,7 +7,7 @@ has the protocol, `stored.py` the base class of sources of stored images.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dalle_jax import config
@@ -35,7 +35,6 @@ __all__ = [
     "TarDataset",
     "TfdsDataset",
     "infer_source",
-    "iter_captions",
     "open_source",
 ]
 
@@ -94,17 +93,6 @@ def _open_parts(mixture: config.MixtureSource, split: Split, languages: Sequence
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"data.source.parts[{i}] ({part.kind}): {error}") from None
     return parts
-
-
-def iter_captions(source: Dataset, count: int) -> Iterator[str]:
-    """Yield about `count` captions, all languages of rows spread evenly over the source."""
-    captions_per_row = sum(len(texts) for texts in source.captions(0).values())
-    rows = min(len(source), -(-count // max(1, captions_per_row)))
-    left = count
-    for row in range(rows):
-        for texts in source.captions(row * len(source) // rows).values():
-            yield from texts[:left]
-            left -= len(texts[:left])
 
 
 def infer_source(path: str) -> config.SourceConfig:

@@ -1,12 +1,12 @@
-"""Captions of a record: from its fields, or from its class by templates."""
+"""Captions of a record, from its fields or from its class by templates, and captions of a whole source."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dalle_jax.data.sources.dataset import Captions
+from dalle_jax.data.sources.dataset import Captions, Dataset
 
 
 def captions_from_fields(
@@ -50,3 +50,14 @@ def parse_caption_lines(data: bytes) -> dict[str, Any] | None:
         return {"caption": data.decode("utf-8-sig").splitlines()}
     except UnicodeDecodeError:
         return None
+
+
+def iter_captions(source: Dataset, count: int) -> Iterator[str]:
+    """Yield about `count` captions, all languages of rows spread evenly over the source."""
+    captions_per_row = sum(len(texts) for texts in source.captions(0).values())
+    rows = min(len(source), -(-count // max(1, captions_per_row)))
+    left = count
+    for row in range(rows):
+        for texts in source.captions(row * len(source) // rows).values():
+            yield from texts[:left]
+            left -= len(texts[:left])

@@ -18,7 +18,7 @@ from dalle_jax.data.images import (
     BadImageError,
     Crop,
     ImageLimits,
-    check_sides,
+    check_image_sides,
     crop_and_resize,
     decode_image,
 )
@@ -209,7 +209,7 @@ class StoredDataset:
     ) -> np.ndarray:
         if not isinstance(data, np.ndarray):
             return decode_image(data, size, crop=crop, rng=rng, limits=self._limits)
-        check_sides(data.shape[1], data.shape[0], self._limits)
+        check_image_sides(data.shape[1], data.shape[0], self._limits)
         return crop_and_resize(data, size, crop=crop, rng=rng)
 
     def _add_bad_row(self, row: int, cause: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from dalle_jax.data.scenes.rendering import TINTS, TONES
 from dalle_jax.data.scenes.scene import COLORS
 from dalle_jax.evaluate.scenes.regions import (
-    box_of,
+    bounding_box,
     connected_regions,
     dilate,
     erode,
@@ -68,8 +68,8 @@ def _second_color(image_HW3, own_HW, inner_HW, side):
 def _spans(outer_HW, inner_HW) -> bool:
     """True if the bounding box of one mask lies strictly within that of the other."""
     width = outer_HW.shape[1]
-    top, left, bottom, right = box_of(np.flatnonzero(outer_HW), width)
-    a, b, c, d = box_of(np.flatnonzero(inner_HW), width)
+    top, left, bottom, right = bounding_box(np.flatnonzero(outer_HW), width)
+    a, b, c, d = bounding_box(np.flatnonzero(inner_HW), width)
     return top < a and left < b and bottom > c and right > d
 
 

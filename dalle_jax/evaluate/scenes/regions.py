@@ -162,7 +162,7 @@ def _peak(strength_SS):
     return peak_SS
 
 
-def box_of(flat, width):
+def bounding_box(flat, width):
     """Return top, left, bottom, right of flat pixel indices in an image of that width, all inclusive."""
     rows, columns = flat // width, flat % width
     return rows.min(), columns.min(), rows.max(), columns.max()
@@ -177,7 +177,7 @@ def _separate(flat, cores, side) -> list[np.ndarray]:
     cores = sorted((c for c in cores if len(c) >= 0.5 * MIN_AREA * side * side), key=len, reverse=True)
     kept: list[tuple] = []
     for core in cores:  # what lies within another core's box is its guest or a piece of it, not a neighbor
-        box = box_of(core, side)
+        box = bounding_box(core, side)
         if not any(_holds_box(other, box) for other, _ in kept):
             kept.append((box, core))
     if len(kept) < 2:

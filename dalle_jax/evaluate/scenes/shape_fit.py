@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dalle_jax.data.scenes.rendering import FILL_DISTANCES, MAX_SIDE, RIM, SHAPE_DISTANCES, coverage
+from dalle_jax.data.scenes.rendering import FILL_DISTANCES, MAX_SIDE, RIM, SHAPE_DISTANCES, shape_coverage
 from dalle_jax.data.scenes.scene import COLORS, FILLS, SHAPES
 from dalle_jax.evaluate.scenes.masks import STEPS_C3, TONES_C3
 
@@ -69,7 +69,7 @@ def _blurred(image_PHW, blur):
 def _rendered(shape, pose_P4, height, width, blur):
     """Coverage (P, H, W) of a shape at P poses, seen through a kernel of BLURS."""
     u, v, r = _frame(pose_P4, height, width)
-    return _blurred(coverage(SHAPE_DISTANCES[shape](u, v), r), blur)
+    return _blurred(shape_coverage(SHAPE_DISTANCES[shape](u, v), r), blur)
 
 
 def _score(shape, pose_4, mask_HW, blur) -> float:
@@ -112,7 +112,7 @@ class ShapeFit:
     score: float
 
 
-def best_fit(masks, blurs) -> ShapeFit:
+def fit_shape(masks, blurs) -> ShapeFit:
     """Return the shape with the largest overlap with one of the masks, for any of the first `blurs` kernels."""
     height, width = masks[0].shape
     tries = []
@@ -137,7 +137,7 @@ def best_fit(masks, blurs) -> ShapeFit:
     return ShapeFit(best.shape, pose_4, best.blur, score) if score > best.score else best
 
 
-def color_and_fill(fit: ShapeFit, image_HW3, ground_HW3):
+def fit_color_and_fill(fit: ShapeFit, image_HW3, ground_HW3):
     """Return the color and fill whose rendering over the background is nearest to the pixels.
 
     A patterned rendering is the plain one plus gain * light * (tint - tone); a pattern counts where the gain that fits

@@ -15,7 +15,7 @@ from dalle_jax.data.scenes.rendering import MAX_SIDE, MIN_SIDE
 from dalle_jax.data.scenes.scene import DIAMETERS, relation_holds
 from dalle_jax.evaluate.scenes.masks import object_masks
 from dalle_jax.evaluate.scenes.regions import MIN_AREA, fit_background, regions_of_objects
-from dalle_jax.evaluate.scenes.shape_fit import BLURS, best_fit, color_and_fill
+from dalle_jax.evaluate.scenes.shape_fit import BLURS, fit_color_and_fill, fit_shape
 
 MIN_CONFIDENCE = 0.80  # overlap with the rendered shape below which a region is no shape
 _WORKING_SIDE = 64  # larger images are averaged down to this where their side is a multiple of it
@@ -88,8 +88,8 @@ def _size_of(diameter):
 
 def _found(masks, image_HW3, ground_HW3, top, left, side) -> DetectedObject:
     blurs = len(BLURS) if side >= 48 else len(BLURS) - 1
-    fit = best_fit([mask_HW.astype(np.float32) for mask_HW in masks], blurs)
-    color, fill = color_and_fill(fit, image_HW3, ground_HW3)
+    fit = fit_shape([mask_HW.astype(np.float32) for mask_HW in masks], blurs)
+    color, fill = fit_color_and_fill(fit, image_HW3, ground_HW3)
     x, y, r, _ = fit.pose_4.tolist()
     diameter = 2 * r / side
     return DetectedObject(

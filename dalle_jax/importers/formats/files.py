@@ -14,7 +14,7 @@ _IN_DIRECTORIES = ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin
 _INDEX = ".index.json"
 
 
-def read_tensors(path: str | os.PathLike) -> Tensors:
+def read_tensor_files(path: str | os.PathLike) -> Tensors:
     """Open the tensors of a file, or of a model's directory; no array is read and no code in a file is executed.
 
     Args:

@@ -55,7 +55,7 @@ def init_cache(
     counts = [captions, 1 if cfg.text_encoder is None else captions][: 2 if use_cfg else 1]
     groups = tuple(text_kv(count) for count in counts)
     masks = () if cfg.text_encoder is None else tuple(jnp.ones((n, cfg.text_len), bool) for n in counts)
-    return tuple(LayerCache(groups, kv.init_kv(cfg, kind, rows), masks) for kind in cfg.layer_kinds)
+    return tuple(LayerCache(groups, kv.init_kv_cache(cfg, kind, rows), masks) for kind in cfg.layer_kinds)
 
 
 def _next_logits(cfg: DalleConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
@@ -117,7 +117,7 @@ def prefill(
         text_kvs.append(tuple(KV(*(x[group] for x in new_kv)) for group in groups))
     if x_BPD.shape[1] == 0:
         logits = _repeat_rows(_next_logits(cfg, params, x_XTD), captions, samples_per_caption)
-        image_kvs = [kv.init_kv(cfg, kind, len(codes_BP)) for kind in cfg.layer_kinds]
+        image_kvs = [kv.init_kv_cache(cfg, kind, len(codes_BP)) for kind in cfg.layer_kinds]
         return logits, _layer_caches(text_kvs, image_kvs, text_masks)
     rope = rope_at(cfg, x_XTD.shape[1] + jnp.arange(x_BPD.shape[1]))
     for layer, kind, text_kv in zip(params["blocks"], cfg.layer_kinds, text_kvs, strict=True):

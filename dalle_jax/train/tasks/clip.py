@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from PIL import Image
 
-from dalle_jax.checkpoint.run_dir import read_config
+from dalle_jax.checkpoint.run_dir import read_run_config
 from dalle_jax.config import ClipConfig, ModelConfig, TokenizerConfig, TrainConfig
 from dalle_jax.data.images import to_float
 from dalle_jax.data.sources import open_source
@@ -46,7 +46,7 @@ class ClipTask(DataTask):
 
     def check_prerequisites(self) -> None:
         if self.config.image_tokenizer is not None:
-            self._check_image_tokenizer(read_config(self.config.image_tokenizer).model)
+            self._check_image_tokenizer(read_run_config(self.config.image_tokenizer).model)
 
     def _check_image_tokenizer(self, model: ModelConfig) -> TokenizerConfig:
         if not isinstance(model, TokenizerConfig):

@@ -14,10 +14,11 @@ from dalle_jax.checkpoint.layout import CONFIG_FILE, IMAGE_TOKENIZER_DIR, TEXT_T
 from dalle_jax.checkpoint.load import load_run
 from dalle_jax.checkpoint.params_file import params_fingerprint
 from dalle_jax.checkpoint.remote_dir import local_dir
-from dalle_jax.checkpoint.run_dir import read_config, sync_run_dir
+from dalle_jax.checkpoint.run_dir import read_run_config, sync_run_dir
 from dalle_jax.config import ModelConfig, TokenizerConfig, TrainConfig
 from dalle_jax.data.codes import CodesDataset
-from dalle_jax.data.sources import Dataset, iter_captions
+from dalle_jax.data.sources import Dataset
+from dalle_jax.data.sources.captions import iter_captions
 from dalle_jax.text.tokenizers import TextTokenizer, tokenization_statistics, train_text_tokenizer
 from dalle_jax.train.initialize import copy_image_tokenizer, copy_text_tokenizer
 from dalle_jax.typing import Params
@@ -40,7 +41,7 @@ def check_tokenizer(config: TrainConfig, vocab: int, grid: int, fields: str = "m
     copies = [run / IMAGE_TOKENIZER_DIR / CONFIG_FILE for run in runs]
     if config.image_tokenizer is not None:
         try:
-            model = read_config(config.image_tokenizer).model
+            model = read_run_config(config.image_tokenizer).model
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"image_tokenizer: {error} Train the image tokenizer first, or use --image-tokenizer RUN."

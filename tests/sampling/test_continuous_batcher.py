@@ -13,7 +13,7 @@ from tiny_models import CAPTIONS, FAMILIES, TINY, captioned_params, family_batch
 
 from dalle_jax.models import autoregressive, dalle
 from dalle_jax.sampling import decode_state
-from dalle_jax.sampling.batcher import ContinuousBatcher, SamplingRequest
+from dalle_jax.sampling.continuous_batcher import ContinuousBatcher, SamplingRequest
 from dalle_jax.sampling.generate import generate, row_keys
 
 # A ring buffer; test_kv_cache.py and test_speculative.py have rows at different positions for every kind.
