@@ -6,8 +6,8 @@ A layer is a dict {"kernel": (D, F), "bias"?: (F,)}. For sampling:
   products.
 - On a GPU kernels are transposed, (F, D) or (M, F, D), as `kernel_t`. XLA computes the product of one row with a matrix
   there by multiplication and reduction, and writes all products to memory unless the reduced axis is contiguous.
-- On a CPU float32 kernels are tiled by 64 columns, (N, D, 64) or (M, N, D, 64), as `kernel_tiles`. A product of 2 to 16
-  rows with a whole matrix first packs it into such tiles, each time, which takes as long as the product itself
+- On a CPU kernels are tiled by 64 columns, (N, D, 64) or (M, N, D, 64), as `kernel_tiles`. A product of 2 to 16 rows
+  with a whole float32 matrix first packs it into such tiles, each time, which takes as long as the product itself
   (benchmarks/RESULTS.md).
 - Kernels may be quantized to 8 bits, with a scale per output column. `int8` and `fp8` (float8_e4m3fn) quantize weights
   alone: a step reads a quarter of the bytes of float32, and products run in the compute dtype. `w8a8` also rounds the
@@ -102,10 +102,10 @@ def transpose_kernels(params: Params) -> Params:
 
 
 def tile_kernels(params: Params) -> Params:
-    """Replace every float32 `kernel` in nested dicts by `kernel_tiles` if its columns divide into tiles."""
+    """Replace every float `kernel` in nested dicts by `kernel_tiles` if its columns divide into tiles."""
     out = {k: tile_kernels(v) if isinstance(v, dict) else v for k, v in params.items()}
     kernel = _kernel(params)
-    if kernel is None or kernel.dtype != jnp.float32 or kernel.shape[-1] % _TILE:
+    if kernel is None or any(name in params for name in _SCALES) or kernel.shape[-1] % _TILE:
         return out
     del out["kernel"]
     tiles = kernel.reshape(*kernel.shape[:-1], -1, _TILE)
@@ -192,9 +192,7 @@ def _matmul_tiles(x: jax.Array, tiles: jax.Array, out_dtype: Any) -> jax.Array:
         x_XRD = jax.lax.optimization_barrier(jnp.concatenate([x_XRD, x_XRD], axis=1))
     tiles_XDC = tiles.reshape(-1, depth, width)
     x_XRD = jnp.broadcast_to(x_XRD, (len(tiles_XDC), *x_XRD.shape[1:]))
-    y_XRC = jax.lax.dot_general(
-        x_XRD, tiles_XDC, (((2,), (1,)), ((0,), (0,))), preferred_element_type=out_dtype
-    )
+    y_XRC = dot_general(x_XRD, tiles_XDC, (((2,), (1,)), ((0,), (0,))), out_dtype=out_dtype)
     if rows == 1:
         y_XRC = jax.lax.optimization_barrier(y_XRC)[:, :1]
     return jnp.moveaxis(y_XRC, 0, 1).reshape(*x.shape[:-1], *fused, count * width)

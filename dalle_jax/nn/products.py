@@ -74,14 +74,25 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, *, out_dtype: Any = None
 
 
 def _sum_in_float32(axes: tuple, out_dtype: Any, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    def dot(dtype):
-        def fn(lhs, rhs):
-            out = jax.lax.dot_general(lhs, rhs, (axes[:2], axes[2:]), preferred_element_type=dtype)
-            return out.astype(out_dtype)
+    def dot(lhs, rhs, dtype=out_dtype):
+        return jax.lax.dot_general(lhs, rhs, (axes[:2], axes[2:]), preferred_element_type=dtype)
 
-        return fn
+    def cpu_dot(lhs, rhs):
+        return dot(lhs, rhs, jnp.float32).astype(out_dtype)
 
-    return jax.lax.platform_dependent(lhs, rhs, cpu=dot(jnp.float32), default=dot(out_dtype))
+    lhs_contract, _, lhs_batch, _ = axes
+    free = _other_axes(lhs.ndim, (*lhs_contract, *lhs_batch))
+
+    def cpu_dot_twice(lhs, rhs):
+        lhs = jnp.concatenate([lhs, lhs], axis=free[-1])
+        out = cpu_dot(jax.lax.optimization_barrier(lhs), rhs)  # hides from XLA that both rows are equal
+        row_axis = len(lhs_batch) + len(free) - 1
+        return jax.lax.slice_in_dim(jax.lax.optimization_barrier(out), 0, 1, axis=row_axis)
+
+    # On a CPU XLA computes the product of one row of 16-bit numbers one number at a time, which takes 10 to 20 times as
+    # long as the product of two rows (benchmarks/RESULTS.md).
+    is_single_row = free and all(lhs.shape[axis] == 1 for axis in free)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=cpu_dot_twice if is_single_row else cpu_dot, default=dot)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

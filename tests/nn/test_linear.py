@@ -118,25 +118,27 @@ def test_the_layouts_of_all_platforms_give_the_same_logits(name, quantization, m
         np.testing.assert_allclose(got, found[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2**-8)])
 @pytest.mark.parametrize("lead", [(), (1,), (1, 1), (3, 2), (700, 1)])
-def test_tiled_kernels_give_the_same_product(lead):
+def test_tiled_kernels_give_the_same_product(lead, dtype, tolerance):
     """Single and fused kernels, few rows and many; other widths and 8-bit kernels are not tiled."""
-    alone, joined = rng.normal(size=(24, 192)), rng.normal(size=(24, 3, 128))
-    p = {"up": {"kernel": jnp.float32(alone)}, "attn": {"q_k_v": {"kernel": jnp.float32(joined)}}}
+    alone, joined, x = (
+        np.asarray(jnp.asarray(rng.normal(size=shape), dtype), np.float64)
+        for shape in ((24, 192), (24, 3, 128), (*lead, 24))
+    )
+    p = {
+        "up": {"kernel": jnp.asarray(alone, dtype)},
+        "attn": {"q_k_v": {"kernel": jnp.asarray(joined, dtype)}},
+    }
     tiled = tile_kernels(p)
     assert tiled["up"]["kernel_tiles"].shape == (3, 24, 64)
     assert tiled["attn"]["q_k_v"]["kernel_tiles"].shape == (3, 2, 24, 64)
-    x = rng.normal(size=(*lead, 24))
     times = jax.jit(matmul, static_argnums=2)
-    got = times(tiled["up"], jnp.float32(x), jnp.float32)
-    np.testing.assert_allclose(got, x @ alone, rtol=1e-4, atol=1e-4)
-    got = times(tiled["attn"]["q_k_v"], jnp.float32(x), jnp.float32)
-    np.testing.assert_allclose(got, np.tensordot(x, joined, 1), rtol=1e-4, atol=1e-4)
-    for kept in (
-        {"kernel": MATRIX},
-        quantize_kernels(p["up"], "int8"),
-        {"kernel": jnp.ones((24, 64), jnp.bfloat16)},
-    ):
+    got = np.asarray(times(tiled["up"], jnp.asarray(x, dtype), dtype), np.float64)
+    np.testing.assert_allclose(got, x @ alone, rtol=tolerance, atol=1e-4)
+    got = np.asarray(times(tiled["attn"]["q_k_v"], jnp.asarray(x, dtype), dtype), np.float64)
+    np.testing.assert_allclose(got, np.tensordot(x, joined, 1), rtol=tolerance, atol=1e-4)
+    for kept in ({"kernel": MATRIX}, quantize_kernels(p["up"], "int8")):
         assert tile_kernels(kept) == kept
 
 
