@@ -1,7 +1,7 @@
 """Transformer of the demo: English and Chinese captions of its scenes to the codes of demo_dvae.
 
 Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.2, at a very small size. `dalle-jax demo` trains this configuration.
-Hardware: two CPU cores. Time: 476 s. Score: 96.0% of samples correct, 84.5% on held-out color-shape pairs
+Hardware: two CPU cores. Time: 337 s. Score: 92.5% of samples correct, 85.5% on held-out color-shape pairs
 (docs/scenes.md).
 
     dalle-jax train demo_dalle

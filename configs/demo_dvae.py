@@ -1,7 +1,7 @@
 """Discrete VAE of the demo: scenes of one large object, 32 x 32 pixels to 8 x 8 codes of 128.
 
 Paper: Ramesh et al. 2021, arXiv 2102.12092, 2.1, at a very small size. `dalle-jax demo` trains this configuration.
-Hardware: two CPU cores. Time: 120 s. Score: PSNR 28.1 dB, 98.4% of the codes in use (docs/scenes.md).
+Hardware: two CPU cores. Time: 132 s. Score: PSNR 28.1 dB, 98.4% of the codes in use (docs/scenes.md).
 
     dalle-jax train demo_dvae
 """

@@ -37,7 +37,7 @@ def restart_with_huge_pages() -> None:
     """Replace this process by one whose memory is in huge pages, where Linux gives them to programs that ask for them.
 
     A training step on a CPU reads and writes hundreds of megabytes of temporary arrays; in pages of 4 KiB it takes up
-    to 1.4 times as long (benchmarks/RESULTS.md). The C library reads its settings only when a process starts. No effect
+    to 1.7 times as long (benchmarks/RESULTS.md). The C library reads its settings only when a process starts. No effect
     if jax is already imported or GLIBC_TUNABLES already names this setting (glibc.malloc.hugetlb=0 turns it off).
     """
     setting = _THP_SETTING.read_text() if sys.platform == "linux" and _THP_SETTING.exists() else ""
