@@ -20,19 +20,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from dalle_jax.config.dalle import AttentionKernel, AttentionKind
-from dalle_jax.parallel.sharding import partition_spec
+from dalle_jax.parallel.sharding import mesh_platform, partition_spec
 
 _TPU_LANES = 128  # the block sizes of splash are multiples of it
-
-
-def mesh_platform() -> str:
-    """Return the platform of the current mesh, whose devices may be of another machine, or else JAX's default.
-
-    Returns:
-      `cpu`, `gpu` or `tpu`.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def select_kernel(

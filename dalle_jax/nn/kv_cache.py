@@ -6,11 +6,13 @@ token, column by column, and reads the G tokens of one column. `full` keeps and 
 of text are held separately, once per caption: rows that sample the same caption share them.
 
 Heads come before positions, so that the products of a step run over contiguous memory: on a CPU core about twice as
-fast as the other order at batch 8 (benchmarks/RESULTS.md).
+fast as the other order at batch 8 (benchmarks/RESULTS.md). A TPU pads the last axis of an array to 128 lanes, so there
+heads of 64 channels are held in groups of two, side by side in that axis (`heads_per_group`), in half of the memory.
 
 A position is the raster index of an image token, unless it is called a text position.
 B rows, C captions, T text positions, G side of the raster, N = G * G image tokens, P prefix codes, W tokens kept, R
-tokens read, Q queries, S keys, H heads, K width of a head.
+tokens read, Q queries, S keys, H heads, K width of a head, I heads per group, J = H / I groups, L = I * K width of a
+group.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from dalle_jax.config import DalleConfig
 from dalle_jax.config.dalle import AttentionKind
 from dalle_jax.nn.masks import attention_mask, causal_offset_mask, mask_padding
 from dalle_jax.nn.products import einsum
-from dalle_jax.parallel.sharding import constrain
+from dalle_jax.parallel.sharding import constrain, mesh_platform, partition_spec
+
+_TPU_LANES = 128
 
 
 class KV(NamedTuple):
-    """Keys and values, each (rows, H, positions, K)."""
+    """Keys and values, each (rows, J, positions, L)."""
 
     k: jax.Array
     v: jax.Array
@@ -40,15 +44,30 @@ class LayerCache(NamedTuple):
     """Cache of one layer.
 
     Attributes:
-      text: keys and values of groups of captions, (C, H, T, K) each. The B rows of `image` are, in order, those of each
+      text: keys and values of groups of captions, (C, J, T, L) each. The B rows of `image` are, in order, those of each
         group, with B_i / C_i adjacent rows on one caption.
-      image: (B, H, W, K). Slots that are not written yet are masked.
+      image: (B, J, W, L). Slots that are not written yet are masked.
       text_mask: for each group, which text positions are attended to, bool (C, T); () where all are.
     """
 
     text: tuple[KV, ...]
     image: KV
     text_mask: tuple[jax.Array, ...] = ()
+
+
+def heads_per_group(heads: int, head_dim: int) -> int:
+    """Return I, the heads that a cache holds side by side: on a TPU as many as fill its lanes, elsewhere 1.
+
+    It is also 1 if the heads do not divide into such groups, or if the mesh divides the heads but not the groups.
+    """
+    size = max(1, _TPU_LANES // head_dim)
+    if mesh_platform() != "tpu" or heads % size:
+        return 1
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return size
+    by_head, by_group = (partition_spec(mesh, ("heads",), (n,)) for n in (heads, heads // size))
+    return size if by_head == by_group else 1
 
 
 def cache_size(cfg: DalleConfig, kind: AttentionKind) -> int:
@@ -58,15 +77,29 @@ def cache_size(cfg: DalleConfig, kind: AttentionKind) -> int:
     return 1 + int(np.flatnonzero(causal_offset_mask(kind, cfg.grid, cfg.conv_kernel).any(axis=0))[-1])
 
 
+def init_heads(cfg: DalleConfig, rows: int, positions: int) -> jax.Array:
+    """Return zeros for keys or values, (rows, J, positions, L), in the compute dtype."""
+    size = heads_per_group(cfg.heads, cfg.head_dim)
+    return jnp.zeros((rows, cfg.heads // size, positions, size * cfg.head_dim), cfg.dtype)
+
+
 def init_kv_cache(cfg: DalleConfig, kind: AttentionKind, rows: int) -> KV:
     """Return zeros for the image tokens of `rows` rows, in the compute dtype."""
-    zeros = jnp.zeros((rows, cfg.heads, cache_size(cfg, kind), cfg.head_dim), cfg.dtype)
+    zeros = init_heads(cfg, rows, cache_size(cfg, kind))
     zeros = constrain(zeros, "batch", "heads", None, None)
     return KV(zeros, zeros)
 
 
 def to_cache_layout(k: jax.Array, v: jax.Array) -> KV:
-    """Transpose keys and values of a layer, (rows, positions, H, K), to the layout of the cache."""
+    """Convert keys and values of a layer, (rows, positions, H, K), to the cache's (rows, J, positions, L)."""
+    size = heads_per_group(*k.shape[2:])
+    if size > 1:
+        k, v = (x.reshape(*x.shape[:2], x.shape[2] // size, -1) for x in (k, v))
+    return _heads_first(k, v)
+
+
+def _heads_first(k: jax.Array, v: jax.Array) -> KV:
+    """Swap positions and heads of (rows, positions, H, K)."""
     return KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
@@ -89,7 +122,7 @@ def resize_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, size: int) -> KV
 
 
 def init_from_prefix(cfg: DalleConfig, kind: AttentionKind, prefix_kv: KV) -> KV:
-    """Return the cache after the first P image tokens, whose keys and values are (B, H, P, K)."""
+    """Return the cache after the first P image tokens, whose keys and values are (B, J, P, L)."""
     rows, prefix_len = len(prefix_kv.k), prefix_kv.k.shape[2]
     cache = init_kv_cache(cfg, kind, rows)
     first = max(0, prefix_len - cache_size(cfg, kind)) if kind != "column" else 0
@@ -104,8 +137,8 @@ def _write_kv(cfg: DalleConfig, kind: AttentionKind, cache: KV, new_kv: KV, posi
     Args:
       cfg: the model.
       kind: of the layer.
-      cache: (B, H, W, K).
-      new_kv: (B, H, 1, K).
+      cache: (B, J, W, L).
+      new_kv: (B, J, 1, L).
       position: of the token, an int32 scalar for all rows, or int32 (B,).
     """
     slot = slot_index(cfg, kind, position)
@@ -153,7 +186,7 @@ def _slot_mask(cfg: DalleConfig, kind: AttentionKind, num_slots: int, position: 
 def _gather_window(
     cfg: DalleConfig, kind: AttentionKind, cache: KV, position: jax.Array
 ) -> tuple[KV, jax.Array]:
-    """Return what the query at `position`, a scalar or (B,), reads, (B, H, R, K), and its mask, bool (1 or B, R)."""
+    """Return what the query at `position`, a scalar or (B,), reads, (B, J, R, L), and its mask, bool (1 or B, R)."""
     mask_BR = _slot_mask(cfg, kind, cache.k.shape[2], position)
     if kind != "column":
         return cache, mask_BR
@@ -183,7 +216,7 @@ def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, text_mask_CT: jax.Arra
     """
     causal_TT = jnp.tri(q.shape[1], dtype=bool)
     mask_CTT = causal_TT[None] if text_mask_CT is None else mask_padding(causal_TT, text_mask_CT)
-    return attend_cached(q, (), (to_cache_layout(k, v),), mask_CTT)
+    return attend_cached(q, (), (_heads_first(k, v),), mask_CTT)
 
 
 def attend_prefix(
@@ -212,7 +245,7 @@ def attend_prefix(
     start, prefix_len = cfg.text_len, q.shape[1]
     mask_TT = attention_mask(kind, start, cfg.grid, cfg.conv_kernel)
     mask_PP = jnp.asarray(mask_TT[start : start + prefix_len, start : start + prefix_len])
-    return attend_cached(q, text, (to_cache_layout(k, v),), mask_PP[None], text_mask)
+    return attend_cached(q, text, (_heads_first(k, v),), mask_PP[None], text_mask)
 
 
 def attend_step(
@@ -253,7 +286,8 @@ def attend_cached(
     Args:
       q_BQHK: queries.
       text: as in `LayerCache`; () for no text.
-      image: parts with S tokens together, at least one part, (B, H, S_i, K) each.
+      image: parts with S tokens together, at least one part, (B, J, S_i, L) each, where I
+        may differ between the text and each part.
       mask_BQS: bool, which image tokens are attended to; the first two axes may be 1.
       text_mask: as in `LayerCache`.
 
@@ -298,22 +332,52 @@ def _split_groups(x: jax.Array, text: tuple[KV, ...]) -> list[jax.Array]:
     return [x[:half], x[half:]]
 
 
-def _scores(q_BHQK: jax.Array, k_CHSK: jax.Array) -> jax.Array:
+def _scores(q_BHQK: jax.Array, k_CJSL: jax.Array) -> jax.Array:
     """Return attention scores, float32 (B, H, Q, S), with B / C adjacent rows per caption."""
-    return _einsum_per_caption("chqk,chsk->chqs", q_BHQK, k_CHSK, jnp.float32)
+    q_BJQL = _group_queries(q_BHQK, k_CJSL.shape[1])
+    scores = _einsum_per_caption("cjql,cjsl->cjqs", q_BJQL, k_CJSL, jnp.float32)
+    return scores.reshape(*q_BHQK.shape[:3], -1)
 
 
-def _weighted_values(att_BHQS: jax.Array, v_CHSK: jax.Array) -> jax.Array:
+def _weighted_values(att_BHQS: jax.Array, v_CJSL: jax.Array) -> jax.Array:
     """Return the values weighted by attention, (B, H, Q, K)."""
-    return _einsum_per_caption("chqs,chsk->chqk", att_BHQS, v_CHSK, v_CHSK.dtype)
+    rows, heads, queries, num_keys = att_BHQS.shape
+    groups, width = v_CJSL.shape[1], v_CJSL.shape[3]
+    att_BJQS = att_BHQS.reshape(rows, groups, -1, num_keys)  # the I * Q queries of a group
+    y = _einsum_per_caption("cjqs,cjsl->cjql", att_BJQS, v_CJSL, v_CJSL.dtype)
+    if groups == heads:
+        return y
+    size = heads // groups
+    y_BJIQL = y.reshape(rows, groups, size, queries, width)
+    y_BJQL = jnp.where(_own_channels(size, width), y_BJIQL, 0).sum(axis=2)
+    y_BJQIK = y_BJQL.reshape(rows, groups, queries, size, -1)
+    return y_BJQIK.swapaxes(2, 3).reshape(rows, heads, queries, -1)
 
 
-def _einsum_per_caption(subscripts: str, x_BHQX: jax.Array, y_CHSK: jax.Array, dtype: Any) -> jax.Array:
-    """Compute an einsum of the queries of all rows on a caption, flattened to one axis, with the caption's `y_CHSK`."""
-    rows, heads, queries, width = x_BHQX.shape
-    captions = len(y_CHSK)
-    x = x_BHQX.reshape(captions, -1, heads, queries, width).swapaxes(1, 2)
-    x = x.reshape(captions, heads, -1, width)
-    out = einsum(subscripts, x, y_CHSK, out_dtype=dtype)
-    out = out.reshape(captions, heads, rows // captions, queries, -1).swapaxes(1, 2)
-    return out.reshape(rows, heads, queries, -1)
+def _group_queries(q_BHQK: jax.Array, groups: int) -> jax.Array:
+    """Return the queries of groups of heads, (B, J, I * Q, L), zero in the channels of other heads."""
+    rows, heads, queries, width = q_BHQK.shape
+    if groups == heads:
+        return q_BHQK
+    size = heads // groups
+    q_BJQIK = q_BHQK.reshape(rows, groups, size, queries, width).swapaxes(2, 3)
+    q_BJ1QL = q_BJQIK.reshape(rows, groups, 1, queries, size * width)
+    q_BJIQL = jnp.where(_own_channels(size, size * width), q_BJ1QL, 0)
+    return q_BJIQL.reshape(rows, groups, size * queries, size * width)
+
+
+def _own_channels(size: int, width: int) -> np.ndarray:
+    """Return which channels of a group belong to each of its heads, bool (1, 1, I, 1, L)."""
+    own_IL = np.arange(width) // (width // size) == np.arange(size)[:, None]
+    return own_IL[None, None, :, None]
+
+
+def _einsum_per_caption(subscripts: str, x_BJQX: jax.Array, y_CJSL: jax.Array, dtype: Any) -> jax.Array:
+    """Compute an einsum of the queries of all rows on a caption, flattened to one axis, with the caption's `y_CJSL`."""
+    rows, groups, queries, width = x_BJQX.shape
+    captions = len(y_CJSL)
+    x = x_BJQX.reshape(captions, -1, groups, queries, width).swapaxes(1, 2)
+    x = x.reshape(captions, groups, -1, width)
+    out = einsum(subscripts, x, y_CJSL, out_dtype=dtype)
+    out = out.reshape(captions, groups, rows // captions, queries, -1).swapaxes(1, 2)
+    return out.reshape(rows, groups, queries, -1)

@@ -233,6 +233,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def mesh_platform() -> str:
+    """Return the platform of the current mesh, whose devices may be of another machine, or else JAX's default.
+
+    Returns:
+      `cpu`, `gpu` or `tpu`.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain the sharding of an activation under the mesh set by `jax.set_mesh`; the identity without a mesh.
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from aot_configs import write_config
 
+from dalle_jax.aot.gpu_kernels import find_loops
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.libtpu
 
@@ -137,6 +139,27 @@ def test_sampling_on_one_chip(config_file):
     code, report = tpu(config_file, "v5e:1x1", "--sample", "2")
     assert code == 0 and report["fits"] is True and report["num_devices"] == 1
     assert report["memory_gib"]["cache"] > 0 and 0 < report["estimated_mfu"] < 1 and not report["collectives"]
+
+
+def test_sampling_at_full_size_holds_the_caches_once(tmp_path):
+    """1.3 B on a v5e: temporaries are at most 1.2 times the caches, and the decode loop copies no cache within HBM.
+
+    Transfers between HBM and VMEM, S(1) in a layout, are no such copies: kernels compute on data in VMEM.
+    """
+    sizes = ("--model.dim", "2048", "--model.layers", "24", "--model.heads", "32")
+    path = tmp_path / "hlo.txt"
+    code, report = tpu("configs/dalle_12b.py", "v5e:1x1", "--sample", "8", *sizes, "--hlo", str(path))
+    assert code == 0 and report["fits"] is True
+    memory = report["memory_gib"]
+    # Key and value of 2048 channels in bfloat16: text of 24 layers, column, row and conv layers.
+    tokens = 24 * 256 + 6 * 1024 + 17 * 33 + 166
+    assert memory["cache"] * 2**30 == 8 * tokens * 2048 * 2 * 2
+    assert memory["temporaries"] <= 1.2 * memory["cache"]
+    loop = next(loop for loop in find_loops(path.read_text()) if loop.trip_count == 1023)
+    assert any("bf16[8,16,1024,128]" in kernel.line for kernel in loop.kernels), "no loop holds a cache"
+    smallest = 8 * 33 * 2048 * 2
+    copies = [k for k in loop.kernels if k.kind == "copy" and k.bytes_written >= smallest]
+    assert not [kernel.line for kernel in copies if "S(1)" not in kernel.line]
 
 
 def test_sampling_that_does_not_fit_exits_3(config_file):

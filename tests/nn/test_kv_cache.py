@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tiny_models import CAPTIONS, TINY, captioned_params, uncached_logits
 
-from dalle_jax.config import DalleConfig
+from dalle_jax.config import DalleConfig, MeshConfig
 from dalle_jax.models import autoregressive, dalle
 from dalle_jax.nn import kv_cache as kv
+from dalle_jax.parallel.mesh import make_mesh
 from dalle_jax.sampling.generate import generate, generate_stream, row_keys
 
 KINDS = ("full", "row", "column", "conv")
@@ -41,15 +42,24 @@ def decode_steps(cfg, params, cache, codes_BN, positions_LB):
     return jax.lax.scan(step, cache, positions_LB)
 
 
+def pair_heads(monkeypatch):
+    """Hold two heads side by side as on a TPU. The model must differ from those of other tests: jit ignores this."""
+    monkeypatch.setattr(kv, "heads_per_group", lambda heads, head_dim: 2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_cache_matches_full_forward_at_every_position(kind, codes):
-    """Step by step, and after a prefix, whose prefill gives the cache of single steps."""
-    cfg = dataclasses.replace(CFG, attention=(kind,), layers=2)
+@pytest.mark.parametrize("heads", [2, 4])
+def test_cache_matches_full_forward_at_every_position(kind, heads, codes, monkeypatch):
+    """Step by step, and after a prefix, whose prefill gives the cache of single steps. Four heads are in two groups."""
+    cfg = dataclasses.replace(CFG, attention=(kind,), layers=2, heads=heads)
+    if heads == 4:
+        pair_heads(monkeypatch)
     params = captioned_params(cfg)
     ready = autoregressive.prepare_for_decode(cfg, params)
     want = uncached_logits(cfg, params, CAPTIONS, codes)
     fill = jax.jit(dalle.prefill, static_argnums=0)
     _, cache = fill(cfg, ready, CAPTIONS)
+    assert cache[0].text[0].k.shape == (3, 2, 3, 16 // 2) == (*cache[0].image.k.shape[:2], 3, 8)
     by_steps = []  # the caches of single steps
     for position in range(N - 1):
         cache, logits = decode_steps(cfg, ready, cache, codes, jnp.array([position]))
@@ -78,6 +88,33 @@ def test_rows_at_different_positions(codes):
         position = np.maximum(start + t, 0)  # a row that has not started feeds position 0 repeatedly
         cache, logits = decode_steps(CFG, ready, cache, codes, jnp.asarray(position)[None])
         np.testing.assert_allclose(logits[0], want[np.arange(3), position + 1], rtol=2e-4, atol=2e-4)
+
+
+def test_heads_side_by_side_change_no_image(monkeypatch):
+    """With guidance, several samples per caption, a prefix and drafts."""
+    apart = dataclasses.replace(CFG, heads=4, dim=32)
+    paired = dataclasses.replace(apart, remat="full")  # traced on its own
+    params = captioned_params(apart)
+    for options in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0, "draft_len": 5}):
+        want = generate(apart, params, CAPTIONS[:2], row_keys(range(4)), **options)
+        with monkeypatch.context() as patch:
+            pair_heads(patch)
+            got = generate(paired, params, CAPTIONS[:2], row_keys(range(4)), **options)
+            np.testing.assert_array_equal(got, want)
+            again = generate(
+                paired, params, CAPTIONS[:2], row_keys(range(4)), prefix_codes=want[:, :7], **options
+            )
+            np.testing.assert_array_equal(again, want)
+
+
+def test_heads_per_group(monkeypatch):
+    """Heads fill the 128 lanes of a TPU, except where a group would cross devices."""
+    assert kv.heads_per_group(62, 64) == 1
+    monkeypatch.setattr(kv, "mesh_platform", lambda: "tpu")
+    shapes = [(62, 64), (32, 64), (16, 128), (8, 32), (3, 64), (6, 32), (4, 96), (2, 256)]
+    assert [kv.heads_per_group(*shape) for shape in shapes] == [2, 2, 1, 4, 1, 1, 1, 1]
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=1, model=2))):
+        assert kv.heads_per_group(62, 64) == 1 and kv.heads_per_group(64, 64) == 2
 
 
 def test_cache_sizes_of_the_paper():

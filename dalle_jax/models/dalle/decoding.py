@@ -48,8 +48,7 @@ def init_cache(
     rows = captions * samples_per_caption * (2 if use_cfg else 1)
 
     def text_kv(count: int) -> KV:
-        length = cfg.text_len - cfg.shift_masks
-        zeros = jnp.zeros((count, cfg.heads, length, cfg.head_dim), cfg.dtype)
+        zeros = kv.init_heads(cfg, count, cfg.text_len - cfg.shift_masks)
         return KV(zeros, zeros)
 
     counts = [captions, 1 if cfg.text_encoder is None else captions][: 2 if use_cfg else 1]
