@@ -64,10 +64,11 @@ class SampleArgs:
     """directory of a trained Transformer or diffusion model"""
     captions: Positional[Annotated[tuple[str, ...], arg(metavar="CAPTION ...")]] = ()
     """captions; "" samples without one"""
-    out: str = "samples"
-    """directory for the images; one that has images of another job is refused"""
+    out: str | None = None
+    """directory for the images; one that has images of another job is refused. None is samples, or the first of
+    samples-2, samples-3, ... without images of another job"""
     overwrite: bool = False
-    """delete the images in --out first, those of this job too"""
+    """delete the images in --out, or in samples, first, those of this job too"""
     num_images: int | None = None
     """images per caption, with the seeds SEED, SEED + 1, ...; None is 4"""
     seed: int = 0
@@ -503,7 +504,7 @@ def _sample(args: SampleArgs, stack: contextlib.ExitStack) -> dict[str, Any]:
         results["codes"] = str(out / "codes.npz")
     print(f"{len(names)} images in {out}, all with their captions in {grid.path}")
     results |= args.results(config, [image for _, image in finished], out)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (i, image) in zip(names, finished, strict=True):
         row = {"file": name, "caption": subjects[i].caption, "seed": image.request.seed}
         score = {} if image.score is None else {"score": image.score}

@@ -2,9 +2,9 @@
 
 The file has one caption per line or, ending in .jsonl, one JSON object per line with `caption` and the settings that
 differ from the flags. manifest.jsonl beside the images has the job in its first line, then one line for each finished
-image. The same call again samples what is missing; another call is refused there, or with --overwrite deletes the
-images first. Calls without --captions-file list their images at the end and do not resume. Codes are kept in codes.npy
-until all images are finished, then in codes.npz.
+image. The same call again samples what is missing. Another call takes a directory of its own, is refused in the one
+that --out names, or with --overwrite deletes the images first. Calls without --captions-file list their images at the
+end and do not resume. Codes are kept in codes.npy until all images are finished, then in codes.npz.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dalle_jax.files.atomic import write_npz
 from dalle_jax.pipelines import GeneratedImage, ImageRequest, Pipeline, ProgressPrinter, chunked
 
 _SETTINGS = {"seed": int, "temperature": float, "top_p": float, "guidance_scale": float}
+_DEFAULT_OUT = "samples"
 _MAX_GRID_IMAGES = 64
 _MANIFEST, _CODES = "manifest.jsonl", "codes.npy"
 _IMAGE = re.compile(r"c\d{3,}_s\d{4,}\.png")
@@ -96,6 +97,10 @@ def _parse_line(where: str, line: str) -> CaptionLine:
     return CaptionLine(row["caption"], settings)
 
 
+class _OtherJobError(ValueError):
+    """A directory has images of another job."""
+
+
 class Manifest:
     """manifest.jsonl: the job, then a line for each finished image."""
 
@@ -108,7 +113,7 @@ class Manifest:
             first, *rest = (json.loads(line) for line in whole.splitlines())
             differing = sorted(k for k in {*first, *job} if first.get(k) != job.get(k))
             if differing:
-                raise ValueError(
+                raise _OtherJobError(
                     f"Expected an --out that is new or of the same job, got {path.parent} of another job "
                     f"({', '.join(differing)} differ). Use --out DIR or --overwrite."
                 )
@@ -165,11 +170,11 @@ def describe_job(
     }
 
 
-def open_manifest(out: str, job: dict[str, Any], *, overwrite: bool, resume: bool) -> Manifest:
+def open_manifest(out: str | None, job: dict[str, Any], *, overwrite: bool, resume: bool) -> Manifest:
     """Make the directory of a job and open its manifest.
 
     Args:
-        out: the directory.
+        out: the directory; None is samples, or the first of samples-2, samples-3, ... without images of another job.
         job: of `describe_job`.
         overwrite: delete the files of any job that are there.
         resume: keep the images that the manifest lists.
@@ -178,13 +183,25 @@ def open_manifest(out: str, job: dict[str, Any], *, overwrite: bool, resume: boo
         ValueError: `out` is a file or has images of another job.
         OSError: it cannot be written.
     """
+    if out is not None or overwrite:
+        return _open_manifest_in(out or _DEFAULT_OUT, job, overwrite, resume)
+    number = 1
+    while True:
+        try:
+            name = _DEFAULT_OUT if number == 1 else f"{_DEFAULT_OUT}-{number}"
+            return _open_manifest_in(name, job, overwrite, resume)
+        except _OtherJobError:
+            number += 1
+
+
+def _open_manifest_in(out: str, job: dict[str, Any], overwrite: bool, resume: bool) -> Manifest:
     directory = output.output_directory(out)
     files = [path for path in directory.iterdir() if _IMAGE.fullmatch(path.name)]
     if overwrite:
         for path in [*files, *(directory / name for name in _OTHER_FILES)]:
             path.unlink(missing_ok=True)
     elif files and not (directory / _MANIFEST).exists():
-        raise ValueError(
+        raise _OtherJobError(
             f"Expected an --out that is new or of the same job, got {directory} with images such as "
             f"{min(files).name} and without {_MANIFEST}. Use --out DIR or --overwrite."
         )
@@ -198,7 +215,7 @@ def run_job(
     pipeline: Pipeline,
     job_images: list[JobImage],
     config: Any,
-    out: str,
+    out: str | None,
     job: dict[str, Any],
     *,
     overwrite: bool,
@@ -212,7 +229,7 @@ def run_job(
         pipeline: the model.
         job_images: all images of the job.
         config: of `pipeline.sample`.
-        out: the directory of the job.
+        out: the directory of the job, or None (`open_manifest`).
         job: of `describe_job`; resuming calls must share it.
         overwrite: delete the files of another job in `out`.
         batch_size: images computed at once.

@@ -34,6 +34,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x_BHWC.shape[-1], self.width)
         kernel = self.param("kernel", self.kernel_init, shape)
         dtype = x_BHWC.dtype if self.dtype is None else self.dtype
-        padding = self.padding or ((self.size // 2,) * 2,) * 2
+        half = self.size // 2
+        padding = ((half, half), (half, half)) if self.padding is None else self.padding
         y = conv2d(x_BHWC.astype(dtype), kernel.astype(dtype), strides=self.strides, padding=padding)
         return add_bias(y, self.param("bias", nn.initializers.zeros, (self.width,)))

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 # ((contracted axes of lhs, of rhs), (batch axes of lhs, of rhs)), as jax.lax.dot_general takes them.
@@ -43,11 +42,11 @@ def dot_general(
     """
     out_dtype = jnp.dtype(lhs.dtype if out_dtype is None else out_dtype)
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimensions
-    axes = tuple(tuple(int(a) for a in group) for group in (lhs_contract, rhs_contract, lhs_batch, rhs_batch))
+    axes = (tuple(lhs_contract), tuple(rhs_contract), tuple(lhs_batch), tuple(rhs_batch))
     if lhs.dtype.itemsize == 2 and lhs.dtype == rhs.dtype:
         out = _dot_16bit(axes, out_dtype, lhs, rhs)
     else:
-        out = jax.lax.dot_general(lhs, rhs, (axes[:2], axes[2:]), preferred_element_type=out_dtype)
+        out = jax.lax.dot_general(lhs, rhs, dimensions, preferred_element_type=out_dtype)
     return out if lhs_batch else checkpoint_name(out, DOT)
 
 
@@ -65,9 +64,11 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, *, out_dtype: Any = None
     shared = [axis for axis in x_axes if axis in y_axes]
     batch = [axis for axis in shared if axis in out_axes]
     contract = [axis for axis in shared if axis not in out_axes]
-    dimensions = tuple(
-        (tuple(map(x_axes.index, axes)), tuple(map(y_axes.index, axes))) for axes in (contract, batch)
-    )
+
+    def positions(axes: list[str]) -> tuple[list[int], list[int]]:
+        return [x_axes.index(axis) for axis in axes], [y_axes.index(axis) for axis in axes]
+
+    dimensions = positions(contract), positions(batch)
     product_axes = [*batch, *(a for a in x_axes if a not in shared), *(a for a in y_axes if a not in shared)]
     out = dot_general(x, y, dimensions, out_dtype=out_dtype)
     return jnp.transpose(out, [product_axes.index(axis) for axis in out_axes])
@@ -116,16 +117,20 @@ def _dot_backward(axes, out_dtype, residuals, grad):
 
     # Axes of the result: batch, free axes of lhs, contracted axes of rhs in their order in rhs.
     lhs_grad = _dot_16bit((grad_rhs_free, rhs_free, batch, rhs_batch), lhs.dtype, grad, rhs)
-    contract = tuple(lhs_contract[i] for i in np.argsort(rhs_contract))
-    lhs_grad = jnp.transpose(lhs_grad, np.argsort((*lhs_batch, *lhs_free, *contract)))
+    contract = tuple(lhs_contract[i] for i in _argsort(rhs_contract))
+    lhs_grad = jnp.transpose(lhs_grad, _argsort((*lhs_batch, *lhs_free, *contract)))
     # Batch, contracted axes of lhs in their order in lhs, free axes of rhs.
     rhs_grad = _dot_16bit((lhs_free, grad_lhs_free, lhs_batch, batch), rhs.dtype, lhs, grad)
-    contract = tuple(rhs_contract[i] for i in np.argsort(lhs_contract))
-    rhs_grad = jnp.transpose(rhs_grad, np.argsort((*rhs_batch, *contract, *rhs_free)))
+    contract = tuple(rhs_contract[i] for i in _argsort(lhs_contract))
+    rhs_grad = jnp.transpose(rhs_grad, _argsort((*rhs_batch, *contract, *rhs_free)))
     return lhs_grad, rhs_grad
 
 
 _dot_16bit.defvjp(_dot_forward, _dot_backward)
+
+
+def _argsort(axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
 
 
 def _other_axes(ndim: int, axes: Sequence[int]) -> tuple[int, ...]:

@@ -272,7 +272,7 @@ def test_a_directory_has_the_images_of_one_job(made, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TextToImagePipeline, "_generate", sampled)
         for other in others:
-            message = refused(*other)
+            message = refused(*other, "--out", "samples")
             assert "of the same job, got samples of another job (captions" in message
             assert "Use --out DIR or --overwrite." in message
     assert {p.name: p.read_bytes() for p in Path("samples").iterdir()} == files
@@ -281,7 +281,19 @@ def test_a_directory_has_the_images_of_one_job(made, tmp_path, monkeypatch):
     names = {"c000_s0003.png", "grid.png", "codes.npz", "manifest.jsonl", "notes.txt"}
     assert {p.name for p in Path("samples").iterdir()} == names
     Path("samples/manifest.jsonl").unlink()
-    assert "got samples with images such as c000_s0003.png and without manifest" in refused(*call)
+    message = refused(*call, "--out", "samples")
+    assert "got samples with images such as c000_s0003.png and without manifest" in message
+
+
+def test_the_default_directory_is_the_first_without_another_job(made, tmp_path, monkeypatch):
+    """samples, samples-2, ...: no image is overwritten and none is sampled into another job's directory."""
+    monkeypatch.chdir(tmp_path)
+    call = ("sample", made.dalle, "a star", "--num-images", 1, *GUIDED)
+    for extra, directory in (
+        ((), "samples"), (("--seed", 1), "samples-2"), (("--seed", 2), "samples-3"), (("--seed", 1), "samples-2"),
+        ((), "samples"), (("--seed", 5, "--overwrite"), "samples"), ((), "samples-4"),
+    ):  # fmt: skip
+        assert json_of(*call, *extra)["grid"] == f"{directory}/grid.png"
 
 
 def test_an_image_of_a_captions_file_equals_the_one_sampled_alone(made, tmp_path):
