@@ -10,6 +10,7 @@ each one runs this loop; the first writes the metrics and images, and all write 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -216,6 +217,8 @@ class _Trainer:
         devices = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
         if jax.process_count() > 1:
             devices += f" of {jax.process_count()} processes"
+        if "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", ""):  # cli/startup.py
+            devices += ", memory in huge pages"
         start = f"resuming from step {self.start}" if self.start else "new run"
         if self.config.init_from and not self.start:
             start += f" from {self.config.init_from}"
