@@ -6,9 +6,11 @@ import numpy as np
 
 from dalle_jax.text.tokenizers import TextTokenizer
 
+_MAX_CACHED = 10_000  # captions
+
 
 class CaptionTokens:
-    """Encodes captions, each of them once."""
+    """Encodes captions, each of them once; the oldest of many captions are forgotten."""
 
     def __init__(self, text: TextTokenizer, text_vocab: int, text_len: int):
         self._text, self._options = text, {"text_vocab": text_vocab, "text_len": text_len}
@@ -24,5 +26,7 @@ class CaptionTokens:
 
     def _encode(self, caption: str) -> tuple[np.ndarray, int]:
         if caption not in self._cache:
+            if len(self._cache) >= _MAX_CACHED:
+                del self._cache[next(iter(self._cache))]
             self._cache[caption] = self._text.encode_counted(caption, **self._options)
         return self._cache[caption]
