@@ -19,4 +19,6 @@ def test_text_train_writes_a_vocabulary(folder, tmp_path):
     )
     assert TextTokenizer.load(tmp_path / "v" / "text_tokenizer.model").vocab_size == result["pieces"] <= 300
     assert set(result["languages"]) == {"en"} and result["languages"]["en"]["cut"] >= 1
-    assert "vocabulary of at least" in refused("text", "train", folder, "--out", tmp_path / "x", "--vocab", 20)
+    assert "vocabulary of at least" in refused(
+        "text", "train", folder, "--out", tmp_path / "x", "--vocab", 20
+    )
