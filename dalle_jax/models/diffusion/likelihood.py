@@ -79,8 +79,9 @@ def log_likelihood(
 
     def with_divergence(x, p, vectors):
         """Compute the field, (B, ...), and its divergence, (B,)."""
-        value, jvp = jax.linearize(lambda x: field(x, p), x)
-        div = jax.lax.map(lambda v: jnp.sum((v * jvp(v)).reshape(len(x), -1), axis=1), vectors)
+        # v J v by the reverse mode: products of 16-bit inputs have no forward mode (nn/products.py).
+        value, pullback = jax.vjp(lambda x: field(x, p), x)
+        div = jax.lax.map(lambda v: jnp.sum((v * pullback(v)[0]).reshape(len(x), -1), axis=1), vectors)
         return value, jnp.mean(div, axis=0) if trace == "hutchinson" else jnp.sum(div, axis=0)
 
     def body(carry, inputs):
