@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.config import Quantization
-from dalle_jax.nn.products import add_bias, dot_general
+from dalle_jax.nn.products import add_bias, dot_general, multiply_as_two_rows
 from dalle_jax.typing import Params
 
 _SCALES = ("scale", "scale_w8a8")
@@ -172,11 +172,8 @@ def _dot_quantized(x: jax.Array, kernel: jax.Array, axis: int, dtype: Any, sum_d
         return _dot(x, kernel.astype(dtype), axis, sum_dtype)
 
     def dot_twice(x, kernel):
-        rows = jax.lax.optimization_barrier(jnp.concatenate([x, x]))  # hides from XLA that they are equal
-        return jax.lax.optimization_barrier(dot(rows, kernel))[: len(x)]
+        return multiply_as_two_rows(lambda rows: dot(rows, kernel), x, 0, 0)
 
-    # On a CPU XLA computes the product of a single row with a converted matrix one number at a time, which takes 14
-    # times as long as the product of two rows (benchmarks/RESULTS.md).
     is_single_row = x.ndim > 1 and math.prod(x.shape[:-1]) == 1
     return jax.lax.platform_dependent(x, kernel, cpu=dot_twice if is_single_row else dot, default=dot)
 
@@ -188,13 +185,13 @@ def _matmul_tiles(x: jax.Array, tiles: jax.Array, out_dtype: Any) -> jax.Array:
     if rows > 512:  # packing hardly counts here, and one large product is faster
         return _dot(x, jnp.moveaxis(tiles, -2, 0).reshape(depth, *fused, -1), 0, out_dtype)
     x_XRD = x.reshape(1, rows, depth)
-    if rows == 1:  # XLA reads a matrix faster for two rows; the barrier hides that they are equal
-        x_XRD = jax.lax.optimization_barrier(jnp.concatenate([x_XRD, x_XRD], axis=1))
     tiles_XDC = tiles.reshape(-1, depth, width)
-    x_XRD = jnp.broadcast_to(x_XRD, (len(tiles_XDC), *x_XRD.shape[1:]))
-    y_XRC = dot_general(x_XRD, tiles_XDC, (((2,), (1,)), ((0,), (0,))), out_dtype=out_dtype)
-    if rows == 1:
-        y_XRC = jax.lax.optimization_barrier(y_XRC)[:, :1]
+
+    def dot(x_XRD):
+        x_XRD = jnp.broadcast_to(x_XRD, (len(tiles_XDC), *x_XRD.shape[1:]))
+        return dot_general(x_XRD, tiles_XDC, (((2,), (1,)), ((0,), (0,))), out_dtype=out_dtype)
+
+    y_XRC = multiply_as_two_rows(dot, x_XRD, 1, 1) if rows == 1 else dot(x_XRD)
     return jnp.moveaxis(y_XRC, 0, 1).reshape(*x.shape[:-1], *fused, count * width)
 
 

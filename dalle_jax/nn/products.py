@@ -13,7 +13,7 @@ functions of `jax.lax`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,25 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, *, out_dtype: Any = None
     return jnp.transpose(out, [product_axes.index(axis) for axis in out_axes])
 
 
+def multiply_as_two_rows(
+    product: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int, out_axis: int
+) -> jax.Array:
+    """Compute `product` of one row as that of two equal rows.
+
+    On a CPU XLA computes the product of a single row with a matrix of 16 bits, or with one converted from 8 bits, one
+    number at a time, which takes 10 times as long as the product of two rows (benchmarks/RESULTS.md), and it reads
+    float32 tiles faster for two.
+
+    Args:
+      product: linear in `x`.
+      x: array with one entry along `axis`.
+      axis: of the row in `x`.
+      out_axis: of the row in the result.
+    """
+    rows = jax.lax.optimization_barrier(jnp.concatenate([x, x], axis))  # hides from XLA that they are equal
+    return jax.lax.slice_in_dim(jax.lax.optimization_barrier(product(rows)), 0, 1, axis=out_axis)
+
+
 def _sum_in_float32(axes: tuple, out_dtype: Any, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     def dot(lhs, rhs, dtype=out_dtype):
         return jax.lax.dot_general(lhs, rhs, (axes[:2], axes[2:]), preferred_element_type=dtype)
@@ -85,13 +104,10 @@ def _sum_in_float32(axes: tuple, out_dtype: Any, lhs: jax.Array, rhs: jax.Array)
     free = _other_axes(lhs.ndim, (*lhs_contract, *lhs_batch))
 
     def cpu_dot_twice(lhs, rhs):
-        lhs = jnp.concatenate([lhs, lhs], axis=free[-1])
-        out = cpu_dot(jax.lax.optimization_barrier(lhs), rhs)  # hides from XLA that both rows are equal
-        row_axis = len(lhs_batch) + len(free) - 1
-        return jax.lax.slice_in_dim(jax.lax.optimization_barrier(out), 0, 1, axis=row_axis)
+        return multiply_as_two_rows(
+            lambda lhs: cpu_dot(lhs, rhs), lhs, free[-1], len(lhs_batch) + len(free) - 1
+        )
 
-    # On a CPU XLA computes the product of one row of 16-bit numbers one number at a time, which takes 10 to 20 times as
-    # long as the product of two rows (benchmarks/RESULTS.md).
     is_single_row = free and all(lhs.shape[axis] == 1 for axis in free)
     return jax.lax.platform_dependent(lhs, rhs, cpu=cpu_dot_twice if is_single_row else cpu_dot, default=dot)
 
